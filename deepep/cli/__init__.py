@@ -1,0 +1,41 @@
+"""The command line. Each command is one module here with a typer function `command`, imported when it is called.
+
+A command that cannot be imported (a missing extra) says which extra it needs instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+#: name -> (module, one line for the list of commands)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("deepep.cli.demo", "Train a small expert-parallel MoE on real text, with pictures."),
+    "info": ("deepep.cli.info", "What this machine offers, and which backends can be used."),
+    "check": ("deepep.cli.check", "Self-test of the installed library on this machine."),
+    "fuzz": ("deepep.cli.fuzz", "Fuzz routing layouts against the reference."),
+    "explore": ("deepep.cli.explore", "Run the kernels on the CPU under many schedules."),
+    "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `deepep <command> ...`; exits with the command's status."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
+        usage = "\n".join(f"  {name:8} {line}" for name, (_, line) in COMMANDS.items())
+        print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help tells its options.")
+        raise SystemExit(0 if args and args[0] in ("-h", "--help") else 2)
+    module, _ = COMMANDS[args[0]]
+    try:
+        command = importlib.import_module(module).command
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.startswith("deepep"):
+            raise
+        raise SystemExit(f"`deepep {args[0]}` needs {missing}: pip install 'deepep[cli,sim]'") from error
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name=args[0])(command)
+    app(args=args[1:], prog_name=f"python -m deepep {args[0]}")

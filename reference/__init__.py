@@ -1,0 +1,1 @@
+"""The oracle: what dispatch and combine must give, in plain PyTorch."""

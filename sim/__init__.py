@@ -1,0 +1,1 @@
+"""The simulator: worlds of ranks, routing strategies, faults, properties."""
