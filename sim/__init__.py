@@ -1,1 +1,18 @@
-"""The simulator: worlds of ranks, routing strategies, faults, properties."""
+"""The simulator: worlds of ranks, routing strategies, faults, properties.
+
+Importing it needs no hypothesis: that is loaded by `deepep.sim.strategies` alone.
+"""
+
+from deepep.sim.outcomes import Outcome, RankDied, Status, WorldError, WorldTimeout
+from deepep.sim.world import PendingRun, RankContext, World
+
+__all__ = [
+    "Outcome",
+    "PendingRun",
+    "RankContext",
+    "RankDied",
+    "Status",
+    "World",
+    "WorldError",
+    "WorldTimeout",
+]

@@ -1,0 +1,73 @@
+"""How functions, arguments and results travel between the parent and the ranks: by value, with cloudpickle."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+
+def pack(message: tuple[Any, ...]) -> bytes:
+    """`message` as bytes. Functions and classes of scripts and test modules go by value, installed ones by name."""
+    with _by_value(message):
+        return bytes(cloudpickle.dumps(message))
+
+
+def unpack(message: bytes) -> Any:
+    """What `pack` was given."""
+    return cloudpickle.loads(message)
+
+
+@contextmanager
+def _by_value(message: tuple[Any, ...]) -> Iterator[None]:
+    """Registers the modules of the message's functions that a rank could not import by name."""
+    modules: set[ModuleType] = set()
+    for item in _items(message):
+        name = getattr(item, "__module__", None) or type(item).__module__
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        if module is not None and name != "__main__" and not _installed(getattr(module, "__file__", None)):
+            modules.add(module)
+    fresh = [m for m in modules if m.__name__ not in cloudpickle.list_registry_pickle_by_value()]
+    for module in fresh:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in fresh:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _items(message: tuple[Any, ...]) -> Iterator[Any]:
+    """The message's parts: what stands in it directly, and what its tuples, lists and dictionaries hold."""
+    for part in message:
+        if isinstance(part, (tuple, list)):
+            yield from _items(tuple(part))
+        elif isinstance(part, dict):
+            yield from _items(tuple(part.values()))
+        else:
+            yield part
+
+
+@lru_cache(maxsize=None)
+def _installed(file: str | None) -> bool:
+    """Whether a module of this file can be imported by name anywhere: the standard library, site-packages, deepep."""
+    if file is None:
+        return True  # built in
+    path = Path(file).resolve()
+    paths = sysconfig.get_paths()
+    roots = [Path(paths[key]).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    package = sys.modules.get("deepep")
+    if package is not None and package.__file__ is not None:
+        roots.append(Path(package.__file__).resolve().parent)
+    roots.append(Path(__file__).resolve().parent)
+    reference = sys.modules.get("deepep.reference")
+    if reference is not None and reference.__file__ is not None:
+        roots.append(Path(reference.__file__).resolve().parent)
+    return any(path.is_relative_to(root) for root in roots)

@@ -1,0 +1,384 @@
+"""A world of rank processes that lives across examples.
+
+`World(4)` keeps four processes with a torch process group between them and runs a function on all of them, again and
+again. What makes it fit for fuzzing and for fault tests:
+
+- ranks are forked from a server that has torch loaded already, so a world is up in a fraction of a second;
+- functions and arguments travel by value (cloudpickle): lambdas, closures and a test module's own functions work;
+- the rendezvous store lives in the parent, so it survives the death of any rank;
+- a rank that dies is noticed through its process handle at once, not by a time-out of the others;
+- a rank that hangs is reported with the Python stack it hangs in;
+- after a failure nothing of the old world is reused: the next run starts on fresh processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from deepep.sim.outcomes import Outcome, Status, WorldError, failure_of
+from deepep.sim.rank_process import RankContext, RankSpec, main
+from deepep.sim.travel import pack, unpack
+
+__all__ = ["PendingRun", "RankContext", "World"]
+
+#: Modules the fork server loads once, so that no rank has to.
+PRELOADED = ("torch", "torch.distributed", "numpy", "cloudpickle", "deepep.sim.rank_process")
+
+_open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
+
+
+class World:
+    """`num_ranks` processes, one rank each, with a process group between them.
+
+    Args:
+        num_ranks: R, at least 1.
+        backend: torch.distributed backend: "gloo" on CPU, "nccl" with one GPU per rank (rank r uses GPU
+            r modulo the number of GPUs).
+        timeout: seconds a run may take unless the run says otherwise; also the process group's own time-out.
+        grace: seconds the other ranks get to end by themselves once one rank has failed in `run`.
+
+    A world starts on first use, is started again after a failure, and is closed by `close`, by leaving its `with`
+    block, or at interpreter exit. One run at a time; not thread-safe, except for `kill`, `stop` and `resume`.
+    """
+
+    def __init__(
+        self, num_ranks: int, backend: str = "gloo", *, timeout: float = 60.0, grace: float = 5.0
+    ) -> None:
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks: got {num_ranks}; allowed: 1 or more")
+        self.num_ranks = num_ranks
+        self.backend = backend
+        self.timeout = timeout
+        self.grace = grace
+        #: How often this world's processes were started: 1 after the first run, more after failures.
+        self.generation = 0
+        self._ranks: list[_Rank] = []
+        self._store: dist.TCPStore | None = None
+        self._folder: TemporaryDirectory[str] | None = None
+        self._pending: PendingRun | None = None
+        self._creator = os.getpid()
+        _open_worlds.add(self)
+
+    # ---- life -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> World:
+        self.ensure_started()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def ranks(self) -> list[_Rank]:
+        """The rank processes (attributes `rank`, `pid`, `alive`), started if they are not."""
+        self.ensure_started()
+        return self._ranks
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every rank process is there and between runs."""
+        return bool(self._ranks) and self._pending is None and all(r.alive for r in self._ranks)
+
+    def ensure_started(self) -> None:
+        """Starts the rank processes if none run, or if one of them is gone.
+
+        Raises:
+            WorldError: a rank did not come up.
+        """
+        if self._pending is not None or self.healthy:
+            return
+        self.discard()
+        self.generation += 1
+        self._store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
+        )
+        self._folder = TemporaryDirectory(prefix="deepep-world-")
+        specs = [
+            RankSpec(
+                rank=rank,
+                num_ranks=self.num_ranks,
+                backend=self.backend,
+                store_port=self._store.port,
+                timeout=self.timeout,
+                environment=dict(os.environ),
+                stack_file=str(Path(self._folder.name) / f"stack-{rank}"),
+            )
+            for rank in range(self.num_ranks)
+        ]
+        self._ranks = [_Rank(spec) for spec in specs]
+        outcomes = PendingRun(self, self.timeout).outcomes(fail_fast=True)
+        if not all(o.ok for o in outcomes):
+            self.discard()
+            raise failure_of(outcomes, f"world of {self.num_ranks} ranks ({self.backend}) did not start")
+
+    def close(self) -> None:
+        """Lets the ranks leave in order, ends those that do not within two seconds. Idempotent."""
+        if self.healthy:
+            for rank in self._ranks:
+                rank.send(b"")
+            deadline = time.monotonic() + 2.0
+            for rank in self._ranks:
+                rank.process.join(max(0.0, deadline - time.monotonic()))
+        self.discard()
+
+    def discard(self) -> None:
+        """Ends the rank processes without asking them. The next run starts new ones."""
+        for rank in self._ranks:
+            rank.end()
+        self._ranks = []
+        self._pending = None
+        self._store = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    # ---- runs -----------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
+        per_rank: Sequence[tuple[Any, ...]] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Calls `fn(ctx, *args, *per_rank[rank], **kwargs)` on every rank and returns the results by rank.
+
+        Raises:
+            WorldError: a rank raised; `.failures` has the exceptions by rank, the message the first traceback.
+            RankDied: a rank's process ended.
+            WorldTimeout: a rank did not return within `timeout` seconds; the message has the stack it was in.
+
+        After any of these the world is rebuilt on its next use: collectives of the failed run may be half done.
+        """
+        outcomes = self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes(
+            fail_fast=True
+        )
+        if not all(o.ok for o in outcomes):
+            raise failure_of(outcomes, f"{getattr(fn, '__name__', fn)!s} on {self.num_ranks} ranks")
+        return [o.value for o in outcomes]
+
+    def try_run(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
+        per_rank: Sequence[tuple[Any, ...]] | None = None,
+        **kwargs: Any,
+    ) -> list[Outcome]:
+        """As `run`, but waits for every rank to end somehow, and tells how each did instead of raising.
+
+        For fault tests: the rank that is killed has the status "died", the others what they returned or raised.
+        """
+        return self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes()
+
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
+        per_rank: Sequence[tuple[Any, ...]] | None = None,
+        **kwargs: Any,
+    ) -> PendingRun:
+        """Starts a run and returns at once. Its `outcomes()` must be taken before the next run."""
+        if self._pending is not None:
+            raise RuntimeError("a run is in progress: take its outcomes() first")
+        if per_rank is not None and len(per_rank) != self.num_ranks:
+            raise ValueError(
+                f"per_rank: got {len(per_rank)} entries; allowed: one per rank ({self.num_ranks})"
+            )
+        self.ensure_started()
+        shared = pack((fn, args, kwargs))
+        own = [pack(tuple(p)) for p in per_rank] if per_rank is not None else [b""] * self.num_ranks
+        pending = PendingRun(self, self.timeout if timeout is None else timeout)
+        self._pending = pending
+        for rank, extra in zip(self._ranks, own, strict=True):
+            rank.send(len(shared).to_bytes(8, "little") + shared + extra)
+        return pending
+
+    # ---- faults from outside --------------------------------------------------------------------------------
+
+    def kill(self, rank: int) -> None:
+        """Kills a rank's process (SIGKILL), also while a run is in progress."""
+        self._signal(rank, signal.SIGKILL)
+
+    def stop(self, rank: int) -> None:
+        """Freezes a rank's process (SIGSTOP) until `resume`."""
+        self._signal(rank, signal.SIGSTOP)
+
+    def resume(self, rank: int) -> None:
+        """Lets a frozen rank go on."""
+        self._signal(rank, signal.SIGCONT)
+
+    def _signal(self, rank: int, number: int) -> None:
+        if not self._ranks:
+            raise RuntimeError("the world has not started")
+        self._ranks[rank].signal(number)
+
+
+class PendingRun:
+    """A run in progress: what `World.submit` returns."""
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self._world = world
+        self._started = time.monotonic()
+        self._timeout = timeout
+
+    def outcomes(self, *, fail_fast: bool = False) -> list[Outcome]:
+        """Waits until every rank has returned, raised or died, or time is up, and tells which did what.
+
+        With `fail_fast` the ranks that still run when one has failed get only the world's grace.
+        """
+        world = self._world
+        deadline = self._started + self._timeout
+        done: dict[int, Outcome] = {}
+        while len(done) < world.num_ranks:
+            waiting = [r for r in world._ranks if r.rank not in done]
+            ready = wait(
+                [w for r in waiting for w in (r.connection, r.process.sentinel)],
+                max(0.0, deadline - time.monotonic()),
+            )
+            if not ready:
+                break
+            for rank in waiting:
+                if rank.connection in ready or rank.process.sentinel in ready:
+                    done[rank.rank] = outcome = rank.receive(time.monotonic() - self._started)
+                    if fail_fast and not outcome.ok:
+                        deadline = min(deadline, time.monotonic() + world.grace)
+        seconds = time.monotonic() - self._started
+        for rank in world._ranks:
+            if rank.rank not in done:
+                done[rank.rank] = Outcome(rank.rank, Status.HUNG, traceback=rank.stack(), seconds=seconds)
+        world._pending = None
+        outcomes = [done[rank] for rank in range(world.num_ranks)]
+        if not all(o.ok for o in outcomes):
+            world.discard()
+        return outcomes
+
+
+class _Rank:
+    """The parent's end of one rank process."""
+
+    def __init__(self, spec: RankSpec) -> None:
+        self.rank = spec.rank
+        self._stack_file = Path(spec.stack_file)
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = _start(theirs, spec)
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def send(self, message: bytes) -> None:
+        try:
+            self.connection.send_bytes(message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is dead, which `receive` reports
+
+    def receive(self, seconds: float) -> Outcome:
+        """What the rank sent; if it sent nothing and its end is closed, how its process ended."""
+        try:
+            if self.connection.poll():
+                return unpack_outcome(self.connection.recv_bytes(), self.rank, seconds)
+        except (EOFError, ConnectionResetError):
+            pass
+        self.process.join(5.0)
+        return Outcome(self.rank, Status.DIED, exitcode=self.process.exitcode, seconds=seconds)
+
+    def signal(self, number: int) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # already gone: what a kill wanted, and a stop of the dead changes nothing
+
+    def stack(self) -> str:
+        """The Python stack the rank is in, written by its own signal handler; empty if it does not answer."""
+        if not self.alive:
+            return ""
+        self.signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 1.0
+        text = ""
+        while time.monotonic() < deadline:
+            text = self._stack_file.read_text() if self._stack_file.exists() else ""
+            if text.endswith("\n") and "File" in text:
+                break
+            time.sleep(0.01)
+        frames = text.splitlines()
+        own = [i for i, line in enumerate(frames) if "rank_process.py" in line]
+        return "\n".join(frames[: own[0]] if own else frames)
+
+    def end(self) -> None:
+        if self.alive:
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.process.close()
+
+
+def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
+    """The outcome a rank's reply tells of."""
+    kind, value, trace = unpack(reply)
+    if kind == "returned":
+        return Outcome(rank, Status.RETURNED, value=value, seconds=seconds)
+    return Outcome(rank, Status.RAISED, error=value, traceback=trace, seconds=seconds)
+
+
+def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    process = context.Process(
+        target=main, args=(connection, spec), name=f"deepep-rank-{spec.rank}", daemon=True
+    )
+    with _hidden_main():
+        process.start()
+    return process
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keeps multiprocessing from importing the caller's main script in every rank.
+
+    Functions travel by value, so no rank needs it; and a script without the `if __name__ == "__main__"` guard would
+    run again in every rank.
+    """
+    real = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real
+
+
+@atexit.register
+def _close_all() -> None:
+    for world in list(_open_worlds):
+        if world._creator == os.getpid():
+            world.close()
