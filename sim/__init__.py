@@ -4,6 +4,7 @@ Importing it needs no hypothesis: that is loaded by `deepep.sim.strategies` alon
 """
 
 from deepep.sim.outcomes import Outcome, RankDied, Status, WorldError, WorldTimeout
+from deepep.sim.threads import ThreadWorld, VirtualGroup
 from deepep.sim.world import PendingRun, RankContext, World
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "RankContext",
     "RankDied",
     "Status",
+    "ThreadWorld",
+    "VirtualGroup",
     "World",
     "WorldError",
     "WorldTimeout",

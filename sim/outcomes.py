@@ -90,15 +90,12 @@ class WorldTimeout(WorldError, TimeoutError):
 def failure_of(outcomes: Sequence[Outcome], what: str) -> WorldError:
     """The error for a run that not all ranks returned from.
 
-    A death is told before an exception, and an exception before a hang: the later ones usually follow from the
-    earlier ones.
+    A death is told before an exception, and an exception before a hang: the later ones usually follow
+    from the earlier ones.
     """
-    for status, kind in ((Status.DIED, RankDied), (Status.RAISED, WorldError), (Status.HUNG, WorldTimeout)):
-        told = [o for o in outcomes if o.status is status]
-        if told:
-            break
-    else:
-        raise ValueError("no rank failed")
+    kinds = {Status.DIED: RankDied, Status.RAISED: WorldError, Status.HUNG: WorldTimeout}
+    status = next(s for s in kinds if any(o.status is s for o in outcomes))
+    told = [o for o in outcomes if o.status is status]
     lines = [f"{what}:", told[0].describe()]
     seen = {_signature(told[0])}
     for outcome in outcomes:
@@ -107,7 +104,7 @@ def failure_of(outcomes: Sequence[Outcome], what: str) -> WorldError:
         short = _signature(outcome) in seen
         seen.add(_signature(outcome))
         lines.append(f"rank {outcome.rank} likewise" if short else outcome.describe())
-    error = kind("\n".join(lines), outcomes)
+    error = kinds[status]("\n".join(lines), outcomes)
     error.__cause__ = told[0].error
     return error
 

@@ -53,9 +53,25 @@ class RemoteError(RuntimeError):
     """Stands for an exception, or a result, of a rank that could not be sent to the parent."""
 
 
+@dataclass(frozen=True)
+class BareException:
+    """An exception's parts, for types whose constructor cannot be called with what `args` holds."""
+
+    kind: type[BaseException]
+    args: tuple[Any, ...]
+    state: dict[str, Any]
+
+    def rebuild(self) -> BaseException:
+        error = self.kind.__new__(self.kind)
+        error.args = self.args
+        error.__dict__.update(self.state)
+        return error
+
+
 def main(connection: Connection, spec: RankSpec) -> None:
     """Joins the world, then runs what arrives until the parent says stop or is gone."""
-    # Ctrl-C is for the parent, which ends its ranks; a stack is written on request, even inside a blocked collective.
+    # Ctrl-C is for the parent, which ends its ranks. A stack is written on request, even inside a
+    # blocked collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(spec.stack_file, "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
@@ -64,8 +80,8 @@ def main(connection: Connection, spec: RankSpec) -> None:
             _serve(connection, context)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a thread left behind by a failed run, or a library's exit handler that waits for a dead peer, must
-    # not keep a rank alive.
+    # Not sys.exit: a thread left behind by a failed run, or a library's exit handler that waits for a
+    # dead peer, must not keep a rank alive.
     os._exit(0)
 
 
@@ -110,9 +126,7 @@ def _guarded(connection: Connection, call: Any, *, keep_value: bool = False) -> 
     try:
         value = call()
         reply = _packed("returned", value if keep_value else None, "")
-    except (
-        BaseException
-    ) as error:  # whatever it is, the parent has to hear of it: this is the process's border
+    except BaseException as error:  # whatever it is, the parent has to hear of it
         reply = _packed("raised", error, _trace(error))
     try:
         connection.send_bytes(reply)
@@ -133,7 +147,10 @@ def _packed(kind: str, value: Any, trace: str) -> bytes:
     try:
         message = pack((kind, value, trace))
         if kind == "raised":
-            unpack(message)  # an exception with a constructor of its own may pickle and not unpickle
+            try:
+                unpack(message)
+            except TypeError:  # its constructor takes something else than its message
+                message = pack((kind, BareException(type(value), value.args, vars(value)), trace))
         return message
     except Exception as error:  # pickling calls the value's own code, which may raise anything
         substitute = RemoteError(f"{type(value).__name__} could not be sent: {error}\n{value!r}")

@@ -1,4 +1,4 @@
-"""How functions, arguments and results travel between the parent and the ranks: by value, with cloudpickle."""
+"""How functions, arguments and results travel between the parent and the ranks: by cloudpickle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import cloudpickle
 
 
 def pack(message: tuple[Any, ...]) -> bytes:
-    """`message` as bytes. Functions and classes of scripts and test modules go by value, installed ones by name."""
+    """`message` as bytes. Functions of scripts and test modules go by value, installed ones by name."""
     with _by_value(message):
         return bytes(cloudpickle.dumps(message))
 
@@ -55,9 +55,9 @@ def _items(message: tuple[Any, ...]) -> Iterator[Any]:
             yield part
 
 
-@lru_cache(maxsize=None)
+@cache
 def _installed(file: str | None) -> bool:
-    """Whether a module of this file can be imported by name anywhere: the standard library, site-packages, deepep."""
+    """Whether a rank can import this file's module by name: standard library, site-packages, deepep."""
     if file is None:
         return True  # built in
     path = Path(file).resolve()

@@ -1,10 +1,10 @@
 """A world of rank processes that lives across examples.
 
-`World(4)` keeps four processes with a torch process group between them and runs a function on all of them, again and
-again. What makes it fit for fuzzing and for fault tests:
+`World(4)` keeps four processes with a torch process group between them and runs a function on all of
+them, again and again. What makes it fit for fuzzing and for fault tests:
 
 - ranks are forked from a server that has torch loaded already, so a world is up in a fraction of a second;
-- functions and arguments travel by value (cloudpickle): lambdas, closures and a test module's own functions work;
+- functions and arguments travel by value (cloudpickle): lambdas, closures, a test module's functions;
 - the rendezvous store lives in the parent, so it survives the death of any rank;
 - a rank that dies is noticed through its process handle at once, not by a time-out of the others;
 - a rank that hangs is reported with the Python stack it hangs in;
@@ -21,7 +21,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -32,8 +32,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepep.sim.outcomes import Outcome, Status, WorldError, failure_of
-from deepep.sim.rank_process import RankContext, RankSpec, main
+from deepep.sim.outcomes import Outcome, Status, failure_of
+from deepep.sim.rank_process import BareException, RankContext, RankSpec, main
 from deepep.sim.travel import pack, unpack
 
 __all__ = ["PendingRun", "RankContext", "World"]
@@ -54,12 +54,13 @@ class World:
         timeout: seconds a run may take unless the run says otherwise; also the process group's own time-out.
         grace: seconds the other ranks get to end by themselves once one rank has failed in `run`.
 
-    A world starts on first use, is started again after a failure, and is closed by `close`, by leaving its `with`
-    block, or at interpreter exit. One run at a time; not thread-safe, except for `kill`, `stop` and `resume`.
+    A world starts on first use, is started again after a failure, and is closed by `close`, by leaving its
+    `with` block, or at interpreter exit. One run at a time; only `kill`, `stop` and `resume` may be called
+    from other threads.
     """
 
     def __init__(
-        self, num_ranks: int, backend: str = "gloo", *, timeout: float = 60.0, grace: float = 5.0
+        self, num_ranks: int, backend: str = "gloo", *, timeout: float = 60.0, grace: float = 2.0
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks: got {num_ranks}; allowed: 1 or more")
@@ -76,7 +77,7 @@ class World:
         self._creator = os.getpid()
         _open_worlds.add(self)
 
-    # ---- life -----------------------------------------------------------------------------------------------
+    # life
 
     def __enter__(self) -> World:
         self.ensure_started()
@@ -154,7 +155,7 @@ class World:
             self._folder.cleanup()
             self._folder = None
 
-    # ---- runs -----------------------------------------------------------------------------------------------
+    # runs
 
     def run(
         self,
@@ -167,11 +168,11 @@ class World:
         """Calls `fn(ctx, *args, *per_rank[rank], **kwargs)` on every rank and returns the results by rank.
 
         Raises:
-            WorldError: a rank raised; `.failures` has the exceptions by rank, the message the first traceback.
+            WorldError: a rank raised; `.failures` has the exceptions by rank, the message the traceback.
             RankDied: a rank's process ended.
-            WorldTimeout: a rank did not return within `timeout` seconds; the message has the stack it was in.
+            WorldTimeout: a rank did not return within `timeout` seconds; the message has its stack.
 
-        After any of these the world is rebuilt on its next use: collectives of the failed run may be half done.
+        After any of these the world is rebuilt on its next use: the run's collectives may be half done.
         """
         outcomes = self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes(
             fail_fast=True
@@ -190,7 +191,8 @@ class World:
     ) -> list[Outcome]:
         """As `run`, but waits for every rank to end somehow, and tells how each did instead of raising.
 
-        For fault tests: the rank that is killed has the status "died", the others what they returned or raised.
+        For fault tests: the rank that is killed has the status "died", the others what they returned or
+        raised.
         """
         return self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes()
 
@@ -218,11 +220,12 @@ class World:
             rank.send(len(shared).to_bytes(8, "little") + shared + extra)
         return pending
 
-    # ---- faults from outside --------------------------------------------------------------------------------
+    # faults from outside
 
     def kill(self, rank: int) -> None:
-        """Kills a rank's process (SIGKILL), also while a run is in progress."""
+        """Kills a rank's process (SIGKILL), also while a run is in progress; on return it is gone."""
         self._signal(rank, signal.SIGKILL)
+        wait([self._ranks[rank].process.sentinel])
 
     def stop(self, rank: int) -> None:
         """Freezes a rank's process (SIGSTOP) until `resume`."""
@@ -298,26 +301,20 @@ class _Rank:
         return self.process.is_alive()
 
     def send(self, message: bytes) -> None:
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is reported by `receive`
             self.connection.send_bytes(message)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it is dead, which `receive` reports
 
     def receive(self, seconds: float) -> Outcome:
         """What the rank sent; if it sent nothing and its end is closed, how its process ended."""
-        try:
+        with suppress(EOFError, ConnectionResetError):
             if self.connection.poll():
                 return unpack_outcome(self.connection.recv_bytes(), self.rank, seconds)
-        except (EOFError, ConnectionResetError):
-            pass
         self.process.join(5.0)
         return Outcome(self.rank, Status.DIED, exitcode=self.process.exitcode, seconds=seconds)
 
     def signal(self, number: int) -> None:
-        try:
+        with suppress(ProcessLookupError):  # a kill of the dead is done, a stop changes nothing
             os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # already gone: what a kill wanted, and a stop of the dead changes nothing
 
     def stack(self) -> str:
         """The Python stack the rank is in, written by its own signal handler; empty if it does not answer."""
@@ -346,6 +343,8 @@ class _Rank:
 def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
     """The outcome a rank's reply tells of."""
     kind, value, trace = unpack(reply)
+    if isinstance(value, BareException):
+        value = value.rebuild()
     if kind == "returned":
         return Outcome(rank, Status.RETURNED, value=value, seconds=seconds)
     return Outcome(rank, Status.RAISED, error=value, traceback=trace, seconds=seconds)
@@ -366,8 +365,8 @@ def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
 def _hidden_main() -> Iterator[None]:
     """Keeps multiprocessing from importing the caller's main script in every rank.
 
-    Functions travel by value, so no rank needs it; and a script without the `if __name__ == "__main__"` guard would
-    run again in every rank.
+    Functions travel by value, so no rank needs it; and a script without the `if __name__ == "__main__"`
+    guard would run again in every rank.
     """
     real = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -11,7 +11,7 @@ from deepep.sim import World
 
 @pytest.fixture(scope="session")
 def world_of() -> Iterator[Callable[[int], World]]:
-    """`world_of(n)`: the session's world of n ranks, on gloo. After a failure it is started anew by its next run."""
+    """`world_of(n)`: the session's world of n ranks, on gloo, started anew after a failure."""
     worlds: dict[int, World] = {}
 
     def get(num_ranks: int) -> World:
