@@ -1,5 +1,6 @@
-// deepep._core: the layout rules of csrc/core for Python, over numpy views (torch CPU tensors lend theirs without a
-// copy). Shapes are checked here, once; results go into arrays the caller allocated; the GIL is released meanwhile.
+// deepep._core: the layout rules of csrc/core for Python, over numpy views (torch CPU tensors lend theirs
+// without a copy). Shapes are checked here, once; results go into arrays the caller allocated; the GIL is
+// released meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -7,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "core/buffers.hpp"
 #include "core/capacity.hpp"
 #include "core/counts.hpp"
+#include "core/low_latency_buffer.hpp"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -38,18 +39,19 @@ void expect_shape(const Array<T>& array, std::initializer_list<int64_t> shape, c
   if (same) return;
   for (const int64_t length : shape) wanted += (length < 0 ? "any" : std::to_string(length)) + ", ";
   for (py::ssize_t i = 0; i < array.ndim(); ++i) got += std::to_string(array.shape(i)) + ", ";
-  refuse(std::string(name) + ": shape [" + got.substr(0, got.size() - (got.empty() ? 0 : 2)) + "]; expected [" +
-         wanted.substr(0, wanted.size() - 2) + "]");
+  refuse(std::string(name) + ": shape [" + got.substr(0, got.size() - (got.empty() ? 0 : 2)) +
+         "]; expected [" + wanted.substr(0, wanted.size() - 2) + "]");
 }
 
 Placement placement(int64_t num_experts, int64_t num_ranks, int64_t ranks_per_node) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  expect(num_ranks > 0 && num_ranks <= limit, "num_ranks: got " + std::to_string(num_ranks) + "; expected 1 or more");
+  expect(num_ranks > 0 && num_ranks <= limit,
+         "num_ranks: got " + std::to_string(num_ranks) + "; expected 1 or more");
   expect(ranks_per_node > 0 && ranks_per_node <= limit,
          "ranks_per_node: got " + std::to_string(ranks_per_node) + "; expected 1 or more");
   expect(num_experts > 0 && num_experts <= limit && num_experts % num_ranks == 0,
-         "num_experts: got " + std::to_string(num_experts) + "; expected a multiple of num_ranks = " +
-             std::to_string(num_ranks));
+         "num_experts: got " + std::to_string(num_experts) +
+             "; expected a multiple of num_ranks = " + std::to_string(num_ranks));
   return Placement(int32_t(num_experts), int32_t(num_ranks), int32_t(ranks_per_node));
 }
 
@@ -79,12 +81,12 @@ void expect_not_negative(const char* what, Sizes... sizes) {
   expect(((sizes >= 0) && ...), std::string(what) + ": sizes must not be negative");
 }
 
-// ---- what a rank sends ----------------------------------------------------------------------------------------------
+// ---- what a rank sends
 
 template <class Index>
-void dispatch_layout(const Array<Index>& topk_idx, int64_t num_experts, int64_t num_ranks, int64_t ranks_per_node,
-                     Array<int32_t> per_rank, Array<int32_t> per_node, Array<int32_t> per_expert,
-                     Array<bool> is_token_in_rank) {
+void dispatch_layout(const Array<Index>& topk_idx, int64_t num_experts, int64_t num_ranks,
+                     int64_t ranks_per_node, Array<int32_t> per_rank, Array<int32_t> per_node,
+                     Array<int32_t> per_expert, Array<bool> is_token_in_rank) {
   const Placement place = placement(num_experts, num_ranks, ranks_per_node);
   expect_shape(topk_idx, {-1, -1}, "topk_idx");
   const int64_t num_tokens = topk_idx.shape(0);
@@ -102,16 +104,18 @@ void dispatch_layout(const Array<Index>& topk_idx, int64_t num_experts, int64_t 
   count_topk(topk_idx.data(), int(topk_idx.shape(1)), 0, num_tokens, place, counts);
 }
 
-// ---- sizes ----------------------------------------------------------------------------------------------------------
+// ---- sizes
 
 int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
   expect_not_negative("nvl_buffer_size", num_channels, recv_tokens, hidden_bytes, num_ranks);
-  return as_size(QueueSizes{num_channels, recv_tokens, 0}.nvl_bytes(hidden_bytes, num_ranks), "nvl_buffer_size");
+  return as_size(QueueSizes{num_channels, recv_tokens, 0}.nvl_bytes(hidden_bytes, num_ranks),
+                 "nvl_buffer_size");
 }
 
 int64_t queue_rdma_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
   expect_not_negative("rdma_buffer_size", num_channels, recv_tokens, hidden_bytes, num_ranks);
-  return as_size(QueueSizes{num_channels, 0, recv_tokens}.rdma_bytes(hidden_bytes, num_ranks), "rdma_buffer_size");
+  return as_size(QueueSizes{num_channels, 0, recv_tokens}.rdma_bytes(hidden_bytes, num_ranks),
+                 "rdma_buffer_size");
 }
 
 int64_t low_latency_bytes(int64_t num_max_tokens, int64_t hidden, int64_t num_ranks, int64_t num_topk) {
@@ -127,14 +131,17 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MAX_TOPK") = kMaxTopk;
 
   const auto bind_for = [&m]<class Index>(Index) {
-    m.def("dispatch_layout", &dispatch_layout<Index>, "topk_idx"_a.noconvert(), "num_experts"_a, "num_ranks"_a,
-          "ranks_per_node"_a, "num_tokens_per_rank"_a.noconvert(), "num_tokens_per_node"_a.noconvert(),
-          "num_tokens_per_expert"_a.noconvert(), "is_token_in_rank"_a.noconvert());
+    m.def("dispatch_layout", &dispatch_layout<Index>, "topk_idx"_a.noconvert(), "num_experts"_a,
+          "num_ranks"_a, "ranks_per_node"_a, "num_tokens_per_rank"_a.noconvert(),
+          "num_tokens_per_node"_a.noconvert(), "num_tokens_per_expert"_a.noconvert(),
+          "is_token_in_rank"_a.noconvert());
   };
   bind_for(int32_t{});
   bind_for(int64_t{});
 
-  m.def("queue_nvl_bytes", &queue_nvl_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a, "num_ranks"_a);
-  m.def("queue_rdma_bytes", &queue_rdma_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a, "num_ranks"_a);
+  m.def("queue_nvl_bytes", &queue_nvl_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,
+        "num_ranks"_a);
+  m.def("queue_rdma_bytes", &queue_rdma_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,
+        "num_ranks"_a);
   m.def("low_latency_bytes", &low_latency_bytes, "num_max_tokens"_a, "hidden"_a, "num_ranks"_a, "num_topk"_a);
 }

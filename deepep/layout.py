@@ -93,7 +93,7 @@ def rdma_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num
 def low_latency_rdma_size_hint(
     num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = MAX_TOPK
 ) -> int:
-    """Bytes of the fixed-slot buffer (csrc/core/buffers.hpp): 2 epochs of R*M messages in and M*K rows back.
+    """Bytes of the fixed-slot buffer (csrc/core/low_latency_buffer.hpp): 2 epochs of R*M messages in and M*K rows back.
 
     Unlike a slot per (expert, token) this does not grow with `num_experts`, which clients pass all the same.
     Without `num_topk` the largest top-k is assumed.

@@ -1,23 +1,12 @@
-// What a rank sends: counts per rank, node and expert, token-in-rank, and each token's position at its receivers.
-// All of it works on a token range, so that blocks, warps or threads may each own one: count a range, prefix the
-// counts over the ranges, then number the tokens inside each range from its start.
+// What a rank sends: counts per rank, node and expert, token-in-rank, and each token's position at its
+// receivers. All of it works on a token range, so that blocks, warps or threads may each own one: count a
+// range, prefix the counts over the ranges, then number the tokens inside each range from its start.
 #pragma once
 
 #include "core/placement.hpp"
+#include "core/prefix.hpp"
 
 namespace deepep::core {
-
-/// Contiguous split of tokens [0, num_tokens) over `num_parts` owners; parts differ by at most one token.
-struct TokenSplit {
-  int64_t num_tokens;
-  int64_t num_parts;
-
-  [[nodiscard]] DEEPEP_HD constexpr int64_t begin(int64_t part) const {
-    // quotient * part + the remainder spread over the first parts: num_tokens * part could pass 64 bits.
-    return num_tokens / num_parts * part + min_of<int64_t>(part, num_tokens % num_parts);
-  }
-  [[nodiscard]] DEEPEP_HD constexpr int64_t end(int64_t part) const { return begin(part + 1); }
-};
 
 /// Where `count_topk` adds. `per_node` and `is_token_in_rank` may be null.
 struct TopkCounts {
@@ -29,8 +18,8 @@ struct TopkCounts {
 
 /// Adds the tokens [begin, end) of topk_idx [T, K] to `counts`. Serial: one owner per `counts`.
 template <class Index>
-DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, int64_t end, const Placement& place,
-                          const TopkCounts& counts) {
+DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, int64_t end,
+                          const Placement& place, const TopkCounts& counts) {
   for (int64_t token = begin; token < end; ++token) {
     const Index* row = topk_idx + token * num_topk;
     uint8_t* in_rank = counts.is_token_in_rank ? counts.is_token_in_rank + token * place.num_ranks : nullptr;
@@ -59,13 +48,15 @@ DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, in
   return count;
 }
 
-/// The position of a token among those that go to a rank, or -1 if it does not; `next` is the running position.
+/// The position of a token among those that go to a rank, or -1 if it does not; `next` is the running
+/// position.
 [[nodiscard]] DEEPEP_HD constexpr int32_t take_position(bool is_sent, int32_t& next) {
   return is_sent ? next++ : -1;
 }
 
-/// Positions of the tokens [begin, end) at every rank: position[t, r] (int32 [T, R]) is how many tokens before t go
-/// to r, or -1 if t does not. next[r] (int32 [R]) holds the count of the ranges before this one, and afterwards also of this.
+/// Positions at every rank: position[t, r] (int32 [T, R]) is how many tokens before t go to r, or -1 if t
+/// does not. next[r] (int32 [R]) comes in as the count of the ranges before this one and goes out with this
+/// range's added.
 DEEPEP_HD void fill_positions(const uint8_t* is_token_in_rank, int64_t num_ranks, int64_t begin, int64_t end,
                               int32_t* next, int32_t* position) {
   for (int64_t token = begin; token < end; ++token) {
@@ -74,18 +65,6 @@ DEEPEP_HD void fill_positions(const uint8_t* is_token_in_rank, int64_t num_ranks
       position[at] = take_position(is_token_in_rank[at] != 0, next[rank]);
     }
   }
-}
-
-/// In place, over n values `stride` apart: each becomes the sum of those before it. Returns the sum of all.
-template <class Count>
-DEEPEP_HD constexpr Count exclusive_prefix(Count* values, int64_t n, int64_t stride = 1) {
-  Count sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Count value = values[i * stride];
-    values[i * stride] = sum;
-    sum += value;
-  }
-  return sum;
 }
 
 }  // namespace deepep::core

@@ -1,4 +1,5 @@
-// Where experts and ranks live, and which entry of a token's top-k row speaks for a rank, a node or an expert.
+// Where experts and ranks live, and which entry of a token's top-k row speaks for a rank, a node or an
+// expert.
 #pragma once
 
 #include "core/arith.hpp"
@@ -17,13 +18,16 @@ struct Placement {
   int32_t experts_per_rank;
 
   DEEPEP_HD constexpr Placement(int32_t experts, int32_t ranks, int32_t node_size)
-      : num_experts(experts), num_ranks(ranks), ranks_per_node(node_size), experts_per_rank(experts / ranks) {}
+      : num_experts(experts),
+        num_ranks(ranks),
+        ranks_per_node(node_size),
+        experts_per_rank(experts / ranks) {}
 
   [[nodiscard]] DEEPEP_HD constexpr int32_t num_nodes() const {
     return int32_t(ceil_div(num_ranks, ranks_per_node));
   }
-  /// False for -1 ("no expert"). Other entries outside [0, num_experts) are refused on the host; on the device
-  /// they count nowhere rather than reach outside an array.
+  /// False for -1 ("no expert"). Other entries outside [0, num_experts) are refused on the host; on the
+  /// device they count nowhere rather than reach outside an array.
   template <class Index>
   [[nodiscard]] DEEPEP_HD constexpr bool is_expert(Index entry) const {
     return entry >= 0 && entry < num_experts;
@@ -32,17 +36,17 @@ struct Placement {
     return expert / experts_per_rank;
   }
   [[nodiscard]] DEEPEP_HD constexpr int32_t node_of_rank(int32_t rank) const { return rank / ranks_per_node; }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t local_rank(int32_t rank) const { return rank % ranks_per_node; }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t node_of_expert(int32_t expert) const {
-    return node_of_rank(rank_of_expert(expert));
+  [[nodiscard]] DEEPEP_HD constexpr int32_t first_rank_of_node(int32_t node) const {
+    return node * ranks_per_node;
+  }
+  [[nodiscard]] DEEPEP_HD constexpr int32_t num_ranks_of_node(int32_t node) const {
+    return min_of(ranks_per_node, num_ranks - first_rank_of_node(node));
   }
   [[nodiscard]] DEEPEP_HD constexpr int32_t first_expert_of_rank(int32_t rank) const {
     return rank * experts_per_rank;
   }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t first_expert_of_node(int32_t node) const {
-    return first_expert_of_rank(node * ranks_per_node);
-  }
-  /// The expert's index on `rank`, or -1 if it lives elsewhere or is none: what a receiver sees of a top-k entry.
+  /// The expert's index on `rank`, or -1 if it lives elsewhere or is none: what a receiver sees of a top-k
+  /// entry.
   template <class Index>
   [[nodiscard]] DEEPEP_HD constexpr int32_t local_expert(Index entry, int32_t rank) const {
     return is_expert(entry) && rank_of_expert(int32_t(entry)) == rank
@@ -60,8 +64,9 @@ template <class Index>
   return false;
 }
 
-/// Whether entry k is the first of its row that selects its rank: a token goes to a rank once, however many of its
-/// entries point there. One division, then comparisons: every entry of the rank lies in one range of experts.
+/// Whether entry k is the first of its row that selects its rank: a token goes to a rank once, however many
+/// of its entries point there. One division, then comparisons: every entry of the rank lies in one range of
+/// experts.
 template <class Index>
 [[nodiscard]] DEEPEP_HD constexpr bool is_first_of_rank(const Index* row, int k, const Placement& place) {
   if (!place.is_expert(row[k])) return false;
@@ -73,9 +78,9 @@ template <class Index>
 template <class Index>
 [[nodiscard]] DEEPEP_HD constexpr bool is_first_of_node(const Index* row, int k, const Placement& place) {
   if (!place.is_expert(row[k])) return false;
-  const int32_t first = place.first_expert_of_node(place.node_of_expert(int32_t(row[k])));
-  const int64_t end = int64_t(first) + int64_t(place.ranks_per_node) * place.experts_per_rank;
-  return !any_within(row, k, first, int32_t(min_of<int64_t>(end, place.num_experts)));
+  const int32_t node = place.node_of_rank(place.rank_of_expert(int32_t(row[k])));
+  const int32_t first = place.first_expert_of_rank(place.first_rank_of_node(node));
+  return !any_within(row, k, first, first + place.num_ranks_of_node(node) * place.experts_per_rank);
 }
 
 /// The same for the expert itself: duplicates of an expert inside a token share one low-latency row.

@@ -1,6 +1,7 @@
-// Symmetric buffers as layout structs: every offset is one method, so that sender, receiver, emulator and host cannot
-// disagree. Bytes, from the start of the buffer. Templates over the integer: the device uses int64_t, the host first
-// evaluates total_bytes() in 128 bits (fits_int64), after which no offset inside can overflow.
+// Symmetric buffers as layout structs: every offset is one method, so that sender, receiver, emulator and
+// host cannot disagree. Bytes, from the start of the buffer. Templates over the integer: the device uses
+// int64_t, the host first evaluates total_bytes() in 128 bits (fits_int64), after which no offset inside can
+// overflow.
 #pragma once
 
 #include "core/placement.hpp"
@@ -16,9 +17,9 @@ inline constexpr int64_t kScaleGroup = 128;
 /// Operations that may be in flight on the fixed-slot path: a peer may still read one while the next arrives.
 inline constexpr int64_t kNumEpochs = 2;
 
-/// Fixed-slot (low-latency) buffer of one rank. Dispatch is proportional to R * M: a token crosses to a rank once,
-/// however many of its experts live there, into the slot of its source and position; the receiver spreads it.
-/// Combine is proportional to M * K: slot (token, k) takes the row of the token's k-th expert.
+/// Fixed-slot (low-latency) buffer of one rank. Dispatch is proportional to R * M: a token crosses to a rank
+/// once, however many of its experts live there, into the slot of its source and position; the receiver
+/// spreads it. Combine is proportional to M * K: slot (token, k) takes the row of the token's k-th expert.
 template <class Int>
 struct LowLatencyBuffer {
   Int num_ranks;       // R
@@ -26,7 +27,8 @@ struct LowLatencyBuffer {
   Int hidden;          // H
   Int num_topk;        // K, or kMaxTopk before it is known
 
-  /// Message header: source token and number of entries, then K (local expert or -1) int32 and K weights float32.
+  /// Message header: source token and number of entries, then K (local expert or -1) int32 and K weights
+  /// float32.
   [[nodiscard]] DEEPEP_HD constexpr Int header_bytes() const {
     return align_up(Int(2) * 4 + num_topk * (4 + 4), Int(kRowAlignment));
   }
@@ -55,8 +57,8 @@ struct LowLatencyBuffer {
     return align_up(num_max_tokens * num_topk * combine_message_bytes(), Int(kRegionAlignment));
   }
 
-  // The order of regions: flags first, so that their addresses depend on R alone and an operation with another M or H
-  // finds the words where the last one left them.
+  // The order of regions: flags first, so that their addresses depend on R alone and an operation with
+  // another M or H finds the words where the last one left them.
 
   /// Word that `source` sets at this rank when its dispatch of `epoch` has arrived.
   [[nodiscard]] DEEPEP_HD constexpr Int dispatch_flag(Int epoch, Int source) const {
@@ -76,41 +78,13 @@ struct LowLatencyBuffer {
     return dispatch_send(Int(kNumEpochs), 0) + epoch * dispatch_region_bytes() +
            (source * num_max_tokens + position) * dispatch_message_bytes();
   }
-  /// Slot, at the token's owner, of the row that comes back from the token's k-th expert. In the rank-reduced mode k is
-  /// the first entry that selects the rank.
+  /// Slot, at the token's owner, of the row that comes back from the token's k-th expert. In the rank-reduced
+  /// mode k is the first entry that selects the rank.
   [[nodiscard]] DEEPEP_HD constexpr Int combine_slot(Int epoch, Int token, Int k) const {
     return dispatch_slot(Int(kNumEpochs), 0, 0) + epoch * combine_region_bytes() +
            (token * num_topk + k) * combine_message_bytes();
   }
   [[nodiscard]] DEEPEP_HD constexpr Int total_bytes() const { return combine_slot(Int(kNumEpochs), 0, 0); }
-};
-
-/// A slot of received rows (high throughput), lent to all senders of one dispatch: the rows in their final order.
-template <class Int>
-struct ReceiveBuffer {
-  Int num_rows;     // capacity, R * M at worst
-  Int row_bytes;    // of x
-  Int scale_bytes;  // per row; 0 without scales
-  Int num_topk;     // 0 without top-k
-  Int index_bytes;  // of one top-k index: 4 or 8
-
-  [[nodiscard]] DEEPEP_HD constexpr Int x(Int row) const { return row * row_bytes; }
-  [[nodiscard]] DEEPEP_HD constexpr Int scales(Int row) const {
-    return align_up(x(num_rows), Int(kRegionAlignment)) + row * scale_bytes;
-  }
-  [[nodiscard]] DEEPEP_HD constexpr Int topk_idx(Int row) const {
-    return align_up(scales(num_rows), Int(kRegionAlignment)) + row * num_topk * index_bytes;
-  }
-  [[nodiscard]] DEEPEP_HD constexpr Int topk_weights(Int row) const {
-    return align_up(topk_idx(num_rows), Int(kRegionAlignment)) + row * num_topk * 4;
-  }
-  /// Source token of the row, int32. The source rank follows from the row: rows lie in source order.
-  [[nodiscard]] DEEPEP_HD constexpr Int source_token(Int row) const {
-    return align_up(topk_weights(num_rows), Int(kRegionAlignment)) + row * 4;
-  }
-  [[nodiscard]] DEEPEP_HD constexpr Int total_bytes() const {
-    return align_up(source_token(num_rows), Int(kRegionAlignment));
-  }
 };
 
 }  // namespace deepep::core

@@ -1,0 +1,59 @@
+// Rows of the low-latency output [L, R * M, H]: one for each distinct (token, expert), those of an expert
+// packed from the front of its R * M rows in (source rank, source token) order.
+#pragma once
+
+#include "core/placement.hpp"
+
+namespace deepep::core {
+
+/// The part of an expert's rows that one source fills, as the interface returns it: (begin << 32) | count.
+[[nodiscard]] DEEPEP_HD constexpr int64_t pack_range(int64_t begin, int64_t count) {
+  return int64_t(uint64_t(begin) << 32 | uint64_t(uint32_t(count)));
+}
+[[nodiscard]] DEEPEP_HD constexpr int64_t range_begin(int64_t range) {
+  return int64_t(uint64_t(range) >> 32);
+}
+[[nodiscard]] DEEPEP_HD constexpr int64_t range_count(int64_t range) { return int64_t(uint32_t(range)); }
+
+/// Row of the flattened output [L * R * M] that is number `index` of a local expert.
+[[nodiscard]] DEEPEP_HD constexpr int64_t packed_row(int64_t num_ranks, int64_t num_max_tokens,
+                                                     int64_t local_expert, int64_t index) {
+  return local_expert * (num_ranks * num_max_tokens) + index;
+}
+
+/// Position of each entry's token among those of its source that select the same expert, for tokens [begin,
+/// end): position [T, K], -1 where there is no expert; duplicates of an expert inside a token share a
+/// position. next [E] comes in as the rows of the ranges before this one and goes out with this range's
+/// added: rows per expert, from zero.
+template <class Index>
+DEEPEP_HD constexpr void fill_expert_positions(const Index* topk_idx, int num_topk, int64_t begin,
+                                               int64_t end, const Placement& place, int32_t* next,
+                                               int32_t* position) {
+  for (int64_t token = begin; token < end; ++token) {
+    const Index* row = topk_idx + token * num_topk;
+    int32_t* out = position + token * num_topk;
+    for (int k = 0; k < num_topk; ++k) {
+      if (is_first_of_expert(row, k, place)) {
+        out[k] = next[row[k]]++;
+      } else {
+        // No expert, or one that an earlier entry took: that entry's token is the last one numbered.
+        out[k] = place.is_expert(row[k]) ? next[row[k]] - 1 : -1;
+      }
+    }
+  }
+}
+
+/// ranges[s] of one local expert, from rows_from[s * stride], the rows each source sends it. Returns their
+/// sum.
+DEEPEP_HD constexpr int64_t fill_ranges(const int32_t* rows_from, int64_t num_ranks, int64_t stride,
+                                        int64_t* ranges) {
+  int64_t begin = 0;
+  for (int64_t source = 0; source < num_ranks; ++source) {
+    const int64_t count = rows_from[source * stride];
+    ranges[source] = pack_range(begin, count);
+    begin += count;
+  }
+  return begin;
+}
+
+}  // namespace deepep::core

@@ -1,0 +1,32 @@
+// Splitting work into ranges, and prefix sums over what the ranges counted.
+#pragma once
+
+#include "core/arith.hpp"
+
+namespace deepep::core {
+
+/// Contiguous split of tokens [0, num_tokens) over `num_parts` owners, in order; shares differ by at most one.
+struct TokenSplit {
+  int64_t num_tokens;
+  int64_t num_parts;
+
+  [[nodiscard]] DEEPEP_HD constexpr int64_t begin(int64_t part) const {
+    // The first num_tokens % num_parts shares are one longer.
+    return num_tokens / num_parts * part + min_of(part, num_tokens % num_parts);
+  }
+  [[nodiscard]] DEEPEP_HD constexpr int64_t end(int64_t part) const { return begin(part + 1); }
+};
+
+/// In place, over n values `stride` apart: each becomes the sum of those before it. Returns the sum of all.
+template <class Count>
+DEEPEP_HD constexpr Count exclusive_prefix(Count* values, int64_t n, int64_t stride = 1) {
+  Count sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Count value = values[i * stride];
+    values[i * stride] = sum;
+    sum += value;
+  }
+  return sum;
+}
+
+}  // namespace deepep::core
