@@ -1,0 +1,274 @@
+"""High-throughput dispatch and combine over torch.distributed's all_to_all: what a user can run anywhere.
+
+One rank's side of each operation, on a `Wire`. Routing is worked out here, on purpose, without layout.py and
+high_throughput.py: the two forms judge each other.
+
+A dispatch is one exchange: all that belongs to a row travels in one record of bytes, next to each other
+    x | scales | top-k indices (global) | top-k weights | source token (int32)
+so that bf16, fp8 with any scales, float32 and int32/int64 indices need no path of their own. A combine is one
+exchange of (x | top-k weights) records in the other direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import require
+from .numerics import accumulator_dtype, round_to
+from .wire import Wire
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """What one routing decision means for one rank: all that cached dispatches and combines need.
+
+    Lists indexed by rank hold zero for masked ranks.
+    """
+
+    num_tokens: int  # T
+    send_token: Tensor  # [S] int64: tokens to send, by destination rank, then token
+    send_counts: list[int]  # [R] rows to each rank; sum S
+    recv_counts: list[int]  # [R] rows from each rank; sum N
+    counts: list[list[int]]  # [R][R] rows from source to destination, the same on all ranks
+    num_recv_tokens_per_expert: list[int]  # [L], not aligned; [] where the ranks gave no expert counts
+    src_rank: Tensor  # [N] int32
+    src_token: Tensor  # [N] int32: written by the first dispatch (-1 before), whose records bring it
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """N, the rows this rank receives."""
+        return sum(self.recv_counts)
+
+
+@dataclass(frozen=True)
+class DispatchTensors:
+    """Received rows, and maybe more: of rows past N only the indices are written, with -1."""
+
+    x: Tensor  # [N, H]
+    scales: Tensor | None = None  # [N, P] row-major
+    topk_idx: Tensor | None = None  # [N, K] local expert or -1, dtype as given to dispatch
+    topk_weights: Tensor | None = None  # [N, K] float32, +0.0 where the index is -1
+
+
+@dataclass(frozen=True)
+class CombineTensors:
+    """Summed rows of this rank's tokens."""
+
+    x: Tensor  # [T, H], dtype of the rows
+    topk_weights: Tensor | None = None  # [T, K] float32
+
+
+def exchange_counts(
+    wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
+) -> DispatchPlan:
+    """Agree on who sends how many rows to whom: one small all_gather, after which the host knows N.
+
+    `is_token_in_rank` [T, R] bool decides the routing; `num_tokens_per_expert` [E] integer is only added up
+    and passed on (by all ranks or by none). Raises ValueError for a wrong shape or dtype, before anything is
+    sent.
+    """
+    num_ranks = wire.num_ranks
+    require(
+        is_token_in_rank.dtype == torch.bool
+        and is_token_in_rank.dim() == 2
+        and is_token_in_rank.shape[1] == num_ranks,
+        f"is_token_in_rank: got {is_token_in_rank.dtype} {list(is_token_in_rank.shape)}; "
+        f"allowed: bool [T, {num_ranks}]",
+    )
+    num_experts = 0 if num_tokens_per_expert is None else num_tokens_per_expert.numel()
+    require(
+        num_experts % num_ranks == 0,
+        f"num_tokens_per_expert: got {num_experts}; allowed: a multiple of {num_ranks}",
+    )
+    alive = torch.zeros(num_ranks, dtype=torch.bool, device=is_token_in_rank.device)
+    alive[list(wire.members)] = True
+    destination, token = (is_token_in_rank & alive).t().nonzero(as_tuple=True)
+    words = torch.bincount(destination, minlength=num_ranks)
+    if num_tokens_per_expert is not None:
+        words = torch.cat([words, num_tokens_per_expert.to(words)])
+    told = {source: row.tolist() for source, row in wire.all_gather(words).items()}
+    counts = [told[source][:num_ranks] if source in told else [0] * num_ranks for source in range(num_ranks)]
+    recv_counts = [row[wire.rank] for row in counts]
+    num_local = num_experts // num_ranks
+    first = num_ranks + wire.rank * num_local
+    columns = zip(*(row[first : first + num_local] for row in told.values()), strict=True)
+    src_rank = torch.repeat_interleave(
+        torch.arange(num_ranks, dtype=torch.int32, device=token.device),
+        torch.tensor(recv_counts, device=token.device),
+    )
+    return DispatchPlan(
+        num_tokens=is_token_in_rank.shape[0],
+        send_token=token,
+        send_counts=counts[wire.rank],
+        recv_counts=recv_counts,
+        counts=counts,
+        num_recv_tokens_per_expert=[sum(column) for column in columns],
+        src_rank=src_rank,
+        src_token=torch.full_like(src_rank, -1),
+    )
+
+
+def allocate(
+    plan: DispatchPlan,
+    x: Tensor,
+    *,
+    scales: Tensor | None = None,
+    topk_idx: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    num_worst_tokens: int = 0,
+) -> DispatchTensors:
+    """Outputs for a dispatch of these inputs: N rows, or `num_worst_tokens` if that is not zero."""
+    rows = num_worst_tokens or plan.num_recv_tokens
+
+    def empty_like(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field.new_empty(rows, field.shape[1])
+
+    recv_x = x.new_empty(rows, x.shape[1])
+    return DispatchTensors(recv_x, empty_like(scales), empty_like(topk_idx), empty_like(topk_weights))
+
+
+def dispatch(
+    wire: Wire,
+    plan: DispatchPlan,
+    x: Tensor,
+    *,
+    scales: Tensor | None = None,
+    topk_idx: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    num_experts: int = 0,
+    out: DispatchTensors | None = None,
+) -> DispatchTensors:
+    """Send the rows of `x` [T, H] as planned and receive: by source rank, then source token. One exchange.
+
+    `scales` [T, P], `topk_idx` [T, K] (needs `num_experts`), `topk_weights` [T, K] float32: optional, the
+    same ones on all ranks; any strides. `out` comes from `allocate` and may have more than N rows. Raises
+    ValueError for shapes that do not fit, before anything is sent.
+    """
+    fields = _present(x=x, scales=scales, topk_idx=topk_idx, topk_weights=topk_weights)
+    for name, field in fields.items():
+        require(
+            field.dim() == 2 and field.shape[0] == plan.num_tokens,
+            f"{name}: got {list(field.shape)}; allowed: [{plan.num_tokens}, *]",
+        )
+    require(
+        (topk_idx is None) == (topk_weights is None),
+        "topk_weights: topk_idx and topk_weights come together or not at all",
+    )
+    require(
+        topk_idx is None or (num_experts > 0 and num_experts % wire.num_ranks == 0),
+        f"num_experts: got {num_experts}; allowed: a positive multiple of {wire.num_ranks}",
+    )
+    if out is None:
+        out = allocate(plan, x, scales=scales, topk_idx=topk_idx, topk_weights=topk_weights)
+    total = plan.num_recv_tokens
+    require(out.x.shape[0] >= total, f"out: got {out.x.shape[0]} rows; allowed: at least {total}")
+
+    send_counts, recv_counts = _alive(wire, plan.send_counts), _alive(wire, plan.recv_counts)
+    require(
+        send_counts == plan.send_counts and recv_counts == plan.recv_counts,
+        "plan: it has rows for ranks that were masked since; allowed: a plan made with these members",
+    )
+    fields["token"] = torch.arange(plan.num_tokens, dtype=torch.int32, device=x.device).unsqueeze(1)
+    received = wire.all_to_all_rows(_pack(fields)[plan.send_token], send_counts, recv_counts)
+    got = _unpack(received, fields)
+    plan.src_token.copy_(got["token"].squeeze(1))
+    out.x[:total] = got["x"]
+    if out.scales is not None:
+        out.scales[:total] = got["scales"]
+    if out.topk_idx is not None and out.topk_weights is not None:
+        num_local = num_experts // wire.num_ranks
+        expert = got["topk_idx"]
+        mine = (expert >= 0) & (expert // num_local == wire.rank)
+        out.topk_idx[:total] = torch.where(mine, expert % num_local, -1)
+        out.topk_idx[total:] = -1
+        out.topk_weights[:total] = torch.where(mine, got["topk_weights"], 0.0)
+    return out
+
+
+def combine(
+    wire: Wire,
+    plan: DispatchPlan,
+    x: Tensor,
+    *,
+    topk_weights: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
+) -> CombineTensors:
+    """Return each received row to its token and sum there: biases, then rows by ascending rank. One exchange.
+
+    `x` [>= N, H] bfloat16, float32 or float64; the sum runs in float32 (float64 for float64), starts from its
+    first term and is rounded once. Tokens without a term give +0.0. `topk_weights` [>= N, K] float32 are
+    summed from +0.0. `biases`: up to two [T, H]. Rows of ranks that were masked since the dispatch are left
+    out. Raises ValueError for shapes and dtypes that do not fit, before anything is sent.
+    """
+    total, num_tokens, hidden = plan.num_recv_tokens, plan.num_tokens, x.shape[-1]
+    fields = {name: field[:total] for name, field in _present(x=x, topk_weights=topk_weights).items()}
+    for name, field in fields.items():
+        require(
+            field.dim() == 2 and field.shape[0] == total,
+            f"{name}: got {list(field.shape)}; allowed: [>= {total}, *]",
+        )
+    for bias in biases:
+        require(list(bias.shape) == [num_tokens, hidden], f"bias: got {bias.shape}; allowed: [T, H]")
+    wide = accumulator_dtype(x.dtype)
+
+    back_counts, owned_counts = _alive(wire, plan.recv_counts), _alive(wire, plan.send_counts)
+    alive_rows = [
+        part
+        for part, count in zip(_pack(fields).split(plan.recv_counts), back_counts, strict=True)
+        if count == part.shape[0]
+    ]
+    received = wire.all_to_all_rows(torch.cat(alive_rows), back_counts, owned_counts)
+    got = _unpack(received, fields)
+
+    total_x = torch.zeros(num_tokens, hidden, dtype=wide, device=x.device)
+    started = torch.full((num_tokens, 1), len(biases) > 0, device=x.device)
+    for n, bias in enumerate(biases):
+        total_x = bias.to(wide, copy=True) if n == 0 else total_x + bias.to(wide)
+    weights = None
+    if topk_weights is not None:
+        weights = topk_weights.new_zeros(num_tokens, topk_weights.shape[1])
+    tokens_of = plan.send_token.split(plan.send_counts)
+    start = 0
+    for rank, count in enumerate(owned_counts):
+        if count == 0:
+            continue
+        token, rows = tokens_of[rank], slice(start, start + count)
+        term = got["x"][rows].to(wide)
+        # The first term is taken, not added to zero: 0.0 + -0.0 would lose the sign of a lone -0.0.
+        total_x[token] = torch.where(started[token], total_x[token] + term, term)
+        started[token] = True
+        if weights is not None:
+            weights[token] += got["topk_weights"][rows]
+        start += count
+    return CombineTensors(round_to(total_x, x.dtype), weights)
+
+
+def _alive(wire: Wire, counts: Sequence[int]) -> list[int]:
+    """Counts by rank with zero for ranks that are no members (any more)."""
+    return [count if rank in wire.members else 0 for rank, count in enumerate(counts)]
+
+
+def _present(**fields: Tensor | None) -> dict[str, Tensor]:
+    """The fields that were given, in the order in which they lie in a record."""
+    return {name: field for name, field in fields.items() if field is not None}
+
+
+def _pack(fields: dict[str, Tensor]) -> Tensor:
+    """[n, *] tensors side by side as [n, bytes] uint8."""
+    return torch.cat([field.contiguous().view(torch.uint8) for field in fields.values()], dim=1)
+
+
+def _unpack(records: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fields that `_pack` put into the records, in the dtypes and widths of `like`."""
+    fields = {}
+    start = 0
+    for name, model in like.items():
+        width = model.shape[1] * model.element_size()
+        # contiguous(): a view in a wider dtype needs an aligned start; a column of records need not have it.
+        fields[name] = records[:, start : start + width].contiguous().view(model.dtype)
+        start += width
+    return fields
