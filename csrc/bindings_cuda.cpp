@@ -1,0 +1,180 @@
+// deepep._cuda: launches of the kernels for Python. Addresses, sizes and a stream; no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "core/symmetric_layout.hpp"
+#include "kernels/launch.cuh"
+#include "kernels/launch.hpp"
+
+namespace py = pybind11;
+namespace dk = deepep::kernels;
+using deepep::core::ControlLayout;
+using deepep::core::SlotLayout;
+using deepep::core::StagingLayout;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+/// One rank's view of its NVLink domain, and the operations on it. All pointers are the caller's to keep alive.
+class Domain {
+ public:
+  Domain(int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks, int64_t staging_bytes,
+         uintptr_t state, uintptr_t fault, double timeout_seconds) {
+    if (heaps.empty() || heaps.size() > deepep::core::kMaxRanks)
+      throw std::invalid_argument("an NVLink domain has 1 to 32 ranks");
+    group_.rank = rank;
+    group_.num_ranks = static_cast<int>(heaps.size());
+    group_.live = heaps.size() == 32 ? 0xffffffffu : (1u << heaps.size()) - 1u;
+    group_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
+    group_.control = ControlLayout{group_.num_ranks, max_local_experts, max_blocks};
+    group_.staging_offset = group_.control.bytes();
+    group_.staging_bytes = staging_bytes;
+    for (size_t r = 0; r < heaps.size(); ++r) group_.heap[r] = pointer<std::byte>(heaps[r]);
+    group_.state = pointer<dk::LocalState>(state);
+    group_.fault = pointer<dk::FaultRecord>(fault);
+  }
+
+  void set_live(uint32_t live) { group_.live = live; }
+  void set_timeout(double seconds) { group_.timeout_ns = static_cast<uint64_t>(seconds * 1e9); }
+
+  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool cached, int64_t num_tokens, int num_topk,
+                int num_local_experts, int num_scales, int index_bytes, int64_t row_bytes, uintptr_t x,
+                uintptr_t scales, int64_t scale_token_stride, int64_t scale_stride, uintptr_t topk_idx,
+                uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
+                uintptr_t tokens_per_expert, uintptr_t counts, uintptr_t send_row, int64_t slot_offset,
+                int64_t slot_capacity, int64_t num_worst_tokens, uintptr_t host, uint32_t ticket, uintptr_t stream) {
+    const dk::DispatchArgs args{group_,
+                                push_blocks,
+                                local_blocks,
+                                cached,
+                                num_tokens,
+                                num_topk,
+                                num_local_experts,
+                                num_scales,
+                                index_bytes,
+                                row_bytes,
+                                pointer<const std::byte>(x),
+                                pointer<const uint32_t>(scales),
+                                scale_token_stride,
+                                scale_stride,
+                                pointer<const void>(topk_idx),
+                                pointer<const uint32_t>(topk_weights),
+                                pointer<const uint8_t>(is_token_in_rank),
+                                pointer<const int32_t>(tokens_per_rank),
+                                pointer<const int32_t>(tokens_per_expert),
+                                pointer<int32_t>(counts),
+                                pointer<int32_t>(send_row),
+                                slot_offset,
+                                slot_capacity,
+                                num_worst_tokens,
+                                pointer<dk::HostCounts>(host),
+                                ticket};
+    dk::launch_dispatch(args, num_blocks, pointer<void>(stream));
+  }
+
+  void combine(int num_blocks, int push_blocks, int reduce_blocks, int64_t num_tokens, int num_topk, int64_t row_bytes,
+               uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
+               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, uintptr_t stream) {
+    const dk::CombineArgs args{group_,
+                               push_blocks,
+                               reduce_blocks,
+                               num_tokens,
+                               num_topk,
+                               row_bytes,
+                               pointer<const std::byte>(x),
+                               pointer<const float>(topk_weights),
+                               {pointer<const std::byte>(bias_0), pointer<const std::byte>(bias_1)},
+                               pointer<const int32_t>(counts),
+                               pointer<const int32_t>(send_row),
+                               pointer<std::byte>(out),
+                               pointer<float>(out_weights)};
+    dk::launch_combine(args, num_blocks, pointer<void>(stream));
+  }
+
+  void barrier(uintptr_t stream) { dk::launch_barrier(group_, pointer<void>(stream)); }
+
+ private:
+  dk::Group group_{};
+};
+
+/// Waits, without the GIL, until a dispatch has written `ticket` to `host`.
+/// (phase, rows for this rank, the most rows of any rank, top-k entries per local expert), or None at the deadline.
+py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts, double timeout_seconds) {
+  const auto* host = pointer<dk::HostCounts>(address);
+  bool arrived = false;
+  {
+    py::gil_scoped_release release;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds);
+    while (!(arrived = __atomic_load_n(&host->ticket, __ATOMIC_ACQUIRE) == ticket)) {
+      if (std::chrono::steady_clock::now() > end) break;
+    }
+  }
+  if (!arrived) return py::none();
+  return py::make_tuple(host->phase, host->num_rows, host->most_rows,
+                        std::vector<uint32_t>(host->expert, host->expert + num_local_experts));
+}
+
+/// (serial, operation, phase, missing ranks as bits, expected, seen) of the last fault record.
+py::tuple read_fault(uintptr_t address) {
+  const auto* record = pointer<dk::FaultRecord>(address);
+  const uint32_t serial = __atomic_load_n(&record->serial, __ATOMIC_ACQUIRE);
+  return py::make_tuple(serial, record->operation, record->phase, record->missing, record->expected, record->seen);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "The CUDA kernels of deepep, for sm_90.";
+  m.attr("STATE_BYTES") = sizeof(dk::LocalState);
+  m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
+  m.attr("MAX_RANKS") = deepep::core::kMaxRanks;
+
+  py::class_<Domain>(m, "Domain")
+      .def(py::init<int, const std::vector<uintptr_t>&, int, int, int64_t, uintptr_t, uintptr_t, double>())
+      .def("set_live", &Domain::set_live)
+      .def("set_timeout", &Domain::set_timeout)
+      .def("dispatch", &Domain::dispatch)
+      .def("combine", &Domain::combine)
+      .def("barrier", &Domain::barrier);
+
+  m.def("layout", [](int num_ranks, int num_experts, int ranks_per_node, int num_topk, int index_bytes,
+                     int64_t num_tokens, uintptr_t topk_idx, uintptr_t tokens_per_rank, uintptr_t tokens_per_node,
+                     uintptr_t tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t workspace, int num_blocks,
+                     uintptr_t stream) {
+    const dk::LayoutArgs args{num_ranks,
+                              num_experts,
+                              ranks_per_node,
+                              num_topk,
+                              index_bytes,
+                              num_tokens,
+                              pointer<const void>(topk_idx),
+                              pointer<int32_t>(tokens_per_rank),
+                              pointer<int32_t>(tokens_per_node),
+                              pointer<int32_t>(tokens_per_expert),
+                              pointer<uint8_t>(is_token_in_rank),
+                              pointer<uint32_t>(workspace)};
+    dk::launch_layout(args, num_blocks, pointer<void>(stream));
+  });
+  m.def("wait_counts", &wait_counts);
+  m.def("read_fault", &read_fault);
+  m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + 4 * num_local_experts; });
+  m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
+    return ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
+  });
+  m.def("staging_capacity", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
+    return StagingLayout{area_bytes, row_bytes, num_topk}.capacity();
+  });
+  m.def("slot_offsets", [](int64_t capacity, int64_t row_bytes, int num_scales, int num_topk, int index_bytes) {
+    const SlotLayout slot{capacity, row_bytes, num_scales, num_topk, index_bytes};
+    return py::make_tuple(slot.source(), slot.scales(), slot.topk_idx(), slot.topk_weights(), slot.bytes());
+  });
+}

@@ -1,0 +1,114 @@
+// Where things lie in the symmetric heap of a rank, and in what a receiver lends to its senders.
+//
+// Every rank's heap is laid out alike: the control area first, the combine staging after it, the rest is
+// lent out in receive slots. Offsets are bytes from the heap's base unless a name says otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "core/rows.hpp"
+
+namespace deepep::core {
+
+/// Ranks of one NVLink domain: one warp's lanes hold one rank each, and masks are 32 bits.
+inline constexpr int kMaxRanks = 32;
+inline constexpr int64_t kLine = 128;
+
+/// The words ranks signal each other with. Each word has one writer: the rank its index names.
+struct ControlLayout {
+  int num_ranks;
+  int max_local_experts;
+  int max_blocks;
+
+  /// What source `s` tells this rank before it sends: tagged 8-byte words, see MailboxWords. Two in turn: a peer
+  /// may be done with one call and into the next while this rank's slower blocks still read; it cannot be two ahead.
+  [[nodiscard]] DEEPEP_HD int64_t mailbox(int s, uint32_t epoch) const {
+    return (2 * s + static_cast<int64_t>(epoch & 1u)) * mailbox_bytes();
+  }
+  [[nodiscard]] DEEPEP_HD int64_t mailbox_bytes() const {
+    return align_up(8 * (num_ranks + 4 + static_cast<int64_t>(max_local_experts)), kLine);
+  }
+  /// Source `s`'s block `b` has written all its rows of the dispatch with this epoch: 4-byte words.
+  [[nodiscard]] DEEPEP_HD int64_t rows_done(int s) const {
+    return mailbox(num_ranks, 0) + s * align_up(4 * static_cast<int64_t>(max_blocks), kLine);
+  }
+  /// Owner `o` has consumed the staging of every combine up to this epoch: a 4-byte word.
+  [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return rows_done(num_ranks) + o * kLine; }
+  /// Rank `r` has entered the barrier with this epoch: a 4-byte word.
+  [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return staging_free(num_ranks) + r * kLine; }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return arrived(num_ranks); }
+};
+
+/// Word numbers inside a mailbox.
+struct MailboxWords {
+  int num_ranks;
+
+  /// Rows the source sends to rank `r`. Every rank gets the source's whole row, so each can sum any column.
+  [[nodiscard]] DEEPEP_HD int count(int r) const { return r; }
+  /// The source's own receive slot: its offset in the source's heap, in units of 16 bytes.
+  [[nodiscard]] DEEPEP_HD int slot() const { return num_ranks; }
+  /// Rows that slot has room for.
+  [[nodiscard]] DEEPEP_HD int capacity() const { return num_ranks + 1; }
+  /// How many of the source's blocks will report in rows_done.
+  [[nodiscard]] DEEPEP_HD int push_blocks() const { return num_ranks + 2; }
+  /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
+  [[nodiscard]] DEEPEP_HD int signature() const { return num_ranks + 3; }
+  /// Top-k entries of the source that point at the receiver's local expert `l`.
+  [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return num_ranks + 4 + l; }
+};
+
+/// What the received rows of one dispatch look like in the slot: five arrays of `capacity` rows.
+struct SlotLayout {
+  int64_t capacity;
+  int64_t row_bytes;
+  int num_scales;
+  int num_topk;
+  int index_bytes;
+
+  [[nodiscard]] DEEPEP_HD int64_t x() const { return 0; }
+  /// Source token of each row: int32 [capacity].
+  [[nodiscard]] DEEPEP_HD int64_t source() const { return align_up(capacity * row_bytes, kLine); }
+  /// 4-byte scales, row-major [capacity, num_scales].
+  [[nodiscard]] DEEPEP_HD int64_t scales() const { return source() + align_up(4 * capacity, kLine); }
+  /// Local expert or -1: [capacity, num_topk] of index_bytes each.
+  [[nodiscard]] DEEPEP_HD int64_t topk_idx() const {
+    return scales() + align_up(4 * capacity * num_scales, kLine);
+  }
+  /// float32 [capacity, num_topk].
+  [[nodiscard]] DEEPEP_HD int64_t topk_weights() const {
+    return topk_idx() + align_up(capacity * num_topk * index_bytes, kLine);
+  }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const {
+    return topk_weights() + align_up(4 * capacity * num_topk, kLine);
+  }
+};
+
+/// Rows on their way back to their tokens' owner, with a flag each: flag == epoch says the row is there.
+struct StagingLayout {
+  int64_t area_bytes;
+  int64_t row_bytes;
+  int num_topk;  // 0: no weights travel
+
+  /// 4-byte flags sit first, at a place that does not depend on the row size, so that a flag is never
+  /// overwritten by a row of an operation with other shapes.
+  [[nodiscard]] DEEPEP_HD int64_t max_flags() const { return area_bytes / 1024; }
+  [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row) const { return 4 * row; }
+  [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return align_up(4 * max_flags(), kLine); }
+  [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return align_up(4 * num_topk, 16); }
+  /// A row and, behind it, its weights.
+  [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin() + i * (row_bytes + weight_bytes()); }
+  [[nodiscard]] DEEPEP_HD int64_t capacity() const {
+    const int64_t fit = (area_bytes - rows_begin()) / (row_bytes + weight_bytes());
+    return fit < max_flags() ? fit : max_flags();
+  }
+};
+
+/// First staging row, at `owner`, of the rows that come back from `from`. The owner's own rows do not travel.
+template <class Count>
+[[nodiscard]] DEEPEP_HD int64_t first_staging_row(const Count& count, int owner, int from) {
+  int64_t row = 0;
+  for (int r = 0; r < from; ++r) row += r == owner ? 0 : count(owner, r);
+  return row;
+}
+
+}  // namespace deepep::core

@@ -1,0 +1,235 @@
+// The vocabulary's body for sm_90. The only file of the project with PTX in it.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#define DEEPEP_DEVICE __device__ __forceinline__
+/// A kernel: `DEEPEP_KERNEL(name, Args, threads) { ... args ... }`. One block per SM: blocks wait for each
+/// other's ranks, so all of them must be resident.
+#define DEEPEP_KERNEL(name, Args, threads) \
+  __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
+
+namespace deepep::dev {
+
+DEEPEP_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+DEEPEP_DEVICE int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
+DEEPEP_DEVICE int warp() { return static_cast<int>(threadIdx.x / kWarpSize); }
+DEEPEP_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+DEEPEP_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
+DEEPEP_DEVICE int num_warps() { return static_cast<int>(blockDim.x / kWarpSize); }
+DEEPEP_DEVICE int num_blocks() { return static_cast<int>(gridDim.x); }
+
+DEEPEP_DEVICE void sync_block() { __syncthreads(); }
+DEEPEP_DEVICE void sync_warp() { __syncwarp(); }
+DEEPEP_DEVICE uint32_t ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
+template <class T>
+DEEPEP_DEVICE T shuffle(T v, int source_lane) {
+  return __shfl_sync(0xffffffffu, v, source_lane);
+}
+DEEPEP_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
+DEEPEP_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
+DEEPEP_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+// ---- plain memory ------------------------------------------------------------------------------------------
+
+template <class T>
+DEEPEP_DEVICE T load(const T* p) {
+  if constexpr (sizeof(T) == 16) {
+    T v;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(p)
+                 : "memory");
+    return v;
+  } else {
+    return *p;
+  }
+}
+
+template <class T>
+DEEPEP_DEVICE void store(T* p, T v) {
+  *p = v;
+}
+
+template <class T>
+DEEPEP_DEVICE T load_once(const T* p) {
+  if constexpr (sizeof(T) == 16) {
+    T v;
+    asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+        : "l"(p));
+    return v;
+  } else {
+    return __ldg(p);
+  }
+}
+
+DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v) {
+  asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
+               "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
+
+// ---- ordered memory ----------------------------------------------------------------------------------------
+
+// One asm statement for each (operation, order, scope, width): `.order.scope.type` are part of the opcode.
+#define DEEPEP_LOAD(ORDER, SCOPE, PTX, T, TYPE, REG)                                              \
+  DEEPEP_DEVICE T load_impl(ORDER, SCOPE, const T* p) {                                           \
+    T v;                                                                                          \
+    asm volatile("ld." PTX ".global." TYPE " %0, [%1];" : "=" REG(v) : "l"(p) : "memory");        \
+    return v;                                                                                     \
+  }
+#define DEEPEP_STORE(ORDER, SCOPE, PTX, T, TYPE, REG)                                             \
+  DEEPEP_DEVICE void store_impl(ORDER, SCOPE, T* p, T v) {                                        \
+    asm volatile("st." PTX ".global." TYPE " [%0], %1;" ::"l"(p), REG(v) : "memory");             \
+  }
+#define DEEPEP_FETCH(NAME, OP, ORDER, SCOPE, PTX, T, TYPE, REG)                                   \
+  DEEPEP_DEVICE T NAME##_impl(ORDER, SCOPE, T* p, T v) {                                          \
+    T old;                                                                                        \
+    asm volatile("atom." PTX ".global." OP "." TYPE " %0, [%1], %2;"                              \
+                 : "=" REG(old)                                                                   \
+                 : "l"(p), REG(v)                                                                 \
+                 : "memory");                                                                     \
+    return old;                                                                                   \
+  }
+#define DEEPEP_WIDTHS(MACRO, ...)           \
+  MACRO(__VA_ARGS__, uint32_t, "b32", "r")  \
+  MACRO(__VA_ARGS__, uint64_t, "b64", "l")
+
+DEEPEP_WIDTHS(DEEPEP_LOAD, relaxed, gpu_scope, "relaxed.gpu")
+DEEPEP_WIDTHS(DEEPEP_LOAD, relaxed, sys_scope, "relaxed.sys")
+DEEPEP_WIDTHS(DEEPEP_LOAD, acquire, gpu_scope, "acquire.gpu")
+DEEPEP_WIDTHS(DEEPEP_LOAD, acquire, sys_scope, "acquire.sys")
+DEEPEP_WIDTHS(DEEPEP_STORE, relaxed, gpu_scope, "relaxed.gpu")
+DEEPEP_WIDTHS(DEEPEP_STORE, relaxed, sys_scope, "relaxed.sys")
+DEEPEP_WIDTHS(DEEPEP_STORE, release, gpu_scope, "release.gpu")
+DEEPEP_WIDTHS(DEEPEP_STORE, release, sys_scope, "release.sys")
+
+#define DEEPEP_ADD_WIDTHS(ORDER, SCOPE, PTX)                                \
+  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint32_t, "u32", "r")   \
+  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint64_t, "u64", "l")   \
+  DEEPEP_FETCH(fetch_or, "or", ORDER, SCOPE, PTX, uint32_t, "b32", "r")     \
+  DEEPEP_FETCH(fetch_or, "or", ORDER, SCOPE, PTX, uint64_t, "b64", "l")
+DEEPEP_ADD_WIDTHS(relaxed, gpu_scope, "relaxed.gpu")
+DEEPEP_ADD_WIDTHS(release, gpu_scope, "release.gpu")
+DEEPEP_ADD_WIDTHS(acquire, gpu_scope, "acquire.gpu")
+DEEPEP_ADD_WIDTHS(acq_rel, gpu_scope, "acq_rel.gpu")
+
+#undef DEEPEP_ADD_WIDTHS
+#undef DEEPEP_WIDTHS
+#undef DEEPEP_FETCH
+#undef DEEPEP_STORE
+#undef DEEPEP_LOAD
+
+template <class Order, class Scope, class T>
+DEEPEP_DEVICE T load(const T* p) {
+  return load_impl(Order{}, Scope{}, p);
+}
+template <class Order, class Scope, class T>
+DEEPEP_DEVICE void store(T* p, std::type_identity_t<T> v) {
+  store_impl(Order{}, Scope{}, p, v);
+}
+template <class Order, class Scope, class T>
+DEEPEP_DEVICE T fetch_add(T* p, std::type_identity_t<T> v) {
+  return fetch_add_impl(Order{}, Scope{}, p, v);
+}
+template <class Order, class Scope, class T>
+DEEPEP_DEVICE T fetch_or(T* p, std::type_identity_t<T> v) {
+  return fetch_or_impl(Order{}, Scope{}, p, v);
+}
+
+DEEPEP_DEVICE void fence_impl(acq_rel, gpu_scope) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEEPEP_DEVICE void fence_impl(acq_rel, sys_scope) { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+template <class Order, class Scope>
+DEEPEP_DEVICE void fence() {
+  fence_impl(Order{}, Scope{});
+}
+
+// ---- time and waiting --------------------------------------------------------------------------------------
+
+DEEPEP_DEVICE uint64_t clock_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+/// The moment after which a wait gives up.
+struct Deadline {
+  uint64_t end_ns;
+  DEEPEP_DEVICE static Deadline in(uint64_t ns) { return {clock_ns() + ns}; }
+  [[nodiscard]] DEEPEP_DEVICE bool passed() const { return clock_ns() > end_ns; }
+};
+
+/// How many reads of a flag go by between two looks at the clock.
+inline constexpr int kPollsPerClock = 64;
+
+/// Reads *p until `satisfied` says so of what was read; false if the deadline passed first.
+template <class Order, class Scope, class T, class Satisfied>
+[[nodiscard]] DEEPEP_DEVICE bool wait_until(const T* p, const Satisfied& satisfied, Deadline deadline) {
+  for (;;) {
+    for (int i = 0; i < kPollsPerClock; ++i)
+      if (satisfied(load<Order, Scope>(p))) return true;
+    if (deadline.passed()) return false;
+  }
+}
+
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_equal(const uint32_t* p, uint32_t value, Deadline deadline) {
+  return wait_until<Order, Scope>(p, [=](uint32_t seen) { return seen == value; }, deadline);
+}
+
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_reached(const uint32_t* p, uint32_t epoch, Deadline deadline) {
+  // Epochs wrap around: the sign of the difference tells which is later.
+  return wait_until<Order, Scope>(p, [=](uint32_t seen) { return static_cast<int32_t>(seen - epoch) >= 0; }, deadline);
+}
+
+/// The tagged word's value goes to `value`, also if the deadline passed.
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_tag(const uint64_t* p, uint32_t tag, Deadline deadline, uint32_t& value) {
+  const auto has_tag = [&](uint64_t word) {
+    value = unpack_tagged(word).value;
+    return unpack_tagged(word).tag == tag;
+  };
+  return wait_until<Order, Scope>(p, has_tag, deadline);
+}
+
+// ---- shared memory -----------------------------------------------------------------------------------------
+
+/// A typed stretch of the block's dynamic shared memory.
+template <class T>
+class SharedArray {
+ public:
+  DEEPEP_DEVICE explicit SharedArray(int64_t byte_offset) {
+    extern __shared__ __align__(16) std::byte dynamic_shared[];
+    data_ = reinterpret_cast<T*>(dynamic_shared + byte_offset);
+  }
+  [[nodiscard]] DEEPEP_DEVICE T get(int i) const { return data_[i]; }
+  DEEPEP_DEVICE void set(int i, T v) { data_[i] = v; }
+  /// Atomic within the block; returns what was there before.
+  DEEPEP_DEVICE T add(int i, T v) { return atomicAdd_block(data_ + i, v); }
+  DEEPEP_DEVICE T bit_or(int i, T v) { return atomicOr_block(data_ + i, v); }
+
+ private:
+  T* data_;
+};
+
+// ---- numbers -----------------------------------------------------------------------------------------------
+
+/// The two bf16 of one 32-bit word, low half first.
+DEEPEP_DEVICE float bf16_low(uint32_t word) { return __uint_as_float(word << 16); }
+DEEPEP_DEVICE float bf16_high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+/// Rounds to nearest even; NaN stays NaN.
+DEEPEP_DEVICE uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+/// The sum, never contracted with a neighbouring product.
+DEEPEP_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+DEEPEP_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }
+
+}  // namespace deepep::dev

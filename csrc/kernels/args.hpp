@@ -1,0 +1,133 @@
+// What the kernels are told: plain structs, filled by the host and passed by value.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/symmetric_layout.hpp"
+
+namespace deepep::kernels {
+
+inline constexpr int kThreads = 1024;
+
+enum class Operation : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
+
+enum class Phase : uint32_t {
+  kNone = 0,
+  kCounts = 1,         // waiting for a peer's counts and slot
+  kRows = 2,           // waiting for a peer's rows
+  kStaging = 3,        // waiting for a peer to have consumed its staging
+  kReturn = 4,         // waiting for a row to come back
+  kArrival = 5,        // barrier
+  kTooManyRows = 16,   // not a wait: some rank receives more rows than its slot holds
+  kDisagreement = 17,  // not a wait: ranks passed different shapes
+};
+
+/// What went wrong first on this rank. Written once per kernel by its last block; the host reads it.
+struct FaultRecord {
+  uint32_t operation;
+  uint32_t phase;
+  uint32_t missing;  // bit r: rank r was waited for in vain
+  uint32_t expected;
+  uint32_t seen;
+  uint32_t serial;  // written last, never 0: a new value means a new record
+};
+
+/// This rank's own words in device memory: they survive graph replays, the host never touches them in flight.
+struct LocalState {
+  uint32_t dispatch_epoch;
+  uint32_t combine_epoch;
+  uint32_t barrier_epoch;
+  uint32_t blocks_left;     // blocks that have reached the end of the running kernel
+  uint32_t blocks_reduced;  // blocks that have read the last of the staging
+  uint32_t serial;
+  uint32_t phase;
+  uint32_t missing;
+  uint32_t expected;
+  uint32_t seen;
+};
+
+/// What the host wants to know of a dispatch while it runs: in pinned memory, ticket last.
+struct HostCounts {
+  uint32_t ticket;
+  uint32_t phase;       // 0, or kTooManyRows, or a wait's phase
+  uint32_t num_rows;    // rows this rank receives
+  uint32_t most_rows;   // the most any rank receives
+  uint32_t expert[1];   // [L] top-k entries per local expert
+};
+
+/// The group as a kernel sees it.
+struct Group {
+  int rank;
+  int num_ranks;
+  uint32_t live;  // bit r: rank r takes part
+  uint64_t timeout_ns;
+  core::ControlLayout control;
+  int64_t staging_offset;
+  int64_t staging_bytes;
+  std::byte* heap[core::kMaxRanks];  // every rank's heap as mapped here
+  LocalState* state;
+  FaultRecord* fault;  // pinned host memory
+};
+
+struct DispatchArgs {
+  Group group;
+  int push_blocks;   // blocks [0, push_blocks) write to other ranks
+  int local_blocks;  // the last local_blocks blocks write the rows that stay; the two may overlap
+  bool cached;       // counts and rows come from the handle
+  int64_t num_tokens;
+  int num_topk;           // 0: no top-k travels
+  int num_local_experts;  // L
+  int num_scales;         // 4-byte scales per row; 0: none
+  int index_bytes;        // 4 or 8
+  int64_t row_bytes;      // a multiple of 16
+  const std::byte* x;                // [T, row_bytes]
+  const uint32_t* scales;            // [T, num_scales], any strides
+  int64_t scale_token_stride;        // in elements
+  int64_t scale_stride;              // in elements
+  const void* topk_idx;              // [T, K] int32 or int64
+  const uint32_t* topk_weights;      // [T, K] float32 bits
+  const uint8_t* is_token_in_rank;   // [T, R]
+  const int32_t* tokens_per_rank;    // [R]; not used when cached
+  const int32_t* tokens_per_expert;  // [E] or null; not used when cached
+  int32_t* counts;                   // [R, R] of the handle: read when cached, else written
+  int32_t* send_row;                 // [T, R] of the handle: final row at each rank, or -1; likewise
+  int64_t slot_offset;               // the slot this rank lends, in its heap
+  int64_t slot_capacity;             // rows
+  int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
+  HostCounts* host;                  // null: the host does not wait
+  uint32_t ticket;
+};
+
+struct CombineArgs {
+  Group group;
+  int push_blocks;
+  int reduce_blocks;
+  int64_t num_tokens;  // T of this rank
+  int num_topk;        // 0: no weights travel
+  int64_t row_bytes;   // bf16 rows, a multiple of 16
+  const std::byte* x;            // [N, row_bytes]
+  const float* topk_weights;     // [N, K]
+  const std::byte* bias[2];      // [T, row_bytes] or null
+  const int32_t* counts;         // [R, R] of the handle
+  const int32_t* send_row;       // [T, R] of the handle
+  std::byte* out;                // [T, row_bytes]
+  float* out_weights;            // [T, K]
+};
+
+struct LayoutArgs {
+  int num_ranks;
+  int num_experts;
+  int ranks_per_node;
+  int num_topk;
+  int index_bytes;
+  int64_t num_tokens;
+  const void* topk_idx;        // [T, K]
+  int32_t* tokens_per_rank;    // [R]
+  int32_t* tokens_per_node;    // [R / ranks_per_node] or null
+  int32_t* tokens_per_expert;  // [E]
+  uint8_t* is_token_in_rank;   // [T, R]
+  uint32_t* workspace;         // [E + R + nodes + 1] zero before and after
+};
+
+}  // namespace deepep::kernels

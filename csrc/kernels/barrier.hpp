@@ -1,0 +1,29 @@
+// A barrier of all live ranks on the device, with a deadline: one word a rank, carrying the epoch.
+#pragma once
+
+#include "kernels/group.hpp"
+
+namespace deepep::kernels {
+
+struct BarrierArgs {
+  Group group;
+};
+
+DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
+  using namespace dev;
+  const Group& g = args.group;
+  const Deadline deadline = Deadline::in(g.timeout_ns);
+  const uint32_t epoch = load(&g.state->barrier_epoch) + 1;
+  for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
+    if (is_live(g, peer)) store<release, sys_scope>(at<uint32_t>(g, peer, g.control.arrived(g.rank)), epoch);
+  for (int peer = thread(); peer < g.num_ranks; peer += num_threads()) {
+    if (!is_live(g, peer)) continue;
+    const uint32_t* arrived = at<uint32_t>(g, g.rank, g.control.arrived(peer));
+    // A peer may have gone through and entered the next barrier already.
+    if (!wait_reached<acquire, sys_scope>(arrived, epoch, deadline))
+      note_fault(g, Phase::kArrival, 1u << peer, epoch, load<relaxed, sys_scope>(arrived));
+  }
+  leave(g, Operation::kBarrier, &g.state->barrier_epoch);
+}
+
+}  // namespace deepep::kernels

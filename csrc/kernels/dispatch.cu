@@ -1,0 +1,13 @@
+#include "kernels/dispatch.hpp"
+
+#include "kernels/launch.cuh"
+#include "kernels/launch.hpp"
+
+namespace deepep::kernels {
+
+void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream) {
+  const DispatchShared shared{args.group.num_ranks, kThreads / dev::kWarpSize};
+  launch<DispatchArgs>(dispatch_kernel, args, num_blocks, kThreads, shared.bytes(), stream, "dispatch");
+}
+
+}  // namespace deepep::kernels

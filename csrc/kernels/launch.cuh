@@ -1,0 +1,27 @@
+// Checked launches, for the .cu files.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace deepep::kernels {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+/// Launches `kernel(args)`; raises its dynamic shared memory limit when it needs more than the default 48 KiB.
+template <class Args>
+void launch(void (*kernel)(Args), const Args& args, int num_blocks, int threads, int64_t shared_bytes, void* stream,
+            const char* name) {
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          name);
+  kernel<<<num_blocks, threads, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(args);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace deepep::kernels

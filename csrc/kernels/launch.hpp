@@ -1,0 +1,14 @@
+// The host's side of each kernel: how much shared memory, how many blocks; and the launch.
+#pragma once
+
+#include "kernels/args.hpp"
+
+namespace deepep::kernels {
+
+/// Throws std::runtime_error with CUDA's words if a launch is refused. `stream` is a cudaStream_t.
+void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream);
+void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
+void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
+void launch_barrier(const Group& group, void* stream);
+
+}  // namespace deepep::kernels

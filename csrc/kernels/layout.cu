@@ -1,0 +1,19 @@
+#include "kernels/layout.hpp"
+
+#include "kernels/barrier.hpp"
+#include "kernels/launch.cuh"
+#include "kernels/launch.hpp"
+
+namespace deepep::kernels {
+
+void launch_layout(const LayoutArgs& args, int num_blocks, void* stream) {
+  const int64_t nodes = core::ceil_div(args.num_ranks, args.ranks_per_node);
+  const int64_t bytes = 4 * (args.num_experts + args.num_ranks + nodes + 4);
+  launch<LayoutArgs>(layout_kernel, args, num_blocks, kThreads, bytes, stream, "layout");
+}
+
+void launch_barrier(const Group& group, void* stream) {
+  launch<BarrierArgs>(barrier_kernel, BarrierArgs{group}, 1, kThreads, 0, stream, "barrier");
+}
+
+}  // namespace deepep::kernels
