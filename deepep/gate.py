@@ -1,0 +1,168 @@
+"""Gates: which experts a token goes to, and with which weights. Pure functions on tensors; no communication.
+
+Every gate maps router logits [T, E] to a `Routing`: `topk_idx` [T, K] int64, best choice first, and
+`topk_weights` [T, K] in the precision of the scores (float32; float64 for float64 logits), differentiable
+with respect to the logits. What `deepep.Buffer` takes is exactly this pair.
+
+Ties are broken by index: among equal scores the lowest expert (and the lowest group) wins, on every device
+and for every batch split, because the selection is a stable sort and not `torch.topk`. A NaN score sorts
+above every number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from deepep.errors import RangeError, ShapeError
+
+#: Added to the sum of a token's sigmoid weights before dividing by it, so that K zero scores give zero
+#: weights, not NaN.
+WEIGHT_SUM_FLOOR = 1e-20
+
+
+class Routing(NamedTuple):
+    """A gate's decision for T tokens.
+
+    topk_idx: [T, K] int64, global expert indices, best first.
+    topk_weights: [T, K] float32 (float64 for float64 logits), the weights of those experts.
+    scores: [T, E], the unbiased scores the weights were taken from.
+    """
+
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    scores: torch.Tensor
+
+
+def stable_topk(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices [..., k] int64 of the k largest along the last dimension, largest first; ties go to the
+    lowest index.
+    """
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def softmax_topk(
+    logits: torch.Tensor,
+    num_topk: int,
+    *,
+    bias: torch.Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> Routing:
+    """Softmax over all experts, then the top k (Switch, Mixtral with `normalize=True`, DeepSeek-V2).
+
+    logits: [T, E] of a floating dtype. num_topk: 1 <= K <= E.
+    bias: [E], added to the scores for the selection alone; weights never contain it.
+    normalize: divide the K weights of a token by their sum. scale: multiplies the weights, last.
+    Raises ShapeError or RangeError.
+    """
+    _check(logits, num_topk, bias)
+    scores = torch.softmax(_wide(logits), dim=-1)  # [T, E]
+    return _weigh(scores, stable_topk(_biased(scores, bias), num_topk), normalize, scale)
+
+
+def sigmoid_topk(
+    logits: torch.Tensor,
+    num_topk: int,
+    *,
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Sigmoid of every logit, then the top k by score plus bias (DeepSeek-V3 without groups). Arguments as
+    softmax_topk's.
+    """
+    _check(logits, num_topk, bias)
+    scores = torch.sigmoid(_wide(logits))  # [T, E]
+    return _weigh(scores, stable_topk(_biased(scores, bias), num_topk), normalize, scale)
+
+
+def group_limited_topk(
+    logits: torch.Tensor,
+    num_topk: int,
+    *,
+    num_groups: int,
+    num_kept_groups: int,
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Top k inside the best groups of experts, as DeepSeek-V3 routes (there: 256 experts, 8 groups, 4 kept,
+    top 8, scale 2.5).
+
+    Experts form `num_groups` contiguous groups of equal size. Scores are sigmoids; `bias` [E] is added for
+    both selections and never enters a weight. A group's score is the sum of its two best biased scores (of
+    its one, where groups have one expert); the `num_kept_groups` best groups stay; the K best experts by
+    biased score are taken from these and from no other, however negative their biases are.
+
+    Contract: where `num_groups` is a multiple of the number of nodes and experts are laid out contiguously,
+    a token's experts lie on at most `num_kept_groups` nodes (`nodes_per_token`), which bounds its crossings
+    between nodes.
+
+    Raises ShapeError or RangeError, also when the kept groups hold fewer than K experts.
+    """
+    _check(logits, num_topk, bias)
+    num_experts = logits.shape[1]
+    if num_groups < 1 or num_experts % num_groups:
+        raise RangeError("num_groups", str(num_groups), f"a divisor of the number of experts, {num_experts}")
+    if not 1 <= num_kept_groups <= num_groups:
+        raise RangeError("num_kept_groups", str(num_kept_groups), f"1 to num_groups, {num_groups}")
+    group_size = num_experts // num_groups
+    if num_topk > num_kept_groups * group_size:
+        allowed = f"at most {num_kept_groups * group_size}, the experts of {num_kept_groups} groups"
+        raise RangeError("num_topk", str(num_topk), allowed)
+
+    scores = torch.sigmoid(_wide(logits))  # [T, E]
+    grouped = _biased(scores, bias).unflatten(-1, (num_groups, group_size))  # [T, G, E/G]
+    two_best = torch.sort(grouped, dim=-1, descending=True, stable=True).values[..., :2]
+    kept = stable_topk(two_best.sum(-1), num_kept_groups).sort(dim=-1).values  # [T, kept], ascending
+    # Only the kept groups' experts stand for election, in ascending order of index: no masking value is
+    # needed that a bias could undercut (zero would beat a kept expert with a negative bias), and ties stay
+    # with the lowest index.
+    candidates = grouped.gather(1, kept.unsqueeze(-1).expand(-1, -1, group_size)).flatten(
+        1
+    )  # [T, kept * E/G]
+    chosen = stable_topk(candidates, num_topk)  # [T, K]
+    topk_idx = kept.gather(1, chosen // group_size) * group_size + chosen % group_size
+    return _weigh(scores, topk_idx, normalize, scale)
+
+
+def nodes_per_token(topk_idx: torch.Tensor, num_experts: int, num_nodes: int) -> torch.Tensor:
+    """Distinct nodes each token is sent to: [T] int64. Experts lie on nodes in contiguous, equal blocks; -1
+    goes nowhere.
+    """
+    if num_nodes < 1 or num_experts % num_nodes:
+        raise RangeError("num_nodes", str(num_nodes), f"a divisor of the number of experts, {num_experts}")
+    node = torch.where(topk_idx >= 0, topk_idx // (num_experts // num_nodes), num_nodes).long()  # [T, K]
+    visited = torch.zeros(len(topk_idx), num_nodes + 1, dtype=torch.bool, device=topk_idx.device)
+    return visited.scatter(1, node, True)[:, :num_nodes].sum(1)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """Scores are computed in float32 at least: bf16 scores tie by the dozen."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _biased(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The scores that select: no gradient flows through a selection."""
+    return scores.detach() if bias is None else scores.detach() + bias.detach().to(scores.dtype)
+
+
+def _weigh(scores: torch.Tensor, topk_idx: torch.Tensor, normalize: bool, scale: float) -> Routing:
+    weights = scores.gather(1, topk_idx)  # [T, K]
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + WEIGHT_SUM_FLOOR)
+    if scale != 1.0:
+        weights = weights * scale
+    return Routing(topk_idx, weights, scores)
+
+
+def _check(logits: torch.Tensor, num_topk: int, bias: torch.Tensor | None) -> None:
+    if logits.ndim != 2:
+        raise ShapeError("logits", str(list(logits.shape)), "[tokens, experts]")
+    num_experts = logits.shape[1]
+    if not 1 <= num_topk <= num_experts:
+        raise RangeError("num_topk", str(num_topk), f"1 to the number of experts, {num_experts}")
+    if bias is not None and bias.shape != (num_experts,):
+        raise ShapeError("bias", str(list(bias.shape)), f"[{num_experts}]")
