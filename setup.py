@@ -1,6 +1,6 @@
 """Builds the extension modules and maps `reference/` and `sim/` into the package.
 
-deepep._core      layout rules (csrc/core), bound with pybind11; a C++20 compiler is all it needs.
+deepep._core      layout rules (csrc/core, csrc/host), bound with pybind11; a C++20 compiler is all it needs.
 deepep._emulator  the kernels' own source over csrc/emulator, for machines without a GPU.
 deepep._cuda      the kernels for sm_90a; built where nvcc is found, left out (with a message) elsewhere.
 
@@ -87,7 +87,8 @@ def pybind_extension(name: str, sources: list[str]) -> Extension:
 
 
 def extensions() -> list[Extension]:
-    wanted = [pybind_extension("deepep._core", ["csrc/bindings.cpp"])]
+    host = [str(p) for p in sorted((CSRC / "host").glob("*.cpp"))]
+    wanted = [pybind_extension("deepep._core", ["csrc/bindings.cpp", *host])]
     if (CSRC / "emulator" / "bindings.cpp").exists():
         emulator_sources = [str(p) for p in sorted((CSRC / "emulator").glob("*.cpp"))]
         wanted.append(pybind_extension("deepep._emulator", emulator_sources))

@@ -10,7 +10,9 @@ Bad shapes and values raise ValueError naming the argument; a size that 64 bits 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,9 +21,15 @@ from torch import Tensor
 from deepep import _core
 
 MAX_TOPK: int = _core.MAX_TOPK
+Array: TypeAlias = Tensor | np.ndarray
+LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/core/low_latency_buffer.hpp
 
 
-def _view(tensor: Tensor | np.ndarray, name: str, *dtypes: torch.dtype) -> np.ndarray:
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b) if a > 0 and b > 0 else 0  # what makes no sense is refused by the core
+
+
+def _view(tensor: Array, name: str, *dtypes: torch.dtype) -> np.ndarray:
     """The contiguous CPU memory of `tensor` as numpy sees it, without a copy."""
     if isinstance(tensor, np.ndarray):
         tensor = torch.from_numpy(tensor)
@@ -43,11 +51,11 @@ class DispatchLayout:
 
 
 def dispatch_layout(
-    topk_idx: Tensor | np.ndarray, num_experts: int, num_ranks: int, ranks_per_node: int = 8
+    topk_idx: Array, num_experts: int, num_ranks: int, ranks_per_node: int = 8
 ) -> DispatchLayout:
     """Counts and token-in-rank of `topk_idx` [T, K] (int32 or int64, -1 = no expert)."""
     idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
-    num_nodes = -(-num_ranks // ranks_per_node) if num_ranks > 0 and ranks_per_node > 0 else 0
+    num_nodes = _ceil_div(num_ranks, ranks_per_node)
     layout = DispatchLayout(
         num_tokens_per_rank=torch.empty(max(num_ranks, 0), dtype=torch.int32),
         num_tokens_per_node=torch.empty(num_nodes, dtype=torch.int32),
@@ -70,6 +78,214 @@ def dispatch_layout(
     return DispatchLayout(
         layout.num_tokens_per_rank, None, layout.num_tokens_per_expert, layout.is_token_in_rank
     )
+
+
+def received_topk(topk_idx: Array, num_experts: int, num_ranks: int, rank: int) -> Tensor:
+    """`topk_idx` [.., K] as `rank` sees it: the index among its own experts, or -1. Same dtype."""
+    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    local = np.empty_like(idx)
+    _core.local_topk(idx, num_experts, num_ranks, rank, local)
+    return torch.from_numpy(local)
+
+
+def rank_masks(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
+    """The distinct ranks of each token as the bits of an int64 [T]; at most 64 ranks."""
+    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    masks = np.empty(len(idx), np.int64)
+    _core.rank_masks(idx, num_experts, num_ranks, masks)
+    return torch.from_numpy(masks)
+
+
+# ---- final rows of a dispatch: ascending (source rank, source token)
+
+
+class FirstRows(NamedTuple):
+    """Where each source's rows begin at each receiver, and how many rows each receives."""
+
+    first_row: Tensor  # [R, R] int64: [s, r] is the first row of source s at rank r
+    num_received: Tensor  # [R] int64
+
+
+def first_rows(counts: Array) -> FirstRows:
+    """From the counts [R, R] int32 that all ranks exchange: counts[s, r] tokens go from s to r."""
+    matrix = _view(counts, "counts", torch.int32)
+    num_ranks = len(matrix)
+    rows, received = np.empty((num_ranks, num_ranks), np.int64), np.empty(num_ranks, np.int64)
+    _core.first_rows(matrix, rows, received)
+    return FirstRows(torch.from_numpy(rows), torch.from_numpy(received))
+
+
+def send_rows(is_token_in_rank: Array, first_row: Array, num_parts: int = 1) -> Tensor:
+    """Final row [T, R] int64 of each token in each receiver's output; -1 where it is not sent.
+
+    `first_row` [R] int64 is this source's line of `first_rows`. `num_parts` ranges of tokens are counted and
+    numbered apart, as the blocks of a kernel do it; the result is the same for any.
+    """
+    table = _view(is_token_in_rank, "is_token_in_rank", torch.bool)
+    rows = np.empty(table.shape, np.int64)
+    _core.send_rows(table, _view(first_row, "first_row", torch.int64), num_parts, rows)
+    return torch.from_numpy(rows)
+
+
+class ReceivedRows(NamedTuple):
+    """Where each of a receiver's rows comes from."""
+
+    src_rank: Tensor  # [N] int32
+    src_token: Tensor  # [N] int32
+
+
+def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
+    """The rows `rank` receives, from every source's is_token_in_rank [T_s, R] bool."""
+    tables = [_view(table, "is_token_in_rank", torch.bool) for table in is_token_in_rank]
+    for table in tables:
+        if table.ndim != 2 or table.shape[1] != len(tables) or not 0 <= rank < len(tables):
+            raise ValueError(f"is_token_in_rank: got {table.shape}; expected [T, {len(tables)}]; {rank=}")
+    num_rows = sum(int(np.count_nonzero(table[:, rank])) for table in tables)
+    src_rank, src_token = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
+    _core.receive_rows(tables, rank, src_rank, src_token)
+    return ReceivedRows(torch.from_numpy(src_rank), torch.from_numpy(src_token))
+
+
+def sources_of_rows(first_row: Array, num_rows: int) -> Tensor:
+    """Source rank [N] int32 of a receiver's rows; `first_row` [R] int64: where its sources begin."""
+    sources = np.empty(num_rows, np.int32)
+    _core.sources_of_rows(_view(first_row, "first_row", torch.int64), sources)
+    return torch.from_numpy(sources)
+
+
+# ---- expanded rows: one per (received row, k), grouped by expert
+
+
+class ExpandedLayout(NamedTuple):
+    """Expert l has rows [begin[l], end[l]); what lies between end[l] and begin[l + 1] is padding."""
+
+    row: Tensor  # [N, K] int64, -1 where the entry is -1
+    begin: Tensor  # [L] int64, multiples of the alignment
+    end: Tensor  # [L] int64
+    num_rows: int  # padding included
+
+
+def expanded_layout(
+    recv_topk_idx: Array, num_local_experts: int, alignment: int = 1, num_parts: int = 1
+) -> ExpandedLayout:
+    """Rows of a grouped GEMM: inside an expert by received row, then by k.
+
+    `recv_topk_idx` [N, K] holds local experts or -1. `num_parts` as in `send_rows`.
+    """
+    idx = _view(recv_topk_idx, "recv_topk_idx", torch.int32, torch.int64)
+    row = np.empty(idx.shape, np.int64)
+    begin, end = np.empty(num_local_experts, np.int64), np.empty(num_local_experts, np.int64)
+    num_rows = _core.expanded_layout(idx, alignment, num_parts, begin, end, row)
+    return ExpandedLayout(torch.from_numpy(row), torch.from_numpy(begin), torch.from_numpy(end), num_rows)
+
+
+# ---- low latency: one row per distinct (token, expert), packed per expert in [L, R * M, H]
+
+
+def low_latency_counts(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
+    """Rows [E] int32 that `topk_idx` [T, K] makes at each expert; duplicates inside a token share one."""
+    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    counts = np.empty(max(num_experts, 0), np.int32)
+    _core.low_latency_counts(idx, num_experts, num_ranks, counts)
+    return torch.from_numpy(counts)
+
+
+class LowLatencyRanges(NamedTuple):
+    """Which of an expert's rows came from whom."""
+
+    layout_range: Tensor  # [L, R] int64: (first row << 32) | rows
+    recv_count: Tensor  # [L] int32
+
+
+def low_latency_ranges(rows_per_expert: Array, rank: int) -> LowLatencyRanges:
+    """Of `rank`, from all sources' `low_latency_counts` [R, E]."""
+    counts = _view(rows_per_expert, "rows_per_expert", torch.int32)
+    num_local_experts = counts.shape[1] // max(counts.shape[0], 1)
+    layout_range = np.empty((num_local_experts, counts.shape[0]), np.int64)
+    recv_count = np.empty(num_local_experts, np.int32)
+    _core.low_latency_ranges(counts, rank, layout_range, recv_count)
+    return LowLatencyRanges(torch.from_numpy(layout_range), torch.from_numpy(recv_count))
+
+
+def low_latency_send_rows(
+    topk_idx: Array, rows_per_expert: Array, source: int, num_max_tokens: int, num_parts: int = 1
+) -> Tensor:
+    """Where each entry of the source's tokens lies at the rank of its expert: row of the flattened [L * R * M, H].
+
+    [T, K] int64, -1 where there is no expert. `rows_per_expert` [R, E] as in `low_latency_ranges`.
+    """
+    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    counts = _view(rows_per_expert, "rows_per_expert", torch.int32)
+    rows = np.empty(idx.shape, np.int64)
+    _core.low_latency_send_rows(idx, counts, source, num_max_tokens, num_parts, rows)
+    return torch.from_numpy(rows)
+
+
+# ---- two levels: a token crosses to a node once, and is spread there
+
+
+def forwarding_rank(source: int, node: int, num_ranks: int, ranks_per_node: int) -> int:
+    """The rank of `node` that takes in what `source` sends there: the one with the same local index."""
+    rank: int = _core.forwarding_rank(source, node, num_ranks, ranks_per_node)
+    return rank
+
+
+class NodeRoutes(NamedTuple):
+    """What one source sends to each node."""
+
+    local_ranks: Tensor  # [T, D] int64: bit j is set where the token goes to the node's j-th rank
+    position: Tensor  # [T, D] int32: the token's place among those that go to the node, or -1
+    num_tokens: Tensor  # [D] int32
+
+
+def node_routes(is_token_in_rank: Array, ranks_per_node: int, num_parts: int = 1) -> NodeRoutes:
+    """From a source's is_token_in_rank [T, R] bool; at most 64 ranks in a node."""
+    table = _view(is_token_in_rank, "is_token_in_rank", torch.bool)
+    num_nodes = _ceil_div(table.shape[1], ranks_per_node)
+    local_ranks = np.empty((len(table), num_nodes), np.int64)
+    position, counts = np.empty((len(table), num_nodes), np.int32), np.empty(num_nodes, np.int32)
+    _core.node_positions(table, ranks_per_node, num_parts, local_ranks, position, counts)
+    return NodeRoutes(torch.from_numpy(local_ranks), torch.from_numpy(position), torch.from_numpy(counts))
+
+
+def forwarded_rows(local_ranks: Array, first_row: Array) -> Tensor:
+    """Final rows [n, P] int64 of n tokens that a source sent to a node of P ranks; -1 where a rank gets none.
+
+    `local_ranks` [n] int64: the tokens' bits, in the order sent. `first_row` [P] int64: the source's first row
+    at each of those ranks.
+    """
+    masks = _view(local_ranks, "local_ranks", torch.int64)
+    first = _view(first_row, "first_row", torch.int64)
+    rows = np.empty((len(masks), len(first)), np.int64)
+    _core.forwarded_rows(masks, first, rows)
+    return torch.from_numpy(rows)
+
+
+# ---- capacities and sizes
+
+
+def max_rows_received(num_ranks: int, num_max_tokens: int) -> int:
+    """Rows a rank can receive in one dispatch: R * M."""
+    rows: int = _core.max_rows_received(num_ranks, num_max_tokens)
+    return rows
+
+
+def max_rows_expanded(
+    num_ranks: int,
+    num_max_tokens: int,
+    num_topk: int,
+    num_local_experts: int,
+    alignment: int = 1,
+    has_duplicates: bool = True,
+) -> int:
+    """Rows the expanded layout can take, padding included.
+
+    A token has at most min(K, L) rows if it never names an expert twice (`has_duplicates=False`), else K.
+    """
+    rows: int = _core.max_rows_expanded(
+        num_ranks, num_max_tokens, num_topk, num_local_experts, alignment, has_duplicates
+    )
+    return rows
 
 
 def nvl_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num_ranks: int) -> int:
@@ -100,5 +316,5 @@ def low_latency_rdma_size_hint(
     """
     if num_experts <= 0 or num_ranks <= 0 or num_experts % num_ranks:
         raise ValueError(f"num_experts: got {num_experts}; expected a multiple of num_ranks = {num_ranks}")
-    size: int = _core.low_latency_bytes(num_max_tokens, hidden, num_ranks, num_topk)
+    size: int = LowLatencyBuffer(num_ranks, num_max_tokens, hidden, num_topk).total_bytes()
     return size

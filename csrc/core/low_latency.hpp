@@ -21,6 +21,19 @@ namespace deepep::core {
   return local_expert * (num_ranks * num_max_tokens) + index;
 }
 
+/// Adds to counts [E] the rows that tokens [begin, end) send to each expert: each distinct (token, expert)
+/// once.
+template <class Index>
+DEEPEP_HD constexpr void count_expert_rows(const Index* topk_idx, int num_topk, int64_t begin, int64_t end,
+                                           const Placement& place, int32_t* counts) {
+  for (int64_t token = begin; token < end; ++token) {
+    const Index* row = topk_idx + token * num_topk;
+    for (int k = 0; k < num_topk; ++k) {
+      if (is_first_of_expert(row, k, place)) ++counts[row[k]];
+    }
+  }
+}
+
 /// Position of each entry's token among those of its source that select the same expert, for tokens [begin,
 /// end): position [T, K], -1 where there is no expert; duplicates of an expert inside a token share a
 /// position. next [E] comes in as the rows of the ranges before this one and goes out with this range's

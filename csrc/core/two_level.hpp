@@ -26,6 +26,17 @@ namespace deepep::core {
   return mask;
 }
 
+/// Tokens of [begin, end) that go to `node`.
+[[nodiscard]] DEEPEP_HD constexpr int32_t count_sent_to_node(const uint8_t* is_token_in_rank, int32_t node,
+                                                             int64_t begin, int64_t end,
+                                                             const Placement& place) {
+  int32_t count = 0;
+  for (int64_t token = begin; token < end; ++token) {
+    count += local_ranks_of_token(is_token_in_rank + token * place.num_ranks, node, place) != 0;
+  }
+  return count;
+}
+
 /// What a source sends to each node, for tokens [begin, end): masks [T, D] and position [T, D], the token's
 /// place among those that go to the node, or -1. next [D] as in fill_positions.
 DEEPEP_HD constexpr void fill_node_positions(const uint8_t* is_token_in_rank, int64_t begin, int64_t end,
