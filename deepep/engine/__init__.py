@@ -1,0 +1,1 @@
+"""Engines: what carries out the operations behind a facade. See deepep.engine.interface."""

@@ -1,0 +1,147 @@
+"""Config: DeepEP V1's tuning parameters, their constraints, the buffer sizes they imply, and the default
+tables.
+
+The kernels of this library choose for themselves; a Config is checked, its sizes are computed, and the rest
+of it is accepted for compatibility. Formulas and tables: the V1 interface (chunked queues, num_sms / 2
+channels).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from deepep.errors import RangeError
+
+RANKS_PER_NODE = 8
+"""V1's size of a scale-up domain: queues are sized for at most this many peers per node."""
+
+_MAX_TOPK = 128  # entries a queue slot has room for, of 8-byte indices and of 4-byte weights
+_MAX_SCALES = 128
+_SOURCE_META_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parameters of V1's high-throughput kernels.
+
+    num_sms: SMs to use (two per channel).
+    num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens: chunk and queue length of the NVLink
+        queues.
+    num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens: the same of the RDMA queues; the queue
+        length is rounded up to a multiple of the chunk.
+
+    Raises RangeError unless num_sms >= 0, every size > 0, nvl send < nvl recv, and rdma send <= rdma recv / 2
+    (the consumer publishes its progress only once per chunk, so less room would stall the producer).
+    """
+
+    num_sms: int = 20
+    num_max_nvl_chunked_send_tokens: int = 6
+    num_max_nvl_chunked_recv_tokens: int = 256
+    num_max_rdma_chunked_send_tokens: int = 6
+    num_max_rdma_chunked_recv_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_sms < 0:
+            raise RangeError("num_sms", str(self.num_sms), "0 or more")
+        for name in ("nvl_chunked_send", "nvl_chunked_recv", "rdma_chunked_send", "rdma_chunked_recv"):
+            value = getattr(self, f"num_max_{name}_tokens")
+            if value <= 0:
+                raise RangeError(f"num_max_{name}_tokens", str(value), "1 or more")
+        nvl_send, nvl_recv = self.num_max_nvl_chunked_send_tokens, self.num_max_nvl_chunked_recv_tokens
+        if nvl_send >= nvl_recv:
+            raise RangeError("num_max_nvl_chunked_send_tokens", str(nvl_send), f"less than {nvl_recv} (recv)")
+        rdma_send = self.num_max_rdma_chunked_send_tokens
+        rdma_recv = -(-self.num_max_rdma_chunked_recv_tokens // rdma_send) * rdma_send
+        object.__setattr__(self, "num_max_rdma_chunked_recv_tokens", rdma_recv)
+        if rdma_send * 2 > rdma_recv:
+            raise RangeError(
+                "num_max_rdma_chunked_send_tokens", str(rdma_send), f"at most half of {rdma_recv} (recv)"
+            )
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes of V1's NVLink queues, a multiple of 128.
+
+        hidden_bytes: bytes of a token's row (V1's recipe: H * max(element size, 2)).
+        """
+        _check_size_arguments(hidden_bytes, num_ranks)
+        nodes = max(num_ranks // RANKS_PER_NODE, 1)
+        peers = min(num_ranks, RANKS_PER_NODE)
+        channels = self.num_sms // 2
+        slot = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4
+        counters = (2 * nodes + 3) * 4
+        return _align(channels * peers * (counters + self.num_max_nvl_chunked_recv_tokens * slot), 128)
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes of V1's RDMA queues, a multiple of 128; 0 inside one node (num_ranks <= 8)."""
+        _check_size_arguments(hidden_bytes, num_ranks)
+        if num_ranks <= RANKS_PER_NODE:
+            return 0
+        nodes = num_ranks // RANKS_PER_NODE
+        channels = self.num_sms // 2
+        slot = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4 + 16
+        counters = (RANKS_PER_NODE * 2 + 2) * 2 * 4
+        return _align(channels * nodes * (counters + 2 * self.num_max_rdma_chunked_recv_tokens * slot), 128)
+
+
+def _check_size_arguments(hidden_bytes: int, num_ranks: int) -> None:
+    if hidden_bytes <= 0:
+        raise RangeError("hidden_bytes", str(hidden_bytes), "1 or more")
+    if num_ranks <= 0:
+        raise RangeError("num_ranks", str(num_ranks), "1 or more")
+
+
+def _align(value: int, alignment: int) -> int:
+    return -(-value // alignment) * alignment
+
+
+# num_ranks: (nvl send, nvl recv, rdma send, rdma recv)
+_DISPATCH_TABLE: dict[int, tuple[int, int, int, int]] = {
+    2: (24, 256, 6, 128),
+    4: (6, 256, 6, 128),
+    8: (6, 256, 6, 128),
+    16: (36, 288, 20, 128),
+    24: (32, 288, 8, 128),
+    32: (32, 288, 8, 128),
+    48: (32, 288, 8, 128),
+    64: (32, 288, 8, 128),
+    96: (20, 480, 12, 128),
+    128: (20, 560, 12, 128),
+    144: (32, 720, 12, 128),
+    160: (28, 720, 12, 128),
+}
+_COMBINE_TABLE: dict[int, tuple[int, int, int, int]] = {
+    2: (10, 256, 6, 128),
+    4: (9, 256, 6, 128),
+    8: (4, 256, 6, 128),
+    16: (4, 288, 12, 128),
+    24: (1, 288, 8, 128),
+    32: (1, 288, 8, 128),
+    48: (1, 288, 8, 128),
+    64: (1, 288, 8, 128),
+    96: (1, 480, 8, 128),
+    128: (1, 560, 8, 128),
+    144: (2, 720, 8, 128),
+    160: (2, 720, 8, 128),
+}
+
+
+def dispatch_config(num_ranks: int, num_sms: int) -> Config:
+    """V1's default for dispatch; a rank count between two entries takes the larger, beyond the last the
+    last.
+    """
+    return Config(num_sms, *_nearest(_DISPATCH_TABLE, num_ranks))
+
+
+def combine_config(num_ranks: int, num_sms: int) -> Config:
+    """V1's default for combine; a rank count between two entries takes the larger, beyond the last the
+    last.
+    """
+    return Config(num_sms, *_nearest(_COMBINE_TABLE, num_ranks))
+
+
+def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, int, int, int]:
+    if num_ranks <= 0:
+        raise RangeError("num_ranks", str(num_ranks), "1 or more")
+    sizes = sorted(table)
+    return table[sizes[min(bisect_left(sizes, num_ranks), len(sizes) - 1)]]

@@ -1,0 +1,195 @@
+"""What inputs must look like: pure functions that raise the typed error for the first thing that is wrong.
+
+None of them communicates or knows a rank; the engine adds the rank and tells the others. Those in the first
+part look at descriptions alone (dtype, device, shape), those in the second read values and may wait for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepep.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CapacityError,
+    DeviceError,
+    LayoutError,
+    RangeError,
+    ShapeError,
+)
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SUM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+BYTE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+SCALE_DTYPES = (torch.float32, torch.int32)
+ROW_ALIGNMENT = 16  # bytes: what bulk copies move
+FP8_GROUP = 128  # channels that share a scale
+UE8M0_PACK = 4 * FP8_GROUP  # channels whose scales share an int32
+MAX_TOPK = 32
+
+
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    """ "int32 or int64" """
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """ "[4, 128]" """
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype],
+    device_type: str,
+    shape: Sequence[int | str],
+    contiguous: bool = True,
+) -> torch.Tensor:
+    """A tensor of one of `dtypes`, on `device_type`, of `shape` (a string stands for any size, and names
+    it).
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentTypeError(name, type(value).__name__, "a tensor")
+    if value.dtype not in dtypes:
+        raise ArgumentTypeError(name, str(value.dtype).removeprefix("torch."), dtype_names(dtypes))
+    if value.device.type != device_type:
+        raise DeviceError(name, str(value.device), f"{device_type}, where the buffer's group communicates")
+    fits = value.dim() == len(shape) and all(
+        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(name, shape_text(value.shape), shape_text(shape))
+    if contiguous and not value.is_contiguous():
+        raise LayoutError(name, f"strides {shape_text(value.stride())}", "a contiguous tensor")
+    return value
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(name, type(value).__name__, "an integer")
+    if value < low or (high is not None and value > high):
+        raise RangeError(name, str(value), f"{low} or more" if high is None else f"{low} to {high}")
+    return value
+
+
+def check_num_experts(num_experts: object, num_ranks: int, name: str = "num_experts") -> int:
+    """E, a positive multiple of R. Returns L."""
+    count = check_int(name, num_experts, 1)
+    if count % num_ranks:
+        raise RangeError(name, str(count), f"a multiple of the {num_ranks} ranks")
+    return count // num_ranks
+
+
+def check_rows(x: object, device_type: str, with_scales: bool) -> torch.Tensor:
+    """x [T, H]: rows to dispatch; one byte per element if scales come with it."""
+    dtypes = BYTE_DTYPES if with_scales else ROW_DTYPES
+    rows = check_tensor("x", x, dtypes=dtypes, device_type=device_type, shape=("T", "H"))
+    check_row_bytes(rows)
+    return rows
+
+
+def check_row_bytes(x: torch.Tensor) -> None:
+    """x [*, H]: a row is a positive multiple of 16 bytes."""
+    row_bytes = x.shape[1] * x.element_size()
+    if row_bytes == 0 or row_bytes % ROW_ALIGNMENT:
+        raise ShapeError(
+            "x",
+            f"{shape_text(x.shape)}, {row_bytes} bytes per row",
+            f"rows of a multiple of {ROW_ALIGNMENT} bytes",
+        )
+
+
+def check_scales(scales: object, num_tokens: int, device_type: str) -> torch.Tensor:
+    """scales [T, P], any strides."""
+    return check_tensor(
+        "scales",
+        scales,
+        dtypes=SCALE_DTYPES,
+        device_type=device_type,
+        shape=(num_tokens, "P"),
+        contiguous=False,
+    )
+
+
+def check_topk_idx(topk_idx: object, device_type: str, num_tokens: int | None = None) -> torch.Tensor:
+    """topk_idx [T, K]."""
+    tokens: int | str = "T" if num_tokens is None else num_tokens
+    found = check_tensor(
+        "topk_idx", topk_idx, dtypes=INDEX_DTYPES, device_type=device_type, shape=(tokens, "K")
+    )
+    if not 1 <= found.shape[1] <= MAX_TOPK:
+        raise ShapeError("topk_idx", shape_text(found.shape), f"K from 1 to {MAX_TOPK}")
+    return found
+
+
+def check_topk_weights(topk_weights: object, shape: Sequence[int | str], device_type: str) -> torch.Tensor:
+    """topk_weights, float32."""
+    return check_tensor(
+        "topk_weights", topk_weights, dtypes=(torch.float32,), device_type=device_type, shape=shape
+    )
+
+
+def check_together(**pair: object) -> None:
+    """Two arguments that are given both or not at all."""
+    (first, a), (second, b) = pair.items()
+    if (a is None) != (b is None):
+        given, absent = (first, second) if b is None else (second, first)
+        raise ArgumentError(absent, f"None, with {given} given", f"{first} and {second} together, or neither")
+
+
+def check_max_tokens(num_tokens: int, num_max_tokens: object) -> int:
+    """T <= M."""
+    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, 1, 2**31 - 1)
+    if num_tokens > most:
+        raise CapacityError(
+            "x", f"{num_tokens} tokens", f"at most num_max_dispatch_tokens_per_rank = {most} tokens"
+        )
+    return most
+
+
+# Values
+
+
+def check_index_range(topk_idx: torch.Tensor, num_experts: int) -> None:
+    """Every entry is -1 or an expert."""
+    if topk_idx.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(topk_idx))
+    if low < -1 or high >= num_experts:
+        raise RangeError("topk_idx", str(low if low < -1 else high), f"-1 to {num_experts - 1}")
+
+
+def check_layout_values(num_tokens_per_rank: torch.Tensor, is_token_in_rank: torch.Tensor) -> None:
+    """The counts are those of the matrix."""
+    counted = is_token_in_rank.sum(dim=0, dtype=torch.int32)
+    if not torch.equal(counted, num_tokens_per_rank):
+        raise RangeError(
+            "num_tokens_per_rank",
+            str(num_tokens_per_rank.tolist()),
+            f"is_token_in_rank's sums, {counted.tolist()}",
+        )
+
+
+def check_expert_counts(num_tokens_per_expert: torch.Tensor) -> None:
+    """Counts are not negative."""
+    if num_tokens_per_expert.numel() and int(num_tokens_per_expert.min()) < 0:
+        raise RangeError("num_tokens_per_expert", str(int(num_tokens_per_expert.min())), "0 or more")
+
+
+def check_capacity(counts: Sequence[Sequence[int]], limits: dict[int, int]) -> None:
+    """No rank receives more rows than its `num_worst_tokens`. counts[s][r]: rows from s to r, as all ranks
+    know.
+    """
+    for rank, limit in sorted(limits.items()):
+        received = sum(row[rank] for row in counts)
+        if 0 <= limit < received:
+            raise CapacityError(
+                "num_worst_tokens", str(limit), f"at least the {received} tokens received", rank
+            )

@@ -1,0 +1,257 @@
+"""The conductor: runs one rank's operations in order, each behind its control exchange.
+
+It owns the lane (where communication runs), the membership (between whom) and the bookkeeping between calls:
+sequence numbers, an un-called hook, the end. A backend gives it the body of each operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from deepep.engine import control
+from deepep.engine.completion import Completion
+from deepep.engine.control import NO_LIMIT, Header
+from deepep.engine.interface import Operation, Schedule
+from deepep.engine.lane import Lane, StreamLane, ThreadLane
+from deepep.engine.link import Link, LinkError
+from deepep.engine.membership import Absent, Membership, Progress
+from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
+
+Observer = Callable[[str, str], None]
+"""Called in the lane with (operation, phase) on entering each phase: for tracing, and for fault tests."""
+
+
+class Conductor:
+    """One per engine. Calls may come from several threads; each operation is issued as a whole."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float, device_type: str) -> None:
+        self.rank, self.num_ranks, self.timeout = group.rank(), group.size(), timeout
+        self.membership = Membership(group.get_group_store(), self.rank, self.num_ranks, timeout, device_type)
+        self.lane: Lane
+        if device_type == "cuda":
+            self.lane = StreamLane(torch.device("cuda", torch.cuda.current_device()))
+        else:
+            self.lane = ThreadLane(f"deepep-rank-{self.rank}")
+        self.observer: Observer | None = None
+        self.issuing = threading.RLock()
+        self._unreceived: str | None = None
+        self._closed = False
+
+    # construction
+
+    def agree(self, statement: Mapping[str, int], problem: ArgumentError | None) -> None:
+        """The first meeting: every rank is there and constructs the same thing, or all raise."""
+        membership = self.membership
+        everyone = tuple(range(self.num_ranks))
+        post = control.encode_statement(statement, problem and problem.at(self.rank))
+        try:
+            met = membership.meet("construct", post, everyone)
+        except Absent as absent:
+            raise membership.blame(absent.missing, len(absent.seen), "they did not construct") from None
+        control.compare_statements(met)
+        membership.control()
+
+    # operations
+
+    @property
+    def progress(self) -> Progress:
+        """Where this rank is."""
+        return self.membership.progress
+
+    def enter(self, phase: str) -> None:
+        """Inside a body: the next phase begins."""
+        self.progress.phase = phase
+        if self.observer is not None:
+            self.observer(self.progress.operation, phase)
+
+    def perform(
+        self,
+        operation: Operation,
+        schedule: Schedule,
+        body: Callable[[Link, dict[int, int]], None],
+        *,
+        agreed: Mapping[str, int],
+        inspect: Callable[[], None] | None = None,
+        num_tokens: int = 0,
+        limit: int = NO_LIMIT,
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Completion:
+        """Issues an operation: control exchange, then `body(payload link, limits by rank)`.
+
+        inspect: checks of values, run once `schedule.after` has passed; an ArgumentError from it is told to
+            all.
+        """
+        self._check_alive()
+        pending = self._pending_hook()
+        if pending is not None:
+            self.refuse(operation, pending, schedule)
+
+        def job() -> None:
+            problem = self._inspect(schedule, inspect)
+            limits = self._control(operation, problem, agreed, num_tokens, limit)
+            body(self.membership.payload(), limits)
+
+        return self.lane.submit(self._guarded(job), tensors)
+
+    def proceed(
+        self, phase: str, body: Callable[[Link], None], tensors: Iterable[torch.Tensor | None] = ()
+    ) -> Completion:
+        """Issues a further part of the operation issued last, without a control exchange."""
+        self._check_alive()
+
+        def job() -> None:
+            self.progress.restart()
+            self.enter(phase)
+            body(self.membership.payload())
+
+        return self.lane.submit(self._guarded(job), tensors)
+
+    def locally(
+        self,
+        job: Callable[[], None],
+        after: Completion | None,
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Completion:
+        """Runs a job that does not communicate, in its turn."""
+        self._check_alive()
+
+        def waiting() -> None:
+            self.lane.wait_for(after)
+            job()
+
+        return self.lane.submit(self._guarded(waiting), tensors)
+
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """Takes part in `operation` only to say that it cannot; raises what all raise, or `problem` at
+        once.
+        """
+        self._check_alive()
+        problem = problem.at(self.rank)
+
+        def job() -> None:
+            self._control(operation, problem, {}, 0, NO_LIMIT)
+
+        completion = self.lane.submit(self._guarded(job))
+        if not (schedule.asynchronous or schedule.hook):
+            try:
+                completion.host_wait()
+            except ArgumentError:
+                raise
+            except DeepEPError as unheard:
+                raise problem from unheard
+        raise problem
+
+    def finish(self, schedule: Schedule, completion: Completion) -> Completion | None:
+        """Waits for a synchronous operation; gives back the completion of an asynchronous one."""
+        if schedule.asynchronous:
+            return completion
+        completion.current_stream_wait()
+        return None
+
+    # hooks
+
+    def expect_hook(self, operation: Operation) -> None:
+        """Until `hook_called`, no other operation may begin."""
+        self._unreceived = operation.label
+
+    def hook_called(self) -> None:
+        """The receive hook has been called."""
+        self._unreceived = None
+
+    def _pending_hook(self) -> ArgumentError | None:
+        if self._unreceived is None:
+            return None
+        return HookPendingError(
+            "hook",
+            f"a new operation while the hook of {self._unreceived} had not been called",
+            "the hook called first",
+            self.rank,
+        )
+
+    # the end
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
+
+    def leave(self) -> None:
+        """A last exchange, so that no rank closes while another still reads; then close."""
+        with self.issuing:
+            if self._closed:
+                return
+            self._unreceived = None
+            if len(self.membership.members) > 1 and self.membership.connected:
+                farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
+                with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
+                    farewell.host_wait()
+            self.close(self.timeout)
+
+    def close(self, seconds: float) -> None:
+        """Ends after what was issued, or after `seconds`. Idempotent."""
+        with self.issuing:
+            self._closed = True
+            if self.lane.close(seconds):
+                self.membership.disconnect()
+
+    # inside the lane
+
+    def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
+        mode = _autograd_mode()
+
+        def guarded() -> None:
+            try:
+                with mode():
+                    job()
+            except LinkError as error:
+                raise self.membership.fault(error) from None
+            except DeepEPError:
+                raise  # agreed between the ranks, or local: the link is as good as before
+            except BaseException:
+                # Unforeseen, and known to this rank alone: let the others fail now rather than at their
+                # deadline.
+                self.membership.disconnect()
+                raise
+
+        return guarded
+
+    def _inspect(self, schedule: Schedule, inspect: Callable[[], None] | None) -> ArgumentError | None:
+        try:
+            self.lane.wait_for(schedule.after)
+        except DeepEPError as error:
+            return ArgumentError("previous_event", f"one that failed ({error})", "one that succeeded")
+        if inspect is not None:
+            try:
+                inspect()
+            except ArgumentError as error:
+                return error
+        return None
+
+    def _control(
+        self,
+        operation: Operation,
+        problem: ArgumentError | None,
+        agreed: Mapping[str, int],
+        num_tokens: int,
+        limit: int,
+    ) -> dict[int, int]:
+        self.membership.begin(operation.label)
+        link = self.membership.control()
+        self.enter("control")
+        self.progress.sequence += 1
+        header = Header(operation, self.progress.sequence, agreed, num_tokens, limit)
+        return control.exchange(link, header, problem)
+
+
+def _autograd_mode() -> Callable[[], AbstractContextManager[object]]:
+    """The caller's inference mode for the lane's thread; no gradients are recorded there in any case.
+
+    Tensors that the caller allocated in inference mode can only be written to in inference mode.
+    """
+    return torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad

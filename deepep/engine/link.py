@@ -1,0 +1,86 @@
+"""A Wire whose transport errors say that they are transport errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from deepep.reference.wire import RowsUnderway, Wire
+
+
+class LinkError(Exception):
+    """The transport failed: a peer is gone, or did not answer in time. Internal; users see
+    PeerTimeoutError.
+    """
+
+
+@contextmanager
+def transport() -> Iterator[None]:
+    """Turns torch.distributed's errors into LinkError, and nothing else: arguments were checked before."""
+    try:
+        yield
+    # ValueError: torch's own error logging raises it, over the real error, for groups outside its registry.
+    except (RuntimeError, ValueError) as error:
+        cause = error.__context__ if isinstance(error, ValueError) and error.__context__ else error
+        raise LinkError(str(cause)) from None
+
+
+class Link(Wire):
+    """A Wire over a private group."""
+
+    def all_gather(self, t: torch.Tensor) -> dict[int, torch.Tensor]:
+        with transport():
+            return super().all_gather(t)
+
+    def start_all_to_all_rows(
+        self, rows: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> RowsUnderway:
+        with transport():
+            started = super().start_all_to_all_rows(rows, send_counts, recv_counts)
+        return LinkRows(started.work, started.sent, started.received)
+
+
+class LinkRows(RowsUnderway):
+    """Rows under way over a Link."""
+
+    def wait(self) -> torch.Tensor:
+        with transport():
+            return super().wait()
+
+
+def private_group(store: Store, rank: int, size: int, timeout: float, device_type: str) -> dist.ProcessGroup:
+    """A process group of our own, known to its members alone: the user's collectives never meet ours.
+
+    `dist.new_group` is not used: its names count the groups a process has made, and so differ between ranks
+    that belong to different subgroups. Collective over the members, with a store prefix that nobody used
+    before.
+    """
+    seconds = timedelta(seconds=timeout)
+    group = dist.ProcessGroup(store, rank, size)
+    with transport():
+        if device_type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = seconds
+            kind = dist.ProcessGroup.BackendType.NCCL
+            nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+            group._register_backend(torch.device("cuda"), kind, nccl)
+        else:
+            kind = dist.ProcessGroup.BackendType.GLOO
+            gloo = dist.ProcessGroupGloo(store, rank, size, seconds)
+            group._register_backend(torch.device("cpu"), kind, gloo)
+    group._set_default_backend(kind)
+    return group
+
+
+def device_type_of(group: dist.ProcessGroup) -> str:
+    """Where a group's tensors lie: "cuda" for NCCL, "cpu" for everything else."""
+    try:
+        name = dist.get_backend(group)
+    except ValueError:  # a group outside torch's registry, such as ours
+        name = group.name()
+    return "cuda" if "nccl" in name.lower() else "cpu"

@@ -1,0 +1,93 @@
+"""Which backends there are, which of them can serve a group, and which is chosen.
+
+A backend announces itself with `register`; its modules are imported only when it is asked. On groups of CUDA
+devices
+the order of preference is that of registration: the fastest first, the reference last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deepep.engine.interface import Engine, EngineOptions
+from deepep.errors import RangeError
+
+Answer = tuple[bool, str]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """available: whether this machine can run it, and why (not). supports: the same for a given group."""
+
+    name: str
+    available: Callable[[], Answer]
+    supports: Callable[[Any], Answer]
+    create: Callable[[EngineOptions], Engine]
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, before the reference: the last resort stays last."""
+    reference = _backends.pop("reference", None)
+    _backends[backend.name] = backend
+    if reference is not None and backend.name != "reference":
+        _backends["reference"] = reference
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, in order of preference."""
+    return tuple(_backends.values())
+
+
+def choose(name: str | None, group: Any) -> Backend:
+    """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group).
+
+    Raises RangeError with every backend's reason if there is none.
+    """
+    wanted = name or os.environ.get("DEEPEP_BACKEND") or None
+    if wanted is not None and wanted not in _backends:
+        raise RangeError("backend", repr(wanted), " or ".join(repr(b) for b in _backends))
+    reasons = []
+    for backend in backends() if wanted is None else (_backends[wanted],):
+        for answer in (backend.available, lambda b=backend: b.supports(group)):
+            able, why = answer()
+            if not able:
+                reasons.append(f"{backend.name}: {why}")
+                break
+        else:
+            return backend
+    raise RangeError(
+        "backend", wanted or "no choice", f"one that can serve this group ({'; '.join(reasons)})"
+    )
+
+
+def _reference_available() -> Answer:
+    import torch.distributed as dist
+
+    return (
+        (True, "any torch.distributed group")
+        if dist.is_available()
+        else (False, "torch.distributed is missing")
+    )
+
+
+def _reference_supports(group: Any) -> Answer:
+    import torch.distributed as dist
+
+    if isinstance(group, dist.ProcessGroup):
+        return True, "a torch.distributed process group"
+    return False, f"{type(group).__name__} is not a torch.distributed process group"
+
+
+def _reference_create(options: EngineOptions) -> Engine:
+    from deepep.engine.reference_engine import ReferenceEngine
+
+    return ReferenceEngine(options)
+
+
+register(Backend("reference", _reference_available, _reference_supports, _reference_create))

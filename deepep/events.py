@@ -1,0 +1,87 @@
+"""EventHandle and EventOverlap: ordering between an operation and what the caller does around it.
+
+On CUDA tensors an event is a CUDA event. On CPU tensors it is a future of the buffer's worker thread: waiting
+blocks, and raises the error of the operation if it failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from deepep.engine.completion import Completion, now
+
+
+class EventHandle:
+    """A point in a stream of work.
+
+    `EventHandle()` stands for everything queued on the current CUDA stream so far; without CUDA, for the
+    present moment. Operations called with `async_finish=True` return handles of their own end.
+    """
+
+    def __init__(self, completion: Completion | None = None) -> None:
+        self._completion = completion if completion is not None else now()
+
+    @property
+    def completion(self) -> Completion:
+        """What is waited for."""
+        return self._completion
+
+    def current_stream_wait(self) -> None:
+        """Makes the current stream (on CPU: the caller) wait. Raises the operation's error, if it failed."""
+        self._completion.current_stream_wait()
+
+
+class EventOverlap:
+    """An event, or none, with what must live until it has passed; usable as a context manager.
+
+    event: None when the operation was synchronous.
+    extra_tensors: kept alive as long as this object (instead of `record_stream`, which CUDA graphs forbid).
+
+        with buffer_event:          # the body overlaps with the communication
+            ...                     # on leaving, the current stream waits for it
+    """
+
+    def __init__(
+        self, event: EventHandle | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None
+    ) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+        self._hook: Callable[[], None] | None = None
+        self._release_on_exit = False
+
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Waits for the event, then runs and forgets the registered hook.
+
+        release_handle: drop the event and the tensors kept for it afterwards.
+        """
+        assert self.event is not None, "this operation was synchronous: there is no event to wait for"
+        self.event.current_stream_wait()
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook()
+        if release_handle:
+            self.event = None
+            self.extra_tensors = None
+
+    def register_hook_after_wait(self, hook: Callable[[], None]) -> None:
+        """Has `hook` called once, after the wait. At most one may be registered."""
+        assert self._hook is None, "a hook is registered already"
+        self._hook = hook
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """`with event(release_handle=True): ...` drops the event after the wait."""
+        self._release_on_exit = release_handle
+        return self
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        release, self._release_on_exit = self._release_on_exit, False
+        if self.event is not None:
+            self.current_stream_wait(release_handle=release)
