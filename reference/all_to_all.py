@@ -12,13 +12,14 @@ exchange of (x | top-k weights) records in the other direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .checks import require
 from .numerics import accumulator_dtype, round_to
+from .records import pack_records, unpack_records
 from .wire import Wire
 
 
@@ -86,27 +87,38 @@ def exchange_counts(
     )
     alive = torch.zeros(num_ranks, dtype=torch.bool, device=is_token_in_rank.device)
     alive[list(wire.members)] = True
-    destination, token = (is_token_in_rank & alive).t().nonzero(as_tuple=True)
-    words = torch.bincount(destination, minlength=num_ranks)
+    words = (is_token_in_rank & alive).sum(0)
     if num_tokens_per_expert is not None:
         words = torch.cat([words, num_tokens_per_expert.to(words)])
     told = {source: row.tolist() for source, row in wire.all_gather(words).items()}
     counts = [told[source][:num_ranks] if source in told else [0] * num_ranks for source in range(num_ranks)]
-    recv_counts = [row[wire.rank] for row in counts]
     num_local = num_experts // num_ranks
     first = num_ranks + wire.rank * num_local
     columns = zip(*(row[first : first + num_local] for row in told.values()), strict=True)
+    plan = restore_plan(wire.rank, is_token_in_rank, counts)
+    return replace(plan, num_recv_tokens_per_expert=[sum(column) for column in columns])
+
+
+def restore_plan(rank: int, is_token_in_rank: Tensor, counts: list[list[int]]) -> DispatchPlan:
+    """The plan of `is_token_in_rank` [T, R] and all ranks' `counts` (see DispatchPlan), without an exchange.
+
+    It has no expert counts and, until a dispatch brings them, no source tokens.
+    """
+    # A masked rank has no rows, whatever the table says of it.
+    gets_any = torch.tensor(counts[rank], device=is_token_in_rank.device) > 0
+    token = (is_token_in_rank & gets_any).t().nonzero(as_tuple=True)[1]
+    recv_counts = [row[rank] for row in counts]
     src_rank = torch.repeat_interleave(
-        torch.arange(num_ranks, dtype=torch.int32, device=token.device),
+        torch.arange(len(counts), dtype=torch.int32, device=token.device),
         torch.tensor(recv_counts, device=token.device),
     )
     return DispatchPlan(
         num_tokens=is_token_in_rank.shape[0],
         send_token=token,
-        send_counts=counts[wire.rank],
+        send_counts=counts[rank],
         recv_counts=recv_counts,
         counts=counts,
-        num_recv_tokens_per_expert=[sum(column) for column in columns],
+        num_recv_tokens_per_expert=[],
         src_rank=src_rank,
         src_token=torch.full_like(src_rank, -1),
     )
@@ -173,8 +185,8 @@ def dispatch(
         "plan: it has rows for ranks that were masked since; allowed: a plan made with these members",
     )
     fields["token"] = torch.arange(plan.num_tokens, dtype=torch.int32, device=x.device).unsqueeze(1)
-    received = wire.all_to_all_rows(_pack(fields)[plan.send_token], send_counts, recv_counts)
-    got = _unpack(received, fields)
+    received = wire.all_to_all_rows(pack_records(fields)[plan.send_token], send_counts, recv_counts)
+    got = unpack_records(received, fields)
     plan.src_token.copy_(got["token"].squeeze(1))
     out.x[:total] = got["x"]
     if out.scales is not None:
@@ -218,11 +230,11 @@ def combine(
     back_counts, owned_counts = _alive(wire, plan.recv_counts), _alive(wire, plan.send_counts)
     alive_rows = [
         part
-        for part, count in zip(_pack(fields).split(plan.recv_counts), back_counts, strict=True)
+        for part, count in zip(pack_records(fields).split(plan.recv_counts), back_counts, strict=True)
         if count == part.shape[0]
     ]
     received = wire.all_to_all_rows(torch.cat(alive_rows), back_counts, owned_counts)
-    got = _unpack(received, fields)
+    got = unpack_records(received, fields)
 
     total_x = torch.zeros(num_tokens, hidden, dtype=wide, device=x.device)
     started = torch.full((num_tokens, 1), len(biases) > 0, device=x.device)
@@ -255,20 +267,3 @@ def _alive(wire: Wire, counts: Sequence[int]) -> list[int]:
 def _present(**fields: Tensor | None) -> dict[str, Tensor]:
     """The fields that were given, in the order in which they lie in a record."""
     return {name: field for name, field in fields.items() if field is not None}
-
-
-def _pack(fields: dict[str, Tensor]) -> Tensor:
-    """[n, *] tensors side by side as [n, bytes] uint8."""
-    return torch.cat([field.contiguous().view(torch.uint8) for field in fields.values()], dim=1)
-
-
-def _unpack(records: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fields that `_pack` put into the records, in the dtypes and widths of `like`."""
-    fields = {}
-    start = 0
-    for name, model in like.items():
-        width = model.shape[1] * model.element_size()
-        # contiguous(): a view in a wider dtype needs an aligned start; a column of records need not have it.
-        fields[name] = records[:, start : start + width].contiguous().view(model.dtype)
-        start += width
-    return fields

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import require
 from .layout import align_up, check_topk_idx, local_experts, receive_rows
-from .numerics import accumulator_dtype, round_to
+from .numerics import OrderedSum, accumulator_dtype, round_to
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def combine(
     outputs = []
     for owner, table in enumerate(is_token_in_rank):
         own_biases = biases[owner] if biases is not None else ()
-        total = _Sum(table.shape[0], xs[owner].shape[1], accumulator_dtype(xs[owner].dtype), table.device)
+        total = OrderedSum(
+            table.shape[0], xs[owner].shape[1], accumulator_dtype(xs[owner].dtype), table.device
+        )
         everyone = torch.arange(table.shape[0], device=table.device)
         for bias in own_biases:
             require(
@@ -163,20 +165,6 @@ def combine(
                 weights[tokens] += topk_weights[rank][rows]
         outputs.append(CombineOutput(round_to(total.value, xs[owner].dtype), weights))
     return outputs
-
-
-class _Sum:
-    """One running sum per token. Its first term is taken as it is: 0.0 + -0.0 would lose the sign."""
-
-    def __init__(self, num_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.value = torch.zeros(num_tokens, hidden, dtype=dtype, device=device)
-        self.started = torch.zeros(num_tokens, 1, dtype=torch.bool, device=device)
-
-    def add(self, tokens: Tensor, rows: Tensor) -> None:
-        """Add `rows` [n, H] to the sums of `tokens` [n], all different."""
-        terms = rows.to(self.value.dtype)
-        self.value[tokens] = torch.where(self.started[tokens], self.value[tokens] + terms, terms)
-        self.started[tokens] = True
 
 
 def _gather_rows(

@@ -46,7 +46,7 @@ class Wire:
 
     def all_gather(self, t: Tensor) -> dict[int, Tensor]:
         """Every member's `t`, by expert-parallel rank. Shape and dtype must be the same on all members."""
-        mine = _as_bytes(t.contiguous().reshape(1, -1))
+        mine = _as_bytes(t, 1, t.numel())
         everyone = [torch.empty_like(mine) for _ in self.members]
         dist.all_gather(everyone, mine, group=self.group)
         return {m: raw.view(t.dtype).view(t.shape) for m, raw in zip(self.members, everyone, strict=True)}
@@ -65,8 +65,7 @@ class Wire:
         """The first half of `all_to_all_rows`: what is returned gives the rows when it is waited for."""
         self._check_counts(send_counts, recv_counts)
         require(rows.shape[0] == sum(send_counts), f"rows: got {rows.shape[0]}; allowed: {sum(send_counts)}")
-        width = math.prod(rows.shape[1:])
-        sent = _as_bytes(rows.contiguous().view(-1, width))
+        sent = _as_bytes(rows, rows.shape[0], math.prod(rows.shape[1:]))
         received = sent.new_empty(sum(recv_counts), sent.shape[1])
         work = dist.all_to_all_single(
             received,
@@ -76,7 +75,7 @@ class Wire:
             group=self.group,
             async_op=True,
         )
-        return RowsUnderway(work, sent, received.view(rows.dtype).view(-1, *rows.shape[1:]))
+        return RowsUnderway(work, sent, received.view(rows.dtype).view(received.shape[0], *rows.shape[1:]))
 
     def _check_counts(self, *counts: Sequence[int]) -> None:
         for per_rank in counts:
@@ -101,6 +100,7 @@ class RowsUnderway:
         return self.received
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
-    """[n, w] of any dtype as [n, bytes] uint8, without a copy."""
-    return rows.view(torch.uint8)
+def _as_bytes(t: Tensor, num_rows: int, width: int) -> Tensor:
+    """A tensor of num_rows * width elements as [num_rows, bytes] uint8, not copied if contiguous."""
+    # as_strided: sizes of 1 make any stride count as contiguous, and view(dtype) refuses odd ones.
+    return t.contiguous().as_strided((num_rows, width), (width, 1)).view(torch.uint8)
