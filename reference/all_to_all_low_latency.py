@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .checks import require
 from .formats import GROUP, empty_column_major, fp8_cast, ue8m0_pack
+from .logfmt_wire import RowsInLogfmt, send_in_logfmt
 from .numerics import round_to_bf16
 from .records import pack_records, unpack_records
-from .row_wire import RowsInLogfmt, send_in_logfmt
 from .wire import RowsUnderway, Wire
 
 
