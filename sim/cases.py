@@ -24,6 +24,15 @@ VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
+class Window:
+    """Tokens of another case: rank r holds the values of `tokens[r]` of rank `ranks[r]` there."""
+
+    case: Case
+    ranks: tuple[int, ...]
+    tokens: tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """One example.
 
@@ -35,6 +44,7 @@ class Case:
         options: all else.
         masked: ranks that are left out.
         origin: how the routing was made, for people and for coverage.
+        parent: if set, the tensors' values are taken from another case instead of the seed.
     """
 
     num_experts: int
@@ -44,6 +54,7 @@ class Case:
     options: Options = field(default_factory=Options)
     masked: tuple[int, ...] = ()
     origin: str = "given"
+    parent: Window | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -80,6 +91,24 @@ class Case:
     def with_options(self, **changes: Any) -> Case:
         return replace(self, options=replace(self.options, **changes))
 
+    def legal(self) -> Case:
+        """The nearest case that the interface allows: some options exclude or need each other."""
+        options, hidden = self.options, self.hidden
+        changes: dict[str, Any] = {}
+        if options.mode == "ht":
+            if options.worst != "off" or options.combine_weights:
+                changes["topk"] = True  # the rows past the last are told by their index; weights need K
+            if options.payload != "bf16":
+                changes["combine_rows"] = "other"  # combine takes bf16 alone
+        else:
+            group = 512 if options.low_latency == "fp8+ue8m0" else 128  # channels per word of scales
+            hidden = -(-hidden // group) * group
+            if options.low_latency != "bf16":
+                changes["combine_rows"] = "other"
+            if options.logfmt:
+                changes["zero_copy"] = False
+        return replace(self.with_options(**changes), hidden=hidden)
+
     def features(self) -> dict[str, Any]:
         """What coverage counts: the options, and the traits of the routing."""
         tokens = self.num_tokens
@@ -98,7 +127,8 @@ class Case:
         }
 
     def to_json(self) -> str:
-        """The case as JSON text."""
+        """The case as JSON text. Cases that properties derive from others have no file of their own."""
+        assert self.parent is None
         plain = {
             "format": FORMAT,
             "version": VERSION,
@@ -171,7 +201,7 @@ class Limits:
     Attributes:
         ranks: R is one of these.
         max_local_experts, max_topk, max_tokens: bounds of L, K and of T on each rank.
-        hidden: H is one of these. Multiples of 8; low-latency operations need multiples of 128.
+        hidden: H is one of these; multiples of 8. Rounded up where an operation needs more.
         patterns: names of routing patterns (deepep.sim.routing.PATTERNS).
         masks: whether ranks may be masked.
         fixed: options that are not drawn.
@@ -181,7 +211,7 @@ class Limits:
     max_local_experts: int = 8
     max_topk: int = 10
     max_tokens: int = 12
-    hidden: Sequence[int] = (128, 256, 512, 640, 1024)
+    hidden: Sequence[int] = (128, 16, 136, 512, 640, 1024)
     patterns: Sequence[str] = tuple(PATTERNS)
     masks: bool = True
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +230,7 @@ def draw_case(choices: Choices, limits: Limits | None = None) -> Case:
         options=draw_options(choices, limits.fixed),
         masked=draw_mask(choices, shape.num_ranks) if limits.masks else (),
         origin=origin,
-    )
+    ).legal()
 
 
 def draw_shape(choices: Choices, limits: Limits) -> RoutingShape:
@@ -238,8 +268,12 @@ def draw_indices(choices: Choices, limits: Limits, shape: RoutingShape) -> tuple
 
 def draw_options(choices: Choices, fixed: dict[str, Any] | None = None) -> Options:
     """An alternative for each option that `fixed` does not set."""
-    fixed = fixed or {}
-    return Options(**{name: fixed.get(name, choices.pick(SPACE[name])) for name in SPACE})
+    drawn = dict(fixed or {})
+    for name, alternatives in SPACE.items():
+        if name not in drawn:
+            # The plain alternative more often than its share: rules often say most about plain calls.
+            drawn[name] = alternatives[0] if choices.flag(0.4) else choices.pick(alternatives)
+    return Options(**drawn)
 
 
 def draw_mask(choices: Choices, num_ranks: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ class Options:
     """The options of one example. High-throughput and low-latency operations read the ones that concern them.
 
     Attributes:
+        mode: which operations the example runs: "ht" (high throughput) or "ll" (low latency).
         values: what the rows hold: "ids" (each rank, token and channel its own), "normal" (random over forty
             binary orders of magnitude), "nonfinite" (NaN, infinities and signed zeros among them), "zeros".
         payload: dtype of x and of its scales; low-latency operations always take bf16.
@@ -35,13 +36,14 @@ class Options:
             elsewhere as "async").
         low_latency: dtype of low-latency rows and scales.
         spare_slots: M less the most tokens of any rank.
-        logfmt, zero_copy, given_out: options of the low-latency combine. LogFMT wins over zero_copy.
+        logfmt, zero_copy, given_out: options of the low-latency combine.
         reduce: where a low-latency combine sums: at the token, or first on each expert's rank.
         stats: whether receive statistics are collected.
         ranks_per_node: for node counts and two-level routing.
         skew: how ranks are delayed against each other: not, one of them, or each at random.
     """
 
+    mode: str = "ht"
     values: str = "ids"
     payload: str = "bf16"
     scale_layout: str = "row"
@@ -70,6 +72,7 @@ class Options:
 
 
 SPACE: dict[str, tuple[Any, ...]] = {
+    "mode": ("ht", "ll"),
     "values": ("ids", "normal", "nonfinite", "zeros"),
     "payload": ("bf16", "e4m3+float32", "e4m3+int32", "uint8+float32"),
     "scale_layout": ("row", "column", "padded", "every_other"),

@@ -61,4 +61,4 @@ class TraceSource:
             options=draw_options(choices, limits.fixed),
             masked=draw_mask(choices, num_ranks) if limits.masks else (),
             origin=f"trace+step {batch.step} layer {layer}",
-        )
+        ).legal()

@@ -52,6 +52,9 @@ class RankInputs:
 
 def inputs(case: Case, rank: int, *, again: bool = False) -> RankInputs:
     """The arguments of `rank`; with `again` those of a second call: other values, the same routing."""
+    if case.parent is not None:
+        window = case.parent
+        return _cut(inputs(window.case, window.ranks[rank], again=again), window.tokens[rank], case, rank)
     suffix = "'" if again else ""
     num_tokens = case.num_tokens[rank]
     payload, _, scale_type = case.options.payload.partition("+")
@@ -67,6 +70,19 @@ def inputs(case: Case, rank: int, *, again: bool = False) -> RankInputs:
         topk_weights=_weights(case, rank),
         biases=tuple(_bf16_rows(case, rank, num_tokens, f"bias{i}") for i in range(case.options.biases)),
         tokens=tokens,
+    )
+
+
+def _cut(whole: RankInputs, tokens: slice, case: Case, rank: int) -> RankInputs:
+    """Some tokens of another case's arguments, with the indices of this one."""
+    indices = torch.from_numpy(case.topk_idx[rank])
+    return RankInputs(
+        x=whole.x[tokens],
+        scales=None if whole.scales is None else whole.scales[tokens],
+        topk_idx=indices.to(whole.topk_idx.dtype, copy=True),
+        topk_weights=whole.topk_weights[tokens],
+        biases=tuple(bias[tokens] for bias in whole.biases),
+        tokens=whole.tokens[tokens],
     )
 
 

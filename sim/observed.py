@@ -1,0 +1,101 @@
+"""What the operations gave each rank, as arrays of bits, and the first place where two such views differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
+
+def bits(tensor: Tensor) -> Array:
+    """A copy of the tensor's bits as unsigned integers, so that NaNs compare like anything else."""
+    plain = tensor.detach().cpu().contiguous()
+    return plain.view(_UNSIGNED[plain.element_size()]).numpy().copy()
+
+
+@dataclass
+class RankView:
+    """Everything one rank got in one example. None: the example, or what was asked, does not have it.
+
+    Floating-point fields hold bits. In low-latency fields the rows of all local experts follow each other,
+    only the received ones: C = sum of the counts.
+    """
+
+    # Layout, of this rank's own tokens.
+    num_tokens_per_rank: Array | None = None  # [R]
+    num_tokens_per_node: Array | None = None  # [D]
+    num_tokens_per_expert: Array | None = None  # [E]
+    is_token_in_rank: Array | None = None  # [T, R] bool
+    # High throughput.
+    num_rows: int | None = None  # rows of the tensors handed out: N, or num_worst_tokens
+    expert_counts: Array | None = None  # [L] aligned; [0] where they were not waited for
+    recv_x: Array | None = None  # [N, H]
+    recv_scales: Array | None = None  # [N, P]
+    recv_topk_idx: Array | None = None  # [num_rows, K]
+    recv_topk_weights: Array | None = None  # [N, K]
+    src_rank: Array | None = None  # [N]
+    src_token: Array | None = None  # [N]
+    again_x: Array | None = None  # [N, H] of the dispatch by handle
+    again_scales: Array | None = None  # [N, P]
+    combined_x: Array | None = None  # [T, H] bf16 bits, of either mode
+    combined_weights: Array | None = None  # [T, K]
+    # Low latency.
+    recv_count: Array | None = None  # [L]
+    layout_range: Array | None = None  # [L, R]
+    recv_src_info: Array | None = None  # [C]
+    recv_rows: Array | None = None  # [C, H]
+    recv_row_scales: Array | None = None  # [C, P]
+    stats: Array | None = None  # [L]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a rank got something else than was expected."""
+
+    rank: int
+    field: str
+    where: tuple[int, ...]
+    expected: Any
+    got: Any
+
+    def __str__(self) -> str:
+        place = f"[{', '.join(map(str, self.where))}]" if self.where else ""
+        return f"rank {self.rank}: {self.field}{place}: expected {self.expected}, got {self.got}"
+
+
+def first_difference(expected: list[RankView], got: list[RankView]) -> Difference | None:
+    """Compares bit for bit, in the order in which data flows; fields that either side lacks are left out."""
+    for field in fields(RankView):
+        for rank, (want, have) in enumerate(zip(expected, got, strict=True)):
+            a, b = getattr(want, field.name), getattr(have, field.name)
+            if a is None or b is None:
+                continue
+            difference = _compare(rank, field.name, a, b)
+            if difference is not None:
+                return difference
+    return None
+
+
+def _compare(rank: int, name: str, expected: Any, got: Any) -> Difference | None:
+    if isinstance(expected, int):
+        return None if expected == got else Difference(rank, name, (), expected, got)
+    if expected.shape != got.shape:
+        return Difference(rank, name, (), f"shape {expected.shape}", f"shape {got.shape}")
+    if expected.dtype != got.dtype:
+        return Difference(rank, name, (), expected.dtype, got.dtype)
+    if np.array_equal(expected, got):
+        return None
+    where = tuple(int(i) for i in np.argwhere(expected != got)[0])
+    return Difference(rank, name, where, _shown(expected[where]), _shown(got[where]))
+
+
+def _shown(value: Any) -> Any:
+    return hex(int(value)) if isinstance(value, np.unsignedinteger) else value.item()

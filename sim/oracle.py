@@ -1,0 +1,220 @@
+"""Runs a case through the reference's global view: what all other implementations must give, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepep.reference import high_throughput, low_latency
+from deepep.reference.layout import dispatch_layout
+from deepep.sim.cases import Case
+from deepep.sim.observed import Array, RankView, bits
+from deepep.sim.values import RankInputs, inputs, other_rows
+
+#: What a row that must not be read is filled with: a NaN that no input holds.
+POISON = 0x7FA5
+
+
+def observe(case: Case) -> list[RankView]:
+    """What each rank gets, by rank; a masked rank gets an empty view."""
+    given = [inputs(case, rank) for rank in range(case.num_ranks)]
+    views = [_layout(case, mine) for mine in given]
+    if case.options.mode == "ht":
+        _high_throughput(case, given, views)
+    else:
+        _low_latency(case, given, views)
+    return [RankView() if rank in case.masked else view for rank, view in enumerate(views)]
+
+
+def _layout(case: Case, mine: RankInputs) -> RankView:
+    layout = dispatch_layout(
+        mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
+    )
+    nodes = layout.num_tokens_per_node
+    return RankView(
+        num_tokens_per_rank=layout.num_tokens_per_rank.numpy(),
+        num_tokens_per_node=None if nodes is None else nodes.numpy(),
+        num_tokens_per_expert=layout.num_tokens_per_expert.numpy(),
+        is_token_in_rank=layout.is_token_in_rank.numpy(),
+    )
+
+
+def worst_tokens(case: Case) -> int:
+    """The num_worst_tokens of a case, on all ranks: 0, the most rows any rank gets, or three more."""
+    if case.options.worst == "off":
+        return 0
+    arriving = [
+        sum(int(case.is_token_in_rank(s)[:, rank].sum()) for s in case.members) for rank in case.members
+    ]
+    # Zero would mean that no worst case is given.
+    return max(1, max(arriving)) + (3 if case.options.worst == "more" else 0)
+
+
+def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView]) -> None:
+    options = case.options
+    tables = [torch.from_numpy(_of(view.is_token_in_rank)) for view in views]
+
+    def dispatch(ranks: list[RankInputs], topk: bool) -> list[high_throughput.DispatchOutput]:
+        calls = [
+            high_throughput.DispatchInput(
+                x=mine.x,
+                is_token_in_rank=table,
+                scales=mine.scales,
+                topk_idx=mine.topk_idx if topk else None,
+                topk_weights=mine.topk_weights if topk else None,
+                num_tokens_per_expert=torch.from_numpy(_of(view.num_tokens_per_expert)),
+            )
+            for mine, table, view in zip(ranks, tables, views, strict=True)
+        ]
+        return high_throughput.dispatch(
+            calls,
+            case.num_experts,
+            expert_alignment=options.expert_alignment,
+            num_worst_tokens=worst_tokens(case),
+            masked=case.masked,
+        )
+
+    outputs = dispatch(given, options.topk)
+    for view, output in zip(views, outputs, strict=True):
+        fill_dispatch(view, output.recv_x, output.recv_scales, output.recv_topk_idx, output.recv_topk_weights,
+                      output.num_recv_tokens_per_expert, len(output.src_rank))  # fmt: skip
+        view.src_rank, view.src_token = output.src_rank.numpy(), output.src_token.numpy()
+    if options.cached:
+        again = [inputs(case, rank, again=True) for rank in range(case.num_ranks)]
+        for view, output in zip(views, dispatch(again, topk=False), strict=True):
+            fill_again(view, output.recv_x, output.recv_scales, len(output.src_rank))
+    combined = high_throughput.combine(
+        [returned_rows(case, rank, output.recv_x) for rank, output in enumerate(outputs)],
+        tables,
+        topk_weights=[_tensor(o.recv_topk_weights) for o in outputs] if options.combine_weights else None,
+        biases=[mine.biases for mine in given],
+        masked=case.masked,
+    )
+    for view, result in zip(views, combined, strict=True):
+        fill_combine(view, result.x, result.topk_weights)
+
+
+def _low_latency(case: Case, given: list[RankInputs], views: list[RankView]) -> None:
+    options = case.options
+    layouts = low_latency.dispatch(
+        [mine.tokens for mine in given],
+        [mine.topk_idx for mine in given],
+        case.num_max_tokens,
+        case.num_experts,
+        fp8=options.low_latency != "bf16",
+        round_scale=options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
+        ue8m0=options.low_latency == "fp8+ue8m0",
+        masked=case.masked,
+    )
+    for view, output in zip(views, layouts, strict=True):
+        fill_low_latency(
+            view,
+            output.recv_x,
+            output.recv_scales,
+            output.recv_count,
+            output.recv_src_info,
+            output.layout_range,
+        )
+        if options.stats:
+            view.stats = output.recv_count.numpy()
+    combined = low_latency.combine(
+        [expert_rows(case, rank, output.recv_x, output.recv_count) for rank, output in enumerate(layouts)],
+        [mine.topk_idx for mine in given],
+        [mine.topk_weights for mine in given],
+        layouts,
+        num_max_tokens=case.num_max_tokens,
+        num_experts=case.num_experts,
+        logfmt=options.logfmt,
+        reduce="rank" if options.reduce == "rank" else "token",
+        masked=case.masked,
+    )
+    for view, result in zip(views, combined, strict=True):
+        view.combined_x = bits(result)
+
+
+def returned_rows(case: Case, rank: int, recv_x: Tensor) -> Tensor:
+    """What `rank` hands to a high-throughput combine: the rows it received, or others."""
+    if case.options.combine_rows == "same":
+        return recv_x
+    return other_rows(case, rank, len(recv_x))
+
+
+def expert_rows(case: Case, rank: int, recv_x: Tensor, recv_count: Tensor) -> Tensor:
+    """[L, R*M, H] bf16: what `rank` hands to a low-latency combine: the rows it received, or others.
+
+    Rows past the counts are poisoned.
+    """
+    room = case.num_ranks * case.num_max_tokens
+    rows = torch.full((len(recv_count), room, case.hidden), POISON, dtype=torch.int16).view(torch.bfloat16)
+    counts = recv_count.tolist()
+    filled = other_rows(case, rank, sum(counts)).split(counts)
+    for expert, (count, others) in enumerate(zip(counts, filled, strict=True)):
+        rows[expert, :count] = recv_x[expert, :count] if case.options.combine_rows == "same" else others
+    return rows
+
+
+def fill_dispatch(
+    view: RankView,
+    recv_x: Tensor,
+    recv_scales: Tensor | None,
+    recv_topk_idx: Tensor | None,
+    recv_topk_weights: Tensor | None,
+    expert_counts: list[int],
+    num_received: int,
+) -> None:
+    """Puts a dispatch's results into the view, without what the interface leaves open: rows past N."""
+    view.num_rows = len(recv_x)
+    view.expert_counts = np.array(expert_counts, dtype=np.int64)
+    view.recv_x = bits(recv_x[:num_received])
+    if recv_scales is not None:
+        view.recv_scales = bits(recv_scales[:num_received])
+    if recv_topk_idx is not None and recv_topk_weights is not None:
+        view.recv_topk_idx = recv_topk_idx.numpy()
+        view.recv_topk_weights = bits(recv_topk_weights[:num_received])
+
+
+def fill_again(view: RankView, recv_x: Tensor, recv_scales: Tensor | None, num_received: int) -> None:
+    """The results of a second dispatch, by handle."""
+    view.again_x = bits(recv_x[:num_received])
+    if recv_scales is not None:
+        view.again_scales = bits(recv_scales[:num_received])
+
+
+def fill_combine(view: RankView, combined_x: Tensor, combined_weights: Tensor | None) -> None:
+    """The results of a combine."""
+    view.combined_x = bits(combined_x)
+    if combined_weights is not None:
+        view.combined_weights = bits(combined_weights)
+
+
+def fill_low_latency(
+    view: RankView,
+    recv_x: Tensor,
+    recv_scales: Tensor | None,
+    recv_count: Tensor,
+    recv_src_info: Tensor,
+    layout_range: Tensor,
+) -> None:
+    """Puts a low-latency dispatch's results into the view, without what the interface leaves open."""
+    counts = recv_count.tolist()
+
+    def received(padded: Tensor) -> Tensor:
+        return torch.cat([padded[expert, :count] for expert, count in enumerate(counts)])
+
+    view.recv_count = recv_count.numpy()
+    view.layout_range = layout_range.numpy()
+    view.recv_src_info = received(recv_src_info).numpy()
+    view.recv_rows = bits(received(recv_x))
+    if recv_scales is not None:
+        view.recv_row_scales = bits(received(recv_scales))
+
+
+def _of(array: Array | None) -> Array:
+    assert array is not None
+    return array
+
+
+def _tensor(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
