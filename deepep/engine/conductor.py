@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepep.engine import control
 from deepep.engine.completion import Completion
 from deepep.engine.control import NO_LIMIT, Header
-from deepep.engine.interface import Operation, Schedule
+from deepep.engine.interface import Hook, Operation, Schedule
 from deepep.engine.lane import Lane, StreamLane, ThreadLane
 from deepep.engine.link import Link, LinkError
 from deepep.engine.membership import Absent, Membership, Progress
@@ -42,6 +42,7 @@ class Conductor:
         self.observer: Observer | None = None
         self.issuing = threading.RLock()
         self._unreceived: str | None = None
+        self._hook: Hook | None = None
         self._closed = False
 
     # construction
@@ -157,13 +158,30 @@ class Conductor:
 
     # hooks
 
-    def expect_hook(self, operation: Operation) -> None:
-        """Until `hook_called`, no other operation may begin."""
+    def hook(
+        self,
+        operation: Operation,
+        sent: Completion,
+        receive: Callable[[], None],
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Hook:
+        """What completes an operation whose send half was issued. Until it is called, no other may begin.
+
+        Calling it again does nothing.
+        """
         self._unreceived = operation.label
 
-    def hook_called(self) -> None:
-        """The receive hook has been called."""
-        self._unreceived = None
+        def hook() -> None:
+            with self.issuing:
+                if self._unreceived is None or hook is not self._hook:
+                    return
+                self._unreceived = self._hook = None
+                sent.current_stream_wait()
+                received = self.proceed("receive", lambda link: receive(), tensors)
+            received.current_stream_wait()
+
+        self._hook = hook
+        return hook
 
     def _pending_hook(self) -> ArgumentError | None:
         if self._unreceived is None:
@@ -186,7 +204,7 @@ class Conductor:
         with self.issuing:
             if self._closed:
                 return
-            self._unreceived = None
+            self._unreceived = self._hook = None
             if len(self.membership.members) > 1 and self.membership.connected:
                 farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more

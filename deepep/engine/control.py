@@ -130,7 +130,7 @@ def _check_agreed(header: Header, rank: int, words: list[int], first: int, refer
 def _value_text(name: str, value: int) -> str:
     if name.endswith("dtype"):
         return str(_DTYPES[value]).removeprefix("torch.") if value >= 0 else "none"
-    if name.startswith(("use_", "round_", "has_", "is_")):
+    if name.startswith(("use_", "round_", "has_", "is_", "reduce_")):
         return str(bool(value))
     return str(value)
 

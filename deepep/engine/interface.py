@@ -64,6 +64,8 @@ class EngineOptions:
         or whatever a backend's `supports` accepts. timeout: seconds that a rank waits
     for its peers before it reports them. low_latency: low-latency operations will be used. masks: ranks may
     be masked. low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
+    reduce_on_expert_rank: low-latency combine returns one bf16 partial sum per rank instead of one row per
+        expert.
     """
 
     group: Any
@@ -71,6 +73,7 @@ class EngineOptions:
     low_latency: bool = False
     masks: bool = False
     low_latency_bytes: int = 0
+    reduce_on_expert_rank: bool = False
     problem: ArgumentError | None = None
 
 

@@ -80,7 +80,7 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
 def device_type_of(group: dist.ProcessGroup) -> str:
     """Where a group's tensors lie: "cuda" for NCCL, "cpu" for everything else."""
     try:
-        name = dist.get_backend(group)
+        name: str = dist.get_backend(group)
     except ValueError:  # a group outside torch's registry, such as ours
         name = group.name()
     return "cuda" if "nccl" in name.lower() else "cpu"

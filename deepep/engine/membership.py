@@ -156,8 +156,9 @@ class Membership:
         return self._control
 
     def payload(self) -> Link:
-        """The link that rows travel on."""
-        assert self._payload is not None, "an operation begins with its control exchange"
+        """The link that rows travel on, made before the operation's control exchange."""
+        if self._payload is None:
+            raise LinkError("the link was lost since the operation began")
         return self._payload
 
     def _connect(self) -> None:

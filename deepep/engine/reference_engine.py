@@ -4,12 +4,13 @@ groups.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from deepep.engine import checks
+from deepep.engine import checks, reference_low_latency
 from deepep.engine.completion import Completion
 from deepep.engine.conductor import Conductor
 from deepep.engine.control import dtype_code
@@ -49,7 +50,12 @@ class ReferenceEngine(Engine):
         self._conductor = Conductor(group, options.timeout, device_type)
         self.info = EngineInfo("reference", group.rank(), group.size(), device_type, options)
         self._masked: frozenset[int] = frozenset()
-        statement = {"is_low_latency": int(options.low_latency), "has_masks": int(options.masks)}
+        self._staged: Tensor | None = None
+        statement = {
+            "is_low_latency": int(options.low_latency),
+            "has_masks": int(options.masks),
+            "reduce_on_expert_rank": int(options.reduce_on_expert_rank),
+        }
         self._conductor.agree(statement, options.problem)
 
     # layout
@@ -236,15 +242,52 @@ class ReferenceEngine(Engine):
     def low_latency_dispatch(
         self, request: LowLatencyDispatchRequest, schedule: Schedule
     ) -> LowLatencyDispatched:
-        raise NotImplementedError
+        with self._conductor.issuing:
+            try:
+                reference_low_latency.check_dispatch(request, self.info)
+            except ArgumentError as problem:
+                self.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
+            self._staged = None
+            done = reference_low_latency.dispatch(self._conductor, self.info, request, schedule)
+            done.route = replace(done.route, engine=self)
+            return done
 
     def low_latency_combine(
         self, request: LowLatencyCombineRequest, schedule: Schedule
     ) -> LowLatencyCombined:
-        raise NotImplementedError
+        with self._conductor.issuing:
+            try:
+                if request.route.engine is not self:
+                    raise HandleError("handle", "the handle of another buffer", "a handle of this buffer")
+                reference_low_latency.check_combine(request, self.info)
+                if request.zero_copy:
+                    request = replace(request, x=self._staged_rows(request.route))
+            except ArgumentError as problem:
+                self.refuse(Operation.LOW_LATENCY_COMBINE, problem, schedule)
+            self._staged = None
+            return reference_low_latency.combine(self._conductor, self.info, request, schedule)
 
     def low_latency_combine_buffer(self, route: LowLatencyRoute) -> Tensor:
-        raise NotImplementedError
+        # Fresh memory each time: an earlier combine may still be reading from what it was given.
+        num_local = route.num_experts // self.info.num_ranks
+        rows = route.ranges.new_empty(
+            num_local, self.info.num_ranks * route.num_max_tokens, route.hidden, dtype=torch.bfloat16
+        )
+        self._staged = rows
+        return rows
+
+    def _staged_rows(self, route: LowLatencyRoute) -> Tensor:
+        wanted = (
+            route.num_experts // self.info.num_ranks,
+            self.info.num_ranks * route.num_max_tokens,
+            route.hidden,
+        )
+        if self._staged is None or self._staged.shape != wanted:
+            allowed = (
+                "get_next_low_latency_combine_buffer(handle) called since the last low-latency operation"
+            )
+            raise ArgumentError("zero_copy", "True, with no buffer filled for it", allowed)
+        return self._staged
 
     # the rest
 
