@@ -39,7 +39,7 @@ def stable_topk(values: torch.Tensor, k: int) -> torch.Tensor:
     """Indices [..., k] int64 of the k largest along the last dimension, largest first; ties go to the
     lowest index.
     """
-    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def softmax_topk(

@@ -57,6 +57,8 @@ def test_selection_is_by_biased_score_and_ties_go_to_the_lowest_index(gate, expe
     assert routing.topk_idx.dtype == torch.int64
     assert routing.topk_idx.tolist() == [best(row, k) for row in choice.tolist()]
     assert torch.equal(routing.scores, scores)
+    assert routing.topk_idx.is_contiguous(), "dispatch takes contiguous tensors"
+    assert routing.topk_weights.is_contiguous()
 
 
 @pytest.mark.parametrize(

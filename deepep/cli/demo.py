@@ -1,0 +1,121 @@
+"""`deepep demo`: train a small expert-parallel model on real text, and check it against one process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deepep.demo.config import DemoConfig
+from deepep.demo.report import compare, print_tables, write_outputs
+from deepep.demo.single import train_single
+from deepep.demo.train import RankRecord, train_rank
+from deepep.errors import ArgumentError
+
+#: Longest a whole run may take, and longest a rank waits for another, in seconds.
+RUN_TIMEOUT = 3600.0
+PEER_TIMEOUT = 120.0
+
+
+def command(
+    ranks: Annotated[int, typer.Option(help="Processes to train with, one rank each.")] = 4,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = DemoConfig.steps,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and the routing trace.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+) -> None:
+    """Trains a byte-level MoE model on Python's own library sources, over processes that dispatch and
+    combine.
+
+    Then trains the same model in one process, and fails unless every loss is equal, bit for bit. Under
+    torchrun (RANK set) the ranks are torchrun's.
+    """
+    console = Console()
+    try:
+        config = DemoConfig.for_ranks(int(os.environ.get("WORLD_SIZE", ranks)), steps, seed)
+    except ArgumentError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from error
+    started = time.perf_counter()
+    records = _train_under_torchrun(config) if "RANK" in os.environ else _train_in_own_processes(config)
+    if records is None:  # a rank of torchrun's other than 0
+        return
+    with _progress(console, "one process", config.steps) as on_step:
+        single = train_single(config, on_step)
+    comparison = compare(records, single)
+    console.print()
+    print_tables(console, records, config)
+    console.print("\n[bold]Written[/bold]")
+    for path in write_outputs(out, records, config, comparison):
+        console.print(f"  {path}", highlight=False)
+    first, last = (sum(step) / config.num_ranks for step in (comparison.parallel[0], comparison.parallel[-1]))
+    seconds = time.perf_counter() - started
+    console.print(f"\nLoss {first:.3f} -> {last:.3f} nats per byte, {seconds:.0f} s in all.")
+    if not comparison.equal:
+        gap, step, rank = comparison.worst
+        console.print(
+            f"[bold red]The losses differ[/bold red]: by {gap:.3g} on rank {rank} in step {step}; "
+            "allowed: not at all"
+        )
+        raise typer.Exit(1)
+    console.print(
+        f"[bold green]Equal[/bold green]: all {config.steps * config.num_ranks} losses of {config.num_ranks} "
+        "processes have the bits of the run in one process."
+    )
+
+
+def _train_in_own_processes(config: DemoConfig) -> list[RankRecord]:
+    from deepep.sim import World
+
+    with World(config.num_ranks, timeout=RUN_TIMEOUT) as world:
+        return world.run(_train_one, config)[0]
+
+
+def _train_one(context: Any, config: DemoConfig) -> list[RankRecord] | None:
+    """In a rank process; rank 0 draws the progress bar on the terminal it shares with the parent."""
+    return _train(context.group, config)
+
+
+def _train_under_torchrun(config: DemoConfig) -> list[RankRecord] | None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PEER_TIMEOUT))
+    try:
+        return _train(dist.group.WORLD, config)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(group: Any, config: DemoConfig) -> list[RankRecord] | None:
+    if group.rank() != 0:
+        return train_rank(group, config)
+    plural = "es" if config.num_ranks > 1 else ""
+    with _progress(Console(), f"{config.num_ranks} process{plural}", config.steps) as on_step:
+        return train_rank(group, config, on_step)
+
+
+@contextmanager
+def _progress(console: Console, label: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=steps, loss="")
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(task, completed=step + 1, loss=f"{loss:.3f}")
+
+        yield on_step
