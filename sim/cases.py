@@ -100,6 +100,8 @@ class Case:
                 changes["topk"] = True  # the rows past the last are told by their index; weights need K
             if options.payload != "bf16":
                 changes["combine_rows"] = "other"  # combine takes bf16 alone
+            row = 8 if options.payload == "bf16" else 16  # rows are multiples of 16 bytes
+            hidden = -(-hidden // row) * row
         else:
             group = 512 if options.low_latency == "fp8+ue8m0" else 128  # channels per word of scales
             hidden = -(-hidden // group) * group

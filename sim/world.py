@@ -129,10 +129,7 @@ class World:
             for rank in range(self.num_ranks)
         ]
         self._ranks = [_Rank(spec) for spec in specs]
-        outcomes = PendingRun(self, self.timeout).outcomes(fail_fast=True)
-        if not all(o.ok for o in outcomes):
-            self.discard()
-            raise failure_of(outcomes, f"world of {self.num_ranks} ranks ({self.backend}) did not start")
+        PendingRun(self, self.timeout, f"starting {self.num_ranks} ranks ({self.backend})").results()
 
     def close(self) -> None:
         """Lets the ranks leave in order, ends those that do not within two seconds. Idempotent."""
@@ -174,12 +171,7 @@ class World:
 
         After any of these the world is rebuilt on its next use: the run's collectives may be half done.
         """
-        outcomes = self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes(
-            fail_fast=True
-        )
-        if not all(o.ok for o in outcomes):
-            raise failure_of(outcomes, f"{getattr(fn, '__name__', fn)!s} on {self.num_ranks} ranks")
-        return [o.value for o in outcomes]
+        return self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).results()
 
     def try_run(
         self,
@@ -204,9 +196,9 @@ class World:
         per_rank: Sequence[tuple[Any, ...]] | None = None,
         **kwargs: Any,
     ) -> PendingRun:
-        """Starts a run and returns at once. Its `outcomes()` must be taken before the next run."""
+        """Starts a run and returns at once. Its `results()` or `outcomes()` must be taken before the next."""
         if self._pending is not None:
-            raise RuntimeError("a run is in progress: take its outcomes() first")
+            raise RuntimeError("a run is in progress: take its results() first")
         if per_rank is not None and len(per_rank) != self.num_ranks:
             raise ValueError(
                 f"per_rank: got {len(per_rank)} entries; allowed: one per rank ({self.num_ranks})"
@@ -214,7 +206,8 @@ class World:
         self.ensure_started()
         shared = pack((fn, args, kwargs))
         own = [pack(tuple(p)) for p in per_rank] if per_rank is not None else [b""] * self.num_ranks
-        pending = PendingRun(self, self.timeout if timeout is None else timeout)
+        what = f"{getattr(fn, '__name__', fn)!s} on {self.num_ranks} ranks"
+        pending = PendingRun(self, self.timeout if timeout is None else timeout, what)
         self._pending = pending
         for rank, extra in zip(self._ranks, own, strict=True):
             rank.send(len(shared).to_bytes(8, "little") + shared + extra)
@@ -244,10 +237,18 @@ class World:
 class PendingRun:
     """A run in progress: what `World.submit` returns."""
 
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: World, timeout: float, what: str) -> None:
         self._world = world
+        self._what = what
         self._started = time.monotonic()
         self._timeout = timeout
+
+    def results(self) -> list[Any]:
+        """Waits for all ranks and returns what they returned, by rank; raises as `World.run` does."""
+        outcomes = self.outcomes(fail_fast=True)
+        if not all(o.ok for o in outcomes):
+            raise failure_of(outcomes, self._what)
+        return [o.value for o in outcomes]
 
     def outcomes(self, *, fail_fast: bool = False) -> list[Outcome]:
         """Waits until every rank has returned, raised or died, or time is up, and tells which did what.
@@ -356,9 +357,24 @@ def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
     process = context.Process(
         target=main, args=(connection, spec), name=f"deepep-rank-{spec.rank}", daemon=True
     )
-    with _hidden_main():
+    with _hidden_main(), _quiet_torch():
         process.start()
     return process
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Ranks do not log the transport's warnings: a dead peer is what fault tests are about.
+
+    torch reads the level when it is loaded: in the fork server, which starts with the first rank.
+    """
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        if level is None:
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 @contextmanager

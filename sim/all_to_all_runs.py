@@ -1,0 +1,164 @@
+"""Runs a case through the reference's all_to_all implementation; what one rank does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from deepep.sim.cases import Case
+from deepep.sim.observed import RankView
+from deepep.sim.oracle import (
+    expert_rows,
+    fill_again,
+    fill_combine,
+    fill_dispatch,
+    fill_low_latency,
+    returned_rows,
+    worst_tokens,
+)
+from deepep.sim.rank_process import RankContext
+from deepep.sim.values import inputs
+
+#: Delays of skewed examples: long enough for any other rank to overtake on loopback, short enough to fuzz.
+LONGEST_DELAY = 0.002
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The modules of the all_to_all implementation: the reference's own, or changed ones."""
+
+    wire: ModuleType
+    layout: ModuleType
+    high_throughput: ModuleType
+    low_latency: ModuleType
+
+
+def reference_implementation() -> Implementation:
+    """The implementation as it is installed."""
+    from deepep.reference import all_to_all, all_to_all_low_latency, layout, wire
+
+    return Implementation(wire, layout, all_to_all, all_to_all_low_latency)
+
+
+def run_all_to_all(ctx: RankContext, case: Case, implementation: Implementation | None = None) -> RankView:
+    """One rank's part of a case, on the ranks that are not masked. Collective over all ranks of the world."""
+    modules = implementation or reference_implementation()
+    group = group_of_members(ctx, case.members)
+    if ctx.rank in case.masked:
+        return RankView()
+    wire = modules.wire.Wire(group, ctx.rank, case.num_ranks, case.members)
+    view = _layout(case, ctx.rank, modules)
+    if case.options.mode == "ht":
+        _high_throughput(case, wire, modules.high_throughput, view)
+    else:
+        _low_latency(case, wire, modules.low_latency, view)
+    return view
+
+
+def group_of_members(ctx: RankContext, members: tuple[int, ...]) -> Any:
+    """The process group of some of the world's ranks; made once. Collective over all ranks of the world."""
+    if len(members) == ctx.num_ranks:
+        return ctx.group
+    groups = ctx.scratch.setdefault("groups", {})
+    if members not in groups:
+        groups[members] = dist.new_group(list(members))
+    return groups[members]
+
+
+def pause(case: Case, rank: int, step: int) -> None:
+    """Delays a rank before a step of the example, as the case's skew says."""
+    rng = np.random.default_rng((case.seed, step))
+    late = int(rng.integers(case.num_ranks))
+    delays = rng.random(case.num_ranks) * LONGEST_DELAY
+    if case.options.skew == "all" or (case.options.skew == "one" and rank == late):
+        time.sleep(delays[rank])
+
+
+def _layout(case: Case, rank: int, modules: Implementation) -> RankView:
+    mine = inputs(case, rank)
+    layout = modules.layout.dispatch_layout(
+        mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
+    )
+    nodes = layout.num_tokens_per_node
+    return RankView(
+        num_tokens_per_rank=layout.num_tokens_per_rank.numpy(),
+        num_tokens_per_node=None if nodes is None else nodes.numpy(),
+        num_tokens_per_expert=layout.num_tokens_per_expert.numpy(),
+        is_token_in_rank=layout.is_token_in_rank.numpy(),
+    )
+
+
+def _high_throughput(case: Case, wire: Any, ht: ModuleType, view: RankView) -> None:
+    options, rank = case.options, wire.rank
+    mine = inputs(case, rank)
+    assert view.is_token_in_rank is not None
+    assert view.num_tokens_per_expert is not None
+    pause(case, rank, 0)
+    plan = ht.exchange_counts(
+        wire, torch.from_numpy(view.is_token_in_rank), torch.from_numpy(view.num_tokens_per_expert)
+    )
+    received = plan.num_recv_tokens
+    topk = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights} if options.topk else {}
+    worst = worst_tokens(case)
+    out = ht.allocate(plan, mine.x, scales=mine.scales, **topk, num_worst_tokens=worst)
+    pause(case, rank, 1)
+    got = ht.dispatch(wire, plan, mine.x, scales=mine.scales, **topk, num_experts=case.num_experts, out=out)
+    alignment = options.expert_alignment
+    counts = [] if worst else [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
+    fill_dispatch(view, got.x, got.scales, got.topk_idx, got.topk_weights, counts, received)
+    view.src_rank, view.src_token = plan.src_rank.numpy(), plan.src_token.numpy()
+    pause(case, rank, 2)
+    if options.cached:
+        second = inputs(case, rank, again=True)
+        again = ht.dispatch(wire, plan, second.x, scales=second.scales)
+        fill_again(view, again.x, again.scales, received)
+    combined = ht.combine(
+        wire,
+        plan,
+        returned_rows(case, rank, got.x),
+        topk_weights=got.topk_weights if options.combine_weights else None,
+        biases=mine.biases,
+    )
+    fill_combine(view, combined.x, combined.topk_weights)
+
+
+def _low_latency(case: Case, wire: Any, ll: ModuleType, view: RankView) -> None:
+    options, rank = case.options, wire.rank
+    mine = inputs(case, rank)
+    sizes = {"num_max_tokens": case.num_max_tokens, "num_experts": case.num_experts}
+    pause(case, rank, 0)
+    underway = ll.start_dispatch(
+        wire,
+        mine.tokens,
+        mine.topk_idx,
+        **sizes,
+        fp8=options.low_latency != "bf16",
+        round_scale=options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
+        ue8m0=options.low_latency == "fp8+ue8m0",
+    )
+    pause(case, rank, 1)
+    got = underway.finish()
+    fill_low_latency(view, got.recv_x, got.recv_scales, got.recv_count, got.recv_src_info, got.layout_range)
+    if options.stats:
+        view.stats = got.recv_count.numpy()
+    pause(case, rank, 2)
+    sent = ll.start_combine(
+        wire,
+        expert_rows(case, rank, got.recv_x, got.recv_count),
+        mine.topk_idx,
+        mine.topk_weights,
+        got.recv_src_info,
+        got.layout_range,
+        **sizes,
+        logfmt=options.logfmt,
+        reduce=options.reduce,
+    )
+    pause(case, rank, 3)
+    out = torch.empty(case.num_tokens[rank], case.hidden, dtype=torch.bfloat16) if options.given_out else None
+    fill_combine(view, sent.finish(out), None)
