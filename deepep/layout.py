@@ -137,9 +137,11 @@ class ReceivedRows(NamedTuple):
 def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
     """The rows `rank` receives, from every source's is_token_in_rank [T_s, R] bool."""
     tables = [_view(table, "is_token_in_rank", torch.bool) for table in is_token_in_rank]
+    if not 0 <= rank < len(tables):
+        raise ValueError(f"rank: got {rank}; expected one of the {len(tables)} tables' ranks")
     for table in tables:
-        if table.ndim != 2 or table.shape[1] != len(tables) or not 0 <= rank < len(tables):
-            raise ValueError(f"is_token_in_rank: got {table.shape}; expected [T, {len(tables)}]; {rank=}")
+        if table.ndim != 2 or table.shape[1] != len(tables):
+            raise ValueError(f"is_token_in_rank: got {table.shape}; expected [T, {len(tables)}]")
     num_rows = sum(int(np.count_nonzero(table[:, rank])) for table in tables)
     src_rank, src_token = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
     _core.receive_rows(tables, rank, src_rank, src_token)
@@ -210,7 +212,7 @@ def low_latency_ranges(rows_per_expert: Array, rank: int) -> LowLatencyRanges:
 def low_latency_send_rows(
     topk_idx: Array, rows_per_expert: Array, source: int, num_max_tokens: int, num_parts: int = 1
 ) -> Tensor:
-    """Where each entry of the source's tokens lies at the rank of its expert: row of the flattened [L * R * M, H].
+    """Row, in the flattened [L * R * M, H] of its expert's rank, of each entry of the source's tokens.
 
     [T, K] int64, -1 where there is no expert. `rows_per_expert` [R, E] as in `low_latency_ranges`.
     """
@@ -251,8 +253,8 @@ def node_routes(is_token_in_rank: Array, ranks_per_node: int, num_parts: int = 1
 def forwarded_rows(local_ranks: Array, first_row: Array) -> Tensor:
     """Final rows [n, P] int64 of n tokens that a source sent to a node of P ranks; -1 where a rank gets none.
 
-    `local_ranks` [n] int64: the tokens' bits, in the order sent. `first_row` [P] int64: the source's first row
-    at each of those ranks.
+    `local_ranks` [n] int64: the tokens' bits, in the order sent. `first_row` [P] int64: the source's first
+    row at each of those ranks.
     """
     masks = _view(local_ranks, "local_ranks", torch.int64)
     first = _view(first_row, "first_row", torch.int64)
@@ -309,7 +311,7 @@ def rdma_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num
 def low_latency_rdma_size_hint(
     num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = MAX_TOPK
 ) -> int:
-    """Bytes of the fixed-slot buffer (csrc/core/low_latency_buffer.hpp): 2 epochs of R*M messages in and M*K rows back.
+    """Bytes of the fixed-slot buffer: two epochs of R*M messages in and of M*K rows back.
 
     Unlike a slot per (expert, token) this does not grow with `num_experts`, which clients pass all the same.
     Without `num_topk` the largest top-k is assumed.

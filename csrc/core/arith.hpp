@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -49,7 +48,7 @@ template <class Int>
 /// Whether a size computed in 128 bits can be used as a 64-bit byte offset. What does not fit is refused on
 /// the host.
 [[nodiscard]] DEEPEP_HD constexpr bool fits_int64(wide_t value) {
-  return value >= 0 && value <= wide_t(std::numeric_limits<int64_t>::max());
+  return value >= 0 && value <= wide_t(INT64_MAX);
 }
 
 }  // namespace deepep::core

@@ -1,4 +1,4 @@
-// What a rank sends: counts per rank, node and expert, token-in-rank, and each token's position at its
+// What a rank sends: counts per rank, node and expert, token-in-rank, and each token's row at its
 // receivers. All of it works on a token range, so that blocks, warps or threads may each own one: count a
 // range, prefix the counts over the ranges, then number the tokens inside each range from its start.
 #pragma once
@@ -48,21 +48,15 @@ DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, in
   return count;
 }
 
-/// The position of a token among those that go to a rank, or -1 if it does not; `next` is the running
-/// position.
-[[nodiscard]] DEEPEP_HD constexpr int32_t take_position(bool is_sent, int32_t& next) {
-  return is_sent ? next++ : -1;
-}
-
-/// Positions at every rank: position[t, r] (int32 [T, R]) is how many tokens before t go to r, or -1 if t
-/// does not. next[r] (int32 [R]) comes in as the count of the ranges before this one and goes out with this
-/// range's added.
-DEEPEP_HD void fill_positions(const uint8_t* is_token_in_rank, int64_t num_ranks, int64_t begin, int64_t end,
-                              int32_t* next, int32_t* position) {
+/// Final rows of the tokens [begin, end) at every rank: rows[t, r] (int64 [T, R]), or -1 where t does not go
+/// to r. next[r] (int64 [R]) comes in as the source's first row at r plus the count of the ranges before this
+/// one, and goes out with this range's added.
+DEEPEP_HD void fill_send_rows(const uint8_t* is_token_in_rank, int64_t num_ranks, int64_t begin, int64_t end,
+                              int64_t* next, int64_t* rows) {
   for (int64_t token = begin; token < end; ++token) {
     for (int64_t rank = 0; rank < num_ranks; ++rank) {
       const int64_t at = token * num_ranks + rank;
-      position[at] = take_position(is_token_in_rank[at] != 0, next[rank]);
+      rows[at] = take_next(is_token_in_rank[at] != 0, next[rank]);
     }
   }
 }

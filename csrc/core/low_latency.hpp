@@ -21,11 +21,10 @@ namespace deepep::core {
   return local_expert * (num_ranks * num_max_tokens) + index;
 }
 
-/// Adds to counts [E] the rows that tokens [begin, end) send to each expert: each distinct (token, expert)
-/// once.
+/// Adds to counts [E] the rows that tokens [begin, end) make at each expert: one for each distinct pair.
 template <class Index>
 DEEPEP_HD constexpr void count_expert_rows(const Index* topk_idx, int num_topk, int64_t begin, int64_t end,
-                                           const Placement& place, int32_t* counts) {
+                                           const Placement& place, int64_t* counts) {
   for (int64_t token = begin; token < end; ++token) {
     const Index* row = topk_idx + token * num_topk;
     for (int k = 0; k < num_topk; ++k) {
@@ -34,30 +33,27 @@ DEEPEP_HD constexpr void count_expert_rows(const Index* topk_idx, int num_topk, 
   }
 }
 
-/// Position of each entry's token among those of its source that select the same expert, for tokens [begin,
-/// end): position [T, K], -1 where there is no expert; duplicates of an expert inside a token share a
-/// position. next [E] comes in as the rows of the ranges before this one and goes out with this range's
-/// added: rows per expert, from zero.
+/// Number of each entry's row among its expert's, for tokens [begin, end): index [T, K], -1 where there is no
+/// expert. next [E] comes in as the source's first row at each expert plus the counts of the ranges before
+/// this one, and goes out with this range's added.
 template <class Index>
-DEEPEP_HD constexpr void fill_expert_positions(const Index* topk_idx, int num_topk, int64_t begin,
-                                               int64_t end, const Placement& place, int32_t* next,
-                                               int32_t* position) {
+DEEPEP_HD constexpr void fill_expert_rows(const Index* topk_idx, int num_topk, int64_t begin, int64_t end,
+                                          const Placement& place, int64_t* next, int64_t* index) {
   for (int64_t token = begin; token < end; ++token) {
     const Index* row = topk_idx + token * num_topk;
-    int32_t* out = position + token * num_topk;
+    int64_t* out = index + token * num_topk;
     for (int k = 0; k < num_topk; ++k) {
       if (is_first_of_expert(row, k, place)) {
         out[k] = next[row[k]]++;
       } else {
-        // No expert, or one that an earlier entry took: that entry's token is the last one numbered.
+        // No expert; or a duplicate, whose row is the last one that its expert was given.
         out[k] = place.is_expert(row[k]) ? next[row[k]] - 1 : -1;
       }
     }
   }
 }
 
-/// ranges[s] of one local expert, from rows_from[s * stride], the rows each source sends it. Returns their
-/// sum.
+/// ranges[s] of one expert, from the rows_from[s * stride] that each source sends it. Returns their sum.
 DEEPEP_HD constexpr int64_t fill_ranges(const int32_t* rows_from, int64_t num_ranks, int64_t stride,
                                         int64_t* ranges) {
   int64_t begin = 0;

@@ -30,4 +30,11 @@ DEEPEP_HD constexpr Count exclusive_prefix(Count* values, int64_t n, int64_t str
   return sum;
 }
 
+/// How every numbering of a range goes: what is selected takes the next number, what is not gets -1. A range
+/// starts from what the ranges before it counted.
+template <class Int>
+[[nodiscard]] DEEPEP_HD constexpr Int take_next(bool is_selected, Int& next) {
+  return is_selected ? next++ : Int(-1);
+}
+
 }  // namespace deepep::core

@@ -27,11 +27,6 @@ template <class Count>
   return row;
 }
 
-/// Row of a token at a receiver, from its position among those its source sends there; -1 if it is not sent.
-[[nodiscard]] DEEPEP_HD constexpr int64_t final_row(int64_t base, int32_t position) {
-  return position < 0 ? -1 : base + position;
-}
-
 /// The source of a received row: the last one whose rows begin at or before it. Sources without rows begin
 /// where the next does, so "last" passes over them. bases [R]: one receiver's row bases; 0 <= row < rows
 /// received.

@@ -38,15 +38,16 @@ namespace deepep::core {
 }
 
 /// What a source sends to each node, for tokens [begin, end): masks [T, D] and position [T, D], the token's
-/// place among those that go to the node, or -1. next [D] as in fill_positions.
+/// place among those that go to the node, or -1. next [D] comes in as the counts of the ranges before this
+/// one.
 DEEPEP_HD constexpr void fill_node_positions(const uint8_t* is_token_in_rank, int64_t begin, int64_t end,
-                                             const Placement& place, int32_t* next, uint64_t* masks,
+                                             const Placement& place, int64_t* next, uint64_t* masks,
                                              int32_t* position) {
   for (int64_t token = begin; token < end; ++token) {
     for (int32_t node = 0; node < place.num_nodes(); ++node) {
       const int64_t at = token * place.num_nodes() + node;
       masks[at] = local_ranks_of_token(is_token_in_rank + token * place.num_ranks, node, place);
-      position[at] = take_position(masks[at] != 0, next[node]);
+      position[at] = int32_t(take_next(masks[at] != 0, next[node]));
     }
   }
 }
@@ -59,7 +60,7 @@ DEEPEP_HD constexpr void fill_forwarded_rows(const uint64_t* masks, int64_t num_
                                              int64_t* next, int64_t* rows) {
   for (int64_t i = 0; i < num_forwarded; ++i) {
     for (int32_t local = 0; local < node_ranks; ++local) {
-      rows[i * node_ranks + local] = masks[i] >> local & 1 ? next[local]++ : -1;
+      rows[i * node_ranks + local] = take_next((masks[i] >> local & 1) != 0, next[local]);
     }
   }
 }

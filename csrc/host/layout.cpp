@@ -27,9 +27,12 @@ core::Placement placement(const Group& group) {
   return core::Placement(int32_t(experts), int32_t(group.num_ranks), int32_t(group.ranks_per_node));
 }
 
-/// Entries are -1 or an expert; anything else is named with its place.
+/// Entries are -1 or an expert; anything else is named with its place. No more of them than counts can hold.
 template <class Index>
 void expect_experts(const char* name, Matrix<const Index> entries, int64_t num_experts) {
+  if (entries.rows * entries.cols > kInt32) {
+    throw std::overflow_error(std::string(name) + ": more entries than 32 bits count");
+  }
   for (int64_t i = 0; i < entries.rows * entries.cols; ++i) {
     const int64_t entry = entries.data[i];
     if (entry >= -1 && entry < num_experts) continue;
@@ -40,15 +43,15 @@ void expect_experts(const char* name, Matrix<const Index> entries, int64_t num_e
 }
 
 /// Runs `count(begin, end, counts)` for every part, prefixes the counts over the parts on top of `start`, and
-/// runs `number(begin, end, next)` for every part. `start` goes out as where the next part would begin.
-template <class Count, class CountRange, class NumberRange>
-void count_then_number(int64_t num_tokens, int64_t num_parts, std::vector<Count>& start,
-                       const CountRange& count, const NumberRange& number) {
+/// runs `number(begin, end, next)` for every part. Returns where a further part would begin.
+template <class CountRange, class NumberRange>
+std::vector<int64_t> count_then_number(int64_t num_tokens, int64_t num_parts, std::vector<int64_t> start,
+                                       const CountRange& count, const NumberRange& number) {
   expect_at_least(1, "num_parts", num_parts);
   const int64_t width = int64_t(start.size());
   const core::TokenSplit split{num_tokens, num_parts};
-  std::vector<Count> next(size_t(num_parts * width), 0);               // [parts, width]
-  for (int64_t part = 0; num_parts > 1 && part < num_parts; ++part) {  // a single part starts at `start`
+  std::vector<int64_t> next(size_t(num_parts * width), 0);             // [parts, width]
+  for (int64_t part = 0; num_parts > 1 && part < num_parts; ++part) {  // a single part begins at `start`
     count(split.begin(part), split.end(part), next.data() + part * width);
   }
   for (int64_t i = 0; i < width; ++i) {
@@ -58,7 +61,7 @@ void count_then_number(int64_t num_tokens, int64_t num_parts, std::vector<Count>
   for (int64_t part = 0; part < num_parts; ++part) {
     number(split.begin(part), split.end(part), next.data() + part * width);
   }
-  start.assign(next.end() - width, next.end());
+  return {next.end() - width, next.end()};
 }
 
 }  // namespace
@@ -111,24 +114,18 @@ void first_rows(Matrix<const int32_t> counts, int64_t* rows, int64_t* num_receiv
 
 void send_rows(Matrix<const uint8_t> is_token_in_rank, const int64_t* first_rows, int64_t num_parts,
                int64_t* rows) {
+  const uint8_t* in_rank = is_token_in_rank.data;
   const int64_t num_ranks = is_token_in_rank.cols;
-  std::vector<int32_t> position(size_t(is_token_in_rank.rows * num_ranks)), start(size_t(num_ranks), 0);
   count_then_number(
-      is_token_in_rank.rows, num_parts, start,
-      [&](int64_t begin, int64_t end, int32_t* counts) {
+      is_token_in_rank.rows, num_parts, std::vector(first_rows, first_rows + num_ranks),
+      [&](int64_t begin, int64_t end, int64_t* counts) {
         for (int64_t rank = 0; rank < num_ranks; ++rank) {
-          counts[rank] = core::count_sent(is_token_in_rank.data, num_ranks, int32_t(rank), begin, end);
+          counts[rank] = core::count_sent(in_rank, num_ranks, int32_t(rank), begin, end);
         }
       },
-      [&](int64_t begin, int64_t end, int32_t* next) {
-        core::fill_positions(is_token_in_rank.data, num_ranks, begin, end, next, position.data());
+      [&](int64_t begin, int64_t end, int64_t* next) {
+        core::fill_send_rows(in_rank, num_ranks, begin, end, next, rows);
       });
-  for (int64_t token = 0; token < is_token_in_rank.rows; ++token) {
-    for (int64_t rank = 0; rank < num_ranks; ++rank) {
-      const int64_t at = token * num_ranks + rank;
-      rows[at] = core::final_row(first_rows[rank], position[size_t(at)]);
-    }
-  }
 }
 
 int64_t count_sent(Matrix<const uint8_t> is_token_in_rank, int64_t rank) {
@@ -139,10 +136,9 @@ int64_t count_sent(Matrix<const uint8_t> is_token_in_rank, int64_t rank) {
 
 void mark_rows(Matrix<const uint8_t> is_token_in_rank, int64_t source, int64_t rank, int64_t first_row,
                int32_t* src_rank, int32_t* src_token) {
-  int32_t next = 0;
   for (int64_t token = 0; token < is_token_in_rank.rows; ++token) {
     const bool is_sent = is_token_in_rank.data[token * is_token_in_rank.cols + rank] != 0;
-    const int64_t row = core::final_row(first_row, core::take_position(is_sent, next));
+    const int64_t row = core::take_next(is_sent, first_row);
     if (row < 0) continue;
     src_rank[row] = int32_t(source);
     src_token[row] = int32_t(token);
@@ -166,16 +162,15 @@ int64_t expanded_layout(Matrix<const Index> recv_topk_idx, int64_t num_local_exp
   std::vector<int64_t> counts(size_t(num_local_experts), 0);
   core::count_expanded(idx, num_topk, 0, recv_topk_idx.rows, counts.data());
   const int64_t total = core::expanded_begins(counts.data(), num_local_experts, alignment, begins);
-  std::vector<int64_t> start(begins, begins + num_local_experts);
-  count_then_number(
-      recv_topk_idx.rows, num_parts, start,
+  const auto last = count_then_number(
+      recv_topk_idx.rows, num_parts, std::vector(begins, begins + num_local_experts),
       [&](int64_t begin, int64_t end, int64_t* part) {
         core::count_expanded(idx, num_topk, begin, end, part);
       },
       [&](int64_t begin, int64_t end, int64_t* next) {
         core::fill_expanded_rows(idx, num_topk, begin, end, next, rows);
       });
-  std::copy(start.begin(), start.end(), ends);
+  std::copy(last.begin(), last.end(), ends);
   return total;
 }
 
@@ -185,8 +180,9 @@ template <class Index>
 void low_latency_counts(Matrix<const Index> topk_idx, const Group& group, int32_t* rows_per_expert) {
   const core::Placement place = placement(group);
   expect_experts("topk_idx", topk_idx, group.num_experts);
-  std::fill_n(rows_per_expert, place.num_experts, 0);
-  core::count_expert_rows(topk_idx.data, int(topk_idx.cols), 0, topk_idx.rows, place, rows_per_expert);
+  std::vector<int64_t> counts(size_t(place.num_experts), 0);
+  core::count_expert_rows(topk_idx.data, int(topk_idx.cols), 0, topk_idx.rows, place, counts.data());
+  std::copy(counts.begin(), counts.end(), rows_per_expert);
 }
 
 void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int64_t* ranges,
@@ -196,8 +192,11 @@ void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int
   expect_index("rank", rank, num_ranks);
   for (int32_t local = 0; local < place.experts_per_rank; ++local) {
     const int32_t* rows_from = rows_per_expert.data + place.first_expert_of_rank(int32_t(rank)) + local;
-    recv_count[local] =
-        int32_t(core::fill_ranges(rows_from, num_ranks, place.num_experts, ranges + local * num_ranks));
+    const int64_t rows =
+        core::fill_ranges(rows_from, num_ranks, place.num_experts, ranges + local * num_ranks);
+    if (rows > kInt32)
+      throw std::overflow_error("rows_per_expert: more rows than 32 bits count at one expert");
+    recv_count[local] = int32_t(rows);
   }
 }
 
@@ -212,26 +211,23 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
   expect_experts("topk_idx", topk_idx, place.num_experts);
   const Index* idx = topk_idx.data;
   const int num_topk = int(topk_idx.cols);
-  std::vector<int64_t> first_row(size_t(place.num_experts));  // among its expert's rows
+  const core::CountMatrix count{rows_per_expert.data, place.num_experts};
+  std::vector<int64_t> first_row(size_t(place.num_experts));  // of the source, among each expert's rows
   for (int64_t expert = 0; expert < place.num_experts; ++expert) {
-    const core::CountMatrix count{rows_per_expert.data, place.num_experts};
     first_row[size_t(expert)] = core::first_row_of_source(count, source, expert);
   }
-  std::vector<int32_t> position(size_t(topk_idx.rows * num_topk)), start(size_t(place.num_experts), 0);
   count_then_number(
-      topk_idx.rows, num_parts, start,
-      [&](int64_t begin, int64_t end, int32_t* part) {
+      topk_idx.rows, num_parts, first_row,
+      [&](int64_t begin, int64_t end, int64_t* part) {
         core::count_expert_rows(idx, num_topk, begin, end, place, part);
       },
-      [&](int64_t begin, int64_t end, int32_t* next) {
-        core::fill_expert_positions(idx, num_topk, begin, end, place, next, position.data());
+      [&](int64_t begin, int64_t end, int64_t* next) {
+        core::fill_expert_rows(idx, num_topk, begin, end, place, next, rows);
       });
   for (int64_t i = 0; i < topk_idx.rows * num_topk; ++i) {
-    rows[i] = -1;
     if (!place.is_expert(idx[i])) continue;
     const int32_t local = place.local_expert(idx[i], place.rank_of_expert(int32_t(idx[i])));
-    const int64_t index = core::final_row(first_row[size_t(idx[i])], position[size_t(i)]);
-    rows[i] = core::packed_row(num_ranks, num_max_tokens, local, index);
+    rows[i] = core::packed_row(num_ranks, num_max_tokens, local, rows[i]);
   }
 }
 
@@ -249,18 +245,17 @@ void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, 
   const core::Placement place = placement(group);
   expect(place.num_ranks_of_node(0) <= 64, "ranks_per_node", place.ranks_per_node, "at most 64");
   const uint8_t* in_rank = is_token_in_rank.data;
-  std::vector<int32_t> start(size_t(place.num_nodes()), 0);
-  count_then_number(
-      is_token_in_rank.rows, num_parts, start,
-      [&](int64_t begin, int64_t end, int32_t* part) {
+  const auto last = count_then_number(
+      is_token_in_rank.rows, num_parts, std::vector<int64_t>(size_t(place.num_nodes()), 0),
+      [&](int64_t begin, int64_t end, int64_t* part) {
         for (int32_t node = 0; node < place.num_nodes(); ++node) {
           part[node] = core::count_sent_to_node(in_rank, node, begin, end, place);
         }
       },
-      [&](int64_t begin, int64_t end, int32_t* next) {
+      [&](int64_t begin, int64_t end, int64_t* next) {
         core::fill_node_positions(in_rank, begin, end, place, next, masks, position);
       });
-  std::copy(start.begin(), start.end(), counts);
+  std::copy(last.begin(), last.end(), counts);
 }
 
 void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
