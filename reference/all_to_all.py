@@ -223,6 +223,7 @@ def combine(
             field.dim() == 2 and field.shape[0] == total,
             f"{name}: got {list(field.shape)}; allowed: [>= {total}, *]",
         )
+    require(len(biases) <= 2, f"biases: got {len(biases)}; allowed: at most 2")
     for bias in biases:
         require(list(bias.shape) == [num_tokens, hidden], f"bias: got {bias.shape}; allowed: [T, H]")
     wide = accumulator_dtype(x.dtype)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .checks import require
-from .layout import align_up, check_topk_idx, local_experts, receive_rows
-from .numerics import OrderedSum, accumulator_dtype, round_to
+from .layout import ReceivedRows, align_up, check_topk_idx, local_experts, receive_rows
+from .numerics import accumulator_dtype, round_to
+from .ordered_sum import OrderedSum
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def dispatch(
     for rank, given in enumerate(inputs):
         _check_input(rank, given, num_experts)
     tables = [given.is_token_in_rank for given in inputs]
+    stacked = {name: rows for name in _FIELDS if (rows := _stack(name, inputs)) is not None}
+    first_row = torch.tensor([0, *(table.shape[0] for table in tables)], device=tables[0].device).cumsum(0)
+
     outputs = []
     for rank in range(num_ranks):
         src_rank, src_token = receive_rows(tables, rank, masked)
@@ -81,30 +85,27 @@ def dispatch(
             num_worst_tokens == 0 or num_rows <= num_worst_tokens,
             f"rank {rank}: num_worst_tokens: got {num_worst_tokens}; allowed: at least {num_rows}, the rows",
         )
-        spare = num_worst_tokens - num_rows if num_worst_tokens > 0 else 0
-
-        def gather(field: str, spare: int = spare, rank: int = rank) -> Tensor | None:
-            return _gather_rows([getattr(given, field) for given in inputs], tables, rank, masked, spare)
-
-        recv_x = gather("x")
-        assert recv_x is not None
-        recv_topk_idx, recv_topk_weights = gather("topk_idx"), gather("topk_weights")
-        if recv_topk_idx is not None and recv_topk_weights is not None:
-            local = recv_topk_idx - rank * num_local
-            foreign = (recv_topk_idx < 0) | (local < 0) | (local >= num_local)
-            foreign[num_rows:] = True
-            recv_topk_idx = local.masked_fill(foreign, -1)
-            recv_topk_weights = recv_topk_weights.masked_fill(foreign, 0.0)
-        per_expert: list[int] = []
-        if inputs[rank].num_tokens_per_expert is not None and num_worst_tokens == 0:
-            for expert in range(rank * num_local, (rank + 1) * num_local):
-                counts = [
-                    _count(given, expert) for s, given in enumerate(inputs) if not {s, rank} & set(masked)
-                ]
-                per_expert.append(align_up(sum(counts), expert_alignment))
+        row = first_row[src_rank.long()] + src_token  # [N]: where in the stacked inputs
+        received = {name: rows[row] for name, rows in stacked.items()}
+        if "topk_idx" in received:
+            local, mine = _localise(received["topk_idx"], rank, num_local)
+            received["topk_idx"] = local
+            received["topk_weights"] = received["topk_weights"].masked_fill(~mine, 0.0)
+        if num_worst_tokens > 0:
+            received = {name: _pad(rows, num_worst_tokens) for name, rows in received.items()}
+            if "topk_idx" in received:
+                received["topk_idx"][num_rows:] = -1
         outputs.append(
             DispatchOutput(
-                recv_x, gather("scales"), recv_topk_idx, recv_topk_weights, per_expert, src_rank, src_token
+                received["x"],
+                received.get("scales"),
+                received.get("topk_idx"),
+                received.get("topk_weights"),
+                []
+                if num_worst_tokens > 0
+                else _expert_counts(inputs, rank, num_local, expert_alignment, masked),
+                src_rank,
+                src_token,
             )
         )
     return outputs
@@ -134,14 +135,17 @@ def combine(
     )
     missing = masked if masked_at_dispatch is None else masked_at_dispatch
     origins = [receive_rows(is_token_in_rank, rank, missing) for rank in range(num_ranks)]
-    for rank, x in enumerate(xs):
-        require(
-            x.dim() == 2 and x.shape[0] >= origins[rank].src_rank.numel(),
-            f"rank {rank}: x: got {list(x.shape)}; allowed: [>= {origins[rank].src_rank.numel()}, H]",
-        )
+    _check_rows("x", xs, origins)
+    if topk_weights is not None:
+        _check_rows("topk_weights", topk_weights, origins)
+    require(
+        biases is None or len(biases) == num_ranks,
+        "biases: got another number than ranks; allowed: one tuple each",
+    )
     outputs = []
     for owner, table in enumerate(is_token_in_rank):
         own_biases = biases[owner] if biases is not None else ()
+        require(len(own_biases) <= 2, f"rank {owner}: biases: got {len(own_biases)}; allowed: at most 2")
         total = OrderedSum(
             table.shape[0], xs[owner].shape[1], accumulator_dtype(xs[owner].dtype), table.device
         )
@@ -167,34 +171,69 @@ def combine(
     return outputs
 
 
-def _gather_rows(
-    fields: Sequence[Tensor | None],
-    tables: Sequence[Tensor],
-    rank: int,
-    masked: Collection[int],
-    spare: int,
-) -> Tensor | None:
-    """The rows that `rank` receives of one field and `spare` zero rows; None where nobody gives the field."""
-    given = [field for field in fields if field is not None]
-    if not given:
+_FIELDS = ("x", "scales", "topk_idx", "topk_weights")
+
+
+def _stack(name: str, inputs: Sequence[DispatchInput]) -> Tensor | None:
+    """All ranks' rows of one field, [sum of T, *]; None where nobody gives it."""
+    fields = [getattr(given, name) for given in inputs]
+    present = [field for field in fields if field is not None]
+    if not present:
         return None
-    require(len(given) == len(fields), "an optional argument must be given by all ranks or by none")
-    rows = [field[table[:, rank]] for field, table in zip(given, tables, strict=True)]
-    rows = [row if not {source, rank} & set(masked) else row[:0] for source, row in enumerate(rows)]
-    return torch.cat([*rows, given[rank].new_zeros(spare, given[rank].shape[1])])
-
-
-def _count(given: DispatchInput, expert: int) -> int:
+    kinds = {(field.dtype, field.shape[1]) for field in present}
     require(
-        given.num_tokens_per_expert is not None, "num_tokens_per_expert must be given by all ranks or by none"
+        len(present) == len(fields) and len(kinds) == 1,
+        f"{name}: must be given by all ranks or by none, in one dtype and width; got {kinds}",
     )
-    assert given.num_tokens_per_expert is not None
-    return int(given.num_tokens_per_expert[expert])
+    return torch.cat(present)
+
+
+def _localise(topk_idx: Tensor, rank: int, num_local: int) -> tuple[Tensor, Tensor]:
+    """Local index or -1 of global experts, and which entries are this rank's."""
+    mine = (topk_idx >= rank * num_local) & (topk_idx < (rank + 1) * num_local)
+    return (topk_idx - rank * num_local).masked_fill(~mine, -1), mine
+
+
+def _pad(rows: Tensor, num_rows: int) -> Tensor:
+    """`rows` and zeros, `num_rows` in all."""
+    return torch.cat([rows, rows.new_zeros(num_rows - rows.shape[0], rows.shape[1])])
+
+
+def _expert_counts(
+    inputs: Sequence[DispatchInput], rank: int, num_local: int, alignment: int, masked: Collection[int]
+) -> list[int]:
+    """What all ranks together count for each expert of `rank`, rounded up; [] where nobody counts."""
+    counts = [given.num_tokens_per_expert for given in inputs if given.num_tokens_per_expert is not None]
+    require(len(counts) in (0, len(inputs)), "num_tokens_per_expert: must be given by all ranks or by none")
+    if not counts:
+        return []
+    total = torch.zeros(num_local, dtype=torch.int64, device=counts[0].device)
+    for source, count in enumerate(counts):
+        if not {source, rank} & set(masked):
+            total += count[rank * num_local : (rank + 1) * num_local]
+    return [align_up(count, alignment) for count in total.tolist()]
+
+
+def _check_rows(name: str, tensors: Sequence[Tensor], origins: Sequence[ReceivedRows]) -> None:
+    require(
+        len(tensors) == len(origins),
+        f"{name}: got {len(tensors)}; allowed: one for each of {len(origins)} ranks",
+    )
+    for rank, (rows, origin) in enumerate(zip(tensors, origins, strict=True)):
+        num_rows = origin.src_rank.numel()
+        same_kind = (
+            rows.dim() == 2 and rows.shape[1] == tensors[0].shape[1] and rows.dtype == tensors[0].dtype
+        )
+        require(
+            same_kind and rows.shape[0] >= num_rows,
+            f"rank {rank}: {name}: got {rows.dtype} {list(rows.shape)}; "
+            f"allowed: at least {num_rows} rows, in the width and dtype of rank 0",
+        )
 
 
 def _check_input(rank: int, given: DispatchInput, num_experts: int) -> None:
     num_tokens = given.is_token_in_rank.shape[0]
-    for name in ("x", "scales", "topk_idx", "topk_weights"):
+    for name in _FIELDS:
         field = getattr(given, name)
         require(
             field is None or (field.dim() == 2 and field.shape[0] == num_tokens),

@@ -17,7 +17,8 @@ from .checks import require
 from .formats import column_major_scales, fp8_cast, ue8m0_pack
 from .layout import check_topk_idx, local_experts
 from .logfmt import logfmt_roundtrip
-from .numerics import OrderedSum, round_to_bf16
+from .numerics import round_to_bf16
+from .ordered_sum import OrderedSum
 
 
 @dataclass(frozen=True)
