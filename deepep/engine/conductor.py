@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from deepep.engine import control
+from deepep.engine import control, liveness
 from deepep.engine.completion import Completion
 from deepep.engine.control import NO_LIMIT, Header
 from deepep.engine.interface import Hook, Operation, Schedule
@@ -51,12 +51,12 @@ class Conductor:
         """The first meeting: every rank is there and constructs the same thing, or all raise."""
         membership = self.membership
         everyone = tuple(range(self.num_ranks))
-        post = control.encode_statement(statement, problem and problem.at(self.rank))
+        post = control.encode_statement(statement, liveness.identity(), problem and problem.at(self.rank))
         try:
             met = membership.meet("construct", post, everyone)
         except Absent as absent:
             raise membership.blame(absent.missing, len(absent.seen), "they did not construct") from None
-        control.compare_statements(met)
+        membership.introduce(control.compare_statements(met))
         membership.control()
 
     # operations

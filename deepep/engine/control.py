@@ -153,24 +153,22 @@ def decode_error(raw: bytes) -> ArgumentError:
     return kind(argument, got, allowed, rank)
 
 
-def encode_statement(statement: Mapping[str, int], problem: ArgumentError | None) -> str:
-    """What a rank constructs, or why it cannot, for the first meeting."""
-    return json.dumps(dict(statement)) if problem is None else encode_error(problem).decode()
+def encode_statement(statement: Mapping[str, int], identity: str, problem: ArgumentError | None) -> str:
+    """What a rank constructs and which process it is, or why it cannot, for the first meeting."""
+    return json.dumps([dict(statement), identity]) if problem is None else encode_error(problem).decode()
 
 
-def compare_statements(met: Mapping[int, bytes]) -> None:
-    """Raises the error of the lowest rank that posted one, or MismatchError where statements differ."""
+def compare_statements(met: Mapping[int, bytes]) -> dict[int, str]:
+    """The identities. Raises the error of the lowest rank that posted one, or MismatchError."""
     posts = {rank: json.loads(raw) for rank, raw in sorted(met.items())}
     for rank, post in posts.items():
-        if isinstance(post, list):
+        if not isinstance(post[0], dict):
             raise decode_error(met[rank])
     first = min(posts)
-    for rank, post in posts.items():
-        for name, value in post.items():
-            if value != posts[first].get(name):
-                raise MismatchError(
-                    name,
-                    _value_text(name, value),
-                    f"{_value_text(name, posts[first][name])}, as on rank {first}",
-                    rank,
-                )
+    for rank, (statement, _) in posts.items():
+        for name, value in statement.items():
+            wanted = posts[first][0].get(name)
+            if value != wanted:
+                got = _value_text(name, value)
+                raise MismatchError(name, got, f"{_value_text(name, wanted)}, as on rank {first}", rank)
+    return {rank: identity for rank, (_, identity) in posts.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,6 +12,8 @@ from torch.distributed.distributed_c10d import Store
 
 from deepep.reference.wire import RowsUnderway, Wire
 
+_NOBODY_SENDS = 0x0DEE  # a message tag
+
 
 class LinkError(Exception):
     """The transport failed: a peer is gone, or did not answer in time. Internal; users see
@@ -19,7 +21,7 @@ class LinkError(Exception):
     """
 
 
-@contextmanager
+@contextlib.contextmanager
 def transport() -> Iterator[None]:
     """Turns torch.distributed's errors into LinkError, and nothing else: arguments were checked before."""
     try:
@@ -27,7 +29,7 @@ def transport() -> Iterator[None]:
     # ValueError: torch's own error logging raises it, over the real error, for groups outside its registry.
     except (RuntimeError, ValueError) as error:
         cause = error.__context__ if isinstance(error, ValueError) and error.__context__ else error
-        raise LinkError(str(cause)) from None
+        raise LinkError(str(cause).partition(". This is typically")[0]) from None
 
 
 class Link(Wire):
@@ -75,6 +77,22 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
             group._register_backend(torch.device("cpu"), kind, gloo)
     group._set_default_backend(kind)
     return group
+
+
+def hang_up(group: dist.ProcessGroup) -> None:
+    """Closes a private group's connections now, whoever still refers to it: peers that wait on them fail at
+    once.
+    """
+    if device_type_of(group) == "cuda":
+        with contextlib.suppress(RuntimeError):  # one that has failed may refuse; it is closed then
+            group.abort()
+        return
+    # gloo closes when the last reference goes, work and tracebacks included, and has no other way to be told.
+    # But a wait that runs out of time closes all connections of its group.
+    for peer in range(group.size()):
+        if peer != group.rank():
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1)], peer, _NOBODY_SENDS).wait(timedelta(milliseconds=1))
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:

@@ -14,20 +14,17 @@ left.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from deepep.engine.link import Link, LinkError, private_group
+from deepep.engine import liveness
+from deepep.engine.link import Link, LinkError, hang_up, private_group
 from deepep.errors import FaultRecord, MismatchError, PeerTimeoutError
-
-_SLICE = timedelta(milliseconds=100)
 
 
 @dataclass
@@ -75,6 +72,7 @@ class Membership:
         self.grace = 1.0 + 0.05 * timeout
         self._device_type = device_type
         self._masked: frozenset[int] = frozenset()
+        self._identities: dict[int, str] = {}
         self._name = ""
         self._control: Link | None = None
         self._payload: Link | None = None
@@ -124,22 +122,34 @@ class Membership:
     def _collect(
         self, name: str, ranks: tuple[int, ...], deadline: float, until: str = ""
     ) -> dict[int, bytes]:
-        """What `ranks` post under `name`. Ends early, with what is there, once the key `until` exists."""
+        """What `ranks` post under `name`.
+
+        Ends early, with what is there, once the key `until` exists. Raises Absent at the deadline, or before
+        if those who are missing are known to be dead.
+        """
         missing = list(ranks)
         seen: dict[int, bytes] = {}
-        while missing:
-            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
-            with contextlib.suppress(dist.DistStoreError):  # nobody posted within this slice
-                self._store.wait([f"{name}/{missing[0]}"], min(left, _SLICE))
+        # Asked again and again, because a store's own wait blocks its connection, and cannot wait for "one
+        # of".
+        pause = 0.001
+        while True:
             for rank in list(missing):
                 if self._store.check([f"{name}/{rank}"]):
                     seen[rank] = self._store.get(f"{name}/{rank}")
                     missing.remove(rank)
-            if until and self._store.check([until]):
+            if not missing or (until and self._store.check([until])):
                 return seen
-            if missing and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or all(self._is_dead(rank) for rank in missing):
                 raise Absent(tuple(missing), seen)
-        return seen
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def introduce(self, identities: dict[int, str]) -> None:
+        """What the ranks' processes are, by `liveness.identity`."""
+        self._identities = identities
+
+    def _is_dead(self, rank: int) -> bool:
+        return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
 
     # links
 
@@ -186,6 +196,7 @@ class Membership:
             self._payload = self._control if self._device_type == "cpu" else self._link(self._device_type)
         except LinkError as error:
             raise self.fault(error) from None
+        self._store.set(f"members/{self.rank}", "")
         self.progress.sequence = 0
 
     def _link(self, device_type: str) -> Link:
@@ -198,7 +209,7 @@ class Membership:
         for rank in missing:
             if self._store.check([f"members/{rank}"]):
                 theirs = self._store.get(f"members/{rank}").decode()
-                if theirs != people:
+                if theirs not in (people, ""):  # empty: not come yet
                     raise MismatchError(
                         "unmasked ranks",
                         theirs.replace("-", ", "),
@@ -209,8 +220,7 @@ class Membership:
     def disconnect(self) -> None:
         """Drops the connections. Peers that wait on them fail at once."""
         for link in {id(x): x for x in (self._control, self._payload) if x is not None}.values():
-            with contextlib.suppress(RuntimeError):  # a group that has failed may refuse; it is closed then
-                link.group.abort()
+            hang_up(link.group)
         self._control = self._payload = None
 
     # faults
