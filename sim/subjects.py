@@ -1,14 +1,16 @@
 """Implementations under test: each takes cases and tells what every rank got.
 
+core         the layout rules of csrc/core, against the reference's, in this process
 oracle       the reference's global view, in this process
-all_to_all   the reference's all_to_all implementation, in a world of processes
-buffer       deepep.Buffer, in a world of processes, on any of its backends
+all_to_all   the reference's all_to_all implementation, in worlds of processes
+buffer       deepep.Buffer, in worlds of processes, on any of its backends
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from deepep.sim import oracle
 from deepep.sim.all_to_all_runs import run_all_to_all
@@ -18,32 +20,67 @@ from deepep.sim.observed import RankView
 from deepep.sim.rank_process import RankContext
 from deepep.sim.world import PendingRun, World
 
+RunRank = Callable[[RankContext, Case], RankView]
 
-class Subject(Protocol):
-    """Something that can run cases."""
+
+class Subject(ABC):
+    """Something that can run cases, in two halves, so that worlds work beside the process that judges."""
 
     name: str
+    #: Whether it gives views of its own, which relations between cases can be checked on.
+    gives_views = True
+    #: Seconds for a batch of cases.
+    timeout = 60.0
 
     def adapt(self, case: Case) -> Case:
         """The nearest case that this implementation can run."""
-
-    def observe(self, cases: Sequence[Case]) -> list[list[RankView]]:
-        """What each rank got, by case and rank. All cases have the same number of ranks."""
-
-
-class Oracle:
-    """The reference's global view."""
-
-    name = "oracle"
-
-    def adapt(self, case: Case) -> Case:
         return case
 
+    @abstractmethod
+    def start(self, cases: Sequence[Case]) -> Any:
+        """Begins to run the cases, which all have the same number of ranks; what `finish` needs."""
+
+    @abstractmethod
+    def finish(self, started: Any) -> list[list[RankView]]:
+        """What each rank got, by case and rank.
+
+        Raises:
+            WorldError: a rank raised, died or hung.
+            Violation: the implementation itself found something wrong.
+        """
+
     def observe(self, cases: Sequence[Case]) -> list[list[RankView]]:
-        return [oracle.observe(case) for case in cases]
+        """Both halves."""
+        return self.finish(self.start(cases))
+
+    def cancel(self, started: Any) -> None:  # noqa: B027
+        """Lets go of what was started and will not be finished."""
+
+    def reset(self) -> None:  # noqa: B027
+        """Forgets everything that earlier cases may have left behind."""
+
+    def close(self) -> None:  # noqa: B027
+        """Releases what it holds."""
 
 
-class InWorld:
+class InProcess(Subject):
+    """An implementation that runs in this process: a function from a case to the view of each rank."""
+
+    def __init__(
+        self, name: str, observe_case: Callable[[Case], list[RankView]], *, gives_views: bool = True
+    ) -> None:
+        self.name = name
+        self.gives_views = gives_views
+        self._observe_case = observe_case
+
+    def start(self, cases: Sequence[Case]) -> Any:
+        return list(cases)
+
+    def finish(self, started: Any) -> list[list[RankView]]:
+        return [self._observe_case(case) for case in started]
+
+
+class InWorld(Subject):
     """An implementation that runs in worlds of rank processes: one world per number of ranks.
 
     Args:
@@ -57,7 +94,7 @@ class InWorld:
     def __init__(
         self,
         name: str,
-        run_rank: Callable[[RankContext, Case], RankView],
+        run_rank: RunRank,
         world_of: Callable[[int], World] | None = None,
         *,
         adapt: Callable[[Case], Case] | None = None,
@@ -68,40 +105,61 @@ class InWorld:
         self._run_rank = run_rank
         self._adapt = adapt
         self._own: dict[int, World] = {}
+        self._used: dict[int, World] = {}
         self._world_of = world_of or self._own_world
 
     def adapt(self, case: Case) -> Case:
         return case if self._adapt is None else self._adapt(case)
 
-    def observe(self, cases: Sequence[Case]) -> list[list[RankView]]:
-        return self.finish(self.start(cases))
-
     def start(self, cases: Sequence[Case]) -> PendingRun | None:
-        """Sends a batch to its world and returns at once, so that the caller can work beside it."""
         if not cases:
             return None
         (num_ranks,) = {case.num_ranks for case in cases}
-        return self._world_of(num_ranks).submit(_run_batch, self._run_rank, list(cases), timeout=self.timeout)
+        world = self._used[num_ranks] = self._world_of(num_ranks)
+        return world.submit(_run_batch, self._run_rank, list(cases), timeout=self.timeout)
 
-    def finish(self, pending: PendingRun | None) -> list[list[RankView]]:
-        """The views of a batch that was started, by case and rank."""
-        if pending is None:
+    def finish(self, started: PendingRun | None) -> list[list[RankView]]:
+        if started is None:
             return []
-        by_rank = pending.results()
-        return [list(views) for views in zip(*by_rank, strict=True)]
+        return [list(views) for views in zip(*started.results(), strict=True)]
+
+    def cancel(self, started: PendingRun | None) -> None:
+        if started is not None:
+            started.outcomes()
+
+    def reset(self) -> None:
+        for world in self._used.values():
+            world.discard()
 
     def close(self) -> None:
-        """Ends the worlds that it made itself."""
         for world in self._own.values():
             world.close()
         self._own.clear()
 
     def _own_world(self, num_ranks: int) -> World:
-        return self._own.setdefault(num_ranks, World(num_ranks))
+        if num_ranks not in self._own:
+            self._own[num_ranks] = World(num_ranks)
+        return self._own[num_ranks]
 
 
-def _run_batch(ctx: RankContext, run_rank: Any, cases: list[Case]) -> list[RankView]:
+def _run_batch(ctx: RankContext, run_rank: RunRank, cases: list[Case]) -> list[RankView]:
     return [run_rank(ctx, case) for case in cases]
+
+
+def core() -> InProcess:
+    """The layout core. It judges itself: it gives no views, but raises Violation."""
+    from deepep.sim.core_properties import check_core
+
+    def observe(case: Case) -> list[RankView]:
+        check_core(case)
+        return [RankView() for _ in range(case.num_ranks)]
+
+    return InProcess("core", observe, gives_views=False)
+
+
+def reference() -> InProcess:
+    """The reference's global view."""
+    return InProcess("oracle", oracle.observe)
 
 
 def all_to_all(world_of: Callable[[int], World] | None = None) -> InWorld:
@@ -115,7 +173,7 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
     def run_rank(ctx: RankContext, case: Case) -> RankView:
         return run_buffer(ctx, case, backend)
 
-    return InWorld(f"buffer ({backend})" if backend else "buffer", run_rank, world_of, adapt=as_buffer_call)
+    return InWorld(f"buffer:{backend}" if backend else "buffer", run_rank, world_of, adapt=as_buffer_call)
 
 
 def as_buffer_call(case: Case) -> Case:

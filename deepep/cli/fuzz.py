@@ -1,0 +1,166 @@
+"""`python -m deepep fuzz`: random routing, values and options against the reference."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from deepep.sim import subjects
+from deepep.sim.cases import Limits, draw_case
+from deepep.sim.drawing import print_finding, save_picture
+from deepep.sim.examples import StoredExample
+from deepep.sim.fuzzer import Finding, Fuzzer, Report
+from deepep.sim.subjects import Subject
+from deepep.sim.traces import TraceSource
+
+PASSED, FAILED, MISUSED = 0, 1, 2
+
+
+class Backend(str, enum.Enum):
+    """What can be fuzzed."""
+
+    ALL = "all"
+    CORE = "core"
+    ORACLE = "oracle"
+    ALL_TO_ALL = "all_to_all"
+    REFERENCE = "reference"
+    CUDA = "cuda"
+    EMULATOR = "emulator"
+
+
+def subjects_of(backend: Backend) -> list[Subject]:
+    """The implementations that a choice of backend stands for."""
+    in_process: dict[Backend, Callable[[], Subject]] = {
+        Backend.CORE: subjects.core,
+        Backend.ORACLE: subjects.reference,
+        Backend.ALL_TO_ALL: subjects.all_to_all,
+    }
+    if backend is Backend.ALL:
+        return [*(make() for make in in_process.values()), subjects.buffer(backend="reference")]
+    if backend in in_process:
+        return [in_process[backend]()]
+    return [subjects.buffer(backend=backend.value)]
+
+
+def command(
+    ranks: Annotated[int, typer.Option(min=1, help="The largest number of ranks.")] = 8,
+    minutes: Annotated[float | None, typer.Option(min=0, help="How long (default: 1).")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="How many examples, instead.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same examples.")] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="What is fuzzed; Buffer on an engine by its name.")
+    ] = Backend.ALL,
+    trace: Annotated[Path | None, typer.Option(help="Draw routing from this trace (docs/trace.md).")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Run a failing example saved earlier, and no others.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for failing examples.")] = Path("fuzz-failures"),
+) -> None:
+    """Fuzz routing layouts against the reference.
+
+    Exit status: 0 nothing failed, 1 something did, 2 misuse.
+    """
+    torch.set_num_threads(1)
+    console = Console()
+    chosen = subjects_of(backend)
+    try:
+        if replay is not None:
+            finding = _replay(console, chosen, replay)
+        else:
+            finding = _fuzz(console, chosen, ranks, minutes, examples, seed, trace)
+        if finding is None:
+            raise typer.Exit(PASSED)
+        _tell(console, finding, out, save=replay is None)
+        raise typer.Exit(FAILED)
+    finally:
+        for subject in chosen:
+            subject.close()
+
+
+def _fuzz(
+    console: Console,
+    chosen: list[Subject],
+    ranks: int,
+    minutes: float | None,
+    examples: int | None,
+    seed: int,
+    trace: Path | None,
+) -> Finding | None:
+    draw = draw_case
+    # The largest world as often as all smaller ones together.
+    sizes = sorted({r for r in (1, 2, 3, 4, 6, 8) if r < ranks} | {ranks})
+    limits = Limits(ranks=(*sizes, *[ranks] * (len(sizes) - 1)))
+    if trace is not None:
+        try:
+            source = TraceSource.load(trace)
+        except (OSError, ValueError) as error:
+            _misused(console, f"--trace: {error}")
+        fitting = tuple(r for r in limits.ranks if source.trace.num_experts % r == 0)
+        limits = Limits(ranks=fitting)
+        draw = source.draw
+    seconds = (
+        None if examples is not None and minutes is None else 60.0 * (1.0 if minutes is None else minutes)
+    )
+    fuzzer = Fuzzer(chosen, seed=seed, limits=limits, draw=draw)
+    names = ", ".join(subject.name for subject in chosen)
+    console.print(f"fuzzing {names} with up to {ranks} ranks, seed {seed}")
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        report = fuzzer.run(
+            examples=examples,
+            seconds=seconds,
+            progress=lambda now: live.update(_table(now), refresh=True),
+        )
+    console.print(_table(report))
+    missing = [f"{name}={value}" for name, value in report.coverage.missing()]
+    if missing and trace is None:
+        console.print(f"not tried: {', '.join(missing)}")
+    return report.finding
+
+
+def _table(report: Report) -> Table:
+    coverage = report.coverage
+    pairs = f"{len(coverage.seen_pairs)} of {coverage.total_pairs}"
+    table = Table(box=None, show_header=False)
+    table.add_row("examples", f"{report.examples}")
+    table.add_row("examples a second", f"{report.examples_per_second:.1f}")
+    table.add_row("option space", f"{len(coverage.seen)} of {coverage.total} alternatives, {pairs} pairs")
+    table.add_row("failed", "[red]1[/]" if report.finding else "0")
+    return table
+
+
+def _replay(console: Console, chosen: list[Subject], path: Path) -> Finding | None:
+    try:
+        stored = StoredExample.load(path)
+    except (OSError, ValueError) as error:
+        _misused(console, f"--replay: {error}")
+    if stored.subject:
+        console.print(f"{path}: {stored.subject}: {stored.rule}")
+    finding = Fuzzer(chosen).replay(stored.cases, stored.rule)
+    if finding is None:
+        console.print("nothing fails")
+    return finding
+
+
+def _tell(console: Console, finding: Finding, out: Path, *, save: bool) -> None:
+    print_finding(console, finding)
+    if save:
+        out.mkdir(parents=True, exist_ok=True)
+        slug = f"{finding.subject}-{finding.rule}".replace(" ", "-").replace(":", "-")
+        file = out / f"{slug}.json"
+        StoredExample.of(finding).save(file)
+        save_picture(finding, file.with_suffix(".png"))
+        console.print(f"saved {file} and {file.with_suffix('.png')}")
+        console.print(f"replay: python -m deepep fuzz --replay {file}")
+
+
+def _misused(console: Console, message: str) -> None:
+    console.print(f"[red]{message}[/]")
+    raise typer.Exit(MISUSED)
