@@ -124,6 +124,11 @@ def combine(
     num_ranks = len(xs)
     num_local = local_experts(num_experts, num_ranks)
     require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "token", "rank"')
+    for name, per_rank in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("layouts", layouts)):
+        require(
+            len(per_rank) == num_ranks,
+            f"{name}: got {len(per_rank)}; allowed: one for each of {num_ranks} ranks",
+        )
     room = num_ranks * num_max_tokens
     for rank, x in enumerate(xs):
         require(

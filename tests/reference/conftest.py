@@ -81,9 +81,11 @@ def draw_routing() -> Callable[[int, int, str], Routing]:
 def _same_bits(got: Tensor, want: Tensor) -> bool:
     if got.dtype != want.dtype or got.shape != want.shape:
         return False
-    return torch.equal(
-        got.contiguous().flatten().view(torch.uint8), want.contiguous().flatten().view(torch.uint8)
-    )
+    return torch.equal(_bytes(got), _bytes(want))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 @pytest.fixture(scope="session")

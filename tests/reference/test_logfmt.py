@@ -69,7 +69,7 @@ def test_codes_are_the_nearest(x: Tensor) -> None:
 @settings(max_examples=60, deadline=None)
 @given(rows())
 def test_round_trip_error(x: Tensor) -> None:
-    # Neighbouring codes lie a factor 2**step apart, so a value is at most (2**step - 1) / 2 of itself off, and
+    # Neighbouring codes lie a factor 2**step apart: a value is at most (2**step - 1) / 2 of itself off, and
     # half a subnormal, 2**-150. What is below the range (amax / 2**32) may become zero or the smallest code.
     low, step = low_and_step(x.abs())
     error = (logfmt_roundtrip(x).double() - x.double()).abs()
