@@ -57,9 +57,11 @@ def command(
     console.print("\n[bold]Written[/bold]")
     for path in write_outputs(out, records, config, comparison):
         console.print(f"  {path}", highlight=False)
-    first, last = (sum(step) / config.num_ranks for step in (comparison.parallel[0], comparison.parallel[-1]))
+    first, last = comparison.first_and_last
     seconds = time.perf_counter() - started
-    console.print(f"\nLoss {first:.3f} -> {last:.3f} nats per byte, {seconds:.0f} s in all.")
+    console.print(
+        f"\nLoss {first:.3f} nats per byte at first, {last:.3f} over the last tenth; {seconds:.0f} s in all."
+    )
     if not comparison.equal:
         gap, step, rank = comparison.worst
         console.print(

@@ -93,7 +93,9 @@ def draw_expert_load(path: Path, loads: np.ndarray, num_ranks: int) -> None:
             axes.tick_params(length=0)
             final = relative[-max(1, steps // 10) :, layer].max(axis=1).mean()
             first = relative[: max(1, steps // 10), layer].max(axis=1).mean()
-            axes.set_title(f"Layer {layer}: busiest expert {first:.1f}x the mean, then {final:.1f}x")
+            axes.set_title(
+                f"Layer {layer}: busiest expert at first {first:.1f}x the mean, at last {final:.1f}x"
+            )
         grid[-1, 0].set_xlabel("step")
         bar = figure.colorbar(image, ax=grid[:, 0], shrink=0.8, pad=0.015, extend="max")
         bar.set_label("tokens of an expert, 1 = even share")
@@ -102,8 +104,8 @@ def draw_expert_load(path: Path, loads: np.ndarray, num_ranks: int) -> None:
 
 
 def draw_traffic(path: Path, megabytes: np.ndarray, entries: np.ndarray, rows: np.ndarray) -> None:
-    """megabytes [R, R]: payload from rank (row) to rank (column). entries, rows [R, R]: dispatched, before
-    and after tokens with several experts on one rank were merged into one row.
+    """All [R, R], from rank (row) to rank (column), of all forward dispatches. megabytes: payload. entries:
+    top-k choices. rows: what was sent for them, one row per token and rank.
     """
     num_ranks = len(megabytes)
     between = np.where(np.eye(num_ranks, dtype=bool), np.nan, megabytes)
@@ -115,7 +117,8 @@ def draw_traffic(path: Path, megabytes: np.ndarray, entries: np.ndarray, rows: n
         colors = plt.get_cmap("YlOrBr").copy()
         colors.set_bad("#eef1f4")
         low, high = (np.nanmin(between), np.nanmax(between)) if num_ranks > 1 else (0.0, 1.0)
-        axes.imshow(between, cmap=colors, vmin=low - 0.6 * (high - low), vmax=high + 0.15 * (high - low))
+        scale = plt.Normalize(low - 0.35 * (high - low), high + 0.35 * (high - low))
+        axes.imshow(between, cmap=colors, norm=scale)
         for source in range(num_ranks):
             for target in range(num_ranks):
                 own = source == target
@@ -126,13 +129,13 @@ def draw_traffic(path: Path, megabytes: np.ndarray, entries: np.ndarray, rows: n
                     ha="center",
                     va="center",
                     fontsize=7.5 if own else 9.5,
-                    color="#7b8794" if own else INK,
+                    color="#7b8794" if own else "white" if scale(between[source, target]) > 0.6 else INK,
                 )
         axes.set_xticks(range(num_ranks), [f"{r}" for r in range(num_ranks)])
         axes.set_yticks(range(num_ranks), [f"{r}" for r in range(num_ranks)])
         axes.set_xlabel("to rank")
         axes.set_ylabel("from rank")
-        axes.set_title("MB between ranks, whole run")
+        axes.set_title("MB dispatched from rank to rank")
         axes.tick_params(length=0)
         for side in axes.spines.values():
             side.set_visible(False)
@@ -152,7 +155,7 @@ def _draw_deduplication(axes: Any, entries: np.ndarray, rows: np.ndarray) -> Non
     axes.invert_yaxis()
     axes.set_yticks(ranks, [f"{r}" for r in ranks])
     axes.set_ylabel("to rank")
-    axes.set_xlabel("thousands, dispatched forward")
+    axes.set_xlabel("thousands")
     axes.set_title("One row per token and rank")
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(ranks) - 0.5, -1.15)

@@ -57,13 +57,11 @@ class Comparison:
         return self.worst[0] == 0.0
 
     @property
-    def falling(self) -> bool:
-        """Whether training worked at all: the last tenth is below the first step by half a nat, on
-        average.
-        """
-        last = self.parallel[-max(1, len(self.parallel) // 10) :]
-        mean = sum(map(sum, last)) / sum(map(len, last))
-        return mean < sum(self.parallel[0]) / len(self.parallel[0]) - 0.5
+    def first_and_last(self) -> tuple[float, float]:
+        """Mean loss of all ranks in the first step, and over the last tenth of the steps."""
+        means = [sum(step) / len(step) for step in self.parallel]
+        last = means[-max(1, len(means) // 10) :]
+        return means[0], sum(last) / len(last)
 
 
 def _gap(a: float, b: float) -> float:
@@ -161,7 +159,7 @@ def write_outputs(
     draw_expert_load(paths[1], torch.stack(records[0].loads).numpy(), config.num_ranks)
     draw_traffic(
         paths[2],
-        _bytes(records).numpy() / 1e6,
+        torch.stack([record.bytes_sent["dispatch"] for record in records]).numpy() / 1e6,
         _entries(records).numpy(),
         _rows(records, "dispatch").numpy(),
     )

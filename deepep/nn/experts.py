@@ -29,7 +29,7 @@ def expert_rows(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tenso
     flat = topk_idx.flatten()
     order = torch.sort(flat, stable=True).indices  # the -1 entries first
     counts = torch.bincount(flat + 1, minlength=num_local_experts + 1).cpu()  # [1 + L]
-    pairs = order[int(counts[0]) :].contiguous()
+    pairs = order[int(counts[0]) :].clone()
     slots = torch.full_like(flat, -1, dtype=torch.int64)
     slots[pairs] = torch.arange(len(pairs), device=flat.device)
     return pairs, counts[1:].clone(), slots.view(topk_idx.shape)
