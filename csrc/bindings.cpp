@@ -241,7 +241,8 @@ PYBIND11_MODULE(_core, m) {
         "num_ranks"_a);
 
   using Buffer = host::LowLatencyBuffer;
-  py::class_<Buffer>(m, "LowLatencyBuffer")
+  // Local to this module: tests load several builds of it into one process.
+  py::class_<Buffer>(m, "LowLatencyBuffer", py::module_local())
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "num_ranks"_a, "num_max_tokens"_a, "hidden"_a,
            "num_topk"_a)
       .def("dispatch_message_bytes", &Buffer::dispatch_message_bytes)
