@@ -39,7 +39,7 @@ from deepep.sim.choices import RandomChoices
 from deepep.sim.core_properties import PROPERTIES, Laid
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
+FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]
 SECONDS = 20.0  # a defect that is still running then, hangs
 SMALL = Limits(masks=False)
 WIDE = Limits(ranks=(33, 40), max_local_experts=2, max_topk=10, max_tokens=3, masks=False)
@@ -69,6 +69,8 @@ class Builds:
         with ThreadPoolExecutor(2) as pool:
             objects = pool.map(lambda job: self.compile(self.folder / job[0], *job[1]), jobs.items())
             self.objects = dict(zip(jobs, objects, strict=True))
+        scan = ["-std=c++20", f"-I{CSRC}", "-MM"]
+        self.includes = {name: self.run(*scan, str(source)) for name, source in self.sources.items()}
 
     def compile(self, target: Path, source: Path, includes: list[str]) -> Path:
         out = target.with_suffix(".o")
@@ -77,11 +79,7 @@ class Builds:
 
     def users_of(self, header: str) -> list[str]:
         """The host sources that include csrc/core/<header>, directly or not."""
-        return [
-            n
-            for n, s in self.sources.items()
-            if f"core/{header}" in self.run(f"-I{CSRC}", "-std=c++20", "-MM", str(s))
-        ]
+        return [name for name, files in self.includes.items() if f"core/{header}" in files]
 
     def build(self, mutation: Mutation | None) -> Path:
         """The shared library with the defect, or as it is."""
@@ -167,7 +165,7 @@ def judge(name: str, library: Path, count: int) -> Verdict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=400)
+    parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
