@@ -39,7 +39,7 @@ DEFAULT_TIMEOUT = 100.0
 """Seconds a rank waits for its peers; the constructor's `timeout` or DEEPEP_TIMEOUT set another."""
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-_Request = TypeVar("_Request")
+_Prepared = TypeVar("_Prepared")
 _BYTES_ALIGNMENT = 128
 
 
@@ -213,7 +213,8 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
-        """Where this rank's tokens go. Local: does not communicate.
+        """Where this rank's tokens go. Does not communicate; but if it refuses its arguments, this rank's
+        next dispatch counts as refused with them, so that the others, who call it, raise as well.
 
         topk_idx: [T, K] int32 or int64, contiguous, -1 for "no expert".
 
@@ -225,11 +226,12 @@ class Buffer:
         -1 .. E-1 or E not a multiple of R.
         """
         self._check_alive()
-        schedule = _schedule(previous_event, async_finish, allocate_on_comm_stream)
-        try:
-            layout, completion = self._engine.layout(topk_idx, num_experts, schedule)
-        except ArgumentError as error:
-            raise error.at(self.rank) from None
+        schedule = self._prepared(
+            Operation.DISPATCH,
+            lambda: _schedule(previous_event, async_finish, allocate_on_comm_stream),
+            True,
+        )
+        layout, completion = self._engine.layout(topk_idx, num_experts, schedule)
         return (
             layout.num_tokens_per_rank,
             layout.num_tokens_per_domain,
@@ -465,9 +467,9 @@ class Buffer:
                     topk_idx,
                     num_max_dispatch_tokens_per_rank,
                     num_experts,
-                    use_fp8=use_fp8,
-                    round_scale=round_scale,
-                    use_ue8m0=use_ue8m0,
+                    use_fp8=bool(use_fp8),
+                    round_scale=bool(round_scale),
+                    use_ue8m0=bool(use_ue8m0),
                     expert_counts=cumulative_local_expert_recv_stats,
                     wait_nanoseconds=dispatch_wait_recv_cost_stats,
                 ),
@@ -521,8 +523,8 @@ class Buffer:
                     topk_idx,
                     topk_weights,
                     low_latency_route_of(handle, self._engine),
-                    use_logfmt=use_logfmt,
-                    zero_copy=zero_copy,
+                    use_logfmt=bool(use_logfmt),
+                    zero_copy=bool(zero_copy),
                     out=out,
                     wait_nanoseconds=combine_wait_recv_cost_stats,
                 ),
@@ -587,9 +589,7 @@ class Buffer:
                 "enable_shrink", "False", "a buffer constructed with enable_shrink=True", self.rank
             )
 
-    def _prepared(
-        self, operation: Operation, request: Callable[[], tuple[_Request, Schedule]], early: bool
-    ) -> tuple[_Request, Schedule]:
+    def _prepared(self, operation: Operation, request: Callable[[], _Prepared], early: bool) -> _Prepared:
         """The request; or, if its arguments are bad, the other ranks are told and the error is raised."""
         try:
             return request()

@@ -7,6 +7,7 @@ device.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -71,12 +72,13 @@ def check_tensor(
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """An integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer in [low, high]; numpy's count, booleans do not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentTypeError(name, type(value).__name__, "an integer")
-    if value < low or (high is not None and value > high):
-        raise RangeError(name, str(value), f"{low} or more" if high is None else f"{low} to {high}")
-    return value
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        raise RangeError(name, str(number), f"{low} or more" if high is None else f"{low} to {high}")
+    return number
 
 
 def check_num_experts(num_experts: object, num_ranks: int, name: str = "num_experts") -> int:

@@ -242,6 +242,8 @@ class Conductor:
     def _inspect(self, schedule: Schedule, inspect: Callable[[], None] | None) -> ArgumentError | None:
         try:
             self.lane.wait_for(schedule.after)
+        except ArgumentError as error:
+            return error.at(self.rank)  # the layout's, say: its cause is the cause here
         except DeepEPError as error:
             return ArgumentError("previous_event", f"one that failed ({error})", "one that succeeded")
         if inspect is not None:

@@ -117,22 +117,18 @@ def _operation_text(words: list[int]) -> str:
 
 
 def _check_agreed(header: Header, rank: int, words: list[int], first: int, reference: list[int]) -> None:
-    for position, name in enumerate(header.agreed, start=5):
+    for position, (name, mine) in enumerate(header.agreed.items(), start=5):
         if words[position] != reference[position]:
-            raise MismatchError(
-                name,
-                _value_text(name, words[position]),
-                f"{_value_text(name, reference[position])}, as on rank {first}",
-                rank,
-            )
+            raise _mismatch(name, mine, words[position], reference[position], rank, first)
 
 
-def _value_text(name: str, value: int) -> str:
-    if name.endswith("dtype"):
-        return str(_DTYPES[value]).removeprefix("torch.") if value >= 0 else "none"
-    if name.startswith(("use_", "round_", "has_", "is_", "reduce_")):
-        return str(bool(value))
-    return str(value)
+def _mismatch(name: str, mine: int, theirs: int, reference: int, rank: int, first: int) -> MismatchError:
+    def text(value: int) -> str:
+        if name.endswith("dtype"):
+            return str(_DTYPES[value]).removeprefix("torch.") if value >= 0 else "none"
+        return str(bool(value) if isinstance(mine, bool) else value)
+
+    return MismatchError(name, text(theirs), f"{text(reference)}, as on rank {first}", rank)
 
 
 def encode_error(problem: ArgumentError) -> bytes:
@@ -169,6 +165,5 @@ def compare_statements(met: Mapping[int, bytes]) -> dict[int, str]:
         for name, value in statement.items():
             wanted = posts[first][0].get(name)
             if value != wanted:
-                got = _value_text(name, value)
-                raise MismatchError(name, got, f"{_value_text(name, wanted)}, as on rank {first}", rank)
+                raise _mismatch(name, value, value, wanted, rank, first)
     return {rank: identity for rank, (_, identity) in posts.items()}

@@ -52,15 +52,25 @@ class ReferenceEngine(Engine):
         self._masked: frozenset[int] = frozenset()
         self._staged: Tensor | None = None
         statement = {
-            "is_low_latency": int(options.low_latency),
-            "has_masks": int(options.masks),
-            "reduce_on_expert_rank": int(options.reduce_on_expert_rank),
+            "low_latency": options.low_latency,
+            "masks": options.masks,
+            "reduce_on_expert_rank": options.reduce_on_expert_rank,
         }
         self._conductor.agree(statement, options.problem)
 
     # layout
 
     def layout(
+        self, topk_idx: Tensor, num_experts: int, schedule: Schedule
+    ) -> tuple[Layout, Completion | None]:
+        with self._conductor.issuing:
+            try:
+                return self._layout(topk_idx, num_experts, schedule)
+            except ArgumentError as problem:
+                # A dispatch would have come next. The others are about to call it: there they learn why not.
+                self.refuse(Operation.DISPATCH, problem, replace(schedule, asynchronous=True))
+
+    def _layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
         info = self.info
@@ -412,7 +422,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 def _dispatch_agreement(request: DispatchRequest, num_experts: int) -> dict[str, int]:
     idx, scales = request.topk_idx, request.scales
     return {
-        "is_cached": int(request.route is not None),
+        "cached": request.route is not None,
         "hidden": request.x.shape[1],
         "x dtype": dtype_code(request.x.dtype),
         "num_experts": num_experts,

@@ -143,9 +143,9 @@ def dispatch(
         "hidden": x.shape[1],
         "num_topk": topk_idx.shape[1],
         "topk_idx dtype": dtype_code(topk_idx.dtype),
-        "use_fp8": int(request.use_fp8),
-        "round_scale": int(request.round_scale),
-        "use_ue8m0": int(request.use_ue8m0),
+        "use_fp8": request.use_fp8,
+        "round_scale": request.round_scale,
+        "use_ue8m0": request.use_ue8m0,
     }
     tensors = (
         *(x, topk_idx, request.expert_counts, request.wait_nanoseconds),
@@ -212,7 +212,7 @@ def combine(
         "hidden": route.hidden,
         "num_topk": topk_idx.shape[1],
         "topk_idx dtype": dtype_code(topk_idx.dtype),
-        "use_logfmt": int(request.use_logfmt),
+        "use_logfmt": request.use_logfmt,
     }
     completion, hook = _issue(
         conductor,

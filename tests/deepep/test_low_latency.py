@@ -1,0 +1,246 @@
+"""low_latency_dispatch and low_latency_combine against the global-view oracle, bit for bit, with every
+option.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+HIDDEN = 512
+MOST = 6
+
+
+def topk_of(rank: int, pattern: str, num_ranks: int, num_experts: int, num_topk: int) -> torch.Tensor:
+    rng = np.random.default_rng([rank, num_ranks, num_topk, len(pattern)])
+    num_tokens = {"none": 0, "full": MOST, "one": 1}.get(pattern, int(rng.integers(0, MOST + 1)))
+    low, high = {"duplicates": (0, 2), "last expert": (num_experts - 1, num_experts), "nowhere": (-1, 0)}.get(
+        pattern, (-1, num_experts)
+    )
+    return torch.from_numpy(rng.integers(low, high, size=(num_tokens, num_topk)))
+
+
+def inputs_of(rank: int, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x with values over many binary orders, a group of zeros, a NaN; weights."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(len(idx), HIDDEN, generator=generator)
+    x = (x * torch.exp2(torch.randint(-20, 4, x.shape, generator=generator))).bfloat16()
+    if len(idx):
+        x[0, :128] = 0
+        x[-1, 130] = float("nan")
+    return x, torch.randn(idx.shape, generator=generator)
+
+
+def valid(counts: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of each expert that mean something."""
+    return [rows[expert, :count] for expert, count in enumerate(counts.tolist())]
+
+
+def run(
+    ctx: Any,
+    buffer_of: Any,
+    same_bits: Any,
+    pattern: str,
+    num_local: int,
+    num_topk: int,
+    index_dtype: torch.dtype,
+    options: dict[str, bool],
+    logfmt: bool,
+    early: str,
+) -> None:
+    from deepep.reference import low_latency as oracle
+
+    rank, num_ranks = ctx.rank, ctx.num_ranks
+    buffer, num_experts = buffer_of(ctx), num_local * num_ranks
+    everyone = range(num_ranks)
+    topk = [topk_of(r, pattern, num_ranks, num_experts, num_topk).to(index_dtype) for r in everyone]
+    xs, weights = zip(*(inputs_of(r, topk[r]) for r in everyone), strict=True)
+    names = {"use_fp8": "fp8", "round_scale": "round_scale", "use_ue8m0": "ue8m0"}
+    layouts = oracle.dispatch(
+        list(xs), topk, MOST, num_experts, **{names[name]: value for name, value in options.items()}
+    )
+    expected = layouts[rank]
+    how = {"async_finish": early == "event", "return_recv_hook": early == "hook"}
+
+    stats = torch.full((num_local,), 5, dtype=torch.int32)
+    received, count, handle, event, hook = buffer.low_latency_dispatch(
+        xs[rank], topk[rank], MOST, num_experts, stats, **options, **how
+    )
+    assert (event.event is not None) == (early == "event")
+    assert (hook is not None) == (early == "hook")
+    if early == "event":
+        event.current_stream_wait()
+    if hook is not None:
+        hook()
+        hook()  # once more does nothing
+    x, scales = received if isinstance(received, tuple) else (received, None)
+    assert x.shape == (num_local, num_ranks * MOST, HIDDEN)
+    assert same_bits(count, expected.recv_count)
+    assert torch.equal(stats, expected.recv_count + 5)
+    for got, wanted in zip(valid(count, x), valid(count, expected.recv_x), strict=True):
+        assert same_bits(got, wanted)
+    if scales is not None:
+        assert scales.stride() == expected.recv_scales.stride()
+        for got, wanted in zip(valid(count, scales), valid(count, expected.recv_scales), strict=True):
+            assert same_bits(got, wanted)
+    source, ranges, most, hidden, experts = handle
+    assert same_bits(source, expected.recv_src_info)
+    assert same_bits(ranges, expected.layout_range)
+    assert (most, hidden, experts) == (MOST, HIDDEN, num_experts)
+
+    def expert_output(r: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(90 + r)
+        rows = torch.randn(num_local, num_ranks * MOST, HIDDEN, generator=generator)
+        return (rows * 0.01).bfloat16()
+
+    wanted = oracle.combine(
+        [expert_output(r) for r in everyone],
+        topk,
+        list(weights),
+        layouts,
+        num_max_tokens=MOST,
+        num_experts=num_experts,
+        logfmt=logfmt,
+    )[rank]
+    for out, zero_copy in itertools.product(
+        (None, torch.empty(len(topk[rank]), HIDDEN).bfloat16()), (False, True)
+    ):
+        if zero_copy and logfmt:
+            continue
+        rows = expert_output(rank)
+        if zero_copy:
+            slots = buffer.get_next_low_latency_combine_buffer(handle)
+            assert slots.shape == rows.shape
+            slots.copy_(rows)
+            rows.fill_(float("nan"))  # only the buffer's contents count
+        combined, event, hook = buffer.low_latency_combine(
+            rows, topk[rank], weights[rank], handle, use_logfmt=logfmt, zero_copy=zero_copy, out=out, **how
+        )
+        if early == "event":
+            event.current_stream_wait()
+        if hook is not None:
+            hook()
+        assert out is None or combined is out
+        assert same_bits(combined, wanted)
+
+
+BF16 = {"use_fp8": False}
+FP8 = {"use_fp8": True}
+ROUNDED = {"use_fp8": True, "round_scale": True}
+PACKED = {"use_fp8": True, "round_scale": True, "use_ue8m0": True}
+
+CASES = {
+    "plain": ("random", 2, 3, torch.int64, FP8, False, "sync"),
+    "bf16, hook": ("random", 2, 3, torch.int32, BF16, False, "hook"),
+    "rounded, event": ("random", 3, 4, torch.int64, ROUNDED, False, "event"),
+    "packed, hook": ("random", 2, 2, torch.int64, PACKED, False, "hook"),
+    "LogFMT": ("random", 2, 3, torch.int64, BF16, True, "sync"),
+    "LogFMT, hook": ("full", 1, 1, torch.int32, FP8, True, "hook"),
+    "T = 0": ("none", 2, 3, torch.int64, FP8, False, "hook"),
+    "T = 1": ("one", 1, 1, torch.int64, FP8, False, "sync"),
+    "T = M": ("full", 2, 2, torch.int64, PACKED, False, "event"),
+    "all -1": ("nowhere", 2, 2, torch.int64, FP8, False, "sync"),
+    "duplicates": ("duplicates", 2, 5, torch.int64, BF16, False, "sync"),
+    "one expert": ("last expert", 2, 3, torch.int64, FP8, False, "hook"),
+    "K > E": ("random", 1, 9, torch.int64, BF16, False, "sync"),
+    "K = 32": ("random", 4, 32, torch.int64, BF16, False, "sync"),
+}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_oracle(world_of: Any, buffer_of: Any, same_bits: Any, case: str, num_ranks: int) -> None:
+    world_of(num_ranks).run(run, buffer_of, same_bits, *CASES[case])
+
+
+def repeated(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any) -> None:
+    buffer, num_experts = buffer_of(ctx), 2 * ctx.num_ranks
+    idx = routing(ctx.rank, ctx.num_ranks, num_experts, 2, 4)
+    x = torch.full((4, 128), float(ctx.rank + 1)).bfloat16()
+    weights = torch.ones(4, 2)
+    handles = [
+        buffer.low_latency_dispatch(x * (1 + i), idx, MOST, num_experts, use_fp8=False) for i in range(3)
+    ]
+    # Three dispatches in a row, then their combines in another order.
+    for i in (2, 0, 1):
+        received, _, handle, _, _ = handles[i]
+        combined, _, _ = buffer.low_latency_combine(received, idx, weights, handle)
+        assert same_bits(combined, 2 * x * (1 + i))
+
+
+def test_dispatches_in_a_row_without_a_combine(
+    world_of: Any, buffer_of: Any, same_bits: Any, routing: Any
+) -> None:
+    world_of(3).run(repeated, buffer_of, same_bits, routing)
+
+
+def plain_tuples(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any) -> None:
+    buffer, num_experts = buffer_of(ctx), ctx.num_ranks
+    idx = routing(ctx.rank, ctx.num_ranks, num_experts, 1, 4)
+    x = torch.full((4, 128), float(ctx.rank + 1)).bfloat16()
+    received, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, MOST, num_experts, use_fp8=False)
+    combined, _, _ = buffer.low_latency_combine(received, idx, torch.ones(4, 1), tuple(handle))
+    assert same_bits(combined, x)
+
+
+def test_a_handle_taken_apart_and_put_together(
+    world_of: Any, buffer_of: Any, same_bits: Any, routing: Any
+) -> None:
+    world_of(2).run(plain_tuples, buffer_of, same_bits, routing)
+
+
+def wait_statistics(ctx: Any, buffer_of: Any, routing: Any) -> None:
+    buffer, num_ranks = buffer_of(ctx), ctx.num_ranks
+    idx = routing(ctx.rank, num_ranks, num_ranks, 1, 4)
+    x, weights = torch.ones(4, 128).bfloat16(), torch.ones(4, 1)
+    waited = [torch.zeros(num_ranks, dtype=torch.int64) for _ in range(2)]
+    received, _, handle, _, _ = buffer.low_latency_dispatch(
+        x, idx, MOST, num_ranks, dispatch_wait_recv_cost_stats=waited[0], use_fp8=False
+    )
+    before = waited[0].clone()
+    buffer.low_latency_combine(received, idx, weights, handle, combine_wait_recv_cost_stats=waited[1])
+    assert torch.equal(waited[0], before)
+    for stats in waited:
+        assert stats[ctx.rank] == 0
+        assert bool((stats >= 0).all())
+        assert int(stats.sum()) > 0
+    buffer.low_latency_dispatch(x, idx, MOST, num_ranks, dispatch_wait_recv_cost_stats=waited[0])
+    assert int(waited[0].sum()) > int(before.sum())
+
+
+def test_wait_statistics_add_up(world_of: Any, buffer_of: Any, routing: Any) -> None:
+    world_of(2).run(wait_statistics, buffer_of, routing)
+
+
+def partial_sums(ctx: Any, same_bits: Any) -> None:
+    import os
+
+    from deepep import Buffer
+    from deepep.reference import low_latency as oracle
+
+    os.environ["DEEPEP_REDUCE_ON_EXPERT_RANK"] = "1"
+    try:
+        buffer = Buffer(ctx.group, low_latency_mode=True, timeout=30.0)
+    finally:
+        del os.environ["DEEPEP_REDUCE_ON_EXPERT_RANK"]
+    rank, num_ranks, num_experts = ctx.rank, ctx.num_ranks, 3 * ctx.num_ranks
+    topk = [topk_of(r, "random", num_ranks, num_experts, 5) for r in range(num_ranks)]
+    xs, weights = zip(*(inputs_of(r, topk[r]) for r in range(num_ranks)), strict=True)
+    layouts = oracle.dispatch(list(xs), topk, MOST, num_experts, fp8=False)
+    received, _, handle, _, _ = buffer.low_latency_dispatch(
+        xs[rank], topk[rank], MOST, num_experts, use_fp8=False
+    )
+    combined, _, _ = buffer.low_latency_combine(received, topk[rank], weights[rank], handle)
+    rows = [layout.recv_x for layout in layouts]
+    sizes = {"num_max_tokens": MOST, "num_experts": num_experts}
+    wanted = oracle.combine(rows, topk, list(weights), layouts, **sizes, reduce="rank")
+    assert same_bits(combined, wanted[rank])
+    buffer.destroy()
+
+
+def test_partial_sums_on_the_experts_rank(world_of: Any, same_bits: Any) -> None:
+    world_of(3).run(partial_sums, same_bits)
