@@ -49,16 +49,29 @@ def reference_implementation() -> Implementation:
 def run_all_to_all(ctx: RankContext, case: Case, implementation: Implementation | None = None) -> RankView:
     """One rank's part of a case, on the ranks that are not masked. Collective over all ranks of the world."""
     modules = implementation or reference_implementation()
-    group = group_of_members(ctx, case.members)
-    if ctx.rank in case.masked:
+    groups = [group_of_members(ctx, ranks) for ranks in (case.dispatch_members, case.members)]
+    if ctx.rank in case.masked_at_dispatch:
         return RankView()
-    wire = modules.wire.Wire(group, ctx.rank, case.num_ranks, case.members)
     view = _layout(case, ctx.rank, modules)
+    wires = Wires(
+        modules.wire.Wire(groups[0], ctx.rank, case.num_ranks, case.dispatch_members),
+        None
+        if ctx.rank in case.masked
+        else modules.wire.Wire(groups[1], ctx.rank, case.num_ranks, case.members),
+    )
     if case.options.mode == "ht":
-        _high_throughput(case, wire, modules.high_throughput, view)
+        _high_throughput(case, wires, modules.high_throughput, view)
     else:
-        _low_latency(case, wire, modules.low_latency, view)
+        _low_latency(case, wires, modules.low_latency, view)
     return view
+
+
+@dataclass(frozen=True)
+class Wires:
+    """A rank's wire of each operation; none for a combine that it is masked in."""
+
+    dispatch: Any
+    combine: Any
 
 
 def group_of_members(ctx: RankContext, members: tuple[int, ...]) -> Any:
@@ -94,7 +107,8 @@ def _layout(case: Case, rank: int, modules: Implementation) -> RankView:
     )
 
 
-def _high_throughput(case: Case, wire: Any, ht: ModuleType, view: RankView) -> None:
+def _high_throughput(case: Case, wires: Wires, ht: ModuleType, view: RankView) -> None:
+    wire = wires.dispatch
     options, rank = case.options, wire.rank
     mine = inputs(case, rank)
     assert view.is_token_in_rank is not None
@@ -118,8 +132,10 @@ def _high_throughput(case: Case, wire: Any, ht: ModuleType, view: RankView) -> N
         second = inputs(case, rank, again=True)
         again = ht.dispatch(wire, plan, second.x, scales=second.scales)
         fill_again(view, again.x, again.scales, received)
+    if wires.combine is None:
+        return
     combined = ht.combine(
-        wire,
+        wires.combine,
         plan,
         returned_rows(case, rank, got.x),
         topk_weights=got.topk_weights if options.combine_weights else None,
@@ -128,7 +144,8 @@ def _high_throughput(case: Case, wire: Any, ht: ModuleType, view: RankView) -> N
     fill_combine(view, combined.x, combined.topk_weights)
 
 
-def _low_latency(case: Case, wire: Any, ll: ModuleType, view: RankView) -> None:
+def _low_latency(case: Case, wires: Wires, ll: ModuleType, view: RankView) -> None:
+    wire = wires.dispatch
     options, rank = case.options, wire.rank
     mine = inputs(case, rank)
     sizes = {"num_max_tokens": case.num_max_tokens, "num_experts": case.num_experts}
@@ -148,8 +165,10 @@ def _low_latency(case: Case, wire: Any, ll: ModuleType, view: RankView) -> None:
     if options.stats:
         view.stats = got.recv_count.numpy()
     pause(case, rank, 2)
+    if wires.combine is None:
+        return
     sent = ll.start_combine(
-        wire,
+        wires.combine,
         expert_rows(case, rank, got.recv_x, got.recv_count),
         mine.topk_idx,
         mine.topk_weights,

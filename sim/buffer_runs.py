@@ -29,21 +29,28 @@ def run_buffer(ctx: RankContext, case: Case, backend: str | None = None) -> Rank
     """One rank's part of a case, on this rank's buffer, which is kept from case to case."""
     buffer = buffer_of(ctx, backend)
     view = RankView()
-    if ctx.rank in case.masked:
-        # Left out by the others, it leaves them out; all take all in again after the case.
-        for rank in case.members:
-            buffer.low_latency_update_mask_buffer(rank, True)
-        buffer.low_latency_clean_mask_buffer()
-        return view
-    for rank in case.masked:
-        buffer.low_latency_update_mask_buffer(rank, True)
-    if case.options.mode == "ht":
+    stays = _mask(case, buffer, "dispatch")
+    if stays and case.options.mode == "ht":
         _high_throughput(case, buffer, view)
-    else:
+    elif stays:
         _low_latency(case, buffer, view)
     if case.masked:
         buffer.low_latency_clean_mask_buffer()
     return view
+
+
+def _mask(case: Case, buffer: Any, when: str) -> bool:
+    """Masks the case's ranks if it is time for that; whether this rank takes part in what follows.
+
+    A rank that the others leave out leaves them out, so that both sides start anew when all are taken in
+    again.
+    """
+    if not case.masked or case.options.mask_at != when:
+        return True
+    stays = buffer.rank not in case.masked
+    for rank in case.masked if stays else case.members:
+        buffer.low_latency_update_mask_buffer(rank, True)
+    return stays
 
 
 def buffer_of(ctx: RankContext, backend: str | None) -> Any:
@@ -86,7 +93,7 @@ def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
     view.num_tokens_per_rank = per_rank.numpy()
     view.num_tokens_per_expert = per_expert.numpy()
     view.is_token_in_rank = in_rank.numpy()
-    received = sum(int(case.is_token_in_rank(source)[:, rank].sum()) for source in case.members)
+    received = sum(int(case.is_token_in_rank(source)[:, rank].sum()) for source in case.dispatch_members)
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
     fill_dispatch(view, x, scales, indices, weights, counts, received)
     pause(case, rank, 2)
@@ -97,6 +104,8 @@ def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
         _finish(event)
         again_x, again_scales = rows if isinstance(rows, tuple) else (rows, None)
         fill_again(view, again_x, again_scales, received)
+    if not _mask(case, buffer, "combine"):
+        return
     bias = None if not mine.biases else mine.biases[0] if len(mine.biases) == 1 else mine.biases
     combined, combined_weights, event = buffer.combine(
         returned_rows(case, rank, x),
@@ -133,6 +142,8 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     fill_low_latency(view, x, scales, count, source_token, ranges)
     if stats is not None:
         view.stats = stats.numpy()
+    if not _mask(case, buffer, "combine"):
+        return
     returned = expert_rows(case, rank, x, count)
     if options.zero_copy:
         slots = buffer.get_next_low_latency_combine_buffer(handle)

@@ -80,8 +80,18 @@ class Case:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The ranks that take part."""
+        """The ranks that take part to the end."""
         return tuple(r for r in range(self.num_ranks) if r not in self.masked)
+
+    @property
+    def dispatch_members(self) -> tuple[int, ...]:
+        """The ranks that take part in the dispatch."""
+        return self.members if self.options.mask_at == "dispatch" else tuple(range(self.num_ranks))
+
+    @property
+    def masked_at_dispatch(self) -> tuple[int, ...]:
+        """The ranks that are left out of the dispatch."""
+        return self.masked if self.options.mask_at == "dispatch" else ()
 
     def is_token_in_rank(self, source: int) -> npt.NDArray[np.bool_]:
         """[T, R]: which ranks each token of `source` goes to, masks not considered."""

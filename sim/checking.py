@@ -99,11 +99,11 @@ def sent(case: Case, rank: int, again: bool = False) -> SentBits:
 @lru_cache(maxsize=64)
 def arriving(case: Case, rank: int) -> list[tuple[int, int]]:
     """(source rank, source token) of every row that `rank` is to receive, in the order of the interface."""
-    if rank in case.masked:
+    if rank in case.masked_at_dispatch:
         return []
     return [
         (source, token)
-        for source in case.members
+        for source in case.dispatch_members
         for token, choices in enumerate(case.topk_idx[source].tolist())
         if any(expert >= 0 and expert // case.num_local_experts == rank for expert in choices)
     ]
@@ -112,11 +112,11 @@ def arriving(case: Case, rank: int) -> list[tuple[int, int]]:
 @lru_cache(maxsize=512)
 def arriving_at_expert(case: Case, expert: int) -> list[tuple[int, int]]:
     """(source rank, source token) of every low-latency row of a global expert, in the interface's order."""
-    if expert // case.num_local_experts in case.masked:
+    if expert // case.num_local_experts in case.masked_at_dispatch:
         return []
     return [
         (source, token)
-        for source in case.members
+        for source in case.dispatch_members
         for token, choices in enumerate(case.topk_idx[source].tolist())
         if expert in choices
     ]

@@ -32,7 +32,7 @@ def received_origins(case: Case, rank: int, views: list[RankView]) -> list[Origi
     if rows is None or (case.options.mode == "ll" and case.options.low_latency != "bf16"):
         return None
     known: dict[bytes, list[Origin]] = defaultdict(list)
-    for source in case.members:
+    for source in case.dispatch_members:
         content = sent(case, source)
         for token, row in enumerate(content.x if case.options.mode == "ht" else content.tokens):
             known[row.tobytes()].append((source, token))
@@ -71,7 +71,7 @@ def print_finding(console: Any, finding: Finding) -> None:
         console.print(f"(only after the {len(finding.cases) - 1} examples before it)")
     console.print(_routing_table(finding.case))
     if finding.views is not None:
-        for rank in finding.case.members:
+        for rank in finding.case.dispatch_members:
             table = _rows_table(finding.case, rank, finding.views)
             if table is not None:
                 console.print(table)
@@ -135,8 +135,8 @@ def save_picture(finding: Finding, path: str | os.PathLike[str]) -> None:
 
     case, views = finding.case, finding.views
     tokens = [(rank, token) for rank in range(case.num_ranks) for token in range(case.num_tokens[rank])]
-    rows = {rank: expected_origins(case, rank) for rank in case.members}
-    came = {rank: received_origins(case, rank, views) if views else None for rank in case.members}
+    rows = {rank: expected_origins(case, rank) for rank in case.dispatch_members}
+    came = {rank: received_origins(case, rank, views) if views else None for rank in case.dispatch_members}
     slots = [(rank, row) for rank in rows for row in range(max(len(rows[rank]), len(came[rank] or [])))]
     height = max(len(tokens), len(slots), 1)
     figure = Figure(figsize=(8, min(40.0, 1.6 + 0.28 * height)))

@@ -135,8 +135,12 @@ class Fuzzer:
         examples: int | None = None,
         seconds: float | None = None,
         progress: Callable[[Report], None] | None = None,
+        shrink: bool = True,
     ) -> Report:
-        """Fuzzes until so many examples or seconds are over, or something fails."""
+        """Fuzzes until so many examples or seconds are over, or something fails.
+
+        With `shrink` a failing example is found out among those run with it, and made small.
+        """
         started = time.monotonic()
         space = {**SPACE, **TRAITS, "num_ranks": tuple(sorted(set(self.limits.ranks)))}
         report = Report(Coverage(space))
@@ -150,8 +154,8 @@ class Fuzzer:
                 progress(report)
             if report.finding is not None or (seconds is not None and report.seconds >= seconds):
                 break
-        if report.finding is not None:
-            report.finding = self.shrunk(report.finding)
+        if report.finding is not None and shrink:
+            report.finding = self.shrunk(self._located(report.finding))
         return report
 
     def replay(self, cases: Sequence[Case], rule: str | None = None) -> Finding | None:
@@ -172,7 +176,7 @@ class Fuzzer:
 
         A case that needs those before it to fail is kept with all of them.
         """
-        subject = next(s for s in self.subjects if s.name == finding.subject)
+        subject = self._subject(finding)
         relation = self._relation(finding.rule)
         found: dict[Case, Finding] = {}
 
@@ -224,7 +228,7 @@ class Fuzzer:
                 try:
                     views = subject.finish(started.pop(subject))
                 except (WorldError, Violation) as error:
-                    return self._locate(subject, batch, error)
+                    return Finding(subject.name, _rule_of(error), str(error), tuple(flat[subject]))
                 finding = self._judge_views(subject, batch, views)
                 if finding is not None:
                     return finding
@@ -271,15 +275,19 @@ class Fuzzer:
                 return rule.name, str(violation)
         return None
 
-    def _locate(self, subject: Subject, batch: list[Example], error: Exception) -> Finding:
-        """Which example of a batch it was that ended with an error; all of them if it is none by itself."""
-        for example in batch:
-            subject.reset()
-            finding = self._run_one(subject, example)
-            if finding is not None:
-                return finding
-        cases = tuple(case for example in batch for case in example.cases(subject))
-        return Finding(subject.name, _rule_of(error), str(error), cases)
+    def _located(self, finding: Finding) -> Finding:
+        """For a batch that ended with an error: the case that fails by itself; all of them if none does."""
+        subject = self._subject(finding)
+        if finding.views is None:
+            for case in finding.cases:
+                subject.reset()
+                alone = self._run_one(subject, Example(case))
+                if alone is not None:
+                    return alone
+        return finding
+
+    def _subject(self, finding: Finding) -> Subject:
+        return next(s for s in self.subjects if s.name == finding.subject)
 
     def _run_one(self, subject: Subject, example: Example) -> Finding | None:
         cases = example.cases(subject)

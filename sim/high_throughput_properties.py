@@ -27,7 +27,7 @@ from deepep.sim.values import decode_id, other_rows
 
 def tokens_arrive_exactly_once(case: Case, views: list[RankView]) -> None:
     """Every selected (token, rank) pair arrives exactly once, and nothing else does; in whatever order."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         expected = Counter(sent(case, source).x[token].tobytes() for source, token in arriving(case, rank))
         got = Counter(row.tobytes() for row in need(views[rank].recv_x, "recv_x"))
         if expected != got:
@@ -41,7 +41,7 @@ def tokens_arrive_exactly_once(case: Case, views: list[RankView]) -> None:
 
 def rows_are_in_source_order(case: Case, views: list[RankView]) -> None:
     """Row i is the i-th (source rank, source token) pair, to the bit, NaN payloads included."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         pairs = arriving(case, rank)
         got = need(views[rank].recv_x, "recv_x")
         if len(got) != len(pairs):
@@ -63,7 +63,7 @@ def layout_counts_are_right(case: Case, views: list[RankView]) -> None:
     """Counts per rank, node and expert and token-in-rank, counted one by one."""
     per_node = case.options.ranks_per_node
     num_nodes = -(-case.num_ranks // per_node)
-    for rank in case.members:
+    for rank in case.dispatch_members:
         owners = [
             [e // case.num_local_experts for e in choices if e >= 0]
             for choices in case.topk_idx[rank].tolist()
@@ -91,9 +91,9 @@ def layout_counts_are_right(case: Case, views: list[RankView]) -> None:
 def counts_agree_on_both_sides(case: Case, views: list[RankView]) -> None:
     """What the senders announce is what the receivers get: rows, and entries per expert, rounded up."""
     local, alignment = case.num_local_experts, case.options.expert_alignment
-    for rank in case.members:
+    for rank in case.dispatch_members:
         view = views[rank]
-        announced = sum(int(need(views[s].num_tokens_per_rank)[rank]) for s in case.members)
+        announced = sum(int(need(views[s].num_tokens_per_rank)[rank]) for s in case.dispatch_members)
         if announced != len(need(view.recv_x)):
             raise Violation(f"rank {rank}: senders announced {announced} rows, {len(need(view.recv_x))} came")
         expected_rows = worst_tokens(case) or announced
@@ -101,7 +101,7 @@ def counts_agree_on_both_sides(case: Case, views: list[RankView]) -> None:
             raise Violation(
                 f"rank {rank}: expected tensors of {expected_rows} rows, got {view.num_rows}", rank
             )
-        per_expert = sum(need(views[s].num_tokens_per_expert).astype(np.int64) for s in case.members)
+        per_expert = sum(need(views[s].num_tokens_per_expert).astype(np.int64) for s in case.dispatch_members)
         mine = per_expert[rank * local : (rank + 1) * local]
         rounded = [] if worst_tokens(case) else -(-mine // alignment) * alignment
         check_equal("expert counts", rank, rounded, need(view.expert_counts))
@@ -113,7 +113,7 @@ def counts_agree_on_both_sides(case: Case, views: list[RankView]) -> None:
 def indices_and_weights_travel(case: Case, views: list[RankView]) -> None:
     """An entry arrives as its local index and weight where its expert lives, as -1 and +0.0 elsewhere."""
     local = case.num_local_experts
-    for rank in case.members:
+    for rank in case.dispatch_members:
         indices = need(views[rank].recv_topk_idx, "recv_topk_idx")
         weights = need(views[rank].recv_topk_weights, "recv_topk_weights")
         pairs = arriving(case, rank)
@@ -137,7 +137,7 @@ def indices_and_weights_travel(case: Case, views: list[RankView]) -> None:
 
 def scales_travel_with_their_rows(case: Case, views: list[RankView]) -> None:
     """Row i of the scales belongs to row i of x, whatever the strides it was read with."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         got = need(views[rank].recv_scales, "recv_scales")
         for row, (source, token) in enumerate(arriving(case, rank)):
             check_equal(f"scales of row {row}", rank, need(sent(case, source).scales)[token], got[row])
@@ -145,7 +145,7 @@ def scales_travel_with_their_rows(case: Case, views: list[RankView]) -> None:
 
 def handle_equals_fresh_dispatch(case: Case, views: list[RankView]) -> None:
     """A dispatch by handle delivers the new rows where a fresh one would."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         pairs = arriving(case, rank)
         got = need(views[rank].again_x, "rows by handle")
         if len(got) != len(pairs):

@@ -29,11 +29,12 @@ AMAX_FLOOR = np.float32(1e-4)
 
 def low_latency_counts(case: Case, views: list[RankView]) -> None:
     """Each expert gets one row per token that chose it, however often, in (source rank, token) order."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         experts = range(rank * case.num_local_experts, (rank + 1) * case.num_local_experts)
         pairs = [arriving_at_expert(case, expert) for expert in experts]
         check_equal("recv_count", rank, [len(p) for p in pairs], need(views[rank].recv_count))
-        tokens = [token for p in pairs for _, token in p]
+        room = case.num_ranks * case.num_max_tokens
+        tokens = [[token for _, token in p] + [-1] * (room - len(p)) for p in pairs]
         check_equal("recv_src_info", rank, tokens, need(views[rank].recv_src_info))
         if case.options.stats:
             check_equal("receive statistics", rank, [len(p) for p in pairs], need(views[rank].stats))
@@ -41,7 +42,7 @@ def low_latency_counts(case: Case, views: list[RankView]) -> None:
 
 def ranges_partition_the_rows(case: Case, views: list[RankView]) -> None:
     """The (begin, count) of the source ranks follow each other without gap or overlap up to the count."""
-    for rank in case.members:
+    for rank in case.dispatch_members:
         ranges, counts = need(views[rank].layout_range), need(views[rank].recv_count)
         for expert in range(case.num_local_experts):
             pairs = arriving_at_expert(case, rank * case.num_local_experts + expert)
@@ -164,7 +165,7 @@ def _terms(case: Case, rank: int, token: int) -> list[tuple[int, Floats]]:
 def _returned(case: Case) -> dict[tuple[int, int, int], Floats]:
     """What each global expert returns for each token: by (expert, source rank, token)."""
     returned = {}
-    for rank in case.members:
+    for rank in case.dispatch_members:
         first = rank * case.num_local_experts
         keys = [
             (expert, *pair)
@@ -182,7 +183,7 @@ def _returned(case: Case) -> dict[tuple[int, int, int], Floats]:
 def _expert_rows(case: Case) -> list[tuple[int, int, int, int]]:
     """(rank, row among all rows received there, source rank, token) of every low-latency row."""
     found = []
-    for rank in case.members:
+    for rank in case.dispatch_members:
         first = rank * case.num_local_experts
         pairs = [p for i in range(case.num_local_experts) for p in arriving_at_expert(case, first + i)]
         found += [(rank, row, source, token) for row, (source, token) in enumerate(pairs)]

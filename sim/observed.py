@@ -50,7 +50,7 @@ class RankView:
     # Low latency.
     recv_count: Array | None = None  # [L]
     layout_range: Array | None = None  # [L, R]
-    recv_src_info: Array | None = None  # [C]
+    recv_src_info: Array | None = None  # [L, R*M]
     recv_rows: Array | None = None  # [C, H]
     recv_row_scales: Array | None = None  # [C, P]
     stats: Array | None = None  # [L]

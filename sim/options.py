@@ -41,6 +41,7 @@ class Options:
         stats: whether receive statistics are collected.
         ranks_per_node: for node counts and two-level routing.
         skew: how ranks are delayed against each other: not, one of them, or each at random.
+        mask_at: when masked ranks are left out: from the dispatch on, or from the combine on.
     """
 
     mode: str = "ht"
@@ -66,6 +67,7 @@ class Options:
     stats: bool = False
     ranks_per_node: int = 8
     skew: str = "none"
+    mask_at: str = "dispatch"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +97,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "stats": (False, True),
     "ranks_per_node": (8, 1, 2, 3, 4),
     "skew": ("none", "one", "all"),
+    "mask_at": ("dispatch", "combine"),
 }
 
 assert tuple(SPACE) == tuple(f.name for f in fields(Options))

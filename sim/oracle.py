@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepep.reference import high_throughput, low_latency
-from deepep.reference.layout import dispatch_layout
+from deepep.reference import formats, high_throughput, layout, logfmt, low_latency
 from deepep.sim.cases import Case
 from deepep.sim.observed import Array, RankView, bits
 from deepep.sim.values import RankInputs, inputs, other_rows
@@ -16,19 +19,38 @@ from deepep.sim.values import RankInputs, inputs, other_rows
 POISON = 0x7FA5
 
 
-def observe(case: Case) -> list[RankView]:
-    """What each rank gets, by rank; a masked rank gets an empty view."""
+@dataclass(frozen=True)
+class GlobalView:
+    """The modules of the global view: the reference's own, or changed ones."""
+
+    layout: ModuleType = layout
+    high_throughput: ModuleType = high_throughput
+    low_latency: ModuleType = low_latency
+    formats: ModuleType = formats
+    logfmt: ModuleType = logfmt
+
+
+REFERENCE = GlobalView()
+
+
+def observe(case: Case, modules: GlobalView = REFERENCE) -> list[RankView]:
+    """What each rank gets, by rank; a masked rank gets nothing from then on."""
     given = [inputs(case, rank) for rank in range(case.num_ranks)]
-    views = [_layout(case, mine) for mine in given]
+    views = [_layout(case, mine, modules.layout) for mine in given]
     if case.options.mode == "ht":
-        _high_throughput(case, given, views)
+        _high_throughput(case, given, views, modules.high_throughput)
     else:
-        _low_latency(case, given, views)
-    return [RankView() if rank in case.masked else view for rank, view in enumerate(views)]
+        _low_latency(case, given, views, modules.low_latency)
+    for rank in case.masked:
+        if rank in case.masked_at_dispatch:
+            views[rank] = RankView()
+        else:
+            views[rank].combined_x = views[rank].combined_weights = None
+    return views
 
 
-def _layout(case: Case, mine: RankInputs) -> RankView:
-    layout = dispatch_layout(
+def _layout(case: Case, mine: RankInputs, rules: ModuleType) -> RankView:
+    layout = rules.dispatch_layout(
         mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
     )
     nodes = layout.num_tokens_per_node
@@ -45,19 +67,20 @@ def worst_tokens(case: Case) -> int:
     if case.options.worst == "off":
         return 0
     arriving = [
-        sum(int(case.is_token_in_rank(s)[:, rank].sum()) for s in case.members) for rank in case.members
+        sum(int(case.is_token_in_rank(s)[:, rank].sum()) for s in case.dispatch_members)
+        for rank in case.dispatch_members
     ]
     # Zero would mean that no worst case is given.
     return max(1, max(arriving)) + (3 if case.options.worst == "more" else 0)
 
 
-def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView]) -> None:
+def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView], ht: ModuleType) -> None:
     options = case.options
     tables = [torch.from_numpy(_of(view.is_token_in_rank)) for view in views]
 
-    def dispatch(ranks: list[RankInputs], topk: bool) -> list[high_throughput.DispatchOutput]:
+    def dispatch(ranks: list[RankInputs], topk: bool) -> list[Any]:
         calls = [
-            high_throughput.DispatchInput(
+            ht.DispatchInput(
                 x=mine.x,
                 is_token_in_rank=table,
                 scales=mine.scales,
@@ -67,12 +90,14 @@ def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView])
             )
             for mine, table, view in zip(ranks, tables, views, strict=True)
         ]
-        return high_throughput.dispatch(
-            calls,
-            case.num_experts,
-            expert_alignment=options.expert_alignment,
-            num_worst_tokens=worst_tokens(case),
-            masked=case.masked,
+        return list(
+            ht.dispatch(
+                calls,
+                case.num_experts,
+                expert_alignment=options.expert_alignment,
+                num_worst_tokens=worst_tokens(case),
+                masked=case.masked_at_dispatch,
+            )
         )
 
     outputs = dispatch(given, options.topk)
@@ -84,20 +109,21 @@ def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView])
         again = [inputs(case, rank, again=True) for rank in range(case.num_ranks)]
         for view, output in zip(views, dispatch(again, topk=False), strict=True):
             fill_again(view, output.recv_x, output.recv_scales, len(output.src_rank))
-    combined = high_throughput.combine(
+    combined = ht.combine(
         [returned_rows(case, rank, output.recv_x) for rank, output in enumerate(outputs)],
         tables,
         topk_weights=[_tensor(o.recv_topk_weights) for o in outputs] if options.combine_weights else None,
         biases=[mine.biases for mine in given],
         masked=case.masked,
+        masked_at_dispatch=case.masked_at_dispatch,
     )
     for view, result in zip(views, combined, strict=True):
         fill_combine(view, result.x, result.topk_weights)
 
 
-def _low_latency(case: Case, given: list[RankInputs], views: list[RankView]) -> None:
+def _low_latency(case: Case, given: list[RankInputs], views: list[RankView], ll: ModuleType) -> None:
     options = case.options
-    layouts = low_latency.dispatch(
+    layouts = ll.dispatch(
         [mine.tokens for mine in given],
         [mine.topk_idx for mine in given],
         case.num_max_tokens,
@@ -105,7 +131,7 @@ def _low_latency(case: Case, given: list[RankInputs], views: list[RankView]) -> 
         fp8=options.low_latency != "bf16",
         round_scale=options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
         ue8m0=options.low_latency == "fp8+ue8m0",
-        masked=case.masked,
+        masked=case.masked_at_dispatch,
     )
     for view, output in zip(views, layouts, strict=True):
         fill_low_latency(
@@ -118,7 +144,7 @@ def _low_latency(case: Case, given: list[RankInputs], views: list[RankView]) -> 
         )
         if options.stats:
             view.stats = output.recv_count.numpy()
-    combined = low_latency.combine(
+    combined = ll.combine(
         [expert_rows(case, rank, output.recv_x, output.recv_count) for rank, output in enumerate(layouts)],
         [mine.topk_idx for mine in given],
         [mine.topk_weights for mine in given],
@@ -204,7 +230,7 @@ def fill_low_latency(
 
     view.recv_count = recv_count.numpy()
     view.layout_range = layout_range.numpy()
-    view.recv_src_info = received(recv_src_info).numpy()
+    view.recv_src_info = recv_src_info.numpy()
     view.recv_rows = bits(received(recv_x))
     if recv_scales is not None:
         view.recv_row_scales = bits(received(recv_scales))

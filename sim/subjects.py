@@ -8,6 +8,7 @@ buffer       deepep.Buffer, in worlds of processes, on any of its backends
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,11 @@ from deepep.sim import oracle
 from deepep.sim.all_to_all_runs import run_all_to_all
 from deepep.sim.buffer_runs import run_buffer
 from deepep.sim.cases import Case
+from deepep.sim.checking import Violation
 from deepep.sim.observed import RankView
+from deepep.sim.oracle import GlobalView
 from deepep.sim.rank_process import RankContext
+from deepep.sim.reference_properties import check_rules
 from deepep.sim.world import PendingRun, World
 
 RunRank = Callable[[RankContext, Case], RankView]
@@ -77,7 +81,12 @@ class InProcess(Subject):
         return list(cases)
 
     def finish(self, started: Any) -> list[list[RankView]]:
-        return [self._observe_case(case) for case in started]
+        try:
+            return [self._observe_case(case) for case in started]
+        except Violation:
+            raise
+        except Exception as error:  # a case is a legal call: whatever it raises is a finding
+            raise Violation("".join(traceback.format_exception(error))) from error
 
 
 class InWorld(Subject):
@@ -157,9 +166,14 @@ def core() -> InProcess:
     return InProcess("core", observe, gives_views=False)
 
 
-def reference() -> InProcess:
-    """The reference's global view."""
-    return InProcess("oracle", oracle.observe)
+def reference(modules: GlobalView = oracle.REFERENCE) -> InProcess:
+    """The reference's global view, and its rules that no operation shows."""
+
+    def observe(case: Case) -> list[RankView]:
+        check_rules(case, modules)
+        return oracle.observe(case, modules)
+
+    return InProcess("oracle", observe)
 
 
 def all_to_all(world_of: Callable[[int], World] | None = None) -> InWorld:
