@@ -1,6 +1,6 @@
-// deepep._core: the layout rules for Python, over numpy views (torch CPU tensors lend theirs without a copy).
-// Shapes are checked here, values in csrc/host; results go into arrays the caller allocated; the GIL is
-// released meanwhile.
+// deepep._core: the layout rules for Python, over numpy views (torch CPU tensors
+// lend theirs without a copy). Shapes are checked here, values in csrc/host;
+// results go into arrays the caller allocated; the GIL is released meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepep import _core
+import deepep._core as _core
 
 MAX_TOPK: int = _core.MAX_TOPK
 Array: TypeAlias = Tensor | np.ndarray

@@ -270,11 +270,11 @@ def sizes_hold_at_scale(laid: Laid) -> None:
         check_equal(f"{name}_buffer_size_hint", 0, reference.align_up(bytes_, 128), hint)
 
     counts = [[rng.randrange(2**31) for _ in range(5)] for _ in range(5)]
-    got = layout.first_rows(torch.tensor(counts, dtype=torch.int32))
+    sent = layout.first_rows(torch.tensor(counts, dtype=torch.int32))
     firsts = [[sum(counts[s][r] for s in range(source)) for r in range(5)] for source in range(6)]
-    check_equal("first_row", 0, firsts[:5], got.first_row)
-    check_equal("num_received", 0, firsts[5], got.num_received)
-    rows = layout.send_rows(torch.ones(2, 5, dtype=torch.bool), got.first_row[4])
+    check_equal("first_row", 0, firsts[:5], sent.first_row)
+    check_equal("num_received", 0, firsts[5], sent.num_received)
+    rows = layout.send_rows(torch.ones(2, 5, dtype=torch.bool), sent.first_row[4])
     check_equal("send_rows", 4, [firsts[4], [first + 1 for first in firsts[4]]], rows)
 
     half = rng.randrange(2**30)

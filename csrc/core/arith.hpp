@@ -12,9 +12,9 @@
 
 namespace deepep::core {
 
-/// 128 bits: wide enough for any size formula over 64-bit inputs as small as ours. A layout struct is a
-/// template over its integer, so the host evaluates the very formula the device uses and sees whether 64 bits
-/// hold it.
+/// 128 bits: wide enough for any size formula over 64-bit inputs as small as
+/// ours. A layout struct is a template over its integer, so the host evaluates
+/// the very formula the device uses and sees whether 64 bits hold it.
 __extension__ using wide_t = __int128;
 
 /// The integer a formula over A and B is computed in: never narrower than 64 bits.
@@ -45,8 +45,8 @@ template <class Int>
   return a < b ? b : a;
 }
 
-/// Whether a size computed in 128 bits can be used as a 64-bit byte offset. What does not fit is refused on
-/// the host.
+/// Whether a size computed in 128 bits can be used as a 64-bit
+/// byte offset. What does not fit is refused on the host.
 [[nodiscard]] DEEPEP_HD constexpr bool fits_int64(wide_t value) {
   return value >= 0 && value <= wide_t(INT64_MAX);
 }

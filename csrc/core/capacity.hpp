@@ -35,8 +35,8 @@ struct QueueSizes {
     return ceil_div(num_ranks, kNodeRanks);
   }
 
-  /// One queued token: its row, 8 bytes of source, and room for 128 indices (8 bytes), weights and scales (4
-  /// each).
+  /// One queued token: its row, 8 bytes of source, and room for
+  /// 128 indices (8 bytes), weights and scales (4 each).
   [[nodiscard]] static constexpr wide_t token_bytes(wide_t hidden_bytes) {
     return hidden_bytes + 8 + 128 * 8 + 128 * 4 + 128 * 4;
   }

@@ -1,6 +1,6 @@
-// The expanded layout: one row for each top-k entry that names a local expert, grouped by expert, each group
-// starting on a multiple of the alignment, as a grouped GEMM wants it. Inside an expert: ascending received
-// row, then k.
+// The expanded layout: one row for each top-k entry that names a local expert,
+// grouped by expert, each group starting on a multiple of the alignment, as a
+// grouped GEMM wants it. Inside an expert: ascending received row, then k.
 #pragma once
 
 #include "core/arith.hpp"

@@ -1,7 +1,7 @@
-// Symmetric buffers as layout structs: every offset is one method, so that sender, receiver, emulator and
-// host cannot disagree. Bytes, from the start of the buffer. Templates over the integer: the device uses
-// int64_t, the host first evaluates total_bytes() in 128 bits (fits_int64), after which no offset inside can
-// overflow.
+// Symmetric buffers as layout structs: every offset is one method, so that sender,
+// receiver, emulator and host cannot disagree. Bytes, from the start of the buffer.
+// Templates over the integer: the device uses int64_t, the host first evaluates
+// total_bytes() in 128 bits (fits_int64), after which no offset inside can overflow.
 #pragma once
 
 #include "core/placement.hpp"
@@ -27,8 +27,8 @@ struct LowLatencyBuffer {
   Int hidden;          // H
   Int num_topk;        // K, or kMaxTopk before it is known
 
-  /// Message header: source token and number of entries, then K (local expert or -1) int32 and K weights
-  /// float32.
+  /// Message header: source token and number of entries, then K
+  /// (local expert or -1) int32 and K weights float32.
   [[nodiscard]] DEEPEP_HD constexpr Int header_bytes() const {
     return align_up(Int(2) * 4 + num_topk * (4 + 4), Int(kRowAlignment));
   }

@@ -1,5 +1,5 @@
-// Where experts and ranks live, and which entry of a token's top-k row speaks for a rank, a node or an
-// expert.
+// Where experts and ranks live, and which entry of a token's
+// top-k row speaks for a rank, a node or an expert.
 #pragma once
 
 #include "core/arith.hpp"
@@ -45,8 +45,8 @@ struct Placement {
   [[nodiscard]] DEEPEP_HD constexpr int32_t first_expert_of_rank(int32_t rank) const {
     return rank * experts_per_rank;
   }
-  /// The expert's index on `rank`, or -1 if it lives elsewhere or is none: what a receiver sees of a top-k
-  /// entry.
+  /// The expert's index on `rank`, or -1 if it lives elsewhere or
+  /// is none: what a receiver sees of a top-k entry.
   template <class Index>
   [[nodiscard]] DEEPEP_HD constexpr int32_t local_expert(Index entry, int32_t rank) const {
     return is_expert(entry) && rank_of_expert(int32_t(entry)) == rank
@@ -64,9 +64,9 @@ template <class Index>
   return false;
 }
 
-/// Whether entry k is the first of its row that selects its rank: a token goes to a rank once, however many
-/// of its entries point there. One division, then comparisons: every entry of the rank lies in one range of
-/// experts.
+/// Whether entry k is the first of its row that selects its rank: a token goes
+/// to a rank once, however many of its entries point there. One division, then
+/// comparisons: every entry of the rank lies in one range of experts.
 template <class Index>
 [[nodiscard]] DEEPEP_HD constexpr bool is_first_of_rank(const Index* row, int k, const Placement& place) {
   if (!place.is_expert(row[k])) return false;

@@ -5,8 +5,8 @@
 
 namespace deepep::core {
 
-/// Contiguous split of tokens [0, num_tokens) over `num_parts` owners, in order; shares differ by at most
-/// one.
+/// Contiguous split of tokens [0, num_tokens) over `num_parts`
+/// owners, in order; shares differ by at most one.
 struct TokenSplit {
   int64_t num_tokens;
   int64_t num_parts;

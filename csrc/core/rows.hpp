@@ -16,9 +16,9 @@ struct CountMatrix {
   }
 };
 
-/// First row of `source` at `destination`: all that lower ranks send there lies before it. `count(s, d)`
-/// tokens go from s to d, from a CountMatrix or wherever the counts arrived. source = R gives the rows
-/// received in all.
+/// First row of `source` at `destination`: all that lower ranks send there
+/// lies before it. `count(s, d)` tokens go from s to d, from a CountMatrix or
+/// wherever the counts arrived. source = R gives the rows received in all.
 template <class Count>
 [[nodiscard]] DEEPEP_HD constexpr int64_t first_row_of_source(const Count& count, int64_t source,
                                                               int64_t destination) {
@@ -27,9 +27,9 @@ template <class Count>
   return row;
 }
 
-/// The source of a received row: the last one whose rows begin at or before it. Sources without rows begin
-/// where the next does, so "last" passes over them. bases [R]: one receiver's row bases; 0 <= row < rows
-/// received.
+/// The source of a received row: the last one whose rows begin at or before
+/// it. Sources without rows begin where the next does, so "last" passes over
+/// them. bases [R]: one receiver's row bases; 0 <= row < rows received.
 [[nodiscard]] DEEPEP_HD constexpr int32_t source_of_row(const int64_t* bases, int32_t num_ranks,
                                                         int64_t row) {
   int32_t low = 0, high = num_ranks;  // bases[low] <= row, and bases[high] > row or past the end

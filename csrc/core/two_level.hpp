@@ -37,9 +37,9 @@ namespace deepep::core {
   return count;
 }
 
-/// What a source sends to each node, for tokens [begin, end): masks [T, D] and position [T, D], the token's
-/// place among those that go to the node, or -1. next [D] comes in as the counts of the ranges before this
-/// one.
+/// What a source sends to each node, for tokens [begin, end): masks [T, D]
+/// and position [T, D], the token's place among those that go to the node,
+/// or -1. next [D] comes in as the counts of the ranges before this one.
 DEEPEP_HD constexpr void fill_node_positions(const uint8_t* is_token_in_rank, int64_t begin, int64_t end,
                                              const Placement& place, int64_t* next, uint64_t* masks,
                                              int32_t* position) {

@@ -41,8 +41,8 @@ void rank_masks(Matrix<const Index> topk_idx, const Group& group, uint64_t* mask
 template <class Index>
 void local_topk(Matrix<const Index> topk_idx, const Group& group, int64_t rank, Index* local);
 
-/// rows [R, R]: rows[s, r] is the first row of source s at rank r; num_received [R]. counts [R, R] likewise
-/// [s, r].
+/// rows [R, R]: rows[s, r] is the first row of source s at rank
+/// r; num_received [R]. counts [R, R] likewise [s, r].
 void first_rows(Matrix<const int32_t> counts, int64_t* rows, int64_t* num_received);
 
 /// rows [T, R]: final row of each token at each rank, or -1; first_rows [R]: this source's first row at each.
@@ -72,8 +72,8 @@ void low_latency_counts(Matrix<const Index> topk_idx, const Group& group, int32_
 void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int64_t* ranges,
                         int32_t* recv_count);
 
-/// rows [T, K]: where each entry of `source`'s tokens lies in the flattened output [L * R * M] of its
-/// expert's rank.
+/// rows [T, K]: where each entry of `source`'s tokens lies in
+/// the flattened output [L * R * M] of its expert's rank.
 template <class Index>
 void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert,
                            int64_t source, int64_t num_max_tokens, int64_t num_parts, int64_t* rows);
@@ -85,8 +85,8 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
 void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
                     uint64_t* masks, int32_t* position, int32_t* counts);
 
-/// rows [n, node_ranks] of the tokens one source sent to a node; first_rows [node_ranks]: its first row at
-/// each rank.
+/// rows [n, node_ranks] of the tokens one source sent to a
+/// node; first_rows [node_ranks]: its first row at each rank.
 void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
                     int64_t node_ranks, int64_t* rows);
 
