@@ -235,6 +235,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("max_rows_received", &host::max_rows_received, "num_ranks"_a, "num_max_tokens"_a);
   m.def("max_rows_expanded", &host::max_rows_expanded, "num_ranks"_a, "num_max_tokens"_a, "num_topk"_a,
         "num_local_experts"_a, "alignment"_a, "has_duplicates"_a);
+  m.def("receive_slot_bytes", &host::receive_slot_bytes, "num_rows"_a, "row_bytes"_a, "num_scales"_a,
+        "num_topk"_a, "index_bytes"_a);
   m.def("queue_nvl_bytes", &host::queue_nvl_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,
         "num_ranks"_a);
   m.def("queue_rdma_bytes", &host::queue_rdma_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,

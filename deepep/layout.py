@@ -290,6 +290,18 @@ def max_rows_expanded(
     return rows
 
 
+def receive_slot_bytes(
+    num_rows: int, row_bytes: int, num_scales: int = 0, num_topk: int = 0, index_bytes: int = 8
+) -> int:
+    """Bytes of symmetric memory that hold `num_rows` received rows of a dispatch, with all that comes along.
+
+    Per row: `row_bytes` of x, its source token, `num_scales` scales of 4 bytes, `num_topk` indices of
+    `index_bytes` and as many weights of 4. `max_rows_received` rows never run short.
+    """
+    size: int = _core.receive_slot_bytes(num_rows, row_bytes, num_scales, num_topk, index_bytes)
+    return size
+
+
 def nvl_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num_ranks: int) -> int:
     """Bytes of the scale-up buffer that `Config.get_nvl_buffer_size_hint` names; a multiple of 128.
 

@@ -251,6 +251,12 @@ def sizes_hold_at_scale(laid: Laid) -> None:
     hint = layout.low_latency_rdma_size_hint(tokens, hidden, num_ranks, num_ranks * local, topk)
     check_equal("low_latency_rdma_size_hint", 0, buffer.total_bytes(), hint)
 
+    arriving, scales = num_ranks * tokens, hidden // 128
+    each_row = 2 * hidden + 4 + 4 * scales + topk * 12
+    slot = layout.receive_slot_bytes(arriving, 2 * hidden, scales, topk)
+    if not arriving * each_row <= slot <= arriving * each_row + 5 * 128:
+        raise Violation(f"receive slot: {slot} bytes for {arriving} rows of {each_row}")
+
     alignment = 2 ** rng.randrange(8)
     for has_duplicates, each in ((True, topk), (False, min(topk, local))):
         want = reference.align_up(num_ranks * tokens * each + (alignment - 1) * local, alignment)

@@ -1,10 +1,12 @@
 #include "host/sizes.hpp"
 
 #include <initializer_list>
+#include <limits>
 #include <utility>
 
 #include "core/capacity.hpp"
 #include "core/low_latency_buffer.hpp"
+#include "core/symmetric_layout.hpp"
 #include "host/check.hpp"
 
 namespace deepep::host {
@@ -41,6 +43,22 @@ int64_t max_rows_expanded(int64_t num_ranks, int64_t num_max_tokens, int64_t num
   return as_size(core::max_rows_expanded(num_ranks, num_max_tokens, num_topk, num_local_experts, alignment,
                                          has_duplicates),
                  "max_rows_expanded");
+}
+
+int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scales, int64_t num_topk,
+                           int64_t index_bytes) {
+  expect_factors({{"num_rows", num_rows},
+                  {"row_bytes", row_bytes},
+                  {"num_scales", num_scales},
+                  {"num_topk", num_topk},
+                  {"index_bytes", index_bytes}});
+  constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+  expect(num_scales <= kInt32 && num_topk <= kInt32 && index_bytes <= 8, "index_bytes", index_bytes,
+         "4 or 8");
+  // The layout computes in 64 bits; what it adds up is at most this.
+  const core::wide_t row = core::wide_t(row_bytes) + 4 + 4 * num_scales + num_topk * (index_bytes + 4);
+  (void)as_size(num_rows * row + 5 * core::kLine, "receive_slot");
+  return core::SlotLayout{num_rows, row_bytes, int(num_scales), int(num_topk), int(index_bytes)}.bytes();
 }
 
 int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {

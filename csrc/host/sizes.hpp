@@ -15,6 +15,11 @@ namespace deepep::host {
 [[nodiscard]] int64_t max_rows_expanded(int64_t num_ranks, int64_t num_max_tokens, int64_t num_topk,
                                         int64_t num_local_experts, int64_t alignment, bool has_duplicates);
 
+/// Bytes of core::SlotLayout: the received rows of one high-throughput dispatch. num_rows = max_rows_received
+/// never runs short.
+[[nodiscard]] int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scales,
+                                         int64_t num_topk, int64_t index_bytes);
+
 /// Config's hints, see core::QueueSizes.
 [[nodiscard]] int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes,
                                       int64_t num_ranks);

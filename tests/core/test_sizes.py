@@ -82,6 +82,13 @@ def test_a_size_past_64_bits_is_refused(arguments: tuple[int, int, int, int]) ->
         layout.low_latency_rdma_size_hint(*arguments)
 
 
+def test_a_receive_slot_past_64_bits_is_refused() -> None:
+    with pytest.raises(OverflowError, match="receive_slot: does not fit into 64 bits"):
+        layout.receive_slot_bytes(2**31, 2**31, 2**31 - 1, 2**31 - 1)
+    with pytest.raises(ValueError, match="index_bytes: got 16; expected 4 or 8"):
+        layout.receive_slot_bytes(1, 128, index_bytes=16)
+
+
 @pytest.mark.parametrize("tokens", [-1, 2**31 + 1, 2**62])
 def test_a_senseless_factor_is_refused(tokens: int) -> None:
     with pytest.raises(ValueError, match=r"num_max_tokens: got .*; expected 0 \.\. 2\^31"):
