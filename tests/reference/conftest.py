@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from deepep.reference.wire import Wire
 
 Routing = tuple[int, list[Tensor]]  # E, and [T, K] int64 by rank
 
@@ -92,3 +96,19 @@ def _bytes(tensor: Tensor) -> Tensor:
 def same_bits() -> Callable[[Tensor, Tensor], bool]:
     """`same_bits(got, want)`: same dtype, same shape, same bits; NaNs and signed zeros told apart."""
     return _same_bits
+
+
+def _wire_of(ctx: Any, members: tuple[int, ...]) -> Wire | None:
+    if len(members) == ctx.num_ranks:
+        return Wire.whole(ctx.group)
+    if members not in ctx.scratch:
+        ctx.scratch[members] = dist.new_group(list(members))
+    if ctx.rank not in members:
+        return None
+    return Wire(ctx.scratch[members], ctx.rank, ctx.num_ranks, members)
+
+
+@pytest.fixture(scope="session")
+def wire_of() -> Callable[[Any, tuple[int, ...]], Wire | None]:
+    """`wire_of(ctx, members)`, called in all rank processes: a wire of these ranks, None on the others."""
+    return _wire_of

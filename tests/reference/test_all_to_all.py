@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepep.reference import high_throughput as oracle
 from deepep.reference.layout import dispatch_layout
+from deepep.reference.wire import Wire
 from deepep.sim import World
 
 Draw = Callable[[int, int, str], tuple[int, list[Tensor]]]
 SameBits = Callable[[Tensor, Tensor], bool]
+WireOf = Callable[[Any, tuple[int, ...]], Wire | None]
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -48,26 +49,17 @@ class Call:
         return self.x.view(FLOAT8) if self.is_float8 else self.x
 
 
-def on_a_rank(ctx: Any, calls: list[Call]) -> list[dict[str, Any] | None]:
+def on_a_rank(ctx: Any, wire_of: WireOf, calls: list[Call]) -> list[dict[str, Any] | None]:
     """Runs in a rank's process. None where the rank is masked."""
     from deepep.reference import all_to_all
-    from deepep.reference.wire import Wire
-
-    def wire(members: tuple[int, ...]) -> Wire:
-        if len(members) == ctx.num_ranks:
-            return Wire.whole(ctx.group)
-        if members not in ctx.scratch:
-            ctx.scratch[members] = dist.new_group(members, use_local_synchronization=True)
-        return Wire(ctx.scratch[members], ctx.rank, ctx.num_ranks, members)
 
     results: list[dict[str, Any] | None] = []
     for call in calls:
-        if ctx.rank not in call.members:
+        wire, wire_at_combine = wire_of(ctx, call.members), wire_of(ctx, call.members_at_combine)
+        if wire is None:
             results.append(None)
             continue
-        plan = all_to_all.exchange_counts(
-            wire(call.members), call.is_token_in_rank, call.num_tokens_per_expert
-        )
+        plan = all_to_all.exchange_counts(wire, call.is_token_in_rank, call.num_tokens_per_expert)
         given: dict[str, Any] = {
             "scales": call.scales,
             "topk_idx": call.topk_idx,
@@ -76,9 +68,7 @@ def on_a_rank(ctx: Any, calls: list[Call]) -> list[dict[str, Any] | None]:
         out = None
         if call.worst:
             out = all_to_all.allocate(plan, call.rows(), num_worst_tokens=call.worst, **given)
-        got = all_to_all.dispatch(
-            wire(call.members), plan, call.rows(), num_experts=call.num_experts, out=out, **given
-        )
+        got = all_to_all.dispatch(wire, plan, call.rows(), num_experts=call.num_experts, out=out, **given)
         result = {
             "x": got.x.view(torch.uint8) if call.is_float8 else got.x,
             "scales": got.scales,
@@ -91,13 +81,13 @@ def on_a_rank(ctx: Any, calls: list[Call]) -> list[dict[str, Any] | None]:
             "counts": plan.counts,
         }
         restored = all_to_all.restore_plan(ctx.rank, call.is_token_in_rank, plan.counts)
-        cached = all_to_all.dispatch(wire(call.members), restored, call.again)
+        cached = all_to_all.dispatch(wire, restored, call.again)
         result["again"] = cached.x
         result["restored_src_token"] = restored.src_token
-        if ctx.rank in call.members_at_combine:
+        if wire_at_combine is not None:
             before = [bias.double().numpy().tobytes() for bias in call.biases]
             combined = all_to_all.combine(
-                wire(call.members_at_combine),
+                wire_at_combine,
                 plan,
                 call.returned,
                 topk_weights=call.returned_weights,
@@ -283,13 +273,14 @@ def test_agrees_with_the_global_view(
     draw_routing: Draw,
     patterns: tuple[str, ...],
     same_bits: SameBits,
+    wire_of: WireOf,
 ) -> None:
     @settings(max_examples=batches, deadline=None, phases=[Phase.reuse, Phase.generate])
     @given(st.integers(0, 2**32 - 1))
     def batch(seed: int) -> None:
         cases = [make_case(seed, num_ranks, pattern, draw_routing) for pattern in patterns]
         by_rank = [[case[rank] for case in cases] for rank in range(num_ranks)]
-        results = world_of(num_ranks).run(on_a_rank, per_rank=[(calls,) for calls in by_rank])
+        results = world_of(num_ranks).run(on_a_rank, wire_of, per_rank=[(calls,) for calls in by_rank])
         for number, (pattern, case) in enumerate(zip(patterns, cases, strict=True)):
             try:
                 check(case, [result[number] for result in results], same_bits)
@@ -341,18 +332,21 @@ def test_refuses(world_of: Callable[[int], World]) -> None:
     assert [sentence.split(":")[0] for sentence in said] == names
 
 
-def cached_after_mask(ctx: Any) -> str:
+def cached_after_mask(ctx: Any, wire_of: WireOf) -> str:
     from deepep.reference import all_to_all
-    from deepep.reference.wire import Wire
 
-    plan = all_to_all.exchange_counts(Wire.whole(ctx.group), torch.ones(1, 2, dtype=torch.bool))
-    alone = dist.new_group([ctx.rank], use_local_synchronization=True)
+    everyone, alone = wire_of(ctx, (0, 1)), [wire_of(ctx, (0,)), wire_of(ctx, (1,))][ctx.rank]
+    assert everyone is not None
+    assert alone is not None
+    plan = all_to_all.exchange_counts(everyone, torch.ones(1, 2, dtype=torch.bool))
     try:
-        all_to_all.dispatch(Wire(alone, ctx.rank, 2, (ctx.rank,)), plan, torch.ones(1, 4))
+        all_to_all.dispatch(alone, plan, torch.ones(1, 4))
     except ValueError as error:
         return str(error)
     return "nothing"
 
 
-def test_a_plan_with_rows_of_a_masked_rank_dispatches_no_more(world_of: Callable[[int], World]) -> None:
-    assert all("masked" in said for said in world_of(2).run(cached_after_mask))
+def test_a_plan_with_rows_of_a_masked_rank_dispatches_no_more(
+    world_of: Callable[[int], World], wire_of: WireOf
+) -> None:
+    assert all("masked" in said for said in world_of(2).run(cached_after_mask, wire_of))
