@@ -30,7 +30,7 @@ def fp8_cast(x: Tensor, round_scale: bool = False) -> Fp8:
     """Cast `x` [..., H] (bfloat16 or float32, H a multiple of 128) to e4m3 with a scale per 128 channels.
 
     amax is the largest magnitude of the group that is not NaN, at least 1e-4; scale_inv = amax / 448 and
-    y = x * (448 / amax), rounded to nearest even, saturating. With `round_scale`, scale_inv is rounded up to
+    y = x * (448 / amax), rounded to nearest even. With `round_scale`, scale_inv is rounded up to
     a power of two and y = x * (1 / scale_inv). NaN stays NaN (0x7F). A group with an infinity has scale_inv =
     inf: its infinities become NaN and its finite values zero, as these formulas say. ValueError for other
     shapes and dtypes.
@@ -48,7 +48,8 @@ def fp8_cast(x: Tensor, round_scale: bool = False) -> Fp8:
     else:
         scale = torch.div(limit, amax)
     scaled = groups * scale.unsqueeze(-1)
-    values = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    # At most a rounding above 448, which rounds back to it: whether the cast saturates makes no difference.
+    values = scaled.to(torch.float8_e4m3fn)
     values.view(torch.uint8)[scaled.isnan()] = E4M3_NAN
     return Fp8(values.flatten(-2), scale_inv)
 

@@ -65,6 +65,36 @@ def test_cast_value_by_value(x: Tensor, round_scale: bool) -> None:
     assert values.float().abs().max() <= 448.0
 
 
+def nearest_bytes(values: np.ndarray) -> np.ndarray:
+    """nearest_e4m3 for many: by counting the middles between neighbours that lie below."""
+    table = E4M3[:127].double().numpy()
+    middles = (table[:-1] + table[1:]) / 2  # exact in float64; middle i lies between bytes i and i + 1
+    magnitude = np.minimum(np.abs(values.astype(np.float64)), 448.0)
+    below = np.searchsorted(middles, magnitude, side="left")
+    on_a_tie = np.isin(magnitude, middles)
+    return np.where(on_a_tie & (below % 2 == 1), below + 1, below) | np.signbit(values) * 0x80
+
+
+@pytest.mark.parametrize("round_scale", [False, True])
+def test_every_pair_of_mantissas(round_scale: bool) -> None:
+    # One row for each mantissa of amax and each distance of exponents: all 128 mantissas below it. Any other
+    # rounding of the scale or of the product, such as by way of a reciprocal, shows in some of these 262,144.
+    mantissa = torch.arange(GROUP) / GROUP + 1.0
+    distance = 2.0 ** -torch.arange(1.0, 17.0)
+    x = (mantissa * distance.unsqueeze(1)).expand(GROUP, 16, GROUP).clone()
+    x[:, :, 0] = mantissa.unsqueeze(1)  # amax
+    x[:, :, 1::2] *= -1
+    values, scale_inv = fp8_cast(x.to(torch.bfloat16), round_scale)
+    amax = mantissa.numpy().astype(np.float32)
+    inv, scale = amax / np.float32(448.0), np.float32(448.0) / amax
+    if round_scale:
+        inv = np.exp2(np.ceil(np.log2(inv.astype(np.float64)))).astype(np.float32)
+        scale = np.float32(1.0) / inv
+    assert (scale_inv.squeeze(-1).numpy() == inv[:, None]).all()
+    want = nearest_bytes(x.numpy() * scale[:, None, None])
+    assert (values.view(torch.uint8).numpy() == want).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(bf16_groups())
 def test_round_trip_error(x: Tensor) -> None:
