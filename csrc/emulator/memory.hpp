@@ -1,0 +1,231 @@
+// The memory model. Plain accesses are checked, ordered ones are carried out.
+//
+// Causality is the PTX model's: program order, barriers, and a release pattern observed by an acquire pattern whose
+// scopes include each other. It is kept as vector clocks. A plain access that is not ordered after a conflicting one
+// is a data race, and an error whatever the schedule made of it; so plain data needs no delayed delivery. Ordered
+// accesses have their consequences: every word they touch keeps the values written to it, and a load may return any
+// that causality and coherence still allow, until the write's delivery makes it visible to all.
+//
+// An agent is whoever has a place in the clocks: a thread, or a rank's host.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "emulator/arena.hpp"
+#include "emulator/clock.hpp"
+#include "emulator/machine.hpp"
+#include "emulator/sites.hpp"
+
+namespace deepep::emu {
+
+/// Everything `origin` knew at that moment, offered to whoever acquires it within `scope`.
+struct Released {
+  Scope scope = Scope::block;
+  Epoch origin;
+  ClockRef known;
+  bool merged = false;  // several origins, through a chain of atomics; `origin` is the last
+};
+
+struct Agent {
+  Slot slot = 0;
+  Time time = 0;
+  ClockRef known;
+  ClockRef at_launch;                   // what was known when its kernel started
+  Epoch read_only;                      // as whom its kernel reads through the read-only path
+  std::array<Released, 3> fenced;       // by scope: what its last releasing fence covers
+  std::array<ClockRef, 3> unacquired;   // by distance: what relaxed loads observed, for a fence to acquire
+
+  [[nodiscard]] Epoch now() const { return {slot, time}; }
+  [[nodiscard]] bool knows(Epoch epoch) const { return epoch.slot == slot || known.knows(epoch); }
+};
+
+/// Which rank and block each slot belongs to, and how far two slots are apart.
+struct Topology {
+  int num_ranks;
+  int max_blocks;   // per rank
+  int max_threads;  // per block
+
+  [[nodiscard]] Slot device_slots() const { return static_cast<Slot>(num_ranks * max_blocks * max_threads); }
+  [[nodiscard]] Slot num_slots() const { return device_slots() + 2 * static_cast<Slot>(num_ranks); }
+  [[nodiscard]] Slot thread(int rank, int block, int thread) const {
+    return static_cast<Slot>((rank * max_blocks + block) * max_threads + thread);
+  }
+  [[nodiscard]] Slot host(int rank) const { return device_slots() + static_cast<Slot>(rank); }
+  /// Stands for all of a rank's running kernel: reads through the read-only path are its.
+  [[nodiscard]] Slot kernel(int rank) const { return host(rank) + static_cast<Slot>(num_ranks); }
+  [[nodiscard]] bool is_device(Slot slot) const { return slot < device_slots(); }
+  [[nodiscard]] int block_of(Slot slot) const { return static_cast<int>(slot) / max_threads; }  // over all ranks
+  [[nodiscard]] int rank_of(Slot slot) const {
+    return is_device(slot) ? block_of(slot) / max_blocks : static_cast<int>(slot - device_slots()) % num_ranks;
+  }
+  [[nodiscard]] Scope distance(Slot a, Slot b) const {
+    if (!is_device(a) || !is_device(b)) return a == b ? Scope::block : Scope::sys;
+    if (block_of(a) == block_of(b)) return Scope::block;
+    return rank_of(a) == rank_of(b) ? Scope::gpu : Scope::sys;
+  }
+};
+
+inline constexpr uint64_t kNever = UINT64_MAX;
+
+/// A value an ordered write (or, as the first, a plain one) gave to a word.
+struct Message {
+  uint64_t value = 0;
+  Epoch writer;
+  Scope scope = Scope::sys;
+  bool is_plain = false;
+  uint16_t site = 0;
+  uint64_t step = 0;
+  uint64_t delivered_at = 0;  // from this step on, no load may miss it
+  std::vector<Released> releases;
+};
+
+/// That an agent read message number `index`, or a later one.
+struct Seen {
+  Epoch reader;
+  uint64_t index;
+  Scope scope;
+  uint16_t site;
+};
+
+/// A word that ordered operations touch: its values in coherence order, the newest last.
+struct History {
+  uintptr_t address = 0;
+  int bytes = 0;
+  uint64_t first = 0;  // number of messages[0]
+  std::vector<Message> messages;
+  std::vector<Seen> seen;
+  std::vector<Slot> waiters;
+
+  [[nodiscard]] uint64_t latest() const { return first + messages.size() - 1; }
+};
+
+/// An ordered operation or a barrier, as the log keeps it for the report.
+struct Event {
+  enum class Kind : uint8_t { load, store, rmw, fence, sync } kind;
+  Order order;
+  Scope scope;
+  uint16_t site;
+  Epoch at;
+  uint64_t step;
+  uintptr_t address;
+  uint64_t value;
+  Epoch from;  // of a load or rmw: who wrote what it read
+};
+
+/// The dice and the consequences: what the memory asks of the simulation around it.
+class Environment {
+ public:
+  [[nodiscard]] virtual uint64_t step() const = 0;
+  /// How many steps a write may stay invisible.
+  [[nodiscard]] virtual uint64_t delivery_delay(Slot writer) = 0;
+  /// Which of `choices` equally lawful values a load returns; the last is the newest.
+  [[nodiscard]] virtual uint32_t choose_value(Slot reader, uint32_t choices) = 0;
+  /// The word has a new value for its waiters to look at.
+  virtual void written(History& history) = 0;
+  [[noreturn]] virtual void fail(const std::string& kind, const std::string& text) = 0;
+  [[nodiscard]] virtual std::string name_of(Slot slot) const = 0;
+
+ protected:
+  ~Environment() = default;
+};
+
+class Memory {
+ public:
+  Memory(const Topology& topology, Environment& environment);
+
+  Arena arena;
+  ClockPool clocks;
+
+  // plain accesses (plain.cpp)
+  void plain_load(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
+  void plain_store(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
+  void load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site);
+
+  // ordered accesses (ordered.cpp)
+  [[nodiscard]] uint64_t strong_load(Agent& agent, uintptr_t address, int bytes, Order, Scope, Site);
+  void strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order, Scope, Site);
+  [[nodiscard]] uint64_t strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw, uint64_t operand, Order, Scope,
+                                    Site);
+  void fence(Agent& agent, Order, Scope, Site);
+  /// The word's history, for a wait to register with. Only after a strong_load of the same word.
+  [[nodiscard]] History& history_at(uintptr_t address) { return histories_[arena.cell(address).extra]; }
+
+  /// Writes of a rank that are still under way are lost with it.
+  void lose_writes(int rank);
+
+  // what barriers and launches do to knowledge (ordered.cpp)
+  /// Every agent then knows what any of them knew.
+  void synchronize(const std::vector<Agent*>& agents, uint16_t site);
+  /// Adds what `agent` knows, its own doings included, to `known`.
+  void teach(ClockRef& known, const Agent& agent) const;
+  /// Ends the agent's present moment: what it does from here on is not covered by what it has released so far.
+  static void advance(Agent& agent) { ++agent.time; }
+
+  // for reports (report.cpp)
+  [[nodiscard]] std::string place(uintptr_t address) const;
+  [[nodiscard]] std::string describe_wait(const Agent& agent, uintptr_t address, Condition, Order, Scope,
+                                          uint16_t site) const;
+  SiteTable sites;
+
+ private:
+  struct Access {
+    const char* what;
+    uintptr_t address;
+    int64_t bytes;
+    uint16_t site;
+  };
+
+  void check_reach(const Agent& agent, const Access& access);
+  void load_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
+  void store_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
+  void load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
+  /// Calls `each(cell, mask)` for all cells of the access, or their pieces; `mask` has the bytes concerned.
+  template <class Each>
+  void for_cells(const Access& access, const Each& each);
+  void split(Cell& cell);
+  /// Makes a cell in pieces whole again, for an ordered access by an agent that knows all that was done to them.
+  void unify(const Agent& agent, Cell& cell, const Access& access);
+  void note_read(const Agent& agent, Cell& cell, Epoch as, uint16_t site);
+  [[nodiscard]] uint32_t new_read_set(const ClockRef* copied_from);
+  void drop_readers(Cell& cell);
+  void check_write_known(const Agent& agent, const Cell& cell, const Access& access);
+  void check_reads_known(const Agent& agent, const Cell& cell, const Access& access);
+  void check_messages_known(const Agent& agent, const History& history, const Access& access, bool readers_too);
+  void dissolve(History& history);
+
+  History& open_history(Agent& agent, const Access& access, bool is_store);
+  void check_strong(const Agent& agent, History& history, Scope scope, const Access& access, bool is_store);
+  [[nodiscard]] uint64_t oldest_lawful(const Agent& agent, const History& history) const;
+  void note_seen(Agent& agent, History& history, uint64_t index, Scope scope, uint16_t site);
+  void observe(Agent& agent, const Message& message, Order order, Scope scope);
+  void learn(Agent& agent, const Released& released);
+  [[nodiscard]] std::vector<Released> releases_of(Agent& agent, Order order, Scope scope);
+  void append(Agent& agent, History& history, Message message);
+  void log(Event event);
+
+  // report.cpp
+  [[noreturn]] void fail_race(const Agent& agent, const Access& access, const char* other_what, Epoch other,
+                              uint16_t other_site, const char* reason);
+  /// Fails unless all bytes of an ordered access were written.
+  void check_written(const Agent& agent, const Access& access);
+  [[noreturn]] void fail_unwritten(const Agent& agent, const Access& access);
+  [[nodiscard]] std::string told(const Agent& agent, const Access& access) const;
+  [[nodiscard]] std::string describe(const Event& event) const;
+  /// Up to `count` logged operations of a thread, or barriers of its block: the first from `from` on, or the last.
+  [[nodiscard]] std::string events_of(Slot slot, Time from, size_t count, bool last_ones) const;
+
+  Topology topology_;
+  Environment& environment_;
+  std::deque<History> histories_;
+  std::vector<uint32_t> free_histories_;
+  std::deque<std::array<Cell, 4>> pieces_;
+  std::vector<ClockRef> read_sets_;  // a set of readers is a clock: who read, and when last
+  std::vector<uint32_t> free_read_sets_;
+  std::vector<Event> events_;
+  uint64_t num_events_ = 0;
+};
+
+}  // namespace deepep::emu

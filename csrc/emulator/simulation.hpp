@@ -1,0 +1,247 @@
+// The emulated machine: ranks with their streams, kernels whose threads are fibers, one scheduler over all of them.
+//
+// It runs on one OS thread and is a function of its inputs: the same memory, launches, strategy and seed give the
+// same schedule. Threads change places only where they could tell the difference: at ordered accesses, waits,
+// barriers and warp collectives. Plain accesses need no such point, because an unordered pair of them is an error
+// in any schedule (memory.hpp).
+#pragma once
+
+#include <deque>
+#include <queue>
+#include <string>
+#include <vector>
+
+#include "emulator/fiber.hpp"
+#include "emulator/memory.hpp"
+#include "emulator/scheduler.hpp"
+
+namespace deepep::emu {
+
+struct Shape {
+  int num_ranks = 1;
+  int max_blocks = 1;    // per launch
+  int max_threads = 32;  // per block; a multiple of 32
+  int num_sms = 0;       // blocks of a rank that can be resident together; 0: all
+};
+
+/// A rank that stops running at a step: for good, or until `pause_ns` later.
+struct Fault {
+  int rank = -1;
+  uint64_t at_step = 0;
+  uint64_t pause_ns = 0;       // 0: for good
+  bool loses_writes = false;   // what it wrote and nobody has seen yet never arrives
+};
+
+struct Plan {
+  Strategy strategy = Strategy::random;
+  uint64_t seed = 0;
+  uint64_t expected_steps = 20000;
+  uint64_t max_steps = 20'000'000;
+  /// Without a fault a wait that can never be satisfied is a failure at once; with one, time passes to its deadline.
+  std::vector<Fault> faults;
+};
+
+struct Outcome {
+  enum class Status : uint8_t { done, host, failed } status = Status::done;
+  int rank = -1;        // host: whose stream has reached a host step
+  std::string kind;     // failed: what kind of failure
+  std::string text;     // failed: the story
+  uint64_t steps = 0;
+  uint64_t switches = 0;
+  uint64_t now_ns = 0;
+};
+
+/// Thrown to the host when its own access fails a check.
+struct HostFailure {
+  std::string kind;
+  std::string text;
+};
+
+class Simulation final : public Machine, private Environment {
+ public:
+  Simulation(const Shape& shape, const Plan& plan);
+  Simulation(const Simulation&) = delete;
+  Simulation& operator=(const Simulation&) = delete;
+  ~Simulation();
+
+  [[nodiscard]] uintptr_t allocate(std::string name, Space space, int rank, size_t bytes);
+  /// A rank's host writes or reads memory; its stream must be idle or at a host step.
+  void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
+  void host_read(int rank, uintptr_t address, void* bytes, size_t count);
+  /// All ranks' hosts meet: each then knows what any of them did, as after a collective of the process group.
+  void meet();
+  /// What memory holds now, for looking at after a failure: no check, no effect.
+  void peek(uintptr_t address, void* bytes, size_t count) const;
+
+  /// Puts a kernel on a rank's stream. `set` must outlive the simulation.
+  void launch(int rank, const KernelSet& set, const std::string& kernel, const void* args, size_t args_bytes,
+              int num_blocks, int num_threads, int64_t shared_bytes);
+  /// Puts a host step on a rank's stream: run() returns when it is due, and resumes after it when called again.
+  void host_step(int rank);
+  /// Runs until all streams are empty, a host step is due, or something fails.
+  Outcome run();
+
+  // Machine
+  void plain_load(const void* p, int bytes, Site site) override;
+  void plain_store(void* p, int bytes, Site site) override;
+  void load_once(const void* p, int bytes, Site site) override;
+  uint64_t strong_load(const void* p, int bytes, Order, Scope, Site) override;
+  void strong_store(void* p, int bytes, uint64_t value, Order, Scope, Site) override;
+  uint64_t strong_rmw(void* p, int bytes, Rmw, uint64_t operand, Order, Scope, Site) override;
+  void fence(Order, Scope, Site) override;
+  bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns, uint64_t& seen, Site) override;
+  void sync_block(Site site) override;
+  void sync_warp(Site site) override;
+  uint32_t ballot(bool p, Site site) override;
+  uint64_t shuffle(uint64_t value, int source_lane, Site site) override;
+  int64_t warp_sum(int64_t value, Site site) override;
+  int64_t warp_exclusive_sum(int64_t value, Site site) override;
+  uint64_t clock_ns() override;
+  std::byte* shared(int64_t byte_offset) override;
+
+ private:
+  static constexpr uint64_t kNsPerStep = 10;
+  /// So many reads and looks at the clock with nothing changed in between: whoever runs is spinning.
+  static constexpr uint64_t kManyPolls = 64;
+
+  struct Launch {
+    const KernelSet* set;
+    const Kernel* kernel;
+    std::vector<std::byte> args;
+    int num_blocks;
+    int num_threads;
+    int64_t shared_bytes;
+    int next_block = 0;   // blocks before it have become resident
+    int blocks_left = 0;  // resident or to come
+    int number = 0;       // of the rank's launches
+  };
+  struct Item {
+    bool is_host_step;
+    Launch launch;
+  };
+  struct Rank {
+    Agent host;  // also the stream: kernels start with what it knows, and it learns what they did
+    std::deque<Item> stream;
+    int launches = 0;
+    bool is_running = false;   // the stream's first item is a kernel that has started
+    bool is_starting = false;  // or one that starts at a step to come
+    bool at_host_step = false;
+    bool is_frozen = false;
+    uint64_t thaws_at_ns = 0;
+  };
+  struct Fiber {
+    enum class State : uint8_t { absent, ready, running, waiting, collective, barrier, done } state = State::absent;
+    Context context;
+    Identity me;
+    Agent agent;
+    const Launch* launch = nullptr;
+    const char* kernel = "";
+    int launch_number = 0;
+    std::byte* stack = nullptr;
+    uint64_t result = 0;  // of a warp collective
+    // while waiting
+    uintptr_t address = 0;
+    Condition condition{};
+    Order order{};
+    Scope scope{};
+    uint16_t site = 0;
+    uint64_t deadline_ns = 0;
+    uint32_t waits = 0;  // how many there have been: a wake-up for a former one is void
+  };
+  enum class Collective : uint8_t { sync, ballot, shuffle, sum, exclusive_sum };
+  struct Warp {
+    uint32_t ready = 0;    // lanes that can run
+    uint32_t parked = 0;   // lanes that could, were the rank not frozen
+    uint32_t done = 0;
+    uint32_t arrived = 0;  // lanes at the collective
+    uint32_t at_barrier = 0;
+    Collective collective{};
+    uint16_t site = 0;
+    uint64_t values[32];
+    uint8_t sources[32];
+    uint32_t position = 0;  // in ready_warps_
+  };
+  struct Block {
+    int arrived = 0;
+    int done = 0;
+    uint16_t site = 0;
+    uintptr_t shared = 0;
+    size_t shared_capacity = 0;
+  };
+  struct Wake {
+    uint64_t at_step;
+    uint64_t order;
+    Slot slot;  // or, from the first slot past the threads on, a rank whose next kernel starts
+    uint32_t waits;
+    friend bool operator<(const Wake& a, const Wake& b) {  // the earliest is the greatest
+      return a.at_step != b.at_step ? a.at_step > b.at_step : a.order > b.order;
+    }
+  };
+
+  // Environment
+  uint64_t step() const override { return step_; }
+  uint64_t delivery_delay(Slot writer) override;
+  uint32_t choose_value(Slot reader, uint32_t choices) override;
+  void written(History& history) override;
+  [[noreturn]] void fail(const std::string& kind, const std::string& text) override;
+  std::string name_of(Slot slot) const override;
+
+  // simulation.cpp
+  static void enter(void* self);
+  void start_next(int rank);
+  void start_kernel(int rank);
+  void start_block(int rank, Launch& launch);
+  void thread_ends();
+  void kernel_ends(int rank);
+  void make_ready(Slot slot);
+  void remove_ready(Slot slot);
+  void suspend(Fiber::State state);
+  void point();
+  void resume(Slot slot);
+  void push_wake(uint64_t at_step, Slot slot, uint32_t waits);
+  void deliver_due();
+  void strike_due();
+  void freeze(const Fault& fault);
+  void thaw(int rank);
+  /// Nothing can run and nothing is under way: lets time pass to the next deadline, or fails.
+  bool pass_time();
+  [[nodiscard]] std::string story_of_waits() const;
+  [[nodiscard]] uint64_t now_ns() const { return (step_ - step_at_jump_) * kNsPerStep + ns_at_jump_; }
+
+  // together.cpp
+  void arrive(Collective collective, uint64_t value, int source_lane, Site site);
+  [[noreturn]] void fail_divergent(const std::string& what);
+
+  [[nodiscard]] Fiber& self() { return fibers_[running_]; }
+  [[nodiscard]] Warp& warp_of(Slot slot) { return warps_[slot / 32]; }
+
+  Shape shape_;
+  Plan plan_;
+  Topology topology_;
+  Memory memory_;
+  Scheduler scheduler_;
+  StackPool stacks_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<Block> blocks_;
+  std::vector<Rank> ranks_;
+  std::vector<uint32_t> ready_warps_;
+  std::priority_queue<Wake> wakes_;
+  std::vector<Agent*> agents_;  // scratch of barriers
+  std::vector<const KernelSet*> bound_;
+  Context main_;
+  Slot running_ = 0;
+  bool in_fiber_ = false;
+  bool preempted_ = false;
+  uint64_t step_ = 1;
+  uint64_t step_at_jump_ = 0;
+  uint64_t ns_at_jump_ = 1000;
+  uint64_t switches_ = 0;
+  uint64_t num_wakes_ = 0;
+  uint64_t idle_polls_ = 0;  // reads and looks at the clock since anything last changed
+  size_t next_fault_ = 0;
+  bool failed_ = false;
+  Outcome outcome_;
+};
+
+}  // namespace deepep::emu
