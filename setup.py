@@ -20,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -108,6 +108,7 @@ setup(
     packages=[
         "deepep",
         "deepep.cli",
+        "deepep.demo",
         "deepep.engine",
         "deepep.nn",
         "deepep.reference",
