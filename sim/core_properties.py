@@ -20,6 +20,14 @@ from deepep.reference import high_throughput, low_latency
 from deepep.reference import layout as reference
 from deepep.sim.cases import Case
 from deepep.sim.checking import Violation, check_equal
+from deepep.sim.options import SPACE
+
+#: Options that have no bearing on a layout, at their plainest: to draw cases with nothing else varied.
+FIXED_OPTIONS = {
+    name: alternatives[0]
+    for name, alternatives in SPACE.items()
+    if name not in ("idx_dtype", "expert_alignment", "ranks_per_node", "spare_slots")
+}
 
 
 class Laid:
@@ -96,21 +104,21 @@ def masks_are_the_table(laid: Laid) -> None:
 def rows_are_in_source_order(laid: Laid) -> None:
     """Senders and receivers agree on every row, and the order is (source rank, source token)."""
     num_received = laid.first_rows.num_received.tolist()
+    before = torch.tensor([0, *laid.case.num_tokens]).cumsum(0)  # tokens of all lower ranks
+    expected = torch.full(
+        (int(before[-1]), laid.case.num_ranks), -1
+    )  # of all ranks' tokens, one after another
     for rank, want in enumerate(laid.received):
         got = layout.receive_rows(laid.tables, rank)
         same(rank, "receive_rows: src_rank", want.src_rank, got.src_rank)
         same(rank, "receive_rows: src_token", want.src_token, got.src_token)
-        check_equal("num_received", rank, len(want.src_rank), num_received[rank])
-        sources = layout.sources_of_rows(laid.first_rows.first_row[:, rank].contiguous(), len(want.src_rank))
+        num_rows = len(want.src_rank)
+        check_equal("num_received", rank, num_rows, num_received[rank])
+        sources = layout.sources_of_rows(laid.first_rows.first_row[:, rank].contiguous(), num_rows)
         same(rank, "sources_of_rows", want.src_rank, sources)
-        offset = 0
-        for source in laid.ranks:
-            column = laid.send_rows[source][:, rank]
-            tokens = want.src_token[want.src_rank == source].long()
-            expected = torch.full_like(column, -1)
-            expected[tokens] = torch.arange(offset, offset + len(tokens))
-            same(source, f"send_rows to rank {rank}", expected, column)
-            offset += len(tokens)
+        expected[before[want.src_rank] + want.src_token, rank] = torch.arange(num_rows)
+    for source, rows in enumerate(laid.send_rows):
+        same(source, "send_rows", expected[before[source] : before[source + 1]], rows)
 
 
 def entries_are_local(laid: Laid) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,13 @@ from hypothesis import strategies as st
 from deepep import layout
 from deepep.sim.cases import Case, Limits, draw_case
 from deepep.sim.choices import RandomChoices
-from deepep.sim.core_properties import check_core
+from deepep.sim.core_properties import FIXED_OPTIONS, check_core
 from deepep.sim.strategies import cases
 
-LIMITS = Limits(masks=False)  # a layout is made of routing alone; masked ranks are the exchange's business
-WIDE = Limits(ranks=(16, 33, 64), max_local_experts=4, max_topk=32, max_tokens=9, masks=False)
+LIMITS = Limits(
+    masks=False, fixed=FIXED_OPTIONS
+)  # a layout is made of routing alone; masked ranks are the exchange's business
+WIDE = replace(LIMITS, ranks=(16, 33, 64), max_local_experts=4, max_topk=32, max_tokens=9)
 EVERYTHING = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from deepep import layout
 from deepep.sim.cases import Case, Limits, draw_case
 from deepep.sim.choices import RandomChoices
-from deepep.sim.core_properties import ROUTING, check_core
+from deepep.sim.core_properties import FIXED_OPTIONS, ROUTING, check_core
 from deepep.sim.strategies import cases
 
-SMALL = Limits(masks=False, max_tokens=8)
+SMALL = Limits(masks=False, max_tokens=8, fixed=FIXED_OPTIONS)
 
 
 def best_seconds(call: Callable[[], object], goes: int) -> float:
