@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import torch
@@ -18,14 +17,11 @@ import torch.distributed as dist
 from deepep.engine import control, liveness
 from deepep.engine.completion import Completion
 from deepep.engine.control import NO_LIMIT, Header
-from deepep.engine.interface import Hook, Operation, Schedule
+from deepep.engine.interface import Hook, Observer, Operation, Schedule
 from deepep.engine.lane import Lane, StreamLane, ThreadLane
 from deepep.engine.link import Link, LinkError
 from deepep.engine.membership import Absent, Membership, Progress
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
-
-Observer = Callable[[str, str], None]
-"""Called in the lane with (operation, phase) on entering each phase: for tracing, and for fault tests."""
 
 
 class Conductor:
@@ -221,11 +217,11 @@ class Conductor:
     # inside the lane
 
     def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
-        mode = _autograd_mode()
-
         def guarded() -> None:
             try:
-                with mode():
+                # Nothing here is differentiated; and what the caller made in inference mode may be written
+                # only in inference mode, where all else may be written as well.
+                with torch.inference_mode():
                     job()
             except LinkError as error:
                 raise self.membership.fault(error) from None
@@ -261,17 +257,24 @@ class Conductor:
         num_tokens: int,
         limit: int,
     ) -> dict[int, int]:
+        try:
+            return self._exchange(operation, problem, agreed, num_tokens, limit)
+        except LinkError:
+            if not self.membership.rejoin():
+                raise
+            return self._exchange(operation, problem, agreed, num_tokens, limit)
+
+    def _exchange(
+        self,
+        operation: Operation,
+        problem: ArgumentError | None,
+        agreed: Mapping[str, int],
+        num_tokens: int,
+        limit: int,
+    ) -> dict[int, int]:
         self.membership.begin(operation.label)
         link = self.membership.control()
         self.enter("control")
         self.progress.sequence += 1
         header = Header(operation, self.progress.sequence, agreed, num_tokens, limit)
         return control.exchange(link, header, problem)
-
-
-def _autograd_mode() -> Callable[[], AbstractContextManager[object]]:
-    """The caller's inference mode for the lane's thread; no gradients are recorded there in any case.
-
-    Tensors that the caller allocated in inference mode can only be written to in inference mode.
-    """
-    return torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad

@@ -22,6 +22,8 @@ from deepep.engine.completion import Completion
 from deepep.errors import ArgumentError
 
 Hook = Callable[[], None]
+Observer = Callable[[str, str], None]
+"""Called with (operation, phase) where the communication runs, on entering each phase."""
 
 
 class Operation(IntEnum):
@@ -322,6 +324,10 @@ class Engine(ABC):
     @abstractmethod
     def comm_stream(self) -> torch.cuda.Stream | None:
         """The stream that communication runs on; None on CPU."""
+
+    @abstractmethod
+    def observe(self, observer: Observer | None) -> None:
+        """Has `observer` called from now on, or nobody: for tracing, and for tests of faults."""
 
     @abstractmethod
     def leave(self) -> None:

@@ -95,7 +95,7 @@ class Membership:
         """Leaves out `rank` from the next operation on."""
         if rank not in self._masked:
             self._masked |= {rank}
-            self.disconnect()
+            self.leave_link()
 
     def unmask(self, rank: int) -> None:
         """Takes in `rank` again from the next operation on, and holds no earlier fault against it."""
@@ -103,7 +103,7 @@ class Membership:
         if rank in self._masked or blamed:
             self._masked -= {rank}
             self._fault = None
-            self.disconnect()
+            self.leave_link()
 
     def begin(self, operation: str) -> None:
         """An operation begins: its deadline counts from here."""
@@ -216,6 +216,23 @@ class Membership:
                         f"{people.replace('-', ', ')}, as on rank {self.rank}",
                         rank,
                     )
+
+    def leave_link(self) -> None:
+        """Gives up a link that works, because the members change, and lets the others know."""
+        if self._control is not None:
+            self._store.set(f"{self._name}/left/{self.rank}", "")
+            self.disconnect()
+
+    def rejoin(self) -> bool:
+        """After a LinkError: whether others gave the link up, having changed the members. Then it is dropped
+        here too.
+
+        So a rank that was masked, and did not know, finds its way back once it is no longer.
+        """
+        left = any(self._store.check([f"{self._name}/left/{rank}"]) for rank in self.members)
+        if left:
+            self.disconnect()
+        return left
 
     def disconnect(self) -> None:
         """Drops the connections. Peers that wait on them fail at once."""

@@ -28,6 +28,7 @@ from deepep.engine.interface import (
     LowLatencyDispatched,
     LowLatencyDispatchRequest,
     LowLatencyRoute,
+    Observer,
     Operation,
     Route,
     Schedule,
@@ -325,6 +326,9 @@ class ReferenceEngine(Engine):
     def comm_stream(self) -> torch.cuda.Stream | None:
         lane = self._conductor.lane
         return lane.stream if isinstance(lane, StreamLane) else None
+
+    def observe(self, observer: Observer | None) -> None:
+        self._conductor.observer = observer
 
     def leave(self) -> None:
         self._conductor.leave()
