@@ -1,4 +1,5 @@
-"""The command line. Each command is one module here with a typer function `command`, imported when it is called.
+"""The command line. Each command is one module here with a typer function `command`, imported when it is
+called.
 
 A command that cannot be imported (a missing extra) says which extra it needs instead of a traceback.
 """
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         usage = "\n".join(f"  {name:8} {line}" for name, (_, line) in COMMANDS.items())
-        print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help tells its options.")
+        print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help: its options")
         raise SystemExit(0 if args and args[0] in ("-h", "--help") else 2)
     module, _ = COMMANDS[args[0]]
     try:

@@ -88,7 +88,7 @@ class ByteModel(nn.Module):
         return self.loss(h, targets)
 
     def moe_layers(self) -> list[ExpertParallelMoE]:
-        return [block.moe for block in self.blocks]
+        return [m for m in self.modules() if isinstance(m, ExpertParallelMoE)]
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """What only this rank holds."""

@@ -12,11 +12,11 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 
 INK, FAINT, ACCENT = "#1f2933", "#cbd2d9", "#c2410c"
 RANK_COLORS = plt.get_cmap("viridis")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": FAINT,
@@ -117,7 +117,7 @@ def draw_traffic(path: Path, megabytes: np.ndarray, entries: np.ndarray, rows: n
         colors = plt.get_cmap("YlOrBr").copy()
         colors.set_bad("#eef1f4")
         low, high = (np.nanmin(between), np.nanmax(between)) if num_ranks > 1 else (0.0, 1.0)
-        scale = plt.Normalize(low - 0.35 * (high - low), high + 0.35 * (high - low))
+        scale = Normalize(low - 0.35 * (high - low), high + 0.35 * (high - low))
         axes.imshow(between, cmap=colors, norm=scale)
         for source in range(num_ranks):
             for target in range(num_ranks):

@@ -50,8 +50,7 @@ class TextShard:
         self.bytes = torch.frombuffer(bytearray(text[rank * size : (rank + 1) * size]), dtype=torch.uint8)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and next bytes, [sequences, context] int64 each: the same for the same (seed, step, rank).
-        """
+        """Inputs and next bytes, [sequences, context] int64 each; a function of (seed, step, rank)."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 1009 + self.rank)
         last_start = len(self.bytes) - config.context - 1

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from deepep.engine.interface import CombineRequest, DispatchRequest, Engine, Schedule
 from deepep.nn.buffers import BufferLike, buffer_number, engine_of
 from deepep.nn.observe import Exchange, ExchangeName, observed, tell
+from deepep.nn.operators import operator
 
 
 class Received(NamedTuple):
@@ -79,7 +79,7 @@ def combine(y: Tensor, route: RouteTensors) -> Tensor:
     return _combine(y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer)
 
 
-@custom_op("deepep::dispatch", mutates_args=())
+@operator("dispatch")
 def _dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, buffer: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +114,7 @@ def _(
     )
 
 
-@custom_op("deepep::dispatch_backward", mutates_args=())
+@operator("dispatch_backward")
 def _dispatch_backward(
     grad_x: Tensor, grad_weights: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def _(
     )
 
 
-@custom_op("deepep::combine", mutates_args=())
+@operator("combine")
 def _combine(y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int) -> Tensor:
     engine, started = engine_of(buffer), time.perf_counter()
     route = engine.restore_route(in_rank, counts, num_experts)
@@ -153,7 +153,7 @@ def _(y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int)
     return y.new_empty(in_rank.shape[0], y.shape[1])
 
 
-@custom_op("deepep::combine_backward", mutates_args=())
+@operator("combine_backward")
 def _combine_backward(
     grad: Tensor, in_rank: Tensor, counts: Tensor, num_rows: int, num_experts: int, buffer: int
 ) -> Tensor:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
+
+from deepep.nn.operators import operator
 
 
-@custom_op("deepep::expert_rows", mutates_args=())
+@operator("expert_rows")
 def expert_rows(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the entries of `topk_idx` [N, K] (local expert or -1) by expert, then row, then k.
 
@@ -45,7 +46,7 @@ def _(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-@custom_op("deepep::expand_rows", mutates_args=())
+@operator("expand_rows")
 def expand_rows(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
     """x [N, H] -> [P, H]: row `pairs[p] // K` for every pair p."""
     return x.index_select(0, pairs // slots.shape[1])
@@ -56,7 +57,7 @@ def _(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
     return x.new_empty(pairs.shape[0], x.shape[1])
 
 
-@custom_op("deepep::reduce_rows", mutates_args=())
+@operator("reduce_rows")
 def reduce_rows(y: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
     """y [P, H] -> [N, H]: the sum of a row's pairs, k ascending, in float32 at least, rounded once to y's
     dtype.
@@ -86,7 +87,7 @@ reduce_rows.register_autograd(
 )
 
 
-@custom_op("deepep::grouped_mm", mutates_args=())
+@operator("grouped_mm")
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """x [P, A], weight [L, A, B], counts [L] on the CPU, summing to P -> [P, B]: each expert's rows times
     its matrix.
@@ -102,7 +103,7 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@custom_op("deepep::grouped_mm_weight_grad", mutates_args=())
+@operator("grouped_mm_weight_grad")
 def grouped_mm_weight_grad(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
     """x [P, A], grad [P, B] -> [L, A, B]: the gradient of `grouped_mm` with respect to its weights."""
     out = x.new_empty(counts.shape[0], x.shape[1], grad.shape[1])

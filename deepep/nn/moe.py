@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,15 @@ from deepep.nn.buffers import BufferLike, buffer_number
 from deepep.nn.exchange import combine, dispatch
 from deepep.nn.experts import GroupedSwiGLU, SwiGLU, expand_rows, expert_rows, reduce_rows
 from deepep.nn.router import Gate, Router
+
+
+class GroupedExperts(Protocol):
+    """This rank's experts: a module like GroupedSwiGLU."""
+
+    num_local_experts: int
+
+    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [P, H] sorted by local expert, counts [L] int64 on the CPU -> [P, H]."""
 
 
 class ExpertParallelMoE(nn.Module):
@@ -121,12 +131,11 @@ class ExpertParallelMoE(nn.Module):
         )
 
 
-def apply_experts(experts: nn.Module, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+def apply_experts(experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
     """The local experts' weighted sum for each received row: [N, H].
 
-    experts: maps (rows [P, H] sorted by local expert, counts [L] int64 on the CPU) to [P, H], with
-    `num_local_experts`. x [N, H], topk_idx [N, K] (local expert or -1), topk_weights [N, K]: as received.
-    Weights multiply in the rows' dtype; the sum runs over k ascending in float32 at least.
+    x [N, H], topk_idx [N, K] (local expert or -1), topk_weights [N, K]: as received. Weights multiply in the
+    rows' dtype; the sum runs over k ascending in float32 at least.
     """
     pairs, counts, slots = expert_rows(topk_idx, experts.num_local_experts)
     y = experts(expand_rows(x, pairs, slots), counts)  # [P, H]

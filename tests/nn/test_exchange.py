@@ -272,11 +272,17 @@ def test_operators_keep_their_promises_to_torch(on_ranks: Any) -> None:
         x, weights = given["x"].requires_grad_(), given["weights"].requires_grad_()
         number = dnn.buffer_number(buffer)
         arguments = (x, given["idx"], weights, EXPERTS, number)
-        torch.library.opcheck(_dispatch, arguments)
+        torch.library.opcheck(_dispatch.overload, arguments)
         recv_x, _, recv_weights, in_rank, counts = (t.detach() for t in _dispatch(*arguments))
-        torch.library.opcheck(_combine, (recv_x.clone().requires_grad_(), in_rank, counts, EXPERTS, number))
-        torch.library.opcheck(_dispatch_backward, (recv_x, recv_weights, in_rank, counts, EXPERTS, number))
+        torch.library.opcheck(
+            _combine.overload, (recv_x.clone().requires_grad_(), in_rank, counts, EXPERTS, number)
+        )
+        torch.library.opcheck(
+            _dispatch_backward.overload, (recv_x, recv_weights, in_rank, counts, EXPERTS, number)
+        )
         rows = len(recv_x)
-        torch.library.opcheck(_combine_backward, (x.detach(), in_rank, counts, rows, EXPERTS, number))
+        torch.library.opcheck(
+            _combine_backward.overload, (x.detach(), in_rank, counts, rows, EXPERTS, number)
+        )
 
     on_ranks(1, body)
