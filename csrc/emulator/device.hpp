@@ -167,6 +167,7 @@ DEEPEP_DEVICE void fence(emu::Site site = emu::Site::current()) {
 // ---- time and waiting --------------------------------------------------------------------------------------
 
 DEEPEP_DEVICE uint64_t clock_ns() { return emu::machine->clock_ns(); }
+DEEPEP_DEVICE void pause() { emu::machine->pause(); }
 
 /// The moment after which a wait gives up.
 struct Deadline {
@@ -222,6 +223,14 @@ class SharedArray {
   DEEPEP_DEVICE explicit SharedArray(int64_t byte_offset) : offset_(byte_offset) {}
   [[nodiscard]] DEEPEP_DEVICE T get(int i, emu::Site site = emu::Site::current()) const { return load(at(i), site); }
   DEEPEP_DEVICE void set(int i, T v, emu::Site site = emu::Site::current()) { store(at(i), v, site); }
+  template <class Order>
+  [[nodiscard]] DEEPEP_DEVICE T get(int i, emu::Site site = emu::Site::current()) const {
+    return dev::load<Order, block_scope>(at(i), site);
+  }
+  template <class Order>
+  DEEPEP_DEVICE void set(int i, T v, emu::Site site = emu::Site::current()) {
+    dev::store<Order, block_scope>(at(i), v, site);
+  }
   DEEPEP_DEVICE T add(int i, T v, emu::Site site = emu::Site::current()) { return rmw(i, emu::Rmw::add, v, site); }
   DEEPEP_DEVICE T bit_or(int i, T v, emu::Site site = emu::Site::current()) {
     return rmw(i, emu::Rmw::bit_or, v, site);

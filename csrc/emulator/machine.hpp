@@ -72,6 +72,8 @@ class Machine {
   [[nodiscard]] virtual int64_t warp_exclusive_sum(int64_t value, Site site) = 0;
 
   [[nodiscard]] virtual uint64_t clock_ns() = 0;
+  /// Lets others run.
+  virtual void pause() = 0;
   /// The address of a byte of the block's dynamic shared memory.
   [[nodiscard]] virtual std::byte* shared(int64_t byte_offset) = 0;
 

@@ -97,6 +97,7 @@ class Simulation final : public Machine, private Environment {
   int64_t warp_sum(int64_t value, Site site) override;
   int64_t warp_exclusive_sum(int64_t value, Site site) override;
   uint64_t clock_ns() override;
+  void pause() override;
   std::byte* shared(int64_t byte_offset) override;
 
  private:

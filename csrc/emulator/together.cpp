@@ -71,6 +71,12 @@ uint64_t Simulation::clock_ns() {
   return now_ns();
 }
 
+void Simulation::pause() {
+  ++idle_polls_;
+  preempted_ = true;
+  point();
+}
+
 std::byte* Simulation::shared(int64_t byte_offset) {
   const Block& block = blocks_[static_cast<size_t>(topology_.block_of(running_))];
   return reinterpret_cast<std::byte*>(block.shared) + byte_offset;
@@ -102,7 +108,6 @@ void Simulation::sync_block(Site site) {
     suspend(Fiber::State::barrier);
     return;
   }
-  idle_polls_ = 0;
   const Slot first = static_cast<Slot>(block_index * shape_.max_threads);
   const Slot end = first + static_cast<Slot>(fiber.me.num_threads);
   agents_.clear();
@@ -140,7 +145,6 @@ void Simulation::arrive(Collective collective, uint64_t value, int source_lane, 
     suspend(Fiber::State::collective);
     return;
   }
-  idle_polls_ = 0;
   const Slot first = running_ - lane;
   uint64_t all = 0;
   for (uint32_t l = 0; l < 32; ++l) {
