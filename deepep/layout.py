@@ -29,15 +29,18 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b) if a > 0 and b > 0 else 0  # what makes no sense is refused by the core
 
 
-def _view(tensor: Array, name: str, *dtypes: torch.dtype) -> np.ndarray:
+def _view(tensor: Array, name: str, *dtypes: str) -> np.ndarray:
     """The contiguous CPU memory of `tensor` as numpy sees it, without a copy."""
-    if isinstance(tensor, np.ndarray):
-        tensor = torch.from_numpy(tensor)
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: got {tensor.dtype}; expected {' or '.join(str(d) for d in dtypes)}")
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous CPU tensor")
-    return tensor.detach().numpy()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in dtypes:
+        raise ValueError(f"{name}: got {dtype}; expected {' or '.join(dtypes)}")
+    if isinstance(tensor, Tensor):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: got a tensor on {tensor.device}; expected one on the CPU")
+        tensor = tensor.detach().numpy()
+    if not tensor.flags.c_contiguous:
+        raise ValueError(f"{name}: got strides {tensor.strides}; expected contiguous memory")
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def dispatch_layout(
     topk_idx: Array, num_experts: int, num_ranks: int, ranks_per_node: int = 8
 ) -> DispatchLayout:
     """Counts and token-in-rank of `topk_idx` [T, K] (int32 or int64, -1 = no expert)."""
-    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    idx = _view(topk_idx, "topk_idx", "int32", "int64")
     num_nodes = _ceil_div(num_ranks, ranks_per_node)
     layout = DispatchLayout(
         num_tokens_per_rank=torch.empty(max(num_ranks, 0), dtype=torch.int32),
@@ -82,7 +85,7 @@ def dispatch_layout(
 
 def received_topk(topk_idx: Array, num_experts: int, num_ranks: int, rank: int) -> Tensor:
     """`topk_idx` [.., K] as `rank` sees it: the index among its own experts, or -1. Same dtype."""
-    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    idx = _view(topk_idx, "topk_idx", "int32", "int64")
     local = np.empty_like(idx)
     _core.local_topk(idx, num_experts, num_ranks, rank, local)
     return torch.from_numpy(local)
@@ -90,7 +93,7 @@ def received_topk(topk_idx: Array, num_experts: int, num_ranks: int, rank: int) 
 
 def rank_masks(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
     """The distinct ranks of each token as the bits of an int64 [T]; at most 64 ranks."""
-    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    idx = _view(topk_idx, "topk_idx", "int32", "int64")
     masks = np.empty(len(idx), np.int64)
     _core.rank_masks(idx, num_experts, num_ranks, masks)
     return torch.from_numpy(masks)
@@ -108,7 +111,7 @@ class FirstRows(NamedTuple):
 
 def first_rows(counts: Array) -> FirstRows:
     """From the counts [R, R] int32 that all ranks exchange: counts[s, r] tokens go from s to r."""
-    matrix = _view(counts, "counts", torch.int32)
+    matrix = _view(counts, "counts", "int32")
     num_ranks = len(matrix)
     rows, received = np.empty((num_ranks, num_ranks), np.int64), np.empty(num_ranks, np.int64)
     _core.first_rows(matrix, rows, received)
@@ -121,9 +124,9 @@ def send_rows(is_token_in_rank: Array, first_row: Array, num_parts: int = 1) -> 
     `first_row` [R] int64 is this source's line of `first_rows`. `num_parts` ranges of tokens are counted and
     numbered apart, as the blocks of a kernel do it; the result is the same for any.
     """
-    table = _view(is_token_in_rank, "is_token_in_rank", torch.bool)
+    table = _view(is_token_in_rank, "is_token_in_rank", "bool")
     rows = np.empty(table.shape, np.int64)
-    _core.send_rows(table, _view(first_row, "first_row", torch.int64), num_parts, rows)
+    _core.send_rows(table, _view(first_row, "first_row", "int64"), num_parts, rows)
     return torch.from_numpy(rows)
 
 
@@ -136,7 +139,7 @@ class ReceivedRows(NamedTuple):
 
 def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
     """The rows `rank` receives, from every source's is_token_in_rank [T_s, R] bool."""
-    tables = [_view(table, "is_token_in_rank", torch.bool) for table in is_token_in_rank]
+    tables = [_view(table, "is_token_in_rank", "bool") for table in is_token_in_rank]
     if not 0 <= rank < len(tables):
         raise ValueError(f"rank: got {rank}; expected one of the {len(tables)} tables' ranks")
     for table in tables:
@@ -151,7 +154,7 @@ def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
 def sources_of_rows(first_row: Array, num_rows: int) -> Tensor:
     """Source rank [N] int32 of a receiver's rows; `first_row` [R] int64: where its sources begin."""
     sources = np.empty(num_rows, np.int32)
-    _core.sources_of_rows(_view(first_row, "first_row", torch.int64), sources)
+    _core.sources_of_rows(_view(first_row, "first_row", "int64"), sources)
     return torch.from_numpy(sources)
 
 
@@ -174,7 +177,7 @@ def expanded_layout(
 
     `recv_topk_idx` [N, K] holds local experts or -1. `num_parts` as in `send_rows`.
     """
-    idx = _view(recv_topk_idx, "recv_topk_idx", torch.int32, torch.int64)
+    idx = _view(recv_topk_idx, "recv_topk_idx", "int32", "int64")
     row = np.empty(idx.shape, np.int64)
     begin, end = np.empty(num_local_experts, np.int64), np.empty(num_local_experts, np.int64)
     num_rows = _core.expanded_layout(idx, alignment, num_parts, begin, end, row)
@@ -186,7 +189,7 @@ def expanded_layout(
 
 def low_latency_counts(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
     """Rows [E] int32 that `topk_idx` [T, K] makes at each expert; duplicates inside a token share one."""
-    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
+    idx = _view(topk_idx, "topk_idx", "int32", "int64")
     counts = np.empty(max(num_experts, 0), np.int32)
     _core.low_latency_counts(idx, num_experts, num_ranks, counts)
     return torch.from_numpy(counts)
@@ -201,7 +204,7 @@ class LowLatencyRanges(NamedTuple):
 
 def low_latency_ranges(rows_per_expert: Array, rank: int) -> LowLatencyRanges:
     """Of `rank`, from all sources' `low_latency_counts` [R, E]."""
-    counts = _view(rows_per_expert, "rows_per_expert", torch.int32)
+    counts = _view(rows_per_expert, "rows_per_expert", "int32")
     num_local_experts = counts.shape[1] // max(counts.shape[0], 1)
     layout_range = np.empty((num_local_experts, counts.shape[0]), np.int64)
     recv_count = np.empty(num_local_experts, np.int32)
@@ -216,8 +219,8 @@ def low_latency_send_rows(
 
     [T, K] int64, -1 where there is no expert. `rows_per_expert` [R, E] as in `low_latency_ranges`.
     """
-    idx = _view(topk_idx, "topk_idx", torch.int32, torch.int64)
-    counts = _view(rows_per_expert, "rows_per_expert", torch.int32)
+    idx = _view(topk_idx, "topk_idx", "int32", "int64")
+    counts = _view(rows_per_expert, "rows_per_expert", "int32")
     rows = np.empty(idx.shape, np.int64)
     _core.low_latency_send_rows(idx, counts, source, num_max_tokens, num_parts, rows)
     return torch.from_numpy(rows)
@@ -242,7 +245,7 @@ class NodeRoutes(NamedTuple):
 
 def node_routes(is_token_in_rank: Array, ranks_per_node: int, num_parts: int = 1) -> NodeRoutes:
     """From a source's is_token_in_rank [T, R] bool; at most 64 ranks in a node."""
-    table = _view(is_token_in_rank, "is_token_in_rank", torch.bool)
+    table = _view(is_token_in_rank, "is_token_in_rank", "bool")
     num_nodes = _ceil_div(table.shape[1], ranks_per_node)
     local_ranks = np.empty((len(table), num_nodes), np.int64)
     position, counts = np.empty((len(table), num_nodes), np.int32), np.empty(num_nodes, np.int32)
@@ -256,8 +259,8 @@ def forwarded_rows(local_ranks: Array, first_row: Array) -> Tensor:
     `local_ranks` [n] int64: the tokens' bits, in the order sent. `first_row` [P] int64: the source's first
     row at each of those ranks.
     """
-    masks = _view(local_ranks, "local_ranks", torch.int64)
-    first = _view(first_row, "first_row", torch.int64)
+    masks = _view(local_ranks, "local_ranks", "int64")
+    first = _view(first_row, "first_row", "int64")
     rows = np.empty((len(masks), len(first)), np.int64)
     _core.forwarded_rows(masks, first, rows)
     return torch.from_numpy(rows)

@@ -23,7 +23,8 @@ namespace deepep::core {
 }
 
 /// What Config's hints reckon with: the chunked-queue sizes of the first interface, kept so that a client's
-/// buffer arithmetic gives the numbers it knows. `channels` is num_sms / 2.
+/// buffer arithmetic gives the numbers it knows. A channel is a
+/// pair of SMs.
 struct QueueSizes {
   wide_t num_channels;
   wide_t num_max_nvl_chunked_recv_tokens;
@@ -42,8 +43,7 @@ struct QueueSizes {
   }
 
   [[nodiscard]] constexpr wide_t nvl_bytes(wide_t hidden_bytes, wide_t num_ranks) const {
-    const wide_t words =
-        2 * num_nodes(num_ranks) + 3;  // queue heads, tails and prefixes of a (channel, peer)
+    const wide_t words = 2 * num_nodes(num_ranks) + 3;  // heads, tails, prefixes of a (channel, peer)
     const wide_t queue = num_max_nvl_chunked_recv_tokens * token_bytes(hidden_bytes);
     return align_up(num_channels * min_of<wide_t>(num_ranks, kNodeRanks) * (words * 4 + queue), 128);
   }

@@ -7,8 +7,7 @@
 
 namespace deepep::core {
 
-/// Adds the entries of received rows [begin, end) to counts [L]. recv_topk_idx [N, K] holds local experts or
-/// -1.
+/// Adds the entries of received rows [begin, end) to counts [L]. recv_topk_idx [N, K]: local expert or -1.
 template <class Index>
 DEEPEP_HD constexpr void count_expanded(const Index* recv_topk_idx, int64_t num_topk, int64_t begin,
                                         int64_t end, int64_t* counts) {

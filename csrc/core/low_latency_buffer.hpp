@@ -78,8 +78,9 @@ struct LowLatencyBuffer {
     return dispatch_send(Int(kNumEpochs), 0) + epoch * dispatch_region_bytes() +
            (source * num_max_tokens + position) * dispatch_message_bytes();
   }
-  /// Slot, at the token's owner, of the row that comes back from the token's k-th expert. In the rank-reduced
-  /// mode k is the first entry that selects the rank.
+  /// Slot, at the token's owner, of the row that comes back from the token's k-th expert. What several entries
+  /// share comes back once, for the first of them: the row of a duplicate, the sum of a rank in the
+  /// rank-reduced mode.
   [[nodiscard]] DEEPEP_HD constexpr Int combine_slot(Int epoch, Int token, Int k) const {
     return dispatch_slot(Int(kNumEpochs), 0, 0) + epoch * combine_region_bytes() +
            (token * num_topk + k) * combine_message_bytes();

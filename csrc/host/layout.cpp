@@ -42,6 +42,10 @@ void expect_experts(const char* name, Matrix<const Index> entries, int64_t num_e
   }
 }
 
+void expect_counts(const char* name, Matrix<const int32_t> counts) {
+  for (int64_t i = 0; i < counts.rows * counts.cols; ++i) expect_at_least(0, name, counts.data[i]);
+}
+
 /// Runs `count(begin, end, counts)` for every part, prefixes the counts over the parts on top of `start`, and
 /// runs `number(begin, end, next)` for every part. Returns where a further part would begin.
 template <class CountRange, class NumberRange>
@@ -103,6 +107,7 @@ void local_topk(Matrix<const Index> topk_idx, const Group& group, int64_t rank, 
 }
 
 void first_rows(Matrix<const int32_t> counts, int64_t* rows, int64_t* num_received) {
+  expect_counts("counts", counts);
   const core::CountMatrix count{counts.data, counts.cols};
   for (int64_t rank = 0; rank < counts.cols; ++rank) {
     for (int64_t source = 0; source < counts.rows; ++source) {
@@ -190,6 +195,7 @@ void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int
   const int64_t num_ranks = rows_per_expert.rows;
   const core::Placement place = placement({rows_per_expert.cols, num_ranks, num_ranks});
   expect_index("rank", rank, num_ranks);
+  expect_counts("rows_per_expert", rows_per_expert);
   for (int32_t local = 0; local < place.experts_per_rank; ++local) {
     const int32_t* rows_from = rows_per_expert.data + place.first_expert_of_rank(int32_t(rank)) + local;
     const int64_t rows =
@@ -206,6 +212,7 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
   const int64_t num_ranks = rows_per_expert.rows;
   const core::Placement place = placement({rows_per_expert.cols, num_ranks, num_ranks});
   expect_index("source", source, num_ranks);
+  expect_counts("rows_per_expert", rows_per_expert);
   expect(topk_idx.rows <= num_max_tokens, "num_max_tokens", num_max_tokens,
          "at least the " + std::to_string(topk_idx.rows) + " tokens of topk_idx");
   expect_experts("topk_idx", topk_idx, place.num_experts);

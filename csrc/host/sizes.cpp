@@ -53,8 +53,9 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
                   {"num_topk", num_topk},
                   {"index_bytes", index_bytes}});
   constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
-  expect(num_scales <= kInt32 && num_topk <= kInt32 && index_bytes <= 8, "index_bytes", index_bytes,
-         "4 or 8");
+  expect(num_scales <= kInt32, "num_scales", num_scales, "fewer than 2^31");
+  expect(num_topk <= kInt32, "num_topk", num_topk, "fewer than 2^31");
+  expect(index_bytes == 4 || index_bytes == 8, "index_bytes", index_bytes, "4 or 8");
   // The layout computes in 64 bits; what it adds up is at most this.
   const core::wide_t row = core::wide_t(row_bytes) + 4 + 4 * num_scales + num_topk * (index_bytes + 4);
   (void)as_size(num_rows * row + 5 * core::kLine, "receive_slot");
