@@ -16,7 +16,8 @@ def install_as_deep_ep() -> None:
 
     loaded = sys.modules.get("deep_ep")
     if loaded is not None and loaded is not deepep:
-        raise RuntimeError(f"deep_ep has been imported from {loaded.__file__}: install this library first")
+        where = getattr(loaded, "__file__", None) or "elsewhere"
+        raise RuntimeError(f"deep_ep has been imported from {where}: install this library first")
     cpp = ModuleType("deep_ep_cpp", "What clients import from DeepEP's extension module.")
     for name in ("Config", "EventHandle", "topk_idx_t"):
         setattr(cpp, name, getattr(deepep, name))

@@ -13,13 +13,6 @@ from dataclasses import dataclass
 
 from deepep.errors import RangeError
 
-RANKS_PER_NODE = 8
-"""V1's size of a scale-up domain: queues are sized for at most this many peers per node."""
-
-_MAX_TOPK = 128  # entries a queue slot has room for, of 8-byte indices and of 4-byte weights
-_MAX_SCALES = 128
-_SOURCE_META_BYTES = 8
-
 
 @dataclass(frozen=True)
 class Config:
@@ -64,24 +57,19 @@ class Config:
 
         hidden_bytes: bytes of a token's row (V1's recipe: H * max(element size, 2)).
         """
+        from deepep.layout import nvl_buffer_size_hint
+
         _check_size_arguments(hidden_bytes, num_ranks)
-        nodes = max(num_ranks // RANKS_PER_NODE, 1)
-        peers = min(num_ranks, RANKS_PER_NODE)
-        channels = self.num_sms // 2
-        slot = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4
-        counters = (2 * nodes + 3) * 4
-        return _align(channels * peers * (counters + self.num_max_nvl_chunked_recv_tokens * slot), 128)
+        recv_tokens = self.num_max_nvl_chunked_recv_tokens
+        return nvl_buffer_size_hint(self.num_sms, recv_tokens, hidden_bytes, num_ranks)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes of V1's RDMA queues, a multiple of 128; 0 inside one node (num_ranks <= 8)."""
+        from deepep.layout import rdma_buffer_size_hint
+
         _check_size_arguments(hidden_bytes, num_ranks)
-        if num_ranks <= RANKS_PER_NODE:
-            return 0
-        nodes = num_ranks // RANKS_PER_NODE
-        channels = self.num_sms // 2
-        slot = hidden_bytes + _SOURCE_META_BYTES + _MAX_TOPK * (8 + 4) + _MAX_SCALES * 4 + 16
-        counters = (RANKS_PER_NODE * 2 + 2) * 2 * 4
-        return _align(channels * nodes * (counters + 2 * self.num_max_rdma_chunked_recv_tokens * slot), 128)
+        recv_tokens = self.num_max_rdma_chunked_recv_tokens
+        return rdma_buffer_size_hint(self.num_sms, recv_tokens, hidden_bytes, num_ranks)
 
 
 def _check_size_arguments(hidden_bytes: int, num_ranks: int) -> None:
@@ -89,10 +77,6 @@ def _check_size_arguments(hidden_bytes: int, num_ranks: int) -> None:
         raise RangeError("hidden_bytes", str(hidden_bytes), "1 or more")
     if num_ranks <= 0:
         raise RangeError("num_ranks", str(num_ranks), "1 or more")
-
-
-def _align(value: int, alignment: int) -> int:
-    return -(-value // alignment) * alignment
 
 
 # num_ranks: (nvl send, nvl recv, rdma send, rdma recv)
