@@ -1,0 +1,164 @@
+"""`info` says what is there; `check` holds here, and says so when something does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import deepep
+from deepep import selftest
+from deepep.cli import check as check_command
+from deepep.cli import info
+
+
+def deepep_command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deepep", *args], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def in_this_process(command: Any, *args: str) -> Any:
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, args)
+
+
+def test_info_names_everything_it_should() -> None:
+    done = deepep_command("info", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["software"]["deepep"] == deepep.__version__
+    assert told["software"]["torch"] == torch.__version__
+    assert "gloo" in told["software"]["torch.distributed"]
+    assert told["extensions"]["deepep._core"].startswith("built, loads")
+    assert set(told["extensions"]) == {"deepep._core", "deepep._emulator", "deepep._cuda"}
+    assert told["backends"]["reference"].startswith("yes")
+    assert all(
+        value.startswith(("yes: ", "no: ")) for name, value in told["backends"].items() if name.islower()
+    )
+    assert {"cuda", "emulator", "reference"} <= set(told["backends"])
+    assert told["nvshmem"]
+    has_gpu = torch.cuda.is_available()
+    assert ("GPU 0" in told["cuda"]) == has_gpu
+
+
+def test_info_for_people() -> None:
+    done = in_this_process(info.command)
+    assert done.exit_code == 0
+    for word in ("software", "extensions", "cuda", "nvshmem", "backends", "reference"):
+        assert word in done.output
+
+
+def test_a_module_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("undefined symbol: x")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.import_module", broken)
+        assert info._extension("_core") == "built, does not load: undefined symbol: x"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert info._extension("_core") == "not built"
+
+
+def test_check_holds_between_processes() -> None:
+    done = deepep_command("check", "--ranks", "3")
+    assert done.returncode == 0, done.stdout
+    assert f"{len(selftest.CHECKS)} of {len(selftest.CHECKS)} hold" in done.stdout
+
+
+def test_check_holds_on_one_rank(world_of: Any) -> None:
+    for name in selftest.CHECKS:
+        world_of(1).run(selftest.run_check, name, "reference")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--backend", "nonsense"], "backend: got 'nonsense'"),
+        (["--device", "tpu"], "device: got tpu"),
+        pytest.param(
+            ["--device", "cuda"],
+            "sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_check_refuses_what_cannot_be(arguments: list[str], complaint: str) -> None:
+    done = in_this_process(check_command.command, *arguments)
+    assert done.exit_code == 2
+    assert complaint in done.output
+
+
+def test_a_check_that_fails_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One check that raises on one rank, one that its backend has not got."""
+
+    def fails(site: selftest.Site) -> str:
+        if site.rank == 1:
+            raise selftest.CheckFailed("recv_x: 3 of 64 bytes differ")
+        return "fine here"
+
+    def absent(site: selftest.Site) -> str:
+        raise NotImplementedError
+
+    def run_one(context: Any, name: str, backend: str | None) -> tuple[str, float]:
+        site = selftest.Site(type("B", (), {"rank": context.rank})(), context.device, [], [], [], [])
+        return {"fails": fails, "absent": absent, "holds": lambda site: "well"}[name](site), 0.0
+
+    monkeypatch.setattr(selftest, "CHECKS", {"fails": fails, "absent": absent, "holds": fails})
+    monkeypatch.setattr(selftest, "run_check", run_one)
+    result = in_this_process(check_command.command, "--ranks", "2")
+    assert result.exit_code == 1
+    assert "rank 1 raised CheckFailed: recv_x: 3 of 64 bytes differ" in result.output
+    assert "1 of 3 hold, 1 missing" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("dispatch: BF16 rows, indices and weights, in order", "x"),
+        ("combine: sum over ranks, biases, weights sent home", "combined"),
+        ("low latency: FP8 dispatch with a hook, weighted combine", "low latency"),
+        ("layers: gradients of dispatch and combine", "gradients"),
+    ],
+)
+def test_every_check_has_teeth(world_of: Any, name: str, spoil: str) -> None:
+    """With one bit changed in what the library returns, the check fails."""
+
+    def body(context: Any) -> None:
+        import deepep.nn.exchange as exchange
+        from deepep import Buffer
+
+        def flipped(real: Any) -> Any:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                first, *rest = real(*args, **kwargs)
+                if spoil == "low latency":
+                    rest[0] = rest[0] + 1  # the counts
+                elif isinstance(first, torch.Tensor) and first.numel():
+                    first = first.clone()
+                    first.view(torch.int16)[0, 0] ^= 1
+                return (first, *rest)
+
+            return wrapped
+
+        target, attribute = {
+            "x": (Buffer, "dispatch"),
+            "combined": (Buffer, "combine"),
+            "low latency": (Buffer, "low_latency_dispatch"),
+            "gradients": (exchange, "_dispatch_backward"),
+        }[spoil]
+        real = getattr(target, attribute)
+        setattr(target, attribute, flipped(real))
+        try:
+            with pytest.raises(selftest.CheckFailed):
+                selftest.run_check(context, name, None)
+        finally:
+            setattr(target, attribute, real)
+
+    world_of(1).run(body)
