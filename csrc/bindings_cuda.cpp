@@ -81,12 +81,13 @@ class Domain {
     dk::launch_dispatch(args, num_blocks, pointer<void>(stream));
   }
 
-  void combine(int num_blocks, int push_blocks, int reduce_blocks, int64_t num_tokens, int num_topk, int64_t row_bytes,
+  void combine(int num_blocks, int push_blocks, int reduce_blocks, int parts, int64_t num_tokens, int num_topk, int64_t row_bytes,
                uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights, uintptr_t stream) {
     const dk::CombineArgs args{group_,
                                push_blocks,
                                reduce_blocks,
+                               parts,
                                num_tokens,
                                num_topk,
                                row_bytes,
@@ -163,6 +164,9 @@ PYBIND11_MODULE(_cuda, m) {
                               pointer<uint8_t>(is_token_in_rank),
                               pointer<uint32_t>(workspace)};
     dk::launch_layout(args, num_blocks, pointer<void>(stream));
+  });
+  m.def("copy", [](uintptr_t from, uintptr_t to, int64_t bytes, int num_blocks, uintptr_t stream) {
+    dk::launch_copy(pointer<const std::byte>(from), pointer<std::byte>(to), bytes, num_blocks, pointer<void>(stream));
   });
   m.def("wait_counts", &wait_counts);
   m.def("read_fault", &read_fault);

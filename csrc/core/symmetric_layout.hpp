@@ -83,23 +83,25 @@ struct SlotLayout {
   }
 };
 
-/// Rows on their way back to their tokens' owner, with a flag each: flag == epoch says the row is there.
+/// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there.
 struct StagingLayout {
+  static constexpr int kParts = 4;
   int64_t area_bytes;
   int64_t row_bytes;
   int num_topk;  // 0: no weights travel
 
-  /// 4-byte flags sit first, at a place that does not depend on the row size, so that a flag is never
-  /// overwritten by a row of an operation with other shapes.
-  [[nodiscard]] DEEPEP_HD int64_t max_flags() const { return area_bytes / 1024; }
-  [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row) const { return 4 * row; }
-  [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return align_up(4 * max_flags(), kLine); }
+  /// Flags sit first, at a place that does not depend on the row size, so that a flag is never overwritten by a
+  /// row of an operation with other shapes.
+  [[nodiscard]] DEEPEP_HD int64_t max_rows() const { return area_bytes / 1024; }
+  /// 4 bytes.
+  [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row, int part) const { return 4 * (row * kParts + part); }
+  [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return align_up(4 * kParts * max_rows(), kLine); }
   [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return align_up(4 * num_topk, 16); }
   /// A row and, behind it, its weights.
   [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin() + i * (row_bytes + weight_bytes()); }
   [[nodiscard]] DEEPEP_HD int64_t capacity() const {
     const int64_t fit = (area_bytes - rows_begin()) / (row_bytes + weight_bytes());
-    return fit < max_flags() ? fit : max_flags();
+    return fit < max_rows() ? fit : max_rows();
   }
 };
 

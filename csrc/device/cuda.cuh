@@ -31,6 +31,16 @@ DEEPEP_DEVICE T shuffle(T v, int source_lane) {
   return __shfl_sync(0xffffffffu, v, source_lane);
 }
 DEEPEP_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
+/// The sum of the lanes before this one.
+DEEPEP_DEVICE int warp_exclusive_sum(int v) {
+  int sum = v;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane() >= step) sum += below;
+  }
+  return sum - v;
+}
 DEEPEP_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 DEEPEP_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
@@ -38,16 +48,7 @@ DEEPEP_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits
 
 template <class T>
 DEEPEP_DEVICE T load(const T* p) {
-  if constexpr (sizeof(T) == 16) {
-    T v;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-                 : "l"(p)
-                 : "memory");
-    return v;
-  } else {
-    return *p;
-  }
+  return *p;
 }
 
 template <class T>
@@ -68,11 +69,22 @@ DEEPEP_DEVICE T load_once(const T* p) {
   }
 }
 
+DEEPEP_DEVICE Vec16 load_streaming(const Vec16* p) {
+  Vec16 v;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v) {
   asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
 }
+
+DEEPEP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- ordered memory ----------------------------------------------------------------------------------------
 
@@ -164,6 +176,9 @@ struct Deadline {
   [[nodiscard]] DEEPEP_DEVICE bool passed() const { return clock_ns() > end_ns; }
 };
 
+/// A short rest between two looks at something that another warp of the block will change.
+DEEPEP_DEVICE void pause() { __nanosleep(32); }
+
 /// How many reads of a flag go by between two looks at the clock.
 inline constexpr int kPollsPerClock = 64;
 
@@ -188,6 +203,17 @@ template <class Order, class Scope>
   return wait_until<Order, Scope>(p, [=](uint32_t seen) { return static_cast<int32_t>(seen - epoch) >= 0; }, deadline);
 }
 
+/// What was read last goes to `seen`, also if the deadline passed.
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_masked(const uint32_t* p, uint32_t mask, uint32_t value, Deadline deadline,
+                                             uint32_t& seen) {
+  const auto matches = [&](uint32_t word) {
+    seen = word;
+    return (word & mask) == value;
+  };
+  return wait_until<Order, Scope>(p, matches, deadline);
+}
+
 /// The tagged word's value goes to `value`, also if the deadline passed.
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool wait_tag(const uint64_t* p, uint32_t tag, Deadline deadline, uint32_t& value) {
@@ -210,11 +236,29 @@ class SharedArray {
   }
   [[nodiscard]] DEEPEP_DEVICE T get(int i) const { return data_[i]; }
   DEEPEP_DEVICE void set(int i, T v) { data_[i] = v; }
+  /// Ordered within the block: what the writer did before `set<release>` comes before what the reader does after a
+  /// `get<acquire>` that saw it.
+  template <class Order>
+  [[nodiscard]] DEEPEP_DEVICE T get(int i) const {
+    static_assert(sizeof(T) == 4 && std::is_same_v<Order, acquire>);
+    T v;
+    asm volatile("ld.acquire.cta.shared.b32 %0, [%1];" : "=r"(v) : "r"(address(i)) : "memory");
+    return v;
+  }
+  template <class Order>
+  DEEPEP_DEVICE void set(int i, T v) {
+    static_assert(sizeof(T) == 4 && std::is_same_v<Order, release>);
+    asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(address(i)), "r"(v) : "memory");
+  }
   /// Atomic within the block; returns what was there before.
   DEEPEP_DEVICE T add(int i, T v) { return atomicAdd_block(data_ + i, v); }
   DEEPEP_DEVICE T bit_or(int i, T v) { return atomicOr_block(data_ + i, v); }
 
  private:
+  [[nodiscard]] DEEPEP_DEVICE uint32_t address(int i) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(data_ + i));
+  }
+
   T* data_;
 };
 

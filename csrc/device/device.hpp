@@ -5,18 +5,21 @@
 // includes this file and nothing else of either, so its source is one.
 //
 //   who am I     thread() lane() warp() block() num_threads() num_warps() num_blocks()
-//   together     sync_block() sync_warp() ballot(p) shuffle(v, lane) warp_sum(v)
+//   together     sync_block() sync_warp() ballot(p) shuffle(v, lane) warp_sum(v) warp_exclusive_sum(v)
 //   memory       load(p) store(p, v)                     plain; a race on it is an error
 //                load_once(p)                            data nobody writes while the kernel runs
-//                store_streaming(p, v)                   plain, and not worth a place in L1
+//                load_streaming(p) store_streaming(p, v) plain, 16 bytes, and not worth a place in L1
+//                prefetch(p)                             a hint: the line at p will be read
 //                load<Order, Scope>(p) store<Order, Scope>(p, v)
 //                fetch_add<Order, Scope>(p, v) fetch_or<Order, Scope>(p, v)
 //                fence<Order, Scope>()
 //   waiting      wait_equal<Order, Scope>(p, value, deadline)    until *p is the value
 //                wait_reached<Order, Scope>(p, epoch, deadline)  until *p is the epoch or a later one
+//                wait_masked<Order, Scope>(p, mask, v, deadline, seen)   until (*p & mask) is v
 //                wait_tag<Order, Scope>(p, tag, deadline, v)     until *p carries the tag
-//   time         clock_ns()  Deadline
-//   shared       SharedArray<T>: the block's dynamic shared memory, carved by byte offset
+//   time         clock_ns()  Deadline  pause()
+//   shared       SharedArray<T>: the block's dynamic shared memory, carved by byte offset; get set add bit_or,
+//                and get<acquire> set<release>, ordered within the block
 //
 // Orders: relaxed, acquire, release, acq_rel. Scopes: block_scope, gpu_scope, sys_scope. They are template
 // arguments, spelled at the call, because they are what a reader has to check and a mutation has to break.

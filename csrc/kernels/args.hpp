@@ -19,6 +19,7 @@ enum class Phase : uint32_t {
   kStaging = 3,        // waiting for a peer to have consumed its staging
   kReturn = 4,         // waiting for a row to come back
   kArrival = 5,        // barrier
+  kBlocks = 6,         // waiting for blocks of this very kernel: no SM was free for them
   kTooManyRows = 16,   // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 17,  // not a wait: ranks passed different shapes
 };
@@ -38,8 +39,7 @@ struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
-  uint32_t blocks_left;     // blocks that have reached the end of the running kernel
-  uint32_t blocks_reduced;  // blocks that have read the last of the staging
+  uint32_t blocks_left;  // blocks that have reached the end of the running kernel
   uint32_t serial;
   uint32_t phase;
   uint32_t missing;
@@ -103,6 +103,7 @@ struct CombineArgs {
   Group group;
   int push_blocks;
   int reduce_blocks;
+  int parts;  // a row travels, and is summed, in so many parts (1 to 4); all ranks pass the same
   int64_t num_tokens;  // T of this rank
   int num_topk;        // 0: no weights travel
   int64_t row_bytes;   // bf16 rows, a multiple of 16

@@ -14,16 +14,20 @@ DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
   const Group& g = args.group;
   const Deadline deadline = Deadline::in(g.timeout_ns);
   const uint32_t epoch = load(&g.state->barrier_epoch) + 1;
+  SharedArray<uint32_t> failed(0);
+  if (thread() == 0) failed.set(0, 0);
+  sync_block();
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (is_live(g, peer)) store<release, sys_scope>(at<uint32_t>(g, peer, g.control.arrived(g.rank)), epoch);
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads()) {
     if (!is_live(g, peer)) continue;
     const uint32_t* arrived = at<uint32_t>(g, g.rank, g.control.arrived(peer));
     // A peer may have gone through and entered the next barrier already.
-    if (!wait_reached<acquire, sys_scope>(arrived, epoch, deadline))
-      note_fault(g, Phase::kArrival, 1u << peer, epoch, load<relaxed, sys_scope>(arrived));
+    if (wait_reached<acquire, sys_scope>(arrived, epoch, deadline)) continue;
+    note_fault(g, Phase::kArrival, 1u << peer, epoch, load<relaxed, sys_scope>(arrived));
+    failed.bit_or(0, 1u);
   }
-  leave(g, Operation::kBarrier, &g.state->barrier_epoch);
+  close_kernel(g, Operation::kBarrier, failed, &g.state->barrier_epoch, epoch);
 }
 
 }  // namespace deepep::kernels

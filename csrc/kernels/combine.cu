@@ -7,7 +7,7 @@ namespace deepep::kernels {
 
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream) {
   const CombineShared shared{args.group.num_ranks};
-  launch<CombineArgs>(combine_kernel, args, num_blocks, kThreads, shared.bytes(), stream, "combine");
+  launch<CombineArgs>(combine_kernel, args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
 }
 
 }  // namespace deepep::kernels

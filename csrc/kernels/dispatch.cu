@@ -6,8 +6,8 @@
 namespace deepep::kernels {
 
 void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream) {
-  const DispatchShared shared{args.group.num_ranks, kThreads / dev::kWarpSize};
-  launch<DispatchArgs>(dispatch_kernel, args, num_blocks, kThreads, shared.bytes(), stream, "dispatch");
+  const DispatchShared shared{args.group.num_ranks, kDispatchThreads / dev::kWarpSize};
+  launch<DispatchArgs>(dispatch_kernel, args, num_blocks, kDispatchThreads, shared.bytes(), stream, "dispatch");
 }
 
 }  // namespace deepep::kernels

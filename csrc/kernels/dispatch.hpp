@@ -18,7 +18,9 @@
 
 namespace deepep::kernels {
 
-inline constexpr int kUnroll = 8;  // 16-byte accesses a lane has in flight
+inline constexpr int kDispatchThreads = 512;
+inline constexpr int kPlaceBatch = 8;  // tokens a thread looks at together
+inline constexpr int kUnroll = 14;  // 16-byte accesses a lane has in flight: 7 KiB of a row a warp
 
 /// The block's dynamic shared memory.
 struct DispatchShared {
@@ -38,8 +40,11 @@ struct DispatchShared {
   [[nodiscard]] DEEPEP_HD int64_t capacity() const {  // uint32 [R]
     return slot() + core::align_up(4 * static_cast<int64_t>(num_ranks), 16);
   }
-  [[nodiscard]] DEEPEP_HD int64_t failed() const {  // uint32
+  [[nodiscard]] DEEPEP_HD int64_t push_blocks() const {  // uint32 [R]
     return capacity() + core::align_up(4 * static_cast<int64_t>(num_ranks), 16);
+  }
+  [[nodiscard]] DEEPEP_HD int64_t failed() const {  // uint32
+    return push_blocks() + core::align_up(4 * static_cast<int64_t>(num_ranks), 16);
   }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return failed() + 16; }
 };
@@ -62,8 +67,10 @@ struct DispatchRole {
   int64_t end;
 };
 
-[[nodiscard]] DEEPEP_DEVICE bool concerns(const DispatchRole& role, const Group& g, int rank) {
-  return is_live(g, rank) && (rank == g.rank ? role.local : role.push);
+/// The ranks whose rows the role writes, as bits.
+[[nodiscard]] DEEPEP_DEVICE uint32_t wanted_ranks(const DispatchRole& role, const Group& g) {
+  const uint32_t self = 1u << g.rank;
+  return g.live & ((role.local ? self : 0u) | (role.push ? ~self : 0u));
 }
 
 /// tell: counts, slot and shapes to every live rank, this one included. One lane per word.
@@ -100,57 +107,76 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
   }
 }
 
+/// Bit r: token t goes to rank r, and that concerns the role (its bit is in `wanted`).
+[[nodiscard]] DEEPEP_DEVICE uint32_t destinations_of(const DispatchArgs& args, int64_t t, uint32_t wanted) {
+  const int ranks = args.group.num_ranks;
+  uint32_t mask = 0;
+  for (int r = 0; r < ranks; ++r)
+    mask |= static_cast<uint32_t>(dev::load_once(args.is_token_in_rank + t * ranks + r) != 0) << r;
+  return mask & wanted;
+}
+
 /// place: positions of the role's tokens among all of this rank's tokens for the same destination, left in
 /// send_row (to which `write` adds the first row). Whole block.
 DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
   using namespace dev;
-  const Group& g = args.group;
-  const int ranks = g.num_ranks;
+  const int ranks = args.group.num_ranks;
   const DispatchShared shared{ranks, num_warps()};
   SharedArray<int32_t> warp_counts(shared.warp_counts());
   SharedArray<int32_t> position(shared.position());
+  const uint32_t wanted = wanted_ranks(role, args.group);
 
   for (int r = thread(); r < ranks; r += num_threads()) position.set(r, 0);
   sync_block();
-  for (int r = 0; r < ranks; ++r) {  // tokens before this block's
-    if (!concerns(role, g, r)) continue;
-    int mine = 0;
-    for (int64_t t = thread(); t < role.begin; t += num_threads())
-      mine += load_once(args.is_token_in_rank + t * ranks + r) != 0;
-    mine = warp_sum(mine);
-    if (lane() == 0 && mine != 0) position.add(r, mine);
+  int before_block = 0;  // of lane r: this warp's share of the earlier tokens that go to rank r
+  for (int64_t first = thread(); first - thread() < role.begin; first += kPlaceBatch * num_threads()) {
+    uint32_t goes[kPlaceBatch];  // all asked for before the first is looked at
+#pragma unroll
+    for (int i = 0; i < kPlaceBatch; ++i) {
+      const int64_t t = first + i * num_threads();
+      goes[i] = t < role.begin ? destinations_of(args, t, wanted) : 0;
+    }
+    for (int r = 0; r < ranks; ++r) {
+      int with = 0;
+#pragma unroll
+      for (int i = 0; i < kPlaceBatch; ++i) with += popcount(ballot((goes[i] >> r) & 1u));
+      if (lane() == r) before_block += with;
+    }
   }
+  if (lane() < ranks && before_block != 0) position.add(lane(), before_block);
+
   const uint32_t lanes_below = (1u << lane()) - 1u;
   for (int64_t first = role.begin; first < role.end; first += num_threads()) {
     const int64_t t = first + thread();
-    const bool inside = t < role.end;
-    uint32_t goes = 0;  // bit r: this thread's token goes to rank r
-    sync_block();
+    const uint32_t goes = t < role.end ? destinations_of(args, t, wanted) : 0;
     for (int r = 0; r < ranks; ++r) {
-      if (!concerns(role, g, r)) continue;
-      const bool go = inside && load_once(args.is_token_in_rank + t * ranks + r) != 0;
-      goes |= static_cast<uint32_t>(go) << r;
-      const uint32_t with = ballot(go);
-      if (lane() == 0) warp_counts.set(warp() * ranks + r, popcount(with));
+      const uint32_t with = ballot((goes >> r) & 1u);
+      if (lane() == r) warp_counts.set(warp() * ranks + r, popcount(with));
+    }
+    sync_block();
+    // A thread a (warp, rank): the warp's tokens come after those of the warps before it.
+    for (int r = warp(); r < ranks; r += num_warps()) {
+      int total = 0;
+      for (int first_warp = 0; first_warp < num_warps(); first_warp += kWarpSize) {
+        const int w = first_warp + lane();
+        const int count = w < num_warps() ? warp_counts.get(w * ranks + r) : 0;
+        const int before = warp_exclusive_sum(count);
+        if (w < num_warps()) warp_counts.set(w * ranks + r, position.get(r) + total + before);
+        total += warp_sum(count);
+      }
+      sync_warp();
+      if (lane() == 0) position.set(r, position.get(r) + total);
     }
     sync_block();
     for (int r = 0; r < ranks; ++r) {
-      if (!concerns(role, g, r)) continue;
       const bool go = (goes >> r) & 1u;
       const uint32_t with = ballot(go);
-      int before = position.get(r);
-      for (int w = 0; w < warp(); ++w) before += warp_counts.get(w * ranks + r);
-      if (inside) store(args.send_row + t * ranks + r, go ? before + popcount(with & lanes_below) : -1);
+      if (t < role.end && ((wanted >> r) & 1u))
+        store(args.send_row + t * ranks + r,
+              go ? warp_counts.get(warp() * ranks + r) + popcount(with & lanes_below) : -1);
     }
     sync_block();
-    for (int r = thread(); r < ranks; r += num_threads()) {
-      if (!concerns(role, g, r)) continue;
-      int total = position.get(r);
-      for (int w = 0; w < num_warps(); ++w) total += warp_counts.get(w * ranks + r);
-      position.set(r, total);
-    }
   }
-  sync_block();
 }
 
 /// hear: every live rank's words into shared memory. False, on all threads, if one did not come or ranks
@@ -164,6 +190,7 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
   SharedArray<int32_t> counts(shared.counts());
   SharedArray<uint32_t> slot(shared.slot());
   SharedArray<uint32_t> capacity(shared.capacity());
+  SharedArray<uint32_t> push_blocks(shared.push_blocks());
   SharedArray<uint32_t> failed(shared.failed());
 
   const int per_source = words.expert_count(0);
@@ -184,6 +211,7 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
     if (word < ranks) counts.set(source * ranks + word, static_cast<int32_t>(value));
     if (word == words.slot()) slot.set(source, value);
     if (word == words.capacity()) capacity.set(source, value);
+    if (word == words.push_blocks()) push_blocks.set(source, value);
   }
   sync_block();
   if (failed.get(0) != 0) return false;
@@ -253,33 +281,77 @@ struct Slot {
           {static_cast<int64_t>(capacity.get(d)), args.row_bytes, args.num_scales, args.num_topk, args.index_bytes}};
 }
 
-/// Source token, scales, top-k indices and weights of token t, for its row at rank d. One warp.
-DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, int64_t t, int d, int64_t row) {
+/// What travels with a row besides its bytes, a piece in each lane's hands.
+struct Metadata {
+  static constexpr int kScales = 2;  // scales a lane holds; further ones are read when they are written
+  uint32_t scale[kScales];
+  int64_t entry;
+  uint32_t weight;
+};
+
+[[nodiscard]] DEEPEP_DEVICE uint32_t scale_of(const DispatchArgs& args, int64_t t, int i) {
+  return dev::load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride);
+}
+
+/// Scales, top-k index and weight of token t, asked for before the row so that they arrive with it. One warp.
+[[nodiscard]] DEEPEP_DEVICE Metadata read_metadata(const DispatchArgs& args, int64_t t) {
+  using namespace dev;
+  Metadata m{};
+#pragma unroll
+  for (int j = 0; j < Metadata::kScales; ++j) {
+    const int i = lane() + j * kWarpSize;
+    if (i < args.num_scales) m.scale[j] = scale_of(args, t, i);
+  }
+  if (lane() < args.num_topk) {
+    const int64_t from = t * args.num_topk + lane();
+    m.entry = args.index_bytes == 8 ? load_once(static_cast<const int64_t*>(args.topk_idx) + from)
+                                    : load_once(static_cast<const int32_t*>(args.topk_idx) + from);
+    m.weight = load_once(args.topk_weights + from);
+  }
+  return m;
+}
+
+/// The same to row `row` at rank d, as d sees them: its own experts' indices and weights, -1 and 0 for others'.
+DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, const Metadata& m, int64_t t, int d, int64_t row) {
   using namespace dev;
   const Slot slot = slot_of(args, d);
   if (lane() == 0) store(reinterpret_cast<int32_t*>(slot.base + slot.layout.source()) + row, static_cast<int32_t>(t));
   uint32_t* scales = reinterpret_cast<uint32_t*>(slot.base + slot.layout.scales()) + row * args.num_scales;
-  for (int i = lane(); i < args.num_scales; i += kWarpSize)
-    store(scales + i, load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride));
+#pragma unroll
+  for (int j = 0; j < Metadata::kScales; ++j) {
+    const int i = lane() + j * kWarpSize;
+    if (i < args.num_scales) store(scales + i, m.scale[j]);
+  }
+  for (int i = lane() + Metadata::kScales * kWarpSize; i < args.num_scales; i += kWarpSize)
+    store(scales + i, scale_of(args, t, i));
   if (lane() >= args.num_topk) return;
   const core::Placement placement(args.num_local_experts * args.group.num_ranks, args.group.num_ranks,
                                   args.group.num_ranks);
-  const int64_t from = t * args.num_topk + lane();
   const int64_t to = row * args.num_topk + lane();
-  const int64_t entry = args.index_bytes == 8 ? load_once(static_cast<const int64_t*>(args.topk_idx) + from)
-                                              : load_once(static_cast<const int32_t*>(args.topk_idx) + from);
-  const int32_t local = placement.local_expert(entry, d);
+  const int32_t local = placement.local_expert(m.entry, d);
   std::byte* idx = slot.base + slot.layout.topk_idx();
   if (args.index_bytes == 8)
     store(reinterpret_cast<int64_t*>(idx) + to, static_cast<int64_t>(local));
   else
     store(reinterpret_cast<int32_t*>(idx) + to, local);
-  const uint32_t weight = local >= 0 ? load_once(args.topk_weights + from) : 0u;
-  store(reinterpret_cast<uint32_t*>(slot.base + slot.layout.topk_weights()) + to, weight);
+  store(reinterpret_cast<uint32_t*>(slot.base + slot.layout.topk_weights()) + to, local >= 0 ? m.weight : 0u);
 }
 
-/// write: each warp takes whole tokens; a row is read once and stored to every destination of the role.
-DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role) {
+/// Into how many parts a row is cut so that a few tokens still keep all warps busy: 1, 2 or 4.
+[[nodiscard]] DEEPEP_DEVICE int parts_for(int64_t tokens, int64_t warps) {
+  return tokens * 4 <= warps ? 4 : tokens * 2 <= warps ? 2 : 1;
+}
+
+/// Lane r: the position of item i's token at rank r, or -1 if it does not go there or that is not the role's to write.
+[[nodiscard]] DEEPEP_DEVICE int32_t position_of_item(const DispatchArgs& args, const DispatchRole& role, int parts,
+                                                     int64_t i) {
+  const bool mine = i < (role.end - role.begin) * parts && ((wanted_ranks(role, args.group) >> dev::lane()) & 1u);
+  return mine ? dev::load(args.send_row + (role.begin + i / parts) * args.group.num_ranks + dev::lane()) : -1;
+}
+
+/// write: a warp takes a token, or a part of one; a row is read once and stored to every destination of the role.
+/// `first_position`: the warp's first item's, asked for while the counts travelled.
+DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role, int32_t first_position) {
   using namespace dev;
   const Group& g = args.group;
   const int ranks = g.num_ranks;
@@ -288,46 +360,67 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const auto count = [&](int s, int d) { return counts.get(s * ranks + d); };
 
   // Lane r speaks for rank r.
-  const bool mine = lane() < ranks && concerns(role, g, lane());
-  const int32_t first_row =
-      lane() < ranks ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
+  const bool mine = (wanted_ranks(role, g) >> lane()) & 1u;
+  const int32_t first_row = mine && !args.cached ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
   const uint64_t slot_x = mine ? reinterpret_cast<uint64_t>(slot_of(args, lane()).base) : 0;
-  const int64_t chunks = args.row_bytes / 16;
+  const int chunks = static_cast<int>(args.row_bytes / 16);
+  const int parts = parts_for(role.end - role.begin, num_warps());
 
-  for (int64_t t = role.begin + warp(); t < role.end; t += num_warps()) {
-    int32_t row = -1;
-    if (mine) {
-      int32_t* place = args.send_row + t * ranks + lane();
-      row = load(place);
-      if (row >= 0 && !args.cached) {
-        row += first_row;
-        store(place, row);  // the handle keeps final rows
-      }
-    }
-    const uint32_t destinations = ballot(row >= 0);
+  const int64_t items = (role.end - role.begin) * parts;
+  int32_t next = first_position;  // asked for a token ahead
+  for (int64_t i = warp(); i < items; i += num_warps()) {
+    const int64_t t = role.begin + i / parts;
+    const int part = static_cast<int>(i % parts);
+    const int32_t position = next;
+    next = position_of_item(args, role, parts, i + num_warps());
+    const uint32_t destinations = ballot(position >= 0);
     if (destinations == 0) continue;
+    const int32_t row = first_row + position;
+    Metadata metadata{};
+    if (part == 0) metadata = read_metadata(args, t);
     const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
     const Vec16* source = reinterpret_cast<const Vec16*>(args.x + t * args.row_bytes);
-    for (int64_t begin = 0; begin < chunks; begin += kUnroll * kWarpSize) {
+    const int end = chunks * (part + 1) / parts;
+#pragma unroll 1
+    for (int begin = chunks * part / parts + lane(); begin < end + lane(); begin += kUnroll * kWarpSize) {
+      const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
       Vec16 v[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t c = begin + u * kWarpSize + lane();
-        if (c < chunks) v[u] = load_once(source + c);
-      }
+      for (int u = 0; u < kUnroll; ++u)
+        if (u * kWarpSize < pieces) v[u] = load_once(source + begin + u * kWarpSize);
+#pragma unroll 1
       for (uint32_t left = destinations; left != 0; left &= left - 1) {
-        Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left)));
+        Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left))) + begin;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t c = begin + u * kWarpSize + lane();
-          if (c < chunks) store_streaming(to + c, v[u]);
-        }
+        for (int u = 0; u < kUnroll; ++u)
+          if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, v[u]);
       }
     }
+    if (part != 0) continue;
     for (uint32_t left = destinations; left != 0; left &= left - 1) {
       const int d = lowest_bit(left);
-      write_metadata(args, t, d, shuffle(row, d));
+      write_metadata(args, metadata, t, d, shuffle(row, d));
     }
+  }
+}
+
+/// Positions become final rows, for the handle: once no warp reads the positions any more. Whole block.
+DEEPEP_DEVICE void finish_rows(const DispatchArgs& args, const DispatchRole& role) {
+  using namespace dev;
+  const Group& g = args.group;
+  const DispatchShared shared{g.num_ranks, num_warps()};
+  SharedArray<int32_t> counts(shared.counts());
+  const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
+  const uint32_t wanted = wanted_ranks(role, g);
+  for (int64_t i = thread(); i < (role.end - role.begin) * g.num_ranks; i += num_threads()) {
+    const int r = static_cast<int>(i % g.num_ranks);
+    int32_t* place = args.send_row + role.begin * g.num_ranks + i;
+    if (!((wanted >> r) & 1u)) {
+      if (!is_live(g, r) && role.push) store(place, -1);
+      continue;
+    }
+    const int32_t position = load(place);
+    if (position >= 0) store(place, position + static_cast<int32_t>(core::first_row_of_source(count, g.rank, r)));
   }
 }
 
@@ -362,22 +455,19 @@ DEEPEP_DEVICE void publish_rows(const Group& g, uint32_t epoch) {
 }
 
 /// arrive: waits for the flags of all peers' push blocks. One thread a flag, so no order among peers.
-DEEPEP_DEVICE void await_rows(const DispatchArgs& args, uint32_t epoch, dev::Deadline deadline) {
+DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline deadline) {
   using namespace dev;
-  const Group& g = args.group;
-  const core::MailboxWords words{g.num_ranks};
-  for (int i = thread(); i < g.num_ranks * g.control.max_blocks; i += num_threads()) {
-    const int source = i / g.control.max_blocks;
-    const int flag = i % g.control.max_blocks;
+  const DispatchShared shared{g.num_ranks, num_warps()};
+  SharedArray<uint32_t> push_blocks(shared.push_blocks());
+  SharedArray<uint32_t> failed(shared.failed());
+  for (int source = warp(); source < g.num_ranks; source += num_warps()) {
     if (source == g.rank || !is_live(g, source)) continue;
-    uint32_t blocks = 0;
-    const int64_t offset = g.control.mailbox(source, epoch) + 8 * words.push_blocks();
-    if (!wait_tag<acquire, sys_scope>(at<uint64_t>(g, g.rank, offset), epoch, deadline, blocks) ||
-        flag >= static_cast<int>(blocks))
-      continue;  // a missing mailbox was noted by `hear`
-    const uint32_t* done = at<uint32_t>(g, g.rank, g.control.rows_done(source)) + flag;
-    if (!wait_equal<acquire, sys_scope>(done, epoch, deadline))
+    for (int flag = lane(); flag < static_cast<int>(push_blocks.get(source)); flag += kWarpSize) {
+      const uint32_t* done = at<uint32_t>(g, g.rank, g.control.rows_done(source)) + flag;
+      if (wait_equal<acquire, sys_scope>(done, epoch, deadline)) continue;
       note_fault(g, Phase::kRows, 1u << source, epoch, load<relaxed, sys_scope>(done));
+      failed.bit_or(0, static_cast<uint32_t>(Phase::kRows));
+    }
   }
 }
 
@@ -392,34 +482,53 @@ DEEPEP_DEVICE void await_rows(const DispatchArgs& args, uint32_t epoch, dev::Dea
   return role;
 }
 
-DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kThreads) {
+/// Asks for the first rows of the role's tokens while the counts travel.
+DEEPEP_DEVICE void prefetch_rows(const DispatchArgs& args, const DispatchRole& role) {
+  const int64_t lines = args.row_bytes / core::kLine;
+  const int parts = parts_for(role.end - role.begin, dev::num_warps());
+  const int64_t t = role.begin + dev::warp() / parts;
+  if (t >= role.end) return;
+  const int part = dev::warp() % parts;
+  for (int64_t line = lines * part / parts + dev::lane(); line < lines * (part + 1) / parts; line += dev::kWarpSize)
+    dev::prefetch(args.x + t * args.row_bytes + line * core::kLine);
+}
+
+DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   using namespace dev;
   const Group& g = args.group;
   const DispatchShared shared{g.num_ranks, num_warps()};
+  SharedArray<uint32_t> failed(shared.failed());
   const Deadline deadline = Deadline::in(g.timeout_ns);
   const uint32_t epoch = load(&g.state->dispatch_epoch) + 1;
   const DispatchRole role = role_of_block(args);
+  const int last = num_blocks() - 1;
 
-  if (thread() == 0) SharedArray<uint32_t>(shared.failed()).set(0, 0);
+  if (thread() == 0) failed.set(0, 0);
   if (block() == 0) tell(args, epoch);
+  prefetch_rows(args, role);
   if (!args.cached) place(args, role);
   sync_block();
+  const int parts = parts_for(role.end - role.begin, num_warps());
+  const int32_t first_position = position_of_item(args, role, parts, warp());
   const bool heard = hear(args, epoch, deadline);
   if (heard) {
     if (block() == 0 && !args.cached) {
       SharedArray<int32_t> counts(shared.counts());
       for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) store(args.counts + i, counts.get(i));
     }
-    if (block() == num_blocks() - 1 && args.host != nullptr) tell_host(args, epoch, deadline);
-    write_rows(args, role);
+    if (block() == last && args.host != nullptr) tell_host(args, epoch, deadline);
+    write_rows(args, role, first_position);
     if (role.push) publish_rows(g, epoch);
-    if (role.local && args.num_worst_tokens > 0)
-      pad_indices(args, block() - (num_blocks() - args.local_blocks), args.local_blocks);
-    if (block() == 0) await_rows(args, epoch, deadline);
-  } else if (block() == num_blocks() - 1 && args.host != nullptr) {
+    if (!args.cached) {
+      sync_block();
+      finish_rows(args, role);
+    }
+    if (role.local && args.num_worst_tokens > 0) pad_indices(args, block() - (last + 1 - args.local_blocks), args.local_blocks);
+    if (block() == 0) await_rows(g, epoch, deadline);
+  } else if (block() == last && args.host != nullptr) {
     tell_host(args, epoch, deadline);
   }
-  leave(g, Operation::kDispatch, &g.state->dispatch_epoch);
+  close_kernel(g, Operation::kDispatch, failed, &g.state->dispatch_epoch, epoch);
 }
 
 }  // namespace deepep::kernels

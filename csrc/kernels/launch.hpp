@@ -10,5 +10,6 @@ void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream);
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
 void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
 void launch_barrier(const Group& group, void* stream);
+void launch_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_blocks, void* stream);
 
 }  // namespace deepep::kernels

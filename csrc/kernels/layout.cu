@@ -13,7 +13,7 @@ void launch_layout(const LayoutArgs& args, int num_blocks, void* stream) {
 }
 
 void launch_barrier(const Group& group, void* stream) {
-  launch<BarrierArgs>(barrier_kernel, BarrierArgs{group}, 1, kThreads, 0, stream, "barrier");
+  launch<BarrierArgs>(barrier_kernel, BarrierArgs{group}, 1, kThreads, 16, stream, "barrier");
 }
 
 }  // namespace deepep::kernels

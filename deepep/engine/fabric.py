@@ -1,0 +1,80 @@
+"""Symmetric memory between the processes of one node: CUDA IPC, through torch.
+
+Every rank allocates a heap of the same size; every rank maps every other's. torch exports the memory
+(`torch.multiprocessing.reductions.reduce_tensor`) and the group's own object all-gather carries the handles.
+"""
+
+from __future__ import annotations
+
+import inspect
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
+
+
+@dataclass(frozen=True)
+class SymmetricHeap:
+    """One rank's heap and where everybody's is mapped here.
+
+    own: uint8 [B] on this rank's device. mapped: every rank's heap by rank, kept alive with this object.
+    """
+
+    own: torch.Tensor
+    mapped: list[torch.Tensor]
+
+    @property
+    def addresses(self) -> list[int]:
+        """Every rank's heap as this process addresses it."""
+        return [tensor.data_ptr() for tensor in self.mapped]
+
+
+def share_heap(own: torch.Tensor, rank: int, gather: Callable[[Any], list[Any]]) -> SymmetricHeap:
+    """Maps the heaps of all ranks of one node. Collective: `gather` brings every rank's object to every rank.
+
+    Raises RuntimeError where a peer's memory cannot be mapped.
+    """
+    rebuild, args = reduce_tensor(own)
+    shared = gather((rebuild, args))
+    # A process maps the memory of others only: its own it has.
+    mapped = [own if r == rank else _map_here(own.device, *given) for r, given in enumerate(shared)]
+    torch.cuda.synchronize(own.device)
+    return SymmetricHeap(own, mapped)
+
+
+def _map_here(
+    device: torch.device, rebuild: Callable[..., torch.Tensor], args: tuple[Any, ...]
+) -> torch.Tensor:
+    """The exported tensor, mapped for kernels of `device`.
+
+    torch would open the memory on the exporter's device, where kernels of another device cannot reach it; opened
+    on the device that will use it, CUDA enables the peer access along with it.
+    """
+    given = inspect.signature(rebuild).bind(*args)
+    given.arguments["storage_device"] = device.index
+    return rebuild(*given.args, **given.kwargs)
+
+
+def gather_over(group: dist.ProcessGroup) -> Callable[[Any], list[Any]]:
+    """The object all-gather of a process group, as `share_heap` wants it."""
+
+    def gather(mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * group.size()
+        dist.all_gather_object(everyone, mine, group=group)
+        return everyone
+
+    return gather
+
+
+def why_not_one_node(group: dist.ProcessGroup) -> str:
+    """Empty if all ranks of the group share a host and can map each other's memory; else the reason. Collective."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    mine = (socket.gethostname(), str(properties.uuid))
+    everyone = gather_over(group)(mine)
+    if len({host for host, _ in everyone}) > 1:
+        return "the ranks span several hosts"
+    return ""

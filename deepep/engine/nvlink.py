@@ -1,0 +1,334 @@
+"""One rank of an NVLink domain: tensors in, kernel launches out.
+
+An `Endpoint` knows no process group and no stream policy: it is given the heaps of all ranks, as mapped here, and a
+stream for every call. Ranks may be processes of one node (deepep.engine.fabric) or virtual ranks of one process that
+share a GPU; nothing here can tell. csrc/kernels explains the protocol of each kernel.
+
+Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden size, N rows received, P scales per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from deepep import _cuda
+from deepep.errors import FaultRecord
+
+MAX_LOCAL_EXPERTS = 1024
+MAX_BLOCKS = 256
+MAX_RANKS: int = _cuda.MAX_RANKS
+
+
+class Phase(IntEnum):
+    """Why a kernel gave up; the numbers are csrc/kernels/args.hpp's."""
+
+    COUNTS = 1
+    ROWS = 2
+    STAGING = 3
+    RETURN = 4
+    ARRIVAL = 5
+    BLOCKS = 6
+    TOO_MANY_ROWS = 16
+    DISAGREEMENT = 17
+
+
+OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
+
+
+@dataclass(frozen=True)
+class BlockSplit:
+    """How many of a launch's blocks write to other ranks, and how many work on rows that stay."""
+
+    total: int
+    remote: int
+    local: int
+
+
+def split_blocks(num_sms: int, num_ranks: int, *, remote: int = 8) -> BlockSplit:
+    """Roles by SM: `remote` SMs that only push saturate the links (docs/performance.md); the rest work locally.
+
+    With few SMs the two roles get equal parts, with one they share it.
+    """
+    if num_ranks == 1:
+        return BlockSplit(num_sms, 0, num_sms)
+    if num_sms == 1:
+        return BlockSplit(1, 1, 1)
+    pushing = min(remote, num_sms // 2) if num_sms >= 4 else 1
+    return BlockSplit(num_sms, pushing, num_sms - pushing)
+
+
+@dataclass
+class Plan:
+    """What combine and cached dispatches need of a dispatch.
+
+    counts [R, R] int32: rows from rank s to rank d. send_row [T, R] int32: the final row of each token at each rank,
+    or -1. source [N] int32: source token of each received row. live: ranks that took part, as bits.
+    """
+
+    counts: torch.Tensor
+    send_row: torch.Tensor
+    source: torch.Tensor
+    num_tokens: int
+    num_rows: int
+    live: int
+
+
+@dataclass
+class Received:
+    """Views of one receive slot, with room for `capacity` rows; the slot lives as long as any of them."""
+
+    x: torch.Tensor  # [capacity, H]
+    source: torch.Tensor  # [capacity] int32
+    scales: torch.Tensor | None  # [capacity, P]
+    topk_idx: torch.Tensor | None  # [capacity, K]
+    topk_weights: torch.Tensor | None  # [capacity, K] float32
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the host learns while a dispatch runs."""
+
+    phase: int
+    num_rows: int
+    most_rows: int
+    per_expert: list[int]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Endpoint:
+    """The operations of one rank on its NVLink domain.
+
+    heap: this rank's symmetric memory, uint8 [B] on the device. addresses: where each rank's heap is mapped here;
+    all heaps are alike in size. staging_bytes: the part of the heap that rows return to. timeout: seconds a kernel
+    waits for a peer before it leaves with a fault record.
+    """
+
+    def __init__(
+        self, rank: int, heap: torch.Tensor, addresses: list[int], *, staging_bytes: int, timeout: float
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = len(addresses)
+        self.heap = heap
+        self.device = heap.device
+        self.live = (1 << self.num_ranks) - 1
+        self.timeout = timeout
+        self.staging_bytes = staging_bytes
+        #: where the part of the heap begins that is lent out in slots
+        self.slots_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
+        heap[: self.slots_begin].zero_()
+        self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
+        self._fault = torch.zeros(_cuda.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._host = torch.zeros(
+            _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
+        )
+        self._ticket = 0
+        self._fault_serial = 0
+        self._workspace = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self._domain = _cuda.Domain(
+            rank,
+            addresses,
+            MAX_LOCAL_EXPERTS,
+            MAX_BLOCKS,
+            staging_bytes,
+            self._state.data_ptr(),
+            self._fault.data_ptr(),
+            timeout,
+        )
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def set_live(self, live: int) -> None:
+        """Ranks that take part in the calls to come, as bits. All live ranks must set the same."""
+        self.live = live
+        self._domain.set_live(live)
+
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, ranks_per_domain: int, stream: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(tokens per rank [R] int32, per domain [D] int32 or None, per expert [E] int32, token-in-rank [T, R] bool)."""
+        tokens, topk = topk_idx.shape
+        ranks = self.num_ranks
+        domains = -(-ranks // ranks_per_domain)
+        ints = torch.empty(ranks + domains + num_experts, dtype=torch.int32, device=self.device)
+        per_rank, per_domain, per_expert = ints.split([ranks, domains, num_experts])
+        in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=self.device)
+        if self._workspace.numel() < num_experts + ranks + domains + 1:
+            self._workspace = torch.zeros(
+                num_experts + ranks + domains + 1, dtype=torch.int32, device=self.device
+            )
+        wide = domains > 1
+        _cuda.layout(
+            ranks,
+            num_experts,
+            ranks_per_domain,
+            topk,
+            topk_idx.element_size(),
+            tokens,
+            topk_idx.data_ptr(),
+            per_rank.data_ptr(),
+            per_domain.data_ptr() if wide else 0,
+            per_expert.data_ptr(),
+            in_rank.data_ptr(),
+            self._workspace.data_ptr(),
+            max(1, min(8, tokens // 1024)),
+            stream,
+        )
+        return per_rank, per_domain if wide else None, per_expert, in_rank
+
+    @staticmethod
+    def slot_bytes(rows: int, row_bytes: int, num_scales: int, num_topk: int, index_bytes: int) -> int:
+        """Bytes of a slot for `rows` received rows."""
+        return int(_cuda.slot_offsets(rows, row_bytes, num_scales, num_topk, index_bytes)[-1])
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        slot: torch.Tensor,
+        capacity: int,
+        split: BlockSplit,
+        stream: int,
+        *,
+        plan: Plan | None = None,
+        scales: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        tokens_per_rank: torch.Tensor | None = None,
+        tokens_per_expert: torch.Tensor | None = None,
+        num_worst_tokens: int = 0,
+        tell_host: bool = False,
+    ) -> tuple[Received, Plan]:
+        """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap with room for `capacity`.
+
+        With `plan` the routing is that plan's; without it is_token_in_rank and tokens_per_rank are needed. The
+        plan's num_rows is `capacity` until the caller knows better (`wait_counts`, with tell_host).
+        """
+        tokens, hidden = x.shape
+        row_bytes = hidden * x.element_size()
+        num_scales = 0 if scales is None else scales.shape[1]
+        num_topk = 0 if topk_idx is None else topk_idx.shape[1]
+        index_bytes = 8 if topk_idx is None else topk_idx.element_size()
+        experts = 0 if tokens_per_expert is None else tokens_per_expert.numel() // self.num_ranks
+        source_at, scales_at, idx_at, weights_at, _ = _cuda.slot_offsets(
+            capacity, row_bytes, num_scales, num_topk, index_bytes
+        )
+
+        def part(begin: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
+            size = capacity * columns * dtype.itemsize
+            return slot[begin : begin + size].view(dtype).view(capacity, columns)
+
+        received = Received(
+            x=part(0, x.dtype, hidden),
+            source=part(source_at, torch.int32, 1).view(-1),
+            scales=part(scales_at, scales.dtype, num_scales) if scales is not None else None,
+            topk_idx=part(idx_at, topk_idx.dtype, num_topk) if topk_idx is not None else None,
+            topk_weights=part(weights_at, torch.float32, num_topk) if topk_idx is not None else None,
+        )
+        cached = plan is not None
+        if plan is None:
+            counts = torch.empty((self.num_ranks, self.num_ranks), dtype=torch.int32, device=self.device)
+            send_row = torch.empty((tokens, self.num_ranks), dtype=torch.int32, device=self.device)
+            plan = Plan(counts, send_row, received.source, tokens, capacity, self.live)
+        if tell_host:
+            self._ticket = self._ticket % 0xFFFFFFFF + 1
+        self._domain.dispatch(
+            split.total,
+            split.remote,
+            split.local,
+            cached,
+            tokens,
+            num_topk,
+            experts,
+            num_scales,
+            index_bytes,
+            row_bytes,
+            x.data_ptr(),
+            _address(scales),
+            scales.stride(0) if scales is not None else 0,
+            scales.stride(1) if scales is not None else 0,
+            _address(topk_idx),
+            _address(topk_weights),
+            _address(is_token_in_rank),
+            _address(tokens_per_rank),
+            _address(tokens_per_expert),
+            plan.counts.data_ptr(),
+            plan.send_row.data_ptr(),
+            slot.data_ptr() - self.heap.data_ptr(),
+            capacity,
+            num_worst_tokens,
+            self._host.data_ptr() if tell_host else 0,
+            self._ticket,
+            stream,
+        )
+        return received, plan
+
+    def wait_counts(self, num_local_experts: int) -> Counts | None:
+        """The counts of the dispatch launched last with `tell_host`; None if the deadline passed. Releases the GIL."""
+        # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
+        seen = _cuda.wait_counts(self._host.data_ptr(), self._ticket, num_local_experts, self.timeout + 30.0)
+        return None if seen is None else Counts(*seen)
+
+    def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
+        """How many rows may come back to this rank in one combine."""
+        return int(_cuda.staging_capacity(self.staging_bytes, row_bytes, num_topk))
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        plan: Plan,
+        split: BlockSplit,
+        stream: int,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        biases: tuple[torch.Tensor, ...] = (),
+        out: torch.Tensor,
+        out_weights: torch.Tensor | None = None,
+        parts: int = 1,
+    ) -> None:
+        """Launches a combine of x [N, H] bf16 into out [T, H] bf16 (and weights [N, K] into out_weights [T, K]).
+
+        parts: into how many parts (1 to 4) rows are cut, so that a few keep all warps busy; the same on all ranks.
+        """
+        self._domain.combine(
+            split.total,
+            split.remote,
+            split.local,
+            parts,
+            plan.num_tokens,
+            0 if topk_weights is None else topk_weights.shape[1],
+            out.shape[1] * out.element_size(),
+            x.data_ptr(),
+            _address(topk_weights),
+            _address(biases[0] if biases else None),
+            _address(biases[1] if len(biases) > 1 else None),
+            plan.counts.data_ptr(),
+            plan.send_row.data_ptr(),
+            out.data_ptr(),
+            _address(out_weights),
+            stream,
+        )
+
+    def barrier(self, stream: int) -> None:
+        """Launches a barrier of all live ranks."""
+        self._domain.barrier(stream)
+
+    def take_fault(self) -> FaultRecord | None:
+        """The fault record that a kernel has left since the last call, if one has."""
+        serial, operation, phase, missing, expected, seen = _cuda.read_fault(self._fault.data_ptr())
+        if serial == self._fault_serial:
+            return None
+        self._fault_serial = serial
+        return FaultRecord(
+            operation=OPERATIONS.get(operation, str(operation)),
+            phase=Phase(phase).name.lower(),
+            rank=self.rank,
+            waited_on=tuple(r for r in range(self.num_ranks) if missing >> r & 1),
+            expected=expected,
+            seen=seen,
+            seconds=self.timeout,
+        )

@@ -1,0 +1,155 @@
+"""Virtual ranks: the ranks of one NVLink domain as streams of one process on one GPU.
+
+Each rank has its own heap, its own stream and a share of the SMs; all ranks' kernels are resident together, as they
+would be on as many GPUs. The kernels cannot tell. What this cannot show is the links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deepep.engine.nvlink import BlockSplit, Counts, Endpoint, Plan, Received, split_blocks
+
+
+@dataclass
+class RankInputs:
+    """One rank's arguments of a dispatch, as `Endpoint.dispatch` takes them."""
+
+    x: torch.Tensor  # [T, H]
+    is_token_in_rank: torch.Tensor  # [T, R] bool
+    tokens_per_rank: torch.Tensor  # [R] int32
+    tokens_per_expert: torch.Tensor | None = None  # [E] int32
+    scales: torch.Tensor | None = None  # [T, P]
+    topk_idx: torch.Tensor | None = None  # [T, K]
+    topk_weights: torch.Tensor | None = None  # [T, K]
+
+
+@dataclass
+class Arrived:
+    """One rank's results of a dispatch."""
+
+    received: Received
+    plan: Plan
+    counts: Counts | None = None
+
+
+@dataclass
+class VirtualDomain:
+    """`num_ranks` endpoints on one device. heap_bytes: symmetric memory per rank, control and staging included."""
+
+    num_ranks: int
+    num_sms: int = 0
+    heap_bytes: int = 256 << 20
+    staging_bytes: int = 64 << 20
+    timeout: float = 5.0
+    device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
+    endpoints: list[Endpoint] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if self.num_sms == 0:
+            self.num_sms = sms // self.num_ranks
+        if self.num_sms * self.num_ranks > sms:
+            raise ValueError(f"{self.num_ranks} ranks of {self.num_sms} SMs do not fit on {sms} SMs together")
+        heaps = [
+            torch.empty(self.heap_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
+        ]
+        addresses = [heap.data_ptr() for heap in heaps]
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(self.num_ranks)]
+        self.endpoints = [
+            Endpoint(r, heaps[r], addresses, staging_bytes=self.staging_bytes, timeout=self.timeout)
+            for r in range(self.num_ranks)
+        ]
+        torch.cuda.synchronize(self.device)
+
+    @property
+    def split(self) -> BlockSplit:
+        """The roles of each rank's blocks."""
+        return split_blocks(self.num_sms, self.num_ranks)
+
+    def dispatch(
+        self,
+        inputs: Sequence[RankInputs],
+        *,
+        capacity: int,
+        num_worst_tokens: int = 0,
+        num_experts: int = 0,
+        tell_host: bool = True,
+        plans: Sequence[Plan] | None = None,
+        order: Sequence[int] | None = None,
+        skip: frozenset[int] = frozenset(),
+    ) -> list[Arrived]:
+        """One dispatch of all ranks (but those in `skip`, which do not arrive); launched in `order`."""
+        torch.cuda.synchronize(self.device)
+        results: dict[int, Arrived] = {}
+        for r in order if order is not None else range(self.num_ranks):
+            if r in skip:
+                continue
+            endpoint, given = self.endpoints[r], inputs[r]
+            begin = endpoint.slots_begin
+            cached = plans is not None
+            received, plan = endpoint.dispatch(
+                given.x,
+                endpoint.heap[begin:],
+                capacity,
+                self.split,
+                self.streams[r].cuda_stream,
+                plan=plans[r] if plans is not None else None,
+                scales=given.scales,
+                topk_idx=None if cached else given.topk_idx,
+                topk_weights=None if cached else given.topk_weights,
+                is_token_in_rank=given.is_token_in_rank,
+                tokens_per_rank=given.tokens_per_rank,
+                tokens_per_expert=given.tokens_per_expert,
+                num_worst_tokens=num_worst_tokens,
+                tell_host=tell_host and not cached,
+            )
+            results[r] = Arrived(received, plan)
+        if tell_host and plans is None:
+            for r, arrived in results.items():
+                arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)
+                if arrived.counts is not None:
+                    arrived.plan.num_rows = arrived.counts.num_rows
+        torch.cuda.synchronize(self.device)
+        return [results[r] for r in sorted(results)]
+
+    def combine(
+        self,
+        rows: Sequence[torch.Tensor],
+        plans: Sequence[Plan],
+        *,
+        hidden: int,
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        biases: Sequence[tuple[torch.Tensor, ...]] | None = None,
+        skip: frozenset[int] = frozenset(),
+        parts: int = 1,
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
+        torch.cuda.synchronize(self.device)
+        results = []
+        for r in range(self.num_ranks):
+            plan = plans[r]
+            out = torch.empty((plan.num_tokens, hidden), dtype=torch.bfloat16, device=self.device)
+            weights = None
+            if topk_weights is not None:
+                columns = topk_weights[r].shape[1]
+                weights = torch.empty((plan.num_tokens, columns), dtype=torch.float32, device=self.device)
+            results.append((out, weights))
+            if r in skip:
+                continue
+            self.endpoints[r].combine(
+                rows[r],
+                plan,
+                self.split,
+                self.streams[r].cuda_stream,
+                topk_weights=None if topk_weights is None else topk_weights[r],
+                biases=() if biases is None else biases[r],
+                out=out,
+                out_weights=weights,
+                parts=parts,
+            )
+        torch.cuda.synchronize(self.device)
+        return results

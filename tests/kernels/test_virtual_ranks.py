@@ -1,0 +1,317 @@
+"""The high-throughput kernels on virtual ranks of one GPU against the oracle, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from deepep.reference import high_throughput as oracle
+from deepep.reference.layout import dispatch_layout
+
+pytestmark = pytest.mark.gpu
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: tokens per rank, hidden size, top-k, experts per rank, and how indices are drawn."""
+
+    tokens: tuple[int, ...]
+    hidden: int = 256
+    topk: int = 4
+    local_experts: int = 4
+    fp8: bool = False
+    scale_dtype: torch.dtype = torch.float32
+    index_dtype: torch.dtype = torch.int64
+    pattern: str = "uniform"
+    strided_scales: bool = False
+    with_topk: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return len(self.tokens)
+
+
+def draw_indices(shape: Shape, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """[T, K] expert indices; patterns that routing code gets wrong."""
+    tokens, experts = shape.tokens[rank], shape.local_experts * shape.ranks
+    idx = torch.randint(0, experts, (tokens, shape.topk), generator=generator)
+    if shape.pattern == "one_rank":
+        idx = idx % shape.local_experts + (shape.ranks - 1) * shape.local_experts
+    elif shape.pattern == "starved":
+        idx = idx % max(1, experts - shape.local_experts)
+    elif shape.pattern == "none":
+        idx = torch.full_like(idx, -1)
+    elif shape.pattern == "holes":
+        idx[torch.rand(idx.shape, generator=generator) < 0.4] = -1
+        idx[::3] = -1
+    elif shape.pattern == "duplicates":
+        idx[:, 1:] = idx[:, :1]
+    return idx.to(shape.index_dtype)
+
+
+def draw_rank(shape: Shape, rank: int, seed: int) -> oracle.DispatchInput:
+    generator = torch.Generator().manual_seed(seed * 1000 + rank)
+    tokens, hidden = shape.tokens[rank], shape.hidden
+    idx = draw_indices(shape, rank, generator)
+    layout = dispatch_layout(idx, shape.local_experts * shape.ranks, shape.ranks)
+    scales = None
+    if shape.fp8:
+        x = torch.randint(0, 256, (tokens, hidden), generator=generator, dtype=torch.uint8).view(
+            torch.float8_e4m3fn
+        )
+        columns = hidden // 128
+        raw = torch.randint(-(2**31), 2**31 - 1, (columns, tokens), generator=generator, dtype=torch.int32)
+        scales = (raw.t() if shape.strided_scales else raw.t().contiguous()).view(torch.int32)
+        if shape.scale_dtype == torch.float32:
+            scales = torch.rand((columns, tokens), generator=generator).t()
+            scales = scales if shape.strided_scales else scales.contiguous()
+    else:
+        x = torch.randn((tokens, hidden), generator=generator).to(torch.bfloat16)
+    return oracle.DispatchInput(
+        x=x,
+        is_token_in_rank=layout.is_token_in_rank,
+        scales=scales,
+        topk_idx=idx if shape.with_topk else None,
+        topk_weights=torch.rand((tokens, shape.topk), generator=generator) if shape.with_topk else None,
+        num_tokens_per_expert=layout.num_tokens_per_expert,
+    )
+
+
+def to_gpu(given: oracle.DispatchInput):  # type: ignore[no-untyped-def]
+    from deepep.sim.virtual_ranks import RankInputs
+
+    def move(t: torch.Tensor | None) -> torch.Tensor | None:
+        # .to() keeps the strides of non-overlapping tensors, so strided scales stay strided.
+        return None if t is None else t.to("cuda")
+
+    return RankInputs(
+        x=given.x.to("cuda"),
+        is_token_in_rank=given.is_token_in_rank.to("cuda"),
+        tokens_per_rank=given.is_token_in_rank.sum(0).to(torch.int32).to("cuda"),
+        tokens_per_expert=move(given.num_tokens_per_expert),
+        scales=move(given.scales),
+        topk_idx=move(given.topk_idx),
+        topk_weights=move(given.topk_weights),
+    )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.cpu().contiguous(), b.cpu().contiguous()
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = False) -> None:  # type: ignore[no-untyped-def]
+    rows = expected.src_token.numel()
+    got = arrived.received
+    if not cached:
+        assert arrived.counts.phase == 0
+        assert arrived.counts.num_rows == rows
+        assert arrived.counts.per_expert == expected.num_recv_tokens_per_expert
+    assert same_bits(got.x[:rows], expected.recv_x[:rows])
+    assert same_bits(got.source[:rows], expected.src_token)
+    if expected.recv_scales is not None:
+        assert same_bits(got.scales[:rows], expected.recv_scales[:rows])
+    if expected.recv_topk_idx is not None and not cached:
+        assert same_bits(got.topk_idx[:rows], expected.recv_topk_idx[:rows])
+        assert same_bits(got.topk_weights[:rows], expected.recv_topk_weights[:rows])
+
+
+def round_trip(domain, shape: Shape, seed: int) -> None:  # type: ignore[no-untyped-def]
+    """Dispatch, a cached dispatch of other data, combine with every extra: all ranks against the oracle."""
+    experts = shape.local_experts * shape.ranks
+    inputs = [draw_rank(shape, r, seed) for r in range(shape.ranks)]
+    expected = oracle.dispatch(inputs, experts)
+    on_gpu = [to_gpu(given) for given in inputs]
+    capacity = max(1, sum(shape.tokens))
+    arrived = domain.dispatch(on_gpu, capacity=capacity, num_experts=experts)
+    for got, want in zip(arrived, expected, strict=True):
+        check_received(got, want)
+    plans = [got.plan for got in arrived]
+
+    if not shape.fp8:
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randn(want.recv_x.shape, generator=generator).to(torch.bfloat16) for want in expected]
+        weights = None
+        if shape.with_topk:
+            weights = [want.recv_topk_weights for want in expected]
+        biases = [
+            tuple(torch.randn(given.x.shape, generator=generator).to(torch.bfloat16) for _ in range(seed % 3))
+            for given in inputs
+        ]
+        wanted = oracle.combine(
+            rows, [g.is_token_in_rank for g in inputs], topk_weights=weights, biases=biases
+        )
+        got_rows = domain.combine(
+            [r.cuda() for r in rows],
+            plans,
+            hidden=shape.hidden,
+            topk_weights=None if weights is None else [w.cuda() for w in weights],
+            biases=[tuple(b.cuda() for b in pair) for pair in biases],
+            parts=seed % 4 + 1,
+        )
+        for (x, w), want_out in zip(got_rows, wanted, strict=True):
+            assert same_bits(x, want_out.x)
+            if w is not None:
+                assert same_bits(w, want_out.topk_weights)
+
+    again = [draw_rank(shape, r, seed + 1) for r in range(shape.ranks)]
+    moved = [
+        oracle.DispatchInput(x=new.x, is_token_in_rank=old.is_token_in_rank, scales=new.scales)
+        for new, old in zip(again, inputs, strict=True)
+    ]
+    expected = oracle.dispatch(moved, experts)
+    arrived = domain.dispatch([to_gpu(given) for given in moved], capacity=capacity, plans=plans)
+    for got, want in zip(arrived, expected, strict=True):
+        check_received(got, want, cached=True)
+    for endpoint in domain.endpoints:
+        assert endpoint.take_fault() is None
+
+
+SHAPES = [
+    Shape((17,), pattern="holes"),
+    Shape((64, 64)),
+    Shape((4097, 1030), hidden=7168, topk=8, local_experts=128),
+    Shape((33, 0), pattern="duplicates"),
+    Shape((0, 0)),
+    Shape((100, 7, 55), hidden=136, topk=2),
+    Shape((40, 41, 42, 43), pattern="one_rank", topk=32, local_experts=9),
+    Shape((40, 0, 1, 2000), pattern="holes", index_dtype=torch.int32),
+    Shape((31, 64, 2, 9), pattern="none"),
+    Shape((128,) * 8, hidden=7168, topk=8, local_experts=32),
+    Shape((70, 1, 0, 300, 5, 64, 65, 1025), pattern="starved", topk=1, local_experts=1),
+    Shape((128, 130), fp8=True, hidden=7168, strided_scales=True),
+    Shape((128, 130, 3), fp8=True, hidden=384, scale_dtype=torch.int32, strided_scales=True),
+    Shape((50, 60), fp8=True, hidden=512, with_topk=False),
+    Shape((50, 60), hidden=520, with_topk=False),
+]
+
+
+@pytest.fixture(scope="module")
+def domains():  # type: ignore[no-untyped-def]
+    """A factory that keeps one domain per (ranks, SMs)."""
+    from deepep.sim.virtual_ranks import VirtualDomain
+
+    kept: dict[tuple[int, int], VirtualDomain] = {}
+
+    def domain(ranks: int, num_sms: int = 0) -> VirtualDomain:
+        if (ranks, num_sms) not in kept:
+            kept[ranks, num_sms] = VirtualDomain(
+                ranks, num_sms=num_sms, staging_bytes=192 << 20, heap_bytes=400 << 20
+            )
+        return kept[ranks, num_sms]
+
+    return domain
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip(domains, shape: Shape) -> None:  # type: ignore[no-untyped-def]
+    for seed in range(3):
+        round_trip(domains(shape.ranks), shape, seed)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 8, 24])
+def test_results_do_not_depend_on_sms(domains, num_sms: int) -> None:  # type: ignore[no-untyped-def]
+    round_trip(domains(2, num_sms), Shape((513, 260), hidden=7168, topk=8, local_experts=128), 5)
+    round_trip(domains(4, num_sms), Shape((65, 0, 33, 1), pattern="holes"), 6)
+
+
+def test_random_shapes(domains) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(7)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    patterns = ["uniform", "one_rank", "starved", "none", "holes", "duplicates"]
+    for case in range(120):
+        ranks = (1, 2, 3, 4, 8)[pick(0, 4)]
+        shape = Shape(
+            tuple(pick(0, 200) * pick(0, 1) for _ in range(ranks)),
+            hidden=128 * pick(1, 12),
+            topk=pick(1, 16),
+            local_experts=pick(1, 40),
+            fp8=pick(0, 3) == 0,
+            index_dtype=(torch.int32, torch.int64)[pick(0, 1)],
+            pattern=patterns[pick(0, 5)],
+            strided_scales=bool(pick(0, 1)),
+            with_topk=bool(pick(0, 3)),
+        )
+        round_trip(domains(ranks), shape, case)
+
+
+def test_too_many_rows_is_told_before_a_row_moves(domains) -> None:  # type: ignore[no-untyped-def]
+    domain = domains(4)
+    shape = Shape((50, 50, 50, 50), pattern="one_rank")
+    inputs = [to_gpu(draw_rank(shape, r, 1)) for r in range(4)]
+    arrived = domain.dispatch(inputs, capacity=199, num_experts=16)
+    for got in arrived:
+        assert got.counts.phase == 16
+        assert got.counts.most_rows == 200
+    round_trip(domain, shape, 2)
+
+
+def test_a_rank_that_does_not_arrive_is_named(domains) -> None:  # type: ignore[no-untyped-def]
+    from deepep.sim.virtual_ranks import VirtualDomain
+
+    domain = VirtualDomain(4, timeout=0.5)
+    shape = Shape((50, 50, 50, 50))
+    inputs = [to_gpu(draw_rank(shape, r, 1)) for r in range(4)]
+    domain.dispatch(inputs, capacity=200, num_experts=16, skip=frozenset({2}))
+    for r in (0, 1, 3):
+        fault = domain.endpoints[r].take_fault()
+        assert fault is not None
+        assert (fault.operation, fault.phase, fault.waited_on) == ("dispatch", "counts", (2,))
+    assert torch.zeros(1, device="cuda").item() == 0  # the context lives
+
+
+def test_masked_ranks_are_left_out(domains) -> None:  # type: ignore[no-untyped-def]
+    from deepep.sim.virtual_ranks import VirtualDomain
+
+    domain = VirtualDomain(4, timeout=2.0)
+    shape = Shape((50, 51, 52, 53))
+    given = [draw_rank(shape, r, 1) for r in range(4)]
+    expected = oracle.dispatch(given, 16, masked={2})
+    for r in (0, 1, 3):
+        domain.endpoints[r].set_live(0b1011)
+    arrived = domain.dispatch([to_gpu(g) for g in given], capacity=206, num_experts=16, skip=frozenset({2}))
+    for got, r in zip(arrived, (0, 1, 3), strict=True):
+        rows = expected[r].src_token.numel()
+        assert got.counts.num_rows == rows
+        assert same_bits(got.received.x[:rows], expected[r].recv_x)
+        assert domain.endpoints[r].take_fault() is None
+
+
+def test_num_worst_tokens_marks_the_rest(domains) -> None:  # type: ignore[no-untyped-def]
+    shape = Shape((50, 60), topk=3)
+    given = [draw_rank(shape, r, 1) for r in range(2)]
+    expected = oracle.dispatch(given, 8)
+    arrived = domains(2).dispatch(
+        [to_gpu(g) for g in given], capacity=300, num_worst_tokens=300, tell_host=False
+    )
+    for got, want in zip(arrived, expected, strict=True):
+        rows = want.src_token.numel()
+        assert same_bits(got.received.topk_idx[:rows], want.recv_topk_idx)
+        assert (got.received.topk_idx[rows:] == -1).all()
+        assert same_bits(got.received.x[:rows], want.recv_x)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_layout(domains, index_dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    for ranks, tokens, topk, local in [(1, 9, 1, 1), (2, 4096, 8, 128), (8, 777, 32, 7), (3, 0, 4, 2)]:
+        shape = Shape(
+            (tokens,) * ranks, topk=topk, local_experts=local, pattern="holes", index_dtype=index_dtype
+        )
+        idx = draw_indices(shape, 0, torch.Generator().manual_seed(tokens))
+        for per_domain in (8, 2):
+            want = dispatch_layout(idx, local * ranks, ranks, ranks_per_node=per_domain)
+            endpoint = domains(ranks).endpoints[0]
+            stream = torch.cuda.current_stream().cuda_stream
+            rank_counts, domain_counts, expert_counts, in_rank = endpoint.layout(
+                idx.cuda(), local * ranks, per_domain, stream
+            )
+            assert same_bits(rank_counts, want.num_tokens_per_rank)
+            assert same_bits(expert_counts, want.num_tokens_per_expert)
+            assert same_bits(in_rank, want.is_token_in_rank)
+            if want.num_tokens_per_node is not None:
+                assert same_bits(domain_counts, want.num_tokens_per_node)
