@@ -178,6 +178,9 @@ void bind_domain(py::module_& m) {
   m.def("staging_capacity", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
     return core::StagingLayout{area_bytes, row_bytes, num_topk}.capacity();
   });
+  m.def("staging_rows_begin", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
+    return core::StagingLayout{area_bytes, row_bytes, num_topk}.rows_begin();
+  });
   m.def("slot_offsets", [](int64_t capacity, int64_t row_bytes, int num_scales, int num_topk, int index_bytes) {
     const core::SlotLayout slot{capacity, row_bytes, num_scales, num_topk, index_bytes};
     return py::make_tuple(slot.source(), slot.scales(), slot.topk_idx(), slot.topk_weights(), slot.bytes());
