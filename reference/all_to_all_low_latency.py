@@ -139,7 +139,8 @@ class DispatchUnderway:
         chosen = (got["topk_idx"] == experts[:, None, None]).any(-1)  # [L, N]
         expert, source_row = chosen.nonzero(as_tuple=True)
         row = (chosen.cumsum(1) - 1)[expert, source_row]
-        out.recv_x[expert, row] = got["x"][source_row]
+        # As bytes: not every torch can index float8 on every device.
+        out.recv_x.view(torch.uint8)[expert, row] = got["x"].view(torch.uint8)[source_row]
         if out.recv_scales is not None:
             out.recv_scales[expert, row] = got["scales"][source_row]
         out.recv_src_info.fill_(-1)

@@ -75,8 +75,8 @@ def ue8m0_pack(scale_inv: Tensor) -> Tensor:
     """
     require(scale_inv.dtype == torch.float32, f"scale_inv: got {scale_inv.dtype}; allowed: float32")
     require(scale_inv.shape[-1] % 4 == 0, f"scale_inv: got {list(scale_inv.shape)}; allowed: [..., 4 * n]")
-    exponent = (dense(scale_inv).view(torch.int32) >> 23) & 0xFF
-    return exponent.to(torch.uint8).view(torch.int32)
+    exponent = (scale_inv.view(torch.int32) >> 23) & 0xFF
+    return dense(exponent.to(torch.uint8)).view(torch.int32)
 
 
 def ue8m0_unpack(packed: Tensor) -> Tensor:

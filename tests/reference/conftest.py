@@ -70,6 +70,12 @@ def _draw_routing(seed: int, num_ranks: int, pattern: str) -> Routing:
     return num_experts, tables
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
 @pytest.fixture(scope="session")
 def patterns() -> tuple[str, ...]:
     """The names of the routing patterns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,11 @@ class Call:
     returned_weights: Tensor | None  # [N, K]
     biases: tuple[Tensor, ...]
 
+    def on(self, device: torch.device) -> Call:
+        """The same with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, biases=tuple(bias.to(device) for bias in self.biases))
+
     def rows(self) -> Tensor:
         return self.x.view(FLOAT8) if self.is_float8 else self.x
 
@@ -54,7 +59,7 @@ def on_a_rank(ctx: Any, wire_of: WireOf, calls: list[Call]) -> list[dict[str, An
     from deepep.reference import all_to_all
 
     results: list[dict[str, Any] | None] = []
-    for call in calls:
+    for call in (call.on(ctx.device) for call in calls):
         wire, wire_at_combine = wire_of(ctx, call.members), wire_of(ctx, call.members_at_combine)
         if wire is None:
             results.append(None)
@@ -85,7 +90,7 @@ def on_a_rank(ctx: Any, wire_of: WireOf, calls: list[Call]) -> list[dict[str, An
         result["again"] = cached.x
         result["restored_src_token"] = restored.src_token
         if wire_at_combine is not None:
-            before = [bias.double().numpy().tobytes() for bias in call.biases]
+            before = [bias.double().cpu().numpy().tobytes() for bias in call.biases]
             combined = all_to_all.combine(
                 wire_at_combine,
                 plan,
@@ -93,11 +98,10 @@ def on_a_rank(ctx: Any, wire_of: WireOf, calls: list[Call]) -> list[dict[str, An
                 topk_weights=call.returned_weights,
                 biases=call.biases,
             )
-            assert before == [bias.double().numpy().tobytes() for bias in call.biases], (
-                "biases were written to"
-            )
+            after = [bias.double().cpu().numpy().tobytes() for bias in call.biases]
+            assert before == after, "biases were written to"
             result["combined"], result["combined_weights"] = combined.x, combined.topk_weights
-        results.append(result)
+        results.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
     return results
 
 
@@ -263,8 +267,31 @@ def check(calls: list[Call], results: list[dict[str, Any] | None], same_bits: Sa
         assert expected is None or same_bits(got["combined_weights"], expected)
 
 
-# Each example is a batch: one case of every routing pattern, in one round trip to the ranks. A seed cannot be
-# shrunk.
+def run_batches(
+    world: World,
+    batches: int,
+    draw_routing: Draw,
+    patterns: tuple[str, ...],
+    same_bits: SameBits,
+    wire_of: WireOf,
+) -> None:
+    """An example is a batch: a case of every routing pattern, in one round trip. Seeds cannot be shrunk."""
+
+    @settings(max_examples=batches, deadline=None, phases=[Phase.reuse, Phase.generate])
+    @given(st.integers(0, 2**32 - 1))
+    def batch(seed: int) -> None:
+        cases = [make_case(seed, world.num_ranks, pattern, draw_routing) for pattern in patterns]
+        by_rank = [([case[rank] for case in cases],) for rank in range(world.num_ranks)]
+        results = world.run(on_a_rank, wire_of, per_rank=by_rank)
+        for number, (pattern, case) in enumerate(zip(patterns, cases, strict=True)):
+            try:
+                check(case, [result[number] for result in results], same_bits)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}, pattern {pattern!r}: {error}") from error
+
+    batch()
+
+
 @pytest.mark.parametrize(("num_ranks", "batches"), [(1, 6), (2, 10), (3, 10), (4, 10), (8, 6)])
 def test_agrees_with_the_global_view(
     num_ranks: int,
@@ -275,19 +302,18 @@ def test_agrees_with_the_global_view(
     same_bits: SameBits,
     wire_of: WireOf,
 ) -> None:
-    @settings(max_examples=batches, deadline=None, phases=[Phase.reuse, Phase.generate])
-    @given(st.integers(0, 2**32 - 1))
-    def batch(seed: int) -> None:
-        cases = [make_case(seed, num_ranks, pattern, draw_routing) for pattern in patterns]
-        by_rank = [[case[rank] for case in cases] for rank in range(num_ranks)]
-        results = world_of(num_ranks).run(on_a_rank, wire_of, per_rank=[(calls,) for calls in by_rank])
-        for number, (pattern, case) in enumerate(zip(patterns, cases, strict=True)):
-            try:
-                check(case, [result[number] for result in results], same_bits)
-            except AssertionError as error:
-                raise AssertionError(f"seed {seed}, pattern {pattern!r}: {error}") from error
+    run_batches(world_of(num_ranks), batches, draw_routing, patterns, same_bits, wire_of)
 
-    batch()
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_agrees_over_nccl(
+    num_ranks: int, draw_routing: Draw, patterns: tuple[str, ...], same_bits: SameBits, wire_of: WireOf
+) -> None:
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs, one for each rank")
+    with World(num_ranks, backend="nccl") as world:
+        run_batches(world, 5, draw_routing, patterns, same_bits, wire_of)
 
 
 def refusals(ctx: Any) -> list[str]:
