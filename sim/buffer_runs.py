@@ -25,17 +25,29 @@ from deepep.sim.values import inputs
 TIMEOUT = 20.0
 
 
+def as_buffer_call(case: Case) -> Case:
+    """The nearest case in terms of V1's interface: nodes of eight ranks, and one way of reducing."""
+    return case.with_options(ranks_per_node=8, reduce="token")
+
+
 def run_buffer(ctx: RankContext, case: Case, backend: str | None = None) -> RankView:
     """One rank's part of a case, on this rank's buffer, which is kept from case to case."""
     buffer = buffer_of(ctx, backend)
     view = RankView()
-    stays = _mask(case, buffer, "dispatch")
-    if stays and case.options.mode == "ht":
-        _high_throughput(case, buffer, view)
-    elif stays:
-        _low_latency(case, buffer, view)
+    if _mask(case, buffer, "dispatch"):
+        view = run_on_buffer(case, buffer)
     if case.masked:
         buffer.low_latency_clean_mask_buffer()
+    return view
+
+
+def run_on_buffer(case: Case, buffer: Any) -> RankView:
+    """The calls of a case. The ranks that are left out of the dispatch are masked already."""
+    view = RankView()
+    if case.options.mode == "ht":
+        _high_throughput(case, buffer, view)
+    else:
+        _low_latency(case, buffer, view)
     return view
 
 

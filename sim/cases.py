@@ -215,7 +215,7 @@ class Limits:
         max_local_experts, max_topk, max_tokens: bounds of L, K and of T on each rank.
         hidden: H is one of these; multiples of 8. Rounded up where an operation needs more.
         patterns: names of routing patterns (deepep.sim.routing.PATTERNS).
-        masks: whether ranks may be masked.
+        masks: how many of the examples mask ranks, 0 to 1.
         fixed: options that are not drawn.
     """
 
@@ -225,7 +225,7 @@ class Limits:
     max_tokens: int = 12
     hidden: Sequence[int] = (128, 16, 136, 512, 640, 1024)
     patterns: Sequence[str] = tuple(PATTERNS)
-    masks: bool = True
+    masks: float = 0.15
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -240,7 +240,7 @@ def draw_case(choices: Choices, limits: Limits | None = None) -> Case:
         hidden=choices.pick(limits.hidden),
         seed=choices.seed(),
         options=draw_options(choices, limits.fixed),
-        masked=draw_mask(choices, shape.num_ranks) if limits.masks else (),
+        masked=draw_mask(choices, shape.num_ranks, limits.masks),
         origin=origin,
     ).legal()
 
@@ -288,9 +288,9 @@ def draw_options(choices: Choices, fixed: dict[str, Any] | None = None) -> Optio
     return Options(**drawn)
 
 
-def draw_mask(choices: Choices, num_ranks: int) -> tuple[int, ...]:
+def draw_mask(choices: Choices, num_ranks: int, probability: float) -> tuple[int, ...]:
     """Ranks that are left out: usually none, never all."""
-    if num_ranks == 1 or not choices.flag(0.15):
+    if num_ranks == 1 or probability == 0 or not choices.flag(probability):
         return ()
     count = choices.integer(1, min(2, num_ranks - 1))
     first = choices.integer(0, num_ranks - 1)

@@ -23,6 +23,7 @@ from deepep.sim.observed import Array, RankView, bits
 from deepep.sim.values import other_rows
 
 GROUP = 128
+E4M3_NAN = 0x7F
 E4M3_MAX = np.float32(448.0)
 AMAX_FLOOR = np.float32(1e-4)
 
@@ -62,10 +63,8 @@ def ranges_partition_the_rows(case: Case, views: list[RankView]) -> None:
 
 def rows_reach_their_experts(case: Case, views: list[RankView]) -> None:
     """bf16 rows arrive to the bit."""
-    for rank, row, source, token in _expert_rows(case):
-        got = need(views[rank].recv_rows)[row]
-        if not np.array_equal(got, sent(case, source).tokens[token]):
-            raise Violation(f"rank {rank}: row {row}: expected token {token} of rank {source}", rank, (row,))
+    for rank, pairs in _expert_rows(case).items():
+        check_equal("rows", rank, _sent_rows(case, pairs), need(views[rank].recv_rows))
 
 
 def fp8_rows_are_close(case: Case, views: list[RankView]) -> None:
@@ -74,32 +73,31 @@ def fp8_rows_are_close(case: Case, views: list[RankView]) -> None:
     e4m3 has three mantissa bits: half a step is at most 2^-4 of a normal value and 2^-10 (times the scale) of
     a subnormal one. The scaling's own two float32 roundings are 2^-23 of the value, doubled here to be safe.
     """
-    for rank, row, source, token in _expert_rows(case):
-        x = floats(sent(case, source).tokens[token]).reshape(-1, GROUP)
-        scale = _scale_values(need(views[rank].recv_row_scales)[row], case)
-        if len(scale) != len(x):
-            raise Violation(f"rank {rank}: row {row}: expected {len(x)} scales, got {len(scale)}", rank)
-        amax = np.maximum(np.where(np.isnan(x), 0, np.abs(x)).max(axis=1), AMAX_FLOOR)
+    for rank, pairs in _expert_rows(case).items():
+        rows, stored = need(views[rank].recv_rows), need(views[rank].recv_row_scales)
+        x = floats(_sent_rows(case, pairs)).reshape(len(pairs), case.hidden // GROUP, GROUP)
+        scale = _scale_values(stored, case)
+        if rows.shape != (len(pairs), case.hidden) or scale.shape != x.shape[:2]:
+            raise Violation(f"rank {rank}: rows {rows.shape} with scales {scale.shape} for {x.shape}", rank)
+        amax = np.maximum(np.where(np.isnan(x), 0, np.abs(x)).max(axis=2), AMAX_FLOOR)
         exact = amax / E4M3_MAX
         if case.options.low_latency == "fp8":
-            check_equal(f"scales of row {row}", rank, exact, scale)
+            check_equal("scales", rank, exact, scale)
         else:
-            finite = np.isfinite(exact)
-            power = np.frexp(scale[finite])[0] == 0.5
-            tight = (scale[finite] >= exact[finite]) & (scale[finite] < 2 * exact[finite])
-            if not (power & tight).all():
-                raise Violation(
-                    f"rank {rank}: row {row}: {scale} for {exact} is not rounded up", rank, (row,)
-                )
-        coded = _e4m3(need(views[rank].recv_rows)[row]).reshape(-1, GROUP)
-        finite = np.isfinite(amax)[:, None] & np.isfinite(x)
+            with np.errstate(over="ignore"):
+                power_of_two = np.frexp(scale)[0] == 0.5
+                tight = (scale >= exact) & (scale < 2 * exact)
+            _all_hold(
+                "scale is not the next power of two", rank, (power_of_two & tight) | ~np.isfinite(exact)
+            )
+        value = _e4m3(rows).reshape(x.shape).astype(np.float64)
         with np.errstate(invalid="ignore"):
-            slack = np.maximum(np.abs(x).astype(np.float64) * (2**-4 + 2**-22), scale[:, None] * 2.0**-10)
-            off = np.abs(coded.astype(np.float64) * scale[:, None] - x)
-        if (off > slack)[finite].any():
-            raise Violation(f"rank {rank}: row {row}: off by {off[finite].max()}", rank, (row,))
-        if not np.isnan(coded[np.isnan(x)]).all():
-            raise Violation(f"rank {rank}: row {row}: a NaN was lost", rank, (row,))
+            slack = np.maximum(np.abs(x).astype(np.float64) * (2**-4 + 2**-22), scale[..., None] * 2.0**-10)
+            off = np.abs(value * scale[..., None] - x)
+        judged = np.isfinite(amax)[..., None] & np.isfinite(x)
+        _all_hold("value is off by more than half a step", rank, (off <= slack) | ~judged)
+        nans = rows.reshape(x.shape)[np.isnan(x)]
+        check_equal("NaNs", rank, np.full_like(nans, E4M3_NAN), nans)
 
 
 def combine_weighs_and_sums(case: Case, views: list[RankView]) -> None:
@@ -180,21 +178,32 @@ def _returned(case: Case) -> dict[tuple[int, int, int], Floats]:
     return returned
 
 
-def _expert_rows(case: Case) -> list[tuple[int, int, int, int]]:
-    """(rank, row among all rows received there, source rank, token) of every low-latency row."""
-    found = []
-    for rank in case.dispatch_members:
-        first = rank * case.num_local_experts
-        pairs = [p for i in range(case.num_local_experts) for p in arriving_at_expert(case, first + i)]
-        found += [(rank, row, source, token) for row, (source, token) in enumerate(pairs)]
-    return found
+def _expert_rows(case: Case) -> dict[int, list[tuple[int, int]]]:
+    """By rank: (source rank, token) of every row received there, expert after expert."""
+    local = case.num_local_experts
+    return {
+        rank: [pair for i in range(local) for pair in arriving_at_expert(case, rank * local + i)]
+        for rank in case.dispatch_members
+    }
+
+
+def _sent_rows(case: Case, pairs: list[tuple[int, int]]) -> Array:
+    """[C, H] bf16 bits of these tokens."""
+    rows = [sent(case, source).tokens[token] for source, token in pairs]
+    return np.stack(rows) if rows else np.empty((0, case.hidden), np.uint16)
+
+
+def _all_hold(complaint: str, rank: int, holds: Array) -> None:
+    if not holds.all():
+        place = tuple(int(i) for i in np.argwhere(~holds)[0])
+        raise Violation(f"rank {rank}: {complaint}: at {list(place)}", rank, place)
 
 
 def _scale_values(stored: Array, case: Case) -> Floats:
-    """The scales of one row as numbers: float32 as they are, packed exponents unpacked."""
+    """[C, H / 128] scales as numbers: float32 as they are, packed exponents unpacked."""
     if case.options.low_latency != "fp8+ue8m0":
         return stored.view(np.float32)
-    exponents = stored.astype("<u4").view(np.uint8).astype(np.uint32)
+    exponents = np.ascontiguousarray(stored, dtype="<u4").view(np.uint8).astype(np.uint32)
     return (exponents << 23).view(np.float32)
 
 

@@ -20,7 +20,8 @@ class Options:
     Attributes:
         mode: which operations the example runs: "ht" (high throughput) or "ll" (low latency).
         values: what the rows hold: "ids" (each rank, token and channel its own), "normal" (random over forty
-            binary orders of magnitude), "nonfinite" (NaN, infinities and signed zeros among them), "zeros".
+            binary orders of magnitude), "nonfinite" (NaN, infinities and signed zeros among them), "zeros"
+            (of either sign).
         payload: dtype of x and of its scales; low-latency operations always take bf16.
         scale_layout: memory layout of the scales.
         scale_columns: P, scales per token.

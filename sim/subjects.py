@@ -15,7 +15,7 @@ from typing import Any
 
 from deepep.sim import oracle
 from deepep.sim.all_to_all_runs import run_all_to_all
-from deepep.sim.buffer_runs import run_buffer
+from deepep.sim.buffer_runs import as_buffer_call, run_buffer
 from deepep.sim.cases import Case
 from deepep.sim.checking import Violation
 from deepep.sim.observed import RankView
@@ -188,8 +188,3 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
         return run_buffer(ctx, case, backend)
 
     return InWorld(f"buffer:{backend}" if backend else "buffer", run_rank, world_of, adapt=as_buffer_call)
-
-
-def as_buffer_call(case: Case) -> Case:
-    """The nearest case in terms of V1's interface: nodes of eight ranks, and one way of reducing."""
-    return case.with_options(ranks_per_node=8, reduce="token")

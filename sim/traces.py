@@ -59,6 +59,6 @@ class TraceSource:
             hidden=choices.pick(limits.hidden),
             seed=choices.seed(),
             options=draw_options(choices, limits.fixed),
-            masked=draw_mask(choices, num_ranks) if limits.masks else (),
+            masked=draw_mask(choices, num_ranks, limits.masks),
             origin=f"trace+step {batch.step} layer {layer}",
         ).legal()

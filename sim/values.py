@@ -104,7 +104,7 @@ def _rng(case: Case, rank: int, name: str) -> np.random.Generator:
 def _bf16_rows(case: Case, rank: int, num_rows: int, name: str) -> Tensor:
     kind, shape = case.options.values, (num_rows, case.hidden)
     if kind == "zeros":
-        bits = np.zeros(shape, dtype=np.uint16)
+        bits = (_rng(case, rank, name).integers(0, 2, shape) << 15).astype(np.uint16)
     elif kind == "ids":
         bits = _id_bits(case, rank, num_rows, name)
     else:

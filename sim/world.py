@@ -18,9 +18,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -41,6 +42,8 @@ __all__ = ["PendingRun", "RankContext", "World"]
 #: Modules the fork server loads once, so that no rank has to.
 PRELOADED = ("torch", "torch.distributed", "numpy", "cloudpickle", "deepep.sim.rank_process")
 
+#: Worlds may be started from several threads; what surrounds a start concerns the whole process.
+_starting = threading.Lock()
 _open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
 
 
@@ -179,14 +182,16 @@ class World:
         *args: Any,
         timeout: float | None = None,
         per_rank: Sequence[tuple[Any, ...]] | None = None,
+        not_awaited: Collection[int] = (),
         **kwargs: Any,
     ) -> list[Outcome]:
         """As `run`, but waits for every rank to end somehow, and tells how each did instead of raising.
 
         For fault tests: the rank that is killed has the status "died", the others what they returned or
-        raised.
+        raised. Ranks in `not_awaited` count as hung if they still run when all others have ended.
         """
-        return self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs).outcomes()
+        pending = self.submit(fn, *args, timeout=timeout, per_rank=per_rank, **kwargs)
+        return pending.outcomes(not_awaited=not_awaited)
 
     def submit(
         self,
@@ -250,15 +255,16 @@ class PendingRun:
             raise failure_of(outcomes, self._what)
         return [o.value for o in outcomes]
 
-    def outcomes(self, *, fail_fast: bool = False) -> list[Outcome]:
+    def outcomes(self, *, fail_fast: bool = False, not_awaited: Collection[int] = ()) -> list[Outcome]:
         """Waits until every rank has returned, raised or died, or time is up, and tells which did what.
 
-        With `fail_fast` the ranks that still run when one has failed get only the world's grace.
+        With `fail_fast` the ranks that still run when one has failed get only the world's grace. Ranks in
+        `not_awaited` count as hung if they still run when all others have ended.
         """
         world = self._world
         deadline = self._started + self._timeout
         done: dict[int, Outcome] = {}
-        while len(done) < world.num_ranks:
+        while not done.keys() >= set(range(world.num_ranks)) - set(not_awaited):
             waiting = [r for r in world._ranks if r.rank not in done]
             ready = wait(
                 [w for r in waiting for w in (r.connection, r.process.sentinel)],
@@ -274,7 +280,8 @@ class PendingRun:
         seconds = time.monotonic() - self._started
         for rank in world._ranks:
             if rank.rank not in done:
-                done[rank.rank] = Outcome(rank.rank, Status.HUNG, traceback=rank.stack(), seconds=seconds)
+                stack = "" if rank.rank in not_awaited else rank.stack()
+                done[rank.rank] = Outcome(rank.rank, Status.HUNG, traceback=stack, seconds=seconds)
         world._pending = None
         outcomes = [done[rank] for rank in range(world.num_ranks)]
         if not all(o.ok for o in outcomes):
@@ -357,7 +364,7 @@ def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
     process = context.Process(
         target=main, args=(connection, spec), name=f"deepep-rank-{spec.rank}", daemon=True
     )
-    with _hidden_main(), _quiet_torch():
+    with _starting, _hidden_main(), _quiet_torch():
         process.start()
     return process
 
