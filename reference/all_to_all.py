@@ -133,7 +133,10 @@ def allocate(
     topk_weights: Tensor | None = None,
     num_worst_tokens: int = 0,
 ) -> DispatchTensors:
-    """Outputs for a dispatch of these inputs: N rows, or `num_worst_tokens` if that is not zero."""
+    """Outputs for a dispatch of these inputs: N rows, or `num_worst_tokens` if that is not zero.
+
+    Whether those are enough, on this rank or another, every rank can tell from `plan.counts`.
+    """
     rows = num_worst_tokens or plan.num_recv_tokens
 
     def empty_like(field: Tensor | None) -> Tensor | None:
@@ -229,12 +232,11 @@ def combine(
     wide = accumulator_dtype(x.dtype)
 
     back_counts, owned_counts = _alive(wire, plan.recv_counts), _alive(wire, plan.send_counts)
-    alive_rows = [
-        part
-        for part, count in zip(pack_records(fields).split(plan.recv_counts), back_counts, strict=True)
-        if count == part.shape[0]
-    ]
-    received = wire.all_to_all_rows(torch.cat(alive_rows), back_counts, owned_counts)
+    records = pack_records(fields)
+    if back_counts != plan.recv_counts:
+        by_source = zip(records.split(plan.recv_counts), back_counts, strict=True)
+        records = torch.cat([part[:count] for part, count in by_source])
+    received = wire.all_to_all_rows(records, back_counts, owned_counts)
     got = unpack_records(received, fields)
 
     total_x = torch.zeros(num_tokens, hidden, dtype=wide, device=x.device)

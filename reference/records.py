@@ -17,7 +17,8 @@ def dense(field: Tensor) -> Tensor:
 
 def pack_records(fields: dict[str, Tensor]) -> Tensor:
     """[n, *] tensors of any dtypes and strides, side by side as [n, bytes] uint8."""
-    return torch.cat([dense(field).view(torch.uint8) for field in fields.values()], dim=1)
+    rows = [field if field.stride(-1) == 1 else dense(field) for field in fields.values()]
+    return torch.cat([field.view(torch.uint8) for field in rows], dim=1)
 
 
 def unpack_records(records: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:

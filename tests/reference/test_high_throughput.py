@@ -110,6 +110,17 @@ def test_duplicates_count_per_expert_and_arrive_once() -> None:
     assert outputs[1].recv_topk_idx.tolist() == [[-1, 0], [0, -1], [0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_indices_keep_their_dtype(dtype: torch.dtype) -> None:
+    inputs = [
+        DispatchInput(**{**vars(given), "topk_idx": given.topk_idx.to(dtype)})  # type: ignore[union-attr]
+        for given in small_inputs()
+    ]
+    for out in dispatch(inputs, 2, num_worst_tokens=4):
+        assert out.recv_topk_idx is not None
+        assert out.recv_topk_idx.dtype == dtype
+
+
 def test_masked_weight_is_plus_zero() -> None:
     inputs = small_inputs()
     assert inputs[0].topk_weights is not None
