@@ -130,6 +130,7 @@ def receive_rows(is_token_in_rank: Sequence[Tensor], rank: int, masked: Collecti
     A masked rank sends and receives nothing.
     """
     check_tables(is_token_in_rank)
+    require(0 <= rank < len(is_token_in_rank), f"rank: got {rank}; allowed: below {len(is_token_in_rank)}")
     device = is_token_in_rank[0].device
     src_rank = [torch.empty(0, dtype=torch.int32, device=device)]
     src_token = [torch.empty(0, dtype=torch.int32, device=device)]
@@ -161,8 +162,7 @@ def align_up(value: int, alignment: int) -> int:
 
 
 def expanded_rows(recv_topk_idx: Tensor, num_local_experts: int, alignment: int = 1) -> ExpandedRows:
-    """The row of every (received row, k) in the per-expert layout: inside an expert by received row, then by
-    k.
+    """The row of every (received row, k) in the per-expert layout; inside an expert by received row, then k.
 
     `recv_topk_idx` [N, K]: local expert index or -1. The layout spans `align_up(psum[-1], alignment)` rows.
     """
@@ -193,9 +193,7 @@ def two_level_routes(is_token_in_rank: Sequence[Tensor], ranks_per_node: int) ->
         node_size = min(ranks_per_node, num_ranks - node * ranks_per_node)
         return node * ranks_per_node + source % ranks_per_node % node_size
 
-    held: list[list[tuple[int, int]]] = [
-        [] for _ in range(num_ranks)
-    ]  # per gateway: its (source, token) rows
+    held: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]  # by gateway: (source, token) of rows
     for source, table in enumerate(is_token_in_node):
         for token, node in table.nonzero().tolist():
             held[gateway(source, node)].append((source, token))

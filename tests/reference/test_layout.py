@@ -167,6 +167,7 @@ def test_align_up() -> None:
         (lambda: receive_rows([torch.zeros(3, 2, dtype=torch.bool)], 0), r"rank 0.*\[3, 2\].*\[T, 1\]"),
         (lambda: receive_rows([torch.zeros(3, 1, dtype=torch.int32)], 0), "is_token_in_rank"),
         (lambda: receive_rows([], 0), "is_token_in_rank"),
+        (lambda: receive_rows([torch.zeros(3, 1, dtype=torch.bool)], -1), "rank: got -1"),
         (lambda: expanded_rows(torch.zeros(3, 2, dtype=torch.int64), 1, 0), "alignment"),
         (lambda: expanded_rows(torch.ones(3, 2, dtype=torch.int64), 1), "topk_idx"),
         (lambda: two_level_routes([torch.zeros(3, 1, dtype=torch.bool)], 0), "ranks_per_node"),
