@@ -19,7 +19,7 @@ from deepep.engine.completion import Completion
 from deepep.engine.control import NO_LIMIT, Header
 from deepep.engine.interface import Hook, Observer, Operation, Schedule
 from deepep.engine.lane import Lane, StreamLane, ThreadLane
-from deepep.engine.link import Link, LinkError
+from deepep.engine.link import Link, LinkError, store_of
 from deepep.engine.membership import Absent, Membership, Progress
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
 
@@ -29,7 +29,7 @@ class Conductor:
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, device_type: str) -> None:
         self.rank, self.num_ranks, self.timeout = group.rank(), group.size(), timeout
-        self.membership = Membership(group.get_group_store(), self.rank, self.num_ranks, timeout, device_type)
+        self.membership = Membership(store_of(group), self.rank, self.num_ranks, timeout, device_type)
         self.lane: Lane
         if device_type == "cuda":
             self.lane = StreamLane(torch.device("cuda", torch.cuda.current_device()))
@@ -98,12 +98,17 @@ class Conductor:
         return self.lane.submit(self._guarded(job), tensors)
 
     def proceed(
-        self, phase: str, body: Callable[[Link], None], tensors: Iterable[torch.Tensor | None] = ()
+        self,
+        phase: str,
+        schedule: Schedule,
+        body: Callable[[Link], None],
+        tensors: Iterable[torch.Tensor | None] = (),
     ) -> Completion:
         """Issues a further part of the operation issued last, without a control exchange."""
         self._check_alive()
 
         def job() -> None:
+            self.lane.wait_for(None, schedule.allocate_on_comm_stream)
             self.progress.restart()
             self.enter(phase)
             body(self.membership.payload())
@@ -113,14 +118,14 @@ class Conductor:
     def locally(
         self,
         job: Callable[[], None],
-        after: Completion | None,
+        schedule: Schedule,
         tensors: Iterable[torch.Tensor | None] = (),
     ) -> Completion:
         """Runs a job that does not communicate, in its turn."""
         self._check_alive()
 
         def waiting() -> None:
-            self.lane.wait_for(after)
+            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
             job()
 
         return self.lane.submit(self._guarded(waiting), tensors)
@@ -173,7 +178,7 @@ class Conductor:
                     return
                 self._unreceived = self._hook = None
                 sent.current_stream_wait()
-                received = self.proceed("receive", lambda link: receive(), tensors)
+                received = self.proceed("receive", Schedule(), lambda link: receive(), tensors)
             received.current_stream_wait()
 
         self._hook = hook
@@ -237,7 +242,7 @@ class Conductor:
 
     def _inspect(self, schedule: Schedule, inspect: Callable[[], None] | None) -> ArgumentError | None:
         try:
-            self.lane.wait_for(schedule.after)
+            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
         except ArgumentError as error:
             return error.at(self.rank)  # the layout's, say: its cause is the cause here
         except DeepEPError as error:

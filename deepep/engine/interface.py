@@ -116,7 +116,8 @@ class DispatchRequest:
 
     x [T, H] any dtype; scales [T, P] 4-byte elements, any strides, or None; topk_idx [T, K] int32 or int64
     and topk_weights [T, K] float32, both or none; expert_alignment rounds up the counts reported;
-    num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts.
+    num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts; num_sms: SMs that a kernel
+    may use, 0 to let the engine choose.
     """
 
     x: torch.Tensor
@@ -127,6 +128,7 @@ class DispatchRequest:
     topk_weights: torch.Tensor | None = None
     expert_alignment: int = 1
     num_worst_tokens: int = 0
+    num_sms: int = 0
 
 
 @dataclass
@@ -148,14 +150,16 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class CombineRequest:
-    """Rows to return to their tokens' owners: x [N, H], topk_weights [N, K] float32 or None, biases [T, H]
-    each.
+    """Rows to return to their tokens' owners.
+
+    x [N, H], topk_weights [N, K] float32 or None, biases [T, H] each; num_sms as for DispatchRequest.
     """
 
     x: torch.Tensor
     route: Route
     topk_weights: torch.Tensor | None = None
     biases: tuple[torch.Tensor, ...] = ()
+    num_sms: int = 0
 
 
 @dataclass

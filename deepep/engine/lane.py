@@ -29,9 +29,11 @@ class Lane(ABC):
         """Runs `job` after all jobs before it. `tensors` are what it reads and writes."""
 
     @abstractmethod
-    def wait_for(self, after: Completion | None) -> None:
-        """Inside a job: what follows happens after `after` (None: after the caller's current stream, at
-        submit).
+    def wait_for(self, after: Completion | None, owns_outputs: bool) -> None:
+        """Inside a job: what follows happens after `after`, or after what the caller's stream held at submit.
+
+        Outputs that the caller's stream owns may lie in memory that work queued there still reads; then that
+        work is waited for in any case. owns_outputs: they belong to the lane.
         """
 
     @abstractmethod
@@ -64,7 +66,7 @@ class ThreadLane(Lane):
             self._jobs.put((job, future))
         return HostCompletion(future)
 
-    def wait_for(self, after: Completion | None) -> None:
+    def wait_for(self, after: Completion | None, owns_outputs: bool) -> None:
         if after is not None:
             after.host_wait()
 
@@ -103,28 +105,31 @@ class StreamLane(Lane):
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device=device, priority=-1)
+        self._entry = torch.cuda.Event()
         self._closed = False
 
     def submit(self, job: Job, tensors: Iterable[torch.Tensor | None] = ()) -> Completion:
         if self._closed:
             raise DestroyedError("the buffer was destroyed")
-        entry = torch.cuda.Event()
-        entry.record(torch.cuda.current_stream(self.stream.device))
-        self._entry = entry
+        caller = torch.cuda.current_stream(self.stream.device)
+        self._entry.record(caller)
         with torch.cuda.stream(self.stream):
             job()
             done = torch.cuda.Event()
             done.record(self.stream)
+        # Whichever of the two owns a tensor, its memory is not given out again before the other is done with
+        # it.
         for tensor in tensors:
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(self.stream)
+                tensor.record_stream(caller)
         return CudaCompletion(done)
 
-    def wait_for(self, after: Completion | None) -> None:
-        if after is None:
-            self.stream.wait_event(self._entry)
-        else:
+    def wait_for(self, after: Completion | None, owns_outputs: bool) -> None:
+        if after is not None:
             after.current_stream_wait()
+        if after is None or not owns_outputs:
+            self.stream.wait_event(self._entry)
 
     def allocating(self, on_lane: bool) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self.stream) if on_lane else contextlib.nullcontext()

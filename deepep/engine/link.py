@@ -102,3 +102,10 @@ def device_type_of(group: dist.ProcessGroup) -> str:
     except ValueError:  # a group outside torch's registry, such as ours
         name = group.name()
     return "cuda" if "nccl" in name.lower() else "cpu"
+
+
+def store_of(group: dist.ProcessGroup) -> Store:
+    """The store a group met through, with its own prefix."""
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    return dist.distributed_c10d._get_process_group_store(group)  # torch 2.8

@@ -172,7 +172,7 @@ def test_buffers_methods(name: str) -> None:
 
 
 def test_nothing_public_beside_it() -> None:
-    public = {name for name in vars(deepep.Buffer) if not name.startswith("_")}
+    public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
     assert public - {"num_sms"} == set(BUFFER) - {"__init__"}
 
 
