@@ -58,6 +58,7 @@ const char* status_name(emu::Outcome::Status status) {
   switch (status) {
     case emu::Outcome::Status::done: return "done";
     case emu::Outcome::Status::host: return "host";
+    case emu::Outcome::Status::watched: return "watched";
     case emu::Outcome::Status::failed: return "failed";
   }
   return "?";
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_emulator, m) {
   py::class_<emu::Outcome>(m, "Outcome")
       .def_property_readonly("status", [](const emu::Outcome& o) { return status_name(o.status); })
       .def_readonly("rank", &emu::Outcome::rank)
+      .def_readonly("in_time", &emu::Outcome::in_time)
       .def_readonly("kind", &emu::Outcome::kind)
       .def_readonly("text", &emu::Outcome::text)
       .def_readonly("steps", &emu::Outcome::steps)
@@ -117,6 +119,16 @@ PYBIND11_MODULE(_emulator, m) {
           [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
             std::string bytes(count, '\0');
             machine.host_read(rank, address, bytes.data(), count);
+            return py::bytes(bytes);
+          },
+          py::arg("rank"), py::arg("address"), py::arg("count"))
+      .def("watch", &emu::Simulation::watch, py::arg("rank"), py::arg("address"), py::arg("value"),
+           py::arg("timeout_ns"))
+      .def(
+          "watcher_read",
+          [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
+            std::string bytes(count, '\0');
+            machine.watcher_read(rank, address, bytes.data(), count);
             return py::bytes(bytes);
           },
           py::arg("rank"), py::arg("address"), py::arg("count"))

@@ -42,24 +42,28 @@ struct Agent {
   [[nodiscard]] bool knows(Epoch epoch) const { return epoch.slot == slot || known.knows(epoch); }
 };
 
-/// Which rank and block each slot belongs to, and how far two slots are apart.
+/// Which rank and block each slot belongs to, and how far two slots are apart. Behind the threads, every rank has a
+/// warp's worth of slots of its host.
 struct Topology {
   int num_ranks;
   int max_blocks;   // per rank
   int max_threads;  // per block
 
   [[nodiscard]] Slot device_slots() const { return static_cast<Slot>(num_ranks * max_blocks * max_threads); }
-  [[nodiscard]] Slot num_slots() const { return device_slots() + 2 * static_cast<Slot>(num_ranks); }
+  [[nodiscard]] Slot num_slots() const { return host(num_ranks); }
   [[nodiscard]] Slot thread(int rank, int block, int thread) const {
     return static_cast<Slot>((rank * max_blocks + block) * max_threads + thread);
   }
-  [[nodiscard]] Slot host(int rank) const { return device_slots() + static_cast<Slot>(rank); }
+  /// The rank's host, and its stream: what is enqueued starts with what the host knows.
+  [[nodiscard]] Slot host(int rank) const { return device_slots() + 32 * static_cast<Slot>(rank); }
   /// Stands for all of a rank's running kernel: reads through the read-only path are its.
-  [[nodiscard]] Slot kernel(int rank) const { return host(rank) + static_cast<Slot>(num_ranks); }
+  [[nodiscard]] Slot kernel(int rank) const { return host(rank) + 1; }
+  /// The rank's host while it watches what a running kernel writes.
+  [[nodiscard]] Slot watcher(int rank) const { return host(rank) + 2; }
   [[nodiscard]] bool is_device(Slot slot) const { return slot < device_slots(); }
   [[nodiscard]] int block_of(Slot slot) const { return static_cast<int>(slot) / max_threads; }  // over all ranks
   [[nodiscard]] int rank_of(Slot slot) const {
-    return is_device(slot) ? block_of(slot) / max_blocks : static_cast<int>(slot - device_slots()) % num_ranks;
+    return is_device(slot) ? block_of(slot) / max_blocks : static_cast<int>(slot - device_slots()) / 32;
   }
   [[nodiscard]] Scope distance(Slot a, Slot b) const {
     if (!is_device(a) || !is_device(b)) return a == b ? Scope::block : Scope::sys;

@@ -117,11 +117,9 @@ std::string Memory::events_of(Slot slot, Time from, size_t count, bool last_ones
 void Memory::fail_race(const Agent& agent, const Access& access, const char* other_what, Epoch other,
                        uint16_t other_site, const char* reason) {
   std::string text = told(agent, access) + "\n  after ";
-  if (topology_.is_device(other.slot) || other.slot < topology_.kernel(0))
-    text += environment_.name_of(other.slot) + ": " + other_what + " at " + sites.name(other_site);
-  else
-    text += "rank " + std::to_string(topology_.rank_of(other.slot)) + "'s kernel: read-only load at " +
-            sites.name(other_site);
+  const bool is_kernel = other.slot == topology_.kernel(topology_.rank_of(other.slot));
+  text += environment_.name_of(other.slot) + ": " + (is_kernel ? "read-only load" : other_what) + " at " +
+          sites.name(other_site);
   text += "\n  ";
   text += reason != nullptr ? reason : "nothing orders the earlier before the later";
   text += "\n  ordered operations of the earlier's thread since:\n" + events_of(other.slot, other.time, 4, false);

@@ -27,7 +27,8 @@ Scheduler::Scheduler(const Topology& topology, Strategy strategy, uint64_t seed,
     std::vector<int64_t> of_group(groups);
     for (uint32_t g = 0; g < groups; ++g) of_group[g] = g + 1;
     for (uint32_t g = groups; g > 1; --g) std::swap(of_group[g - 1], of_group[dice_.below(g)]);
-    priority_.resize(warps);
+    // The hosts' warps, behind the others, are as urgent as the first group.
+    priority_.assign(warps + static_cast<uint32_t>(topology.num_ranks), of_group[0]);
     for (uint32_t w = 0; w < warps; ++w) priority_[w] = of_group[group_of(w)];
     const uint32_t num_changes = dice_.below(6);
     for (uint32_t i = 0; i < num_changes; ++i) changes_.push_back(below(expected_steps + 1));

@@ -19,8 +19,8 @@ Simulation::Simulation(const Shape& shape, const Plan& plan)
       topology_{shape.num_ranks, shape.max_blocks, shape.max_threads},
       memory_(topology_, *this),
       scheduler_(topology_, plan.strategy, plan.seed, plan.expected_steps),
-      fibers_(topology_.device_slots()),
-      warps_(topology_.device_slots() / 32),
+      fibers_(topology_.num_slots()),
+      warps_(topology_.num_slots() / 32),
       blocks_(static_cast<size_t>(shape.num_ranks * shape.max_blocks)),
       ranks_(static_cast<size_t>(shape.num_ranks)) {
   std::sort(plan_.faults.begin(), plan_.faults.end(),
@@ -53,6 +53,47 @@ void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t coun
   if (count == 0) return;
   memory_.plain_load(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
                        memory_.sites.named("its own step"));
+  std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
+}
+
+void Simulation::watch(int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns) {
+  Rank& r = ranks_[static_cast<size_t>(rank)];
+  const Slot slot = topology_.watcher(rank);
+  Fiber& fiber = fibers_[slot];
+  fiber.me = {0, 0, 1, 1};
+  fiber.agent.slot = slot;
+  ++fiber.agent.time;
+  fiber.agent.known = r.host.known;
+  memory_.teach(fiber.agent.known, r.host);
+  Memory::advance(r.host);
+  fiber.address = address;
+  fiber.condition = {Condition::Kind::equal, value};
+  fiber.deadline_ns = now_ns() + timeout_ns;
+  fiber.stack = stacks_.take();
+  fiber.context = make_context(fiber.stack, &Simulation::enter_watch, this);
+  r.watch_ended = false;
+  make_ready(slot);
+}
+
+void Simulation::enter_watch(void* self) {
+  auto& simulation = *static_cast<Simulation*>(self);
+  Fiber& fiber = simulation.self();
+  Rank& rank = simulation.ranks_[static_cast<size_t>(simulation.topology_.rank_of(simulation.running_))];
+  try {
+    uint64_t seen;
+    rank.watch_in_time = simulation.wait(reinterpret_cast<const void*>(fiber.address), 4, fiber.condition,
+                                         Order::acquire, Scope::sys, fiber.deadline_ns, seen, Site::current());
+    rank.watch_ended = true;
+  } catch (const Abort&) {
+  }
+  fiber.state = Fiber::State::done;
+  switch_context(fiber.context, simulation.main_);
+}
+
+void Simulation::watcher_read(int rank, uintptr_t address, void* bytes, size_t count) {
+  if (count == 0) return;
+  memory_.plain_load(fibers_[topology_.watcher(rank)].agent, address, static_cast<int64_t>(count),
+                     memory_.sites.named("its watch"));
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
@@ -106,6 +147,14 @@ Outcome Simulation::run() {
       outcome_.rank = static_cast<int>(due - ranks_.begin());
       break;
     }
+    const auto watched = std::find_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.watch_ended; });
+    if (watched != ranks_.end()) {
+      watched->watch_ended = false;
+      outcome_.status = Outcome::Status::watched;
+      outcome_.rank = static_cast<int>(watched - ranks_.begin());
+      outcome_.in_time = watched->watch_in_time;
+      break;
+    }
     deliver_due();
     strike_due();
     if (!ready_warps_.empty()) {
@@ -138,7 +187,7 @@ void Simulation::start_next(int rank) {
     return;
   }
   r.is_starting = true;
-  push_wake(step_ + scheduler_.launch_delay(), topology_.device_slots() + static_cast<Slot>(rank), 0);
+  push_wake(step_ + scheduler_.launch_delay(), topology_.host(rank), 0);
 }
 
 void Simulation::start_kernel(int rank) {
@@ -224,6 +273,8 @@ void Simulation::kernel_ends(int rank) {
     }
   }
   r.host.known.raise({topology_.kernel(rank), launch.number});
+  Fiber& watcher = fibers_[topology_.watcher(rank)];
+  if (watcher.state == Fiber::State::done) memory_.teach(r.host.known, watcher.agent);
   r.is_running = false;
   r.stream.pop_front();
   start_next(rank);
@@ -272,6 +323,7 @@ void Simulation::resume(Slot slot) {
   if (fiber.state != Fiber::State::done || failed_) return;
 
   stacks_.give(fiber.stack);
+  if (!topology_.is_device(slot)) return;
   const int block = topology_.block_of(slot);
   Launch& launch = ranks_[static_cast<size_t>(topology_.rank_of(slot))].stream.front().launch;
   if (++blocks_[static_cast<size_t>(block)].done < launch.num_threads) return;
@@ -314,8 +366,9 @@ void Simulation::deliver_due() {
   while (!wakes_.empty() && wakes_.top().at_step <= step_) {
     const Wake wake = wakes_.top();
     wakes_.pop();
-    if (!topology_.is_device(wake.slot)) {
-      start_kernel(static_cast<int>(wake.slot - topology_.device_slots()));
+    const int rank = topology_.rank_of(wake.slot);
+    if (wake.slot == topology_.host(rank)) {
+      start_kernel(rank);
       continue;
     }
     const Fiber& fiber = fibers_[wake.slot];
@@ -335,22 +388,21 @@ void Simulation::freeze(const Fault& fault) {
   rank.is_frozen = true;
   rank.thaws_at_ns = fault.pause_ns == 0 ? 0 : now_ns() + fault.pause_ns;
   if (fault.loses_writes) memory_.lose_writes(fault.rank);
-  const Slot first = topology_.thread(fault.rank, 0, 0);
-  const Slot end = first + static_cast<Slot>(shape_.max_blocks * shape_.max_threads);
-  for (Slot slot = first; slot < end; slot += 32) {
+  for (Slot slot = 0; slot < topology_.num_slots(); ++slot) {
+    if (topology_.rank_of(slot) != fault.rank) continue;
     Warp& warp = warp_of(slot);
-    warp.parked |= warp.ready;
-    for (Slot lane = 0; lane < 32 && warp.ready != 0; ++lane)
-      if ((warp.ready >> lane) & 1u) remove_ready(slot + lane);
+    const uint32_t lane = 1u << (slot % 32);
+    if ((warp.ready & lane) == 0) continue;
+    warp.parked |= lane;
+    remove_ready(slot);
   }
 }
 
 void Simulation::thaw(int rank) {
   Rank& r = ranks_[static_cast<size_t>(rank)];
   r.is_frozen = false;
-  const Slot first = topology_.thread(rank, 0, 0);
-  const Slot end = first + static_cast<Slot>(shape_.max_blocks * shape_.max_threads);
-  for (Slot slot = first; slot < end; ++slot) {
+  for (Slot slot = 0; slot < topology_.num_slots(); ++slot) {
+    if (topology_.rank_of(slot) != rank) continue;
     Warp& warp = warp_of(slot);
     const uint32_t lane = 1u << (slot % 32);
     if ((warp.parked & lane) == 0) continue;
@@ -359,10 +411,16 @@ void Simulation::thaw(int rank) {
   }
 }
 
+/// A stopped rank's waits wait for nothing.
+bool Simulation::is_waiting_on_time(Slot slot) const {
+  return fibers_[slot].state == Fiber::State::waiting &&
+         !ranks_[static_cast<size_t>(topology_.rank_of(slot))].is_frozen;
+}
+
 bool Simulation::pass_time() {
   uint64_t next = kNever;
-  for (const Fiber& fiber : fibers_)
-    if (fiber.state == Fiber::State::waiting) next = std::min(next, fiber.deadline_ns);
+  for (Slot slot = 0; slot < topology_.num_slots(); ++slot)
+    if (is_waiting_on_time(slot)) next = std::min(next, fibers_[slot].deadline_ns);
   for (const Rank& rank : ranks_)
     if (rank.is_frozen && rank.thaws_at_ns != 0) next = std::min(next, rank.thaws_at_ns);
   if (next_fault_ == 0 || next == kNever) {
@@ -374,8 +432,8 @@ bool Simulation::pass_time() {
   }
   ns_at_jump_ = std::max(now_ns(), next + 1);
   step_at_jump_ = step_;
-  for (Slot slot = 0; slot < topology_.device_slots(); ++slot)
-    if (fibers_[slot].state == Fiber::State::waiting && fibers_[slot].deadline_ns < now_ns()) make_ready(slot);
+  for (Slot slot = 0; slot < topology_.num_slots(); ++slot)
+    if (is_waiting_on_time(slot) && fibers_[slot].deadline_ns < now_ns()) make_ready(slot);
   for (int r = 0; r < shape_.num_ranks; ++r) {
     Rank& rank = ranks_[static_cast<size_t>(r)];
     if (rank.is_frozen && rank.thaws_at_ns != 0 && rank.thaws_at_ns <= now_ns()) thaw(r);
@@ -439,7 +497,8 @@ void Simulation::fail(const std::string& kind, const std::string& text) {
 
 std::string Simulation::name_of(Slot slot) const {
   const std::string rank = "rank " + std::to_string(topology_.rank_of(slot));
-  if (!topology_.is_device(slot)) return slot < topology_.kernel(0) ? rank + "'s host" : rank + "'s kernel";
+  if (slot == topology_.kernel(topology_.rank_of(slot))) return rank + "'s kernel";
+  if (!topology_.is_device(slot)) return rank + "'s host";
   const Fiber& fiber = fibers_[slot];
   std::string kernel = fiber.kernel;
   if (kernel.ends_with("_kernel")) kernel.resize(kernel.size() - 7);

@@ -42,8 +42,9 @@ struct Plan {
 };
 
 struct Outcome {
-  enum class Status : uint8_t { done, host, failed } status = Status::done;
-  int rank = -1;        // host: whose stream has reached a host step
+  enum class Status : uint8_t { done, host, watched, failed } status = Status::done;
+  int rank = -1;        // host: whose stream has reached a host step; watched: whose watch has ended
+  bool in_time = true;  // watched: whether the word came
   std::string kind;     // failed: what kind of failure
   std::string text;     // failed: the story
   uint64_t steps = 0;
@@ -68,6 +69,10 @@ class Simulation final : public Machine, private Environment {
   /// A rank's host writes or reads memory; its stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
   void host_read(int rank, uintptr_t address, void* bytes, size_t count);
+  /// The rank's host watches a word while its kernel runs, until it is `value` or the deadline has passed: then run()
+  /// returns. What it reads as a watcher must have been released to it with the word. One watch at a time.
+  void watch(int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns);
+  void watcher_read(int rank, uintptr_t address, void* bytes, size_t count);
   /// All ranks' hosts meet: each then knows what any of them did, as after a collective of the process group.
   void meet();
   /// What memory holds now, for looking at after a failure: no check, no effect.
@@ -127,6 +132,8 @@ class Simulation final : public Machine, private Environment {
     bool is_running = false;   // the stream's first item is a kernel that has started
     bool is_starting = false;  // or one that starts at a step to come
     bool at_host_step = false;
+    bool watch_ended = false;
+    bool watch_in_time = false;
     bool is_frozen = false;
     uint64_t thaws_at_ns = 0;
   };
@@ -172,7 +179,7 @@ class Simulation final : public Machine, private Environment {
   struct Wake {
     uint64_t at_step;
     uint64_t order;
-    Slot slot;  // or, from the first slot past the threads on, a rank whose next kernel starts
+    Slot slot;  // a rank's host: its next kernel starts
     uint32_t waits;
     friend bool operator<(const Wake& a, const Wake& b) {  // the earliest is the greatest
       return a.at_step != b.at_step ? a.at_step > b.at_step : a.order > b.order;
@@ -189,6 +196,7 @@ class Simulation final : public Machine, private Environment {
 
   // simulation.cpp
   static void enter(void* self);
+  static void enter_watch(void* self);
   void start_next(int rank);
   void start_kernel(int rank);
   void start_block(int rank, Launch& launch);
@@ -206,6 +214,7 @@ class Simulation final : public Machine, private Environment {
   void thaw(int rank);
   /// Nothing can run and nothing is under way: lets time pass to the next deadline, or fails.
   bool pass_time();
+  [[nodiscard]] bool is_waiting_on_time(Slot slot) const;
   [[nodiscard]] std::string story_of_waits() const;
   [[nodiscard]] uint64_t now_ns() const { return (step_ - step_at_jump_) * kNsPerStep + ns_at_jump_; }
 
