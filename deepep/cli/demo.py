@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepep.demo.config import DemoConfig
-from deepep.demo.report import compare, print_tables, write_outputs
+from deepep.demo.report import Comparison, outcome, print_tables, write_outputs
 from deepep.demo.single import train_single
 from deepep.demo.train import RankRecord, train_rank
 from deepep.errors import ArgumentError
@@ -51,7 +51,7 @@ def command(
         return
     with _progress(console, "one process", config.steps) as on_step:
         single = train_single(config, on_step)
-    comparison = compare(records, single)
+    comparison = Comparison(outcome(records), single)
     console.print()
     print_tables(console, records, config)
     console.print("\n[bold]Written[/bold]")
@@ -64,14 +64,12 @@ def command(
     )
     if not comparison.equal:
         gap, step, rank = comparison.worst
-        console.print(
-            f"[bold red]The losses differ[/bold red]: by {gap:.3g} on rank {rank} in step {step}; "
-            "allowed: not at all"
-        )
+        where = f"losses by {gap:.3g} on rank {rank} in step {step}" if gap else "the final weights"
+        console.print(f"[bold red]The runs differ[/bold red]: {where}; allowed: not at all")
         raise typer.Exit(1)
     console.print(
-        f"[bold green]Equal[/bold green]: all {config.steps * config.num_ranks} losses of {config.num_ranks} "
-        "processes have the bits of the run in one process."
+        f"[bold green]Equal[/bold green]: all {config.steps * config.num_ranks} losses and all final weights "
+        f"of {config.num_ranks} processes have the bits of the run in one process."
     )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepep.demo.config import DemoConfig
-from deepep.demo.train import RankRecord
+from deepep.demo.train import Outcome, RankRecord
 from deepep.trace import RoutingTrace, TraceWriter
 
 TRACE_NAME = "routing.safetensors"
@@ -34,32 +34,30 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The losses of both runs, [steps][R], and where they differ most."""
+    """Both runs, and where they differ. The bound on every difference is zero: deepep.demo.single says why."""
 
-    parallel: list[list[float]]
-    single: list[list[float]]
+    parallel: Outcome
+    single: Outcome
 
     @property
     def worst(self) -> tuple[float, int, int]:
-        """(largest absolute difference, its step, its rank). A NaN on one side alone counts as infinite."""
+        """(largest absolute difference of two losses, its step, its rank); infinite for a NaN on one side."""
         gaps = [
             (_gap(p, s), step, rank)
-            for step, both in enumerate(zip(self.parallel, self.single, strict=True))
+            for step, both in enumerate(zip(self.parallel.losses, self.single.losses, strict=True))
             for rank, (p, s) in enumerate(zip(*both, strict=True))
         ]
         return max(gaps, key=lambda gap: gap[0])
 
     @property
     def equal(self) -> bool:
-        """Every loss of every rank in every step has the same bits. The bound is zero: see
-        deepep.demo.single.
-        """
-        return self.worst[0] == 0.0
+        """Every loss of every rank in every step has the same bits, and so have all weights in the end."""
+        return self.worst[0] == 0.0 and self.parallel.weights == self.single.weights
 
     @property
     def first_and_last(self) -> tuple[float, float]:
         """Mean loss of all ranks in the first step, and over the last tenth of the steps."""
-        means = [sum(step) / len(step) for step in self.parallel]
+        means = [sum(step) / len(step) for step in self.parallel.losses]
         last = means[-max(1, len(means) // 10) :]
         return means[0], sum(last) / len(last)
 
@@ -70,9 +68,10 @@ def _gap(a: float, b: float) -> float:
     return abs(a - b) if math.isfinite(a - b) else math.inf
 
 
-def compare(records: Sequence[RankRecord], single: list[list[float]]) -> Comparison:
-    """Both runs' losses side by side."""
-    return Comparison([list(step) for step in zip(*(r.losses for r in records), strict=True)], single)
+def outcome(records: Sequence[RankRecord]) -> Outcome:
+    """What the run between processes came to."""
+    losses = [list(step) for step in zip(*(record.losses for record in records), strict=True)]
+    return Outcome(losses, [record.weights for record in records])
 
 
 def routing_trace(records: Sequence[RankRecord], config: DemoConfig) -> RoutingTrace:
@@ -155,7 +154,7 @@ def write_outputs(
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("loss.png", "expert_load.png", "traffic.png", TRACE_NAME, "run.json")]
-    draw_losses(paths[0], comparison.parallel, comparison.single)
+    draw_losses(paths[0], comparison.parallel.losses, comparison.single.losses)
     draw_expert_load(paths[1], torch.stack(records[0].loads).numpy(), config.num_ranks)
     draw_traffic(
         paths[2],
@@ -166,8 +165,8 @@ def write_outputs(
     routing_trace(records, config).save(paths[3])
     run = {
         "config": asdict(config),
-        "losses": comparison.parallel,
-        "single_process_losses": comparison.single,
+        "between_processes": asdict(comparison.parallel),
+        "one_process": asdict(comparison.single),
         "bytes_sent": _bytes(records).tolist(),
         "seconds": [record.seconds for record in records],
     }

@@ -22,7 +22,7 @@ from torch import Tensor
 from deepep.demo.config import DemoConfig
 from deepep.demo.model import ByteModel
 from deepep.demo.text import TextShard
-from deepep.demo.train import learning_rate, make_optimizer
+from deepep.demo.train import Outcome, digest, learning_rate, make_optimizer
 from deepep.nn import apply_experts
 from deepep.nn.moe import ExpertParallelMoE
 from deepep.reference.high_throughput import DispatchInput
@@ -151,12 +151,8 @@ class SingleProcessTrainer:
         return [loss.item() for loss in losses]
 
 
-def train_single(
-    config: DemoConfig, on_step: Callable[[int, float], None] | None = None
-) -> list[list[float]]:
-    """The whole run in this process: every step's losses, by rank. Uses one thread, and puts the number
-    back.
-    """
+def train_single(config: DemoConfig, on_step: Callable[[int, float], None] | None = None) -> Outcome:
+    """The whole run in this process. Uses one thread, and puts the number back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -168,7 +164,7 @@ def train_single(
                 on_step(step, sum(history[-1]) / config.num_ranks)
     finally:
         torch.set_num_threads(threads)
-    return history
+    return Outcome(history, [digest(model) for model in trainer.models])
 
 
 def _present(tensor: Tensor | None) -> Tensor:

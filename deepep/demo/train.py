@@ -4,6 +4,7 @@ shows of it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import defaultdict
@@ -35,10 +36,23 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, in a form that two runs can be compared in.
+
+    losses: [steps][R], each rank's mean loss in nats per byte. weights: by rank, the digest of its final
+    weights.
+    """
+
+    losses: list[list[float]]
+    weights: list[str]
+
+
 @dataclass
 class RankRecord:
     """What one rank saw in a whole run."""
 
+    weights: str = ""  # digest of all this rank's weights after the last step
     losses: list[float] = field(default_factory=list)  # this rank's mean loss, per step
     loads: list[Tensor] = field(
         default_factory=list
@@ -130,6 +144,14 @@ class Trainer:
         module.register_forward_hook(end)
 
 
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the bytes of all parameters and buffers: equal bits, equal digest."""
+    sha = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        sha.update(tensor.detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 def sum_gradients(parameters: list[nn.Parameter], group: Any) -> None:
     """Sums gradients over the ranks, ascending: the order, and so the bits, of the run in one process.
 
@@ -162,6 +184,7 @@ def train_rank(
         if on_step is not None and buffer.rank == 0:
             on_step(step, float(sum(losses)) / config.num_ranks)
     trainer.record.seconds = dict(trainer.record.seconds)
+    trainer.record.weights = digest(trainer.model)
     records: list[RankRecord] | None = [RankRecord()] * config.num_ranks if buffer.rank == 0 else None
     dist.gather_object(trainer.record, records, group=group, group_dst=0)
     buffer.destroy()

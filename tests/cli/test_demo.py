@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from deepep.cli.demo import command
 from deepep.demo.config import DemoConfig
-from deepep.demo.report import Comparison
+from deepep.demo.report import Comparison, outcome
 from deepep.demo.single import train_single
 from deepep.demo.text import TextShard, library_text
+from deepep.demo.train import Outcome
 from deepep.trace import RoutingTrace
 
 SMALL = replace(
@@ -61,7 +62,7 @@ def test_the_command_trains_compares_and_writes(tmp_path: Path) -> None:
         str(tmp_path / "o"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Equal: all 24 losses of 3 processes" in done.stdout
+    assert "Equal: all 24 losses and all final weights of 3 processes" in " ".join(done.stdout.split())
     for word in ("tokens dispatched", "rows in", "MB out", "gradient sum", "Expert load", "8/8"):
         assert word in done.stdout
     files = {path.name for path in (tmp_path / "o").iterdir()}
@@ -69,8 +70,8 @@ def test_the_command_trains_compares_and_writes(tmp_path: Path) -> None:
     for name in ("loss.png", "expert_load.png", "traffic.png"):
         assert (tmp_path / "o" / name).read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "o" / "run.json").read_text())
-    losses = [sum(step) / ranks for step in told["losses"]]
-    assert told["losses"] == told["single_process_losses"]
+    losses = [sum(step) / ranks for step in told["between_processes"]["losses"]]
+    assert told["between_processes"] == told["one_process"]
     assert losses[-1] < losses[0] - 0.5, "the loss falls"
     check_trace(RoutingTrace.load(tmp_path / "o" / "routing.safetensors"), told, done.stdout)
 
@@ -102,7 +103,7 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
         "-m", "deepep", "demo", "--steps", "2", "--out", str(tmp_path / "o"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Equal: all 4 losses of 2 processes") == 1
+    assert done.stdout.count("Equal: all 4 losses") == 1
     assert (tmp_path / "o" / "routing.safetensors").exists()
 
 
@@ -138,18 +139,28 @@ def test_every_rank_reads_its_own_part_of_the_same_text() -> None:
     ],
 )
 def test_any_difference_is_a_difference(parallel: Any, single: Any, worst: Any) -> None:
-    comparison = Comparison(parallel, single)
+    comparison = Comparison(Outcome(parallel, ["w"]), Outcome(single, ["w"]))
     assert comparison.worst == worst
     assert comparison.equal == (worst[0] == 0.0)
+    assert not Comparison(Outcome(parallel, ["w"]), Outcome(single, ["v"])).equal
 
 
-def train_with_defect(context: Any, config: DemoConfig, defect: str) -> list[list[float]] | None:
-    """The ranks' run with something wrong in it; the losses on rank 0."""
+def train_with_defect(context: Any, config: DemoConfig, defect: str) -> Outcome | None:
+    """The ranks' run with something wrong in it; what it came to, on rank 0."""
     import deepep.demo.train as train
     import deepep.nn.exchange as exchange
 
     if defect == "gradients of one rank only":
         train.sum_gradients = lambda parameters, group: None
+    elif defect == "gradients off by a millionth":
+        real_sum = train.sum_gradients
+
+        def nearly(parameters: Any, group: Any) -> None:
+            real_sum(parameters, group)
+            for parameter in parameters:
+                parameter.grad.mul_(1 + 1e-6)
+
+        train.sum_gradients = nearly
     elif defect == "a row too late in the sum":
         real = exchange._combine
         exchange._combine = lambda y, *rest: real(y.roll(1, 0), *rest)
@@ -162,14 +173,18 @@ def train_with_defect(context: Any, config: DemoConfig, defect: str) -> list[lis
 
         exchange._dispatch_backward = without_weights
     records = train.train_rank(context.group, config)
-    if records is None:
-        return None
-    return [list(step) for step in zip(*(r.losses for r in records), strict=True)]
+    return None if records is None else outcome(records)
 
 
 @pytest.mark.parametrize(
     "defect",
-    ["", "gradients of one rank only", "a row too late in the sum", "weights lost on the way home"],
+    [
+        "",
+        "gradients of one rank only",
+        "gradients off by a millionth",
+        "a row too late in the sum",
+        "weights lost on the way home",
+    ],
 )
 def test_the_comparison_catches_what_is_wrong_with_the_exchange(world_of: Any, defect: str) -> None:
     world = world_of(2)
