@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/symmetric_layout.hpp"
+#include "host/arena.hpp"
 #include "kernels/launch.cuh"
 #include "kernels/launch.hpp"
 
@@ -46,7 +47,7 @@ class Domain {
   void set_live(uint32_t live) { group_.live = live; }
   void set_timeout(double seconds) { group_.timeout_ns = static_cast<uint64_t>(seconds * 1e9); }
 
-  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool cached, int64_t num_tokens, int num_topk,
+  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool refused, bool cached, int64_t num_tokens, int num_topk,
                 int num_local_experts, int num_scales, int index_bytes, int64_t row_bytes, uintptr_t x,
                 uintptr_t scales, int64_t scale_token_stride, int64_t scale_stride, uintptr_t topk_idx,
                 uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
@@ -55,6 +56,7 @@ class Domain {
     const dk::DispatchArgs args{group_,
                                 push_blocks,
                                 local_blocks,
+                                refused,
                                 cached,
                                 num_tokens,
                                 num_topk,
@@ -133,6 +135,14 @@ py::tuple read_fault(uintptr_t address) {
 
 }  // namespace
 
+/// What torch's CUDAPluggableAllocator calls, by name.
+extern "C" __attribute__((visibility("default"))) void* deepep_arena_take(size_t bytes, int, void*) {
+  return deepep::host::arenas().take(static_cast<int64_t>(bytes));
+}
+extern "C" __attribute__((visibility("default"))) void deepep_arena_give_back(void* block, size_t bytes, int, void*) {
+  deepep::host::arenas().give_back(block, static_cast<int64_t>(bytes));
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels of deepep, for sm_90.";
   m.attr("STATE_BYTES") = sizeof(dk::LocalState);
@@ -168,6 +178,18 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("copy", [](uintptr_t from, uintptr_t to, int64_t bytes, int num_blocks, uintptr_t stream) {
     dk::launch_copy(pointer<const std::byte>(from), pointer<std::byte>(to), bytes, num_blocks, pointer<void>(stream));
   });
+  m.def("arena_open", [](uintptr_t base, int64_t bytes) {
+    return deepep::host::arenas().open(pointer<std::byte>(base), bytes);
+  });
+  m.def("arena_reserve", [](int64_t id, int64_t bytes) {
+    deepep::host::arenas().select(id);
+    void* block = deepep::host::arenas().take(bytes);
+    deepep::host::arenas().select(0);
+    return reinterpret_cast<uintptr_t>(block);
+  });
+  m.def("arena_used", [](int64_t id) { return deepep::host::arenas().used(id); });
+  m.def("arena_close", [](int64_t id) { deepep::host::arenas().close(id); });
+  m.def("arena_select", [](int64_t id) { deepep::host::arenas().select(id); });
   m.def("wait_counts", &wait_counts);
   m.def("read_fault", &read_fault);
   m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + 4 * num_local_experts; });

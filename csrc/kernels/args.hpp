@@ -74,6 +74,7 @@ struct DispatchArgs {
   Group group;
   int push_blocks;   // blocks [0, push_blocks) write to other ranks
   int local_blocks;  // the last local_blocks blocks write the rows that stay; the two may overlap
+  bool refused;      // only tell the others that this rank does not take part in this call
   bool cached;       // counts and rows come from the handle
   int64_t num_tokens;
   int num_topk;           // 0: no top-k travels

@@ -52,7 +52,9 @@ struct CombineShared {
     }
   }
   sync_block();
-  return failed.get(0) == 0;
+  const bool all_free = failed.get(0) == 0;
+  sync_block();  // all have read it, before one that is ahead of the others misses a row and sets it again
+  return all_free;
 }
 
 /// Which rows a push warp returns: item i, i + step, ... below `end`. Item i is part i % parts of the (i / parts)-th

@@ -51,12 +51,13 @@ struct DispatchShared {
 
 /// What ranks must pass alike, in one word.
 [[nodiscard]] DEEPEP_DEVICE uint32_t signature_of(const DispatchArgs& args) {
+  if (args.refused) return 0;
   uint32_t h = 2166136261u;
   const uint32_t parts[5] = {static_cast<uint32_t>(args.row_bytes), static_cast<uint32_t>(args.num_topk),
                              static_cast<uint32_t>(args.num_scales), static_cast<uint32_t>(args.index_bytes),
                              static_cast<uint32_t>(args.cached)};
   for (uint32_t part : parts) h = (h ^ part) * 16777619u;
-  return h;
+  return h | 1u;
 }
 
 /// Which ranks the block's tokens go to concern it: those it pushes to, itself, or both.
@@ -86,7 +87,7 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
     if (!is_live(g, peer)) continue;
     uint32_t value;
     if (word < g.num_ranks)
-      value = !is_live(g, word) ? 0u
+      value = args.refused || !is_live(g, word) ? 0u
               : args.cached     ? static_cast<uint32_t>(load_once(args.counts + g.rank * g.num_ranks + word))
                                 : static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     else if (word == words.slot())
@@ -203,7 +204,7 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
       if (!wait_tag<acquire, sys_scope>(p, epoch, deadline, value)) {
         note_fault(g, Phase::kCounts, 1u << source, epoch, unpack_tagged(load<relaxed, sys_scope>(p)).tag);
         failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      } else if (word == words.signature() && value != signature_of(args)) {
+      } else if (word == words.signature() && (value != signature_of(args) || args.refused)) {
         note_fault(g, Phase::kDisagreement, 1u << source, signature_of(args), value);
         failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
@@ -214,7 +215,9 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
     if (word == words.push_blocks()) push_blocks.set(source, value);
   }
   sync_block();
-  if (failed.get(0) != 0) return false;
+  const bool came = failed.get(0) == 0;
+  sync_block();  // all have read it, before one that is ahead of the others sets it again
+  if (!came) return false;
   const auto count = [&](int s, int d) { return counts.get(s * ranks + d); };
   for (int d = thread(); d < ranks; d += num_threads()) {
     const int64_t rows = core::first_row_of_source(count, ranks, d);
@@ -226,7 +229,9 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
     failed.bit_or(0, static_cast<uint32_t>(Phase::kTooManyRows));
   }
   sync_block();
-  return failed.get(0) == 0;
+  const bool fits = failed.get(0) == 0;
+  sync_block();
+  return fits;
 }
 
 /// Tells the host how many rows come and for which experts; block 0, all threads. The ticket goes last.
@@ -238,7 +243,9 @@ DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t epoch, dev::Dead
   SharedArray<int32_t> counts(shared.counts());
   SharedArray<uint32_t> failed(shared.failed());
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
-  if (args.tokens_per_expert != nullptr && failed.get(0) == 0) {
+  const bool heard = failed.get(0) == 0;
+  sync_block();
+  if (args.tokens_per_expert != nullptr && heard) {
     for (int l = thread(); l < args.num_local_experts; l += num_threads()) {
       uint32_t total = 0;
       for (int s = 0; s < g.num_ranks; ++s) {
@@ -506,11 +513,11 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   if (thread() == 0) failed.set(0, 0);
   if (block() == 0) tell(args, epoch);
   prefetch_rows(args, role);
-  if (!args.cached) place(args, role);
+  if (!args.cached && !args.refused) place(args, role);
   sync_block();
   const int parts = parts_for(role.end - role.begin, num_warps());
   const int32_t first_position = position_of_item(args, role, parts, warp());
-  const bool heard = hear(args, epoch, deadline);
+  const bool heard = hear(args, epoch, deadline);  // never, on a rank that refused: it disagrees with itself
   if (heard) {
     if (block() == 0 && !args.cached) {
       SharedArray<int32_t> counts(shared.counts());

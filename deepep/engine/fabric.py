@@ -51,8 +51,8 @@ def _map_here(
 ) -> torch.Tensor:
     """The exported tensor, mapped for kernels of `device`.
 
-    torch would open the memory on the exporter's device, where kernels of another device cannot reach it; opened
-    on the device that will use it, CUDA enables the peer access along with it.
+    torch would open the memory on the exporter's device, where kernels of another device cannot reach it;
+    opened on the device that will use it, CUDA enables the peer access along with it.
     """
     given = inspect.signature(rebuild).bind(*args)
     given.arguments["storage_device"] = device.index
@@ -71,7 +71,7 @@ def gather_over(group: dist.ProcessGroup) -> Callable[[Any], list[Any]]:
 
 
 def why_not_one_node(group: dist.ProcessGroup) -> str:
-    """Empty if all ranks of the group share a host and can map each other's memory; else the reason. Collective."""
+    """Empty if all ranks of the group share a host, else the reason they cannot map each other. Collective."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     mine = (socket.gethostname(), str(properties.uuid))
     everyone = gather_over(group)(mine)

@@ -1,8 +1,8 @@
 """One rank of an NVLink domain: tensors in, kernel launches out.
 
-An `Endpoint` knows no process group and no stream policy: it is given the heaps of all ranks, as mapped here, and a
-stream for every call. Ranks may be processes of one node (deepep.engine.fabric) or virtual ranks of one process that
-share a GPU; nothing here can tell. csrc/kernels explains the protocol of each kernel.
+An `Endpoint` knows no process group and no stream policy: it is given the heaps of all ranks, as mapped here,
+and a stream for every call. Ranks may be processes of one node (deepep.engine.fabric) or virtual ranks of one
+process that share a GPU; nothing here can tell. csrc/kernels explains the protocol of each kernel.
 
 Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden size, N rows received, P scales per row.
 """
@@ -240,6 +240,7 @@ class Endpoint:
             split.total,
             split.remote,
             split.local,
+            False,
             cached,
             tokens,
             num_topk,

@@ -91,3 +91,45 @@ def _reference_create(options: EngineOptions) -> Engine:
 
 
 register(Backend("reference", _reference_available, _reference_supports, _reference_create))
+
+
+def _cuda_available() -> Answer:
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("deepep._cuda") is None:
+        return False, "built without nvcc: deepep._cuda is missing"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return False, f"the kernels are for compute capability 9.0, this device has {major}.{minor}"
+    return True, "kernels for sm_90"
+
+
+def _cuda_supports(group: Any) -> Answer:
+    import torch.distributed as dist
+
+    from deepep.engine.link import device_type_of
+
+    if not isinstance(group, dist.ProcessGroup):
+        return False, f"{type(group).__name__} is not a torch.distributed process group"
+    if device_type_of(group) != "cuda":
+        return False, "the group's tensors are on the CPU"
+    from deepep.engine.fabric import why_not_one_node
+    from deepep.engine.nvlink import MAX_RANKS
+
+    if group.size() > MAX_RANKS:
+        return False, f"{group.size()} ranks; one NVLink domain has at most {MAX_RANKS}"
+    why = why_not_one_node(group)
+    return not why, why or "one node, linked GPUs"
+
+
+def _cuda_create(options: EngineOptions) -> Engine:
+    from deepep.engine.cuda_engine import CudaEngine
+
+    return CudaEngine(options)
+
+
+register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create))

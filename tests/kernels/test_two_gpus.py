@@ -1,0 +1,292 @@
+"""Buffer on two GPUs, one process each, over NVLink: the kernels behind the public interface, against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deepep.sim import World
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+HIDDEN, TOPK, EXPERTS = 7168, 8, 256
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[World]:
+    with World(2, backend="nccl", timeout=120) as world:
+        yield world
+
+
+def draw(rank: int, tokens: int, seed: int, fp8: bool = False) -> Any:
+    """One rank's rows and routing, the same on whoever draws them."""
+    generator = torch.Generator().manual_seed(seed * 10 + rank)
+    idx = torch.rand((tokens, EXPERTS), generator=generator).topk(TOPK, dim=1).indices
+    idx[torch.rand(idx.shape, generator=generator) < 0.1] = -1
+    x = torch.randn((tokens, HIDDEN), generator=generator).to(torch.bfloat16)
+    weights = torch.rand((tokens, TOPK), generator=generator)
+    scales = None
+    if fp8:
+        x = x.to(torch.float8_e4m3fn)
+        scales = torch.rand((HIDDEN // 128, tokens), generator=generator).t()
+    return x, scales, idx, weights
+
+
+def expect(tokens: tuple[int, int], seed: int, fp8: bool = False) -> Any:
+    from deepep.reference import high_throughput as oracle
+    from deepep.reference.layout import dispatch_layout
+
+    inputs = []
+    for rank in range(2):
+        x, scales, idx, weights = draw(rank, tokens[rank], seed, fp8)
+        layout = dispatch_layout(idx, EXPERTS, 2)
+        inputs.append(
+            oracle.DispatchInput(
+                x, layout.is_token_in_rank, scales, idx, weights, layout.num_tokens_per_expert
+            )
+        )
+    return inputs, oracle.dispatch(inputs, EXPERTS), oracle
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.cpu().contiguous().view(torch.uint8)
+
+
+def buffer_of(ctx: Any) -> Any:
+    import deepep
+
+    if "buffer" not in ctx.scratch:
+        ctx.scratch["buffer"] = deepep.Buffer(ctx.group, num_nvl_bytes=1 << 28, timeout=20.0)
+    assert ctx.scratch["buffer"].runtime.info.backend == "cuda"
+    return ctx.scratch["buffer"]
+
+
+def dispatch(buffer: Any, given: Any, **options: Any) -> Any:
+    x, scales, idx, weights = given
+    rows = x.cuda() if scales is None else (x.cuda(), scales.cuda())
+    idx, weights = idx.cuda(), weights.cuda()
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, EXPERTS)
+    return buffer.dispatch(
+        rows,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=idx,
+        topk_weights=weights,
+        **options,
+    )
+
+
+def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool) -> None:
+    buffer = buffer_of(ctx)
+    inputs, expected, oracle = expect(tokens, seed, fp8)
+    want = expected[ctx.rank]
+    given = draw(ctx.rank, tokens[ctx.rank], seed, fp8)
+    recv, idx, weights, counts, handle, _ = dispatch(buffer, given)
+    x, scales = recv if fp8 else (recv, None)
+    assert torch.equal(bits(x), bits(want.recv_x))
+    assert torch.equal(idx.cpu(), want.recv_topk_idx)
+    assert torch.equal(weights.cpu(), want.recv_topk_weights)
+    assert counts == want.num_recv_tokens_per_expert
+    if scales is not None:
+        assert torch.equal(bits(scales), bits(want.recv_scales))
+        return
+    sums = oracle.combine(
+        [e.recv_x for e in expected],
+        [i.is_token_in_rank for i in inputs],
+        topk_weights=[e.recv_topk_weights for e in expected],
+    )[ctx.rank]
+    out, out_weights, _ = buffer.combine(x, handle, topk_weights=weights)
+    assert torch.equal(bits(out), bits(sums.x))
+    assert torch.equal(out_weights.cpu(), sums.topk_weights)
+    again, *_ = buffer.dispatch(given[0].cuda(), handle=handle)
+    assert torch.equal(bits(again), bits(want.recv_x))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tokens", [(4096, 4096), (128, 128), (1, 0), (0, 0), (777, 4000)])
+def test_round_trip(pair: World, tokens: tuple[int, int], fp8: bool) -> None:
+    for seed in range(2):
+        pair.run(round_trip, tokens, seed, fp8)
+
+
+def test_kept_tensors_stay_what_they_were(pair: World) -> None:
+    def keep(ctx: Any) -> None:
+        buffer = buffer_of(ctx)
+        kept, wanted = [], []
+        for seed in range(6):
+            kept.append(dispatch(buffer, draw(ctx.rank, 2048, seed))[0])
+            wanted.append(kept[-1].clone())
+        for a, b in zip(kept, wanted, strict=True):
+            assert torch.equal(a, b)
+
+    pair.run(keep)
+
+
+def test_a_freed_slot_waits_for_its_readers(pair: World) -> None:
+    """Rows are read on a third stream, late; meanwhile they are freed and more dispatches run."""
+
+    def late(ctx: Any) -> None:
+        buffer = buffer_of(ctx)
+        side = torch.cuda.Stream()
+        for seed in range(4):
+            rows = dispatch(buffer, draw(ctx.rank, 2048, seed))[0]
+            want = rows.clone()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(200_000_000)
+                seen = rows.clone()
+            rows.record_stream(side)
+            del rows
+            for other in range(3):
+                dispatch(buffer, draw(ctx.rank, 2048, 100 + other))
+            side.synchronize()
+            assert torch.equal(seen, want)
+
+    pair.run(late)
+
+
+def test_old_previous_event(pair: World) -> None:
+    """The communication stream is told to wait for an early event alone; the slot's reader is behind it."""
+
+    def early(ctx: Any) -> None:
+        import deepep
+
+        buffer = buffer_of(ctx)
+        given = draw(ctx.rank, 2048, 1)
+        x, _, idx, weights = (None if t is None else t.cuda() for t in given)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, EXPERTS)
+        torch.cuda.synchronize()
+        before = deepep.Buffer.capture()
+        rows = dispatch(buffer, draw(ctx.rank, 2048, 2))[0]
+        want = rows.clone()
+        torch.cuda._sleep(200_000_000)
+        seen = rows.clone()
+        del rows
+        for _ in range(3):
+            recv, *_, event = buffer.dispatch(
+                x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=idx,
+                topk_weights=weights,
+                previous_event=before,
+                async_finish=True,
+                allocate_on_comm_stream=True,
+            )
+            event.current_stream_wait()
+            recv.record_stream(torch.cuda.current_stream())
+            del recv
+        torch.cuda.synchronize()
+        assert torch.equal(seen, want)
+
+    pair.run(early)
+
+
+def test_any_number_of_sms_gives_the_same_bits(pair: World) -> None:
+    def sweep(ctx: Any) -> None:
+        import deepep
+
+        buffer = buffer_of(ctx)
+        try:
+            for sms in (1, 2, 8, 24, 132):
+                deepep.Buffer.set_num_sms(sms)
+                round_trip(ctx, (1000, 1500), 3, False)
+        finally:
+            deepep.Buffer.set_num_sms(20)
+        del buffer
+
+    pair.run(sweep)
+
+
+def test_graph_replay(pair: World) -> None:
+    """Dispatch, an expert stand-in, combine: captured once, replayed on new inputs, then eager again."""
+
+    def capture(ctx: Any) -> None:
+        buffer = buffer_of(ctx)
+        tokens = 256
+        inputs = [tuple(None if t is None else t.cuda() for t in draw(ctx.rank, tokens, s)) for s in range(4)]
+        x, _, idx, weights = (None if t is None else t.clone() for t in inputs[0])
+        assert x is not None
+        assert idx is not None
+        assert weights is not None
+
+        def step() -> torch.Tensor:
+            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, EXPERTS)
+            rows, _, _, _, handle, _ = buffer.dispatch(
+                x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=idx,
+                topk_weights=weights,
+                num_worst_tokens=2 * tokens,
+            )
+            return buffer.combine(rows * 2, handle)[0]
+
+        def eager(s: int) -> torch.Tensor:
+            for held, new in zip((x, idx, weights), (inputs[s][0], inputs[s][2], inputs[s][3]), strict=True):
+                held.copy_(new)
+            return step().clone()
+
+        wanted = [eager(s) for s in range(4)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for replay in range(100):
+            s = replay % 4
+            for held, new in zip((x, idx, weights), (inputs[s][0], inputs[s][2], inputs[s][3]), strict=True):
+                held.copy_(new)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, wanted[s]), replay
+        assert torch.equal(eager(1), wanted[1])
+
+    pair.run(capture)
+
+
+def test_disagreement_is_told_to_both(pair: World) -> None:
+    from deepep.sim import WorldError
+
+    def disagree(ctx: Any) -> None:
+        buffer = buffer_of(ctx)
+        x, _, idx, weights = draw(ctx.rank, 64, 1)
+        dispatch(buffer, (x[:, : 7168 - 128 * ctx.rank].contiguous(), None, idx, weights))
+
+    with pytest.raises(WorldError) as caught:
+        pair.run(disagree)
+    assert set(caught.value.failures) == {0, 1}
+    assert all("MismatchError" in repr(failure) for failure in caught.value.failures.values())
+    pair.run(round_trip, (64, 64), 1, False)
+
+
+def test_a_killed_rank_is_named_and_the_context_lives() -> None:
+    def lonely(ctx: Any) -> str:
+        import os
+        import signal
+
+        import deepep
+
+        buffer = deepep.Buffer(ctx.group, num_nvl_bytes=1 << 28, timeout=2.0)
+        dispatch(buffer, draw(ctx.rank, 64, 1))
+        torch.cuda.synchronize()
+        if ctx.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            dispatch(buffer, draw(ctx.rank, 64, 1))
+        except deepep.errors.PeerTimeoutError as error:
+            assert torch.ones(3, device="cuda").sum().item() == 3
+            return f"{error.record.phase} {error.record.waited_on}"
+        return "finished"
+
+    with World(2, backend="nccl", timeout=60, grace=30.0) as world:
+        outcomes = world.submit(lonely).outcomes(fail_fast=False)
+        assert outcomes[0].ok, outcomes[0]
+        assert outcomes[0].value == "counts (1,)"
