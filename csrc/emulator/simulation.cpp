@@ -132,8 +132,8 @@ void Simulation::host_step(int rank) { ranks_[static_cast<size_t>(rank)].stream.
 Outcome Simulation::run() {
   if (failed_) return outcome_;
   for (const KernelSet* set : bound_) set->bind(this);
-  for (Rank& rank : ranks_) {
-    if (!rank.at_host_step || rank.is_frozen) continue;
+  if (outcome_.status == Outcome::Status::host) {
+    Rank& rank = ranks_[static_cast<size_t>(outcome_.rank)];  // the host has done its step
     rank.at_host_step = false;
     rank.stream.pop_front();
   }
@@ -166,8 +166,10 @@ Outcome Simulation::run() {
       step_ = std::max(step_, wakes_.top().at_step);
       continue;
     }
-    const bool all_done = std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& rank) {
-      return rank.stream.empty() || (rank.is_frozen && rank.thaws_at_ns == 0);
+    const bool all_done = std::all_of(ranks_.begin(), ranks_.end(), [this](const Rank& rank) {
+      const Fiber::State watcher = fibers_[topology_.watcher(static_cast<int>(&rank - ranks_.data()))].state;
+      const bool watches = watcher != Fiber::State::absent && watcher != Fiber::State::done;
+      return (rank.stream.empty() && !watches) || (rank.is_frozen && rank.thaws_at_ns == 0);
     });
     if (all_done || !pass_time()) break;
   }
