@@ -389,7 +389,7 @@ void Simulation::freeze(const Fault& fault) {
   Rank& rank = ranks_[static_cast<size_t>(fault.rank)];
   rank.is_frozen = true;
   rank.thaws_at_ns = fault.pause_ns == 0 ? 0 : now_ns() + fault.pause_ns;
-  if (fault.loses_writes) memory_.lose_writes(fault.rank);
+  if (fault.loses_writes && fault.pause_ns == 0) memory_.lose_writes(fault.rank);
   for (Slot slot = 0; slot < topology_.num_slots(); ++slot) {
     if (topology_.rank_of(slot) != fault.rank) continue;
     Warp& warp = warp_of(slot);

@@ -29,7 +29,7 @@ struct Fault {
   int rank = -1;
   uint64_t at_step = 0;
   uint64_t pause_ns = 0;       // 0: for good
-  bool loses_writes = false;   // what it wrote and nobody has seen yet never arrives
+  bool loses_writes = false;   // for good: what it wrote and nobody has seen yet never arrives
 };
 
 struct Plan {
