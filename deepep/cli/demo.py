@@ -69,7 +69,7 @@ def command(
         raise typer.Exit(1)
     console.print(
         f"[bold green]Equal[/bold green]: all {config.steps * config.num_ranks} losses and all final weights "
-        f"of {config.num_ranks} processes have the bits of the run in one process."
+        f"of {_processes(config)} have the bits of the run in one process."
     )
 
 
@@ -98,9 +98,12 @@ def _train_under_torchrun(config: DemoConfig) -> list[RankRecord] | None:
 def _train(group: Any, config: DemoConfig) -> list[RankRecord] | None:
     if group.rank() != 0:
         return train_rank(group, config)
-    plural = "es" if config.num_ranks > 1 else ""
-    with _progress(Console(), f"{config.num_ranks} process{plural}", config.steps) as on_step:
+    with _progress(Console(), _processes(config), config.steps) as on_step:
         return train_rank(group, config, on_step)
+
+
+def _processes(config: DemoConfig) -> str:
+    return "1 process" if config.num_ranks == 1 else f"{config.num_ranks} processes"
 
 
 @contextmanager

@@ -34,7 +34,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs, and where they differ. The bound on every difference is zero: deepep.demo.single says why."""
+    """Both runs, and where they differ. Every difference is bounded by zero: deepep.demo.single says why."""
 
     parallel: Outcome
     single: Outcome

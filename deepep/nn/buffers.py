@@ -37,9 +37,15 @@ def buffer_number(buffer: BufferLike) -> int:
     return number
 
 
-def engine_of(number: int) -> Engine:
-    """The engine of a buffer. Raises DestroyedError if the buffer is gone."""
+def buffer_of(number: int) -> Any:
+    """The buffer of this number. Raises DestroyedError if it is gone."""
     buffer = _buffers.get(number)
     if buffer is None:
         raise DestroyedError(f"buffer {number}, which this layer was built on, does not exist any more")
-    return buffer.runtime
+    return buffer
+
+
+def engine_of(number: int) -> Engine:
+    """The engine of the buffer of this number. Raises DestroyedError if the buffer is gone."""
+    engine: Engine = buffer_of(number).runtime
+    return engine

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepep.errors import RangeError, ShapeError
 from deepep.gate import sigmoid_topk
-from deepep.nn.buffers import BufferLike, buffer_number
+from deepep.nn.buffers import BufferLike, buffer_number, buffer_of
 from deepep.nn.exchange import combine, dispatch
 from deepep.nn.experts import GroupedSwiGLU, SwiGLU, expand_rows, expert_rows, reduce_rows
 from deepep.nn.router import Gate, Router
@@ -75,7 +75,6 @@ class ExpertParallelMoE(nn.Module):
             raise RangeError("num_topk", str(num_topk), f"1 to num_experts, {num_experts}")
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
         self.rank, self.num_local_experts = buffer.rank, num_experts // num_ranks
-        self.group = buffer.group
         self.buffer_number = buffer_number(buffer)
         self.router = Router(hidden, num_experts, num_topk, gate=gate, device=device, dtype=dtype)
         self.experts = GroupedSwiGLU(
@@ -112,7 +111,7 @@ class ExpertParallelMoE(nn.Module):
         """Once per step, on all ranks: `Router.rebalance` over the buffer's group. Returns the load [E] of
         all ranks.
         """
-        return self.router.rebalance(rate, self.group)
+        return self.router.rebalance(rate, buffer_of(self.buffer_number).group)
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that every rank holds: sum their gradients over the ranks."""

@@ -25,8 +25,8 @@ class Router(nn.Module):
     """Logits x W^T in float32 (float64 for float64 rows), then `gate(logits, num_topk, bias=self.bias)`.
 
     weight: [E, H] parameter. bias: [E] float32 buffer, saved with the model. load: [E] int64 buffer, top-k
-    entries per expert since the last `rebalance`, of this rank's tokens, counted in training mode; not
-    saved.
+    entries per expert since the last `rebalance`, of this rank's tokens, counted by every forward in
+    training mode (a checkpoint's recomputation counts again); not saved.
     """
 
     bias: Tensor

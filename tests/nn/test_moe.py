@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -155,6 +156,19 @@ def test_bf16_rows_stay_bf16_and_any_leading_shape_is_taken(on_ranks: Any) -> No
         assert layer(x[0, 0]).shape == (HIDDEN,)
         with torch.no_grad():
             assert torch.equal(layer(x), y)
+
+    on_ranks(2, body)
+
+
+def test_a_copy_of_the_layer_works_on_the_same_buffer(on_ranks: Any) -> None:
+    """As weight averages and module surgery make them."""
+
+    def body(buffer: Any) -> None:
+        layer = layer_on(buffer)
+        copy = deepcopy(layer)
+        x = tokens_of(buffer.rank)
+        assert torch.equal(copy(x), layer(x))
+        assert torch.equal(copy.rebalance(), layer.rebalance())
 
     on_ranks(2, body)
 
