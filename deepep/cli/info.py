@@ -124,7 +124,10 @@ def nvlinks() -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
-    done = subprocess.run([tool, "topo", "-m"], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run([tool, "topo", "-m"], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi did not answer within 30 s"
     rows = [line for line in done.stdout.splitlines() if line.startswith(("GPU", "\tGPU", "\x1b"))]
     return "\n".join(rows)
 
