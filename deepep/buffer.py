@@ -45,6 +45,10 @@ class Buffer(LowLatencyCalls):
     backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
     timeout: seconds to wait for peers; None: DEEPEP_TIMEOUT, else 100.
 
+    The group's store must outlive every rank for faults to be settled: torchrun's agent holds it, or whatever
+    process started the ranks. DEEPEP_REDUCE_ON_EXPERT_RANK=1: low-latency combine sums on the experts' ranks
+    first (fewer bytes, one more rounding).
+
     Raises ValueError without group and comm, RangeError for sizes, MismatchError if the ranks construct
     different buffers, PeerTimeoutError if not all of them come.
     """

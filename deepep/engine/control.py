@@ -132,13 +132,14 @@ def _mismatch(name: str, mine: int, theirs: int, reference: int, rank: int, firs
 
 
 def encode_error(problem: ArgumentError) -> bytes:
-    """An error as at most _ERROR_BYTES bytes."""
-    parts = [str(part)[:_MAX_TEXT] for part in (problem.argument, problem.got, problem.allowed)]
+    """An error as at most _ERROR_BYTES bytes; its texts are cut if need be."""
+    texts = [problem.got[:_MAX_TEXT], problem.allowed[:_MAX_TEXT]]
     while True:
-        raw = json.dumps([type(problem).__name__, *parts, problem.rank], ensure_ascii=False).encode()
+        parts = [type(problem).__name__, problem.argument, *texts, problem.rank]
+        raw = json.dumps(parts, ensure_ascii=False).encode()
         if len(raw) <= _ERROR_BYTES:
             return raw
-        parts = [part[: len(part) * 3 // 4] for part in parts]
+        texts = [text[: len(text) * 3 // 4] for text in texts]
 
 
 def decode_error(raw: bytes) -> ArgumentError:

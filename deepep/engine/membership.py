@@ -76,7 +76,7 @@ class Membership:
         self._name = ""
         self._control: Link | None = None
         self._payload: Link | None = None
-        self._fault: PeerTimeoutError | None = None
+        self._fault: FaultRecord | None = None
         self.progress = Progress(started=time.monotonic())
 
     # members
@@ -99,7 +99,7 @@ class Membership:
 
     def unmask(self, rank: int) -> None:
         """Takes in `rank` again from the next operation on, and holds no earlier fault against it."""
-        blamed = self._fault is not None and rank in self._fault.record.waited_on
+        blamed = self._fault is not None and rank in self._fault.waited_on
         if rank in self._masked or blamed:
             self._masked -= {rank}
             self._fault = None
@@ -173,10 +173,8 @@ class Membership:
 
     def _connect(self) -> None:
         members = self.members
-        if self._fault is not None and set(self._fault.record.waited_on) & set(members):
-            raise PeerTimeoutError(
-                self._fault.record, "this rank is missing since then: mask it, or destroy the buffer"
-            )
+        if self._fault is not None and set(self._fault.waited_on) & set(members):
+            raise PeerTimeoutError(self._fault, "missing since then: mask, or destroy the buffer")
         self._fault = None
         self.progress.phase = "connect"
         people = "-".join(map(str, members))
@@ -187,8 +185,9 @@ class Membership:
             self.meet(self._name, "", members)
         except Absent as absent:
             self._check_same_members(absent.missing, people)
-            self._fault = self.blame(absent.missing, len(absent.seen), "they did not come to connect")
-            raise self._fault from None
+            error = self.blame(absent.missing, len(absent.seen), "they did not come to connect")
+            self._fault = error.record
+            raise error from None
         except dist.DistError as error:
             raise self.blame((), 0, f"the store failed: {error}") from error
         try:
@@ -246,10 +245,11 @@ class Membership:
         """Settles with the other survivors who is missing; the error that all of them raise."""
         self.disconnect()
         try:
-            self._fault = self._settle(str(error))
+            settled = self._settle(str(error))
         except dist.DistError as lost:
-            self._fault = self.blame((), 0, f"{error}; and the store failed: {lost}")
-        return self._fault
+            settled = self.blame((), 0, f"{error}; and the store failed: {lost}")
+        self._fault = settled.record
+        return settled
 
     def _settle(self, reason: str) -> PeerTimeoutError:
         name, progress = f"fault/{self._name}", self.progress

@@ -38,7 +38,7 @@ from deepep.engine.interface import (
 )
 from deepep.engine.lane import StreamLane
 from deepep.engine.link import device_type_of
-from deepep.errors import ArgumentError, HandleError
+from deepep.errors import ArgumentError, DeepEPError, HandleError
 from deepep.reference.all_to_all import restore_plan
 
 RANKS_PER_DOMAIN = high_throughput.RANKS_PER_DOMAIN
@@ -59,7 +59,11 @@ class ReferenceEngine(Engine):
             "masks": options.masks,
             "reduce_on_expert_rank": options.reduce_on_expert_rank,
         }
-        self._conductor.agree(statement, options.problem)
+        try:
+            self._conductor.agree(statement, options.problem)
+        except DeepEPError:
+            self._conductor.close(0.0)
+            raise
 
     @contextmanager
     def _issuing(self, operation: Operation, schedule: Schedule) -> Iterator[None]:

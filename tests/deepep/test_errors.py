@@ -522,7 +522,9 @@ def test_calls_in_the_wrong_mode(world_of: Any) -> None:
 
 
 def constructors(ctx: Any) -> list[Any]:
-    bad = ctx.rank == 1
+    import threading
+
+    bad, threads = ctx.rank == 1, threading.active_count()
     outcomes = [
         raised(lambda: deepep.Buffer(ctx.group, num_nvl_bytes=100 if bad else 128, timeout=30.0)),
         raised(lambda: deepep.Buffer(ctx.group, num_rdma_bytes=-128 if bad else 0, timeout=30.0)),
@@ -530,6 +532,10 @@ def constructors(ctx: Any) -> list[Any]:
         raised(lambda: deepep.Buffer(ctx.group, enable_shrink=bad, timeout=30.0)),
     ]
     deepep.Buffer(ctx.group, timeout=30.0).destroy()
+    for thread in threading.enumerate():
+        if thread.name.startswith("deepep-rank") and threading.active_count() > threads:
+            thread.join(5.0)
+    assert threading.active_count() == threads
     return outcomes
 
 
