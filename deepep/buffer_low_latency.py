@@ -167,12 +167,17 @@ class LowLatencyCalls:
         return done.x, arguments.overlap(done.completion), done.hook
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:
-        """[L, R*M, H] bf16: fill it, then call `low_latency_combine(..., zero_copy=True)` as the next
-        operation.
+        """[L, R*M, H] bf16, to be filled for the next operation: `low_latency_combine(..., zero_copy=True)`.
+
+        If the handle is refused, so is this rank's part in that operation.
         """
         self._check_alive()
-        self._check_low_latency()
-        return self._engine.low_latency_combine_buffer(low_latency_route_of(handle, self._engine))
+
+        def staged() -> torch.Tensor:
+            self._check_low_latency()
+            return self._engine.low_latency_combine_buffer(low_latency_route_of(handle, self._engine))
+
+        return self._prepared(Operation.LOW_LATENCY_COMBINE, staged, True)
 
     # masks
 

@@ -46,9 +46,7 @@ class Lane(ABC):
 
 
 class ThreadLane(Lane):
-    """A worker thread. It is a daemon and blocks only in interruptible places, so it never keeps a process
-    alive.
-    """
+    """A worker thread; a daemon, so it never keeps a process alive."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, Future[None]] | None] = queue.SimpleQueue()

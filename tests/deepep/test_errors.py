@@ -452,6 +452,12 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Excepti
         errors.MismatchError,
         "use_logfmt",
     ),
+    "a buffer for another buffer's handle": (
+        lambda a: a["buffer"].get_next_low_latency_combine_buffer(a["ll_foreign"]),
+        ll_combine,
+        errors.HandleError,
+        "handle",
+    ),
     "zero copy of nothing": (
         lambda a: ll_combine(a, zero_copy=True),
         ll_combine,
