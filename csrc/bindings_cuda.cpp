@@ -126,11 +126,18 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts
                         std::vector<uint32_t>(host->expert, host->expert + num_local_experts));
 }
 
-/// (serial, operation, phase, missing ranks as bits, expected, seen) of the last fault record.
-py::tuple read_fault(uintptr_t address) {
-  const auto* record = pointer<dk::FaultRecord>(address);
-  const uint32_t serial = __atomic_load_n(&record->serial, __ATOMIC_ACQUIRE);
-  return py::make_tuple(serial, record->operation, record->phase, record->missing, record->expected, record->seen);
+/// (operation, phase, missing ranks as bits, expected, seen) of the fault that was recorded since the last call, or
+/// None. Its notes on the device are cleared behind what `stream` holds.
+py::object take_fault(uintptr_t address, uintptr_t state, uintptr_t stream) {
+  auto* record = pointer<dk::FaultRecord>(address);
+  if (__atomic_load_n(&record->pending, __ATOMIC_ACQUIRE) == 0) return py::none();
+  py::tuple fault = py::make_tuple(record->operation, record->phase, record->missing, record->expected, record->seen);
+  __atomic_store_n(&record->pending, 0u, __ATOMIC_RELEASE);
+  auto* notes = pointer<dk::LocalState>(state);
+  dk::check(cudaMemsetAsync(&notes->phase, 0, sizeof(dk::LocalState) - offsetof(dk::LocalState, phase),
+                            static_cast<cudaStream_t>(pointer<void>(stream))),
+            "cudaMemsetAsync");
+  return fault;
 }
 
 }  // namespace
@@ -191,7 +198,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("arena_close", [](int64_t id) { deepep::host::arenas().close(id); });
   m.def("arena_select", [](int64_t id) { deepep::host::arenas().select(id); });
   m.def("wait_counts", &wait_counts);
-  m.def("read_fault", &read_fault);
+  m.def("take_fault", &take_fault);
   m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + 4 * num_local_experts; });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deepep.engine.nvlink import BlockSplit, Counts, Endpoint, Plan, Received, split_blocks
+from deepep.engine.nvlink import Counts, Endpoint, Plan, Received, combine_split, dispatch_split
 
 
 @dataclass
@@ -65,11 +65,6 @@ class VirtualDomain:
         ]
         torch.cuda.synchronize(self.device)
 
-    @property
-    def split(self) -> BlockSplit:
-        """The roles of each rank's blocks."""
-        return split_blocks(self.num_sms, self.num_ranks)
-
     def dispatch(
         self,
         inputs: Sequence[RankInputs],
@@ -95,7 +90,7 @@ class VirtualDomain:
                 given.x,
                 endpoint.heap[begin:],
                 capacity,
-                self.split,
+                dispatch_split(self.num_sms, self.num_ranks),
                 self.streams[r].cuda_stream,
                 plan=plans[r] if plans is not None else None,
                 scales=given.scales,
@@ -143,7 +138,7 @@ class VirtualDomain:
             self.endpoints[r].combine(
                 rows[r],
                 plan,
-                self.split,
+                combine_split(self.num_sms, self.num_ranks),
                 self.streams[r].cuda_stream,
                 topk_weights=None if topk_weights is None else topk_weights[r],
                 biases=() if biases is None else biases[r],

@@ -24,27 +24,28 @@ enum class Phase : uint32_t {
   kDisagreement = 17,  // not a wait: ranks passed different shapes
 };
 
-/// What went wrong first on this rank. Written once per kernel by its last block; the host reads it.
+/// What went wrong on this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
 struct FaultRecord {
   uint32_t operation;
-  uint32_t phase;
+  uint32_t phase;    // of the first wait in vain; bits of several Phases if several were noted at once
   uint32_t missing;  // bit r: rank r was waited for in vain
   uint32_t expected;
   uint32_t seen;
-  uint32_t serial;  // written last, never 0: a new value means a new record
+  uint32_t pending;  // written last: 1 when the rest is there
 };
 
-/// This rank's own words in device memory: they survive graph replays, the host never touches them in flight.
+/// This rank's own words in device memory: they survive graph replays. The host touches them only to clear `phase`
+/// and what follows it, after a fault, behind the kernel that noted it.
 struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
-  uint32_t blocks_left;  // blocks that have reached the end of the running kernel
-  uint32_t serial;
+  uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
   uint32_t seen;
+  uint32_t handed_over;
 };
 
 /// What the host wants to know of a dispatch while it runs: in pinned memory, ticket last.

@@ -13,7 +13,7 @@ DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
   using namespace dev;
   const Group& g = args.group;
   const Deadline deadline = Deadline::in(g.timeout_ns);
-  const uint32_t epoch = load(&g.state->barrier_epoch) + 1;
+  const uint32_t epoch = next_epoch(&g.state->barrier_epoch);
   SharedArray<uint32_t> failed(0);
   if (thread() == 0) failed.set(0, 0);
   sync_block();
@@ -27,7 +27,12 @@ DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
     note_fault(g, Phase::kArrival, 1u << peer, epoch, load<relaxed, sys_scope>(arrived));
     failed.bit_or(0, 1u);
   }
-  close_kernel(g, Operation::kBarrier, failed, &g.state->barrier_epoch, epoch);
+  if (thread() == 0) {
+    have_read_epoch(g);
+    if (!advance_epoch(g, &g.state->barrier_epoch, epoch)) failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
+  }
+  sync_block();
+  if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kBarrier);
 }
 
 }  // namespace deepep::kernels

@@ -3,10 +3,11 @@
 //   return    push blocks send each received row to its owner's staging; behind the rows, a warp of each raises flags
 //   reduce    reduce blocks take their tokens in order: for each, wait for the flags of its remote rows, sum
 //             bias and rows in rank order in fp32, round once, write. A rank's own row is read where it lies.
-//   free      block 0, once all blocks are done, tells every peer that this rank's staging may be written again
+//   lend      at the start of this rank's next dispatch or combine, the peers hear that its staging may be written
+//             again: the kernel that read it has ended by then
 //
-// Who waits for whom: a push block waits until the owner has freed its staging of the previous combine (told at
-// the end of that combine, so normally long ago); a reduce block waits for flags. Pushing waits for no reduce of
+// Who waits for whom: a push block waits until the owner has lent its staging anew (normally told by the dispatch
+// in between, so long ago); a reduce block waits for flags. Pushing waits for no reduce of
 // the same call, so no circle. Flags carry the epoch; nobody clears them.
 #pragma once
 
@@ -357,24 +358,27 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   const Group& g = args.group;
   const CombineShared shared{g.num_ranks};
   const Deadline deadline = Deadline::in(g.timeout_ns);
-  const uint32_t epoch = load(&g.state->combine_epoch) + 1;
+  const uint32_t epoch = next_epoch(&g.state->combine_epoch);
   SharedArray<int32_t> counts(shared.counts());
   SharedArray<uint32_t> failed(shared.failed());
+  SharedArray<uint32_t> progress(shared.progress());
+  const bool pushes = block() < args.push_blocks;
+  const bool reduces = block() >= num_blocks() - args.reduce_blocks;
+
+  if (block() == num_blocks() - 1) lend_staging(g, epoch - 1);
   for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) counts.set(i, load_once(args.counts + i));
   if (thread() == 0) failed.set(0, 0);
-  SharedArray<uint32_t> progress(shared.progress());
   if (thread() < num_warps()) progress.set(thread(), 0);
   sync_block();
+  if (thread() == 0) have_read_epoch(g);
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
 
-  if (block() < args.push_blocks && await_staging(args, epoch, deadline)) return_rows(args, count, epoch);
-  if (block() >= num_blocks() - args.reduce_blocks) reduce_tokens(args, count, epoch, deadline);
-  close_kernel(g, Operation::kCombine, failed, &g.state->combine_epoch, epoch);
-  if (block() != 0) return;
-  // All blocks have read the last of the staging: only now may peers write it again.
-  for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
-    if (peer != g.rank && is_live(g, peer))
-      store<release, sys_scope>(at<uint32_t>(g, peer, g.control.staging_free(g.rank)), epoch);
+  if (pushes && await_staging(args, epoch, deadline)) return_rows(args, count, epoch);
+  if (reduces) reduce_tokens(args, count, epoch, deadline);
+  if (block() == 0 && thread() == num_threads() - 1 && !advance_epoch(g, &g.state->combine_epoch, epoch))
+    failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
+  sync_block();
+  if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kCombine);
 }
 
 }  // namespace deepep::kernels

@@ -1,6 +1,6 @@
 // High-throughput dispatch: every row goes straight to its final place at its receiver.
 //
-//   tell      block 0 sends each rank this rank's counts and the slot it lends (tagged words: one hop, no flag)
+//   tell      the last block sends each rank this rank's counts and the slot it lends (tagged words: one hop, no flag)
 //   place     meanwhile every block works out which rows of its tokens' receivers are theirs
 //   hear      every block waits for all ranks' words; they fix every row of every rank
 //   write     push blocks write rows that leave the rank, local blocks those that stay
@@ -86,10 +86,10 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
     const int word = i % per_peer;
     if (!is_live(g, peer)) continue;
     uint32_t value;
-    if (word < g.num_ranks)
-      value = args.refused || !is_live(g, word) ? 0u
-              : args.cached     ? static_cast<uint32_t>(load_once(args.counts + g.rank * g.num_ranks + word))
-                                : static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
+    if (word < g.num_ranks)  // a cached call's counts are in everybody's handle
+      value = args.refused || args.cached || !is_live(g, word)
+                  ? 0u
+                  : static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     else if (word == words.slot())
       value = static_cast<uint32_t>(args.slot_offset / 16);
     else if (word == words.capacity())
@@ -209,7 +209,9 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
         failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
     }
-    if (word < ranks) counts.set(source * ranks + word, static_cast<int32_t>(value));
+    if (word < ranks)
+      counts.set(source * ranks + word,
+                 args.cached ? load_once(args.counts + source * ranks + word) : static_cast<int32_t>(value));
     if (word == words.slot()) slot.set(source, value);
     if (word == words.capacity()) capacity.set(source, value);
     if (word == words.push_blocks()) push_blocks.set(source, value);
@@ -489,6 +491,13 @@ DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline dead
   return role;
 }
 
+/// The counts of all ranks into the handle, for combine and cached dispatches.
+DEEPEP_DEVICE void keep_counts(const DispatchArgs& args) {
+  const int ranks = args.group.num_ranks;
+  dev::SharedArray<int32_t> counts(DispatchShared{ranks, dev::num_warps()}.counts());
+  for (int i = dev::thread(); i < ranks * ranks; i += dev::num_threads()) dev::store(args.counts + i, counts.get(i));
+}
+
 /// Asks for the first rows of the role's tokens while the counts travel.
 DEEPEP_DEVICE void prefetch_rows(const DispatchArgs& args, const DispatchRole& role) {
   const int64_t lines = args.row_bytes / core::kLine;
@@ -506,36 +515,40 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   const DispatchShared shared{g.num_ranks, num_warps()};
   SharedArray<uint32_t> failed(shared.failed());
   const Deadline deadline = Deadline::in(g.timeout_ns);
-  const uint32_t epoch = load(&g.state->dispatch_epoch) + 1;
+  const uint32_t epoch = next_epoch(&g.state->dispatch_epoch);
   const DispatchRole role = role_of_block(args);
-  const int last = num_blocks() - 1;
+  const bool last = block() == num_blocks() - 1;  // it talks: it has no rows that leave the rank, if any has none
 
   if (thread() == 0) failed.set(0, 0);
-  if (block() == 0) tell(args, epoch);
+  if (last) tell(args, epoch);
   prefetch_rows(args, role);
   if (!args.cached && !args.refused) place(args, role);
   sync_block();
+  if (thread() == 0) have_read_epoch(g);
   const int parts = parts_for(role.end - role.begin, num_warps());
   const int32_t first_position = position_of_item(args, role, parts, warp());
   const bool heard = hear(args, epoch, deadline);  // never, on a rank that refused: it disagrees with itself
+  if (last && args.host != nullptr) tell_host(args, epoch, deadline);
   if (heard) {
-    if (block() == 0 && !args.cached) {
-      SharedArray<int32_t> counts(shared.counts());
-      for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) store(args.counts + i, counts.get(i));
-    }
-    if (block() == last && args.host != nullptr) tell_host(args, epoch, deadline);
     write_rows(args, role, first_position);
     if (role.push) publish_rows(g, epoch);
     if (!args.cached) {
       sync_block();
       finish_rows(args, role);
     }
-    if (role.local && args.num_worst_tokens > 0) pad_indices(args, block() - (last + 1 - args.local_blocks), args.local_blocks);
+    if (last) {
+      // Late, and by a block whose work is done early: nobody on this rank waits for it.
+      lend_staging(g, load(&g.state->combine_epoch));
+      if (!args.cached) keep_counts(args);
+    }
+    if (role.local && args.num_worst_tokens > 0)
+      pad_indices(args, block() - (num_blocks() - args.local_blocks), args.local_blocks);
     if (block() == 0) await_rows(g, epoch, deadline);
-  } else if (block() == last && args.host != nullptr) {
-    tell_host(args, epoch, deadline);
   }
-  close_kernel(g, Operation::kDispatch, failed, &g.state->dispatch_epoch, epoch);
+  if (block() == 0 && thread() == num_threads() - 1 && !advance_epoch(g, &g.state->dispatch_epoch, epoch))
+    failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
+  sync_block();
+  if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kDispatch);
 }
 
 }  // namespace deepep::kernels

@@ -13,7 +13,16 @@ template <class T>
   return reinterpret_cast<T*>(g.heap[rank] + offset);
 }
 
-/// Notes a wait that ended without what it waited for. The first note's numbers stay; ranks add up.
+/// How a kernel starts, for every block: reads the number of this call. All threads.
+[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) { return dev::load(epoch) + 1; }
+
+/// Every block's threads have read the epoch (a block barrier lies between): one thread says so.
+DEEPEP_DEVICE void have_read_epoch(const Group& g) {
+  dev::fetch_add<dev::release, dev::gpu_scope>(&g.state->blocks_started, 1u);
+}
+
+/// Notes a wait that ended without what it waited for, before the block hands its faults over. The first note's
+/// numbers stay; ranks add up.
 DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uint32_t expected, uint32_t seen) {
   using namespace dev;
   if (fetch_or<relaxed, gpu_scope>(&g.state->phase, static_cast<uint32_t>(phase)) == 0) {
@@ -23,56 +32,48 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
   fetch_or<relaxed, gpu_scope>(&g.state->missing, missing);
 }
 
-/// Hands the faults noted by this kernel's blocks, if any, to the host. One thread.
-DEEPEP_DEVICE void hand_over_fault(const Group& g, Operation operation) {
+/// Block 0 advances the epoch once all blocks have read it: on the device, so that a replayed graph counts on. One
+/// thread, at any time after its block's own have_read_epoch. False if a block did not come.
+[[nodiscard]] DEEPEP_DEVICE bool advance_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
+  using namespace dev;
+  const uint32_t blocks = static_cast<uint32_t>(num_blocks());
+  // A block starts as soon as an SM is free: on a device that others have filled that may take a while.
+  const bool all = wait_equal<acquire, gpu_scope>(&g.state->blocks_started, blocks, Deadline::in(2 * g.timeout_ns));
+  if (!all) note_fault(g, Phase::kBlocks, 0, blocks, load<relaxed, gpu_scope>(&g.state->blocks_started));
+  store(&g.state->blocks_started, 0u);
+  store(epoch, value);
+  return all;
+}
+
+/// Tells the peers that all this rank's combines up to `epoch` have read their staging. Said at the start of a
+/// kernel, not at the end of the one that read: its end has waited for the reads, and for free. Some of one block's threads.
+DEEPEP_DEVICE void lend_staging(const Group& g, uint32_t epoch) {
+  using namespace dev;
+  for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
+    if (peer != g.rank && is_live(g, peer))
+      store<release, sys_scope>(at<uint32_t>(g, peer, g.control.staging_free(g.rank)), epoch);
+}
+
+/// How long a block that failed waits for the others' faults before it hands over: their deadlines are the same.
+inline constexpr uint64_t kGatherNs = 1000000;
+
+/// The end of a block in which a wait was in vain: the first such block hands what has been noted to the host. One
+/// thread, behind a block barrier. The host clears the notes before it launches again.
+DEEPEP_DEVICE void hand_over_faults(const Group& g, Operation operation) {
   using namespace dev;
   LocalState* state = g.state;
   const uint32_t phase = load<relaxed, gpu_scope>(&state->phase);
   if (phase == 0) return;  // stopped for a reason that the host learns with the counts
-  const uint32_t serial = load(&state->serial) + 1;
-  store(&state->serial, serial);
+  if (fetch_add<acq_rel, gpu_scope>(&state->handed_over, 1u) != 0) return;
+  const Deadline gathered = Deadline::in(kGatherNs);
+  while (!gathered.passed()) pause();
   FaultRecord* record = g.fault;
   store(&record->operation, static_cast<uint32_t>(operation));
   store(&record->phase, phase);
   store(&record->missing, load<relaxed, gpu_scope>(&state->missing));
   store(&record->expected, load<relaxed, gpu_scope>(&state->expected));
   store(&record->seen, load<relaxed, gpu_scope>(&state->seen));
-  store<release, sys_scope>(&record->serial, serial);
-  store<relaxed, gpu_scope>(&state->phase, 0u);
-  store<relaxed, gpu_scope>(&state->missing, 0u);
-}
-
-/// In the blocks' arrival counter: how many came, and above it how many of those had failed.
-inline constexpr uint32_t kFailedBlock = 1u << 16;
-
-/// The end of a kernel, for all blocks: their work, and their faults, come before their arrival at block 0. Block 0,
-/// when all have come, advances the epoch (on the device, so that a replayed graph counts on) and hands a fault to the
-/// host. `failed` is the block's shared word that is not 0 after a fault and block 0's last warp
-/// does the waiting while the others may still wait for peers. Whole block.
-DEEPEP_DEVICE void close_kernel(const Group& g, Operation operation, dev::SharedArray<uint32_t> failed, uint32_t* epoch,
-                                uint32_t value) {
-  using namespace dev;
-  if (block() != 0) {
-    sync_block();
-    if (thread() == 0)
-      fetch_add<release, gpu_scope>(&g.state->blocks_left, failed.get(0) != 0 ? 1u + kFailedBlock : 1u);
-    return;
-  }
-  if (thread() == num_threads() - 1) {
-    const uint32_t others = static_cast<uint32_t>(num_blocks()) - 1;
-    // The other blocks' waits have deadlines of their own; a second one covers a block that found no SM.
-    const Deadline deadline = Deadline::in(2 * g.timeout_ns);
-    uint32_t arrived = 0;
-    if (!wait_masked<acquire, gpu_scope>(&g.state->blocks_left, kFailedBlock - 1, others, deadline, arrived)) {
-      note_fault(g, Phase::kBlocks, 0, others, arrived & (kFailedBlock - 1));
-      failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
-    }
-    if (arrived >= kFailedBlock) failed.bit_or(0, kFailedBlock);
-    store(&g.state->blocks_left, 0u);
-    store(epoch, value);
-  }
-  sync_block();
-  if (thread() == 0 && failed.get(0) != 0) hand_over_fault(g, operation);
+  store<release, sys_scope>(&record->pending, 1u);
 }
 
 }  // namespace deepep::kernels

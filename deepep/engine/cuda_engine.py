@@ -30,7 +30,7 @@ from deepep.engine.interface import (
     Schedule,
 )
 from deepep.engine.lane import StreamLane
-from deepep.engine.nvlink import Counts, Endpoint, Phase, Plan, Received, split_blocks
+from deepep.engine.nvlink import Counts, Endpoint, Phase, Plan, Received, combine_split, dispatch_split
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
 from deepep.engine.slots import SlotPool
 from deepep.errors import ArgumentError, CapacityError, HandleError, MismatchError, PeerTimeoutError
@@ -176,7 +176,7 @@ class CudaEngine(ReferenceEngine):
             request.x.detach(),
             slot,
             capacity,
-            split_blocks(self._num_sms(request.num_sms), self.info.num_ranks),
+            dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
             self._lane.stream.cuda_stream,
             plan=plan,
             scales=None if request.scales is None else request.scales.detach(),
@@ -215,7 +215,7 @@ class CudaEngine(ReferenceEngine):
                 self._endpoint.combine(
                     x,
                     plan,
-                    split_blocks(self._num_sms(request.num_sms), self.info.num_ranks),
+                    combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
                     self._lane.stream.cuda_stream,
                     topk_weights=weights,
                     biases=biases,
@@ -344,7 +344,7 @@ class CudaEngine(ReferenceEngine):
             return counts
         self._lane.stream.synchronize()
         if counts is not None and counts.phase == Phase.DISAGREEMENT:
-            self._endpoint.take_fault()
+            self._endpoint.take_fault(self._lane.stream.cuda_stream)
             raise MismatchError(
                 "dispatch",
                 "different shapes or options on different ranks",
@@ -356,7 +356,7 @@ class CudaEngine(ReferenceEngine):
 
     def _raise_fault(self) -> None:
         """Raises what a kernel has reported since the last look."""
-        fault = self._endpoint.take_fault()
+        fault = self._endpoint.take_fault(self._lane.stream.cuda_stream)
         if fault is not None:
             raise PeerTimeoutError(fault)
 

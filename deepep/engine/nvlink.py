@@ -47,16 +47,33 @@ class BlockSplit:
     local: int
 
 
-def split_blocks(num_sms: int, num_ranks: int, *, remote: int = 8) -> BlockSplit:
-    """Roles by SM: `remote` SMs that only push saturate the links (docs/performance.md); the rest work locally.
+#: SMs that only push saturate an NVLink 4 domain's links: 8; more are slower (docs/performance.md)
+PUSHING_SMS = 8
+#: up to so many SMs, each does both kinds of work; beyond, the kinds keep out of each other's way
+SHARING_SMS = 12
 
-    With few SMs the two roles get equal parts, with one they share it.
+
+def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
+    """Roles of a dispatch's blocks, using no more than `num_sms`.
+
+    Local SMs copy about as fast as pushing ones push: as many as the rank-local share of the rows needs, and one
+    to spare. More would only disturb.
     """
+    if num_ranks == 1:
+        return BlockSplit(num_sms, 0, num_sms)
+    if num_sms <= SHARING_SMS:
+        return BlockSplit(num_sms, num_sms, num_sms)
+    local = min(num_sms - PUSHING_SMS, -(-PUSHING_SMS // (num_ranks - 1)) + 1)
+    return BlockSplit(PUSHING_SMS + local, PUSHING_SMS, local)
+
+
+def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
+    """Roles of a combine's blocks: a third push, at most 8; the rest sum."""
     if num_ranks == 1:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms == 1:
         return BlockSplit(1, 1, 1)
-    pushing = min(remote, num_sms // 2) if num_sms >= 4 else 1
+    pushing = max(1, min(PUSHING_SMS, num_sms // 3))
     return BlockSplit(num_sms, pushing, num_sms - pushing)
 
 
@@ -128,7 +145,6 @@ class Endpoint:
             _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
         )
         self._ticket = 0
-        self._fault_serial = 0
         self._workspace = torch.zeros(0, dtype=torch.int32, device=self.device)
         self._domain = _cuda.Domain(
             rank,
@@ -318,15 +334,17 @@ class Endpoint:
         """Launches a barrier of all live ranks."""
         self._domain.barrier(stream)
 
-    def take_fault(self) -> FaultRecord | None:
-        """The fault record that a kernel has left since the last call, if one has."""
-        serial, operation, phase, missing, expected, seen = _cuda.read_fault(self._fault.data_ptr())
-        if serial == self._fault_serial:
+    def take_fault(self, stream: int) -> FaultRecord | None:
+        """The fault that a kernel has recorded since the last call, if one has; its notes on the device are
+        cleared behind what `stream` holds.
+        """
+        found = _cuda.take_fault(self._fault.data_ptr(), self._state.data_ptr(), stream)
+        if found is None:
             return None
-        self._fault_serial = serial
+        operation, phase, missing, expected, seen = found
         return FaultRecord(
             operation=OPERATIONS.get(operation, str(operation)),
-            phase=Phase(phase).name.lower(),
+            phase=Phase(phase).name.lower() if phase in set(Phase) else str(phase),
             rank=self.rank,
             waited_on=tuple(r for r in range(self.num_ranks) if missing >> r & 1),
             expected=expected,

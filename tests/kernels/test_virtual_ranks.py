@@ -166,7 +166,7 @@ def round_trip(domain, shape: Shape, seed: int) -> None:  # type: ignore[no-unty
     for got, want in zip(arrived, expected, strict=True):
         check_received(got, want, cached=True)
     for endpoint in domain.endpoints:
-        assert endpoint.take_fault() is None
+        assert endpoint.take_fault(0) is None
 
 
 SHAPES = [
@@ -259,7 +259,7 @@ def test_a_rank_that_does_not_arrive_is_named(domains) -> None:  # type: ignore[
     inputs = [to_gpu(draw_rank(shape, r, 1)) for r in range(4)]
     domain.dispatch(inputs, capacity=200, num_experts=16, skip=frozenset({2}))
     for r in (0, 1, 3):
-        fault = domain.endpoints[r].take_fault()
+        fault = domain.endpoints[r].take_fault(0)
         assert fault is not None
         assert (fault.operation, fault.phase, fault.waited_on) == ("dispatch", "counts", (2,))
     assert torch.zeros(1, device="cuda").item() == 0  # the context lives
@@ -279,7 +279,7 @@ def test_masked_ranks_are_left_out(domains) -> None:  # type: ignore[no-untyped-
         rows = expected[r].src_token.numel()
         assert got.counts.num_rows == rows
         assert same_bits(got.received.x[:rows], expected[r].recv_x)
-        assert domain.endpoints[r].take_fault() is None
+        assert domain.endpoints[r].take_fault(0) is None
 
 
 def test_num_worst_tokens_marks_the_rest(domains) -> None:  # type: ignore[no-untyped-def]
