@@ -109,21 +109,25 @@ class Domain {
   dk::Group group_{};
 };
 
-/// Waits, without the GIL, until a dispatch has written `ticket` to `host`.
+/// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
 /// (phase, rows for this rank, the most rows of any rank, top-k entries per local expert), or None at the deadline.
 py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts, double timeout_seconds) {
-  const auto* host = pointer<dk::HostCounts>(address);
-  bool arrived = false;
+  const auto* words = pointer<uint64_t>(address);
+  const int fixed = static_cast<int>(offsetof(dk::HostCounts, expert) / sizeof(uint64_t));
+  std::vector<uint32_t> values(static_cast<size_t>(fixed + num_local_experts));
+  bool arrived = true;
   {
     py::gil_scoped_release release;
     const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds);
-    while (!(arrived = __atomic_load_n(&host->ticket, __ATOMIC_ACQUIRE) == ticket)) {
-      if (std::chrono::steady_clock::now() > end) break;
+    for (size_t i = 0; i < values.size() && arrived; ++i) {
+      uint64_t word = 0;
+      while (static_cast<uint32_t>((word = __atomic_load_n(words + i, __ATOMIC_ACQUIRE)) >> 32) != ticket && arrived)
+        arrived = std::chrono::steady_clock::now() < end;
+      values[i] = static_cast<uint32_t>(word);
     }
   }
   if (!arrived) return py::none();
-  return py::make_tuple(host->phase, host->num_rows, host->most_rows,
-                        std::vector<uint32_t>(host->expert, host->expert + num_local_experts));
+  return py::make_tuple(values[0], values[1], values[2], std::vector<uint32_t>(values.begin() + fixed, values.end()));
 }
 
 /// (operation, phase, missing ranks as bits, expected, seen) of the fault that was recorded since the last call, or
@@ -199,7 +203,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("arena_select", [](int64_t id) { deepep::host::arenas().select(id); });
   m.def("wait_counts", &wait_counts);
   m.def("take_fault", &take_fault);
-  m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + 4 * num_local_experts; });
+  m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + sizeof(uint64_t) * num_local_experts; });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
   });

@@ -12,16 +12,17 @@ inline constexpr int kThreads = 1024;
 
 enum class Operation : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
 
+/// Why a kernel gave up; bits, since several may be noted at once.
 enum class Phase : uint32_t {
   kNone = 0,
-  kCounts = 1,         // waiting for a peer's counts and slot
-  kRows = 2,           // waiting for a peer's rows
-  kStaging = 3,        // waiting for a peer to have consumed its staging
-  kReturn = 4,         // waiting for a row to come back
-  kArrival = 5,        // barrier
-  kBlocks = 6,         // waiting for blocks of this very kernel: no SM was free for them
-  kTooManyRows = 16,   // not a wait: some rank receives more rows than its slot holds
-  kDisagreement = 17,  // not a wait: ranks passed different shapes
+  kCounts = 1,          // waiting for a peer's counts and slot
+  kRows = 2,            // waiting for a peer's rows
+  kStaging = 4,         // waiting for a peer to have consumed its staging
+  kReturn = 8,          // waiting for a row to come back
+  kArrival = 16,        // barrier
+  kBlocks = 32,         // waiting for blocks of this very kernel: no SM was free for them
+  kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
+  kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
 };
 
 /// What went wrong on this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
@@ -48,13 +49,13 @@ struct LocalState {
   uint32_t handed_over;
 };
 
-/// What the host wants to know of a dispatch while it runs: in pinned memory, ticket last.
+/// What the host wants to know of a dispatch while it runs, in pinned memory: tagged words (device/device.hpp), the
+/// tag is the call's ticket.
 struct HostCounts {
-  uint32_t ticket;
-  uint32_t phase;       // 0, or kTooManyRows, or a wait's phase
-  uint32_t num_rows;    // rows this rank receives
-  uint32_t most_rows;   // the most any rank receives
-  uint32_t expert[1];   // [L] top-k entries per local expert
+  uint64_t phase;      // 0, or kTooManyRows, kDisagreement, or a wait's phase
+  uint64_t num_rows;   // rows this rank receives
+  uint64_t most_rows;  // the most any rank receives
+  uint64_t expert[1];  // [L] top-k entries per local expert
 };
 
 /// The group as a kernel sees it.

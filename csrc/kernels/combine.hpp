@@ -96,6 +96,21 @@ DEEPEP_DEVICE void for_each_owner(const CombineArgs& args, const Count& count, i
   }
 }
 
+/// Asks for the rows that this block's warps will read first.
+template <class Count>
+DEEPEP_DEVICE void prefetch_rows(const CombineArgs& args, const Count& count) {
+  using namespace dev;
+  if (warp() >= num_pushing_warps()) return;
+  const ReturnItems items = return_items(args, count, warp());
+  if (items.first >= items.end) return;
+  const int lines = static_cast<int>(args.row_bytes / core::kLine);
+  const int part = static_cast<int>(items.first % args.parts);
+  for_each_owner(args, count, items.first / args.parts, [&](int, int64_t row, int64_t) {
+    for (int line = lines * part / args.parts + lane(); line < lines * (part + 1) / args.parts; line += kWarpSize)
+      prefetch(args.x + row * args.row_bytes + line * core::kLine);
+  });
+}
+
 /// One part of a received row to its place in the owner's staging. One warp. The weights travel with the last part.
 DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, int64_t place, int part) {
   using namespace dev;
@@ -373,6 +388,7 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   if (thread() == 0) have_read_epoch(g);
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
 
+  if (pushes) prefetch_rows(args, count);
   if (pushes && await_staging(args, epoch, deadline)) return_rows(args, count, epoch);
   if (reduces) reduce_tokens(args, count, epoch, deadline);
   if (block() == 0 && thread() == num_threads() - 1 && !advance_epoch(g, &g.state->combine_epoch, epoch))

@@ -101,11 +101,12 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
     else
       value = static_cast<uint32_t>(
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
-    // Release: whatever read this rank's slot before (earlier kernels of this stream) comes before a peer's
-    // writes to it. The tag carries the epoch, so a word of an earlier call is never taken for this one's.
-    store<release, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, epoch) + 8 * word),
+    // Relaxed: the word says all it has to, and carries the epoch, so that one of an earlier call is never taken for
+    // this one's. What read the slot before were kernels that have ended: no write can reach them any more.
+    store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, epoch) + 8 * word),
                               pack_tagged(value, epoch));
   }
+  lend_staging(g, load(&g.state->combine_epoch));
 }
 
 /// Bit r: token t goes to rank r, and that concerns the role (its bit is in `wanted`).
@@ -236,7 +237,8 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role) {
   return fits;
 }
 
-/// Tells the host how many rows come and for which experts; block 0, all threads. The ticket goes last.
+/// Tells the host how many rows come and for which experts; one block, all threads. Tagged words, so that no word
+/// waits for another.
 DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t epoch, dev::Deadline deadline) {
   using namespace dev;
   const Group& g = args.group;
@@ -245,35 +247,35 @@ DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t epoch, dev::Dead
   SharedArray<int32_t> counts(shared.counts());
   SharedArray<uint32_t> failed(shared.failed());
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
+  const auto tell = [&](uint64_t* word, int64_t value) {
+    store<relaxed, sys_scope>(word, pack_tagged(static_cast<uint32_t>(value), args.ticket));
+  };
   const bool heard = failed.get(0) == 0;
-  sync_block();
-  if (args.tokens_per_expert != nullptr && heard) {
-    for (int l = thread(); l < args.num_local_experts; l += num_threads()) {
-      uint32_t total = 0;
-      for (int s = 0; s < g.num_ranks; ++s) {
-        uint32_t value = 0;
-        if (!is_live(g, s)) continue;
-        const int64_t offset = g.control.mailbox(s, epoch) + 8 * words.expert_count(l);
-        if (!wait_tag<acquire, sys_scope>(at<uint64_t>(g, g.rank, offset), epoch, deadline, value)) {
-          note_fault(g, Phase::kCounts, 1u << s, epoch, value);
-          failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-        }
-        total += value;
+  sync_block();  // all have looked before one may fail below
+  for (int l = thread(); l < args.num_local_experts; l += num_threads()) {
+    uint32_t total = 0;
+    for (int s = 0; s < g.num_ranks && heard && args.tokens_per_expert != nullptr; ++s) {
+      uint32_t value = 0;
+      if (!is_live(g, s)) continue;
+      const int64_t offset = g.control.mailbox(s, epoch) + 8 * words.expert_count(l);
+      if (!wait_tag<acquire, sys_scope>(at<uint64_t>(g, g.rank, offset), epoch, deadline, value)) {
+        note_fault(g, Phase::kCounts, 1u << s, epoch, value);
+        failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
       }
-      store(&args.host->expert[l], total);
+      total += value;
     }
+    tell(&args.host->expert[l], total);
   }
-  sync_block();  // the expert counts come before the ticket
+  sync_block();
   if (thread() != 0) return;
   int64_t most = 0;
   for (int d = 0; d < g.num_ranks; ++d) {
     const int64_t rows = core::first_row_of_source(count, g.num_ranks, d);
     most = rows > most ? rows : most;
   }
-  store(&args.host->num_rows, static_cast<uint32_t>(core::first_row_of_source(count, g.num_ranks, g.rank)));
-  store(&args.host->most_rows, static_cast<uint32_t>(most));
-  store(&args.host->phase, failed.get(0));
-  store<release, sys_scope>(&args.host->ticket, args.ticket);
+  tell(&args.host->num_rows, core::first_row_of_source(count, g.num_ranks, g.rank));
+  tell(&args.host->most_rows, most);
+  tell(&args.host->phase, failed.get(0));
 }
 
 /// The arrays of rank `d`'s slot, as this rank writes them.
@@ -528,7 +530,7 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   const int parts = parts_for(role.end - role.begin, num_warps());
   const int32_t first_position = position_of_item(args, role, parts, warp());
   const bool heard = hear(args, epoch, deadline);  // never, on a rank that refused: it disagrees with itself
-  if (last && args.host != nullptr) tell_host(args, epoch, deadline);
+  if (block() == num_blocks() - 1 - (num_blocks() > 1) && args.host != nullptr) tell_host(args, epoch, deadline);
   if (heard) {
     write_rows(args, role, first_position);
     if (role.push) publish_rows(g, epoch);
@@ -536,11 +538,7 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
       sync_block();
       finish_rows(args, role);
     }
-    if (last) {
-      // Late, and by a block whose work is done early: nobody on this rank waits for it.
-      lend_staging(g, load(&g.state->combine_epoch));
-      if (!args.cached) keep_counts(args);
-    }
+    if (last && !args.cached) keep_counts(args);
     if (role.local && args.num_worst_tokens > 0)
       pad_indices(args, block() - (num_blocks() - args.local_blocks), args.local_blocks);
     if (block() == 0) await_rows(g, epoch, deadline);

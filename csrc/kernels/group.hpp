@@ -46,12 +46,13 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
 }
 
 /// Tells the peers that all this rank's combines up to `epoch` have read their staging. Said at the start of a
-/// kernel, not at the end of the one that read: its end has waited for the reads, and for free. Some of one block's threads.
+/// kernel, not at the end of the one that read: that one's end has waited for the reads, so that no write can reach
+/// them any more and the word needs no order. Some of one block's threads.
 DEEPEP_DEVICE void lend_staging(const Group& g, uint32_t epoch) {
   using namespace dev;
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (peer != g.rank && is_live(g, peer))
-      store<release, sys_scope>(at<uint32_t>(g, peer, g.control.staging_free(g.rank)), epoch);
+      store<relaxed, sys_scope>(at<uint32_t>(g, peer, g.control.staging_free(g.rank)), epoch);
 }
 
 /// How long a block that failed waits for the others' faults before it hands over: their deadlines are the same.

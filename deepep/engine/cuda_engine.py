@@ -343,7 +343,7 @@ class CudaEngine(ReferenceEngine):
         if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
             return counts
         self._lane.stream.synchronize()
-        if counts is not None and counts.phase == Phase.DISAGREEMENT:
+        if counts is not None and counts.phase & Phase.DISAGREEMENT:
             self._endpoint.take_fault(self._lane.stream.cuda_stream)
             raise MismatchError(
                 "dispatch",

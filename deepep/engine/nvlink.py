@@ -10,7 +10,7 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden size, N 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntFlag
 
 import torch
 
@@ -22,17 +22,17 @@ MAX_BLOCKS = 256
 MAX_RANKS: int = _cuda.MAX_RANKS
 
 
-class Phase(IntEnum):
+class Phase(IntFlag):
     """Why a kernel gave up; the numbers are csrc/kernels/args.hpp's."""
 
     COUNTS = 1
     ROWS = 2
-    STAGING = 3
-    RETURN = 4
-    ARRIVAL = 5
-    BLOCKS = 6
-    TOO_MANY_ROWS = 16
-    DISAGREEMENT = 17
+    STAGING = 4
+    RETURN = 8
+    ARRIVAL = 16
+    BLOCKS = 32
+    TOO_MANY_ROWS = 64
+    DISAGREEMENT = 128
 
 
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
@@ -344,7 +344,7 @@ class Endpoint:
         operation, phase, missing, expected, seen = found
         return FaultRecord(
             operation=OPERATIONS.get(operation, str(operation)),
-            phase=Phase(phase).name.lower() if phase in set(Phase) else str(phase),
+            phase=(Phase(phase).name or str(phase)).lower(),
             rank=self.rank,
             waited_on=tuple(r for r in range(self.num_ranks) if missing >> r & 1),
             expected=expected,
