@@ -107,6 +107,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[
         "deepep",
+        "deepep.bench",
         "deepep.cli",
         "deepep.demo",
         "deepep.engine",

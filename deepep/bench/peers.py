@@ -1,0 +1,41 @@
+"""DeepEP itself, where it is installed: what it needs to be measured by the same calls."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import deepep
+from deepep.engine.fabric import gather_over
+
+#: rank counts that its calls inside one node are built for
+NODE_RANKS = (2, 4, 8)
+
+
+def open_deep_ep(group: Any, hidden: int, most_sms: int) -> tuple[Any, str]:
+    """(its Buffer for rows of `hidden` bf16 values, or None; why not). Collective, alike on all ranks."""
+    kind, why = _buffer_type(group.size())
+    reasons = [reason for reason in gather_over(group)(why) if reason]
+    if kind is None or reasons:
+        return None, reasons[0]
+    kind.set_num_sms(most_sms // 2 * 2)
+    ranks = group.size()
+    configs = (kind.get_dispatch_config(ranks), kind.get_combine_config(ranks))
+    size = max(config.get_nvl_buffer_size_hint(hidden * 2, ranks) for config in configs)
+    return kind(group, size, 0), ""
+
+
+def _buffer_type(ranks: int) -> tuple[Any, str]:
+    try:
+        deep_ep = importlib.import_module("deep_ep")
+    except ModuleNotFoundError as error:
+        return None, f"deep_ep: {error.name} is not installed"
+    except ImportError as error:
+        return None, f"deep_ep cannot be imported: {error}"
+    if deep_ep is deepep:
+        return None, "deep_ep is this library here (install_as_deep_ep)"
+    if not hasattr(deep_ep, "Buffer"):
+        return None, "deep_ep: this version has no Buffer"
+    if ranks not in NODE_RANKS:
+        return None, f"deep_ep: not for {ranks} ranks"
+    return deep_ep.Buffer, ""

@@ -1,0 +1,75 @@
+"""Figures as a table for people."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deepep.bench.figures import OURS, Figure, Report
+
+#: what the widest row takes; files and pipes have no width of their own
+WIDTH = 160
+COLUMNS = (
+    "median us",
+    "p99 us",
+    "host us",
+    "wire MB",
+    "logical MB",
+    "wire GB/s",
+    "logical GB/s",
+    "floor us",
+    "x floor",
+)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table for each shape, then the notes and what was wrong."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDTH)
+    told = report.environment
+    console.print(
+        f"{told['ranks']} ranks, {told['device']}; backend {told['backend']}, {told['transport']}, "
+        f"{told['routing']} routing, {told['iterations']} samples, {told['date']}",
+        highlight=False,
+    )
+    for shape, figures in groupby(report.figures, key=lambda figure: figure.shape):
+        table = Table(title=str(shape), title_justify="left", title_style="bold")
+        for name in ("operation", "by"):
+            table.add_column(name, no_wrap=True)
+        for name in ("SMs", *COLUMNS):
+            table.add_column(name, justify="right")
+        ordered = sorted(figures, key=lambda f: (f.operation != "layout", f.dtype or "", f.operation))
+        for _, rows in groupby(ordered, key=lambda f: (f.operation, f.dtype)):
+            for figure in rows:
+                table.add_row(*_cells(figure), style="bold" if figure.by == OURS else "")
+            table.add_section()
+        console.print(table)
+    for note in report.notes:
+        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+    for problem in report.problems:
+        console.print(f"[bold red]WRONG[/bold red] {escape(problem)}", highlight=False)
+
+
+def _cells(figure: Figure) -> list[str]:
+    floor = "" if figure.floor is None else f"{figure.floor:.1f} ({figure.floor_sms} SMs)"
+    return [
+        " ".join(filter(None, (figure.operation, figure.dtype))),
+        figure.by,
+        "" if figure.sms is None else str(figure.sms),
+        f"{figure.median:.1f}",
+        f"{figure.p99:.1f}",
+        f"{figure.host:.1f}",
+        _number(figure.wire_bytes / 1e6, 3),
+        _number(figure.logical_bytes / 1e6, 3),
+        _number(figure.wire_gbs, 1),
+        _number(figure.logical_gbs, 1),
+        floor,
+        _number(figure.ratio, 3),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if value else ""

@@ -1,0 +1,199 @@
+"""`deepep bench`: measure dispatch and combine, next to what the links allow and to others."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from deepep.bench.figures import Report
+from deepep.bench.rank import run_rank
+from deepep.bench.sweep import Shape, Sweep
+from deepep.errors import ArgumentError
+from deepep.trace import RoutingTrace, TraceError
+
+#: Longest a run may take, and longest a rank waits for another, in seconds.
+RUN_TIMEOUT = 3600.0
+PEER_TIMEOUT = 300.0
+WRONG, MISUSED = 1, 2
+
+
+def command(
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
+    tokens: Annotated[str, typer.Option(help="T, tokens of a rank. [4096,128; on CPU 64]")] = "",
+    hidden: Annotated[str, typer.Option(help="H. [7168; on CPU 512]")] = "",
+    topk: Annotated[str, typer.Option(help="K. [8; on CPU 4; a trace's own]")] = "",
+    experts: Annotated[str, typer.Option(help="E, of all ranks. [256; on CPU 8 a rank; a trace's own]")] = "",
+    dtype: Annotated[str, typer.Option(help="What is dispatched.")] = "bf16,fp8",
+    sms: Annotated[str, typer.Option(help="SM counts.")] = "8,16,24",
+    routing: Annotated[str, typer.Option(help="uniform, zipf or trace.")] = "uniform",
+    trace: Annotated[Path | None, typer.Option(help="A routing trace (docs/trace.md).")] = None,
+    layer: Annotated[int, typer.Option(help="The layer of the trace whose routing is used.")] = 0,
+    scales: Annotated[str, typer.Option(help="How FP8 scales lie: row-major or column-major.")] = "row-major",
+    peers: Annotated[str, typer.Option(help="What else is measured; empty: nothing.")] = "all_to_all,deep_ep",
+    backend: Annotated[
+        str | None, typer.Option(help="Backend of Buffer; else the one it would choose.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Compare a result of each operation with the reference first.")
+    ] = True,
+    iterations: Annotated[int, typer.Option(help="Samples of each figure, at least 50.")] = 60,
+    warmup: Annotated[int, typer.Option(help="Calls before the samples.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of routing and rows.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time by SM count here (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Measures get_dispatch_layout, dispatch and combine: operation-complete time of the slowest rank, median
+    and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
+    bytes.
+
+    Numbers may be lists ("4096,128"). Under torchrun (RANK set) the ranks are torchrun's. Exit status 1 if a
+    result is wrong, 2 for misuse.
+    """
+    console = Console()
+    under_torchrun = "RANK" in os.environ
+    try:
+        cuda = _on_cuda(device)
+        num_ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
+        num_ranks = num_ranks if num_ranks is not None else (torch.cuda.device_count() if cuda else 2)
+        own = RoutingTrace.load(trace) if trace is not None else None
+        small = {"tokens": "64", "hidden": "512", "topk": "4", "experts": str(8 * num_ranks)}
+        large = {"tokens": "4096,128", "hidden": "7168", "topk": "8", "experts": "256"}
+        default = large if cuda else small
+        if own is not None:
+            default |= {"topk": str(own.num_topk), "experts": str(own.num_experts)}
+        sweep = Sweep(
+            num_ranks=num_ranks,
+            shapes=tuple(
+                Shape(t, h, k, e)
+                for h in _numbers("hidden", hidden or default["hidden"])
+                for k in _numbers("topk", topk or default["topk"])
+                for e in _numbers("experts", experts or default["experts"])
+                for t in _numbers("tokens", tokens or default["tokens"])
+            ),
+            dtypes=_words(dtype),  # type: ignore[arg-type]  # Sweep checks them
+            sms=tuple(sorted(_numbers("sms", sms))) if cuda else (),
+            routing=routing,
+            trace=None if trace is None else str(trace.resolve()),
+            layer=layer,
+            scales=scales,
+            peers=_words(peers),
+            backend=backend,
+            check=check,
+            iterations=iterations,
+            warmup=warmup,
+            seed=seed,
+        )
+        if cuda and not sweep.sms:
+            raise ArgumentError("sms", "none", "one SM count or more")
+        if cuda and not under_torchrun and num_ranks > torch.cuda.device_count():
+            raise ArgumentError("ranks", str(num_ranks), f"at most the {torch.cuda.device_count()} GPUs")
+    except (ArgumentError, TraceError, OSError) as error:
+        raise _misused(console, error) from error
+    # All-to-all does not use NVLink multicast, and NCCL need not set up what a host may not permit.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    try:
+        report = _run_under_torchrun(sweep, cuda) if under_torchrun else _run_in_own_processes(sweep, cuda)
+    except (ArgumentError, TraceError) as error:
+        raise _misused(console, error) from error
+    if report is None:  # a rank of torchrun's other than 0
+        return
+    _show(report, console, json_file, plot)
+
+
+def _show(report: Report, console: Console, json_file: Path | None, plot: Path | None) -> None:
+    from deepep.bench.table import print_report
+
+    launcher = (
+        f"torchrun --nproc-per-node {report.environment['ranks']}" if "RANK" in os.environ else "python"
+    )
+    report.environment["command"] = f"{launcher} -m deepep {shlex.join(sys.argv[1:])}"
+    print_report(report, console)
+    if json_file is not None:
+        report.save(json_file)
+        console.print(f"wrote {json_file}", highlight=False)
+    if plot is not None:
+        from deepep.bench.plot import draw_report
+
+        draw_report(report, plot)
+        console.print(f"wrote {plot}", highlight=False)
+    if report.problems:
+        raise typer.Exit(WRONG)
+
+
+def _run_in_own_processes(sweep: Sweep, cuda: bool) -> Report:
+    from deepep.sim import World, WorldError
+
+    with World(sweep.num_ranks, backend="nccl" if cuda else "gloo", timeout=PEER_TIMEOUT) as world:
+        try:
+            return world.run(_run_one, sweep, timeout=RUN_TIMEOUT)[0]
+        except WorldError as error:
+            if isinstance(error.__cause__, (ArgumentError, TraceError)):
+                raise error.__cause__ from None  # what the ranks refused: no traceback helps with it
+            raise
+
+
+def _run_one(context: Any, sweep: Sweep) -> Report | None:
+    """In a rank process; rank 0 tells of progress on the terminal it shares with the parent."""
+    report = run_rank(context.group, context.device, sweep, _progress(context.rank))
+    return report if context.rank == 0 else None
+
+
+def _run_under_torchrun(sweep: Sweep, cuda: bool) -> Report | None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=PEER_TIMEOUT))
+    try:
+        rank = dist.get_rank()
+        report = run_rank(dist.group.WORLD, device, sweep, _progress(rank))
+        return report if rank == 0 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def _progress(rank: int) -> Callable[[str], None]:
+    if rank != 0:
+        return lambda line: None
+    console = Console(stderr=True)
+    return lambda line: console.print(line, style="dim", highlight=False)
+
+
+def _misused(console: Console, error: Exception) -> typer.Exit:
+    console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
+    return typer.Exit(MISUSED)
+
+
+def _on_cuda(device: str | None) -> bool:
+    if device not in (None, "cuda", "cpu"):
+        raise ArgumentError("device", str(device), "cuda or cpu")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ArgumentError("device", "cuda", "cpu: torch sees no CUDA device")
+    return there and device != "cpu"
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(word) for word in _words(text)))
+    except ValueError:
+        raise ArgumentError(name, text, "whole numbers with commas between them") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
