@@ -1,7 +1,7 @@
 """Virtual ranks: the ranks of one NVLink domain as streams of one process on one GPU.
 
-Each rank has its own heap, its own stream and a share of the SMs; all ranks' kernels are resident together, as they
-would be on as many GPUs. The kernels cannot tell. What this cannot show is the links.
+Each rank has its own heap, its own stream and a share of the SMs; all ranks' kernels are resident together,
+as they would be on as many GPUs. The kernels cannot tell. What this cannot show is the links.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ class Arrived:
 
 @dataclass
 class VirtualDomain:
-    """`num_ranks` endpoints on one device. heap_bytes: symmetric memory per rank, control and staging included."""
+    """`num_ranks` endpoints on one device.
+
+    heap_bytes: symmetric memory per rank, control and staging included. staging_bytes: of it, what rows
+    return to.
+    """
 
     num_ranks: int
     num_sms: int = 0

@@ -71,7 +71,7 @@ def gather_over(group: dist.ProcessGroup) -> Callable[[Any], list[Any]]:
 
 
 def why_not_one_node(group: dist.ProcessGroup) -> str:
-    """Empty if all ranks of the group share a host, else the reason they cannot map each other. Collective."""
+    """Empty if all ranks of the group share a host, else why they cannot map each other. Collective."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     mine = (socket.gethostname(), str(properties.uuid))
     everyone = gather_over(group)(mine)

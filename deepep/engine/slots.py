@@ -1,9 +1,9 @@
 """Receive slots: tensors of the symmetric heap that live, and are freed, as any torch tensor is.
 
-The slots' part of the heap is a private memory pool of torch's caching allocator. So a slot is a tensor: whoever
-holds it (or a view of it) keeps it, `record_stream` defers its reuse until that stream has caught up, and a slot that
-was freed in stream order is lent again in stream order. Slots belong to the communication stream: what reads them on
-another stream is recorded when they are handed out.
+The slots' part of the heap is a private memory pool of torch's caching allocator. So a slot is a tensor:
+whoever holds it (or a view of it) keeps it, `record_stream` defers its reuse until that stream has caught up,
+and a slot that was freed in stream order is lent again in stream order. Slots belong to the communication
+stream: what reads them on another stream is recorded when they are handed out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SlotPool:
         """A slot, uint8 [num_bytes] of the heap; None if the heap has no stretch free that long."""
         if num_bytes > self.num_bytes:
             return None
-        # torch looks which freed blocks their streams are done with only outside a private pool: give it occasion.
+        # Only outside of private pools does torch look which freed blocks streams are done with: let it look.
         torch.empty(1, dtype=torch.uint8, device=self._heap.device)
         _cuda.arena_select(self._arena)
         try:
@@ -50,7 +50,7 @@ class SlotPool:
             _cuda.arena_select(0)
 
     def reserve(self, num_bytes: int) -> torch.Tensor | None:
-        """A stretch of the heap that is never given back: for what a captured graph will write again and again."""
+        """A stretch of the heap that is never given back: a captured graph will write it again and again."""
         offset = _cuda.arena_reserve(self._arena, num_bytes)
         if offset == 0:
             return None

@@ -1,4 +1,4 @@
-"""Buffer on two GPUs, one process each, over NVLink: the kernels behind the public interface, against the oracle."""
+"""Buffer on two GPUs, one process each, over NVLink: the kernels behind the public interface."""
 
 from __future__ import annotations
 
