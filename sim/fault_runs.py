@@ -86,7 +86,10 @@ def run_with_fault(ctx: RankContext, cases: Sequence[Case], fault: Fault, timeou
 def draw_faulty_examples(
     choices: Choices, num_ranks: int, *, timeout: float, examples: int = 3
 ) -> tuple[list[Case], Fault]:
-    """Examples for Buffer, and something that goes wrong in them."""
+    """Examples for Buffer, and something that goes wrong in one of them, but the last.
+
+    The last is for noticing: a rank that dies when it has sent what the others need is missed only then.
+    """
     limits = Limits(
         ranks=(num_ranks,),
         max_tokens=6,
@@ -95,7 +98,7 @@ def draw_faulty_examples(
         fixed={"mode": choices.pick(("ht", "ll")), "skew": "none"},
     )
     cases = [as_buffer_call(draw_case(choices, limits)) for _ in range(examples)]
-    return cases, draw_fault(choices, cases, timeout=timeout)
+    return cases, draw_fault(choices, cases[:-1], timeout=timeout)
 
 
 def _without(case: Case, ranks: tuple[int, ...]) -> Case:
@@ -116,7 +119,7 @@ def judge_fault(world: World, cases: Sequence[Case], fault: Fault, timeout: floa
         fault,
         timeout,
         timeout=20 * (timeout + GRACE),
-        not_awaited=(fault.rank,) if gone else (),
+        not_awaited=(fault.rank,) if fault.effect is Effect.STALL else (),
     )
     try:
         tales = _tales(outcomes, fault, gone)

@@ -20,12 +20,12 @@ from deepep.sim.travel import pack, unpack
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a rank process has to know to join its world."""
+    """What a rank process has to know to join its world. store: "file:<path>" or "tcp:<port>"."""
 
     rank: int
     num_ranks: int
     backend: str
-    store_port: int
+    store: str
     timeout: float
     environment: dict[str, str]
     stack_file: str
@@ -94,7 +94,13 @@ def _join(spec: RankSpec) -> RankContext:
         device = torch.device("cuda", spec.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=spec.timeout)
-    store = dist.TCPStore("127.0.0.1", spec.store_port, is_master=False, timeout=timeout)
+    kind, _, place = spec.store.partition(":")
+    store: dist.Store
+    if kind == "file":
+        store = dist.FileStore(place, spec.num_ranks)
+        store.set_timeout(timeout)
+    else:
+        store = dist.TCPStore("127.0.0.1", int(place), is_master=False, timeout=timeout)
     dist.init_process_group(
         spec.backend, store=store, rank=spec.rank, world_size=spec.num_ranks, timeout=timeout
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from deepep.sim.cases import Case
 from deepep.sim.options import SPACE
+from deepep.sim.routing import Indices
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], *, seconds: float = 20.0) -> Case:
@@ -103,7 +104,10 @@ def _without_tokens(case: Case, rank: int, start: int, stop: int) -> Case:
 
 
 def _fewer_choices(case: Case) -> Iterator[Case]:
-    """Without one of the K columns; without the choices of one token, or one choice."""
+    """Without gaps; without one of the K columns; without the choices of one token, or one choice."""
+    widest = max((int((row >= 0).sum()) for indices in case.topk_idx for row in indices), default=0)
+    if max(widest, 1) < case.num_topk:
+        yield replace(case, topk_idx=tuple(_packed(i, max(widest, 1)) for i in case.topk_idx))
     if case.num_topk > 1:
         for column in reversed(range(case.num_topk)):
             yield replace(case, topk_idx=tuple(np.delete(i, column, axis=1) for i in case.topk_idx))
@@ -114,6 +118,12 @@ def _fewer_choices(case: Case) -> Iterator[Case]:
     for rank, indices in enumerate(case.topk_idx):
         for token, k in np.argwhere(indices >= 0).tolist():
             yield _with_entries(case, rank, token, k, -1)
+
+
+def _packed(indices: Indices, num_topk: int) -> Indices:
+    """[T, num_topk]: each token's choices, in their order, in front of its -1."""
+    order = np.argsort(indices < 0, axis=1, kind="stable")
+    return np.take_along_axis(indices, order, axis=1)[:, :num_topk]
 
 
 def _with_entries(case: Case, rank: int, token: int, k: int | slice, expert: int) -> Case:

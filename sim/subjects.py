@@ -120,20 +120,21 @@ class InWorld(Subject):
     def adapt(self, case: Case) -> Case:
         return case if self._adapt is None else self._adapt(case)
 
-    def start(self, cases: Sequence[Case]) -> PendingRun | None:
-        if not cases:
-            return None
-        (num_ranks,) = {case.num_ranks for case in cases}
-        world = self._used[num_ranks] = self._world_of(num_ranks)
-        return world.submit(_run_batch, self._run_rank, list(cases), timeout=self.timeout)
+    def start(self, cases: Sequence[Case]) -> PendingRun | Sequence[Case]:
+        """In a world that is busy, with another subject's cases, `finish` does all the work."""
+        if not cases or self._world(cases).busy:
+            return cases
+        return self._submit(cases)
 
-    def finish(self, started: PendingRun | None) -> list[list[RankView]]:
-        if started is None:
-            return []
+    def finish(self, started: PendingRun | Sequence[Case]) -> list[list[RankView]]:
+        if not isinstance(started, PendingRun):
+            if not started:
+                return []
+            started = self._submit(started)
         return [list(views) for views in zip(*started.results(), strict=True)]
 
-    def cancel(self, started: PendingRun | None) -> None:
-        if started is not None:
+    def cancel(self, started: PendingRun | Sequence[Case]) -> None:
+        if isinstance(started, PendingRun):
             started.outcomes()
 
     def reset(self) -> None:
@@ -144,6 +145,14 @@ class InWorld(Subject):
         for world in self._own.values():
             world.close()
         self._own.clear()
+
+    def _submit(self, cases: Sequence[Case]) -> PendingRun:
+        return self._world(cases).submit(_run_batch, self._run_rank, list(cases), timeout=self.timeout)
+
+    def _world(self, cases: Sequence[Case]) -> World:
+        (num_ranks,) = {case.num_ranks for case in cases}
+        world = self._used[num_ranks] = self._world_of(num_ranks)
+        return world
 
     def _own_world(self, num_ranks: int) -> World:
         if num_ranks not in self._own:

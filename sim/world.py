@@ -5,7 +5,7 @@ them, again and again. What makes it fit for fuzzing and for fault tests:
 
 - ranks are forked from a server that has torch loaded already, so a world is up in a fraction of a second;
 - functions and arguments travel by value (cloudpickle): lambdas, closures, a test module's functions;
-- the rendezvous store lives in the parent, so it survives the death of any rank;
+- the rendezvous store survives the death of any rank;
 - a rank that dies is noticed through its process handle at once, not by a time-out of the others;
 - a rank that hangs is reported with the Python stack it hangs in;
 - after a failure nothing of the old world is reused: the next run starts on fresh processes.
@@ -39,9 +39,6 @@ from deepep.sim.travel import pack, unpack
 
 __all__ = ["PendingRun", "RankContext", "World"]
 
-#: Modules the fork server loads once, so that no rank has to.
-PRELOADED = ("torch", "torch.distributed", "numpy", "cloudpickle", "deepep.sim.rank_process")
-
 #: Worlds may be started from several threads; what surrounds a start concerns the whole process.
 _starting = threading.Lock()
 _open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
@@ -56,6 +53,9 @@ class World:
             r modulo the number of GPUs).
         timeout: seconds a run may take unless the run says otherwise; also the process group's own time-out.
         grace: seconds the other ranks get to end by themselves once one rank has failed in `run`.
+        store: where the ranks meet: "file", a file in a folder of the world's own, or "tcp", a TCPStore that
+            this process serves, as torchrun does. Both survive any rank. A client of the latter looks up its
+            peer's name, which takes five seconds where no name server answers.
 
     A world starts on first use, is started again after a failure, and is closed by `close`, by leaving its
     `with` block, or at interpreter exit. One run at a time; only `kill`, `stop` and `resume` may be called
@@ -63,10 +63,18 @@ class World:
     """
 
     def __init__(
-        self, num_ranks: int, backend: str = "gloo", *, timeout: float = 60.0, grace: float = 2.0
+        self,
+        num_ranks: int,
+        backend: str = "gloo",
+        *,
+        timeout: float = 60.0,
+        grace: float = 2.0,
+        store: str = "file",
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks: got {num_ranks}; allowed: 1 or more")
+        if store not in ("file", "tcp"):
+            raise ValueError(f"store: got {store!r}; allowed: 'file', 'tcp'")
         self.num_ranks = num_ranks
         self.backend = backend
         self.timeout = timeout
@@ -74,6 +82,7 @@ class World:
         #: How often this world's processes were started: 1 after the first run, more after failures.
         self.generation = 0
         self._ranks: list[_Rank] = []
+        self._store_kind = store
         self._store: dist.TCPStore | None = None
         self._folder: TemporaryDirectory[str] | None = None
         self._pending: PendingRun | None = None
@@ -105,6 +114,11 @@ class World:
         """Whether every rank process is there and between runs."""
         return bool(self._ranks) and self._pending is None and all(r.alive for r in self._ranks)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a run is in progress whose results have not been taken."""
+        return self._pending is not None
+
     def ensure_started(self) -> None:
         """Starts the rank processes if none run, or if one of them is gone.
 
@@ -115,16 +129,20 @@ class World:
             return
         self.discard()
         self.generation += 1
-        self._store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
-        )
-        self._folder = TemporaryDirectory(prefix="deepep-world-")
+        self._folder = TemporaryDirectory(prefix="deepep-world-", ignore_cleanup_errors=True)
+        place = f"file:{self._folder.name}/store"
+        if self._store_kind == "tcp":
+            timeout = timedelta(seconds=self.timeout)
+            self._store = dist.TCPStore(
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
+            place = f"tcp:{self._store.port}"
         specs = [
             RankSpec(
                 rank=rank,
                 num_ranks=self.num_ranks,
                 backend=self.backend,
-                store_port=self._store.port,
+                store=place,
                 timeout=self.timeout,
                 environment=dict(os.environ),
                 stack_file=str(Path(self._folder.name) / f"stack-{rank}"),
@@ -360,7 +378,7 @@ def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
 
 def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(["deepep.sim.preloaded"])
     process = context.Process(
         target=main, args=(connection, spec), name=f"deepep-rank-{spec.rank}", daemon=True
     )

@@ -19,7 +19,7 @@ RANKS = 3
 RUNS = 100
 AT_ONCE = 4
 #: Seconds a buffer waits here. Stalls take this and more; a busy machine must not reach it by itself.
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 
 
 class Recorder:

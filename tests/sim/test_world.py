@@ -38,6 +38,20 @@ def test_results_come_back_by_rank_and_the_group_works(world_of, num_ranks):
     assert world_of(num_ranks).run(lambda ctx: ctx.rank) == list(range(num_ranks))
 
 
+def test_a_store_served_over_tcp_works_and_survives_its_ranks():
+    def die(ctx):
+        if ctx.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return dist.distributed_c10d._get_default_store().add("count", 1)
+
+    with World(2, store="tcp") as world:
+        assert [r.item() for r in world.run(rank_sum, 0)] == [1, 1]
+        outcomes = world.try_run(die)
+        assert [o.status for o in outcomes] == [Status.DIED, Status.RETURNED]
+    with pytest.raises(ValueError, match="store: got 'carrier pigeon'"):
+        World(2, store="carrier pigeon")
+
+
 def test_arguments_per_rank_and_by_keyword(world_of):
     result = world_of(2).run(lambda ctx, a, b, *, c: (ctx.rank, a, b, c), 1, per_rank=[(5,), (6,)], c="k")
     assert result == [(0, 1, 5, "k"), (1, 1, 6, "k")]

@@ -1,0 +1,17 @@
+"""What the fork server imports once, so that no rank has to: worlds are rebuilt after every fault."""
+
+import importlib
+from contextlib import suppress
+
+for _name in (
+    "torch.distributed",
+    "deepep.buffer",
+    "deepep.engine.reference_engine",
+    "deepep.sim.all_to_all_runs",
+    "deepep.sim.buffer_runs",
+    "deepep.sim.fault_runs",
+    "deepep.sim.rank_process",
+):
+    # A module that cannot be imported says so to whoever uses it; the fork server must not die of it.
+    with suppress(Exception):
+        importlib.import_module(_name)
