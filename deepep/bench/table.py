@@ -9,9 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from deepep.bench.figures import OURS, Figure, Report
+from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT
 
 #: what the widest row takes; files and pipes have no width of their own
 WIDTH = 160
+ORDER = (LAYOUT, DISPATCH, CACHED, COMBINE)
 COLUMNS = (
     "median us",
     "p99 us",
@@ -41,7 +43,7 @@ def print_report(report: Report, console: Console) -> None:
             table.add_column(name, no_wrap=True)
         for name in ("SMs", *COLUMNS):
             table.add_column(name, justify="right")
-        ordered = sorted(figures, key=lambda f: (f.operation != "layout", f.dtype or "", f.operation))
+        ordered = sorted(figures, key=lambda f: (ORDER.index(f.operation), f.dtype or ""))
         for _, rows in groupby(ordered, key=lambda f: (f.operation, f.dtype)):
             for figure in rows:
                 table.add_row(*_cells(figure), style="bold" if figure.by == OURS else "")

@@ -1,15 +1,12 @@
-"""The benchmark: run as a user runs it, on CPU; its arithmetic by hand; and that its checks can fail."""
+"""The benchmark: run as a user runs it, on CPU; that its checks can fail; and what it shows."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,25 +14,16 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import deepep
-from deepep.bench import clock as clock_module
-from deepep.bench import floor as floor_module
-from deepep.bench import peers
-from deepep.bench.clock import Clock, CudaClock, Timing, percentile
 from deepep.bench.figures import Figure, Report
-from deepep.bench.floor import Floor, pushes
 from deepep.bench.plot import draw_report, panels_of
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
 from deepep.bench.table import print_report
-from deepep.bench.workload import Workload, draw
 from deepep.cli.bench import command
 from deepep.errors import ArgumentError
-from deepep.reference.layout import dispatch_layout
-from deepep.trace import TraceWriter
 
 SHAPE = Shape(tokens=9, hidden=128, topk=3, experts=8)
-SMALL = Sweep(2, (SHAPE,), iterations=50, warmup=0)
+SMALL = Sweep(2, (SHAPE,), dtypes=("bf16",), iterations=50, warmup=0)
 OPERATIONS = [
     ("layout", "deepep", None),
     ("dispatch", "deepep", "bf16"),
@@ -76,14 +64,16 @@ def invoke(*options: str) -> Any:
 def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
     done = run(
         "deepep", "bench", "--device", "cpu", "--ranks", "3", "--tokens", "5", "--hidden", "128",
-        "--routing", "zipf", "--scales", "column-major", "--iterations", "50", "--warmup", "0",
+        "--dtype", "fp8", "--routing", "zipf", "--scales", "column-major",
+        "--iterations", "50", "--warmup", "0",
         "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "functional figures" in done.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "b.json").read_text())
-    assert [(f["operation"], f["by"], f["dtype"]) for f in told["figures"]] == OPERATIONS
+    expected = [o for o in OPERATIONS if o[2] != "bf16" or o[0] == "combine"]
+    assert [(f["operation"], f["by"], f["dtype"]) for f in told["figures"]] == expected
     assert told["problems"] == []
     environment = told["environment"]
     assert environment["functional_only"]
@@ -103,14 +93,15 @@ def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
 def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     done = run(
         "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deepep", "bench",
-        "--device", "cpu", "--tokens", "4", "--dtype", "bf16", "--iterations", "50", "--warmup", "0",
+        "--device", "cpu", "--tokens", "4", "--dtype", "bf16", "--peers", "",
+        "--iterations", "50", "--warmup", "0",
         "--json", str(tmp_path / "b.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("2 ranks, CPU") == 1
     told = json.loads((tmp_path / "b.json").read_text())
     assert told["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m deepep bench")
-    assert len(told["figures"]) == len([o for o in OPERATIONS if o[2] != "fp8"])
+    assert [f["operation"] for f in told["figures"]] == ["layout", "dispatch", "cached dispatch", "combine"]
 
 
 @pytest.mark.parametrize(
@@ -156,38 +147,6 @@ def test_the_command_on_two_gpus(tmp_path: Path) -> None:
             assert figure["floor_ratio"] > 0.9, "faster than a plain copy: one of the two is measured wrongly"
 
 
-# the arithmetic
-
-
-def workload(topk_idx: list[list[list[int]]], shape: Shape) -> Workload:
-    indices = [torch.tensor(idx) for idx in topk_idx]
-    layouts = [dispatch_layout(idx, shape.experts, len(indices)) for idx in indices]
-    return Workload(shape, 0, indices, [torch.ones(idx.shape) for idx in indices], layouts)
-
-
-def test_bytes_by_hand() -> None:
-    """Two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1. A token crosses once, for one expert or two."""
-    shape = Shape(tokens=3, hidden=256, topk=2, experts=4)
-    load = workload([[[0, 1], [0, 2], [2, 3]], [[0, 1], [0, 3], [1, -1]]], shape)
-    assert load.rows.tolist() == [[2, 2], [3, 1]]
-    bf16, fp8 = 512, 256 + 2 * 4
-    dispatched = load.dispatched("bf16")
-    assert dispatched.pairs == ((2 * bf16, 2 * bf16), (3 * bf16, 1 * bf16))
-    assert dispatched.wire == 3 * bf16  # rank 1 to rank 0
-    assert dispatched.logical == 5 * bf16  # rank 0 receives two of its own besides
-    assert load.dispatched("fp8").wire == 3 * fp8
-    combined = load.combined()
-    assert combined.pairs == ((2 * bf16, 3 * bf16), (2 * bf16, 1 * bf16))
-    assert (combined.wire, combined.logical) == (3 * bf16, 5 * bf16)
-
-
-def test_the_busiest_port_may_be_a_receiver() -> None:
-    """Three ranks of one expert each; ranks 1 and 2 send one token each to rank 0."""
-    load = workload([[[-1]], [[0]], [[0]]], Shape(tokens=1, hidden=8, topk=1, experts=3))
-    assert load.dispatched("bf16").wire == 2 * 16
-    assert load.combined().wire == 2 * 16  # which sends as much when they go back
-
-
 def figure(operation: str, by: str, sms: int | None, **given: Any) -> Figure:
     told = {"dtype": "bf16", "median": 200.0, "p99": 210.0, "host": 12.0, "wire_bytes": 58_000_000, **given}
     return Figure(SHAPE, operation, by, sms=sms, **told)
@@ -200,260 +159,6 @@ def test_rates_and_ratio() -> None:
     assert one.as_dict()["tokens"] == SHAPE.tokens
     none = figure("layout", "deepep", None, wire_bytes=0)
     assert (none.wire_gbs, none.logical_gbs, none.ratio) == (None, None, None)
-
-
-def test_percentiles_are_samples() -> None:
-    samples = [float(n) for n in range(100, 0, -1)]
-    assert percentile(samples, 99) == 99.0
-    assert percentile(samples[:60], 99) == 100.0
-    assert percentile([7.0], 99) == 7.0
-
-
-class Scripted(Clock):
-    """A clock that has its samples written down."""
-
-    def __init__(self, group: Any, samples: list[tuple[float, float]], warmup: int = 0) -> None:
-        super().__init__(group, torch.device("cpu"), len(samples) - warmup, warmup)
-        self._samples = iter(samples)
-
-    def sample(self, call: Any) -> tuple[float, float]:
-        call()
-        return next(self._samples)
-
-
-def test_a_sample_is_the_slowest_ranks(world_of: Any) -> None:
-    """Ranks are slow in turn: each one's median is 1, the slowest's is 10. Warm-up does not count."""
-
-    def measure(context: Any) -> Timing:
-        slow = [(1.0, 5.0 + context.rank), (10.0, 5.0 + context.rank)]
-        first, second = slow if context.rank == 0 else slow[::-1]
-        samples = [(1e9, 1e9)] * 2 + [first, second] * 3
-        return Scripted(context.group, samples, warmup=2).measure(lambda: None)
-
-    assert world_of(2).run(measure) == [Timing(median=10.0, p99=10.0, host=6.0)] * 2
-
-
-# CUDA's parts, on stand-ins
-
-
-def test_cuda_samples_are_taken_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flush, head start, alignment, start, call, end, wait; the result lives until then, and no longer."""
-    log: list[str] = []
-    results: list[weakref.ref[Any]] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            log.append("record")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 2.0  # ms
-
-    def synchronize(device: Any) -> None:
-        held = any(r() is not None for r in results)
-        log.append("wait, held" if held else "wait")
-
-    monkeypatch.setattr(clock_module, "FLUSH_BYTES", 16)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"sleep {cycles}"))
-    timer = CudaClock(None, torch.device("cpu"), 50, 0, lambda: log.append("align"))
-    log.clear()
-    timer._flush.fill_(1)
-
-    class Result:
-        pass
-
-    def call() -> Result:
-        log.append("call")
-        result = Result()
-        results.append(weakref.ref(result))
-        return result
-
-    complete, host = timer.sample(call)
-    # 2,000,000 cycles took 2 ms on the stand-in, so 200 us are 200,000.
-    timed = ["sleep 200000", "align", "record", "call", "record", "wait, held"]
-    assert log == [*timed, "align", "wait", "call", "wait, held"]
-    assert complete == 2000.0
-    assert 0 < host < 1e6
-    assert not timer._flush.any()
-    assert [r() for r in results] == [None, None]
-
-
-PAIRS = ((7, 160, 320), (48, 9, 33), (16, 0, 5))
-
-
-def test_pushes_do_not_collide() -> None:
-    region = 320
-    plans = [pushes(PAIRS, rank, region) for rank in range(3)]
-    assert [[p.to for p in plan] for plan in plans] == [[1, 2], [2, 0], [0]]
-    assert [[p.num_bytes for p in plan] for plan in plans] == [[160, 320], [48, 48], [16]]  # whole vectors
-    written = [(p.to, at) for plan in plans for p in plan for at in range(p.target, p.target + p.num_bytes)]
-    assert len(set(written)) == len(written)
-    assert all(at < 3 * region for _, at in written)
-    assert pushes(((5,),), 0, 16) == []
-
-
-def test_the_floor_copies_the_bytes_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 of three, memmove for the kernel: 8 SMs are the fastest, and each count is measured once."""
-    calls: list[int] = []
-    heaps: list[torch.Tensor] = []
-
-    def copy(source: int, target: int, num_bytes: int, sms: int, stream: int) -> None:
-        assert stream == 77
-        calls.append(sms)
-        ctypes.memmove(target, source, num_bytes)
-
-    def share(own: torch.Tensor, rank: int, gather: Any) -> Any:
-        heaps.extend([own, torch.zeros_like(own), torch.zeros_like(own)])
-        return SimpleNamespace(addresses=[heap.data_ptr() for heap in heaps])
-
-    class ByCount(Clock):
-        def sample(self, call: Any) -> tuple[float, float]:
-            call()
-            return abs(8 - calls[-1]) + 100.0, 0.0
-
-        def largest(self, values: Any) -> list[float]:
-            return list(values)
-
-    kernels = ModuleType("deepep._cuda")
-    kernels.__dict__["copy"] = copy
-    monkeypatch.setitem(sys.modules, "deepep._cuda", kernels)
-    monkeypatch.setattr(floor_module, "share_heap", share)
-    monkeypatch.setattr(floor_module, "gather_over", lambda group: lambda mine: [mine] * 3)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
-    )
-    cpu = torch.device("cpu")
-    floor = Floor(ByCount(None, cpu, 1, 0), None, 0, cpu, 313)  # rounded up to 320
-    assert floor.all_sms == 132
-    floor._source.copy_(torch.arange(floor._source.numel()) % 251)
-    best = floor.best(PAIRS, 480, 24)
-    assert best is not None
-    assert (best.sms, best.timing.median, best.wire_bytes) == (8, 100.0, 480)
-    assert sorted(set(calls)) == [1, 2, 4, 6, 8, 12, 16, 24]
-    for to, size in ((1, 160), (2, 320)):
-        assert torch.equal(heaps[to][:size], floor._source[to * 320 : to * 320 + size])
-        assert not heaps[to][size:].any()
-    assert not heaps[0].any()
-    del calls[:]
-    fewer = floor.best(PAIRS, 480, 7)
-    assert fewer is not None
-    assert fewer.sms == 7
-    assert set(calls) == {7}, "the others are known"
-    assert floor.best(((5,),), 0, 24) is None
-    assert len(floor.measured) == 9
-
-
-def test_deep_ep_is_opened_with_room_for_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sized:
-        def __init__(self, factor: int) -> None:
-            self.factor = factor
-
-        def get_nvl_buffer_size_hint(self, hidden_bytes: int, ranks: int) -> int:
-            return self.factor * hidden_bytes * ranks * FakeBuffer.sms
-
-    class FakeBuffer:
-        sms = 0
-
-        def __init__(self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int) -> None:
-            self.sizes = (num_nvl_bytes, num_rdma_bytes)
-
-        @staticmethod
-        def set_num_sms(sms: int) -> None:
-            FakeBuffer.sms = sms
-
-        get_dispatch_config = staticmethod(lambda ranks: Sized(1))
-        get_combine_config = staticmethod(lambda ranks: Sized(2))
-
-    group = SimpleNamespace(size=lambda: 2)
-    monkeypatch.setattr(peers, "gather_over", lambda group: lambda mine: [mine, mine])
-    monkeypatch.setitem(sys.modules, "deep_ep", None)
-    assert peers.open_deep_ep(group, 100, 24) == (None, "deep_ep: deep_ep is not installed")
-    monkeypatch.setitem(sys.modules, "deep_ep", deepep)
-    assert "this library" in peers.open_deep_ep(group, 100, 24)[1]
-    other = ModuleType("deep_ep")
-    monkeypatch.setitem(sys.modules, "deep_ep", other)
-    assert "no Buffer" in peers.open_deep_ep(group, 100, 24)[1]
-    other.__dict__["Buffer"] = FakeBuffer
-    assert "not for 3 ranks" in peers.open_deep_ep(SimpleNamespace(size=lambda: 3), 100, 24)[1]
-    buffer, why = peers.open_deep_ep(group, 100, 25)
-    assert why == ""
-    assert buffer.sizes == (2 * 200 * 2 * 24, 0)
-    monkeypatch.setattr(peers, "gather_over", lambda group: lambda mine: [mine, "not there"])
-    assert peers.open_deep_ep(group, 100, 24) == (None, "not there")
-
-
-# routing
-
-
-def traced(tmp_path: Path, ranks: int, lengths: list[list[int]]) -> tuple[str, list[list[torch.Tensor]]]:
-    """A trace of two layers, E = 8, K = 3: (its file, the indices of layer 1 by step and rank)."""
-    generator = torch.Generator().manual_seed(1)
-    writer = TraceWriter(num_layers=2, num_ranks=ranks, num_experts=8, num_topk=3)
-    layer_one = []
-    for step, tokens in enumerate(lengths):
-        for layer in range(2):
-            idx = [torch.randint(-1, 8, (n, 3), generator=generator) for n in tokens]
-            writer.add(step, layer, idx, [i.float() / 8 for i in idx])
-        layer_one.append(idx)
-    path = tmp_path / f"{ranks}.safetensors"
-    writer.finish().save(path)
-    return str(path), layer_one
-
-
-def test_a_trace_is_replayed_in_order_and_again(tmp_path: Path) -> None:
-    path, steps = traced(tmp_path, 2, [[3, 4], [2, 0]])
-    load = draw(Sweep(2, (SHAPE,), routing="trace", trace=path, layer=1), SHAPE)
-    for rank in range(2):
-        once = torch.cat([step[rank] for step in steps])
-        assert torch.equal(load.topk_idx[rank], torch.cat([once] * 3)[: SHAPE.tokens])
-        assert torch.equal(load.topk_weights[rank], load.topk_idx[rank].float() / 8)
-        expected = dispatch_layout(load.topk_idx[rank], 8, 2)
-        assert torch.equal(load.layouts[rank].is_token_in_rank, expected.is_token_in_rank)
-
-
-def test_a_trace_of_other_ranks_is_dealt_anew(tmp_path: Path) -> None:
-    path, steps = traced(tmp_path, 1, [[8], [6]])
-    load = draw(Sweep(2, (SHAPE,), routing="trace", trace=path, layer=1), SHAPE)
-    second = torch.cat([steps[0][0][4:], steps[1][0][3:]])
-    assert torch.equal(load.topk_idx[1], torch.cat([second] * 2)[: SHAPE.tokens])
-
-
-@pytest.mark.parametrize(
-    ("lengths", "layer", "shape", "complaint"),
-    [
-        ([[3, 3]], 2, SHAPE, "layer: got 2; allowed: 0 to 1"),
-        ([[3, 3]], 0, Shape(9, 128, 2, 8), "topk: got 2; allowed: 3, as in the trace"),
-        ([[3, 3]], 0, Shape(9, 128, 3, 16), "experts: got 16; allowed: 8, as in the trace"),
-        ([[3, 0]], 0, SHAPE, "no tokens of rank 1"),
-        ([], 0, SHAPE, "no tokens of rank 0"),
-    ],
-)
-def test_a_trace_that_does_not_fit(
-    tmp_path: Path, lengths: list[list[int]], layer: int, shape: Shape, complaint: str
-) -> None:
-    path, _ = traced(tmp_path, 2, lengths)
-    with pytest.raises(ArgumentError, match=complaint):
-        draw(Sweep(2, (shape,), routing="trace", trace=path, layer=layer), shape)
-
-
-@pytest.mark.parametrize("routing", ["uniform", "zipf"])
-def test_drawn_routing(routing: str) -> None:
-    shape = Shape(tokens=200, hidden=128, topk=3, experts=8)
-    load = draw(Sweep(2, (shape,), routing=routing), shape)
-    assert [idx.shape for idx in load.topk_idx] == [(200, 3)] * 2
-    assert not torch.equal(load.topk_idx[0], load.topk_idx[1])
-    counts = sum(layout.num_tokens_per_expert for layout in load.layouts)
-    assert counts.sum() == 2 * 200 * 3
-    # 1200 draws: 150 an expert if uniform, give or take some 10; Zipf's first gets almost all 400 tokens.
-    assert (counts.max() > 250) == (routing == "zipf")
-    assert not (load.x(0) == 0).any()
-    assert not torch.equal(load.x(0), load.x(1))
-    assert torch.equal(load.x(1), draw(Sweep(2, (shape,), routing=routing), shape).x(1))
 
 
 # what was wrong is told
@@ -478,9 +183,7 @@ def measured_with_defect(context: Any, defect: str) -> Report:
 
     setattr(target, name, spoiled)
     try:
-        return run_rank(
-            context.group, context.device, Sweep(2, (SHAPE,), dtypes=("bf16",), iterations=50, warmup=0)
-        )
+        return run_rank(context.group, context.device, SMALL)
     finally:
         setattr(target, name, real)
 
@@ -510,6 +213,22 @@ def test_a_wrong_result_of_a_peer_is_noted(world_of: Any, name: str, what: str) 
     assert report.problems == []
     assert len(report.figures) == len([o for o in OPERATIONS if o[2] != "fp8"])
     assert any(what in note for note in report.notes)
+
+
+def test_lists_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[Sweep] = []
+
+    def refuse(sweep: Sweep, cuda: bool) -> Report:
+        swept.append(sweep)
+        raise ArgumentError("enough", "seen", "nothing")
+
+    monkeypatch.setattr("deepep.cli.bench._run_in_own_processes", refuse)
+    invoke("--device", "cpu", "--ranks", "4", "--tokens", "64, 8,64", "--hidden", "256,128", "--dtype", "fp8")
+    invoke("--device", "cpu", "--peers", "")
+    shapes = [Shape(t, h, 4, 32) for h in (256, 128) for t in (64, 8)]
+    assert swept[0] == Sweep(4, tuple(shapes), dtypes=("fp8",))
+    assert swept[1].shapes == (Shape(64, 512, 4, 16),)
+    assert swept[1].peers == ()
 
 
 def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,9 +272,8 @@ def test_table_plot_and_json_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("a.png", "a.svg"):
         draw_report(report, tmp_path / name)
     picture = (tmp_path / "a.svg").read_text()
-    assert all(
-        f"<!-- {word} -->" in picture for word in ("floor", "deepep, cached", "nccl alone", "deep\\_ep")[:3]
-    )
+    for words in ("floor", "deepep, cached", "nccl alone"):
+        assert f"<!-- {words} -->" in picture
     report.save(tmp_path / "a.json")
     saved = json.loads((tmp_path / "a.json").read_text())
     assert [f["floor_ratio"] for f in saved["figures"][1:3]] == [1.5625, 1.5]
