@@ -116,7 +116,7 @@ setup(
         "deepep.sim",
     ],
     package_dir={"deepep": "deepep", "deepep.reference": "reference", "deepep.sim": "sim"},
-    package_data={"deepep": ["py.typed"]},
+    package_data={"deepep": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

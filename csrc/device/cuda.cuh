@@ -237,18 +237,19 @@ class SharedArray {
   [[nodiscard]] DEEPEP_DEVICE T get(int i) const { return data_[i]; }
   DEEPEP_DEVICE void set(int i, T v) { data_[i] = v; }
   /// Ordered within the block: what the writer did before `set<release>` comes before what the reader does after a
-  /// `get<acquire>` that saw it.
+  /// `get<acquire>` that saw it. Atomics both, or the sanitizer would take them for a race.
   template <class Order>
   [[nodiscard]] DEEPEP_DEVICE T get(int i) const {
     static_assert(sizeof(T) == 4 && std::is_same_v<Order, acquire>);
     T v;
-    asm volatile("ld.acquire.cta.shared.b32 %0, [%1];" : "=r"(v) : "r"(address(i)) : "memory");
+    asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;" : "=r"(v) : "r"(address(i)) : "memory");
     return v;
   }
   template <class Order>
   DEEPEP_DEVICE void set(int i, T v) {
     static_assert(sizeof(T) == 4 && std::is_same_v<Order, release>);
-    asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(address(i)), "r"(v) : "memory");
+    T old;
+    asm volatile("atom.release.cta.shared.exch.b32 %0, [%1], %2;" : "=r"(old) : "r"(address(i)), "r"(v) : "memory");
   }
   /// Atomic within the block; returns what was there before.
   DEEPEP_DEVICE T add(int i, T v) { return atomicAdd_block(data_ + i, v); }

@@ -43,7 +43,7 @@ FEW_ROWS = 512
 
 @dataclass
 class NvlinkPlan(Plan):
-    """A plan, and what the host knows of it: most_rows, the most any rank receives; None if not waited for."""
+    """A plan, and what the host knows of it: the most rows that any rank receives; None if not waited for."""
 
     most_rows: int | None = None
 
@@ -221,7 +221,7 @@ class CudaEngine(ReferenceEngine):
                     biases=biases,
                     out=out,
                     out_weights=out_weights,
-                    parts=2 if few else 1,
+                    parts=4 if few else 1,
                 )
             given = (x, weights, *biases, plan.counts, plan.send_row)
             return Combined(out, out_weights, self._hand_out(schedule, given, (out, out_weights)))
@@ -297,8 +297,10 @@ class CudaEngine(ReferenceEngine):
         return slot
 
     def _graph_slot(self, size: int) -> Tensor | None:
-        """Where captured dispatches receive: one place, lent in the communication stream's order, never freed, since
-        nobody tells when the last replay was. The rows are copied out of it at once, into the graph's own memory."""
+        """Where captured dispatches receive: one place, never freed: nobody tells when the last replay was.
+
+        The rows are copied out of it at once, into the graph's own memory.
+        """
         if self._captured is None or self._captured.numel() < size:
             self._captured = self._slots.reserve(size)
         return None if self._captured is None else self._captured[:size]

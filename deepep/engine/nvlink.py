@@ -4,7 +4,7 @@ An `Endpoint` knows no process group and no stream policy: it is given the heaps
 and a stream for every call. Ranks may be processes of one node (deepep.engine.fabric) or virtual ranks of one
 process that share a GPU; nothing here can tell. csrc/kernels explains the protocol of each kernel.
 
-Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden size, N rows received, P scales per row.
+Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden, N rows received, P scales per row.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class BlockSplit:
     local: int
 
 
-#: SMs that only push saturate an NVLink 4 domain's links: 8; more are slower (docs/performance.md)
-PUSHING_SMS = 8
+#: SMs that only push and keep an NVLink 4 domain's links full: 8 do not, 10 are slower (docs/performance.md)
+PUSHING_SMS = 9
+#: SMs that keep pace with them on the rank-local rows of two ranks
+LOCAL_SMS = 15
 #: up to so many SMs, each does both kinds of work; beyond, the kinds keep out of each other's way
 SHARING_SMS = 12
 
@@ -56,24 +58,24 @@ SHARING_SMS = 12
 def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
     """Roles of a dispatch's blocks, using no more than `num_sms`.
 
-    Local SMs copy about as fast as pushing ones push: as many as the rank-local share of the rows needs, and one
-    to spare. More would only disturb.
+    With more ranks less stays on each, and fewer local SMs do.
     """
     if num_ranks == 1:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms <= SHARING_SMS:
         return BlockSplit(num_sms, num_sms, num_sms)
-    local = min(num_sms - PUSHING_SMS, -(-PUSHING_SMS // (num_ranks - 1)) + 1)
-    return BlockSplit(PUSHING_SMS + local, PUSHING_SMS, local)
+    pushing = min(PUSHING_SMS, num_sms // 2)
+    local = min(num_sms - pushing, max(2, -(-LOCAL_SMS // (num_ranks - 1))))
+    return BlockSplit(pushing + local, pushing, local)
 
 
 def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
-    """Roles of a combine's blocks: a third push, at most 8; the rest sum."""
+    """Roles of a combine's blocks: a good third push, at most PUSHING_SMS; the rest sum."""
     if num_ranks == 1:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms == 1:
         return BlockSplit(1, 1, 1)
-    pushing = max(1, min(PUSHING_SMS, num_sms // 3))
+    pushing = max(1, min(PUSHING_SMS, num_sms * 3 // 8))
     return BlockSplit(num_sms, pushing, num_sms - pushing)
 
 
@@ -81,8 +83,8 @@ def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
 class Plan:
     """What combine and cached dispatches need of a dispatch.
 
-    counts [R, R] int32: rows from rank s to rank d. send_row [T, R] int32: the final row of each token at each rank,
-    or -1. source [N] int32: source token of each received row. live: ranks that took part, as bits.
+    counts [R, R] int32: rows from rank s to rank d. send_row [T, R] int32: the final row of each token at
+    each rank, or -1. source [N] int32: source token of each received row. live: ranks that took part, bits.
     """
 
     counts: torch.Tensor
@@ -121,9 +123,9 @@ def _address(tensor: torch.Tensor | None) -> int:
 class Endpoint:
     """The operations of one rank on its NVLink domain.
 
-    heap: this rank's symmetric memory, uint8 [B] on the device. addresses: where each rank's heap is mapped here;
-    all heaps are alike in size. staging_bytes: the part of the heap that rows return to. timeout: seconds a kernel
-    waits for a peer before it leaves with a fault record.
+    heap: this rank's symmetric memory, uint8 [B] on the device. addresses: where each rank's heap is mapped
+    here; all heaps are alike in size. staging_bytes: the part of the heap that rows return to. timeout:
+    seconds a kernel waits for a peer before it leaves with a fault record.
     """
 
     def __init__(
@@ -166,7 +168,11 @@ class Endpoint:
     def layout(
         self, topk_idx: torch.Tensor, num_experts: int, ranks_per_domain: int, stream: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """(tokens per rank [R] int32, per domain [D] int32 or None, per expert [E] int32, token-in-rank [T, R] bool)."""
+        """Launches a layout of topk_idx [T, K].
+
+        Returns tokens per rank [R] int32, per domain [D] int32 or None, per expert [E] int32, and
+        token-in-rank [T, R] bool.
+        """
         tokens, topk = topk_idx.shape
         ranks = self.num_ranks
         domains = -(-ranks // ranks_per_domain)
@@ -219,10 +225,10 @@ class Endpoint:
         num_worst_tokens: int = 0,
         tell_host: bool = False,
     ) -> tuple[Received, Plan]:
-        """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap with room for `capacity`.
+        """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap for `capacity` rows.
 
-        With `plan` the routing is that plan's; without it is_token_in_rank and tokens_per_rank are needed. The
-        plan's num_rows is `capacity` until the caller knows better (`wait_counts`, with tell_host).
+        With `plan` the routing is that plan's; without it is_token_in_rank and tokens_per_rank are needed. A
+        new plan's num_rows is `capacity` until the caller knows better (`wait_counts`, with tell_host).
         """
         tokens, hidden = x.shape
         row_bytes = hidden * x.element_size()
@@ -285,7 +291,10 @@ class Endpoint:
         return received, plan
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:
-        """The counts of the dispatch launched last with `tell_host`; None if the deadline passed. Releases the GIL."""
+        """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.
+
+        Releases the GIL while it waits.
+        """
         # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
         seen = _cuda.wait_counts(self._host.data_ptr(), self._ticket, num_local_experts, self.timeout + 30.0)
         return None if seen is None else Counts(*seen)
@@ -307,9 +316,10 @@ class Endpoint:
         out_weights: torch.Tensor | None = None,
         parts: int = 1,
     ) -> None:
-        """Launches a combine of x [N, H] bf16 into out [T, H] bf16 (and weights [N, K] into out_weights [T, K]).
+        """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
 
-        parts: into how many parts (1 to 4) rows are cut, so that a few keep all warps busy; the same on all ranks.
+        parts: into how many parts (1 to 4) rows are cut, so that a few keep all warps busy; the same on all
+        ranks.
         """
         self._domain.combine(
             split.total,
