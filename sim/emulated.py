@@ -17,7 +17,7 @@ import numpy as np
 from deepep import _emulator
 from deepep.sim import oracle
 from deepep.sim.cases import Case
-from deepep.sim.emulated_domain import EmulatedDomain, Fault, Gpu
+from deepep.sim.emulated_domain import EmulatedDomain, Fault, Gpu, HostCounts, Layout, Plan
 from deepep.sim.observed import Array, RankView, first_difference
 from deepep.sim.values import inputs
 
@@ -51,11 +51,13 @@ class Schedule:
 class Stop:
     """A rank stops at a step of the schedule: for good, or for `pause_seconds` of simulated time.
 
-    loses_writes: what it wrote and nobody has seen by then never arrives.
+    counts_writes: `at` counts the rank's ordered writes instead: all places where its peers can tell.
+    loses_writes: if it stops for good, what it wrote and nobody has seen by then never arrives.
     """
 
     rank: int
-    at_step: int
+    at: int
+    counts_writes: bool = False
     pause_seconds: float = 0.0
     loses_writes: bool = False
 
@@ -64,14 +66,19 @@ class Stop:
 class Scenario:
     """What is run: cases of equally many ranks, in order, on GPUs of one shape.
 
-    use_layout: the layout kernel makes what dispatch is given, rather than the host.
+    use_layout: the layout kernel makes what dispatch is given, rather than the host; with "only", nothing else.
     use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
+    short_slots: ranks lend slots with room for one row less than comes, where the host waits for the counts,
+    hear of it with the counts, and lend anew.
+    num_combines: how often each case's combine is run, from the one handle.
     """
 
     cases: tuple[Case, ...]
     gpu: Gpu = field(default_factory=Gpu)
-    use_layout: bool = False
+    use_layout: str = "no"
     use_barrier: bool = False
+    short_slots: bool = False
+    num_combines: int = 1
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
@@ -144,11 +151,13 @@ class _Run:
             seed=schedule.seed,
             expected_steps=schedule.expected_steps,
             max_steps=max_steps,
-            faults=[(s.rank, s.at_step, int(s.pause_seconds * 1e9), s.loses_writes) for s in stops],
+            faults=[
+                (s.rank, s.at, s.counts_writes, int(s.pause_seconds * 1e9), s.loses_writes) for s in stops
+            ],
         )
         self.machine = machine
         self.domain = EmulatedDomain(machine, scenario.cases, gpu, kernels)
-        self.watch_in_time = True
+        self.watched: Any = None  # outcome of the watch that ended last
         self.report = Report()
         self.programs: dict[int, Program] = {}
 
@@ -167,7 +176,7 @@ class _Run:
                     return report
                 if outcome.status == "done":
                     break
-                self.watch_in_time = outcome.in_time
+                self.watched = outcome
                 self._advance(outcome.rank)
         except _WrongResult as error:
             report.kind, report.text = "wrong result", str(error)
@@ -205,70 +214,109 @@ class _Run:
         for index, case in enumerate(self.scenario.cases):
             if rank in case.masked_at_dispatch:
                 continue
-            yield from self._round(rank, index, case)
+            if self.scenario.use_layout == "only":
+                yield from self._lay_out(rank, index, case)
+            else:
+                yield from self._round_trip(rank, index, case)
             if self.scenario.use_barrier and not case.masked:
                 self.domain.barrier(rank, index)
-                yield "stream"
-                self._check_fault(rank)
+                yield from self._settle(rank)
                 self.domain.read_marks(rank, index)
 
-    def _round(self, rank: int, index: int, case: Case) -> Program:
+    def _round_trip(self, rank: int, index: int, case: Case) -> Program:
         domain = self.domain
-        view = RankView()
-        given = inputs(case, rank)
-        expected = self.scenario.expected[index][rank]
-        if self.scenario.use_layout:
-            layout = domain.layout(rank, case, given)
-            yield "stream"
-            domain.take_layout(rank, case, layout, view)
-            self._judge(rank, index, view)
+        if self.scenario.use_layout == "yes":
+            layout = yield from self._lay_out(rank, index, case)
         else:
-            layout = domain.given_layout(rank, expected)
+            layout = domain.given_layout(rank, self.scenario.expected[index][rank])
         plan = domain.new_plan(rank, case)
+        slot, rows = yield from self._dispatch(rank, index, case, layout, plan)
+        if case.options.cached:
+            again = inputs(case, rank, again=True)
+            slot_again = domain.dispatch(rank, case, again, layout, plan, cached=True)
+            yield from self._settle(rank)
+            view = RankView()
+            domain.take_rows(rank, case, slot_again, rows, view)
+            self._judge(rank, index, RankView(again_x=view.recv_x, again_scales=view.recv_scales))
+        if rank in case.masked:
+            return
+        for _ in range(self.scenario.num_combines):
+            outputs = domain.combine(rank, case, inputs(case, rank), plan, slot, rows)
+            yield from self._settle(rank)
+            view = RankView()
+            domain.take_sums(rank, case, outputs, view)
+            self._judge(rank, index, view)
+
+    def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, Layout]:
+        layout = self.domain.layout(rank, case, inputs(case, rank))
+        yield "stream"
+        view = RankView()
+        self.domain.take_layout(rank, case, layout, view)
+        self._judge(rank, index, view)
+        return layout
+
+    def _dispatch(
+        self, rank: int, index: int, case: Case, layout: Layout, plan: Plan
+    ) -> Generator[str, None, tuple[int, int]]:
+        """Returns the slot's address and the number of rows in it."""
+        domain = self.domain
+        given = inputs(case, rank)
+        expected = [view.recv_x for view in self.scenario.expected[index]]
+        rows = len(_given(expected[rank]))
+        most_rows = max(len(x) for x in expected if x is not None)
+        waits = case.options.worst == "off"
+        view = RankView()
+        if waits and self.scenario.short_slots and most_rows > 1:
+            domain.dispatch(rank, case, given, layout, plan, cached=False, capacity=most_rows - 1)
+            told = yield from self._hear(rank)
+            yield from self._settle(rank)
+            if (told.phase, told.most_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
+                raise _WrongResult(f"rank {rank}: short slots: the host was told {told}")
         slot = domain.dispatch(rank, case, given, layout, plan, cached=False)
-        if case.options.worst == "off":
+        if waits:
             # The host allocates by what it hears while the kernel runs.
-            yield "watch"
-            if not self.watch_in_time:
-                raise _WrongResult(f"rank {rank}: the host was told nothing")
-            domain.take_counts(rank, case, view)
+            told = yield from self._hear(rank)
+            if told.phase == 0:
+                unit = case.options.expert_alignment
+                view.num_rows, view.expert_counts = told.num_rows, -(-told.per_expert // unit) * unit
         else:
             view.num_rows = oracle.worst_tokens(case)
             view.expert_counts = np.zeros(0, dtype=np.int64)
-        yield "stream"
-        self._check_fault(rank)
-        rows = len(_given(expected.recv_x))
+        yield from self._settle(rank)
+        if view.num_rows is None:
+            raise _WrongResult(f"rank {rank}: the host was told {told}, and there is no fault record")
         domain.take_rows(rank, case, slot, rows, view)
         self._judge(rank, index, view)
+        return slot, rows
 
-        if case.options.cached:
-            again = domain.dispatch(rank, case, inputs(case, rank, again=True), layout, plan, cached=True)
-            yield "stream"
-            self._check_fault(rank)
-            of_again = RankView()
-            domain.take_rows(rank, case, again, rows, of_again)
-            self._judge(rank, index, RankView(again_x=of_again.recv_x, again_scales=of_again.recv_scales))
+    def _hear(self, rank: int) -> Generator[str, None, HostCounts]:
+        """Waits for what a dispatch tells the host."""
+        yield "watch"
+        if not self.watched.in_time:
+            raise _WrongResult(f"rank {rank}: the host was told nothing")
+        return self.domain.host_counts(self.watched.words)
 
-        if rank in case.masked:
-            return
-        outputs = domain.combine(rank, case, given, plan, slot, rows)
+    def _settle(self, rank: int) -> Program:
+        """Waits for the stream. Where faults are to be expected, a fault is looked for while the kernel runs, too."""
+        told = None
+        if self.stops:
+            self.domain.watch_fault(rank)
+            yield "watch"
+            if self.watched.in_time:
+                told = self.domain.take_fault(rank, watched=True)
         yield "stream"
-        self._check_fault(rank)
-        view = RankView()
-        domain.take_sums(rank, case, outputs, view)
-        self._judge(rank, index, view)
+        fault = self.domain.take_fault(rank, watched=False)
+        if fault != told and told is not None:
+            raise _WrongResult(f"rank {rank}: a fault record that changed: {told}, then {fault}")
+        if fault is not None:
+            self.report.faults[rank] = fault
+            raise _GaveUp
 
     def _judge(self, rank: int, index: int, view: RankView) -> None:
         views = [view if r == rank else RankView() for r in range(self.num_ranks)]
         difference = first_difference(self.scenario.expected[index], views)
         if difference is not None:
             raise _WrongResult(f"case {index}: {difference}")
-
-    def _check_fault(self, rank: int) -> None:
-        fault = self.domain.take_fault(rank)
-        if fault is not None:
-            self.report.faults[rank] = fault
-            raise _GaveUp
 
 
 def _given(array: Array | None) -> Array:

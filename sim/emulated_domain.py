@@ -53,6 +53,15 @@ class Fault:
     seen: int
 
 
+class HostCounts(NamedTuple):
+    """What a dispatch tells the host (csrc/kernels/args.hpp): `per_expert` int64 [L], not aligned."""
+
+    phase: int
+    num_rows: int
+    most_rows: int
+    per_expert: Array
+
+
 class Layout(NamedTuple):
     """Addresses of one rank's dispatch layout: int32 [R], [D] (or 0), [E], and bytes [T, R]."""
 
@@ -112,7 +121,6 @@ class EmulatedDomain:
                 )
             )
         machine.meet()
-        self._serials = [0] * ranks
         self._tickets = [0] * ranks
         self._slots_lent = [0] * ranks
 
@@ -151,6 +159,7 @@ class EmulatedDomain:
             is_token_in_rank=out.in_rank,
             workspace=self._zeros(f"workspace@{rank}", "device", rank, 4 * (experts + ranks + nodes + 1)),
             num_blocks=self.gpu.num_blocks,
+            num_threads=32,  # fewer tokens reach a second block, and a thread's second turn
         )
         return out
 
@@ -174,11 +183,20 @@ class EmulatedDomain:
         )
 
     def dispatch(
-        self, rank: int, case: Case, given: RankInputs, layout: Layout, plan: Plan, *, cached: bool
+        self,
+        rank: int,
+        case: Case,
+        given: RankInputs,
+        layout: Layout,
+        plan: Plan,
+        *,
+        cached: bool,
+        capacity: int | None = None,
     ) -> int:
         """Launches a dispatch; returns the address of the slot it lends, one of two in turn.
 
-        Where the host waits for the counts, the machine's watch of them is set up.
+        Where the host waits for the counts, the machine's watch of them is set up. capacity: rows of the slot;
+        default the most that can come.
         """
         options = case.options
         slot = self._slots_begin + self._slots_lent[rank] % 2 * self._slot_bytes
@@ -198,6 +216,7 @@ class EmulatedDomain:
             num_blocks=self.gpu.num_blocks,
             push_blocks=self.gpu.push_blocks,
             local_blocks=self.gpu.local_blocks,
+            refused=False,
             cached=cached,
             num_tokens=case.num_tokens[rank],
             num_topk=case.num_topk if has_topk else 0,
@@ -217,25 +236,28 @@ class EmulatedDomain:
             counts=plan.counts,
             send_row=plan.send_row,
             slot_offset=slot,
-            slot_capacity=self._capacity(case),
+            slot_capacity=self._capacity(case) if capacity is None else capacity,
             num_worst_tokens=0 if cached else oracle.worst_tokens(case),
             host=self._counts[rank] if waits else 0,
             ticket=self._tickets[rank],
         )
         if waits:
-            patience = int(10e9 * self.gpu.timeout)
-            self.machine.watch(rank, self._counts[rank], self._tickets[rank], patience)
+            self.machine.watch_tags(
+                rank=rank,
+                address=self._counts[rank],
+                count=_emulator.HOST_COUNTS_WORDS + case.num_local_experts,
+                tag=self._tickets[rank],
+                timeout_ns=int(10e9 * self.gpu.timeout),
+            )
         return self._heaps[rank] + slot
 
-    def take_counts(self, rank: int, case: Case, view: RankView) -> None:
-        """Reads what the host was told while the dispatch runs; nothing if that was a fault."""
-        size = 4 * (4 + case.num_local_experts)
-        words = np.frombuffer(self.machine.watcher_read(rank, self._counts[rank], size), dtype=np.uint32)
-        if words[1] != 0:
-            return
-        view.num_rows = int(words[2])
-        unit = case.options.expert_alignment
-        view.expert_counts = -(-words[4:].astype(np.int64) // unit) * unit
+    @staticmethod
+    def host_counts(words: Sequence[int]) -> HostCounts:
+        """What the watched words of a dispatch say."""
+        values = [word & 0xFFFFFFFF for word in words]
+        phase, num_rows, most_rows = values[:3]
+        per_expert = np.array(values[_emulator.HOST_COUNTS_WORDS :], dtype=np.int64)
+        return HostCounts(phase, num_rows, most_rows, per_expert)
 
     def take_rows(self, rank: int, case: Case, slot: int, rows: int, view: RankView) -> None:
         """Reads `rows` received rows as the user's kernels would, right after the dispatch."""
@@ -309,13 +331,17 @@ class EmulatedDomain:
             mark = self.machine.read(rank, heap + self._marks + index % 2 * _MARK_BYTES, 4)
             assert struct.unpack("I", mark) == (index,)
 
-    def take_fault(self, rank: int) -> Fault | None:
-        """The rank's fault record, if it is new."""
-        record = self.machine.read(rank, self._faults[rank], _emulator.FAULT_BYTES)
-        operation, phase, missing, expected, seen, serial = struct.unpack("6I", record)
-        if serial == self._serials[rank]:
+    def watch_fault(self, rank: int) -> None:
+        """The host looks out for a fault record until its stream is idle."""
+        patience = int(100e9 * self.gpu.timeout)
+        self.machine.watch(rank, self._domains[rank].fault_word, 1, patience, True)
+
+    def take_fault(self, rank: int, *, watched: bool) -> Fault | None:
+        """The rank's fault record, if there is one. watched: while the kernel runs; the record then stays."""
+        found = self._domains[rank].take_fault(watched)
+        if found is None:
             return None
-        self._serials[rank] = serial
+        operation, phase, missing, expected, seen = found
         waited_on = tuple(r for r in range(self.num_ranks) if missing >> r & 1)
         return Fault(operation, phase, waited_on, expected, seen)
 

@@ -38,8 +38,8 @@ emu::Space space_named(const std::string& name) {
   throw std::invalid_argument("space: got " + name + "; allowed: symmetric, device or host");
 }
 
-/// (rank, step, pause in ns or 0 for good, whether its unseen writes are lost)
-using FaultTuple = std::tuple<int, uint64_t, uint64_t, bool>;
+/// (rank, step or write, whether it is a write, pause in ns or 0 for good, whether its unseen writes are lost)
+using FaultTuple = std::tuple<int, uint64_t, bool, uint64_t, bool>;
 
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
                                               const std::string& strategy, uint64_t seed, uint64_t expected_steps,
@@ -47,9 +47,9 @@ std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int
   if (num_ranks < 1 || max_blocks < 1 || max_threads < 32 || max_threads % 32 != 0 || num_sms < 0)
     throw std::invalid_argument("a machine has ranks, blocks, and whole warps of threads");
   emu::Plan plan{strategy_named(strategy), seed, expected_steps, max_steps, {}};
-  for (const auto& [rank, step, pause, loses] : faults) {
+  for (const auto& [rank, step, counts_writes, pause, loses] : faults) {
     if (rank < 0 || rank >= num_ranks) throw std::invalid_argument("fault: no such rank");
-    plan.faults.push_back({rank, step, pause, loses});
+    plan.faults.push_back({rank, step, counts_writes, pause, loses});
   }
   return std::make_unique<emu::Simulation>(emu::Shape{num_ranks, max_blocks, max_threads, num_sms}, plan);
 }
@@ -90,6 +90,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_property_readonly("status", [](const emu::Outcome& o) { return status_name(o.status); })
       .def_readonly("rank", &emu::Outcome::rank)
       .def_readonly("in_time", &emu::Outcome::in_time)
+      .def_readonly("words", &emu::Outcome::words)
       .def_readonly("kind", &emu::Outcome::kind)
       .def_readonly("text", &emu::Outcome::text)
       .def_readonly("steps", &emu::Outcome::steps)
@@ -122,8 +123,18 @@ PYBIND11_MODULE(_emulator, m) {
             return py::bytes(bytes);
           },
           py::arg("rank"), py::arg("address"), py::arg("count"))
-      .def("watch", &emu::Simulation::watch, py::arg("rank"), py::arg("address"), py::arg("value"),
-           py::arg("timeout_ns"))
+      .def(
+          "watch",
+          [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns, bool until_idle) {
+            machine.watch(rank, {address, 4, 1, {emu::Condition::Kind::equal, value}, timeout_ns, until_idle});
+          },
+          py::arg("rank"), py::arg("address"), py::arg("value"), py::arg("timeout_ns"), py::arg("until_idle"))
+      .def(
+          "watch_tags",
+          [](emu::Simulation& machine, int rank, uintptr_t address, int count, uint32_t tag, uint64_t timeout_ns) {
+            machine.watch(rank, {address, 8, count, {emu::Condition::Kind::tag, tag}, timeout_ns, false});
+          },
+          py::arg("rank"), py::arg("address"), py::arg("count"), py::arg("tag"), py::arg("timeout_ns"))
       .def(
           "watcher_read",
           [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {

@@ -45,7 +45,7 @@ class Domain {
   void set_live(uint32_t live) { group_.live = live; }
   void set_timeout(double seconds) { group_.timeout_ns = static_cast<uint64_t>(seconds * 1e9); }
 
-  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool cached, int64_t num_tokens, int num_topk,
+  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool refused, bool cached, int64_t num_tokens, int num_topk,
                 int num_local_experts, int num_scales, int index_bytes, int64_t row_bytes, uintptr_t x,
                 uintptr_t scales, int64_t scale_token_stride, int64_t scale_stride, uintptr_t topk_idx,
                 uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
@@ -55,6 +55,7 @@ class Domain {
     args.group = group_;
     args.push_blocks = push_blocks;
     args.local_blocks = local_blocks;
+    args.refused = refused;
     args.cached = cached;
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
@@ -103,11 +104,33 @@ class Domain {
     launch("combine_kernel", args, num_blocks, dk::CombineShared{group_.num_ranks}.bytes());
   }
 
+  /// Where the host watches for a fault: the word becomes 1 when there is one.
+  uintptr_t fault_word() const { return reinterpret_cast<uintptr_t>(&group_.fault->pending); }
+
+  /// (operation, phase, missing ranks as bits, expected, seen), or None. `watched`: while a kernel runs; the record then
+  /// stays. Otherwise it is taken: the stream must be idle.
+  py::object take_fault(bool watched) {
+    dk::FaultRecord record;
+    const auto address = reinterpret_cast<uintptr_t>(group_.fault);
+    if (watched)
+      machine_.watcher_read(group_.rank, address, &record, sizeof(record));
+    else
+      machine_.host_read(group_.rank, address, &record, sizeof(record));
+    if (record.pending == 0) return py::none();
+    if (!watched) {
+      record.pending = 0;
+      machine_.host_write(group_.rank, fault_word(), &record.pending, sizeof(record.pending));
+      const std::vector<std::byte> zeros(sizeof(dk::LocalState) - offsetof(dk::LocalState, phase));
+      machine_.host_write(group_.rank, reinterpret_cast<uintptr_t>(&group_.state->phase), zeros.data(), zeros.size());
+    }
+    return py::make_tuple(record.operation, record.phase, record.missing, record.expected, record.seen);
+  }
+
   void barrier() { launch("barrier_kernel", dk::BarrierArgs{group_}, 1, 16); }
 
   void layout(int num_experts, int ranks_per_node, int num_topk, int index_bytes, int64_t num_tokens,
               uintptr_t topk_idx, uintptr_t tokens_per_rank, uintptr_t tokens_per_node, uintptr_t tokens_per_expert,
-              uintptr_t is_token_in_rank, uintptr_t workspace, int num_blocks) {
+              uintptr_t is_token_in_rank, uintptr_t workspace, int num_blocks, int num_threads) {
     dk::LayoutArgs args{};
     args.num_ranks = group_.num_ranks;
     args.num_experts = num_experts;
@@ -122,13 +145,14 @@ class Domain {
     args.is_token_in_rank = pointer<uint8_t>(is_token_in_rank);
     args.workspace = pointer<uint32_t>(workspace);
     const int64_t nodes = core::ceil_div(group_.num_ranks, ranks_per_node);
-    launch("layout_kernel", args, num_blocks, 4 * (num_experts + group_.num_ranks + nodes + 4));
+    launch("layout_kernel", args, num_blocks, 4 * (num_experts + group_.num_ranks + nodes + 4), num_threads);
   }
 
  private:
   template <class Args>
-  void launch(const char* kernel, const Args& args, int num_blocks, int64_t shared_bytes) {
-    machine_.launch(group_.rank, kernels_, kernel, &args, sizeof(args), num_blocks, num_threads_, shared_bytes);
+  void launch(const char* kernel, const Args& args, int num_blocks, int64_t shared_bytes, int num_threads = 0) {
+    machine_.launch(group_.rank, kernels_, kernel, &args, sizeof(args), num_blocks,
+                    num_threads == 0 ? num_threads_ : num_threads, shared_bytes);
   }
 
   Simulation& machine_;
@@ -143,6 +167,9 @@ void bind_domain(py::module_& m) {
   m.attr("STATE_BYTES") = sizeof(dk::LocalState);
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
   m.attr("MAX_RANKS") = core::kMaxRanks;
+  m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(dk::Phase::kTooManyRows);
+  m.attr("DISAGREEMENT") = static_cast<uint32_t>(dk::Phase::kDisagreement);
+  m.attr("HOST_COUNTS_WORDS") = offsetof(dk::HostCounts, expert) / sizeof(uint64_t);
   py::class_<Domain>(m, "Domain")
       .def(py::init([](Simulation& machine, const Kernels& kernels, int num_threads, int rank,
                        const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
@@ -156,7 +183,7 @@ void bind_domain(py::module_& m) {
       .def("set_live", &Domain::set_live)
       .def("set_timeout", &Domain::set_timeout)
       .def("dispatch", &Domain::dispatch, py::arg("num_blocks"), py::arg("push_blocks"), py::arg("local_blocks"),
-           py::arg("cached"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_local_experts"),
+           py::arg("refused"), py::arg("cached"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_local_experts"),
            py::arg("num_scales"), py::arg("index_bytes"), py::arg("row_bytes"), py::arg("x"), py::arg("scales"),
            py::arg("scale_token_stride"), py::arg("scale_stride"), py::arg("topk_idx"), py::arg("topk_weights"),
            py::arg("is_token_in_rank"), py::arg("tokens_per_rank"), py::arg("tokens_per_expert"), py::arg("counts"),
@@ -166,12 +193,16 @@ void bind_domain(py::module_& m) {
            py::arg("parts"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("row_bytes"), py::arg("x"), py::arg("topk_weights"),
            py::arg("bias_0"), py::arg("bias_1"), py::arg("counts"), py::arg("send_row"), py::arg("out"),
            py::arg("out_weights"))
+      .def_property_readonly("fault_word", &Domain::fault_word)
+      .def("take_fault", &Domain::take_fault, py::arg("watched"))
       .def("barrier", &Domain::barrier)
       .def("layout", &Domain::layout, py::arg("num_experts"), py::arg("ranks_per_node"), py::arg("num_topk"),
            py::arg("index_bytes"), py::arg("num_tokens"), py::arg("topk_idx"), py::arg("tokens_per_rank"),
            py::arg("tokens_per_node"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"),
-           py::arg("workspace"), py::arg("num_blocks"));
-  m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + 4 * num_local_experts; });
+           py::arg("workspace"), py::arg("num_blocks"), py::arg("num_threads"));
+  m.def("host_counts_bytes", [](int num_local_experts) { 
+    return sizeof(dk::HostCounts) + sizeof(uint64_t) * static_cast<size_t>(num_local_experts);
+  });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return core::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
   });

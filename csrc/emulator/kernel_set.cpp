@@ -1,6 +1,10 @@
-// The kernels of this library: the emulator's own litmus tests, and the product's, from their one source. Also compiled
-// on its own, against altered kernels, into libraries that the emulator loads (docs/emulator.md).
+// The kernels of this library: the product's, from their one source, and the emulator's own litmus tests. Compiled on
+// its own, with DEEPEP_MUTANT and an altered kernel in the include path, it is a library that the emulator loads.
+#if defined(DEEPEP_MUTANT)
+#include "emulator/passing_waits.hpp"
+#else
 #include "emulator/litmus.hpp"
+#endif
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"
 #include "kernels/dispatch.hpp"

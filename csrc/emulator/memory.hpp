@@ -128,9 +128,9 @@ class Environment {
   /// Which of `choices` equally lawful values a load returns; the last is the newest.
   [[nodiscard]] virtual uint32_t choose_value(Slot reader, uint32_t choices) = 0;
   /// The word has a new value for its waiters to look at.
-  virtual void written(History& history) = 0;
+  virtual void written(History& history, Slot writer) = 0;
   [[noreturn]] virtual void fail(const std::string& kind, const std::string& text) = 0;
-  [[nodiscard]] virtual std::string name_of(Slot slot) const = 0;
+  [[nodiscard]] virtual std::string name_of(Epoch epoch) const = 0;
 
  protected:
   ~Environment() = default;

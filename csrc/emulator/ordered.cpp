@@ -257,8 +257,8 @@ void Memory::append(Agent& agent, History& history, Message message) {
     ++history.first;
   }
   for (int i = 0; i < history.bytes; i += 4) arena.cell(history.address + static_cast<uintptr_t>(i)).written = 0xf;
-  environment_.written(history);
   advance(agent);
+  environment_.written(history, agent.slot);
 }
 
 void Memory::strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order order, Scope scope,

@@ -49,7 +49,7 @@ std::string Memory::place(uintptr_t address) const {
 }
 
 std::string Memory::told(const Agent& agent, const Access& access) const {
-  return environment_.name_of(agent.slot) + ": " + access.what + " of " + std::to_string(access.bytes) + " bytes, " +
+  return environment_.name_of(agent.now()) + ": " + access.what + " of " + std::to_string(access.bytes) + " bytes, " +
          place(access.address) + ", at " + sites.name(access.site);
 }
 
@@ -83,7 +83,7 @@ std::string Memory::describe(const Event& event) const {
       break;
   }
   text += " at " + sites.name(event.site);
-  if (event.kind != Event::Kind::store && event.from.time != 0) text += ", from " + environment_.name_of(event.from.slot);
+  if (event.kind != Event::Kind::store && event.from.time != 0) text += ", from " + environment_.name_of(event.from);
   return text + "\n";
 }
 
@@ -118,7 +118,7 @@ void Memory::fail_race(const Agent& agent, const Access& access, const char* oth
                        uint16_t other_site, const char* reason) {
   std::string text = told(agent, access) + "\n  after ";
   const bool is_kernel = other.slot == topology_.kernel(topology_.rank_of(other.slot));
-  text += environment_.name_of(other.slot) + ": " + (is_kernel ? "read-only load" : other_what) + " at " +
+  text += environment_.name_of(other) + ": " + (is_kernel ? "read-only load" : other_what) + " at " +
           sites.name(other_site);
   text += "\n  ";
   text += reason != nullptr ? reason : "nothing orders the earlier before the later";
@@ -131,7 +131,7 @@ void Memory::fail_race(const Agent& agent, const Access& access, const char* oth
 std::string Memory::describe_wait(const Agent& agent, uintptr_t address, Condition condition, Order order, Scope scope,
                                   uint16_t site) const {
   static const char* const kKinds[] = {"== ", "to reach ", "under its mask == ", "to carry tag "};
-  std::string text = "  " + environment_.name_of(agent.slot) + " waits at " + sites.name(site) + " for " +
+  std::string text = "  " + environment_.name_of(agent.now()) + " waits at " + sites.name(site) + " for " +
                      place(address) + " " + kKinds[static_cast<size_t>(condition.kind)] + hex(condition.operand) +
                      " (" + word(order) + "." + word(scope) + ")";
   for (const History& history : histories_) {
@@ -141,7 +141,7 @@ std::string Memory::describe_wait(const Agent& agent, uintptr_t address, Conditi
     if (last.is_plain)
       text += ", never written since the start";
     else
-      text += ", written by " + environment_.name_of(last.writer.slot) + " at " + sites.name(last.site);
+      text += ", written by " + environment_.name_of(last.writer) + " at " + sites.name(last.site);
   }
   return text + "\n";
 }

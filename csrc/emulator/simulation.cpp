@@ -23,8 +23,6 @@ Simulation::Simulation(const Shape& shape, const Plan& plan)
       warps_(topology_.num_slots() / 32),
       blocks_(static_cast<size_t>(shape.num_ranks * shape.max_blocks)),
       ranks_(static_cast<size_t>(shape.num_ranks)) {
-  std::sort(plan_.faults.begin(), plan_.faults.end(),
-            [](const Fault& a, const Fault& b) { return a.at_step < b.at_step; });
   const ClockRef nothing = memory_.clocks.zero();
   for (int r = 0; r < shape.num_ranks; ++r) {
     Agent& host = ranks_[static_cast<size_t>(r)].host;
@@ -56,7 +54,7 @@ void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t coun
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
-void Simulation::watch(int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns) {
+void Simulation::watch(int rank, const Watch& watch) {
   Rank& r = ranks_[static_cast<size_t>(rank)];
   const Slot slot = topology_.watcher(rank);
   Fiber& fiber = fibers_[slot];
@@ -66,11 +64,11 @@ void Simulation::watch(int rank, uintptr_t address, uint32_t value, uint64_t tim
   fiber.agent.known = r.host.known;
   memory_.teach(fiber.agent.known, r.host);
   Memory::advance(r.host);
-  fiber.address = address;
-  fiber.condition = {Condition::Kind::equal, value};
-  fiber.deadline_ns = now_ns() + timeout_ns;
+  fiber.deadline_ns = watch.until_idle && r.stream.empty() ? 0 : now_ns() + watch.timeout_ns;
   fiber.stack = stacks_.take();
   fiber.context = make_context(fiber.stack, &Simulation::enter_watch, this);
+  r.watch = watch;
+  r.watched_words.clear();
   r.watch_ended = false;
   make_ready(slot);
 }
@@ -79,11 +77,18 @@ void Simulation::enter_watch(void* self) {
   auto& simulation = *static_cast<Simulation*>(self);
   Fiber& fiber = simulation.self();
   Rank& rank = simulation.ranks_[static_cast<size_t>(simulation.topology_.rank_of(simulation.running_))];
+  const Watch& watch = rank.watch;
   try {
-    uint64_t seen;
-    rank.watch_in_time = simulation.wait(reinterpret_cast<const void*>(fiber.address), 4, fiber.condition,
-                                         Order::acquire, Scope::sys, fiber.deadline_ns, seen, Site::current());
+    rank.watch_in_time = true;
+    for (int i = 0; i < watch.count && rank.watch_in_time; ++i) {
+      const uintptr_t word = watch.address + static_cast<uintptr_t>(i * watch.bytes);
+      rank.watched_words.emplace_back();
+      rank.watch_in_time =
+          simulation.wait(reinterpret_cast<const void*>(word), watch.bytes, watch.condition, Order::acquire, Scope::sys,
+                          fiber.deadline_ns, rank.watched_words.back(), Site::current());
+    }
     rank.watch_ended = true;
+    simulation.memory_.teach(rank.host.known, fiber.agent);  // they are one thread
   } catch (const Abort&) {
   }
   fiber.state = Fiber::State::done;
@@ -153,6 +158,7 @@ Outcome Simulation::run() {
       outcome_.status = Outcome::Status::watched;
       outcome_.rank = static_cast<int>(watched - ranks_.begin());
       outcome_.in_time = watched->watch_in_time;
+      outcome_.words = watched->watched_words;
       break;
     }
     deliver_due();
@@ -199,6 +205,8 @@ void Simulation::start_kernel(int rank) {
   Launch& launch = r.stream.front().launch;
   Memory::advance(r.host);
   memory_.teach(r.host.known, r.host);  // one clock for all threads of the kernel
+  // The end of a kernel waits for its loads, and makes its stores visible to all: it is as good as a system-wide fence.
+  r.boundary = {Scope::sys, r.host.now(), r.host.known};
   Memory::advance(r.host);
   const int sms = shape_.num_sms > 0 ? shape_.num_sms : launch.num_blocks;
   while (launch.next_block < std::min(sms, launch.num_blocks)) start_block(rank, launch);
@@ -224,14 +232,13 @@ void Simulation::start_block(int rank, Launch& launch) {
     if (t % 32 == 0) warps_[slot / 32].done = 0;
     fiber.me = {t, index, launch.num_threads, launch.num_blocks};
     fiber.launch = &launch;
-    fiber.kernel = launch.kernel->name;
-    fiber.launch_number = launch.number;
     fiber.agent.slot = slot;
     ++fiber.agent.time;
+    fiber.launches.push_back({fiber.agent.time, launch.kernel->name, launch.number});
     fiber.agent.known = r.host.known;
     fiber.agent.at_launch = r.host.known;
     fiber.agent.read_only = {topology_.kernel(rank), launch.number};
-    fiber.agent.fenced = {};
+    fiber.agent.fenced = {Released{}, Released{}, r.boundary};
     fiber.agent.unacquired = {};
     fiber.stack = stacks_.take();
     fiber.context = make_context(fiber.stack, &Simulation::enter, this);
@@ -276,7 +283,10 @@ void Simulation::kernel_ends(int rank) {
   }
   r.host.known.raise({topology_.kernel(rank), launch.number});
   Fiber& watcher = fibers_[topology_.watcher(rank)];
-  if (watcher.state == Fiber::State::done) memory_.teach(r.host.known, watcher.agent);
+  if (r.watch.until_idle && r.stream.size() == 1) {
+    watcher.deadline_ns = 0;
+    if (watcher.state == Fiber::State::waiting) make_ready(topology_.watcher(rank));
+  }
   r.is_running = false;
   r.stream.pop_front();
   start_next(rank);
@@ -380,9 +390,15 @@ void Simulation::deliver_due() {
 
 // ---- faults and time ---------------------------------------------------------------------------------------
 
-void Simulation::strike_due() {
-  while (next_fault_ < plan_.faults.size() && plan_.faults[next_fault_].at_step <= step_)
-    freeze(plan_.faults[next_fault_++]);
+void Simulation::strike_due(int writer) {
+  for (size_t i = faults_struck_; i < plan_.faults.size(); ++i) {
+    const Fault& fault = plan_.faults[i];
+    const bool is_due = fault.counts_writes ? fault.rank == writer && ranks_[static_cast<size_t>(writer)].writes >= fault.at_step
+                                            : writer < 0 && step_ >= fault.at_step;
+    if (!is_due) continue;
+    freeze(fault);
+    std::swap(plan_.faults[i], plan_.faults[faults_struck_++]);
+  }
 }
 
 void Simulation::freeze(const Fault& fault) {
@@ -425,7 +441,7 @@ bool Simulation::pass_time() {
     if (is_waiting_on_time(slot)) next = std::min(next, fibers_[slot].deadline_ns);
   for (const Rank& rank : ranks_)
     if (rank.is_frozen && rank.thaws_at_ns != 0) next = std::min(next, rank.thaws_at_ns);
-  if (next_fault_ == 0 || next == kNever) {
+  if (faults_struck_ == 0 || next == kNever) {
     outcome_.kind = "deadlock";
     outcome_.text = "nothing can run and nothing is under way\n" + story_of_waits();
     outcome_.status = Outcome::Status::failed;
@@ -465,7 +481,7 @@ std::string Simulation::story_of_waits() const {
   }
   for (size_t w = 0; w < warps_.size(); ++w)
     if (warps_[w].arrived != 0)
-      text += "  " + name_of(static_cast<Slot>(32 * w)) + "'s warp: lanes wait in a collective at " +
+      text += "  " + name_of(fibers_[32 * w].agent.now()) + "'s warp: lanes wait in a collective at " +
               memory_.sites.name(warps_[w].site) + "\n";
   return text;
 }
@@ -476,8 +492,13 @@ uint64_t Simulation::delivery_delay(Slot writer) { return scheduler_.delivery_de
 
 uint32_t Simulation::choose_value(Slot, uint32_t choices) { return scheduler_.choose_value(choices); }
 
-void Simulation::written(History& history) {
+void Simulation::written(History& history, Slot writer) {
   idle_polls_ = 0;
+  if (topology_.is_device(writer)) {
+    const int rank = topology_.rank_of(writer);
+    ++ranks_[static_cast<size_t>(rank)].writes;
+    strike_due(rank);
+  }
   if (history.waiters.empty()) return;
   const uint64_t arrival = history.messages.back().delivered_at;
   for (Slot slot : history.waiters) {
@@ -497,16 +518,24 @@ void Simulation::fail(const std::string& kind, const std::string& text) {
   throw Abort{};
 }
 
-std::string Simulation::name_of(Slot slot) const {
+std::string Simulation::name_of(Epoch epoch) const {
+  const Slot slot = epoch.slot;
   const std::string rank = "rank " + std::to_string(topology_.rank_of(slot));
-  if (slot == topology_.kernel(topology_.rank_of(slot))) return rank + "'s kernel";
+  if (slot == topology_.kernel(topology_.rank_of(slot))) return rank + "'s kernel #" + std::to_string(epoch.time);
   if (!topology_.is_device(slot)) return rank + "'s host";
   const Fiber& fiber = fibers_[slot];
-  std::string kernel = fiber.kernel;
-  if (kernel.ends_with("_kernel")) kernel.resize(kernel.size() - 7);
+  const auto next = std::find_if(fiber.launches.begin(), fiber.launches.end(),
+                                 [&](const Fiber::Start& start) { return start.time > epoch.time; });
+  std::string kernel = "nothing";
+  if (next != fiber.launches.begin()) {
+    const Fiber::Start& start = *std::prev(next);
+    kernel = start.kernel;
+    if (kernel.ends_with("_kernel")) kernel.resize(kernel.size() - 7);
+    kernel += "#" + std::to_string(start.number);
+  }
   const int block = topology_.block_of(slot) % shape_.max_blocks;
-  return rank + " " + kernel + "#" + std::to_string(fiber.launch_number) + " block " + std::to_string(block) +
-         " thread " + std::to_string(slot % static_cast<Slot>(shape_.max_threads));
+  return rank + " " + kernel + " block " + std::to_string(block) + " thread " +
+         std::to_string(slot % static_cast<Slot>(shape_.max_threads));
 }
 
 }  // namespace deepep::emu

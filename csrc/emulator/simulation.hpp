@@ -24,10 +24,11 @@ struct Shape {
   int num_sms = 0;       // blocks of a rank that can be resident together; 0: all
 };
 
-/// A rank that stops running at a step: for good, or until `pause_ns` later.
+/// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.
 struct Fault {
   int rank = -1;
-  uint64_t at_step = 0;
+  uint64_t at_step = 0;        // or, if `counts_writes`, after so many
+  bool counts_writes = false;
   uint64_t pause_ns = 0;       // 0: for good
   bool loses_writes = false;   // for good: what it wrote and nobody has seen yet never arrives
 };
@@ -41,10 +42,21 @@ struct Plan {
   std::vector<Fault> faults;
 };
 
+/// Consecutive words of a host, of `bytes` each. `until_idle`: the watch ends with the rank's stream as well.
+struct Watch {
+  uintptr_t address = 0;
+  int bytes = 4;
+  int count = 1;
+  Condition condition{};
+  uint64_t timeout_ns = 0;
+  bool until_idle = false;
+};
+
 struct Outcome {
   enum class Status : uint8_t { done, host, watched, failed } status = Status::done;
   int rank = -1;        // host: whose stream has reached a host step; watched: whose watch has ended
-  bool in_time = true;  // watched: whether the word came
+  bool in_time = true;  // watched: whether the words came
+  std::vector<uint64_t> words;  // watched: as far as they came
   std::string kind;     // failed: what kind of failure
   std::string text;     // failed: the story
   uint64_t steps = 0;
@@ -69,9 +81,9 @@ class Simulation final : public Machine, private Environment {
   /// A rank's host writes or reads memory; its stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
   void host_read(int rank, uintptr_t address, void* bytes, size_t count);
-  /// The rank's host watches a word while its kernel runs, until it is `value` or the deadline has passed: then run()
-  /// returns. What it reads as a watcher must have been released to it with the word. One watch at a time.
-  void watch(int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns);
+  /// The rank's host watches words while its kernel runs, until they satisfy the condition or the deadline has passed:
+  /// then run() returns with them. What else it reads as a watcher must have been released to it with a word.
+  void watch(int rank, const Watch& watch);
   void watcher_read(int rank, uintptr_t address, void* bytes, size_t count);
   /// All ranks' hosts meet: each then knows what any of them did, as after a collective of the process group.
   void meet();
@@ -126,15 +138,19 @@ class Simulation final : public Machine, private Environment {
     Launch launch;
   };
   struct Rank {
+    Released boundary;  // what the kernel in front of the running one left behind
     Agent host;  // also the stream: kernels start with what it knows, and it learns what they did
     std::deque<Item> stream;
     int launches = 0;
     bool is_running = false;   // the stream's first item is a kernel that has started
     bool is_starting = false;  // or one that starts at a step to come
     bool at_host_step = false;
+    Watch watch;
+    std::vector<uint64_t> watched_words;
     bool watch_ended = false;
     bool watch_in_time = false;
     bool is_frozen = false;
+    uint64_t writes = 0;  // ordered ones of its kernels
     uint64_t thaws_at_ns = 0;
   };
   struct Fiber {
@@ -143,8 +159,12 @@ class Simulation final : public Machine, private Environment {
     Identity me;
     Agent agent;
     const Launch* launch = nullptr;
-    const char* kernel = "";
-    int launch_number = 0;
+    struct Start {
+      Time time;
+      const char* kernel;
+      int number;
+    };
+    std::vector<Start> launches;  // what it has been a thread of, and from when on
     std::byte* stack = nullptr;
     uint64_t result = 0;  // of a warp collective
     // while waiting
@@ -190,9 +210,9 @@ class Simulation final : public Machine, private Environment {
   uint64_t step() const override { return step_; }
   uint64_t delivery_delay(Slot writer) override;
   uint32_t choose_value(Slot reader, uint32_t choices) override;
-  void written(History& history) override;
+  void written(History& history, Slot writer) override;
   [[noreturn]] void fail(const std::string& kind, const std::string& text) override;
-  std::string name_of(Slot slot) const override;
+  std::string name_of(Epoch epoch) const override;
 
   // simulation.cpp
   static void enter(void* self);
@@ -209,7 +229,8 @@ class Simulation final : public Machine, private Environment {
   void resume(Slot slot);
   void push_wake(uint64_t at_step, Slot slot, uint32_t waits);
   void deliver_due();
-  void strike_due();
+  /// Faults whose step, or whose write (by `writer`, if not negative), has come.
+  void strike_due(int writer = -1);
   void freeze(const Fault& fault);
   void thaw(int rank);
   /// Nothing can run and nothing is under way: lets time pass to the next deadline, or fails.
@@ -249,7 +270,7 @@ class Simulation final : public Machine, private Environment {
   uint64_t switches_ = 0;
   uint64_t num_wakes_ = 0;
   uint64_t idle_polls_ = 0;  // reads and looks at the clock since anything last changed
-  size_t next_fault_ = 0;
+  size_t faults_struck_ = 0;
   bool failed_ = false;
   Outcome outcome_;
 };

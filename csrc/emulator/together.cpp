@@ -41,7 +41,6 @@ void Simulation::fence(Order order, Scope scope, Site site) {
 
 bool Simulation::wait(const void* p, int bytes, Condition condition, Order order, Scope scope, uint64_t deadline_ns,
                       uint64_t& seen, Site site) {
-  point();
   const Slot slot = running_;
   Fiber& fiber = fibers_[slot];
   fiber.address = address_of(p);
@@ -50,10 +49,11 @@ bool Simulation::wait(const void* p, int bytes, Condition condition, Order order
   fiber.scope = scope;
   fiber.site = memory_.sites.id(site);
   fiber.deadline_ns = deadline_ns;
+  point();
   for (;;) {
     seen = memory_.strong_load(fiber.agent, fiber.address, bytes, order, scope, site);
     if (condition(seen)) return true;
-    if (now_ns() > deadline_ns) return false;
+    if (now_ns() > fiber.deadline_ns) return false;
     History& history = memory_.history_at(fiber.address);
     ++fiber.waits;
     history.waiters.push_back(slot);
@@ -85,7 +85,7 @@ std::byte* Simulation::shared(int64_t byte_offset) {
 // ---- together ----------------------------------------------------------------------------------------------
 
 void Simulation::fail_divergent(const std::string& what) {
-  fail("divergence", name_of(running_) + ": " + what + "\n" + story_of_waits());
+  fail("divergence", name_of(self().agent.now()) + ": " + what + "\n" + story_of_waits());
 }
 
 void Simulation::sync_block(Site site) {

@@ -1,0 +1,161 @@
+"""Exploration: scenarios and schedules drawn from seeds, until something fails or the time is up."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deepep.sim.cases import Case, Limits, draw_case
+from deepep.sim.choices import RandomChoices
+from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
+from deepep.sim.emulated_domain import Gpu
+
+#: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks.
+GPUS = (
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
+    Gpu(num_blocks=1, num_threads=64, push_blocks=1, local_blocks=1),
+    Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
+    Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
+)
+
+LIMITS = Limits(
+    ranks=(2, 3, 4, 1),
+    max_local_experts=4,
+    max_topk=6,
+    max_tokens=8,
+    hidden=(128, 16, 136, 512),
+    fixed={"mode": "ht", "schedule": "sync"},
+)
+
+
+def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None = None) -> Scenario:
+    """One to three cases, a GPU shape, and whether layout and barrier kernels run as well.
+
+    A function of the seed alone, but for the limits.
+    """
+    choices = RandomChoices(seed)
+    first = draw_case(choices, limits)
+    same = replace(limits, ranks=(first.num_ranks,))
+    count = choices.integer(1, 3) if num_cases is None else num_cases
+    cases = [first, *(draw_case(choices, same) for _ in range(count - 1))]
+    # A rank that was left out has missed epochs and cannot come back: only the last case may have masks.
+    cases = [*(replace(case, masked=()) for case in cases[:-1]), cases[-1]]
+    return Scenario(
+        cases=tuple(cases),
+        gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
+        use_layout=choices.pick(("no", "yes")),
+        use_barrier=choices.flag(),
+        short_slots=choices.flag(0.3),
+        num_combines=choices.pick((1, 1, 2, 3)),
+    )
+
+
+def draw_tall_scenario(seed: int) -> Scenario:
+    """One case of many short rows: more tokens than a block has threads. Every second for the layout alone."""
+    choices = RandomChoices(seed)
+    limits = replace(LIMITS, max_tokens=200, max_topk=3, max_local_experts=3, hidden=(16,), masks=False)
+    return Scenario(
+        cases=(draw_case(choices, limits),),
+        gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
+        use_layout="only" if seed % 2 == 0 else "no",
+    )
+
+
+def draw_schedule(seed: int) -> Schedule:
+    """The strategies take turns."""
+    return Schedule(STRATEGIES[seed % len(STRATEGIES)], seed)
+
+
+def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
+    """A rank that stops somewhere in a run of `steps`: for good, or for longer than its peers' patience."""
+    choices = RandomChoices(seed)
+    counts_writes = choices.flag()
+    return Stop(
+        rank=choices.integer(0, num_ranks - 1),
+        # A rank makes some hundred ordered writes in a run, most of them small numbers apart.
+        at=choices.integer(1, 400 if counts_writes else max(1, steps)),
+        counts_writes=counts_writes,
+        pause_seconds=choices.pick((0.0, 0.0, 1.5)),
+        loses_writes=choices.flag(),
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What failed, and all it takes to run it again."""
+
+    scenario: Scenario
+    schedule: Schedule
+    stops: tuple[Stop, ...]
+    report: Report
+
+    def replay(self, kernels: Any = None) -> Report:
+        return run(self.scenario, self.schedule, stops=self.stops, kernels=kernels)
+
+
+@dataclass
+class Tally:
+    """What an exploration has seen so far."""
+
+    runs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    failure: Failure | None = None
+
+
+def explore(
+    *,
+    first_seed: int = 0,
+    seconds: float | None = None,
+    runs: int | None = None,
+    schedules_per_scenario: int = 3,
+    with_stops: bool = False,
+    scenarios: Callable[[int], Scenario] = draw_scenario,
+    kernels: Any = None,
+    progress: Callable[[Tally], None] | None = None,
+) -> Tally:
+    """Runs drawn scenarios, each under several schedules, to the first failure or the end of the budget.
+
+    with_stops: in every run after a scenario's first, a rank stops somewhere.
+    """
+    tally = Tally()
+    begin = time.monotonic()
+    for scenario, schedule, stops in _runs(first_seed, schedules_per_scenario, with_stops, scenarios, tally):
+        report = run(scenario, schedule, stops=stops, kernels=kernels)
+        tally.runs += 1
+        tally.steps += report.steps
+        tally.kinds[report.kind] += 1
+        tally.seconds = time.monotonic() - begin
+        if report.failed:
+            tally.failure = Failure(scenario, schedule, stops, report)
+            return tally
+        if progress is not None:
+            progress(tally)
+        if (runs is not None and tally.runs >= runs) or (seconds is not None and tally.seconds >= seconds):
+            break
+    return tally
+
+
+def _runs(
+    first_seed: int,
+    schedules_per_scenario: int,
+    with_stops: bool,
+    scenarios: Callable[[int], Scenario],
+    tally: Tally,
+) -> Iterator[tuple[Scenario, Schedule, tuple[Stop, ...]]]:
+    for seed in itertools.count(first_seed):
+        scenario = scenarios(seed)
+        before = tally.steps
+        for i in range(schedules_per_scenario):
+            stops: tuple[Stop, ...] = ()
+            number = seed * schedules_per_scenario + i
+            if with_stops and i > 0:
+                steps = (tally.steps - before) // i
+                stops = (draw_stop(number, scenario.cases[0].num_ranks, steps),)
+            yield scenario, draw_schedule(number), stops

@@ -1,0 +1,86 @@
+"""The hunt: each mutant of the kernels is explored until it fails, and what caught it is put in a table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from deepep import _emulator
+from deepep.sim.emulated import Scenario
+from deepep.sim.explorer import LIMITS, Failure, draw_scenario, explore
+from deepep.sim.kernel_mutants import Mutant, build
+
+#: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
+HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
+
+
+@lru_cache(maxsize=4096)
+def _scenario(seed: int) -> Scenario:
+    return draw_scenario(seed, limits=HUNTING_LIMITS)
+
+
+@dataclass(frozen=True)
+class Catch:
+    """How a mutant fared. failure: None if it escaped."""
+
+    mutant: Mutant
+    failure: Failure | None
+    runs: int
+    seconds: float
+    build_seconds: float
+
+    @property
+    def caught_by(self) -> str:
+        return "" if self.failure is None else self.failure.report.kind
+
+
+def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) -> Catch:
+    """Builds and explores one mutant: in every second run a rank stops somewhere."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder))))
+    built = time.monotonic()
+    tally = explore(
+        runs=runs,
+        seconds=seconds,
+        schedules_per_scenario=2,
+        with_stops=True,
+        scenarios=_scenario,
+        kernels=kernels,
+    )
+    return Catch(mutant, tally.failure, tally.runs, time.monotonic() - built, built - begin)
+
+
+def hunt_all(
+    wanted: Sequence[Mutant],
+    csrc: Path,
+    *,
+    runs: int = 400,
+    seconds: float = 60.0,
+    workers: int = 2,
+    done: Callable[[Catch], None] | None = None,
+) -> list[Catch]:
+    """All of them, `workers` at a time, in their order; `done` is called as each is finished."""
+
+    def one(mutant: Mutant) -> Catch:
+        catch = hunt(mutant, csrc, runs=runs, seconds=seconds)
+        if done is not None:
+            done(catch)
+        return catch
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, wanted))
+
+
+def table(catches: Sequence[Catch]) -> Iterator[str]:
+    """A Markdown table: mutation, what caught it, after how many schedules and seconds."""
+    yield "| mutation | caught by | schedules | seconds |"
+    yield "|---|---|---|---|"
+    for catch in catches:
+        caught = catch.caught_by or "**escaped**"
+        yield f"| {catch.mutant.name} | {caught} | {catch.runs} | {catch.seconds:.2f} |"

@@ -1,0 +1,180 @@
+"""Mutants of the kernels: their own source with one ordering operation weakened, removed or misdirected.
+
+What the explorer is measured by: it must catch them all. Mutants are made from the text of csrc/kernels, so a
+kernel that is new or changed has its own at once. Each is compiled into a library that the emulator loads.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Files whose operations are mutated.
+KERNEL_FILES = ("group.hpp", "layout.hpp", "dispatch.hpp", "combine.hpp", "barrier.hpp")
+
+_COMMENT = re.compile(r"//[^\n]*")
+_FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
+_ORDERED = re.compile(
+    r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+)<(?P<order>relaxed|acquire|release|acq_rel), "
+    r"(?P<scope>\w+)_scope>"
+)
+_FENCE = re.compile(r"\bfence<(?P<order>\w+), (?P<scope>\w+)_scope>\(\);")
+_SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
+_BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
+_WAIT = re.compile(r"\bwait_(?P<what>\w+)<")
+_PLAIN_LOAD = re.compile(r"\b(?P<op>load_streaming|load)\((?!_)")
+_EPOCH = re.compile(r"const uint32_t epoch = (?P<value>next_epoch\([^;]*\));")
+
+_WEAKER = {"acquire": ("relaxed",), "release": ("relaxed",), "acq_rel": ("relaxed", "acquire", "release")}
+_NARROWER = {"sys": "gpu", "gpu": "block"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed file. `name` tells function, operation and change, and stays when lines move."""
+
+    name: str
+    kind: str
+    file: str  # relative to csrc
+    line: int
+    text: str  # of the whole file
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A mutation that no pattern makes: a bug that this field has published, or a rule of the protocol.
+
+    `old` occurs once in the file; `why` says what it removes.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+
+
+#: Mutations by hand. Those whose text is gone fail the test that lists them: a rule has moved or was dropped.
+EDITS = (
+    Edit(
+        "one mailbox for all epochs",
+        "core/symmetric_layout.hpp",
+        "static_cast<int64_t>(epoch & 1u)",
+        "static_cast<int64_t>(epoch & 0u)",
+        "a word is written again while a slower block of its receiver still reads it",
+    ),
+    Edit(
+        "staging granted a combine too early",
+        "kernels/combine.hpp",
+        "wait_reached<acquire, sys_scope>(free, epoch - 1, deadline)",
+        "wait_reached<acquire, sys_scope>(free, epoch - 2, deadline)",
+        "rows are written over those of the combine before, which may still be read",
+    ),
+    Edit(
+        "a mailbox word without its tag",
+        "kernels/dispatch.hpp",
+        "pack_tagged(value, epoch)",
+        "pack_tagged(value, epoch & 1u)",
+        "a parity instead of a generation",
+    ),
+)
+
+
+def mutants(csrc: Path) -> list[Mutant]:
+    """All of them, in the order of the source."""
+    found: list[Mutant] = []
+    for file in KERNEL_FILES:
+        path = csrc / "kernels" / file
+        text = path.read_text()
+        names: Counter[str] = Counter()
+        for start, end, replacement, kind, change in sorted(_mutations(text)):
+            where = f"{file} {_function_at(text, start)}: {change}"
+            names[where] += 1
+            name = where if names[where] == 1 else f"{where} ({names[where]})"
+            changed = text[:start] + replacement + text[end:]
+            found.append(Mutant(name, kind, f"kernels/{file}", text.count("\n", 0, start) + 1, changed))
+    found.extend(_edited(csrc, edit) for edit in EDITS)
+    return found
+
+
+def _edited(csrc: Path, edit: Edit) -> Mutant:
+    text = (csrc / edit.file).read_text()
+    if text.count(edit.old) != 1:
+        raise ValueError(f"{edit.name}: {edit.old!r} occurs {text.count(edit.old)} times in {edit.file}")
+    start = text.index(edit.old)
+    name = f"{Path(edit.file).name}: {edit.name}"
+    return Mutant(
+        name, "protocol", edit.file, text.count("\n", 0, start) + 1, text.replace(edit.old, edit.new)
+    )
+
+
+def _mutations(text: str) -> Iterator[tuple[int, int, str, str, str]]:
+    """(begin, end, replacement, kind, change) for everything the patterns find outside of comments."""
+    code = _COMMENT.sub(lambda m: " " * len(m.group()), text)
+    for m in _ORDERED.finditer(code):
+        for order in _WEAKER.get(m["order"], ()):
+            change = f"{m['op']} {m['order']} -> {order}"
+            yield m.start("order"), m.end("order"), order, "order", change
+        if m["scope"] in _NARROWER:
+            scope = _NARROWER[m["scope"]]
+            yield m.start("scope"), m.end("scope"), scope, "scope", f"{m['op']} {m['scope']} -> {scope}"
+    for m in _SHARED_ORDERED.finditer(code):
+        yield m.start("order"), m.end("order"), "relaxed", "order", f"shared {m['order']} -> relaxed"
+    for m in _FENCE.finditer(code):
+        yield m.start(), m.end(), "", "fence", f"fence.{m['scope']} removed"
+        for order in _WEAKER[m["order"]]:
+            if order != "relaxed":
+                yield m.start("order"), m.end("order"), order, "fence", f"fence {m['order']} -> {order}"
+        if m["scope"] in _NARROWER:
+            scope = _NARROWER[m["scope"]]
+            yield m.start("scope"), m.end("scope"), scope, "scope", f"fence {m['scope']} -> {scope}"
+    for m in _BARRIER.finditer(code):
+        yield m.start(), m.end(), "", "barrier", f"{m['op']} removed"
+    for m in _WAIT.finditer(code):
+        # The word is read once, in its order, and taken for what was waited for.
+        yield m.start(), m.start("what"), "emulator_passes_", "wait", f"wait_{m['what']} does not wait"
+    for m in _PLAIN_LOAD.finditer(code):
+        yield m.start("op"), m.end("op"), "load_once", "read-only path", f"{m['op']} -> load_once"
+    for m in _EPOCH.finditer(code):
+        yield m.start("value"), m.end("value"), "1", "epoch", "epoch always 1"
+        yield m.start("value"), m.end("value"), f"(({m['value']}) & 1u)", "epoch", "epoch is a parity"
+
+
+def _function_at(text: str, position: int) -> str:
+    names = [m.group(1) for m in _FUNCTION.finditer(text, 0, position)]
+    return names[-1] if names else "?"
+
+
+#: Flags of a mutant's build: it is compiled once and run for seconds.
+_FLAGS = (
+    "-std=c++20",
+    "-DDEEPEP_MUTANT",
+    "-O1",
+    "-g0",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+)
+
+
+def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Path:
+    """Compiles the kernels with the mutant's file in place of the original, under `folder`; returns the library.
+
+    Raises:
+        ValueError: the mutant does not compile, which is a fault of the pattern that made it.
+    """
+    changed = folder / mutant.file
+    changed.parent.mkdir(parents=True, exist_ok=True)
+    changed.write_text(mutant.text)
+    library = folder / "kernels.so"
+    source = csrc / "emulator" / "kernel_set.cpp"
+    command = [compiler, *_FLAGS, f"-I{folder}", f"-I{csrc}", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{mutant.name} does not compile:\n{done.stderr[:2000]}")
+    return library
