@@ -80,13 +80,15 @@ class VirtualDomain:
         plans: Sequence[Plan] | None = None,
         order: Sequence[int] | None = None,
         skip: frozenset[int] = frozenset(),
+        late: int | None = None,
     ) -> list[Arrived]:
-        """One dispatch of all ranks (but those in `skip`, which do not arrive); launched in `order`."""
+        """One dispatch of all ranks but those in `skip`, which do not arrive; launched in `order`, `late` 100 ms after."""
         torch.cuda.synchronize(self.device)
         results: dict[int, Arrived] = {}
         for r in order if order is not None else range(self.num_ranks):
             if r in skip:
                 continue
+            self._hold_back(r, late)
             endpoint, given = self.endpoints[r], inputs[r]
             begin = endpoint.slots_begin
             cached = plans is not None
@@ -115,6 +117,12 @@ class VirtualDomain:
         torch.cuda.synchronize(self.device)
         return [results[r] for r in sorted(results)]
 
+    def _hold_back(self, rank: int, late: int | None) -> None:
+        """What is launched next for rank `late` starts about 100 ms after the others."""
+        if rank == late:
+            with torch.cuda.stream(self.streams[rank]):
+                torch.cuda._sleep(180_000_000)
+
     def combine(
         self,
         rows: Sequence[torch.Tensor],
@@ -125,6 +133,7 @@ class VirtualDomain:
         biases: Sequence[tuple[torch.Tensor, ...]] | None = None,
         skip: frozenset[int] = frozenset(),
         parts: int = 1,
+        late: int | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
         torch.cuda.synchronize(self.device)
@@ -139,6 +148,7 @@ class VirtualDomain:
             results.append((out, weights))
             if r in skip:
                 continue
+            self._hold_back(r, late)
             self.endpoints[r].combine(
                 rows[r],
                 plan,

@@ -118,14 +118,14 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
         assert same_bits(got.topk_weights[:rows], expected.recv_topk_weights[:rows])
 
 
-def round_trip(domain, shape: Shape, seed: int) -> None:  # type: ignore[no-untyped-def]
+def round_trip(domain, shape: Shape, seed: int, late: int | None = None) -> None:  # type: ignore[no-untyped-def]
     """Dispatch, a cached dispatch of other data, combine with every extra: all ranks against the oracle."""
     experts = shape.local_experts * shape.ranks
     inputs = [draw_rank(shape, r, seed) for r in range(shape.ranks)]
     expected = oracle.dispatch(inputs, experts)
     on_gpu = [to_gpu(given) for given in inputs]
     capacity = max(1, sum(shape.tokens))
-    arrived = domain.dispatch(on_gpu, capacity=capacity, num_experts=experts)
+    arrived = domain.dispatch(on_gpu, capacity=capacity, num_experts=experts, late=late)
     for got, want in zip(arrived, expected, strict=True):
         check_received(got, want)
     plans = [got.plan for got in arrived]
@@ -150,6 +150,7 @@ def round_trip(domain, shape: Shape, seed: int) -> None:  # type: ignore[no-unty
             topk_weights=None if weights is None else [w.cuda() for w in weights],
             biases=[tuple(b.cuda() for b in pair) for pair in biases],
             parts=seed % 4 + 1,
+            late=late,
         )
         for (x, w), want_out in zip(got_rows, wanted, strict=True):
             assert same_bits(x, want_out.x)
@@ -162,7 +163,7 @@ def round_trip(domain, shape: Shape, seed: int) -> None:  # type: ignore[no-unty
         for new, old in zip(again, inputs, strict=True)
     ]
     expected = oracle.dispatch(moved, experts)
-    arrived = domain.dispatch([to_gpu(given) for given in moved], capacity=capacity, plans=plans)
+    arrived = domain.dispatch([to_gpu(given) for given in moved], capacity=capacity, plans=plans, late=late)
     for got, want in zip(arrived, expected, strict=True):
         check_received(got, want, cached=True)
     for endpoint in domain.endpoints:
@@ -317,3 +318,29 @@ def test_layout(domains, index_dtype: torch.dtype) -> None:  # type: ignore[no-u
             assert same_bits(in_rank, want.is_token_in_rank)
             if want.num_tokens_per_node is not None:
                 assert same_bits(domain_counts, want.num_tokens_per_node)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_late_in_turn(domains, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    for late in range(ranks):
+        round_trip(domains(ranks), Shape((60, 61, 62, 63)[:ranks], pattern="holes"), late, late=late)
+
+
+@pytest.mark.slow
+def test_ten_thousand_operations(domains) -> None:  # type: ignore[no-untyped-def]
+    """Dispatch, combine, cached dispatch: 3334 times in a row, shapes at random, on the same heaps."""
+    generator = torch.Generator().manual_seed(11)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    for case in range(3334):
+        ranks = (2, 4, 8)[case % 3]
+        shape = Shape(
+            tuple(pick(0, 40) * pick(0, 2) for _ in range(ranks)),
+            hidden=128 * pick(1, 4),
+            topk=pick(1, 8),
+            local_experts=pick(1, 8),
+            pattern=("uniform", "holes", "one_rank", "duplicates")[pick(0, 3)],
+        )
+        round_trip(domains(ranks), shape, case)
