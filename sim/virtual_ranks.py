@@ -82,7 +82,7 @@ class VirtualDomain:
         skip: frozenset[int] = frozenset(),
         late: int | None = None,
     ) -> list[Arrived]:
-        """One dispatch of all ranks but those in `skip`, which do not arrive; launched in `order`, `late` 100 ms after."""
+        """One dispatch of all ranks, launched in `order`; `skip` do not arrive, `late` comes 100 ms later."""
         torch.cuda.synchronize(self.device)
         results: dict[int, Arrived] = {}
         for r in order if order is not None else range(self.num_ranks):
