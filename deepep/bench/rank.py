@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from deepep.bench.sweep import Shape, Sweep
 from deepep.bench.workload import Workload, draw
 from deepep.buffer import Buffer
 from deepep.engine.fabric import gather_over
+from deepep.errors import RangeError
 from deepep.version import __version__
 
 #: seconds a kernel waits for a peer
@@ -37,13 +38,14 @@ def run_rank(group: Any, device: torch.device, sweep: Sweep, tell: Tell = lambda
     """Measures all of `sweep` on this rank. `tell` hears of progress. Returns the same report on every rank,
     ended early if a result is wrong.
 
-    Raises what Buffer and deepep.trace raise.
+    Raises what Buffer and `draw` raise, and RangeError if the device has none of the SM counts.
     """
+    loads = [draw(sweep, shape) for shape in sweep.shapes]
     buffer = Buffer(group, backend=sweep.backend, timeout=TIMEOUT)
     num_sms = Buffer.num_sms
     bench = Bench(group, device, sweep, buffer, tell)
     try:
-        bench.run()
+        bench.run(loads)
     except WrongResultError as wrong:
         bench.report.problems.append(str(wrong))
     finally:
@@ -64,7 +66,7 @@ class Bench:
         self._oracle: Oracle | None = None
         self.report = Report(environment(device, sweep, buffer))
 
-    def run(self) -> None:
+    def run(self, loads: Sequence[Workload]) -> None:
         """Fills the report. Raises WrongResultError, on every rank."""
         sweep, notes = self._sweep, self.report.notes
         if self._device.type == "cpu":
@@ -73,10 +75,11 @@ class Bench:
             notes.append("The reference backend serves here: there is no floor, and SM counts mean nothing.")
         if not sweep.check:
             notes.append("Results were not compared with the reference (--no-check).")
-        loads = [draw(sweep, shape) for shape in sweep.shapes]
         if self._kernels:
             most = max(int(load.rows.max()) * load.shape.row_bytes("bf16") for load in loads)
             self._floor = Floor(self._clock, self._group, self._rank, self._device, most)
+            if not self._counts():
+                raise RangeError("sms", str(sweep.sms), f"at most the device's {self._floor.all_sms}")
             if len(self._counts()) < len(sweep.sms):
                 notes.append(f"SM counts above the device's {self._floor.all_sms} were left out.")
         deep_ep = self._open_deep_ep()
