@@ -110,7 +110,8 @@ class Domain {
 };
 
 /// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
-/// (phase, rows for this rank, the most rows of any rank, top-k entries per local expert), or None at the deadline.
+/// (phase, rows for this rank, the most rows of any rank, rows that combine brings back, top-k entries per local
+/// expert), or None at the deadline.
 py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts, double timeout_seconds) {
   const auto* words = pointer<uint64_t>(address);
   const int fixed = static_cast<int>(offsetof(dk::HostCounts, expert) / sizeof(uint64_t));
@@ -127,7 +128,7 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts
     }
   }
   if (!arrived) return py::none();
-  return py::make_tuple(values[0], values[1], values[2], std::vector<uint32_t>(values.begin() + fixed, values.end()));
+  return py::make_tuple(values[0], values[1], values[2], values[3], std::vector<uint32_t>(values.begin() + fixed, values.end()));
 }
 
 /// (operation, phase, missing ranks as bits, expected, seen) of the fault that was recorded since the last call, or

@@ -55,6 +55,7 @@ struct HostCounts {
   uint64_t phase;      // 0, or kTooManyRows, kDisagreement, or a wait's phase
   uint64_t num_rows;   // rows this rank receives
   uint64_t most_rows;  // the most any rank receives
+  uint64_t returning;  // rows that combine will bring back to this rank from others
   uint64_t expert[1];  // [L] top-k entries per local expert
 };
 

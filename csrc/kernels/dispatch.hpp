@@ -275,6 +275,7 @@ DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t epoch, dev::Dead
   }
   tell(&args.host->num_rows, core::first_row_of_source(count, g.num_ranks, g.rank));
   tell(&args.host->most_rows, most);
+  tell(&args.host->returning, core::first_staging_row(count, g.rank, g.num_ranks));
   tell(&args.host->phase, failed.get(0));
 }
 

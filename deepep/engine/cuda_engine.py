@@ -117,37 +117,28 @@ class CudaEngine(ReferenceEngine):
                 received, plan = self._launch(request, slot, capacity, None, tell_host=worst == 0)
                 if torch.cuda.is_current_stream_capturing():
                     received = _copied(received)
-                done = torch.cuda.Event()
-                done.record(self._lane.stream)
+            # All that can be done before the counts are known is done now: small batches wait for the host.
+            completion = self._hand_out(schedule, given, (*received.storages(), plan.counts, plan.send_row))
             if worst:
-                counts = None
+                known = NvlinkPlan(plan.counts, plan.send_row, plan.source, tokens, worst, plan.live)
+                per_expert: list[int] = []
                 break
-            counts = self._learn_counts(experts // ranks, request, schedule)
-            if counts.phase != Phase.TOO_MANY_ROWS:
-                break
-            capacity = counts.most_rows  # all ranks learned the same, and lend anew
-        rows = worst if counts is None else counts.num_rows
-        if counts is not None:
+            counts = self._learn_counts(experts // ranks)
+            if counts.phase == Phase.TOO_MANY_ROWS:
+                capacity = counts.most_rows  # all ranks learned the same, and lend anew
+                continue
             self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
-        known = NvlinkPlan(
-            plan.counts,
-            plan.send_row,
-            plan.source[:rows],
-            tokens,
-            rows,
-            plan.live,
-            None if counts is None else counts.most_rows,
-        )
-        route = Route(self, tokens, experts, layout.is_token_in_rank, rows, known)
-        out = _first_rows(received, rows)
-        alignment = request.expert_alignment
-        per_expert = [] if counts is None else [-(-n // alignment) * alignment for n in counts.per_expert]
-        completion = self._hand_out(
-            schedule,
-            given,
-            (out.x, out.scales, out.topk_idx, out.topk_weights, plan.counts, plan.send_row),
-            done,
-        )
+            rows = counts.num_rows
+            source = plan.source[:rows]
+            most, returning = counts.most_rows, counts.returning
+            known = NvlinkPlan(plan.counts, plan.send_row, source, tokens, rows, plan.live, most, returning)
+            alignment = request.expert_alignment
+            per_expert = counts.per_expert
+            if alignment > 1:
+                per_expert = [-(-n // alignment) * alignment for n in per_expert]
+            break
+        route = Route(self, tokens, experts, layout.is_token_in_rank, known.num_rows, known)
+        out = _first_rows(received, known.num_rows)
         return Dispatched(out.x, out.scales, out.topk_idx, out.topk_weights, per_expert, route, completion)
 
     def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
@@ -164,7 +155,7 @@ class CudaEngine(ReferenceEngine):
                 received = _copied(received)
         out = _first_rows(received, route.num_rows)
         given = (request.x, request.scales, plan.counts, plan.send_row)
-        completion = self._hand_out(schedule, given, (out.x, out.scales))
+        completion = self._hand_out(schedule, given, received.storages())
         return Dispatched(out.x, out.scales, None, None, [], route, completion)
 
     def _launch(
@@ -271,10 +262,10 @@ class CudaEngine(ReferenceEngine):
     def _check_staging(self, request: CombineRequest, plan: NvlinkPlan) -> None:
         topk = 0 if request.topk_weights is None else request.topk_weights.shape[1]
         room = self._endpoint.staging_capacity(request.x.shape[1] * 2, topk)
-        coming = plan.num_tokens * (self.info.num_ranks - 1)
+        coming = plan.num_tokens * (self.info.num_ranks - 1) if plan.returning is None else plan.returning
         if coming > room:
             raise CapacityError(
-                "x", f"up to {coming} rows coming back", f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
+                "x", f"{coming} rows coming back", f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
             )
 
     def _take_slot(self, request: DispatchRequest, capacity: int) -> Tensor:
@@ -320,7 +311,6 @@ class CudaEngine(ReferenceEngine):
         schedule: Schedule,
         given: tuple[Tensor | None, ...],
         made: tuple[Tensor | None, ...],
-        done: torch.cuda.Event | None = None,
     ) -> Completion | None:
         """Records what was read and written where it was; waits, or gives back the completion."""
         stream = self._lane.stream
@@ -332,15 +322,14 @@ class CudaEngine(ReferenceEngine):
             for tensor in made:
                 if tensor is not None:
                     tensor.record_stream(caller)
-        if done is None:
-            done = torch.cuda.Event()
-            done.record(stream)
+        done = torch.cuda.Event()
+        done.record(stream)
         if schedule.asynchronous:
             return CudaCompletion(done)
         caller.wait_event(done)
         return None
 
-    def _learn_counts(self, num_local: int, request: DispatchRequest, schedule: Schedule) -> Counts:
+    def _learn_counts(self, num_local: int) -> Counts:
         counts = self._endpoint.wait_counts(num_local)
         if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
             return counts

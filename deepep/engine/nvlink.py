@@ -105,6 +105,13 @@ class Received:
     topk_idx: torch.Tensor | None  # [capacity, K]
     topk_weights: torch.Tensor | None  # [capacity, K] float32
 
+    def storages(self) -> tuple[torch.Tensor, ...]:
+        """One tensor of each memory block behind these: the slot alone, or copies out of it."""
+        tensors = [
+            t for t in (self.x, self.source, self.scales, self.topk_idx, self.topk_weights) if t is not None
+        ]
+        return tuple({t.untyped_storage().data_ptr(): t for t in tensors}.values())
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -113,6 +120,7 @@ class Counts:
     phase: int
     num_rows: int
     most_rows: int
+    returning: int
     per_expert: list[int]
 
 
