@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepep.sim.all_to_all_runs import pause
 from deepep.sim.cases import Case
@@ -102,9 +103,7 @@ def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
         **how,
     )
     _finish(event)
-    view.num_tokens_per_rank = per_rank.numpy()
-    view.num_tokens_per_expert = per_expert.numpy()
-    view.is_token_in_rank = in_rank.numpy()
+    _fill_layout(view, per_rank, per_node, per_expert, in_rank)
     received = sum(int(case.is_token_in_rank(source)[:, rank].sum()) for source in case.dispatch_members)
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
     fill_dispatch(view, x, scales, indices, weights, counts, received)
@@ -135,6 +134,7 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     mine = inputs(case, rank)
     how = {"async_finish": options.schedule == "async", "return_recv_hook": options.schedule == "hook"}
     stats = torch.zeros(case.num_local_experts, dtype=torch.int32) if options.stats else None
+    _fill_layout(view, *buffer.get_dispatch_layout(mine.topk_idx, case.num_experts)[:4])
     pause(case, rank, 0)
     rows, count, handle, event, hook = buffer.low_latency_dispatch(
         mine.tokens,
@@ -176,6 +176,15 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     pause(case, rank, 3)
     _finish(event, hook)
     fill_combine(view, combined, None)
+
+
+def _fill_layout(
+    view: RankView, per_rank: Tensor, per_node: Tensor | None, per_expert: Tensor, in_rank: Tensor
+) -> None:
+    view.num_tokens_per_rank = per_rank.numpy()
+    view.num_tokens_per_node = None if per_node is None else per_node.numpy()
+    view.num_tokens_per_expert = per_expert.numpy()
+    view.is_token_in_rank = in_rank.numpy()
 
 
 def _finish(event: Any, hook: Any = None) -> None:

@@ -29,12 +29,20 @@ class Violation(AssertionError):
     Attributes:
         rank: where it was seen, if at one rank.
         place: index in the field that it was seen in.
+        rule: name of what does not hold, where whoever checks does not know.
     """
 
-    def __init__(self, message: str, rank: int | None = None, place: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, message: str, rank: int | None = None, place: tuple[int, ...] = (), rule: str = ""
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.place = place
+        self.rule = rule
+
+
+class Missing(Violation):
+    """A rule needs something that the implementation does not give."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,9 @@ def always(case: Case) -> bool:
 
 
 def need(array: Array | None, what: str = "a field") -> Array:
-    """The array; Violation if the implementation did not give it."""
+    """The array; Missing if the implementation did not give it."""
     if array is None:
-        raise Violation(f"{what} is missing")
+        raise Missing(f"{what} is missing")
     return array
 
 

@@ -155,8 +155,8 @@ def save_picture(finding: Finding, path: str | os.PathLike[str]) -> None:
             y = right[rank, row]
             if want is not None:
                 fine = have == want
-                style = {"color": "0.6" if fine else "black", "linestyle": "-" if fine else "--"}
-                axes.plot([0, 1], [left[want], y], linewidth=1, **style)
+                color, style = ("0.6", "-") if fine else ("black", "--")
+                axes.plot([0, 1], [left[want], y], color=color, linestyle=style, linewidth=1)
             if have is not None and have != want:
                 axes.plot([0, 1], [left[have], y], color="tab:red", linewidth=1.5)
     axes.set_xlim(-0.4, 1.4)

@@ -204,6 +204,7 @@ def _finished_are_right(tales: dict[int, Tale], cases: Sequence[Case]) -> None:
 
 
 def _same(case: Case, views: list[RankView], when: str) -> None:
+    # Ranks that are gone have no view.
     difference = first_difference(oracle.observe(case), views)
     if difference is not None:
         raise Violation(f"{when}: {difference}", difference.rank)

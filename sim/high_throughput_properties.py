@@ -101,8 +101,8 @@ def counts_agree_on_both_sides(case: Case, views: list[RankView]) -> None:
             raise Violation(
                 f"rank {rank}: expected tensors of {expected_rows} rows, got {view.num_rows}", rank
             )
-        per_expert = sum(need(views[s].num_tokens_per_expert).astype(np.int64) for s in case.dispatch_members)
-        mine = per_expert[rank * local : (rank + 1) * local]
+        per_expert = [need(views[s].num_tokens_per_expert) for s in case.dispatch_members]
+        mine = np.stack(per_expert).astype(np.int64).sum(axis=0)[rank * local : (rank + 1) * local]
         rounded = [] if worst_tokens(case) else -(-mine // alignment) * alignment
         check_equal("expert counts", rank, rounded, need(view.expert_counts))
         if view.recv_topk_idx is not None:

@@ -162,7 +162,7 @@ def _terms(case: Case, rank: int, token: int) -> list[tuple[int, Floats]]:
 @lru_cache(maxsize=4)
 def _returned(case: Case) -> dict[tuple[int, int, int], Floats]:
     """What each global expert returns for each token: by (expert, source rank, token)."""
-    returned = {}
+    returned: dict[tuple[int, int, int], Floats] = {}
     for rank in case.dispatch_members:
         first = rank * case.num_local_experts
         keys = [

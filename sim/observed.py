@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,13 +72,21 @@ class Difference:
         return f"rank {self.rank}: {self.field}{place}: expected {self.expected}, got {self.got}"
 
 
-def first_difference(expected: list[RankView], got: list[RankView]) -> Difference | None:
-    """Compares bit for bit, in the order in which data flows; fields that either side lacks are left out."""
+def first_difference(
+    expected: list[RankView], got: list[RankView], may_lack: Collection[str] | None = None
+) -> Difference | None:
+    """Compares bit for bit, in the order in which data flows.
+
+    Fields that `got` does not have are left out if `may_lack` names them, or is None.
+    """
     for field in fields(RankView):
         for rank, (want, have) in enumerate(zip(expected, got, strict=True)):
             a, b = getattr(want, field.name), getattr(have, field.name)
-            if a is None or b is None:
+            if b is None and (a is None or may_lack is None or field.name in may_lack):
                 continue
+            if a is None or b is None:
+                told = ["nothing" if side is None else "something" for side in (a, b)]
+                return Difference(rank, field.name, (), *told)
             difference = _compare(rank, field.name, a, b)
             if difference is not None:
                 return difference

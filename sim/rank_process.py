@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from deepep.sim.travel import pack, unpack
 
@@ -95,12 +96,12 @@ def _join(spec: RankSpec) -> RankContext:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=spec.timeout)
     kind, _, place = spec.store.partition(":")
-    store: dist.Store
+    store: Store
     if kind == "file":
-        store = dist.FileStore(place, spec.num_ranks)
+        store = FileStore(place, spec.num_ranks)
         store.set_timeout(timeout)
     else:
-        store = dist.TCPStore("127.0.0.1", int(place), is_master=False, timeout=timeout)
+        store = TCPStore("127.0.0.1", int(place), is_master=False, timeout=timeout)
     dist.init_process_group(
         spec.backend, store=store, rank=spec.rank, world_size=spec.num_ranks, timeout=timeout
     )

@@ -157,9 +157,9 @@ RULES: dict[str, ReferenceProperty] = {
 
 
 def check_rules(case: Case, modules: GlobalView = REFERENCE) -> None:
-    """Raises Violation, with the rule's name in front, if one does not hold."""
+    """Raises Violation, with the rule's name, if one does not hold."""
     for name, rule in RULES.items():
         try:
             rule(case, modules)
         except Violation as violation:
-            raise Violation(f"{name}: {violation}", violation.rank, violation.place) from None
+            raise Violation(str(violation), violation.rank, violation.place, name) from None

@@ -45,7 +45,7 @@ def renaming_ranks_commutes(case: Case, views: list[RankView], others: list[list
     new_name, [renamed] = _permutation(case), others
     for rank in case.members:
         mine, theirs = views[rank], renamed[new_name[rank]]
-        check_equal("combined x after renaming ranks", rank, mine.combined_x, need(theirs.combined_x))
+        check_equal("combined x after renaming ranks", rank, need(mine.combined_x), need(theirs.combined_x))
         if case.options.mode == "ht":
             sources = [source for source, _ in arriving(case, rank)]
             order = np.argsort([new_name[source] for source in sources], kind="stable")
@@ -56,7 +56,7 @@ def renaming_ranks_commutes(case: Case, views: list[RankView], others: list[list
                     "indices after renaming ranks", rank, indices, need(theirs.recv_topk_idx)[: len(order)]
                 )
         else:
-            check_equal("counts after renaming ranks", rank, mine.recv_count, need(theirs.recv_count))
+            check_equal("counts after renaming ranks", rank, need(mine.recv_count), need(theirs.recv_count))
 
 
 def _expert_permutation(case: Case) -> Indices:
@@ -85,9 +85,9 @@ def renaming_experts_commutes(case: Case, views: list[RankView], others: list[li
     for rank in case.members:
         mine, theirs = views[rank], renamed[rank]
         new_local = new_name[rank * local : (rank + 1) * local] - rank * local
-        check_equal("combined x after renaming experts", rank, mine.combined_x, need(theirs.combined_x))
+        check_equal("combined x after renaming experts", rank, need(mine.combined_x), need(theirs.combined_x))
         if case.options.mode == "ht":
-            check_equal("rows after renaming experts", rank, mine.recv_x, need(theirs.recv_x))
+            check_equal("rows after renaming experts", rank, need(mine.recv_x), need(theirs.recv_x))
             if mine.recv_topk_idx is not None:
                 indices = mine.recv_topk_idx
                 expected = np.where(indices < 0, -1, new_local[indices])
@@ -123,7 +123,7 @@ def splitting_a_batch_changes_nothing(
     """Each token's result is the same, whatever other tokens travel with it."""
     for rank in case.members:
         parts = [need(half[rank].combined_x) for half in others]
-        check_equal("combined x of two halves", rank, views[rank].combined_x, np.concatenate(parts))
+        check_equal("combined x of two halves", rank, need(views[rank].combined_x), np.concatenate(parts))
         if case.options.mode == "ht":
             check_equal(
                 "rows of two halves",
@@ -133,7 +133,7 @@ def splitting_a_batch_changes_nothing(
             )
         else:
             counts = sum(need(half[rank].recv_count) for half in others)
-            check_equal("counts of two halves", rank, views[rank].recv_count, counts)
+            check_equal("counts of two halves", rank, need(views[rank].recv_count), counts)
 
 
 def _sorted_rows(rows: Array) -> Array:

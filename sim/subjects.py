@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from deepep.sim import oracle
@@ -35,6 +35,8 @@ class Subject(ABC):
     gives_views = True
     #: Seconds for a batch of cases.
     timeout = 60.0
+    #: Fields of its views that it may leave out; None: whatever it likes.
+    may_lack: Collection[str] | None = None
 
     def adapt(self, case: Case) -> Case:
         """The nearest case that this implementation can run."""
@@ -86,7 +88,8 @@ class InProcess(Subject):
         except Violation:
             raise
         except Exception as error:  # a case is a legal call: whatever it raises is a finding
-            raise Violation("".join(traceback.format_exception(error))) from error
+            told = "".join(traceback.format_exception(error))
+            raise Violation(told, rule=type(error).__name__) from error
 
 
 class InWorld(Subject):
@@ -98,6 +101,7 @@ class InWorld(Subject):
         world_of: the world of so many ranks; default: worlds of its own.
         adapt: the nearest case that it can run.
         timeout: seconds for a batch of cases.
+        may_lack: fields of its views that it may leave out; None: whatever it likes.
     """
 
     def __init__(
@@ -108,9 +112,11 @@ class InWorld(Subject):
         *,
         adapt: Callable[[Case], Case] | None = None,
         timeout: float = 60.0,
+        may_lack: Collection[str] | None = None,
     ) -> None:
         self.name = name
         self.timeout = timeout
+        self.may_lack = may_lack
         self._run_rank = run_rank
         self._adapt = adapt
         self._own: dict[int, World] = {}
@@ -166,10 +172,16 @@ def _run_batch(ctx: RankContext, run_rank: RunRank, cases: list[Case]) -> list[R
 
 def core() -> InProcess:
     """The layout core. It judges itself: it gives no views, but raises Violation."""
-    from deepep.sim.core_properties import check_core
+    from deepep.sim.core_properties import PROPERTIES, Laid
 
     def observe(case: Case) -> list[RankView]:
-        check_core(case)
+        laid = Laid(case)
+        for holds in PROPERTIES:
+            try:
+                holds(laid)
+            except Violation as violation:
+                name = holds.__name__.replace("_", " ")
+                raise Violation(str(violation), violation.rank, violation.place, name) from None
         return [RankView() for _ in range(case.num_ranks)]
 
     return InProcess("core", observe, gives_views=False)
@@ -187,7 +199,7 @@ def reference(modules: GlobalView = oracle.REFERENCE) -> InProcess:
 
 def all_to_all(world_of: Callable[[int], World] | None = None) -> InWorld:
     """The reference's all_to_all implementation over gloo."""
-    return InWorld("all_to_all", run_all_to_all, world_of)
+    return InWorld("all_to_all", run_all_to_all, world_of, may_lack=())
 
 
 def buffer(world_of: Callable[[int], World] | None = None, backend: str | None = None) -> InWorld:
@@ -196,4 +208,6 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
     def run_rank(ctx: RankContext, case: Case) -> RankView:
         return run_buffer(ctx, case, backend)
 
-    return InWorld(f"buffer:{backend}" if backend else "buffer", run_rank, world_of, adapt=as_buffer_call)
+    name = f"buffer:{backend}" if backend else "buffer"
+    # V1's interface does not tell where a row comes from.
+    return InWorld(name, run_rank, world_of, adapt=as_buffer_call, may_lack=("src_rank", "src_token"))

@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType, TracebackType
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from deepep.sim.outcomes import Outcome, Status, failure_of
 from deepep.sim.rank_process import BareException, RankContext, RankSpec, main
@@ -83,7 +83,7 @@ class World:
         self.generation = 0
         self._ranks: list[_Rank] = []
         self._store_kind = store
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._folder: TemporaryDirectory[str] | None = None
         self._pending: PendingRun | None = None
         self._creator = os.getpid()
@@ -133,9 +133,7 @@ class World:
         place = f"file:{self._folder.name}/store"
         if self._store_kind == "tcp":
             timeout = timedelta(seconds=self.timeout)
-            self._store = dist.TCPStore(
-                "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout
-            )
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
             place = f"tcp:{self._store.port}"
         specs = [
             RankSpec(
