@@ -66,7 +66,7 @@ class Stop:
 class Scenario:
     """What is run: cases of equally many ranks, in order, on GPUs of one shape.
 
-    use_layout: the layout kernel makes what dispatch is given, rather than the host; with "only", nothing else.
+    use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else.
     use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
     short_slots: ranks lend slots with room for one row less than comes, where the host waits for the counts,
     hear of it with the counts, and lend anew.
@@ -297,7 +297,7 @@ class _Run:
         return self.domain.host_counts(self.watched.words)
 
     def _settle(self, rank: int) -> Program:
-        """Waits for the stream. Where faults are to be expected, a fault is looked for while the kernel runs, too."""
+        """Waits for the stream; where faults are to be expected, looks for one while the kernel runs, too."""
         told = None
         if self.stops:
             self.domain.watch_fault(rank)

@@ -195,8 +195,8 @@ class EmulatedDomain:
     ) -> int:
         """Launches a dispatch; returns the address of the slot it lends, one of two in turn.
 
-        Where the host waits for the counts, the machine's watch of them is set up. capacity: rows of the slot;
-        default the most that can come.
+        Where the host waits for the counts, the machine's watch of them is set up. capacity: rows of the
+        slot; default the most that can come.
         """
         options = case.options
         slot = self._slots_begin + self._slots_lent[rank] % 2 * self._slot_bytes

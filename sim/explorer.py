@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from deepep.sim.cases import Case, Limits, draw_case
 from deepep.sim.choices import RandomChoices
 from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
 from deepep.sim.emulated_domain import Gpu
+
+FORMAT = "deepep.failing-schedule"
+_PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines")
 
 #: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks.
 GPUS = (
@@ -51,12 +57,12 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
         use_layout=choices.pick(("no", "yes")),
         use_barrier=choices.flag(),
         short_slots=choices.flag(0.3),
-        num_combines=choices.pick((1, 1, 2, 3)),
+        num_combines=choices.pick((1, 1, 0, 2, 3)),
     )
 
 
 def draw_tall_scenario(seed: int) -> Scenario:
-    """One case of many short rows: more tokens than a block has threads. Every second for the layout alone."""
+    """One case of many short rows, more than a block has threads. Every second for the layout alone."""
     choices = RandomChoices(seed)
     limits = replace(LIMITS, max_tokens=200, max_topk=3, max_local_experts=3, hidden=(16,), masks=False)
     return Scenario(
@@ -96,6 +102,41 @@ class Failure:
 
     def replay(self, kernels: Any = None) -> Report:
         return run(self.scenario, self.schedule, stops=self.stops, kernels=kernels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file (JSON) that runs the same anywhere, also when drawing has changed."""
+        scenario = self.scenario
+        plain = {
+            "format": FORMAT,
+            "cases": [json.loads(case.to_json()) for case in scenario.cases],
+            "scenario": {name: getattr(scenario, name) for name in _PLAIN_FIELDS},
+            "gpu": asdict(scenario.gpu),
+            "schedule": asdict(self.schedule),
+            "stops": [asdict(stop) for stop in self.stops],
+            "kind": self.report.kind,
+            "text": self.report.text.splitlines(),
+        }
+        Path(path).write_text(json.dumps(plain, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Failure:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+            OSError: it cannot be read.
+        """
+        plain = json.loads(Path(path).read_text())
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a {FORMAT} file")
+        scenario = Scenario(
+            cases=tuple(Case.from_json(json.dumps(case)) for case in plain["cases"]),
+            gpu=Gpu(**plain["gpu"]),
+            **plain["scenario"],
+        )
+        stops = tuple(Stop(**stop) for stop in plain["stops"])
+        report = Report(plain["kind"], "\n".join(plain["text"]))
+        return Failure(scenario, Schedule(**plain["schedule"]), stops, report)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepep import _emulator
 from deepep.sim.emulated import Scenario
-from deepep.sim.explorer import LIMITS, Failure, draw_scenario, explore
+from deepep.sim.explorer import LIMITS, Failure, draw_scenario, draw_tall_scenario, explore
 from deepep.sim.kernel_mutants import Mutant, build
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
@@ -21,6 +21,8 @@ HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidd
 
 @lru_cache(maxsize=4096)
 def _scenario(seed: int) -> Scenario:
+    if seed % 4 == 3:
+        return draw_tall_scenario(seed // 4)
     return draw_scenario(seed, limits=HUNTING_LIMITS)
 
 

@@ -163,7 +163,7 @@ _FLAGS = (
 
 
 def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Path:
-    """Compiles the kernels with the mutant's file in place of the original, under `folder`; returns the library.
+    """Compiles the kernels, the mutant's file in place of the original, under `folder`; returns the library.
 
     Raises:
         ValueError: the mutant does not compile, which is a fault of the pattern that made it.

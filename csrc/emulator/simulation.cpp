@@ -1,17 +1,8 @@
 #include "emulator/simulation.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <stdexcept>
 
 namespace deepep::emu {
-
-namespace {
-
-/// Unwinds the thread that failed; the others are left where they are.
-struct Abort {};
-
-}  // namespace
 
 Simulation::Simulation(const Shape& shape, const Plan& plan)
     : shape_(shape),
@@ -34,105 +25,7 @@ Simulation::Simulation(const Shape& shape, const Plan& plan)
 
 Simulation::~Simulation() = default;
 
-// ---- the host's side ---------------------------------------------------------------------------------------
-
-uintptr_t Simulation::allocate(std::string name, Space space, int rank, size_t bytes) {
-  return memory_.arena.allocate(std::move(name), space, rank, -1, bytes);
-}
-
-void Simulation::host_write(int rank, uintptr_t address, const void* bytes, size_t count) {
-  if (count == 0) return;
-  memory_.plain_store(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
-                       memory_.sites.named("its own step"));
-  std::memcpy(reinterpret_cast<void*>(address), bytes, count);
-}
-
-void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t count) {
-  if (count == 0) return;
-  memory_.plain_load(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
-                       memory_.sites.named("its own step"));
-  std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
-}
-
-void Simulation::watch(int rank, const Watch& watch) {
-  Rank& r = ranks_[static_cast<size_t>(rank)];
-  const Slot slot = topology_.watcher(rank);
-  Fiber& fiber = fibers_[slot];
-  fiber.me = {0, 0, 1, 1};
-  fiber.agent.slot = slot;
-  ++fiber.agent.time;
-  fiber.agent.known = r.host.known;
-  memory_.teach(fiber.agent.known, r.host);
-  Memory::advance(r.host);
-  fiber.deadline_ns = watch.until_idle && r.stream.empty() ? 0 : now_ns() + watch.timeout_ns;
-  fiber.stack = stacks_.take();
-  fiber.context = make_context(fiber.stack, &Simulation::enter_watch, this);
-  r.watch = watch;
-  r.watched_words.clear();
-  r.watch_ended = false;
-  make_ready(slot);
-}
-
-void Simulation::enter_watch(void* self) {
-  auto& simulation = *static_cast<Simulation*>(self);
-  Fiber& fiber = simulation.self();
-  Rank& rank = simulation.ranks_[static_cast<size_t>(simulation.topology_.rank_of(simulation.running_))];
-  const Watch& watch = rank.watch;
-  try {
-    rank.watch_in_time = true;
-    for (int i = 0; i < watch.count && rank.watch_in_time; ++i) {
-      const uintptr_t word = watch.address + static_cast<uintptr_t>(i * watch.bytes);
-      rank.watched_words.emplace_back();
-      rank.watch_in_time =
-          simulation.wait(reinterpret_cast<const void*>(word), watch.bytes, watch.condition, Order::acquire, Scope::sys,
-                          fiber.deadline_ns, rank.watched_words.back(), Site::current());
-    }
-    rank.watch_ended = true;
-    simulation.memory_.teach(rank.host.known, fiber.agent);  // they are one thread
-  } catch (const Abort&) {
-  }
-  fiber.state = Fiber::State::done;
-  switch_context(fiber.context, simulation.main_);
-}
-
-void Simulation::watcher_read(int rank, uintptr_t address, void* bytes, size_t count) {
-  if (count == 0) return;
-  memory_.plain_load(fibers_[topology_.watcher(rank)].agent, address, static_cast<int64_t>(count),
-                     memory_.sites.named("its watch"));
-  std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
-}
-
-void Simulation::meet() {
-  agents_.clear();
-  for (Rank& rank : ranks_) {
-    Memory::advance(rank.host);
-    agents_.push_back(&rank.host);
-  }
-  memory_.synchronize(agents_, memory_.sites.named("the hosts' meeting"));
-}
-
-void Simulation::peek(uintptr_t address, void* bytes, size_t count) const {
-  if (memory_.arena.find(address, count) == nullptr) throw std::out_of_range("peek outside of allocated memory");
-  std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
-}
-
-void Simulation::launch(int rank, const KernelSet& set, const std::string& kernel, const void* args, size_t args_bytes,
-                        int num_blocks, int num_threads, int64_t shared_bytes) {
-  const Kernel* const end = set.kernels + set.count;
-  const Kernel* const found = std::find_if(set.kernels, end, [&](const Kernel& k) { return kernel == k.name; });
-  if (found == end) throw std::invalid_argument("no kernel named " + kernel);
-  if (args_bytes != found->args_bytes) throw std::invalid_argument(kernel + ": arguments of another size");
-  if (num_blocks < 1 || num_blocks > shape_.max_blocks) throw std::invalid_argument(kernel + ": number of blocks");
-  if (num_threads < 32 || num_threads % 32 != 0 || num_threads > std::min(shape_.max_threads, found->max_threads))
-    throw std::invalid_argument(kernel + ": number of threads");
-  const auto* bytes = static_cast<const std::byte*>(args);
-  Rank& on = ranks_[static_cast<size_t>(rank)];
-  on.stream.push_back({false, {&set, found, {bytes, bytes + args_bytes}, num_blocks, num_threads, shared_bytes, 0,
-                               num_blocks, ++on.launches}});
-  if (std::find(bound_.begin(), bound_.end(), &set) == bound_.end()) bound_.push_back(&set);
-}
-
-void Simulation::host_step(int rank) { ranks_[static_cast<size_t>(rank)].stream.push_back({true, {}}); }
+// ---- the run ------------------------------------------------------------------------------------------------------
 
 Outcome Simulation::run() {
   if (failed_) return outcome_;
@@ -386,104 +279,6 @@ void Simulation::deliver_due() {
     const Fiber& fiber = fibers_[wake.slot];
     if (fiber.state == Fiber::State::waiting && fiber.waits == wake.waits) make_ready(wake.slot);
   }
-}
-
-// ---- faults and time ---------------------------------------------------------------------------------------
-
-void Simulation::strike_due(int writer) {
-  for (size_t i = faults_struck_; i < plan_.faults.size(); ++i) {
-    const Fault& fault = plan_.faults[i];
-    const bool is_due = fault.counts_writes ? fault.rank == writer && ranks_[static_cast<size_t>(writer)].writes >= fault.at_step
-                                            : writer < 0 && step_ >= fault.at_step;
-    if (!is_due) continue;
-    freeze(fault);
-    std::swap(plan_.faults[i], plan_.faults[faults_struck_++]);
-  }
-}
-
-void Simulation::freeze(const Fault& fault) {
-  Rank& rank = ranks_[static_cast<size_t>(fault.rank)];
-  rank.is_frozen = true;
-  rank.thaws_at_ns = fault.pause_ns == 0 ? 0 : now_ns() + fault.pause_ns;
-  if (fault.loses_writes && fault.pause_ns == 0) memory_.lose_writes(fault.rank);
-  for (Slot slot = 0; slot < topology_.num_slots(); ++slot) {
-    if (topology_.rank_of(slot) != fault.rank) continue;
-    Warp& warp = warp_of(slot);
-    const uint32_t lane = 1u << (slot % 32);
-    if ((warp.ready & lane) == 0) continue;
-    warp.parked |= lane;
-    remove_ready(slot);
-  }
-}
-
-void Simulation::thaw(int rank) {
-  Rank& r = ranks_[static_cast<size_t>(rank)];
-  r.is_frozen = false;
-  for (Slot slot = 0; slot < topology_.num_slots(); ++slot) {
-    if (topology_.rank_of(slot) != rank) continue;
-    Warp& warp = warp_of(slot);
-    const uint32_t lane = 1u << (slot % 32);
-    if ((warp.parked & lane) == 0) continue;
-    warp.parked &= ~lane;
-    make_ready(slot);
-  }
-}
-
-/// A stopped rank's waits wait for nothing.
-bool Simulation::is_waiting_on_time(Slot slot) const {
-  return fibers_[slot].state == Fiber::State::waiting &&
-         !ranks_[static_cast<size_t>(topology_.rank_of(slot))].is_frozen;
-}
-
-bool Simulation::pass_time() {
-  uint64_t next = kNever;
-  for (Slot slot = 0; slot < topology_.num_slots(); ++slot)
-    if (is_waiting_on_time(slot)) next = std::min(next, fibers_[slot].deadline_ns);
-  for (const Rank& rank : ranks_)
-    if (rank.is_frozen && rank.thaws_at_ns != 0) next = std::min(next, rank.thaws_at_ns);
-  if (faults_struck_ == 0 || next == kNever) {
-    outcome_.kind = "deadlock";
-    outcome_.text = "nothing can run and nothing is under way\n" + story_of_waits();
-    outcome_.status = Outcome::Status::failed;
-    failed_ = true;
-    return false;
-  }
-  ns_at_jump_ = std::max(now_ns(), next + 1);
-  step_at_jump_ = step_;
-  for (Slot slot = 0; slot < topology_.num_slots(); ++slot)
-    if (is_waiting_on_time(slot) && fibers_[slot].deadline_ns < now_ns()) make_ready(slot);
-  for (int r = 0; r < shape_.num_ranks; ++r) {
-    Rank& rank = ranks_[static_cast<size_t>(r)];
-    if (rank.is_frozen && rank.thaws_at_ns != 0 && rank.thaws_at_ns <= now_ns()) thaw(r);
-  }
-  return true;
-}
-
-std::string Simulation::story_of_waits() const {
-  std::string text;
-  int told = 0;
-  int untold = 0;
-  for (const Fiber& fiber : fibers_) {
-    if (fiber.state != Fiber::State::waiting) continue;
-    if (told == 8) {
-      ++untold;
-      continue;
-    }
-    ++told;
-    text += memory_.describe_wait(fiber.agent, fiber.address, fiber.condition, fiber.order, fiber.scope, fiber.site);
-  }
-  if (untold > 0) text += "  and " + std::to_string(untold) + " more wait\n";
-  for (size_t b = 0; b < blocks_.size(); ++b) {
-    if (blocks_[b].arrived == 0) continue;
-    text += "  rank " + std::to_string(b / static_cast<size_t>(shape_.max_blocks)) + " block " +
-            std::to_string(b % static_cast<size_t>(shape_.max_blocks)) + ": " + std::to_string(blocks_[b].arrived) +
-            " threads at the barrier of " + memory_.sites.name(blocks_[b].site) + "\n";
-  }
-  for (size_t w = 0; w < warps_.size(); ++w)
-    if (warps_[w].arrived != 0)
-      text += "  " + name_of(fibers_[32 * w].agent.now()) + "'s warp: lanes wait in a collective at " +
-              memory_.sites.name(warps_[w].site) + "\n";
-  return text;
 }
 
 // ---- Environment -------------------------------------------------------------------------------------------

@@ -64,6 +64,9 @@ struct Outcome {
   uint64_t now_ns = 0;
 };
 
+/// Unwinds the thread that failed; the others are left where they are.
+struct Abort {};
+
 /// Thrown to the host when its own access fails a check.
 struct HostFailure {
   std::string kind;
