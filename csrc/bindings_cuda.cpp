@@ -53,6 +53,7 @@ class Domain {
                 uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
                 uintptr_t tokens_per_expert, uintptr_t counts, uintptr_t send_row, int64_t slot_offset,
                 int64_t slot_capacity, int64_t num_worst_tokens, uintptr_t host, uint32_t ticket, uintptr_t stream) {
+    check_roles(num_blocks, push_blocks, local_blocks);
     const dk::DispatchArgs args{group_,
                                 push_blocks,
                                 local_blocks,
@@ -83,13 +84,14 @@ class Domain {
     dk::launch_dispatch(args, num_blocks, pointer<void>(stream));
   }
 
-  void combine(int num_blocks, int push_blocks, int reduce_blocks, int parts, int64_t num_tokens, int num_topk, int64_t row_bytes,
+  void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
                uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights, uintptr_t stream) {
+    check_roles(num_blocks, push_blocks, reduce_blocks);
     const dk::CombineArgs args{group_,
                                push_blocks,
                                reduce_blocks,
-                               parts,
+                               refused,
                                num_tokens,
                                num_topk,
                                row_bytes,
@@ -106,6 +108,12 @@ class Domain {
   void barrier(uintptr_t stream) { dk::launch_barrier(group_, pointer<void>(stream)); }
 
  private:
+  /// Blocks of the two kinds are disjoint and make up the grid, or all blocks are of both.
+  static void check_roles(int blocks, int one, int other) {
+    if (blocks < 1 || (one + other != blocks && (one != blocks || other != blocks)))
+      throw std::invalid_argument("blocks of two kinds must be disjoint, or all of both");
+  }
+
   dk::Group group_{};
 };
 

@@ -132,7 +132,6 @@ class VirtualDomain:
         topk_weights: Sequence[torch.Tensor] | None = None,
         biases: Sequence[tuple[torch.Tensor, ...]] | None = None,
         skip: frozenset[int] = frozenset(),
-        parts: int = 1,
         late: int | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
@@ -158,7 +157,6 @@ class VirtualDomain:
                 biases=() if biases is None else biases[r],
                 out=out,
                 out_weights=weights,
-                parts=parts,
             )
         torch.cuda.synchronize(self.device)
         return results

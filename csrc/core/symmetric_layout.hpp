@@ -36,7 +36,12 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return rows_done(num_ranks) + o * kLine; }
   /// Rank `r` has entered the barrier with this epoch: a 4-byte word.
   [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return staging_free(num_ranks) + r * kLine; }
-  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return arrived(num_ranks); }
+  /// What source `s` has begun to combine: a tagged 8-byte word, a digest of what all ranks must pass alike. Two in
+  /// turn, as mailboxes.
+  [[nodiscard]] DEEPEP_HD int64_t combine_digest(int s, uint32_t epoch) const {
+    return arrived(num_ranks) + (2 * s + static_cast<int64_t>(epoch & 1u)) * kLine;
+  }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
 };
 
 /// Word numbers inside a mailbox.

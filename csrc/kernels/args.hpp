@@ -20,7 +20,6 @@ enum class Phase : uint32_t {
   kStaging = 4,         // waiting for a peer to have consumed its staging
   kReturn = 8,          // waiting for a row to come back
   kArrival = 16,        // barrier
-  kBlocks = 32,         // waiting for blocks of this very kernel: no SM was free for them
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
 };
@@ -75,8 +74,8 @@ struct Group {
 
 struct DispatchArgs {
   Group group;
-  int push_blocks;   // blocks [0, push_blocks) write to other ranks
-  int local_blocks;  // the last local_blocks blocks write the rows that stay; the two may overlap
+  int push_blocks;   // the last push_blocks blocks write to other ranks
+  int local_blocks;  // blocks [0, local_blocks) write the rows that stay; the two are disjoint, or both all blocks
   bool refused;      // only tell the others that this rank does not take part in this call
   bool cached;       // counts and rows come from the handle
   int64_t num_tokens;
@@ -105,9 +104,9 @@ struct DispatchArgs {
 
 struct CombineArgs {
   Group group;
-  int push_blocks;
-  int reduce_blocks;
-  int parts;  // a row travels, and is summed, in so many parts (1 to 4); all ranks pass the same
+  int push_blocks;    // blocks [0, push_blocks) return rows
+  int reduce_blocks;  // the last reduce_blocks blocks sum; the two are disjoint, or both all blocks
+  bool refused;       // only tell the others that this rank does not take part in this call
   int64_t num_tokens;  // T of this rank
   int num_topk;        // 0: no weights travel
   int64_t row_bytes;   // bf16 rows, a multiple of 16

@@ -27,10 +27,7 @@ DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
     note_fault(g, Phase::kArrival, 1u << peer, epoch, load<relaxed, sys_scope>(arrived));
     failed.bit_or(0, 1u);
   }
-  if (thread() == 0) {
-    have_read_epoch(g);
-    if (!advance_epoch(g, &g.state->barrier_epoch, epoch)) failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
-  }
+  if (thread() == 0) have_read_epoch(g, &g.state->barrier_epoch, epoch);
   sync_block();
   if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kBarrier);
 }

@@ -20,6 +20,7 @@ inline constexpr int kCombineThreads = 512;
 inline constexpr int kReturnUnroll = 14;  // 16-byte accesses a lane has in flight when it pushes
 inline constexpr int kPairUnroll = 4;     // the same of each of two addends
 inline constexpr int kManyUnroll = 4;     // the same where sums of more are kept
+inline constexpr int kFewRows = 512;      // up to so many rows from any rank to any other, rows travel in parts
 
 /// The block's dynamic shared memory.
 struct CombineShared {
@@ -36,6 +37,66 @@ struct CombineShared {
 
 [[nodiscard]] DEEPEP_DEVICE core::StagingLayout staging_of(const CombineArgs& args) {
   return {args.group.staging_bytes, args.row_bytes, args.num_topk};
+}
+
+/// Into how many parts a row is cut to travel and to be summed: few rows keep all warps busy only in parts. Every rank
+/// comes to the same from the same counts. Whole warps.
+template <class Count>
+[[nodiscard]] DEEPEP_DEVICE int parts_of_rows(const Group& g, const Count& count) {
+  bool many = false;
+  for (int d = 0; d < g.num_ranks; ++d)
+    many = many || (dev::lane() < g.num_ranks && count(dev::lane(), d) > kFewRows);
+  return dev::ballot(many) != 0 ? 1 : core::StagingLayout::kParts;
+}
+
+/// What all ranks must pass alike, in one word: row size, top-k, live ranks, and the counts of the handle. 0 is kept
+/// for a rank that refuses.
+template <class Count>
+[[nodiscard]] DEEPEP_DEVICE uint32_t digest_of(const CombineArgs& args, const Count& count) {
+  if (args.refused) return 0;
+  Digest digest;
+  digest.add(static_cast<uint32_t>(args.row_bytes));
+  digest.add(static_cast<uint32_t>(args.num_topk));
+  digest.add(args.group.live);
+  for (int s = 0; s < args.group.num_ranks; ++s)
+    for (int d = 0; d < args.group.num_ranks; ++d) digest.add(static_cast<uint32_t>(count(s, d)));
+  return digest.value | 1u;
+}
+
+/// One warp: this rank's digest to every peer. It says all it has to by itself, so it needs no order.
+template <class Count>
+DEEPEP_DEVICE void tell_digest(const CombineArgs& args, const Count& count, uint32_t epoch) {
+  using namespace dev;
+  const Group& g = args.group;
+  const uint32_t digest = digest_of(args, count);
+  if (lane() < g.num_ranks && is_live(g, lane()))
+    store<relaxed, sys_scope>(at<uint64_t>(g, lane(), g.control.combine_digest(g.rank, epoch)),
+                              pack_tagged(digest, epoch));
+}
+
+/// Whether all live ranks combine the same as this one. Whole block; the same answer on all threads.
+template <class Count>
+[[nodiscard]] DEEPEP_DEVICE bool all_agree(const CombineArgs& args, const Count& count, uint32_t epoch,
+                                           dev::Deadline deadline) {
+  using namespace dev;
+  const Group& g = args.group;
+  SharedArray<uint32_t> failed(CombineShared{g.num_ranks}.failed());
+  if (warp() == 0 && lane() < g.num_ranks && is_live(g, lane())) {
+    const uint64_t* word = at<uint64_t>(g, g.rank, g.control.combine_digest(lane(), epoch));
+    uint32_t seen = 0;
+    const uint32_t expected = digest_of(args, count);
+    if (!wait_tag<relaxed, sys_scope>(word, epoch, deadline, seen)) {
+      note_fault(g, Phase::kReturn, 1u << lane(), epoch, unpack_tagged(load<relaxed, sys_scope>(word)).tag);
+      failed.bit_or(0, static_cast<uint32_t>(Phase::kReturn));
+    } else if (seen != expected || args.refused) {
+      note_fault(g, Phase::kDisagreement, 1u << lane(), expected, seen);
+      failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+    }
+  }
+  sync_block();
+  const bool agree = failed.get(0) == 0;
+  sync_block();
+  return agree;
 }
 
 /// Waits until every owner's staging is free: a thread an owner. False, on all threads, if one is not.
@@ -75,13 +136,13 @@ struct ReturnItems {
 [[nodiscard]] DEEPEP_DEVICE int num_pushing_warps() { return dev::num_warps() - 1; }
 
 template <class Count>
-[[nodiscard]] DEEPEP_DEVICE ReturnItems return_items(const CombineArgs& args, const Count& count, int warp) {
+[[nodiscard]] DEEPEP_DEVICE ReturnItems return_items(const CombineArgs& args, const Count& count, int parts, int warp) {
   const Group& g = args.group;
   int64_t most = 0;
   for (int owner = 0; owner < g.num_ranks; ++owner)
     if (owner != g.rank && count(owner, g.rank) > most) most = count(owner, g.rank);
   return {static_cast<int64_t>(warp) * args.push_blocks + dev::block(),
-          static_cast<int64_t>(args.push_blocks) * num_pushing_warps(), most * args.parts};
+          static_cast<int64_t>(args.push_blocks) * num_pushing_warps(), most * parts};
 }
 
 /// Calls visit(owner, row here, row in the owner's staging) for every owner that has an n-th row.
@@ -91,28 +152,29 @@ DEEPEP_DEVICE void for_each_owner(const CombineArgs& args, const Count& count, i
   for (int d = 1; d < g.num_ranks; ++d) {
     const int owner = (g.rank + d) % g.num_ranks;
     if (!is_live(g, owner) || nth >= count(owner, g.rank)) continue;
-    visit(owner, core::first_row_of_source(count, owner, g.rank) + nth,
-          core::first_staging_row(count, owner, g.rank) + nth);
+    const int64_t place = core::first_staging_row(count, owner, g.rank) + nth;
+    // Never past the owner's staging: a rank with another handle is told of it, and must not harm before.
+    if (place < staging_of(args).capacity()) visit(owner, core::first_row_of_source(count, owner, g.rank) + nth, place);
   }
 }
 
 /// Asks for the rows that this block's warps will read first.
 template <class Count>
-DEEPEP_DEVICE void prefetch_rows(const CombineArgs& args, const Count& count) {
+DEEPEP_DEVICE void prefetch_rows(const CombineArgs& args, const Count& count, int parts) {
   using namespace dev;
   if (warp() >= num_pushing_warps()) return;
-  const ReturnItems items = return_items(args, count, warp());
+  const ReturnItems items = return_items(args, count, parts, warp());
   if (items.first >= items.end) return;
   const int lines = static_cast<int>(args.row_bytes / core::kLine);
-  const int part = static_cast<int>(items.first % args.parts);
-  for_each_owner(args, count, items.first / args.parts, [&](int, int64_t row, int64_t) {
-    for (int line = lines * part / args.parts + lane(); line < lines * (part + 1) / args.parts; line += kWarpSize)
+  const int part = static_cast<int>(items.first % parts);
+  for_each_owner(args, count, items.first / parts, [&](int, int64_t row, int64_t) {
+    for (int line = lines * part / parts + lane(); line < lines * (part + 1) / parts; line += kWarpSize)
       prefetch(args.x + row * args.row_bytes + line * core::kLine);
   });
 }
 
 /// One part of a received row to its place in the owner's staging. One warp. The weights travel with the last part.
-DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, int64_t place, int part) {
+DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, int64_t place, int part, int parts) {
   using namespace dev;
   const Group& g = args.group;
   const core::StagingLayout staging = staging_of(args);
@@ -120,9 +182,9 @@ DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, i
   const Vec16* source = reinterpret_cast<const Vec16*>(args.x + row * args.row_bytes);
   Vec16* target = reinterpret_cast<Vec16*>(area + staging.row(place));
   const int chunks = static_cast<int>(args.row_bytes / 16);
-  const int end = chunks * (part + 1) / args.parts;
+  const int end = chunks * (part + 1) / parts;
 #pragma unroll 1
-  for (int begin = chunks * part / args.parts + lane(); begin < end + lane(); begin += kReturnUnroll * kWarpSize) {
+  for (int begin = chunks * part / parts + lane(); begin < end + lane(); begin += kReturnUnroll * kWarpSize) {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
     Vec16 v[kReturnUnroll];
 #pragma unroll
@@ -132,7 +194,7 @@ DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, i
     for (int u = 0; u < kReturnUnroll; ++u)
       if (u * kWarpSize < left) store_streaming(target + begin + u * kWarpSize, v[u]);
   }
-  if (part == args.parts - 1 && lane() < args.num_topk)
+  if (part == parts - 1 && lane() < args.num_topk)
     store(reinterpret_cast<float*>(area + staging.row(place) + args.row_bytes) + lane(),
           load_once(args.topk_weights + row * args.num_topk + lane()));
 }
@@ -141,13 +203,13 @@ DEEPEP_DEVICE void return_row(const CombineArgs& args, int owner, int64_t row, i
 /// wait until the peers have what was stored before it: here that costs no pushing warp anything, and one wait
 /// serves the items of all of them.
 template <class Count>
-DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Count& count, uint32_t epoch) {
+DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Count& count, int parts, uint32_t epoch) {
   using namespace dev;
   const Group& g = args.group;
   const core::StagingLayout staging = staging_of(args);
   SharedArray<uint32_t> progress(CombineShared{g.num_ranks}.progress());
   const bool follows = lane() < num_pushing_warps();
-  const ReturnItems items = return_items(args, count, lane());
+  const ReturnItems items = return_items(args, count, parts, lane());
   const int total = follows ? items.count() : 0;
   int raised = 0;
   while (ballot(raised < total) != 0) {
@@ -160,8 +222,8 @@ DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Count& count, uint
     fence<acq_rel, sys_scope>();
     for (; raised < done; ++raised) {
       const int64_t item = items.first + raised * items.step;
-      for_each_owner(args, count, item / args.parts, [&](int owner, int64_t, int64_t place) {
-        std::byte* flag = g.heap[owner] + g.staging_offset + staging.flag(place, static_cast<int>(item % args.parts));
+      for_each_owner(args, count, item / parts, [&](int owner, int64_t, int64_t place) {
+        std::byte* flag = g.heap[owner] + g.staging_offset + staging.flag(place, static_cast<int>(item % parts));
         store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flag), epoch);
       });
     }
@@ -171,18 +233,18 @@ DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Count& count, uint
 
 /// return: this block's share of the rows, and their flags.
 template <class Count>
-DEEPEP_DEVICE void return_rows(const CombineArgs& args, const Count& count, uint32_t epoch) {
+DEEPEP_DEVICE void return_rows(const CombineArgs& args, const Count& count, int parts, uint32_t epoch) {
   using namespace dev;
   if (warp() == num_pushing_warps()) {
-    raise_flags(args, count, epoch);
+    raise_flags(args, count, parts, epoch);
     return;
   }
   SharedArray<uint32_t> progress(CombineShared{args.group.num_ranks}.progress());
-  const ReturnItems items = return_items(args, count, warp());
+  const ReturnItems items = return_items(args, count, parts, warp());
   uint32_t done = 0;
   for (int64_t item = items.first; item < items.end; item += items.step) {
-    for_each_owner(args, count, item / args.parts, [&](int owner, int64_t row, int64_t place) {
-      return_row(args, owner, row, place, static_cast<int>(item % args.parts));
+    for_each_owner(args, count, item / parts, [&](int owner, int64_t row, int64_t place) {
+      return_row(args, owner, row, place, static_cast<int>(item % parts), parts);
     });
     sync_warp();  // the warp's stores come before lane 0's release
     if (lane() == 0) progress.set<release>(warp(), ++done);
@@ -318,7 +380,8 @@ DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const Toke
 
 /// reduce: the warps of the reduce blocks take tokens, or parts of them, in order, as the peers send them.
 template <class Count>
-DEEPEP_DEVICE void reduce_tokens(const CombineArgs& args, const Count& count, uint32_t epoch, dev::Deadline deadline) {
+DEEPEP_DEVICE void reduce_tokens(const CombineArgs& args, const Count& count, int parts, uint32_t epoch,
+                                 dev::Deadline deadline) {
   using namespace dev;
   const Group& g = args.group;
   const core::StagingLayout staging = staging_of(args);
@@ -333,10 +396,10 @@ DEEPEP_DEVICE void reduce_tokens(const CombineArgs& args, const Count& count, ui
   const int64_t first_row = speaks ? core::first_row_of_source(count, g.rank, lane()) : 0;
   const int64_t first_place = speaks ? core::first_staging_row(count, g.rank, lane()) : 0;
   const int64_t begin = static_cast<int64_t>(warp()) * args.reduce_blocks + block() - first_block;
-  for (int64_t i = begin; i < args.num_tokens * args.parts; i += step) {
-    const int64_t t = i / args.parts;
-    const int part = static_cast<int>(i % args.parts);
-    const bool is_last = part == args.parts - 1;
+  for (int64_t i = begin; i < args.num_tokens * parts; i += step) {
+    const int64_t t = i / parts;
+    const int part = static_cast<int>(i % parts);
+    const bool is_last = part == parts - 1;
     TokenRows rows;
     rows.at_rank = speaks ? load_once(args.send_row + t * g.num_ranks + lane()) : -1;
     const bool is_remote = rows.at_rank >= 0 && lane() != g.rank;
@@ -358,8 +421,8 @@ DEEPEP_DEVICE void reduce_tokens(const CombineArgs& args, const Count& count, ui
     sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
     const Addends addends = list_addends(args, t, rows);
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * args.row_bytes);
-    const int from = chunks * part / args.parts;
-    const int end = chunks * (part + 1) / args.parts;
+    const int from = chunks * part / parts;
+    const int end = chunks * (part + 1) / parts;
     if (addends.count == 1 || addends.count == 2)
       reduce_pair(out, addends, from, end);
     else
@@ -380,19 +443,22 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   const bool pushes = block() < args.push_blocks;
   const bool reduces = block() >= num_blocks() - args.reduce_blocks;
 
-  if (block() == num_blocks() - 1) lend_staging(g, epoch - 1);
+  if (block() == 0) lend_staging(g, epoch - 1);
   for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) counts.set(i, load_once(args.counts + i));
   if (thread() == 0) failed.set(0, 0);
   if (thread() < num_warps()) progress.set(thread(), 0);
   sync_block();
-  if (thread() == 0) have_read_epoch(g);
+  if (thread() == num_threads() - 1) have_read_epoch(g, &g.state->combine_epoch, epoch);
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
+  const int parts = parts_of_rows(g, count);
 
-  if (pushes) prefetch_rows(args, count);
-  if (pushes && await_staging(args, epoch, deadline)) return_rows(args, count, epoch);
-  if (reduces) reduce_tokens(args, count, epoch, deadline);
-  if (block() == 0 && thread() == num_threads() - 1 && !advance_epoch(g, &g.state->combine_epoch, epoch))
-    failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
+  if (block() == 0 && warp() == num_warps() - 1) tell_digest(args, count, epoch);
+  if (pushes && !args.refused) {
+    prefetch_rows(args, count, parts);
+    if (await_staging(args, epoch, deadline)) return_rows(args, count, parts, epoch);
+  }
+  // Summing waits for the digests too: rows of a rank that disagrees are not where they belong.
+  if (reduces && all_agree(args, count, epoch, deadline)) reduce_tokens(args, count, parts, epoch, deadline);
   sync_block();
   if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kCombine);
 }

@@ -1,11 +1,11 @@
 // High-throughput dispatch: every row goes straight to its final place at its receiver.
 //
-//   tell      the last block sends each rank this rank's counts and the slot it lends (tagged words: one hop, no flag)
+//   tell      block 0 sends each rank this rank's counts and the slot it lends (tagged words: one hop, no flag)
 //   place     meanwhile every block works out which rows of its tokens' receivers are theirs
 //   hear      every block waits for all ranks' words; they fix every row of every rank
 //   write     push blocks write rows that leave the rank, local blocks those that stay
 //   publish   each push block raises its flag at each peer, after its rows
-//   arrive    block 0 waits for the flags of all peers' push blocks; the kernel's end publishes the rest
+//   arrive    the last block waits for the flags of all peers' push blocks; the kernel's end publishes the rest
 //
 // Why no opening barrier is needed: a peer writes only into the slot it was told of in this call, and the
 // slot is lent in stream order after its earlier readers. Why the mailbox may be written again: a peer that is
@@ -49,15 +49,18 @@ struct DispatchShared {
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return failed() + 16; }
 };
 
-/// What ranks must pass alike, in one word.
+/// What ranks must pass alike, in one word; 0 is kept for a rank that refuses.
 [[nodiscard]] DEEPEP_DEVICE uint32_t signature_of(const DispatchArgs& args) {
   if (args.refused) return 0;
-  uint32_t h = 2166136261u;
-  const uint32_t parts[5] = {static_cast<uint32_t>(args.row_bytes), static_cast<uint32_t>(args.num_topk),
-                             static_cast<uint32_t>(args.num_scales), static_cast<uint32_t>(args.index_bytes),
-                             static_cast<uint32_t>(args.cached)};
-  for (uint32_t part : parts) h = (h ^ part) * 16777619u;
-  return h | 1u;
+  Digest digest;
+  digest.add(static_cast<uint32_t>(args.row_bytes));
+  digest.add(static_cast<uint32_t>(args.num_topk));
+  digest.add(static_cast<uint32_t>(args.num_scales));
+  digest.add(static_cast<uint32_t>(args.index_bytes));
+  digest.add(static_cast<uint32_t>(args.num_local_experts));
+  digest.add(args.group.live);
+  digest.add((args.cached ? 1u : 0u) | (args.host != nullptr ? 2u : 0u) | (args.tokens_per_expert != nullptr ? 4u : 0u));
+  return digest.value | 1u;
 }
 
 /// Which ranks the block's tokens go to concern it: those it pushes to, itself, or both.
@@ -369,11 +372,13 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const int ranks = g.num_ranks;
   const DispatchShared shared{ranks, num_warps()};
   SharedArray<int32_t> counts(shared.counts());
+  SharedArray<uint32_t> failed(shared.failed());
   const auto count = [&](int s, int d) { return counts.get(s * ranks + d); };
 
   // Lane r speaks for rank r.
   const bool mine = (wanted_ranks(role, g) >> lane()) & 1u;
-  const int32_t first_row = mine && !args.cached ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
+  const int32_t first_row = mine ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
+  const int32_t end_row = mine ? first_row + count(g.rank, lane()) : 0;
   const uint64_t slot_x = mine ? reinterpret_cast<uint64_t>(slot_of(args, lane()).base) : 0;
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int parts = parts_for(role.end - role.begin, num_warps());
@@ -385,9 +390,14 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
     const int part = static_cast<int>(i % parts);
     const int32_t position = next;
     next = position_of_item(args, role, parts, i + num_warps());
-    const uint32_t destinations = ballot(position >= 0);
+    const int32_t row = args.cached ? position : first_row + position;
+    // More tokens for a rank than was told would run into another source's rows, or out of the slot.
+    if (position >= 0 && row >= end_row)
+      note_fault(g, Phase::kDisagreement, 1u << g.rank, static_cast<uint32_t>(end_row), static_cast<uint32_t>(row));
+    const uint32_t destinations = ballot(position >= 0 && row < end_row);
+    if (ballot(position >= 0 && row >= end_row) != 0 && lane() == 0)
+      failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     if (destinations == 0) continue;
-    const int32_t row = first_row + position;
     Metadata metadata{};
     if (part == 0) metadata = read_metadata(args, t);
     const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
@@ -455,14 +465,14 @@ DEEPEP_DEVICE void pad_indices(const DispatchArgs& args, int part, int parts) {
   }
 }
 
-/// publish: this block's rows are at every peer. Its threads' stores come before its flags: the block barrier
+/// publish: this push block's rows, the `flag`-th's, are at every peer. Its threads' stores come before its flags: the block barrier
 /// orders them before the releasing thread, and the release carries them along.
-DEEPEP_DEVICE void publish_rows(const Group& g, uint32_t epoch) {
+DEEPEP_DEVICE void publish_rows(const Group& g, int flag, uint32_t epoch) {
   using namespace dev;
   sync_block();
   for (int d = thread(); d < g.num_ranks; d += num_threads()) {
     if (d == g.rank || !is_live(g, d)) continue;
-    store<release, sys_scope>(at<uint32_t>(g, d, g.control.rows_done(g.rank)) + block(), epoch);
+    store<release, sys_scope>(at<uint32_t>(g, d, g.control.rows_done(g.rank)) + flag, epoch);
   }
 }
 
@@ -483,15 +493,27 @@ DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline dead
   }
 }
 
+/// Local blocks come first: block 0 talks, and has time to. The push blocks' flags are numbered from 0.
+[[nodiscard]] DEEPEP_DEVICE int first_push_block(const DispatchArgs& args) { return dev::num_blocks() - args.push_blocks; }
+
 [[nodiscard]] DEEPEP_DEVICE DispatchRole role_of_block(const DispatchArgs& args) {
-  const int first_local = dev::num_blocks() - args.local_blocks;
-  DispatchRole role{dev::block() < args.push_blocks, dev::block() >= first_local, 0, 0};
-  // A block of both roles shares its tokens with the others of both: then the two counts are equal.
+  DispatchRole role{dev::block() >= first_push_block(args), dev::block() < args.local_blocks, 0, 0};
+  // Blocks of both roles share their tokens with all others: then the two counts are equal.
   const core::TokenSplit split{args.num_tokens, role.push ? args.push_blocks : args.local_blocks};
-  const int part = role.push ? dev::block() : dev::block() - first_local;
+  const int part = role.push ? dev::block() - first_push_block(args) : dev::block();
   role.begin = split.begin(part);
   role.end = split.end(part);
   return role;
+}
+
+/// A dispatch that was given up leaves a handle that sends nothing anywhere: a combine queued behind it does no harm.
+DEEPEP_DEVICE void leave_empty_handle(const DispatchArgs& args) {
+  using namespace dev;
+  const int64_t ranks = args.group.num_ranks;
+  const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
+  const int64_t first = static_cast<int64_t>(block()) * num_threads() + thread();
+  for (int64_t i = first; i < ranks * ranks; i += step) store(args.counts + i, 0);
+  for (int64_t i = first; i < args.num_tokens * ranks; i += step) store(args.send_row + i, -1);
 }
 
 /// The counts of all ranks into the handle, for combine and cached dispatches.
@@ -520,32 +542,32 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   const Deadline deadline = Deadline::in(g.timeout_ns);
   const uint32_t epoch = next_epoch(&g.state->dispatch_epoch);
   const DispatchRole role = role_of_block(args);
-  const bool last = block() == num_blocks() - 1;  // it talks: it has no rows that leave the rank, if any has none
+  const bool talks = block() == 0;
+  const bool tells_host = args.host != nullptr && block() == (num_blocks() > 1 ? 1 : 0);
 
   if (thread() == 0) failed.set(0, 0);
-  if (last) tell(args, epoch);
+  if (talks) tell(args, epoch);
   prefetch_rows(args, role);
   if (!args.cached && !args.refused) place(args, role);
   sync_block();
-  if (thread() == 0) have_read_epoch(g);
+  if (thread() == num_threads() - 1) have_read_epoch(g, &g.state->dispatch_epoch, epoch);
   const int parts = parts_for(role.end - role.begin, num_warps());
   const int32_t first_position = position_of_item(args, role, parts, warp());
   const bool heard = hear(args, epoch, deadline);  // never, on a rank that refused: it disagrees with itself
-  if (block() == num_blocks() - 1 - (num_blocks() > 1) && args.host != nullptr) tell_host(args, epoch, deadline);
+  if (tells_host) tell_host(args, epoch, deadline);
   if (heard) {
     write_rows(args, role, first_position);
-    if (role.push) publish_rows(g, epoch);
+    if (role.push) publish_rows(g, block() - first_push_block(args), epoch);
     if (!args.cached) {
       sync_block();
       finish_rows(args, role);
+      if (talks) keep_counts(args);
     }
-    if (last && !args.cached) keep_counts(args);
-    if (role.local && args.num_worst_tokens > 0)
-      pad_indices(args, block() - (num_blocks() - args.local_blocks), args.local_blocks);
-    if (block() == 0) await_rows(g, epoch, deadline);
+    if (role.local && args.num_worst_tokens > 0) pad_indices(args, block(), args.local_blocks);
+    if (block() == num_blocks() - 1) await_rows(g, epoch, deadline);
+  } else if (!args.cached) {
+    leave_empty_handle(args);
   }
-  if (block() == 0 && thread() == num_threads() - 1 && !advance_epoch(g, &g.state->dispatch_epoch, epoch))
-    failed.bit_or(0, static_cast<uint32_t>(Phase::kBlocks));
   sync_block();
   if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kDispatch);
 }

@@ -13,12 +13,24 @@ template <class T>
   return reinterpret_cast<T*>(g.heap[rank] + offset);
 }
 
+/// Whether ranks passed the same, in one word (FNV-1a over 32-bit values).
+struct Digest {
+  uint32_t value = 2166136261u;
+  DEEPEP_DEVICE void add(uint32_t part) { value = (value ^ part) * 16777619u; }
+};
+
 /// How a kernel starts, for every block: reads the number of this call. All threads.
 [[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) { return dev::load(epoch) + 1; }
 
-/// Every block's threads have read the epoch (a block barrier lies between): one thread says so.
-DEEPEP_DEVICE void have_read_epoch(const Group& g) {
-  dev::fetch_add<dev::release, dev::gpu_scope>(&g.state->blocks_started, 1u);
+/// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and without a
+/// wait, so that no block needs another one to be resident. One thread of every block, behind a block barrier that
+/// follows the block's own reads.
+DEEPEP_DEVICE void have_read_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
+  using namespace dev;
+  const uint32_t before = fetch_add<acq_rel, gpu_scope>(&g.state->blocks_started, 1u);
+  if (before + 1 != static_cast<uint32_t>(num_blocks())) return;
+  store(&g.state->blocks_started, 0u);
+  store(epoch, value);
 }
 
 /// Notes a wait that ended without what it waited for, before the block hands its faults over. The first note's
@@ -30,19 +42,6 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
     store<relaxed, gpu_scope>(&g.state->seen, seen);
   }
   fetch_or<relaxed, gpu_scope>(&g.state->missing, missing);
-}
-
-/// Block 0 advances the epoch once all blocks have read it: on the device, so that a replayed graph counts on. One
-/// thread, at any time after its block's own have_read_epoch. False if a block did not come.
-[[nodiscard]] DEEPEP_DEVICE bool advance_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
-  using namespace dev;
-  const uint32_t blocks = static_cast<uint32_t>(num_blocks());
-  // A block starts as soon as an SM is free: on a device that others have filled that may take a while.
-  const bool all = wait_equal<acquire, gpu_scope>(&g.state->blocks_started, blocks, Deadline::in(2 * g.timeout_ns));
-  if (!all) note_fault(g, Phase::kBlocks, 0, blocks, load<relaxed, gpu_scope>(&g.state->blocks_started));
-  store(&g.state->blocks_started, 0u);
-  store(epoch, value);
-  return all;
 }
 
 /// Tells the peers that all this rank's combines up to `epoch` have read their staging. Said at the start of a

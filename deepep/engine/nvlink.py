@@ -30,7 +30,6 @@ class Phase(IntFlag):
     STAGING = 4
     RETURN = 8
     ARRIVAL = 16
-    BLOCKS = 32
     TOO_MANY_ROWS = 64
     DISAGREEMENT = 128
 
@@ -155,7 +154,10 @@ class Endpoint:
             _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
         )
         self._ticket = 0
-        self._workspace = torch.zeros(0, dtype=torch.int32, device=self.device)
+        # Experts, ranks, domains, a counter: made here, since its zeros may not become part of a captured graph.
+        self._workspace = torch.zeros(
+            (MAX_LOCAL_EXPERTS + 2) * self.num_ranks + 1, dtype=torch.int32, device=self.device
+        )
         self._domain = _cuda.Domain(
             rank,
             addresses,
@@ -187,10 +189,6 @@ class Endpoint:
         ints = torch.empty(ranks + domains + num_experts, dtype=torch.int32, device=self.device)
         per_rank, per_domain, per_expert = ints.split([ranks, domains, num_experts])
         in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=self.device)
-        if self._workspace.numel() < num_experts + ranks + domains + 1:
-            self._workspace = torch.zeros(
-                num_experts + ranks + domains + 1, dtype=torch.int32, device=self.device
-            )
         wide = domains > 1
         _cuda.layout(
             ranks,
@@ -232,6 +230,7 @@ class Endpoint:
         tokens_per_expert: torch.Tensor | None = None,
         num_worst_tokens: int = 0,
         tell_host: bool = False,
+        refused: bool = False,
     ) -> tuple[Received, Plan]:
         """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap for `capacity` rows.
 
@@ -270,7 +269,7 @@ class Endpoint:
             split.total,
             split.remote,
             split.local,
-            False,
+            refused,
             cached,
             tokens,
             num_topk,
@@ -322,18 +321,17 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
-        parts: int = 1,
+        refused: bool = False,
     ) -> None:
         """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
 
-        parts: into how many parts (1 to 4) rows are cut, so that a few keep all warps busy; the same on all
-        ranks.
+        refused: only tell the others that this rank takes no part.
         """
         self._domain.combine(
             split.total,
             split.remote,
             split.local,
-            parts,
+            refused,
             plan.num_tokens,
             0 if topk_weights is None else topk_weights.shape[1],
             out.shape[1] * out.element_size(),

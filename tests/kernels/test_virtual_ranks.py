@@ -149,7 +149,6 @@ def round_trip(domain, shape: Shape, seed: int, late: int | None = None) -> None
             hidden=shape.hidden,
             topk_weights=None if weights is None else [w.cuda() for w in weights],
             biases=[tuple(b.cuda() for b in pair) for pair in biases],
-            parts=seed % 4 + 1,
             late=late,
         )
         for (x, w), want_out in zip(got_rows, wanted, strict=True):
