@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 
 from deepep.sim.cases import Case
-from deepep.sim.observed import RankView
+from deepep.sim.observed import RankView, array
 from deepep.sim.oracle import (
     expert_rows,
     fill_again,
     fill_combine,
     fill_dispatch,
+    fill_layout,
     fill_low_latency,
     returned_rows,
     worst_tokens,
 )
 from deepep.sim.rank_process import RankContext
-from deepep.sim.values import inputs
+from deepep.sim.values import RankInputs, inputs
 
 #: Delays of skewed examples: long enough for any other rank to overtake on loopback, short enough to fuzz.
 LONGEST_DELAY = 0.002
@@ -52,17 +53,23 @@ def run_all_to_all(ctx: RankContext, case: Case, implementation: Implementation 
     groups = [group_of_members(ctx, ranks) for ranks in (case.dispatch_members, case.members)]
     if ctx.rank in case.masked_at_dispatch:
         return RankView()
-    view = _layout(case, ctx.rank, modules)
+    view = RankView()
     wires = Wires(
         modules.wire.Wire(groups[0], ctx.rank, case.num_ranks, case.dispatch_members),
         None
         if ctx.rank in case.masked
         else modules.wire.Wire(groups[1], ctx.rank, case.num_ranks, case.members),
     )
+    mine = inputs(case, ctx.rank).to(ctx.device)
+    layout = modules.layout.dispatch_layout(
+        mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
+    )
+    per_rank, per_expert = layout.num_tokens_per_rank, layout.num_tokens_per_expert
+    fill_layout(view, per_rank, layout.num_tokens_per_node, per_expert, layout.is_token_in_rank)
     if case.options.mode == "ht":
-        _high_throughput(case, wires, modules.high_throughput, view)
+        _high_throughput(case, mine, layout, wires, modules.high_throughput, view)
     else:
-        _low_latency(case, wires, modules.low_latency, view)
+        _low_latency(case, mine, wires, modules.low_latency, view)
     return view
 
 
@@ -93,30 +100,13 @@ def pause(case: Case, rank: int, step: int) -> None:
         time.sleep(delays[rank])
 
 
-def _layout(case: Case, rank: int, modules: Implementation) -> RankView:
-    mine = inputs(case, rank)
-    layout = modules.layout.dispatch_layout(
-        mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
-    )
-    nodes = layout.num_tokens_per_node
-    return RankView(
-        num_tokens_per_rank=layout.num_tokens_per_rank.numpy(),
-        num_tokens_per_node=None if nodes is None else nodes.numpy(),
-        num_tokens_per_expert=layout.num_tokens_per_expert.numpy(),
-        is_token_in_rank=layout.is_token_in_rank.numpy(),
-    )
-
-
-def _high_throughput(case: Case, wires: Wires, ht: ModuleType, view: RankView) -> None:
+def _high_throughput(
+    case: Case, mine: RankInputs, layout: Any, wires: Wires, ht: ModuleType, view: RankView
+) -> None:
     wire = wires.dispatch
     options, rank = case.options, wire.rank
-    mine = inputs(case, rank)
-    assert view.is_token_in_rank is not None
-    assert view.num_tokens_per_expert is not None
     pause(case, rank, 0)
-    plan = ht.exchange_counts(
-        wire, torch.from_numpy(view.is_token_in_rank), torch.from_numpy(view.num_tokens_per_expert)
-    )
+    plan = ht.exchange_counts(wire, layout.is_token_in_rank, layout.num_tokens_per_expert)
     received = plan.num_recv_tokens
     topk = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights} if options.topk else {}
     worst = worst_tokens(case)
@@ -126,10 +116,10 @@ def _high_throughput(case: Case, wires: Wires, ht: ModuleType, view: RankView) -
     alignment = options.expert_alignment
     counts = [] if worst else [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
     fill_dispatch(view, got.x, got.scales, got.topk_idx, got.topk_weights, counts, received)
-    view.src_rank, view.src_token = plan.src_rank.numpy(), plan.src_token.numpy()
+    view.src_rank, view.src_token = array(plan.src_rank), array(plan.src_token)
     pause(case, rank, 2)
     if options.cached:
-        second = inputs(case, rank, again=True)
+        second = inputs(case, rank, again=True).to(mine.x.device)
         again = ht.dispatch(wire, plan, second.x, scales=second.scales)
         fill_again(view, again.x, again.scales, received)
     if wires.combine is None:
@@ -144,10 +134,9 @@ def _high_throughput(case: Case, wires: Wires, ht: ModuleType, view: RankView) -
     fill_combine(view, combined.x, combined.topk_weights)
 
 
-def _low_latency(case: Case, wires: Wires, ll: ModuleType, view: RankView) -> None:
+def _low_latency(case: Case, mine: RankInputs, wires: Wires, ll: ModuleType, view: RankView) -> None:
     wire = wires.dispatch
     options, rank = case.options, wire.rank
-    mine = inputs(case, rank)
     sizes = {"num_max_tokens": case.num_max_tokens, "num_experts": case.num_experts}
     pause(case, rank, 0)
     underway = ll.start_dispatch(
@@ -163,7 +152,7 @@ def _low_latency(case: Case, wires: Wires, ll: ModuleType, view: RankView) -> No
     got = underway.finish()
     fill_low_latency(view, got.recv_x, got.recv_scales, got.recv_count, got.recv_src_info, got.layout_range)
     if options.stats:
-        view.stats = got.recv_count.numpy()
+        view.stats = array(got.recv_count)
     pause(case, rank, 2)
     if wires.combine is None:
         return
@@ -179,5 +168,5 @@ def _low_latency(case: Case, wires: Wires, ll: ModuleType, view: RankView) -> No
         reduce=options.reduce,
     )
     pause(case, rank, 3)
-    out = torch.empty(case.num_tokens[rank], case.hidden, dtype=torch.bfloat16) if options.given_out else None
+    out = torch.empty_like(mine.tokens) if options.given_out else None
     fill_combine(view, sent.finish(out), None)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepep.sim.all_to_all_runs import pause
 from deepep.sim.cases import Case
-from deepep.sim.observed import RankView
+from deepep.sim.observed import RankView, array
 from deepep.sim.oracle import (
     expert_rows,
     fill_again,
     fill_combine,
     fill_dispatch,
+    fill_layout,
     fill_low_latency,
     returned_rows,
     worst_tokens,
@@ -80,7 +80,7 @@ def buffer_of(ctx: RankContext, backend: str | None) -> Any:
 
 def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
     options, rank = case.options, buffer.rank
-    mine = inputs(case, rank)
+    mine = inputs(case, rank).to(device_of(buffer))
     early = options.schedule != "sync"  # hooks are for low latency; elsewhere: asynchronous
     pause(case, rank, 0)
     per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
@@ -103,13 +103,13 @@ def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
         **how,
     )
     _finish(event)
-    _fill_layout(view, per_rank, per_node, per_expert, in_rank)
+    fill_layout(view, per_rank, per_node, per_expert, in_rank)
     received = sum(int(case.is_token_in_rank(source)[:, rank].sum()) for source in case.dispatch_members)
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
     fill_dispatch(view, x, scales, indices, weights, counts, received)
     pause(case, rank, 2)
     if options.cached:
-        second = inputs(case, rank, again=True)
+        second = inputs(case, rank, again=True).to(mine.x.device)
         given = second.x if second.scales is None else (second.x, second.scales)
         rows, *_, event = buffer.dispatch(given, handle=handle, async_finish=early)
         _finish(event)
@@ -131,10 +131,12 @@ def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:
 
 def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     options, rank = case.options, buffer.rank
-    mine = inputs(case, rank)
+    mine = inputs(case, rank).to(device_of(buffer))
     how = {"async_finish": options.schedule == "async", "return_recv_hook": options.schedule == "hook"}
-    stats = torch.zeros(case.num_local_experts, dtype=torch.int32) if options.stats else None
-    _fill_layout(view, *buffer.get_dispatch_layout(mine.topk_idx, case.num_experts)[:4])
+    stats = None
+    if options.stats:
+        stats = torch.zeros(case.num_local_experts, dtype=torch.int32, device=mine.tokens.device)
+    fill_layout(view, *buffer.get_dispatch_layout(mine.topk_idx, case.num_experts)[:4])
     pause(case, rank, 0)
     rows, count, handle, event, hook = buffer.low_latency_dispatch(
         mine.tokens,
@@ -153,7 +155,7 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     source_token, ranges = handle[0], handle[1]
     fill_low_latency(view, x, scales, count, source_token, ranges)
     if stats is not None:
-        view.stats = stats.numpy()
+        view.stats = array(stats)
     if not _mask(case, buffer, "combine"):
         return
     returned = expert_rows(case, rank, x, count)
@@ -161,7 +163,7 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
         slots = buffer.get_next_low_latency_combine_buffer(handle)
         slots.copy_(returned)
         returned = slots
-    out = torch.empty(case.num_tokens[rank], case.hidden, dtype=torch.bfloat16) if options.given_out else None
+    out = torch.empty_like(mine.tokens) if options.given_out else None
     pause(case, rank, 2)
     combined, event, hook = buffer.low_latency_combine(
         returned,
@@ -178,13 +180,10 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
     fill_combine(view, combined, None)
 
 
-def _fill_layout(
-    view: RankView, per_rank: Tensor, per_node: Tensor | None, per_expert: Tensor, in_rank: Tensor
-) -> None:
-    view.num_tokens_per_rank = per_rank.numpy()
-    view.num_tokens_per_node = None if per_node is None else per_node.numpy()
-    view.num_tokens_per_expert = per_expert.numpy()
-    view.is_token_in_rank = in_rank.numpy()
+def device_of(buffer: Any) -> torch.device:
+    """Where a buffer's tensors live."""
+    kind = buffer.runtime.info.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _finish(event: Any, hook: Any = None) -> None:

@@ -16,6 +16,11 @@ Array = npt.NDArray[Any]
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 
+def array(tensor: Tensor) -> Array:
+    """The tensor's values, from whatever device."""
+    return tensor.detach().cpu().numpy()
+
+
 def bits(tensor: Tensor) -> Array:
     """A copy of the tensor's bits as unsigned integers, so that NaNs compare like anything else."""
     plain = tensor.detach().cpu().contiguous()

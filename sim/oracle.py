@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepep.reference import formats, high_throughput, layout, logfmt, low_latency
 from deepep.sim.cases import Case
-from deepep.sim.observed import Array, RankView, bits
+from deepep.sim.observed import Array, RankView, array, bits
 from deepep.sim.values import RankInputs, inputs, other_rows
 
 #: What a row that must not be read is filled with: a NaN that no input holds.
@@ -163,7 +163,7 @@ def returned_rows(case: Case, rank: int, recv_x: Tensor) -> Tensor:
     """What `rank` hands to a high-throughput combine: the rows it received, or others."""
     if case.options.combine_rows == "same":
         return recv_x
-    return other_rows(case, rank, len(recv_x))
+    return other_rows(case, rank, len(recv_x)).to(recv_x.device)
 
 
 def expert_rows(case: Case, rank: int, recv_x: Tensor, recv_count: Tensor) -> Tensor:
@@ -172,12 +172,23 @@ def expert_rows(case: Case, rank: int, recv_x: Tensor, recv_count: Tensor) -> Te
     Rows past the counts are poisoned.
     """
     room = case.num_ranks * case.num_max_tokens
-    rows = torch.full((len(recv_count), room, case.hidden), POISON, dtype=torch.int16).view(torch.bfloat16)
+    shape = (len(recv_count), room, case.hidden)
+    rows = torch.full(shape, POISON, dtype=torch.int16, device=recv_x.device).view(torch.bfloat16)
     counts = recv_count.tolist()
-    filled = other_rows(case, rank, sum(counts)).split(counts)
+    filled = other_rows(case, rank, sum(counts)).to(recv_x.device).split(counts)
     for expert, (count, others) in enumerate(zip(counts, filled, strict=True)):
         rows[expert, :count] = recv_x[expert, :count] if case.options.combine_rows == "same" else others
     return rows
+
+
+def fill_layout(
+    view: RankView, per_rank: Tensor, per_node: Tensor | None, per_expert: Tensor, in_rank: Tensor
+) -> None:
+    """Puts a rank's layout into the view."""
+    view.num_tokens_per_rank = array(per_rank)
+    view.num_tokens_per_node = None if per_node is None else array(per_node)
+    view.num_tokens_per_expert = array(per_expert)
+    view.is_token_in_rank = array(in_rank)
 
 
 def fill_dispatch(
@@ -196,7 +207,7 @@ def fill_dispatch(
     if recv_scales is not None:
         view.recv_scales = bits(recv_scales[:num_received])
     if recv_topk_idx is not None and recv_topk_weights is not None:
-        view.recv_topk_idx = recv_topk_idx.numpy()
+        view.recv_topk_idx = array(recv_topk_idx)
         view.recv_topk_weights = bits(recv_topk_weights[:num_received])
 
 
@@ -228,9 +239,9 @@ def fill_low_latency(
     def received(padded: Tensor) -> Tensor:
         return torch.cat([padded[expert, :count] for expert, count in enumerate(counts)])
 
-    view.recv_count = recv_count.numpy()
-    view.layout_range = layout_range.numpy()
-    view.recv_src_info = recv_src_info.numpy()
+    view.recv_count = array(recv_count)
+    view.layout_range = array(layout_range)
+    view.recv_src_info = array(recv_src_info)
     view.recv_rows = bits(received(recv_x))
     if recv_scales is not None:
         view.recv_row_scales = bits(received(recv_scales))

@@ -102,6 +102,7 @@ class InWorld(Subject):
         adapt: the nearest case that it can run.
         timeout: seconds for a batch of cases.
         may_lack: fields of its views that it may leave out; None: whatever it likes.
+        transport: of worlds of its own: "gloo" or "nccl".
     """
 
     def __init__(
@@ -113,10 +114,12 @@ class InWorld(Subject):
         adapt: Callable[[Case], Case] | None = None,
         timeout: float = 60.0,
         may_lack: Collection[str] | None = None,
+        transport: str = "gloo",
     ) -> None:
         self.name = name
         self.timeout = timeout
         self.may_lack = may_lack
+        self._transport = transport
         self._run_rank = run_rank
         self._adapt = adapt
         self._own: dict[int, World] = {}
@@ -162,7 +165,7 @@ class InWorld(Subject):
 
     def _own_world(self, num_ranks: int) -> World:
         if num_ranks not in self._own:
-            self._own[num_ranks] = World(num_ranks)
+            self._own[num_ranks] = World(num_ranks, self._transport)
         return self._own[num_ranks]
 
 
@@ -208,6 +211,11 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
     def run_rank(ctx: RankContext, case: Case) -> RankView:
         return run_buffer(ctx, case, backend)
 
-    name = f"buffer:{backend}" if backend else "buffer"
-    # V1's interface does not tell where a row comes from.
-    return InWorld(name, run_rank, world_of, adapt=as_buffer_call, may_lack=("src_rank", "src_token"))
+    return InWorld(
+        f"buffer:{backend}" if backend else "buffer",
+        run_rank,
+        world_of,
+        adapt=as_buffer_call,
+        may_lack=("src_rank", "src_token"),  # V1's interface does not tell where a row comes from
+        transport="nccl" if backend == "cuda" else "gloo",
+    )

@@ -49,6 +49,24 @@ class RankInputs:
     biases: tuple[Tensor, ...]
     tokens: Tensor
 
+    def to(self, device: torch.device) -> RankInputs:
+        """The same on another device, strides included."""
+        if device.type == "cpu":
+            return self
+        scales = None
+        if self.scales is not None:
+            scales = torch.empty_strided(
+                self.scales.shape, self.scales.stride(), dtype=self.scales.dtype, device=device
+            ).copy_(self.scales)
+        return RankInputs(
+            x=self.x.to(device),
+            scales=scales,
+            topk_idx=self.topk_idx.to(device),
+            topk_weights=self.topk_weights.to(device),
+            biases=tuple(bias.to(device) for bias in self.biases),
+            tokens=self.tokens.to(device),
+        )
+
 
 def inputs(case: Case, rank: int, *, again: bool = False) -> RankInputs:
     """The arguments of `rank`; with `again` those of a second call: other values, the same routing."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -13,41 +12,43 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from deepep.engine import registry
 from deepep.sim import subjects
 from deepep.sim.cases import Limits, draw_case
 from deepep.sim.drawing import print_finding, save_picture
 from deepep.sim.examples import StoredExample
-from deepep.sim.fuzzer import Finding, Fuzzer, Report
+from deepep.sim.fuzzer import Draw, Finding, Fuzzer, Report
 from deepep.sim.subjects import Subject
 from deepep.sim.traces import TraceSource
 
 PASSED, FAILED, MISUSED = 0, 1, 2
 
 
-class Backend(str, enum.Enum):
-    """What can be fuzzed."""
-
-    ALL = "all"
-    CORE = "core"
-    ORACLE = "oracle"
-    ALL_TO_ALL = "all_to_all"
-    REFERENCE = "reference"
-    CUDA = "cuda"
-    EMULATOR = "emulator"
+#: What can be fuzzed besides Buffer.
+IMPLEMENTATIONS: dict[str, Callable[[], Subject]] = {
+    "core": subjects.core,
+    "oracle": subjects.reference,
+    "all_to_all": subjects.all_to_all,
+}
 
 
-def subjects_of(backend: Backend) -> list[Subject]:
-    """The implementations that a choice of backend stands for."""
-    in_process: dict[Backend, Callable[[], Subject]] = {
-        Backend.CORE: subjects.core,
-        Backend.ORACLE: subjects.reference,
-        Backend.ALL_TO_ALL: subjects.all_to_all,
-    }
-    if backend is Backend.ALL:
-        return [*(make() for make in in_process.values()), subjects.buffer(backend="reference")]
-    if backend in in_process:
-        return [in_process[backend]()]
-    return [subjects.buffer(backend=backend.value)]
+def subjects_of(backend: str) -> list[Subject]:
+    """The implementations that a choice of backend stands for: an engine's name stands for Buffer on it.
+
+    Raises:
+        ValueError: there is none of this name, or this machine cannot run it.
+    """
+    if backend == "all":
+        return [*(make() for make in IMPLEMENTATIONS.values()), subjects.buffer(backend="reference")]
+    if backend in IMPLEMENTATIONS:
+        return [IMPLEMENTATIONS[backend]()]
+    engines = {engine.name: engine for engine in registry.backends()}
+    if backend not in engines:
+        raise ValueError(f"got {backend}; allowed: {', '.join(['all', *IMPLEMENTATIONS, *engines])}")
+    able, why = engines[backend].available()
+    if not able:
+        raise ValueError(f"{backend}: {why}")
+    return [subjects.buffer(backend=backend)]
 
 
 def command(
@@ -56,8 +57,8 @@ def command(
     examples: Annotated[int | None, typer.Option(min=1, help="How many examples, instead.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same examples.")] = 0,
     backend: Annotated[
-        Backend, typer.Option(help="What is fuzzed; Buffer on an engine by its name.")
-    ] = Backend.ALL,
+        str, typer.Option(help="core, oracle, all_to_all, an engine's name (Buffer on it), or all.")
+    ] = "all",
     trace: Annotated[Path | None, typer.Option(help="Draw routing from this trace (docs/trace.md).")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Run a failing example saved earlier, and no others.")
@@ -70,7 +71,10 @@ def command(
     """
     torch.set_num_threads(1)
     console = Console()
-    chosen = subjects_of(backend)
+    try:
+        chosen = subjects_of(backend)
+    except ValueError as error:
+        _misused(console, f"--backend: {error}")
     try:
         if replay is not None:
             finding = _replay(console, chosen, replay)
@@ -94,7 +98,7 @@ def _fuzz(
     seed: int,
     trace: Path | None,
 ) -> Finding | None:
-    draw = draw_case
+    draw: Draw = draw_case
     # The largest world as often as all smaller ones together.
     sizes = sorted({r for r in (1, 2, 3, 4, 6, 8) if r < ranks} | {ranks})
     limits = Limits(ranks=(*sizes, *[ranks] * (len(sizes) - 1)))
@@ -104,6 +108,8 @@ def _fuzz(
         except (OSError, ValueError) as error:
             _misused(console, f"--trace: {error}")
         fitting = tuple(r for r in limits.ranks if source.trace.num_experts % r == 0)
+        if len(source.trace) == 0:
+            _misused(console, "--trace: the trace is empty")
         limits = Limits(ranks=fitting)
         draw = source.draw
     seconds = (
@@ -161,6 +167,6 @@ def _tell(console: Console, finding: Finding, out: Path, *, save: bool) -> None:
         console.print(f"replay: python -m deepep fuzz --replay {file}")
 
 
-def _misused(console: Console, message: str) -> None:
+def _misused(console: Console, message: str) -> NoReturn:
     console.print(f"[red]{message}[/]")
     raise typer.Exit(MISUSED)
