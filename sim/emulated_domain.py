@@ -295,7 +295,7 @@ class EmulatedDomain:
             num_blocks=self.gpu.num_blocks,
             push_blocks=self.gpu.push_blocks,
             reduce_blocks=self.gpu.local_blocks,
-            parts=case.seed % 4 + 1,
+            refused=False,
             num_tokens=tokens,
             num_topk=case.num_topk if options.combine_weights else 0,
             row_bytes=2 * case.hidden,

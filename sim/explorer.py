@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,10 +149,17 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
 
+    def add(self, report: Report, seconds: float) -> None:
+        self.runs += 1
+        self.steps += report.steps
+        self.seconds = seconds
+        self.kinds[report.kind] += 1
+
 
 def explore(
     *,
     first_seed: int = 0,
+    stride: int = 1,
     seconds: float | None = None,
     runs: int | None = None,
     schedules_per_scenario: int = 3,
@@ -163,40 +170,29 @@ def explore(
 ) -> Tally:
     """Runs drawn scenarios, each under several schedules, to the first failure or the end of the budget.
 
+    Scenarios are drawn from first_seed, first_seed + stride, ...; schedules from numbers of their own.
     with_stops: in every run after a scenario's first, a rank stops somewhere.
     """
     tally = Tally()
     begin = time.monotonic()
-    for scenario, schedule, stops in _runs(first_seed, schedules_per_scenario, with_stops, scenarios, tally):
-        report = run(scenario, schedule, stops=stops, kernels=kernels)
-        tally.runs += 1
-        tally.steps += report.steps
-        tally.kinds[report.kind] += 1
-        tally.seconds = time.monotonic() - begin
-        if report.failed:
-            tally.failure = Failure(scenario, schedule, stops, report)
-            return tally
-        if progress is not None:
-            progress(tally)
-        if (runs is not None and tally.runs >= runs) or (seconds is not None and tally.seconds >= seconds):
-            break
-    return tally
-
-
-def _runs(
-    first_seed: int,
-    schedules_per_scenario: int,
-    with_stops: bool,
-    scenarios: Callable[[int], Scenario],
-    tally: Tally,
-) -> Iterator[tuple[Scenario, Schedule, tuple[Stop, ...]]]:
-    for seed in itertools.count(first_seed):
+    for seed in itertools.count(first_seed, stride):
         scenario = scenarios(seed)
-        before = tally.steps
+        steps = 0
         for i in range(schedules_per_scenario):
-            stops: tuple[Stop, ...] = ()
             number = seed * schedules_per_scenario + i
+            stops: tuple[Stop, ...] = ()
             if with_stops and i > 0:
-                steps = (tally.steps - before) // i
-                stops = (draw_stop(number, scenario.cases[0].num_ranks, steps),)
-            yield scenario, draw_schedule(number), stops
+                stops = (draw_stop(number, scenario.cases[0].num_ranks, steps // i),)
+            schedule = draw_schedule(number)
+            report = run(scenario, schedule, stops=stops, kernels=kernels)
+            steps += report.steps
+            tally.add(report, time.monotonic() - begin)
+            if report.failed:
+                tally.failure = Failure(scenario, schedule, stops, report)
+                return tally
+            if progress is not None:
+                progress(tally)
+            is_over = runs is not None and tally.runs >= runs
+            if is_over or (seconds is not None and tally.seconds >= seconds):
+                return tally
+    raise AssertionError("unreachable: there is always another seed")

@@ -84,6 +84,10 @@ EDITS = (
 )
 
 
+#: Mutants that nothing can catch, and why they do no harm.
+HARMLESS: dict[str, str] = {}
+
+
 def mutants(csrc: Path) -> list[Mutant]:
     """All of them, in the order of the source."""
     found: list[Mutant] = []

@@ -82,14 +82,14 @@ class Domain {
     launch("dispatch_kernel", args, num_blocks, dk::DispatchShared{group_.num_ranks, num_threads_ / 32}.bytes());
   }
 
-  void combine(int num_blocks, int push_blocks, int reduce_blocks, int parts, int64_t num_tokens, int num_topk,
+  void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk,
                int64_t row_bytes, uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights) {
     dk::CombineArgs args{};
     args.group = group_;
     args.push_blocks = push_blocks;
     args.reduce_blocks = reduce_blocks;
-    args.parts = parts;
+    args.refused = refused;
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
     args.row_bytes = row_bytes;
@@ -190,7 +190,7 @@ void bind_domain(py::module_& m) {
            py::arg("send_row"), py::arg("slot_offset"), py::arg("slot_capacity"), py::arg("num_worst_tokens"),
            py::arg("host"), py::arg("ticket"))
       .def("combine", &Domain::combine, py::arg("num_blocks"), py::arg("push_blocks"), py::arg("reduce_blocks"),
-           py::arg("parts"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("row_bytes"), py::arg("x"), py::arg("topk_weights"),
+           py::arg("refused"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("row_bytes"), py::arg("x"), py::arg("topk_weights"),
            py::arg("bias_0"), py::arg("bias_1"), py::arg("counts"), py::arg("send_row"), py::arg("out"),
            py::arg("out_weights"))
       .def_property_readonly("fault_word", &Domain::fault_word)

@@ -1,7 +1,7 @@
 """The memory model, by small kernels: what may happen does over the seeds, what may not never does.
 
-The names of the shapes are the field's: message passing, store buffering, independent reads of independent writes,
-write-to-read causality. `writer` and `reader` number the orders in csrc/emulator/litmus.hpp.
+The names of the shapes are the field's: message passing, store buffering, independent reads of independent
+writes, write-to-read causality. `writer` and `reader` number the orders in csrc/emulator/litmus.hpp.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def test_message_passing_of_plain_data_needs_release_and_acquire_of_system_scope
     assert set(run.outcomes(range(8), first_word(1))) == expected
 
 
-@pytest.mark.parametrize("writer", (RELAXED, ORDERED, FENCED, GPU_FENCED))
-@pytest.mark.parametrize("reader", (RELAXED, ORDERED, FENCED, GPU_FENCED))
+@pytest.mark.parametrize("writer", [RELAXED, ORDERED, FENCED, GPU_FENCED])
+@pytest.mark.parametrize("reader", [RELAXED, ORDERED, FENCED, GPU_FENCED])
 def test_message_passing_of_words_may_be_stale_where_nothing_orders(
     litmus: Any, writer: int, reader: int
 ) -> None:
@@ -125,8 +125,8 @@ def test_a_ballot_orders_no_memory_within_a_warp(litmus: Any) -> None:
     assert set(run.outcomes(range(5))) == {"done"}
 
 
-@pytest.mark.parametrize("sender_meets", (0, 1))
-@pytest.mark.parametrize("receiver_meets", (0, 1))
+@pytest.mark.parametrize("sender_meets", [0, 1])
+@pytest.mark.parametrize("receiver_meets", [0, 1])
 def test_one_thread_releases_for_its_block_behind_a_barrier(
     litmus: Any, sender_meets: int, receiver_meets: int
 ) -> None:
