@@ -507,13 +507,15 @@ DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline dead
 }
 
 /// A dispatch that was given up leaves a handle that sends nothing anywhere: a combine queued behind it does no harm.
-DEEPEP_DEVICE void leave_empty_handle(const DispatchArgs& args) {
+/// Each block its own part of it; block 0 the counts.
+DEEPEP_DEVICE void leave_empty_handle(const DispatchArgs& args, const DispatchRole& role) {
   using namespace dev;
-  const int64_t ranks = args.group.num_ranks;
-  const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
-  const int64_t first = static_cast<int64_t>(block()) * num_threads() + thread();
-  for (int64_t i = first; i < ranks * ranks; i += step) store(args.counts + i, 0);
-  for (int64_t i = first; i < args.num_tokens * ranks; i += step) store(args.send_row + i, -1);
+  const int ranks = args.group.num_ranks;
+  const uint32_t wanted = wanted_ranks(role, args.group) | (role.push ? ~args.group.live : 0u);
+  for (int64_t i = thread(); i < (role.end - role.begin) * ranks; i += num_threads())
+    if ((wanted >> (i % ranks)) & 1u) store(args.send_row + role.begin * ranks + i, -1);
+  if (block() != 0) return;
+  for (int i = thread(); i < ranks * ranks; i += num_threads()) store(args.counts + i, 0);
 }
 
 /// The counts of all ranks into the handle, for combine and cached dispatches.
@@ -566,7 +568,7 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
     if (role.local && args.num_worst_tokens > 0) pad_indices(args, block(), args.local_blocks);
     if (block() == num_blocks() - 1) await_rows(g, epoch, deadline);
   } else if (!args.cached) {
-    leave_empty_handle(args);
+    leave_empty_handle(args, role);
   }
   sync_block();
   if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kDispatch);
