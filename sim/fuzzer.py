@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 
 from deepep.sim import oracle
 from deepep.sim.cases import Case, Limits, draw_case
@@ -222,34 +223,24 @@ class Fuzzer:
     # judging
 
     def _judge_batch(self, batch: list[Example]) -> Finding | None:
-        flat = {s: [case for example in batch for case in example.cases(s)] for s in self.subjects}
+        plans = {subject: [example.cases(subject) for example in batch] for subject in self.subjects}
         # Worlds begin first and work while this process runs and judges the others.
-        started = {subject: subject.start(cases) for subject, cases in flat.items()}
+        started = {subject: subject.start(list(chain(*plan))) for subject, plan in plans.items()}
         try:
-            for subject in self.subjects:
+            for subject, plan in plans.items():
                 try:
-                    views = subject.finish(started.pop(subject))
+                    views = iter(subject.finish(started.pop(subject)))
                 except (WorldError, Violation) as error:
-                    return Finding(subject.name, _rule_of(error), str(error), tuple(flat[subject]))
-                finding = self._judge_views(subject, batch, views)
-                if finding is not None:
-                    return finding
+                    return Finding(subject.name, _rule_of(error), str(error), tuple(chain(*plan)))
+                for number, (example, cases) in enumerate(zip(batch, plan, strict=True)):
+                    finding = self._judge(subject, example, cases, list(islice(views, len(cases))))
+                    if finding is not None:
+                        before = chain(*plan[:number])
+                        return replace(finding, cases=(*before, cases[0]))
             return None
         finally:
             for subject, token in started.items():
                 subject.cancel(token)
-
-    def _judge_views(
-        self, subject: Subject, batch: list[Example], views: list[list[RankView]]
-    ) -> Finding | None:
-        before: list[Case] = []
-        for example in batch:
-            cases = example.cases(subject)
-            finding = self._judge(subject, example, cases, views[len(before) : len(before) + len(cases)])
-            if finding is not None:
-                return replace(finding, cases=(*before, cases[0]))
-            before += cases
-        return None
 
     def _judge(
         self, subject: Subject, example: Example, cases: list[Case], views: list[list[RankView]]

@@ -6,7 +6,9 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -69,8 +71,9 @@ class BareException:
         return error
 
 
-def main(connection: Connection, spec: RankSpec) -> None:
+def main(connection: Connection, lifeline: Connection, spec: RankSpec) -> None:
     """Joins the world, then runs what arrives until the parent says stop or is gone."""
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     # Ctrl-C is for the parent, which ends its ranks. A stack is written on request, even inside a
     # blocked collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,6 +87,13 @@ def main(connection: Connection, spec: RankSpec) -> None:
     # Not sys.exit: a thread left behind by a failed run, or a library's exit handler that waits for a
     # dead peer, must not keep a rank alive.
     os._exit(0)
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    """A rank inside a run, perhaps blocked for good, does not read its connection."""
+    with suppress(OSError):
+        lifeline.poll(None)
+    os._exit(1)
 
 
 def _join(spec: RankSpec) -> RankContext:

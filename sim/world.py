@@ -14,33 +14,27 @@ them, again and again. What makes it fit for fuzzing and for fault tests:
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
 from deepep.sim.outcomes import Outcome, Status, failure_of
-from deepep.sim.rank_process import BareException, RankContext, RankSpec, main
-from deepep.sim.travel import pack, unpack
+from deepep.sim.rank_handle import RankHandle
+from deepep.sim.rank_process import RankContext, RankSpec
+from deepep.sim.travel import pack
 
 __all__ = ["PendingRun", "RankContext", "World"]
 
-#: Worlds may be started from several threads; what surrounds a start concerns the whole process.
-_starting = threading.Lock()
 _open_worlds: weakref.WeakSet[World] = weakref.WeakSet()
 
 
@@ -81,7 +75,7 @@ class World:
         self.grace = grace
         #: How often this world's processes were started: 1 after the first run, more after failures.
         self.generation = 0
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankHandle] = []
         self._store_kind = store
         self._store: TCPStore | None = None
         self._folder: TemporaryDirectory[str] | None = None
@@ -104,7 +98,7 @@ class World:
         self.close()
 
     @property
-    def ranks(self) -> list[_Rank]:
+    def ranks(self) -> list[RankHandle]:
         """The rank processes (attributes `rank`, `pid`, `alive`), started if they are not."""
         self.ensure_started()
         return self._ranks
@@ -147,7 +141,7 @@ class World:
             )
             for rank in range(self.num_ranks)
         ]
-        self._ranks = [_Rank(spec) for spec in specs]
+        self._ranks = [RankHandle(spec) for spec in specs]
         PendingRun(self, self.timeout, f"starting {self.num_ranks} ranks ({self.backend})").results()
 
     def close(self) -> None:
@@ -303,116 +297,6 @@ class PendingRun:
         if not all(o.ok for o in outcomes):
             world.discard()
         return outcomes
-
-
-class _Rank:
-    """The parent's end of one rank process."""
-
-    def __init__(self, spec: RankSpec) -> None:
-        self.rank = spec.rank
-        self._stack_file = Path(spec.stack_file)
-        self.connection, theirs = multiprocessing.Pipe()
-        self.process = _start(theirs, spec)
-        theirs.close()
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def send(self, message: bytes) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is reported by `receive`
-            self.connection.send_bytes(message)
-
-    def receive(self, seconds: float) -> Outcome:
-        """What the rank sent; if it sent nothing and its end is closed, how its process ended."""
-        with suppress(EOFError, ConnectionResetError):
-            if self.connection.poll():
-                return unpack_outcome(self.connection.recv_bytes(), self.rank, seconds)
-        self.process.join(5.0)
-        return Outcome(self.rank, Status.DIED, exitcode=self.process.exitcode, seconds=seconds)
-
-    def signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # a kill of the dead is done, a stop changes nothing
-            os.kill(self.pid, number)
-
-    def stack(self) -> str:
-        """The Python stack the rank is in, written by its own signal handler; empty if it does not answer."""
-        if not self.alive:
-            return ""
-        self.signal(signal.SIGUSR1)
-        deadline = time.monotonic() + 1.0
-        text = ""
-        while time.monotonic() < deadline:
-            text = self._stack_file.read_text() if self._stack_file.exists() else ""
-            if text.endswith("\n") and "File" in text:
-                break
-            time.sleep(0.01)
-        frames = text.splitlines()
-        own = [i for i, line in enumerate(frames) if "rank_process.py" in line]
-        return "\n".join(frames[: own[0]] if own else frames)
-
-    def end(self) -> None:
-        if self.alive:
-            self.process.kill()
-        self.process.join()
-        self.connection.close()
-        self.process.close()
-
-
-def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
-    """The outcome a rank's reply tells of."""
-    kind, value, trace = unpack(reply)
-    if isinstance(value, BareException):
-        value = value.rebuild()
-    if kind == "returned":
-        return Outcome(rank, Status.RETURNED, value=value, seconds=seconds)
-    return Outcome(rank, Status.RAISED, error=value, traceback=trace, seconds=seconds)
-
-
-def _start(connection: Connection, spec: RankSpec) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepep.sim.preloaded"])
-    process = context.Process(
-        target=main, args=(connection, spec), name=f"deepep-rank-{spec.rank}", daemon=True
-    )
-    with _starting, _hidden_main(), _quiet_torch():
-        process.start()
-    return process
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Ranks do not log the transport's warnings: a dead peer is what fault tests are about.
-
-    torch reads the level when it is loaded: in the fork server, which starts with the first rank.
-    """
-    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        yield
-    finally:
-        if level is None:
-            del os.environ["TORCH_CPP_LOG_LEVEL"]
-
-
-@contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keeps multiprocessing from importing the caller's main script in every rank.
-
-    Functions travel by value, so no rank needs it; and a script without the `if __name__ == "__main__"`
-    guard would run again in every rank.
-    """
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real
 
 
 @atexit.register

@@ -196,7 +196,14 @@ print(world.run(lambda ctx: ctx.rank), *[r.pid for r in world.ranks], flush=True
 """
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)"])
+HANG = """
+import os, threading, time
+threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()
+world.run(lambda ctx: time.sleep(60))
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", HANG])
 def test_a_script_without_a_guard_runs_once_and_leaves_nothing_behind(tmp_path, end):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(end=end))
