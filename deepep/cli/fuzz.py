@@ -63,7 +63,7 @@ def command(
     replay: Annotated[
         Path | None, typer.Option(help="Run a failing example saved earlier, and no others.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for failing examples.")] = Path("fuzz-failures"),
+    out: Annotated[Path, typer.Option(help="Folder for failing examples.")] = Path("fuzz-output"),
 ) -> None:
     """Fuzz routing layouts against the reference.
 
