@@ -12,17 +12,16 @@ import torch
 import torch.distributed as dist
 
 from deepep.sim.cases import Case
-from deepep.sim.observed import RankView, array
-from deepep.sim.oracle import (
-    expert_rows,
+from deepep.sim.observed import (
+    RankView,
+    array,
     fill_again,
     fill_combine,
     fill_dispatch,
     fill_layout,
     fill_low_latency,
-    returned_rows,
-    worst_tokens,
 )
+from deepep.sim.oracle import expert_rows, returned_rows, worst_tokens
 from deepep.sim.rank_process import RankContext
 from deepep.sim.values import RankInputs, inputs
 

@@ -8,17 +8,16 @@ import torch
 
 from deepep.sim.all_to_all_runs import pause
 from deepep.sim.cases import Case
-from deepep.sim.observed import RankView, array
-from deepep.sim.oracle import (
-    expert_rows,
+from deepep.sim.observed import (
+    RankView,
+    array,
     fill_again,
     fill_combine,
     fill_dispatch,
     fill_layout,
     fill_low_latency,
-    returned_rows,
-    worst_tokens,
 )
+from deepep.sim.oracle import expert_rows, returned_rows, worst_tokens
 from deepep.sim.rank_process import RankContext
 from deepep.sim.values import inputs
 

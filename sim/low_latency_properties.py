@@ -90,6 +90,13 @@ def fp8_rows_are_close(case: Case, views: list[RankView]) -> None:
             _all_hold(
                 "scale is not the next power of two", rank, (power_of_two & tight) | ~np.isfinite(exact)
             )
+        room, words = case.num_ranks * case.num_max_tokens, stored.shape[1]
+        strides = [
+            0 if case.num_local_experts == 1 else room * words,
+            int(room > 1),
+            0 if words == 1 else room,
+        ]
+        check_equal("strides of scales (column-major)", rank, strides, need(views[rank].scale_strides))
         value = _e4m3(rows).reshape(x.shape).astype(np.float64)
         with np.errstate(invalid="ignore"):
             slack = np.maximum(np.abs(x).astype(np.float64) * (2**-4 + 2**-22), scale[..., None] * 2.0**-10)

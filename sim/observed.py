@@ -49,6 +49,7 @@ class RankView:
     recv_topk_weights: Array | None = None  # [N, K]
     src_rank: Array | None = None  # [N]
     src_token: Array | None = None  # [N]
+    row_major: bool | None = None  # whether received rows and scales are contiguous
     again_x: Array | None = None  # [N, H] of the dispatch by handle
     again_scales: Array | None = None  # [N, P]
     combined_x: Array | None = None  # [T, H] bf16 bits, of either mode
@@ -59,7 +60,77 @@ class RankView:
     recv_src_info: Array | None = None  # [L, R*M]
     recv_rows: Array | None = None  # [C, H]
     recv_row_scales: Array | None = None  # [C, P]
+    scale_strides: Array | None = None  # of [L, R*M, P], in elements; 0 for dimensions of size one
     stats: Array | None = None  # [L]
+
+
+def fill_layout(
+    view: RankView, per_rank: Tensor, per_node: Tensor | None, per_expert: Tensor, in_rank: Tensor
+) -> None:
+    """Puts a rank's layout into the view."""
+    view.num_tokens_per_rank = array(per_rank)
+    view.num_tokens_per_node = None if per_node is None else array(per_node)
+    view.num_tokens_per_expert = array(per_expert)
+    view.is_token_in_rank = array(in_rank)
+
+
+def fill_dispatch(
+    view: RankView,
+    recv_x: Tensor,
+    recv_scales: Tensor | None,
+    recv_topk_idx: Tensor | None,
+    recv_topk_weights: Tensor | None,
+    expert_counts: list[int],
+    num_received: int,
+) -> None:
+    """Puts a dispatch's results into the view, without what the interface leaves open: rows past N."""
+    view.num_rows = len(recv_x)
+    view.expert_counts = np.array(expert_counts, dtype=np.int64)
+    view.recv_x = bits(recv_x[:num_received])
+    view.row_major = recv_x.is_contiguous() and (recv_scales is None or recv_scales.is_contiguous())
+    if recv_scales is not None:
+        view.recv_scales = bits(recv_scales[:num_received])
+    if recv_topk_idx is not None and recv_topk_weights is not None:
+        view.recv_topk_idx = array(recv_topk_idx)
+        view.recv_topk_weights = bits(recv_topk_weights[:num_received])
+
+
+def fill_again(view: RankView, recv_x: Tensor, recv_scales: Tensor | None, num_received: int) -> None:
+    """The results of a second dispatch, by handle."""
+    view.again_x = bits(recv_x[:num_received])
+    if recv_scales is not None:
+        view.again_scales = bits(recv_scales[:num_received])
+
+
+def fill_combine(view: RankView, combined_x: Tensor, combined_weights: Tensor | None) -> None:
+    """The results of a combine."""
+    view.combined_x = bits(combined_x)
+    if combined_weights is not None:
+        view.combined_weights = bits(combined_weights)
+
+
+def fill_low_latency(
+    view: RankView,
+    recv_x: Tensor,
+    recv_scales: Tensor | None,
+    recv_count: Tensor,
+    recv_src_info: Tensor,
+    layout_range: Tensor,
+) -> None:
+    """Puts a low-latency dispatch's results into the view, without what the interface leaves open."""
+    counts = recv_count.tolist()
+
+    def received(padded: Tensor) -> Tensor:
+        return torch.cat([padded[expert, :count] for expert, count in enumerate(counts)])
+
+    view.recv_count = array(recv_count)
+    view.layout_range = array(layout_range)
+    view.recv_src_info = array(recv_src_info)
+    view.recv_rows = bits(received(recv_x))
+    if recv_scales is not None:
+        view.recv_row_scales = bits(received(recv_scales))
+        strides = zip(recv_scales.shape, recv_scales.stride(), strict=True)
+        view.scale_strides = np.array([0 if size == 1 else stride for size, stride in strides])
 
 
 @dataclass(frozen=True)
@@ -99,7 +170,7 @@ def first_difference(
 
 
 def _compare(rank: int, name: str, expected: Any, got: Any) -> Difference | None:
-    if isinstance(expected, int):
+    if isinstance(expected, int):  # or bool
         return None if expected == got else Difference(rank, name, (), expected, got)
     if expected.shape != got.shape:
         return Difference(rank, name, (), f"shape {expected.shape}", f"shape {got.shape}")

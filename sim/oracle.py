@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from deepep.reference import formats, high_throughput, layout, logfmt, low_latency
 from deepep.sim.cases import Case
-from deepep.sim.observed import Array, RankView, array, bits
+from deepep.sim.observed import (
+    Array,
+    RankView,
+    array,
+    bits,
+    fill_again,
+    fill_combine,
+    fill_dispatch,
+    fill_layout,
+    fill_low_latency,
+)
 from deepep.sim.values import RankInputs, inputs, other_rows
 
 #: What a row that must not be read is filled with: a NaN that no input holds.
@@ -53,13 +62,10 @@ def _layout(case: Case, mine: RankInputs, rules: ModuleType) -> RankView:
     layout = rules.dispatch_layout(
         mine.topk_idx, case.num_experts, case.num_ranks, ranks_per_node=case.options.ranks_per_node
     )
-    nodes = layout.num_tokens_per_node
-    return RankView(
-        num_tokens_per_rank=layout.num_tokens_per_rank.numpy(),
-        num_tokens_per_node=None if nodes is None else nodes.numpy(),
-        num_tokens_per_expert=layout.num_tokens_per_expert.numpy(),
-        is_token_in_rank=layout.is_token_in_rank.numpy(),
-    )
+    view = RankView()
+    per_rank, per_expert = layout.num_tokens_per_rank, layout.num_tokens_per_expert
+    fill_layout(view, per_rank, layout.num_tokens_per_node, per_expert, layout.is_token_in_rank)
+    return view
 
 
 def worst_tokens(case: Case) -> int:
@@ -102,9 +108,16 @@ def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView],
 
     outputs = dispatch(given, options.topk)
     for view, output in zip(views, outputs, strict=True):
-        fill_dispatch(view, output.recv_x, output.recv_scales, output.recv_topk_idx, output.recv_topk_weights,
-                      output.num_recv_tokens_per_expert, len(output.src_rank))  # fmt: skip
-        view.src_rank, view.src_token = output.src_rank.numpy(), output.src_token.numpy()
+        fill_dispatch(
+            view,
+            output.recv_x,
+            output.recv_scales,
+            output.recv_topk_idx,
+            output.recv_topk_weights,
+            output.num_recv_tokens_per_expert,
+            len(output.src_rank),
+        )
+        view.src_rank, view.src_token = array(output.src_rank), array(output.src_token)
     if options.cached:
         again = [inputs(case, rank, again=True) for rank in range(case.num_ranks)]
         for view, output in zip(views, dispatch(again, topk=False), strict=True):
@@ -143,7 +156,7 @@ def _low_latency(case: Case, given: list[RankInputs], views: list[RankView], ll:
             output.layout_range,
         )
         if options.stats:
-            view.stats = output.recv_count.numpy()
+            view.stats = array(output.recv_count)
     combined = ll.combine(
         [expert_rows(case, rank, output.recv_x, output.recv_count) for rank, output in enumerate(layouts)],
         [mine.topk_idx for mine in given],
@@ -179,72 +192,6 @@ def expert_rows(case: Case, rank: int, recv_x: Tensor, recv_count: Tensor) -> Te
     for expert, (count, others) in enumerate(zip(counts, filled, strict=True)):
         rows[expert, :count] = recv_x[expert, :count] if case.options.combine_rows == "same" else others
     return rows
-
-
-def fill_layout(
-    view: RankView, per_rank: Tensor, per_node: Tensor | None, per_expert: Tensor, in_rank: Tensor
-) -> None:
-    """Puts a rank's layout into the view."""
-    view.num_tokens_per_rank = array(per_rank)
-    view.num_tokens_per_node = None if per_node is None else array(per_node)
-    view.num_tokens_per_expert = array(per_expert)
-    view.is_token_in_rank = array(in_rank)
-
-
-def fill_dispatch(
-    view: RankView,
-    recv_x: Tensor,
-    recv_scales: Tensor | None,
-    recv_topk_idx: Tensor | None,
-    recv_topk_weights: Tensor | None,
-    expert_counts: list[int],
-    num_received: int,
-) -> None:
-    """Puts a dispatch's results into the view, without what the interface leaves open: rows past N."""
-    view.num_rows = len(recv_x)
-    view.expert_counts = np.array(expert_counts, dtype=np.int64)
-    view.recv_x = bits(recv_x[:num_received])
-    if recv_scales is not None:
-        view.recv_scales = bits(recv_scales[:num_received])
-    if recv_topk_idx is not None and recv_topk_weights is not None:
-        view.recv_topk_idx = array(recv_topk_idx)
-        view.recv_topk_weights = bits(recv_topk_weights[:num_received])
-
-
-def fill_again(view: RankView, recv_x: Tensor, recv_scales: Tensor | None, num_received: int) -> None:
-    """The results of a second dispatch, by handle."""
-    view.again_x = bits(recv_x[:num_received])
-    if recv_scales is not None:
-        view.again_scales = bits(recv_scales[:num_received])
-
-
-def fill_combine(view: RankView, combined_x: Tensor, combined_weights: Tensor | None) -> None:
-    """The results of a combine."""
-    view.combined_x = bits(combined_x)
-    if combined_weights is not None:
-        view.combined_weights = bits(combined_weights)
-
-
-def fill_low_latency(
-    view: RankView,
-    recv_x: Tensor,
-    recv_scales: Tensor | None,
-    recv_count: Tensor,
-    recv_src_info: Tensor,
-    layout_range: Tensor,
-) -> None:
-    """Puts a low-latency dispatch's results into the view, without what the interface leaves open."""
-    counts = recv_count.tolist()
-
-    def received(padded: Tensor) -> Tensor:
-        return torch.cat([padded[expert, :count] for expert, count in enumerate(counts)])
-
-    view.recv_count = array(recv_count)
-    view.layout_range = array(layout_range)
-    view.recv_src_info = array(recv_src_info)
-    view.recv_rows = bits(received(recv_x))
-    if recv_scales is not None:
-        view.recv_row_scales = bits(received(recv_scales))
 
 
 def _of(array: Array | None) -> Array:
