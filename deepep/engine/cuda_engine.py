@@ -10,14 +10,19 @@ stream, so that torch's allocator knows both. Slots are lent in the communicatio
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from deepep.engine import checks
 from deepep.engine.completion import Completion, CudaCompletion
-from deepep.engine.fabric import gather_over, share_heap
+from deepep.engine.fabric import share_heap
 from deepep.engine.interface import (
     Combined,
     CombineRequest,
@@ -30,22 +35,45 @@ from deepep.engine.interface import (
     Schedule,
 )
 from deepep.engine.lane import StreamLane
-from deepep.engine.nvlink import Counts, Endpoint, Phase, Plan, Received, combine_split, dispatch_split
+from deepep.engine.membership import Absent
+from deepep.engine.nvlink import (
+    MAX_LOCAL_EXPERTS,
+    MAX_TOPK,
+    Counts,
+    Endpoint,
+    Phase,
+    Plan,
+    Received,
+    combine_split,
+    dispatch_split,
+)
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
 from deepep.engine.slots import SlotPool
-from deepep.errors import ArgumentError, CapacityError, HandleError, MismatchError, PeerTimeoutError
+from deepep.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CapacityError,
+    DeviceError,
+    FaultRecord,
+    HandleError,
+    LayoutError,
+    MismatchError,
+    PeerTimeoutError,
+    RangeError,
+)
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 DEFAULT_NUM_SMS = 24
-#: up to so many rows between ranks, combine cuts rows in parts so that all warps have work
-FEW_ROWS = 512
 
 
 @dataclass
 class NvlinkPlan(Plan):
-    """A plan, and what the host knows of it: the most rows that any rank receives; None if not waited for."""
+    """A plan, and what the host knows of it if it waited: most_rows, the most that any rank receives;
+    returning, the rows that combine brings back from other ranks.
+    """
 
     most_rows: int | None = None
+    returning: int | None = None
 
 
 def symmetric_bytes() -> int:
@@ -64,30 +92,51 @@ class CudaEngine(ReferenceEngine):
         self.info = type(self.info)(
             "cuda", self.info.rank, self.info.num_ranks, self.info.device_type, options
         )
-        device = lane.stream.device
-        heap_bytes = symmetric_bytes()
-        own = torch.empty(heap_bytes, dtype=torch.uint8, device=device)
-        self._heap = share_heap(own, self.info.rank, gather_over(options.group))
+        self._sms = torch.cuda.get_device_properties(lane.stream.device).multi_processor_count
+        self._rows_seen = 0
+        self._fault: FaultRecord | None = None
+        self._stale = False
+        self._build()
+
+    def _build(self) -> None:
+        """Symmetric memory and an endpoint over the ranks that are not masked. Collective over them."""
+        device, members = self._lane.stream.device, self._conductor.membership.members
+        self._conductor.membership.begin("build")
+        own = torch.empty(symmetric_bytes(), dtype=torch.uint8, device=device)
+        self._heap = share_heap(own, self.info.rank, self._gather("share"))
         self._endpoint = Endpoint(
             self.info.rank,
             own,
             self._heap.addresses,
-            staging_bytes=heap_bytes // 4,
-            timeout=options.timeout,
+            staging_bytes=own.numel() // 4,
+            timeout=self.info.options.timeout,
         )
-        self._slots = SlotPool(own, self._endpoint.slots_begin, lane.stream)
-        self._rows_seen = 0
+        self._endpoint.set_live(sum(1 << r for r in members))
+        self._slots = SlotPool(own, self._endpoint.slots_begin, self._lane.stream)
         self._captured: Tensor | None = None
-        self._sms = torch.cuda.get_device_properties(device).multi_processor_count
-        gather_over(options.group)(None)  # no rank sends before all heaps are zeroed
+        self._gather("ready")("")  # no rank sends before all heaps are zeroed
+
+    def _gather(self, purpose: str) -> Callable[[Any], list[Any]]:
+        """Brings every member's object to every member, by rank. Members only ever become fewer."""
+        membership = self._conductor.membership
+        members = tuple(membership.members)
+        name = f"cuda/{'-'.join(map(str, members))}/{purpose}"
+
+        def gather(mine: Any) -> list[Any]:
+            try:
+                met = membership.meet(name, pickle.dumps(mine).hex(), members)
+            except Absent as absent:
+                raise membership.blame(absent.missing, len(absent.seen), "they did not build") from None
+            shared = {rank: pickle.loads(bytes.fromhex(value.decode())) for rank, value in met.items()}
+            return [shared.get(rank) for rank in range(self.info.num_ranks)]
+
+        return gather
 
     # layout
 
     def _layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
-        from deepep.engine import checks
-
         checks.check_topk_idx(topk_idx, self.info.device_type)
         checks.check_num_experts(num_experts, self.info.num_ranks)
         topk_idx = topk_idx.detach()
@@ -104,10 +153,13 @@ class CudaEngine(ReferenceEngine):
     def _dispatch_fresh(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         layout = request.layout
         assert layout is not None
-        self._raise_fault()
+        self._get_ready()
         ranks, tokens = self.info.num_ranks, request.x.shape[0]
         experts = layout.num_tokens_per_expert.numel()
         worst = request.num_worst_tokens
+        if worst == 0 and torch.cuda.is_current_stream_capturing():
+            allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
+            raise ArgumentError("num_worst_tokens", "0", allowed, self.info.rank)
         capacity = worst or max(64, self._rows_seen * 5 // 4 or ranks * tokens)
         inputs = (request.x, request.scales, request.topk_idx, request.topk_weights)
         given = (*inputs, layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank)
@@ -142,10 +194,11 @@ class CudaEngine(ReferenceEngine):
         return Dispatched(out.x, out.scales, out.topk_idx, out.topk_weights, per_expert, route, completion)
 
     def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
-        self._raise_fault()
+        self._get_ready()
         plan = self._nvlink_plan(route)
         if plan.live != self._endpoint.live:
-            raise HandleError("handle", "one made before ranks were masked", "a new dispatch")
+            stale = HandleError("handle", "one made before ranks were masked", "a new dispatch")
+            self.refuse(Operation.DISPATCH, stale, schedule)
         assert route.num_rows is not None
         capacity = max(64, route.num_rows if plan.most_rows is None else plan.most_rows)
         slot = self._take_slot(request, capacity)
@@ -183,8 +236,6 @@ class CudaEngine(ReferenceEngine):
         )
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
-        if request.x.dtype != torch.bfloat16:
-            raise ArgumentError("x", str(request.x.dtype), "torch.bfloat16", self.info.rank)
         with self._conductor.issuing:
             try:
                 self._check_combine(request)
@@ -192,11 +243,10 @@ class CudaEngine(ReferenceEngine):
                 self._check_staging(request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
-            self._raise_fault()
+            self._get_ready()
             x = request.x.detach()
             weights = None if request.topk_weights is None else request.topk_weights.detach()
             biases = tuple(bias.detach() for bias in request.biases)
-            few = plan.most_rows is not None and plan.most_rows <= FEW_ROWS
             with self._on_lane(schedule):
                 with torch.cuda.stream(self._lane.stream):
                     out = x.new_empty(plan.num_tokens, x.shape[1])
@@ -212,7 +262,6 @@ class CudaEngine(ReferenceEngine):
                     biases=biases,
                     out=out,
                     out_weights=out_weights,
-                    parts=4 if few else 1,
                 )
             given = (x, weights, *biases, plan.counts, plan.send_row)
             return Combined(out, out_weights, self._hand_out(schedule, given, (out, out_weights)))
@@ -241,15 +290,62 @@ class CudaEngine(ReferenceEngine):
 
     # the rest
 
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """The kernels of the others hear of it in their own call: they raise MismatchError, at the latest in
+        their next.
+        """
+        if operation not in (Operation.DISPATCH, Operation.COMBINE):
+            super().refuse(operation, problem, schedule)
+        self._get_ready()
+        stream = self._lane.stream
+        if operation is Operation.DISPATCH:
+            self._endpoint.refuse_dispatch(stream.cuda_stream)
+        else:
+            self._endpoint.refuse_combine(stream.cuda_stream)
+        stream.synchronize()
+        with contextlib.suppress(MismatchError):  # that is this rank's own doing
+            self._raise_fault()
+        raise problem.at(self.info.rank)
+
     def mask(self, rank: int, masked: bool) -> None:
+        if not masked:
+            allowed = "a new Buffer over all ranks: this backend does not take masked ranks in again"
+            raise ArgumentError("mask", "False", allowed, self.info.rank)
         super().mask(rank, masked)
-        self._endpoint.set_live(sum(1 << r for r in range(self.info.num_ranks) if r not in self.masked))
+        self._stale = True
 
     def close(self) -> None:
         super().close()
         self._slots.close()
 
     # pieces
+
+    def _check_dispatch(self, request: DispatchRequest) -> None:
+        super()._check_dispatch(request)
+        self._check_rows("x", request.x)
+        if request.layout is not None:
+            local = request.layout.num_tokens_per_expert.numel() // self.info.num_ranks
+            if local > MAX_LOCAL_EXPERTS:
+                allowed = f"at most {MAX_LOCAL_EXPERTS} experts per rank"
+                raise RangeError("num_tokens_per_expert", f"{local} experts per rank", allowed)
+        if request.topk_idx is not None and request.topk_idx.shape[1] > MAX_TOPK:
+            raise RangeError("topk_idx", f"K = {request.topk_idx.shape[1]}", f"at most {MAX_TOPK}")
+
+    def _check_combine(self, request: CombineRequest) -> None:
+        super()._check_combine(request)
+        if request.x.dtype != torch.bfloat16:
+            raise ArgumentTypeError("x", str(request.x.dtype), "torch.bfloat16")
+        self._check_rows("x", request.x)
+        for bias in request.biases:
+            self._check_rows("bias", bias)
+        if request.topk_weights is not None and request.topk_weights.shape[1] > MAX_TOPK:
+            raise RangeError("topk_weights", f"K = {request.topk_weights.shape[1]}", f"at most {MAX_TOPK}")
+
+    def _check_rows(self, name: str, rows: Tensor) -> None:
+        if rows.device != self._endpoint.device:
+            raise DeviceError(name, str(rows.device), str(self._endpoint.device))
+        if rows.data_ptr() % 16 != 0:
+            raise LayoutError(name, "rows that do not start at a multiple of 16 bytes", "aligned rows")
 
     def _num_sms(self, wanted: int) -> int:
         return max(1, min(wanted or DEFAULT_NUM_SMS, self._sms))
@@ -279,12 +375,13 @@ class CudaEngine(ReferenceEngine):
         )
         slot = self._graph_slot(size) if torch.cuda.is_current_stream_capturing() else self._slots.take(size)
         if slot is None:
-            raise CapacityError(
+            full = CapacityError(
                 "x",
                 f"{capacity} rows to receive, {size} bytes, with earlier outputs still held",
                 f"{self._slots.num_bytes} bytes in all: set DEEPEP_SYMMETRIC_BYTES higher",
                 self.info.rank,
             )
+            self.refuse(Operation.DISPATCH, full, Schedule())
         return slot
 
     def _graph_slot(self, size: int) -> Tensor | None:
@@ -334,22 +431,45 @@ class CudaEngine(ReferenceEngine):
         if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
             return counts
         self._lane.stream.synchronize()
-        if counts is not None and counts.phase & Phase.DISAGREEMENT:
-            self._endpoint.take_fault(self._lane.stream.cuda_stream)
-            raise MismatchError(
-                "dispatch",
-                "different shapes or options on different ranks",
-                "the same on all",
-                self.info.rank,
-            )
         self._raise_fault()
         raise RuntimeError("deepep: a dispatch neither finished nor left a fault record")
 
+    def _get_ready(self) -> None:
+        """Before an operation is issued: raises what stands in its way; builds anew after ranks were masked.
+
+        After a time-out the ranks' kernels no longer count alike, and a rank that comes late may still write
+        to this one's memory. So nothing runs until the missing ranks are masked; and then on other memory,
+        while the old is kept for whoever still writes there.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._stale:
+            self._lane.stream.synchronize()
+            self._slots.outlive()
+            self._build()
+            self._stale, self._fault = False, None
+        self._raise_fault()
+
     def _raise_fault(self) -> None:
-        """Raises what a kernel has reported since the last look."""
+        """Raises what a kernel has reported since the last look, or a time-out reported before."""
+        if self._fault is not None:
+            raise PeerTimeoutError(self._fault)
         fault = self._endpoint.take_fault(self._lane.stream.cuda_stream)
-        if fault is not None:
-            raise PeerTimeoutError(fault)
+        if fault is None:
+            return
+        if fault.phase == "disagreement":
+            ranks = ", ".join(map(str, fault.waited_on))
+            raise MismatchError(
+                fault.operation,
+                f"other shapes, options, masks or handles than on rank {ranks}, or a refusal there",
+                "the same on all ranks",
+                self.info.rank,
+            )
+        if fault.phase == "too_many_rows":
+            got = f"{fault.seen} rows for rank {', '.join(map(str, fault.waited_on))}"
+            raise CapacityError("num_worst_tokens", str(fault.expected), f"at least {got}", self.info.rank)
+        self._fault = fault
+        raise PeerTimeoutError(fault)
 
 
 def _copied(received: Received) -> Received:

@@ -36,12 +36,20 @@ class SymmetricHeap:
 def share_heap(own: torch.Tensor, rank: int, gather: Callable[[Any], list[Any]]) -> SymmetricHeap:
     """Maps the heaps of all ranks of one node. Collective: `gather` brings every rank's object to every rank.
 
-    Raises RuntimeError where a peer's memory cannot be mapped.
+    gather: objects by rank; None for a rank that has no heap: this rank's own stands in, for nobody to use.
+    Raises RuntimeError where a peer's memory cannot be mapped, ValueError where heaps differ in size.
     """
-    rebuild, args = reduce_tensor(own)
-    shared = gather((rebuild, args))
+    shared = gather((own.numel(), *reduce_tensor(own)))
+    sizes = [None if given is None else given[0] for given in shared]
+    if len(set(sizes) - {None}) > 1:
+        raise ValueError(
+            f"symmetric memory must be of one size on all ranks (DEEPEP_SYMMETRIC_BYTES): {sizes}"
+        )
     # A process maps the memory of others only: its own it has.
-    mapped = [own if r == rank else _map_here(own.device, *given) for r, given in enumerate(shared)]
+    mapped = [
+        own if r == rank or given is None else _map_here(own.device, *given[1:])
+        for r, given in enumerate(shared)
+    ]
     torch.cuda.synchronize(own.device)
     return SymmetricHeap(own, mapped)
 
@@ -60,7 +68,7 @@ def _map_here(
 
 
 def gather_over(group: dist.ProcessGroup) -> Callable[[Any], list[Any]]:
-    """The object all-gather of a process group, as `share_heap` wants it."""
+    """The object all-gather of a process group: objects by rank."""
 
     def gather(mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * group.size()

@@ -19,6 +19,7 @@ from deepep.errors import FaultRecord
 
 MAX_LOCAL_EXPERTS = 1024
 MAX_BLOCKS = 256
+MAX_TOPK = 32
 MAX_RANKS: int = _cuda.MAX_RANKS
 
 
@@ -154,10 +155,11 @@ class Endpoint:
             _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
         )
         self._ticket = 0
-        # Experts, ranks, domains, a counter: made here, since its zeros may not become part of a captured graph.
+        # Experts, ranks, domains, a counter: made here, for its zeros must not be part of a captured graph.
         self._workspace = torch.zeros(
             (MAX_LOCAL_EXPERTS + 2) * self.num_ranks + 1, dtype=torch.int32, device=self.device
         )
+        self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
         self._domain = _cuda.Domain(
             rank,
             addresses,
@@ -305,6 +307,22 @@ class Endpoint:
         # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
         seen = _cuda.wait_counts(self._host.data_ptr(), self._ticket, num_local_experts, self.timeout + 30.0)
         return None if seen is None else Counts(*seen)
+
+    def refuse_dispatch(self, stream: int) -> None:
+        """Launches a dispatch that only tells the others that this rank takes no part."""
+        nothing = self.heap[:0]
+        self._domain.dispatch(
+            *(1, 1, 1, True, False, 0, 0, 0, 0, 8, 16),
+            *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
+            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, 0, 0, 0, stream),
+        )
+
+    def refuse_combine(self, stream: int) -> None:
+        """The same for a combine."""
+        self._domain.combine(
+            *(1, 1, 1, True, 0, 0, 16, 0, 0, 0, 0),
+            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, stream),
+        )
 
     def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
         """How many rows may come back to this rank in one combine."""

@@ -104,9 +104,7 @@ class ReferenceEngine(Engine):
     def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         with self._conductor.issuing:
             with self._issuing(Operation.DISPATCH, schedule):
-                if request.route is not None:
-                    self._check_own(request.route)
-                high_throughput.check_dispatch(request, self.info)
+                self._check_dispatch(request)
             if request.route is not None:
                 return self._dispatch_cached(request, request.route, schedule)
             return self._dispatch_fresh(request, schedule)
@@ -125,6 +123,11 @@ class ReferenceEngine(Engine):
             with self._issuing(Operation.COMBINE, schedule):
                 self._check_combine(request)
             return high_throughput.combine(self._conductor, request, schedule)
+
+    def _check_dispatch(self, request: DispatchRequest) -> None:
+        if request.route is not None:
+            self._check_own(request.route)
+        high_throughput.check_dispatch(request, self.info)
 
     def _check_combine(self, request: CombineRequest) -> None:
         self._check_own(request.route)

@@ -64,3 +64,8 @@ class SlotPool:
             _cuda.arena_close(self._arena)
         else:
             _outlived.append((self._heap, self._allocator))
+
+    def outlive(self) -> None:
+        """Lends no more slots and keeps the heap for good: a peer that was given up may still write."""
+        del self._pool
+        _outlived.append((self._heap, self._allocator))

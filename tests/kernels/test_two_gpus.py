@@ -264,27 +264,66 @@ def test_disagreement_is_told_to_both(pair: World) -> None:
         pair.run(disagree)
     assert set(caught.value.failures) == {0, 1}
     assert all("MismatchError" in repr(failure) for failure in caught.value.failures.values())
-    pair.run(round_trip, (64, 64), 1, False)
 
 
-def test_a_killed_rank_is_named_and_the_context_lives() -> None:
+def test_a_refusal_reaches_the_other_and_work_goes_on() -> None:
+    def refuse(ctx: Any) -> str:
+        import deepep
+
+        buffer = buffer_of(ctx)
+        x, _, idx, weights = draw(ctx.rank, 64, 1)
+        seen = []
+        for bad in ("dispatch", "combine"):
+            try:
+                given = (x, None, idx, weights)
+                if bad == "dispatch" and ctx.rank == 1:
+                    given = (x[:, :4].contiguous(), None, idx, weights)  # rows of 8 bytes
+                rows, _, _, _, handle, _ = dispatch(buffer, given)
+                buffer.combine(rows.float() if bad == "combine" and ctx.rank == 1 else rows, handle)
+                torch.cuda.synchronize()
+                dispatch(buffer, (x, None, idx, weights))  # a combine's fault is met by the call after it
+            except deepep.errors.ArgumentError as error:
+                seen.append(type(error).__name__)
+        round_trip(ctx, (64, 64), 1, False)
+        return " ".join(seen)
+
+    with World(2, backend="nccl", timeout=120) as world:
+        told, refused = world.run(refuse)
+    assert told == "MismatchError MismatchError"
+    assert refused == "ShapeError ArgumentTypeError"
+
+
+def test_after_a_death_the_rest_work_on() -> None:
+    """Named, with the context alive; and once the dead rank is masked, right results without it."""
+
     def lonely(ctx: Any) -> str:
         import os
         import signal
 
         import deepep
 
-        buffer = deepep.Buffer(ctx.group, num_nvl_bytes=1 << 28, timeout=2.0)
+        buffer = deepep.Buffer(ctx.group, num_nvl_bytes=1 << 28, enable_shrink=True, timeout=2.0)
         dispatch(buffer, draw(ctx.rank, 64, 1))
         torch.cuda.synchronize()
         if ctx.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            dispatch(buffer, draw(ctx.rank, 64, 1))
-        except deepep.errors.PeerTimeoutError as error:
-            assert torch.ones(3, device="cuda").sum().item() == 3
-            return f"{error.record.phase} {error.record.waited_on}"
-        return "finished"
+        text = "finished"
+        for _ in range(2):  # until it is masked, nothing else runs
+            try:
+                dispatch(buffer, draw(ctx.rank, 64, 1))
+            except deepep.errors.PeerTimeoutError as error:
+                assert torch.ones(3, device="cuda").sum().item() == 3
+                text = f"{error.record.phase} {error.record.waited_on}"
+        buffer.low_latency_update_mask_buffer(1, True)
+        inputs, _, oracle = expect((64, 64), 2)
+        want = oracle.dispatch(inputs, EXPERTS, masked={1})[0]
+        rows, idx, _, _, handle, _ = dispatch(buffer, draw(0, 64, 2))
+        assert torch.equal(bits(rows), bits(want.recv_x))
+        assert torch.equal(idx.cpu(), want.recv_topk_idx)
+        tables = [given.is_token_in_rank for given in inputs]
+        sums = oracle.combine([want.recv_x, want.recv_x[:0]], tables, masked={1})[0]
+        assert torch.equal(bits(buffer.combine(rows, handle)[0]), bits(sums.x))
+        return text
 
     with World(2, backend="nccl", timeout=60, grace=30.0) as world:
         outcomes = world.submit(lonely).outcomes(fail_fast=False)
