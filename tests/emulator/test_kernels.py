@@ -1,0 +1,136 @@
+"""The product's kernels on the emulated machine: the oracle's bits, under every schedule tried."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepep.sim.cases import Case
+from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
+from deepep.sim.emulated_domain import Gpu
+from deepep.sim.explorer import (
+    GPUS,
+    LIMITS,
+    Failure,
+    Tally,
+    draw_scenario,
+    draw_schedule,
+    draw_tall_scenario,
+    explore,
+)
+from deepep.sim.options import Options
+from deepep.sim.strategies import cases
+
+
+def even_case(ranks: int, tokens: int, topk: int, hidden: int = 128) -> Case:
+    """Every rank sends `tokens` tokens to `topk` distinct experts, two experts a rank."""
+    rng = np.random.default_rng(0)
+    indices = tuple(
+        np.stack([rng.permutation(2 * ranks)[:topk] for _ in range(tokens)]).astype(np.int64)
+        for _ in range(ranks)
+    )
+    return Case(num_experts=2 * ranks, topk_idx=indices, hidden=hidden, options=Options()).legal()
+
+
+def assert_nothing_failed(tally: Tally) -> None:
+    failure = tally.failure
+    assert failure is None, f"{failure.schedule} {failure.stops}\n{failure.scenario}\n{failure.report.text}"
+
+
+@pytest.mark.slow
+def test_drawn_scenarios_agree_with_the_oracle() -> None:
+    assert_nothing_failed(explore(runs=1500, schedules_per_scenario=4))
+
+
+@pytest.mark.slow
+def test_more_tokens_than_threads_agree_with_the_oracle() -> None:
+    assert_nothing_failed(explore(runs=300, schedules_per_scenario=2, scenarios=draw_tall_scenario))
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_ends_in_fault_records_or_not_at_all() -> None:
+    tally = explore(runs=1500, schedules_per_scenario=4, with_stops=True)
+    assert_nothing_failed(tally)
+    assert tally.kinds["fault"] > 200
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    case=cases(replace(LIMITS, masks=False)),
+    seed=st.integers(0, 2**32),
+    strategy=st.sampled_from(STRATEGIES),
+    gpu=st.sampled_from(GPUS),
+)
+def test_shapes_and_schedules_by_hypothesis(case: Case, seed: int, strategy: str, gpu: Gpu) -> None:
+    report = run(Scenario((case,), gpu), Schedule(strategy, seed))
+    assert report.kind == "ok", report.text
+
+
+def test_at_least_200_schedules_a_minute() -> None:
+    """Dispatch and combine of 4 ranks x 2 blocks x 128 threads with 24 tokens each, on one core's time."""
+    scenario = Scenario((even_case(ranks=4, tokens=24, topk=4),), Gpu(num_blocks=2, num_threads=128))
+    assert scenario.expected
+    begin = time.process_time()
+    for seed in range(12):
+        assert run(scenario, draw_schedule(seed)).kind == "ok"
+    assert 12 / (time.process_time() - begin) * 60 >= 200
+
+
+def test_a_run_is_a_function_of_its_schedule() -> None:
+    scenario = draw_scenario(3)
+    for seed in range(3):
+        assert run(scenario, draw_schedule(seed)) == run(scenario, draw_schedule(seed))
+    assert len({run(scenario, draw_schedule(3 * seed)).steps for seed in range(8)}) > 1
+
+
+def test_survivors_give_up_at_their_deadline() -> None:
+    """Whichever write is a rank's last: the others end, having waited for it, within a few deadlines."""
+    scenario = Scenario((even_case(ranks=3, tokens=4, topk=2),), Gpu(timeout=0.5))
+    ended = set()
+    for at in range(1, 120, 7):
+        stop = Stop(rank=1, at=at, counts_writes=True)
+        report = run(scenario, Schedule("random", at), stops=(stop,))
+        assert report.kind in ("ok", "fault"), report.text
+        assert report.now < 2.0
+        if report.kind == "fault":
+            assert set(report.faults) <= {0, 2}
+            assert all(1 in fault.waited_on for fault in report.faults.values())
+        ended.add(report.kind)
+    assert "fault" in ended
+
+
+def test_a_failure_is_saved_and_replayed(tmp_path: Path) -> None:
+    scenario, schedule = draw_scenario(5), draw_schedule(11)
+    stops = (Stop(0, 9, counts_writes=True),)
+    report = run(scenario, schedule, stops=stops)
+    failure = Failure(scenario, schedule, stops, report)
+    failure.save(tmp_path / "failure.json")
+    assert Failure.load(tmp_path / "failure.json").replay() == report
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="failing-schedule"):
+        Failure.load(tmp_path / "other.json")
+
+
+def test_a_schedule_reads_what_it_writes() -> None:
+    schedule = Schedule("pct", 17, 999)
+    assert Schedule.parse(str(schedule)) == schedule
+    with pytest.raises(ValueError, match="strategy"):
+        Schedule.parse("fair:1:2")
+
+
+def test_a_wrong_result_is_told() -> None:
+    """The judge itself: with another case's expectations a run fails where they first differ."""
+    scenario = draw_scenario(0, num_cases=1)
+    other = replace(scenario.cases[0], seed=scenario.cases[0].seed + 1)
+    lying = Scenario(scenario.cases, scenario.gpu)
+    lying.__dict__["expected"] = Scenario((other,), scenario.gpu).expected
+    report = run(lying, draw_schedule(0))
+    assert isinstance(report, Report)
+    assert report.kind == "wrong result"
+    assert "expected" in report.text
