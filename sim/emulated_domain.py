@@ -203,12 +203,14 @@ class EmulatedDomain:
         self._slots_lent[rank] += 1
         has_topk = options.topk and not cached
         waits = not cached and options.worst == "off"
-        scales_at, scale_strides = 0, (0, 0)
+        scales_at, token_stride, group_stride = 0, 0, 0
         if given.scales is not None:
             # All of the storage, so that the strides the kernel is given are the case's.
             storage = torch.empty(0, dtype=given.scales.dtype).set_(given.scales.untyped_storage())
-            scales_at = self._put(f"scales@{rank}", rank, bits(storage)) + 4 * given.scales.storage_offset()
-            scale_strides = given.scales.stride()
+            scales_at = self._put(f"scales@{rank}", rank, bits(storage)) + 4 * int(
+                given.scales.storage_offset()
+            )
+            token_stride, group_stride = map(int, given.scales.stride())
         if waits:
             self._tickets[rank] += 1
         self._set_live(rank, case.dispatch_members)
@@ -226,8 +228,8 @@ class EmulatedDomain:
             row_bytes=given.x.shape[1] * given.x.element_size(),
             x=self._put(f"x@{rank}", rank, bits(given.x)),
             scales=scales_at,
-            scale_token_stride=scale_strides[0],
-            scale_stride=scale_strides[1],
+            scale_token_stride=token_stride,
+            scale_stride=group_stride,
             topk_idx=self._put(f"topk_idx@{rank}", rank, given.topk_idx.numpy()) if has_topk else 0,
             topk_weights=self._put(f"topk_weights@{rank}", rank, bits(given.topk_weights)) if has_topk else 0,
             is_token_in_rank=layout.in_rank,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,18 @@ def test_the_readme_shows_the_examples_as_they_are() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     files = {name: text.split('"""\n\n', 1)[1] for name, text in EXAMPLES.items()}
     assert sorted(blocks) == sorted(files.values())
-    assert set(files) == {"train", "prefill", "decode"}
+    assert set(files) == {"train", "prefill", "decode", "property"}
     for name, text in files.items():
         assert len(text.splitlines()) <= 28, f"{name} is meant to be read at a glance"
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_property_holds() -> None:
+    path = ROOT / "examples" / "property.py"
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "holds for 50 drawn cases\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "prefill", "decode"])
 def test_the_examples_run(
     world_of: Callable[[int], Any], name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
