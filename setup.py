@@ -28,7 +28,7 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_90a,code=sm_90a",
     "--cudart=static",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
-    "-Xptxas=-warn-spills",
+    "-Xptxas=-v,-warn-spills",
     "--expt-relaxed-constexpr",
 ]
 
