@@ -8,18 +8,29 @@ step, so one may be an operation ahead of another, as on hardware. docs/emulator
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from deepep import _emulator
+from deepep.engine.emulator_domain import (
+    CombineCall,
+    DispatchCall,
+    EmulatedDomain,
+    Fault,
+    Gpu,
+    HostCounts,
+    LayoutAt,
+    PlanAt,
+)
 from deepep.sim import oracle
 from deepep.sim.cases import Case
-from deepep.sim.emulated_domain import EmulatedDomain, Fault, Gpu, HostCounts, Layout, Plan
-from deepep.sim.observed import Array, RankView, first_difference
-from deepep.sim.values import inputs
+from deepep.sim.observed import Array, RankView, bits, first_difference
+from deepep.sim.values import RankInputs, inputs
 
 STRATEGIES = ("random", "pct", "starve")
 
@@ -156,7 +167,18 @@ class _Run:
             ],
         )
         self.machine = machine
-        self.domain = EmulatedDomain(machine, scenario.cases, gpu, kernels)
+        cases = scenario.cases
+        # Every token may come back from every rank; rows travel with K weights.
+        self.domain = EmulatedDomain(
+            machine,
+            kernels,
+            gpu,
+            num_ranks=self.num_ranks,
+            max_local_experts=max(case.num_local_experts for case in cases),
+            staging_rows=self.num_ranks * max(max(case.num_tokens) for case in cases),
+            row_bytes=max(2 * case.hidden + 16 * case.num_topk for case in cases),
+            slot_bytes=max(_call(case, inputs(case, 0)).slot_offsets[-1] for case in cases),
+        )
         self.watched: Any = None  # outcome of the watch that ended last
         self.report = Report()
         self.programs: dict[int, Program] = {}
@@ -221,71 +243,99 @@ class _Run:
             if self.scenario.use_barrier and not case.masked:
                 self.domain.barrier(rank, index)
                 yield from self._settle(rank)
-                self.domain.read_marks(rank, index)
+                if self.domain.read_marks(rank, index) != [index] * self.num_ranks:
+                    raise _WrongResult(f"rank {rank}: marks of barrier {index}")
 
     def _round_trip(self, rank: int, index: int, case: Case) -> Program:
         domain = self.domain
+        given = inputs(case, rank)
         if self.scenario.use_layout == "yes":
             layout = yield from self._lay_out(rank, index, case)
         else:
-            layout = domain.given_layout(rank, self.scenario.expected[index][rank])
-        plan = domain.new_plan(rank, case)
+            expected = self.scenario.expected[index][rank]
+            layout = domain.given_layout(
+                rank,
+                torch.from_numpy(expected.num_tokens_per_rank),
+                torch.from_numpy(expected.num_tokens_per_expert),
+                torch.from_numpy(expected.is_token_in_rank),
+            )
+        plan = domain.new_plan(rank, case.num_tokens[rank])
         slot, rows = yield from self._dispatch(rank, index, case, layout, plan)
         if case.options.cached:
-            again = inputs(case, rank, again=True)
-            slot_again = domain.dispatch(rank, case, again, layout, plan, cached=True)
+            call = _call(case, inputs(case, rank, again=True), cached=True)
+            slot_again = domain.dispatch(rank, call, layout, plan)
             yield from self._settle(rank)
-            view = RankView()
-            domain.take_rows(rank, case, slot_again, rows, view)
-            self._judge(rank, index, RankView(again_x=view.recv_x, again_scales=view.recv_scales))
+            received = domain.read_slot(rank, slot_again, call, rows)
+            view = RankView(again_x=bits(received.x))
+            if received.scales is not None:
+                view.again_scales = bits(received.scales)
+            self._judge(rank, index, view)
         if rank in case.masked:
             return
         for _ in range(self.scenario.num_combines):
-            outputs = domain.combine(rank, case, inputs(case, rank), plan, slot, rows)
+            combine = _combine_call(case, rank, given, slot, rows)
+            outputs = domain.combine(rank, combine, plan)
             yield from self._settle(rank)
-            view = RankView()
-            domain.take_sums(rank, case, outputs, view)
+            x, weights = domain.read_sums(rank, combine, outputs)
+            view = RankView(combined_x=bits(x))
+            if weights is not None:
+                view.combined_weights = bits(weights)
             self._judge(rank, index, view)
 
-    def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, Layout]:
-        layout = self.domain.layout(rank, case, inputs(case, rank))
+    def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, LayoutAt]:
+        topk_idx, nodes = inputs(case, rank).topk_idx, case.options.ranks_per_node
+        at = self.domain.layout(rank, topk_idx, case.num_experts, nodes)
         yield "stream"
-        view = RankView()
-        self.domain.take_layout(rank, case, layout, view)
+        tokens = case.num_tokens[rank]
+        per_rank, per_node, per_expert, in_rank = self.domain.read_layout(
+            rank, at, tokens, case.num_experts, nodes
+        )
+        view = RankView(
+            num_tokens_per_rank=per_rank.numpy(),
+            num_tokens_per_node=None if per_node is None else per_node.numpy(),
+            num_tokens_per_expert=per_expert.numpy(),
+            is_token_in_rank=in_rank.numpy(),
+        )
         self._judge(rank, index, view)
-        return layout
+        return at
 
     def _dispatch(
-        self, rank: int, index: int, case: Case, layout: Layout, plan: Plan
+        self, rank: int, index: int, case: Case, layout: LayoutAt, plan: PlanAt
     ) -> Generator[str, None, tuple[int, int]]:
         """Returns the slot's address and the number of rows in it."""
         domain = self.domain
-        given = inputs(case, rank)
         expected = [view.recv_x for view in self.scenario.expected[index]]
         rows = len(_given(expected[rank]))
         most_rows = max(len(x) for x in expected if x is not None)
-        waits = case.options.worst == "off"
+        call = _call(case, inputs(case, rank))
         view = RankView()
-        if waits and self.scenario.short_slots and most_rows > 1:
-            domain.dispatch(rank, case, given, layout, plan, cached=False, capacity=most_rows - 1)
+        if call.tells_host and self.scenario.short_slots and most_rows > 1:
+            domain.dispatch(rank, replace(call, capacity=most_rows - 1), layout, plan)
             told = yield from self._hear(rank)
             yield from self._settle(rank)
             if (told.phase, told.most_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
                 raise _WrongResult(f"rank {rank}: short slots: the host was told {told}")
-        slot = domain.dispatch(rank, case, given, layout, plan, cached=False)
-        if waits:
+        slot = domain.dispatch(rank, call, layout, plan)
+        if call.tells_host:
             # The host allocates by what it hears while the kernel runs.
             told = yield from self._hear(rank)
             if told.phase == 0:
                 unit = case.options.expert_alignment
-                view.num_rows, view.expert_counts = told.num_rows, -(-told.per_expert // unit) * unit
+                view.num_rows = told.num_rows
+                view.expert_counts = np.array([-(-n // unit) * unit for n in told.per_expert])
         else:
-            view.num_rows = oracle.worst_tokens(case)
+            view.num_rows = call.num_worst_tokens
             view.expert_counts = np.zeros(0, dtype=np.int64)
         yield from self._settle(rank)
         if view.num_rows is None:
             raise _WrongResult(f"rank {rank}: the host was told {told}, and there is no fault record")
-        domain.take_rows(rank, case, slot, rows, view)
+        received = domain.read_slot(rank, slot, call, rows)
+        view.recv_x, view.src_token = bits(received.x), received.source.numpy()
+        if received.scales is not None:
+            view.recv_scales = bits(received.scales)
+        if received.topk_idx is not None and received.topk_weights is not None:
+            view.recv_topk_idx = received.topk_idx.numpy()
+            view.recv_topk_weights = bits(received.topk_weights)
         self._judge(rank, index, view)
         return slot, rows
 
@@ -317,6 +367,42 @@ class _Run:
         difference = first_difference(self.scenario.expected[index], views)
         if difference is not None:
             raise _WrongResult(f"case {index}: {difference}")
+
+
+def _call(case: Case, given: RankInputs, *, cached: bool = False) -> DispatchCall:
+    """A rank's dispatch, with a slot for whatever may come."""
+    topk = case.options.topk and not cached
+    worst = oracle.worst_tokens(case)
+    return DispatchCall(
+        x=given.x,
+        num_local_experts=case.num_local_experts,
+        capacity=max(1, sum(case.num_tokens), worst),
+        live=case.dispatch_members,
+        scales=given.scales,
+        topk_idx=given.topk_idx if topk else None,
+        topk_weights=given.topk_weights if topk else None,
+        num_worst_tokens=0 if cached else worst,
+        cached=cached,
+    )
+
+
+def _combine_call(case: Case, rank: int, given: RankInputs, slot: int, rows: int) -> CombineCall:
+    """A rank's combine of the slot's rows, or of others."""
+    options = case.options
+    x: Tensor | int = slot
+    if options.combine_rows != "same":
+        # Their values depend on how many there are, the rows past the last received included.
+        x = oracle.returned_rows(case, rank, torch.empty(oracle.worst_tokens(case) or rows, 0))
+    weights_at = slot + _call(case, given).slot_offsets[3]
+    return CombineCall(
+        x=x,
+        hidden=case.hidden,
+        num_tokens=case.num_tokens[rank],
+        live=case.members,
+        num_topk=case.num_topk if options.combine_weights else 0,
+        topk_weights=weights_at if options.combine_weights else 0,
+        biases=given.biases,
+    )
 
 
 def _given(array: Array | None) -> Array:

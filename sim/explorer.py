@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deepep.engine.emulator_domain import Gpu
 from deepep.sim.cases import Case, Limits, draw_case
 from deepep.sim.choices import RandomChoices
 from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
-from deepep.sim.emulated_domain import Gpu
 
 FORMAT = "deepep.failing-schedule"
 _PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deepep.engine.emulator_domain import Gpu
 from deepep.sim.cases import Case
 from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
-from deepep.sim.emulated_domain import Gpu
 from deepep.sim.explorer import (
     GPUS,
     LIMITS,
