@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -17,12 +19,25 @@ import cloudpickle
 def pack(message: tuple[Any, ...]) -> bytes:
     """`message` as bytes. Functions of scripts and test modules go by value, installed ones by name."""
     with _by_value(message):
-        return bytes(cloudpickle.dumps(message))
+        stream = io.BytesIO()
+        _Pickler(stream).dump(message)
+        return stream.getvalue()
 
 
 def unpack(message: bytes) -> Any:
     """What `pack` was given."""
     return cloudpickle.loads(message)
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Modules of a class of their own go by name, too: torch's configuration modules are such, and a
+    function that mentions torch takes along those that happen to be loaded.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
+            return importlib.import_module, (obj.__name__,)
+        return super().reducer_override(obj)
 
 
 @contextmanager

@@ -231,3 +231,16 @@ def test_importing_the_simulator_loads_no_hypothesis():
     code = "import sys, deepep.sim; print('hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_modules_of_a_class_of_their_own_travel() -> None:
+    """torch's configuration modules: a function that uses one takes it along if the parent has it loaded."""
+    import torch
+    import torch._inductor.config
+
+    from deepep.sim.travel import pack, unpack
+
+    def threads() -> int:
+        return int(torch._inductor.config.compile_threads)
+
+    assert unpack(pack((threads,)))[0]() == torch._inductor.config.compile_threads
