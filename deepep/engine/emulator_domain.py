@@ -1,8 +1,8 @@
 """The ranks of an NVLink domain on an emulated machine: their memory, and launches of the kernels on it.
 
-What deepep.engine.nvlink is to real memory. Calls name the rank; they enqueue, and the machine's `run` carries
-out. Inputs are CPU tensors, copied into the machine; results are read back as tensors. Every read and write
-of a host is checked by the machine, like any access of a kernel.
+What deepep.engine.nvlink is to real memory. Calls name the rank; they enqueue, and the machine's `run`
+carries out. Inputs are CPU tensors, copied into the machine; results are read back as tensors. Every read and
+write of a host is checked by the machine, like any access of a kernel.
 
 Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden size, N rows received, P scales.
 """
@@ -280,7 +280,7 @@ class EmulatedDomain:
         if scales is not None:
             # All of the storage, so that the strides the kernel is given are the caller's.
             storage = torch.empty(0, dtype=scales.dtype).set_(scales.untyped_storage())
-            scales_at = self._put(f"scales@{rank}", rank, storage) + 4 * scales.storage_offset()
+            scales_at = self._put(f"scales@{rank}", rank, storage) + 4 * int(scales.storage_offset())
         if call.tells_host:
             self._tickets[rank] += 1
         self._set_live(rank, call.live)

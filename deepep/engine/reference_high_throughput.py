@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,40 @@ from deepep.engine.interface import (
 from deepep.engine.link import Link
 from deepep.errors import ArgumentError, HandleError, ShapeError
 from deepep.reference import all_to_all
-from deepep.reference.all_to_all import DispatchPlan, DispatchTensors
+from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
+from deepep.reference.wire import Wire
+
+
+class Exchange(Protocol):
+    """How rows travel: all_to_all (deepep.reference), or something else with its functions."""
+
+    def exchange_counts(
+        self, wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
+    ) -> DispatchPlan: ...
+
+    def dispatch(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        scales: Tensor | None,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        num_experts: int,
+        out: DispatchTensors,
+    ) -> object: ...
+
+    def combine(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        topk_weights: Tensor | None,
+        biases: tuple[Tensor, ...],
+    ) -> CombineTensors: ...
+
 
 # Layout
 
@@ -149,9 +183,9 @@ class _Rows:
         x = self.x.new_empty(rows, self.x.shape[1])
         return DispatchTensors(x, like(self.scales), like(self.topk_idx), like(self.topk_weights))
 
-    def send(self, link: Link, route: Route, out: DispatchTensors) -> None:
+    def send(self, link: Link, route: Route, out: DispatchTensors, exchange: Exchange) -> None:
         """The exchange of the payload."""
-        all_to_all.dispatch(
+        exchange.dispatch(
             link,
             plan_of(route),
             self.x,
@@ -168,7 +202,11 @@ class _Rows:
 
 
 def dispatch_cached(
-    conductor: Conductor, request: DispatchRequest, route: Route, schedule: Schedule
+    conductor: Conductor,
+    request: DispatchRequest,
+    route: Route,
+    schedule: Schedule,
+    exchange: Exchange = all_to_all,
 ) -> Dispatched:
     """Along the routes of an earlier dispatch: sizes are known, nothing is waited for."""
     assert route.num_rows is not None
@@ -185,7 +223,7 @@ def dispatch_cached(
 
     def body(link: Link, limits: dict[int, int]) -> None:
         conductor.enter("payload")
-        rows.send(link, route, out)
+        rows.send(link, route, out, exchange)
 
     completion = conductor.perform(
         Operation.DISPATCH,
@@ -200,7 +238,11 @@ def dispatch_cached(
 
 
 def dispatch_fresh(
-    conductor: Conductor, request: DispatchRequest, route: Route, schedule: Schedule
+    conductor: Conductor,
+    request: DispatchRequest,
+    route: Route,
+    schedule: Schedule,
+    exchange: Exchange = all_to_all,
 ) -> Dispatched:
     """Along new routes, which are left in `route`. The host waits for the counts, unless a worst case is
     given.
@@ -219,7 +261,7 @@ def dispatch_fresh(
 
     def count(link: Link, limits: dict[int, int]) -> None:
         conductor.enter("counts")
-        plan = all_to_all.exchange_counts(link, layout.is_token_in_rank, layout.num_tokens_per_expert)
+        plan = exchange.exchange_counts(link, layout.is_token_in_rank, layout.num_tokens_per_expert)
         checks.check_capacity(plan.counts, limits)
         route.plan = plan
 
@@ -242,7 +284,7 @@ def dispatch_fresh(
         plan = plan_of(route)
         out = allocate(plan.num_recv_tokens)
         completion = conductor.proceed(
-            "payload", schedule, lambda link: rows.send(link, route, out), (*inputs, *_all(out))
+            "payload", schedule, lambda link: rows.send(link, route, out, exchange), (*inputs, *_all(out))
         )
         alignment = request.expert_alignment
         expert_counts = [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
@@ -252,7 +294,7 @@ def dispatch_fresh(
         def count_and_send(link: Link, limits: dict[int, int]) -> None:
             count(link, limits)
             conductor.enter("payload")
-            rows.send(link, route, out)
+            rows.send(link, route, out, exchange)
 
         completion = conductor.perform(
             Operation.DISPATCH,
@@ -269,7 +311,9 @@ def dispatch_fresh(
     return Dispatched(*_all(out), expert_counts, route, finished)
 
 
-def combine(conductor: Conductor, request: CombineRequest, schedule: Schedule) -> Combined:
+def combine(
+    conductor: Conductor, request: CombineRequest, schedule: Schedule, exchange: Exchange = all_to_all
+) -> Combined:
     """Back along a dispatch's routes."""
     route, x = request.route, request.x.detach()
     weights = None if request.topk_weights is None else request.topk_weights.detach()
@@ -281,7 +325,7 @@ def combine(conductor: Conductor, request: CombineRequest, schedule: Schedule) -
 
     def body(link: Link, limits: dict[int, int]) -> None:
         conductor.enter("payload")
-        done = all_to_all.combine(link, plan_of(route), x, topk_weights=weights, biases=biases)
+        done = exchange.combine(link, plan_of(route), x, topk_weights=weights, biases=biases)
         out.copy_(done.x)
         if out_weights is not None and done.topk_weights is not None:
             out_weights.copy_(done.topk_weights)

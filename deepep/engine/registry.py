@@ -20,12 +20,16 @@ Answer = tuple[bool, str]
 
 @dataclass(frozen=True)
 class Backend:
-    """available: whether this machine can run it, and why (not). supports: the same for a given group."""
+    """available: whether this machine can run it, and why (not). supports: the same for a given group.
+
+    by_name_only: it is never chosen unless asked for.
+    """
 
     name: str
     available: Callable[[], Answer]
     supports: Callable[[Any], Answer]
     create: Callable[[EngineOptions], Engine]
+    by_name_only: bool = False
 
 
 _backends: dict[str, Backend] = {}
@@ -53,7 +57,8 @@ def choose(name: str | None, group: Any) -> Backend:
     if wanted is not None and wanted not in _backends:
         raise RangeError("backend", repr(wanted), " or ".join(repr(b) for b in _backends))
     reasons = []
-    for backend in backends() if wanted is None else (_backends[wanted],):
+    candidates = [b for b in backends() if not b.by_name_only] if wanted is None else [_backends[wanted]]
+    for backend in candidates:
         for answer in (backend.available, lambda b=backend: b.supports(group)):
             able, why = answer()
             if not able:
@@ -133,3 +138,29 @@ def _cuda_create(options: EngineOptions) -> Engine:
 
 
 register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create))
+
+
+def _emulator_available() -> Answer:
+    from importlib.util import find_spec
+
+    if find_spec("deepep._emulator") is None:
+        return False, "deepep._emulator is missing"
+    return True, "the kernels' source on the CPU, for tests"
+
+
+def _emulator_supports(group: Any) -> Answer:
+    from deepep.engine.link import device_type_of
+
+    able, why = _reference_supports(group)
+    if able and device_type_of(group) != "cpu":
+        return False, "the group's tensors are not on the CPU"
+    return able, why
+
+
+def _emulator_create(options: EngineOptions) -> Engine:
+    from deepep.engine.emulator_engine import EmulatorEngine
+
+    return EmulatorEngine(options)
+
+
+register(Backend("emulator", _emulator_available, _emulator_supports, _emulator_create, by_name_only=True))

@@ -1,0 +1,94 @@
+"""Buffer on the emulator backend: the kernels behind the public calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from deepep.engine import registry
+from deepep.engine.emulator_all_to_all import EmulatedFailure
+from deepep.errors import DeepEPError
+from deepep.sim import RankContext, World, WorldError, subjects
+from deepep.sim.cases import Limits
+from deepep.sim.fuzzer import Fuzzer
+
+
+@pytest.mark.slow
+def test_drawn_cases_agree_with_the_oracle(world_of: Callable[[int], World]) -> None:
+    subject = subjects.buffer(world_of, backend="emulator")
+    limits = Limits(ranks=(1, 2, 4), fixed={"mode": "ht"})
+    report = Fuzzer([subject], seed=7, limits=limits).run(examples=100)
+    assert report.finding is None, report.finding
+
+
+def round_trip(ctx: RankContext, backend: str) -> tuple[bytes, bytes]:
+    """The bits of a dispatch and a combine by `backend`."""
+    from deepep import Buffer
+
+    generator = torch.Generator().manual_seed(ctx.rank)
+    x = torch.randn(9, 64, generator=generator).to(torch.bfloat16)
+    topk_idx = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(9)])
+    buffer = Buffer(ctx.group, explicitly_destroy=True, backend=backend)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 8)
+    weights = torch.rand(9, 3, generator=generator)
+    recv_x, _, _, _, handle, _ = buffer.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=topk_idx,
+        topk_weights=weights,
+    )
+    combined, _, _ = buffer.combine(recv_x, handle)
+    buffer.destroy()
+    return recv_x.view(torch.int16).numpy().tobytes(), combined.view(torch.int16).numpy().tobytes()
+
+
+def test_the_same_bits_as_the_reference_backend(world_of: Callable[[int], World]) -> None:
+    world = world_of(2)
+    assert world.run(round_trip, "emulator") == world.run(round_trip, "reference")
+
+
+def test_it_is_not_chosen_unless_asked_for(world_of: Callable[[int], World]) -> None:
+    def chosen(ctx: RankContext, name: str | None) -> str:
+        return registry.choose(name, ctx.group).name
+
+    world = world_of(2)
+    assert world.run(chosen, None) == ["reference"] * 2
+    assert world.run(chosen, "emulator") == ["emulator"] * 2
+
+
+def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]) -> None:
+    """Where the kernels fail, all ranks hear the story."""
+
+    def fail(ctx: RankContext) -> None:
+        from deepep.engine.emulator_all_to_all import at_leader
+        from deepep.reference.wire import Wire
+
+        def work(given: dict[int, int], num_ranks: int) -> dict[int, int]:
+            raise EmulatedFailure("data race: a story")
+
+        at_leader(Wire.whole(ctx.group), ctx.rank, work)
+
+    with pytest.raises(WorldError) as told:
+        world_of(2).run(fail)
+    failures = told.value.failures
+    assert set(failures) == {0, 1}
+    assert all(isinstance(error, DeepEPError) and "a story" in str(error) for error in failures.values())
+
+
+def test_work_comes_to_the_leader_and_back(world_of: Callable[[int], World]) -> None:
+    def meet(ctx: RankContext) -> np.ndarray:
+        from deepep.engine.emulator_all_to_all import at_leader
+        from deepep.reference.wire import Wire
+
+        def work(given: dict[int, torch.Tensor], num_ranks: int) -> dict[int, torch.Tensor]:
+            return {rank: sum(given.values()) * (rank + 1) for rank in given}
+
+        mine = torch.full((ctx.rank + 1,), 2.0).sum()
+        return at_leader(Wire.whole(ctx.group), mine, work).numpy()
+
+    assert [float(got) for got in world_of(3).run(meet)] == [12.0, 24.0, 36.0]
