@@ -18,7 +18,8 @@ DEEPEP_KERNEL(copy_kernel, CopyArgs, kThreads) {
   Vec16* to = reinterpret_cast<Vec16*>(args.to);
   const int64_t count = args.bytes / 16;
   const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
-  for (int64_t first = static_cast<int64_t>(block()) * num_threads() + thread(); first < count; first += step * kUnroll) {
+  const int64_t own = static_cast<int64_t>(block()) * num_threads() + thread();
+  for (int64_t first = own; first < count; first += step * kUnroll) {
     Vec16 v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)

@@ -59,7 +59,9 @@ struct DispatchShared {
   digest.add(static_cast<uint32_t>(args.index_bytes));
   digest.add(static_cast<uint32_t>(args.num_local_experts));
   digest.add(args.group.live);
-  digest.add((args.cached ? 1u : 0u) | (args.host != nullptr ? 2u : 0u) | (args.tokens_per_expert != nullptr ? 4u : 0u));
+  digest.add(args.cached ? 1u : 0u);
+  digest.add(args.host != nullptr ? 1u : 0u);
+  digest.add(args.tokens_per_expert != nullptr ? 1u : 0u);
   return digest.value | 1u;
 }
 
@@ -465,8 +467,8 @@ DEEPEP_DEVICE void pad_indices(const DispatchArgs& args, int part, int parts) {
   }
 }
 
-/// publish: this push block's rows, the `flag`-th's, are at every peer. Its threads' stores come before its flags: the block barrier
-/// orders them before the releasing thread, and the release carries them along.
+/// publish: this push block's rows, the `flag`-th's, are at every peer. Its threads' stores come before its flags: the
+/// block barrier orders them before the releasing thread, and the release carries them along.
 DEEPEP_DEVICE void publish_rows(const Group& g, int flag, uint32_t epoch) {
   using namespace dev;
   sync_block();
@@ -494,7 +496,9 @@ DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline dead
 }
 
 /// Local blocks come first: block 0 talks, and has time to. The push blocks' flags are numbered from 0.
-[[nodiscard]] DEEPEP_DEVICE int first_push_block(const DispatchArgs& args) { return dev::num_blocks() - args.push_blocks; }
+[[nodiscard]] DEEPEP_DEVICE int first_push_block(const DispatchArgs& args) {
+  return dev::num_blocks() - args.push_blocks;
+}
 
 [[nodiscard]] DEEPEP_DEVICE DispatchRole role_of_block(const DispatchArgs& args) {
   DispatchRole role{dev::block() >= first_push_block(args), dev::block() < args.local_blocks, 0, 0};
@@ -554,7 +558,7 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   sync_block();
   if (thread() == num_threads() - 1) have_read_epoch(g, &g.state->dispatch_epoch, epoch);
   const int parts = parts_for(role.end - role.begin, num_warps());
-  const int32_t first_position = position_of_item(args, role, parts, warp());
+  const int32_t first_position = args.refused ? -1 : position_of_item(args, role, parts, warp());
   const bool heard = hear(args, epoch, deadline);  // never, on a rank that refused: it disagrees with itself
   if (tells_host) tell_host(args, epoch, deadline);
   if (heard) {

@@ -62,14 +62,14 @@ inline constexpr uint64_t kGatherNs = 1000000;
 DEEPEP_DEVICE void hand_over_faults(const Group& g, Operation operation) {
   using namespace dev;
   LocalState* state = g.state;
-  const uint32_t phase = load<relaxed, gpu_scope>(&state->phase);
-  if (phase == 0) return;  // stopped for a reason that the host learns with the counts
+  // Nothing noted: the block stopped for a reason that the host learns with the counts.
+  if (load<relaxed, gpu_scope>(&state->phase) == 0) return;
   if (fetch_add<acq_rel, gpu_scope>(&state->handed_over, 1u) != 0) return;
   const Deadline gathered = Deadline::in(kGatherNs);
   while (!gathered.passed()) pause();
   FaultRecord* record = g.fault;
   store(&record->operation, static_cast<uint32_t>(operation));
-  store(&record->phase, phase);
+  store(&record->phase, load<relaxed, gpu_scope>(&state->phase));
   store(&record->missing, load<relaxed, gpu_scope>(&state->missing));
   store(&record->expected, load<relaxed, gpu_scope>(&state->expected));
   store(&record->seen, load<relaxed, gpu_scope>(&state->seen));
