@@ -82,6 +82,7 @@ class Scenario:
     short_slots: ranks lend slots with room for one row less than comes, where the host waits for the counts,
     hear of it with the counts, and lend anew.
     num_combines: how often each case's combine is run, from the one handle.
+    refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all hear of it.
     """
 
     cases: tuple[Case, ...]
@@ -90,6 +91,7 @@ class Scenario:
     use_barrier: bool = False
     short_slots: bool = False
     num_combines: int = 1
+    refuses: str = ""
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
@@ -182,6 +184,7 @@ class _Run:
         self.watched: Any = None  # outcome of the watch that ended last
         self.report = Report()
         self.programs: dict[int, Program] = {}
+        self.handles: dict[int, tuple[CombineCall, PlanAt]] = {}  # of each rank's case before
 
     def run(self) -> Report:
         report = self.report
@@ -272,8 +275,15 @@ class _Run:
             self._judge(rank, index, view)
         if rank in case.masked:
             return
-        for _ in range(self.scenario.num_combines):
-            combine = _combine_call(case, rank, given, slot, rows)
+        combine = _combine_call(case, rank, given, slot, rows)
+        for number in range(self.scenario.num_combines):
+            if self.scenario.refuses == "combine":
+                refuser = case.members[(index + number) % len(case.members)]
+                # Of the case before, if there is one: its rows are staged elsewhere than those that follow.
+                earlier, earlier_plan = self.handles.get(rank, (combine, plan))
+                refused = replace(earlier, refused=rank == refuser, live=case.members)
+                domain.combine(rank, refused, earlier_plan)
+                yield from self._hear_refusal(rank)
             outputs = domain.combine(rank, combine, plan)
             yield from self._settle(rank)
             x, weights = domain.read_sums(rank, combine, outputs)
@@ -281,6 +291,7 @@ class _Run:
             if weights is not None:
                 view.combined_weights = bits(weights)
             self._judge(rank, index, view)
+        self.handles[rank] = (combine, plan)
 
     def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, LayoutAt]:
         topk_idx, nodes = inputs(case, rank).topk_idx, case.options.ranks_per_node
@@ -315,6 +326,19 @@ class _Run:
             yield from self._settle(rank)
             if (told.phase, told.most_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
                 raise _WrongResult(f"rank {rank}: short slots: the host was told {told}")
+        if self.scenario.refuses == "dispatch":
+            refuser = case.dispatch_members[index % len(case.dispatch_members)]
+            given_up = domain.new_plan(rank, case.num_tokens[rank])
+            if rank == refuser:
+                nothing = DispatchCall(call.x[:0], call.num_local_experts, 0, call.live, refused=True)
+                domain.dispatch(rank, nothing, layout, given_up)
+            else:
+                domain.dispatch(rank, call, layout, given_up)
+            if rank != refuser and call.tells_host:
+                told = yield from self._hear(rank)
+                if told.phase == 0:
+                    raise _WrongResult(f"rank {rank}: the host was told {told} of a refused dispatch")
+            yield from self._hear_refusal(rank)
         slot = domain.dispatch(rank, call, layout, plan)
         if call.tells_host:
             # The host allocates by what it hears while the kernel runs.
@@ -345,6 +369,16 @@ class _Run:
         if not self.watched.in_time:
             raise _WrongResult(f"rank {rank}: the host was told nothing")
         return self.domain.host_counts(self.watched.words)
+
+    def _hear_refusal(self, rank: int) -> Program:
+        """Waits for the stream: the kernel must have found a disagreement."""
+        yield "stream"
+        fault = self.domain.take_fault(rank)
+        if fault is None or fault.phase & _emulator.DISAGREEMENT == 0:
+            if fault is not None and self.stops:
+                self.report.faults[rank] = fault
+                raise _GaveUp
+            raise _WrongResult(f"rank {rank}: of a refusal the kernel told {fault}")
 
     def _settle(self, rank: int) -> Program:
         """Waits for the stream; where faults are to be expected, looks for one while the kernel runs, too."""

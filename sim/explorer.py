@@ -18,7 +18,7 @@ from deepep.sim.choices import RandomChoices
 from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
 
 FORMAT = "deepep.failing-schedule"
-_PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines")
+_PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
 
 #: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks.
 GPUS = (
@@ -27,6 +27,7 @@ GPUS = (
     Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
     Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
     Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
 )
 
 LIMITS = Limits(
@@ -58,6 +59,7 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
         use_barrier=choices.flag(),
         short_slots=choices.flag(0.3),
         num_combines=choices.pick((1, 1, 0, 2, 3)),
+        refuses=choices.pick(("", "", "", "dispatch", "combine")),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from deepep import _emulator
 
 TOO_MANY_ROWS: int = _emulator.TOO_MANY_ROWS
+DISAGREEMENT: int = _emulator.DISAGREEMENT
 _MARK_BYTES = 256
 
 
@@ -79,7 +80,7 @@ class PlanAt(NamedTuple):
 class DispatchCall:
     """One rank's arguments. capacity: rows of the slot it lends. live: the ranks that take part.
 
-    num_worst_tokens: 0 lets the host wait for the counts, but for a cached call.
+    num_worst_tokens: 0 lets the host wait for the counts, unless the call is cached or refused.
     """
 
     x: Tensor  # [T, H]
@@ -91,10 +92,11 @@ class DispatchCall:
     topk_weights: Tensor | None = None  # [T, K] float32
     num_worst_tokens: int = 0
     cached: bool = False
+    refused: bool = False  # only tell the others that this rank takes no part
 
     @property
     def tells_host(self) -> bool:
-        return not self.cached and self.num_worst_tokens == 0
+        return not self.cached and not self.refused and self.num_worst_tokens == 0
 
     @property
     def slot_offsets(self) -> tuple[int, int, int, int, int]:
@@ -120,6 +122,7 @@ class CombineCall:
     num_topk: int = 0
     topk_weights: Tensor | int = 0  # [N, K] float32
     biases: tuple[Tensor, ...] = ()  # [T, H] bf16
+    refused: bool = False  # only tell the others that this rank takes no part
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,7 @@ class EmulatedDomain:
             num_blocks=self.gpu.num_blocks,
             push_blocks=self.gpu.push_blocks,
             local_blocks=self.gpu.local_blocks,
-            refused=False,
+            refused=call.refused,
             cached=call.cached,
             num_tokens=call.x.shape[0],
             num_topk=0 if call.topk_idx is None else call.topk_idx.shape[1],
@@ -367,7 +370,7 @@ class EmulatedDomain:
             num_blocks=self.gpu.num_blocks,
             push_blocks=self.gpu.push_blocks,
             reduce_blocks=self.gpu.local_blocks,
-            refused=False,
+            refused=call.refused,
             num_tokens=tokens,
             num_topk=topk,
             row_bytes=2 * call.hidden,
