@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepep.engine.emulator_domain import Gpu
+from deepep.engine.emulator_calls import Gpu
 from deepep.sim.cases import Case, Limits, draw_case
 from deepep.sim.choices import RandomChoices
-from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
+from deepep.sim.emulated import run
+from deepep.sim.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
 
 FORMAT = "deepep.failing-schedule"
 _PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from deepep import _emulator
-from deepep.sim.emulated import Scenario
 from deepep.sim.explorer import LIMITS, Failure, draw_scenario, draw_tall_scenario, explore
 from deepep.sim.kernel_mutants import HARMLESS, Mutant, build
+from deepep.sim.scenarios import Scenario
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))

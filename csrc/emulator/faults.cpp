@@ -58,10 +58,7 @@ bool Simulation::pass_time() {
   for (const Rank& rank : ranks_)
     if (rank.is_frozen && rank.thaws_at_ns != 0) next = std::min(next, rank.thaws_at_ns);
   if (faults_struck_ == 0 || next == kNever) {
-    outcome_.kind = "deadlock";
-    outcome_.text = "nothing can run and nothing is under way\n" + story_of_waits();
-    outcome_.status = Outcome::Status::failed;
-    failed_ = true;
+    note_failure("deadlock", "nothing can run and nothing is under way\n" + story_of_waits());
     return false;
   }
   ns_at_jump_ = std::max(now_ns(), next + 1);

@@ -7,13 +7,17 @@
 #include <cstdlib>
 #include <new>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+// DEEPEP_EMULATOR_UCONTEXT asks for the portable way on machines that need not go it.
+#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(DEEPEP_EMULATOR_UCONTEXT)
+#define DEEPEP_EMULATOR_UCONTEXT
+#endif
+#if defined(DEEPEP_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace deepep::emu {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DEEPEP_EMULATOR_UCONTEXT)
 
 // Callee-saved registers go to the stack, the stack pointer to the context. A fresh fiber's stack holds the same
 // seven words, of which r12 is the entry, r13 its argument, and the return address the trampoline.
@@ -68,7 +72,7 @@ Context make_context(std::byte* stack, void (*entry)(void*), void* argument) {
 
 void switch_context(Context& from, Context& to) { deepep_emu_switch(&from, &to); }
 
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(DEEPEP_EMULATOR_UCONTEXT)
 
 // x19-x30 and d8-d15 are the callee's to save. A fresh fiber finds its entry in x19 and its argument in x20.
 asm(R"(

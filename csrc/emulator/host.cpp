@@ -55,8 +55,8 @@ void Simulation::enter_watch(void* self) {
       const uintptr_t word = watch.address + static_cast<uintptr_t>(i * watch.bytes);
       rank.watched_words.emplace_back();
       rank.watch_in_time =
-          simulation.wait(reinterpret_cast<const void*>(word), watch.bytes, watch.condition, Order::acquire, Scope::sys,
-                          fiber.deadline_ns, rank.watched_words.back(), Site::current());
+          simulation.wait_at(word, watch.bytes, watch.condition, Order::acquire, Scope::sys, fiber.deadline_ns,
+                             rank.watched_words.back(), simulation.memory_.sites.named("its watch"));
     }
     rank.watch_ended = true;
     simulation.memory_.teach(rank.host.known, fiber.agent);  // they are one thread

@@ -149,11 +149,11 @@ class Memory {
   void load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site);
 
   // ordered accesses (ordered.cpp)
-  [[nodiscard]] uint64_t strong_load(Agent& agent, uintptr_t address, int bytes, Order, Scope, Site);
-  void strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order, Scope, Site);
+  [[nodiscard]] uint64_t strong_load(Agent& agent, uintptr_t address, int bytes, Order, Scope, uint16_t site);
+  void strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order, Scope, uint16_t site);
   [[nodiscard]] uint64_t strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw, uint64_t operand, Order, Scope,
-                                    Site);
-  void fence(Agent& agent, Order, Scope, Site);
+                                    uint16_t site);
+  void fence(Agent& agent, Order, Scope, uint16_t site);
   /// The word's history, for a wait to register with. Only after a strong_load of the same word.
   [[nodiscard]] History& history_at(uintptr_t address) { return histories_[arena.cell(address).extra]; }
 

@@ -183,8 +183,7 @@ void Memory::observe(Agent& agent, const Message& message, Order order, Scope sc
   }
 }
 
-void Memory::fence(Agent& agent, Order order, Scope scope, Site site) {
-  const uint16_t id = sites.id(site);
+void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
   if (acquires(order)) {
     for (size_t distance = 0; distance <= index_of(scope); ++distance) {
       if (agent.unacquired[distance]) agent.known.join(agent.unacquired[distance]);
@@ -195,7 +194,7 @@ void Memory::fence(Agent& agent, Order order, Scope scope, Site site) {
     for (size_t narrower = 0; narrower < index_of(scope); ++narrower) agent.fenced[narrower] = {};
     agent.fenced[index_of(scope)] = {scope, agent.now(), agent.known};
   }
-  log({Event::Kind::fence, order, scope, id, agent.now(), 0, 0, 0, {}});
+  log({Event::Kind::fence, order, scope, site, agent.now(), 0, 0, 0, {}});
   advance(agent);
 }
 
@@ -229,8 +228,8 @@ void Memory::synchronize(const std::vector<Agent*>& agents, uint16_t site) {
 
 // ---- the accesses ------------------------------------------------------------------------------------------
 
-uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order order, Scope scope, Site site) {
-  const Access access{"ordered load", address, bytes, sites.id(site)};
+uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order order, Scope scope, uint16_t site) {
+  const Access access{"ordered load", address, bytes, site};
   check_reach(agent, access);
   check_written(agent, access);
   History& history = open_history(agent, access, false);
@@ -262,8 +261,8 @@ void Memory::append(Agent& agent, History& history, Message message) {
 }
 
 void Memory::strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order order, Scope scope,
-                          Site site) {
-  const Access access{"ordered store", address, bytes, sites.id(site)};
+                          uint16_t site) {
+  const Access access{"ordered store", address, bytes, site};
   check_reach(agent, access);
   History& history = open_history(agent, access, true);
   check_strong(agent, history, scope, access, true);
@@ -277,8 +276,8 @@ void Memory::strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t v
 }
 
 uint64_t Memory::strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw op, uint64_t operand, Order order,
-                            Scope scope, Site site) {
-  const Access access{"atomic", address, bytes, sites.id(site)};
+                            Scope scope, uint16_t site) {
+  const Access access{"atomic", address, bytes, site};
   check_reach(agent, access);
   check_written(agent, access);
   History& history = open_history(agent, access, true);

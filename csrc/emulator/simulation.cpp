@@ -1,6 +1,7 @@
 #include "emulator/simulation.hpp"
 
 #include <algorithm>
+#include <exception>
 
 namespace deepep::emu {
 
@@ -147,6 +148,8 @@ void Simulation::enter(void* self) {
     fiber.launch->kernel->run(fiber.launch->args.data());
     simulation.thread_ends();
   } catch (const Abort&) {
+  } catch (const std::exception& error) {
+    simulation.note_failure("internal error", error.what());
   }
   fiber.state = Fiber::State::done;
   switch_context(fiber.context, simulation.main_);
@@ -306,11 +309,15 @@ void Simulation::written(History& history, Slot writer) {
 
 void Simulation::fail(const std::string& kind, const std::string& text) {
   if (!in_fiber_) throw HostFailure{kind, text};
+  note_failure(kind, text);
+  throw Abort{};
+}
+
+void Simulation::note_failure(const std::string& kind, const std::string& text) {
   failed_ = true;
   outcome_.status = Outcome::Status::failed;
   outcome_.kind = kind;
   outcome_.text = text;
-  throw Abort{};
 }
 
 std::string Simulation::name_of(Epoch epoch) const {

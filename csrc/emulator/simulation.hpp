@@ -218,6 +218,7 @@ class Simulation final : public Machine, private Environment {
   std::string name_of(Epoch epoch) const override;
 
   // simulation.cpp
+  void note_failure(const std::string& kind, const std::string& text);
   static void enter(void* self);
   static void enter_watch(void* self);
   void start_next(int rank);
@@ -243,6 +244,8 @@ class Simulation final : public Machine, private Environment {
   [[nodiscard]] uint64_t now_ns() const { return (step_ - step_at_jump_) * kNsPerStep + ns_at_jump_; }
 
   // together.cpp
+  bool wait_at(uintptr_t address, int bytes, Condition, Order, Scope, uint64_t deadline_ns, uint64_t& seen,
+               uint16_t site);
   void arrive(Collective collective, uint64_t value, int source_lane, Site site);
   [[noreturn]] void fail_divergent(const std::string& what);
 

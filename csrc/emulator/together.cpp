@@ -24,30 +24,35 @@ void Simulation::load_once(const void* p, int bytes, Site site) {
 uint64_t Simulation::strong_load(const void* p, int bytes, Order order, Scope scope, Site site) {
   ++idle_polls_;
   point();
-  return memory_.strong_load(self().agent, address_of(p), bytes, order, scope, site);
+  return memory_.strong_load(self().agent, address_of(p), bytes, order, scope, memory_.sites.id(site));
 }
 void Simulation::strong_store(void* p, int bytes, uint64_t value, Order order, Scope scope, Site site) {
   point();
-  memory_.strong_store(self().agent, address_of(p), bytes, value, order, scope, site);
+  memory_.strong_store(self().agent, address_of(p), bytes, value, order, scope, memory_.sites.id(site));
 }
 uint64_t Simulation::strong_rmw(void* p, int bytes, Rmw op, uint64_t operand, Order order, Scope scope, Site site) {
   point();
-  return memory_.strong_rmw(self().agent, address_of(p), bytes, op, operand, order, scope, site);
+  return memory_.strong_rmw(self().agent, address_of(p), bytes, op, operand, order, scope, memory_.sites.id(site));
 }
 void Simulation::fence(Order order, Scope scope, Site site) {
   point();
-  memory_.fence(self().agent, order, scope, site);
+  memory_.fence(self().agent, order, scope, memory_.sites.id(site));
 }
 
 bool Simulation::wait(const void* p, int bytes, Condition condition, Order order, Scope scope, uint64_t deadline_ns,
                       uint64_t& seen, Site site) {
+  return wait_at(address_of(p), bytes, condition, order, scope, deadline_ns, seen, memory_.sites.id(site));
+}
+
+bool Simulation::wait_at(uintptr_t address, int bytes, Condition condition, Order order, Scope scope,
+                         uint64_t deadline_ns, uint64_t& seen, uint16_t site) {
   const Slot slot = running_;
   Fiber& fiber = fibers_[slot];
-  fiber.address = address_of(p);
+  fiber.address = address;
   fiber.condition = condition;
   fiber.order = order;
   fiber.scope = scope;
-  fiber.site = memory_.sites.id(site);
+  fiber.site = site;
   fiber.deadline_ns = deadline_ns;
   point();
   for (;;) {

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from deepep import _emulator
-from deepep.engine.emulator_domain import CombineCall, DispatchCall, EmulatedDomain, Gpu, PlanAt
+from deepep.engine.emulator_calls import CombineCall, DispatchCall, Gpu, PlanAt
+from deepep.engine.emulator_domain import EmulatedDomain
 from deepep.errors import DeepEPError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors

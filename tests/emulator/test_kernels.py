@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepep.engine.emulator_domain import Gpu
+from deepep.engine.emulator_calls import Gpu
 from deepep.sim.cases import Case
-from deepep.sim.emulated import STRATEGIES, Report, Scenario, Schedule, Stop, run
+from deepep.sim.emulated import run
 from deepep.sim.explorer import (
     GPUS,
     LIMITS,
@@ -25,6 +25,7 @@ from deepep.sim.explorer import (
     explore,
 )
 from deepep.sim.options import Options
+from deepep.sim.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
 from deepep.sim.strategies import cases
 
 
