@@ -196,7 +196,10 @@ class _Run:
             if weights is not None:
                 view.combined_weights = bits(weights)
             self._judge(rank, index, view)
-        self.handles[rank] = (combine, plan)
+        # The slot will be lent anew: who combines with this handle later brings rows of its own.
+        own = torch.zeros(rows, case.hidden, dtype=torch.bfloat16)
+        own_weights = torch.zeros(rows, combine.num_topk) if combine.num_topk else 0
+        self.handles[rank] = (replace(combine, x=own, topk_weights=own_weights), plan)
 
     def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, LayoutAt]:
         topk_idx, nodes = inputs(case, rank).topk_idx, case.options.ranks_per_node

@@ -41,14 +41,18 @@ uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, si
   owner_.resize(used_granules_, 0);
   for (size_t g = begin / kGranule; g < used_granules_; ++g) owner_[g] = static_cast<uint16_t>(allocations_.size());
   allocations_.push_back({std::move(name), space, rank, block, base_ + begin, base_ + end});
-  std::memset(reinterpret_cast<void*>(base_ + begin), kPoison, bytes);
+  poison(base_ + begin, bytes);
   return base_ + begin;
+}
+
+void Arena::poison(uintptr_t address, size_t bytes) {
+  std::memset(reinterpret_cast<void*>(address), kPoison, bytes);
 }
 
 void Arena::renew(uintptr_t begin, size_t bytes) {
   Allocation& allocation = allocations_[owner_[(begin - base_) / kGranule]];
   allocation.end = begin + bytes;
-  std::memset(reinterpret_cast<void*>(begin), kPoison, bytes);
+  poison(begin, bytes);
   std::memset(static_cast<void*>(&cell(begin)), 0, (bytes + 3) / 4 * sizeof(Cell));
 }
 

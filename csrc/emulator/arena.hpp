@@ -59,6 +59,9 @@ class Arena {
   /// at the start of a block.
   void renew(uintptr_t begin, size_t bytes);
 
+  /// Fills bytes with what memory holds that nobody has written.
+  static void poison(uintptr_t address, size_t bytes);
+
   /// The allocation all of [address, address + bytes) lies in, or null.
   [[nodiscard]] const Allocation* find(uintptr_t address, size_t bytes) const {
     const size_t granule = (address - base_) / kGranule;

@@ -123,6 +123,7 @@ PYBIND11_MODULE(_emulator, m) {
             return py::bytes(bytes);
           },
           py::arg("rank"), py::arg("address"), py::arg("count"))
+      .def("forget", &emu::Simulation::host_forget, py::arg("rank"), py::arg("address"), py::arg("count"))
       .def(
           "watch",
           [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns, bool until_idle) {

@@ -25,6 +25,12 @@ void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t coun
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
+void Simulation::host_forget(int rank, uintptr_t address, size_t count) {
+  if (count == 0) return;
+  memory_.forget(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
+                 memory_.sites.named("its own step"));
+}
+
 void Simulation::watch(int rank, const Watch& watch) {
   Rank& r = ranks_[static_cast<size_t>(rank)];
   const Slot slot = topology_.watcher(rank);

@@ -147,6 +147,8 @@ class Memory {
   void plain_load(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
   void plain_store(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
   void load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site);
+  /// A plain store of nothing: the bytes are as if never written.
+  void forget(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
 
   // ordered accesses (ordered.cpp)
   [[nodiscard]] uint64_t strong_load(Agent& agent, uintptr_t address, int bytes, Order, Scope, uint16_t site);

@@ -176,6 +176,16 @@ void Memory::plain_store(Agent& agent, uintptr_t address, int64_t bytes, uint16_
   for_cells(access, [&](Cell& cell, uint8_t mask) { store_cell(agent, cell, mask, access); });
 }
 
+void Memory::forget(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site) {
+  const Access access{"handing over", address, bytes, site};
+  check_reach(agent, access);
+  for_cells(access, [&](Cell& cell, uint8_t mask) {
+    store_cell(agent, cell, mask, access);
+    cell.written = static_cast<uint8_t>(cell.written & ~mask);
+  });
+  Arena::poison(address, static_cast<size_t>(bytes));
+}
+
 void Memory::load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site) {
   const Access access{"read-only load", address, bytes, site};
   check_reach(agent, access);

@@ -84,6 +84,9 @@ class Simulation final : public Machine, private Environment {
   /// A rank's host writes or reads memory; its stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
   void host_read(int rank, uintptr_t address, void* bytes, size_t count);
+  /// Memory that is handed to new use: whoever touched it must be done, and nothing of it may be read before it is
+  /// written again.
+  void host_forget(int rank, uintptr_t address, size_t count);
   /// The rank's host watches words while its kernel runs, until they satisfy the condition or the deadline has passed:
   /// then run() returns with them. What else it reads as a watcher must have been released to it with a word.
   void watch(int rank, const Watch& watch);

@@ -173,6 +173,8 @@ class EmulatedDomain:
             raise ValueError(f"a slot of {call.slot_offsets[-1]} bytes; there are {self._slot_bytes}")
         slot = self._slots_begin + self._slots_lent[rank] % 2 * self._slot_bytes
         self._slots_lent[rank] += 1
+        # Whoever used the slot before must be done with it, and no row of it may be read that did not arrive.
+        self.machine.forget(rank, self._heaps[rank] + slot, call.slot_offsets[-1])
         scales, scales_at = call.scales, 0
         if scales is not None:
             # All of the storage, so that the strides the kernel is given are the caller's.
