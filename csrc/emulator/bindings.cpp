@@ -38,7 +38,7 @@ emu::Space space_named(const std::string& name) {
   throw std::invalid_argument("space: got " + name + "; allowed: symmetric, device or host");
 }
 
-/// (rank, step or write, whether it is a write, pause in ns or 0 for good, whether its unseen writes are lost)
+/// (rank, step or number of writes, whether it is the latter, pause in ns or 0 for good, whether unseen writes are lost)
 using FaultTuple = std::tuple<int, uint64_t, bool, uint64_t, bool>;
 
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
@@ -126,7 +126,8 @@ PYBIND11_MODULE(_emulator, m) {
       .def("forget", &emu::Simulation::host_forget, py::arg("rank"), py::arg("address"), py::arg("count"))
       .def(
           "watch",
-          [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns, bool until_idle) {
+          [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns,
+             bool until_idle) {
             machine.watch(rank, {address, 4, 1, {emu::Condition::Kind::equal, value}, timeout_ns, until_idle});
           },
           py::arg("rank"), py::arg("address"), py::arg("value"), py::arg("timeout_ns"), py::arg("until_idle"))

@@ -9,8 +9,8 @@ namespace deepep::emu {
 void Simulation::strike_due(int writer) {
   for (size_t i = faults_struck_; i < plan_.faults.size(); ++i) {
     const Fault& fault = plan_.faults[i];
-    const bool is_due = fault.counts_writes ? fault.rank == writer && ranks_[static_cast<size_t>(writer)].writes >= fault.at_step
-                                            : writer < 0 && step_ >= fault.at_step;
+    const uint64_t writes = ranks_[static_cast<size_t>(fault.rank)].writes;
+    const bool is_due = fault.counts_writes ? fault.rank == writer && writes >= fault.at : writer < 0 && step_ >= fault.at;
     if (!is_due) continue;
     freeze(fault);
     std::swap(plan_.faults[i], plan_.faults[faults_struck_++]);

@@ -11,24 +11,28 @@ uintptr_t Simulation::allocate(std::string name, Space space, int rank, size_t b
   return memory_.arena.allocate(std::move(name), space, rank, -1, bytes);
 }
 
+Agent& Simulation::idle_host(int rank) {
+  Rank& r = ranks_[static_cast<size_t>(rank)];
+  if (!r.stream.empty() && !(r.at_host_step && r.stream.size() == 1))
+    throw std::logic_error("the host of rank " + std::to_string(rank) + " touches memory while its stream is busy");
+  return r.host;
+}
+
 void Simulation::host_write(int rank, uintptr_t address, const void* bytes, size_t count) {
   if (count == 0) return;
-  memory_.plain_store(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
-                       memory_.sites.named("its own step"));
+  memory_.plain_store(idle_host(rank), address, static_cast<int64_t>(count), memory_.sites.named("its own step"));
   std::memcpy(reinterpret_cast<void*>(address), bytes, count);
 }
 
 void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t count) {
   if (count == 0) return;
-  memory_.plain_load(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
-                       memory_.sites.named("its own step"));
+  memory_.plain_load(idle_host(rank), address, static_cast<int64_t>(count), memory_.sites.named("its own step"));
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
 void Simulation::host_forget(int rank, uintptr_t address, size_t count) {
   if (count == 0) return;
-  memory_.forget(ranks_[static_cast<size_t>(rank)].host, address, static_cast<int64_t>(count),
-                 memory_.sites.named("its own step"));
+  memory_.forget(idle_host(rank), address, static_cast<int64_t>(count), memory_.sites.named("its own step"));
 }
 
 void Simulation::watch(int rank, const Watch& watch) {
@@ -52,24 +56,20 @@ void Simulation::watch(int rank, const Watch& watch) {
 
 void Simulation::enter_watch(void* self) {
   auto& simulation = *static_cast<Simulation*>(self);
-  Fiber& fiber = simulation.self();
   Rank& rank = simulation.ranks_[static_cast<size_t>(simulation.topology_.rank_of(simulation.running_))];
-  const Watch& watch = rank.watch;
-  try {
+  simulation.run_thread([&](Fiber& fiber) {
+    const Watch& watch = rank.watch;
+    const uint16_t site = simulation.memory_.sites.named("its watch");
     rank.watch_in_time = true;
     for (int i = 0; i < watch.count && rank.watch_in_time; ++i) {
       const uintptr_t word = watch.address + static_cast<uintptr_t>(i * watch.bytes);
       rank.watched_words.emplace_back();
-      rank.watch_in_time =
-          simulation.wait_at(word, watch.bytes, watch.condition, Order::acquire, Scope::sys, fiber.deadline_ns,
-                             rank.watched_words.back(), simulation.memory_.sites.named("its watch"));
+      rank.watch_in_time = simulation.wait_at(word, watch.bytes, watch.condition, Order::acquire, Scope::sys,
+                                              fiber.deadline_ns, rank.watched_words.back(), site);
     }
     rank.watch_ended = true;
     simulation.memory_.teach(rank.host.known, fiber.agent);  // they are one thread
-  } catch (const Abort&) {
-  }
-  fiber.state = Fiber::State::done;
-  switch_context(fiber.context, simulation.main_);
+  });
 }
 
 void Simulation::watcher_read(int rank, uintptr_t address, void* bytes, size_t count) {

@@ -126,7 +126,7 @@ class Environment {
   /// How many steps a write may stay invisible.
   [[nodiscard]] virtual uint64_t delivery_delay(Slot writer) = 0;
   /// Which of `choices` equally lawful values a load returns; the last is the newest.
-  [[nodiscard]] virtual uint32_t choose_value(Slot reader, uint32_t choices) = 0;
+  [[nodiscard]] virtual uint32_t choose_value(uint32_t choices) = 0;
   /// The word has a new value for its waiters to look at.
   virtual void written(History& history, Slot writer) = 0;
   [[noreturn]] virtual void fail(const std::string& kind, const std::string& text) = 0;

@@ -100,6 +100,7 @@ void Memory::dissolve(History& history) {
   }
   history.messages.clear();
   history.seen.clear();
+  history.waiters.clear();
   free_histories_.push_back(index);
 }
 
@@ -236,7 +237,7 @@ uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order o
   check_strong(agent, history, scope, access, false);
   const uint64_t oldest = oldest_lawful(agent, history);
   const auto choices = static_cast<uint32_t>(history.latest() - oldest + 1);
-  const uint64_t index = choices == 1 ? oldest : oldest + environment_.choose_value(agent.slot, choices);
+  const uint64_t index = choices == 1 ? oldest : oldest + environment_.choose_value(choices);
   const Message& message = history.messages[index - history.first];
   if (message.is_plain && message.writer.time == 0) fail_unwritten(agent, access);
   observe(agent, message, order, scope);

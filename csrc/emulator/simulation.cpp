@@ -1,7 +1,6 @@
 #include "emulator/simulation.hpp"
 
 #include <algorithm>
-#include <exception>
 
 namespace deepep::emu {
 
@@ -143,16 +142,10 @@ void Simulation::start_block(int rank, Launch& launch) {
 /// The first function on a thread's stack.
 void Simulation::enter(void* self) {
   auto& simulation = *static_cast<Simulation*>(self);
-  Fiber& fiber = simulation.self();
-  try {
+  simulation.run_thread([&](Fiber& fiber) {
     fiber.launch->kernel->run(fiber.launch->args.data());
     simulation.thread_ends();
-  } catch (const Abort&) {
-  } catch (const std::exception& error) {
-    simulation.note_failure("internal error", error.what());
-  }
-  fiber.state = Fiber::State::done;
-  switch_context(fiber.context, simulation.main_);
+  });
 }
 
 void Simulation::thread_ends() {
@@ -248,7 +241,8 @@ void Simulation::suspend(Fiber::State state) {
 
 void Simulation::point() {
   ++step_;
-  if (step_ > plan_.max_steps) fail("livelock", "still running after " + std::to_string(step_) + " steps\n" + story_of_waits());
+  if (step_ > plan_.max_steps)
+    fail("livelock", "still running after " + std::to_string(step_) + " steps\n" + story_of_waits());
   deliver_due();
   strike_due();
   if (idle_polls_ > 256 * kManyPolls) {
@@ -288,7 +282,7 @@ void Simulation::deliver_due() {
 
 uint64_t Simulation::delivery_delay(Slot writer) { return scheduler_.delivery_delay(writer / 32); }
 
-uint32_t Simulation::choose_value(Slot, uint32_t choices) { return scheduler_.choose_value(choices); }
+uint32_t Simulation::choose_value(uint32_t choices) { return scheduler_.choose_value(choices); }
 
 void Simulation::written(History& history, Slot writer) {
   idle_polls_ = 0;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <deque>
+#include <exception>
 #include <queue>
 #include <string>
 #include <vector>
@@ -27,10 +28,10 @@ struct Shape {
 /// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.
 struct Fault {
   int rank = -1;
-  uint64_t at_step = 0;        // or, if `counts_writes`, after so many
+  uint64_t at = 0;             // the step, or the number of writes
   bool counts_writes = false;
   uint64_t pause_ns = 0;       // 0: for good
-  bool loses_writes = false;   // for good: what it wrote and nobody has seen yet never arrives
+  bool loses_writes = false;   // if for good: what it wrote and nobody has seen yet never arrives
 };
 
 struct Plan {
@@ -81,11 +82,10 @@ class Simulation final : public Machine, private Environment {
   ~Simulation();
 
   [[nodiscard]] uintptr_t allocate(std::string name, Space space, int rank, size_t bytes);
-  /// A rank's host writes or reads memory; its stream must be idle or at a host step.
+  /// A rank's host writes or reads memory, or hands it to new use: then whoever touched it must be done, and nothing
+  /// of it may be read before it is written again. The rank's stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
   void host_read(int rank, uintptr_t address, void* bytes, size_t count);
-  /// Memory that is handed to new use: whoever touched it must be done, and nothing of it may be read before it is
-  /// written again.
   void host_forget(int rank, uintptr_t address, size_t count);
   /// The rank's host watches words while its kernel runs, until they satisfy the condition or the deadline has passed:
   /// then run() returns with them. What else it reads as a watcher must have been released to it with a word.
@@ -205,7 +205,7 @@ class Simulation final : public Machine, private Environment {
   struct Wake {
     uint64_t at_step;
     uint64_t order;
-    Slot slot;  // a rank's host: its next kernel starts
+    Slot slot;  // a thread that waits, or a rank's host: its next kernel starts
     uint32_t waits;
     friend bool operator<(const Wake& a, const Wake& b) {  // the earliest is the greatest
       return a.at_step != b.at_step ? a.at_step > b.at_step : a.order > b.order;
@@ -215,15 +215,20 @@ class Simulation final : public Machine, private Environment {
   // Environment
   uint64_t step() const override { return step_; }
   uint64_t delivery_delay(Slot writer) override;
-  uint32_t choose_value(Slot reader, uint32_t choices) override;
+  uint32_t choose_value(uint32_t choices) override;
   void written(History& history, Slot writer) override;
   [[noreturn]] void fail(const std::string& kind, const std::string& text) override;
   std::string name_of(Epoch epoch) const override;
 
-  // simulation.cpp
+  // simulation.cpp, host.cpp, faults.cpp
   void note_failure(const std::string& kind, const std::string& text);
   static void enter(void* self);
   static void enter_watch(void* self);
+  /// Runs `body` as the thread that is on, to its end or to its failure, and leaves its stack for good.
+  template <class Body>
+  void run_thread(const Body& body);
+  /// The rank's host, for an access of its own. Throws std::logic_error while its stream is busy.
+  [[nodiscard]] Agent& idle_host(int rank);
   void start_next(int rank);
   void start_kernel(int rank);
   void start_block(int rank, Launch& launch);
@@ -283,5 +288,18 @@ class Simulation final : public Machine, private Environment {
   bool failed_ = false;
   Outcome outcome_;
 };
+
+template <class Body>
+void Simulation::run_thread(const Body& body) {
+  Fiber& fiber = self();
+  try {
+    body(fiber);
+  } catch (const Abort&) {
+  } catch (const std::exception& error) {
+    note_failure("internal error", error.what());
+  }
+  fiber.state = Fiber::State::done;
+  switch_context(fiber.context, main_);
+}
 
 }  // namespace deepep::emu

@@ -133,8 +133,9 @@ void Simulation::arrive(Collective collective, uint64_t value, int source_lane, 
   Warp& warp = warp_of(running_);
   const uint32_t lane = running_ % 32;
   if (warp.at_barrier != 0)
-    fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp wait at the block's barrier");
-  if (warp.done != 0) fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp have ended");
+    fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp at the block's barrier");
+  if (warp.done != 0)
+    fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp have ended");
   if (source_lane < 0 || source_lane > 31) fail_divergent("shuffle from lane " + std::to_string(source_lane));
   if (warp.arrived == 0) {
     warp.collective = collective;
