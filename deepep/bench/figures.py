@@ -11,6 +11,7 @@ from deepep.bench.clock import Timing
 from deepep.bench.floor import Copied
 from deepep.bench.operations import Operation
 from deepep.bench.sweep import Dtype, Shape
+from deepep.bench.workload import Skew
 
 OURS = "deepep"
 
@@ -82,11 +83,16 @@ class Figure:
 
 @dataclass
 class Report:
-    """A run's figures. problems: results that were wrong; the first ends the run. notes: whatever else."""
+    """A run's figures.
+
+    skews: of each shape's routing. problems: results that were wrong; the first ends the run. notes: whatever
+    else.
+    """
 
     environment: dict[str, Any]
     figures: list[Figure] = field(default_factory=list)
     copies: list[Copied] = field(default_factory=list)
+    skews: dict[Shape, Skew] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -96,6 +102,7 @@ class Report:
             "environment": self.environment,
             "notes": self.notes,
             "problems": self.problems,
+            "skew": [{**asdict(shape), **asdict(skew)} for shape, skew in self.skews.items()],
             "figures": [figure.as_dict() for figure in self.figures],
             "copies": [{"wire_bytes": c.wire_bytes, "sms": c.sms, **asdict(c.timing)} for c in self.copies],
         }

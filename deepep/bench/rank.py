@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Bench:
 
     def _measure_shape(self, load: Workload, deep_ep: Any) -> None:
         inputs = Inputs(load, self._rank, self._device, self._sweep.scales)
+        self.report.skews[load.shape] = load.skew
         self._oracle = Oracle(inputs) if self._sweep.check else None
         counts = self._counts()
         self._measure_buffer(OURS, Buffer, self._buffer, inputs, counts or (None,))
@@ -195,6 +197,8 @@ def environment(device: torch.device, sweep: Sweep, buffer: Any) -> dict[str, An
         "torch": torch.__version__,
         "transport": transport,
         "routing": sweep.routing,
+        "trace": Path(sweep.trace).name if sweep.trace is not None else None,
+        "layer": sweep.layer if sweep.trace is not None else None,
         "scales": sweep.scales,
         "checked": sweep.check,
         "iterations": sweep.iterations,

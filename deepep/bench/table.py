@@ -38,7 +38,9 @@ def print_report(report: Report, console: Console) -> None:
         highlight=False,
     )
     for shape, figures in groupby(report.figures, key=lambda figure: figure.shape):
-        table = Table(title=str(shape), title_justify="left", title_style="bold")
+        skew = report.skews.get(shape)
+        title = f"{shape}\n[not bold]{skew}[/not bold]" if skew else str(shape)
+        table = Table(title=title, title_justify="left", title_style="bold")
         for name in ("operation", "by"):
             table.add_column(name, no_wrap=True)
         for name in ("SMs", *COLUMNS):

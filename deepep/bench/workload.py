@@ -40,6 +40,28 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Skew:
+    """How uneven a routing is; 1 is even.
+
+    receiving, sending: rows of the busiest rank over the mean of the ranks, rank-local ones included.
+    expert: top-k entries of the busiest expert over the mean of the experts. crossing: the share of rows that
+    go to another rank. port: of those, what goes through the busiest port over the mean of what ranks send.
+    """
+
+    receiving: float
+    sending: float
+    expert: float
+    crossing: float
+    port: float
+
+    def __str__(self) -> str:
+        return (
+            f"busiest over mean: rows received {self.receiving:.2f}, sent {self.sending:.2f}, "
+            f"port {self.port:.2f}, expert {self.expert:.2f}; {self.crossing:.0%} of rows cross"
+        )
+
+
+@dataclass(frozen=True)
 class Workload:
     """What every rank sends. Lists are indexed by rank; tensors are on the CPU, the same on every rank."""
 
@@ -57,6 +79,22 @@ class Workload:
     def rows(self) -> Tensor:
         """[R, R] int64: rows from rank s to rank d, every token once per rank."""
         return torch.stack([layout.num_tokens_per_rank.long() for layout in self.layouts])
+
+    @property
+    def skew(self) -> Skew:
+        """How uneven the routing is."""
+        received, sent = self.rows.sum(0).double(), self.rows.sum(1).double()
+        chosen = torch.stack([layout.num_tokens_per_expert for layout in self.layouts]).sum(0).double()
+        crossing = float(self.rows.sum() - self.rows.diagonal().sum())
+        total = float(self.rows.sum())
+        busiest = self.dispatched("bf16").wire / self.shape.row_bytes("bf16")
+        return Skew(
+            _over_mean(received),
+            _over_mean(sent),
+            _over_mean(chosen),
+            crossing / total if total else 0.0,
+            busiest / (crossing / self.num_ranks) if crossing else 1.0,
+        )
 
     def dispatched(self, dtype: Dtype) -> Traffic:
         """The bytes of a dispatch."""
@@ -134,6 +172,11 @@ def _from_trace(trace: RoutingTrace, sweep: Sweep, shape: Shape) -> list[tuple[T
         again = torch.arange(shape.tokens) % len(idx)
         drawn.append((idx[again], weights[again]))
     return drawn
+
+
+def _over_mean(values: Tensor) -> float:
+    mean = float(values.mean())
+    return float(values.max()) / mean if mean else 1.0
 
 
 def _matrix(table: Tensor) -> Matrix:

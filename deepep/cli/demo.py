@@ -32,6 +32,10 @@ def command(
         "demo-output"
     ),
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    experts: Annotated[
+        int, typer.Option(help="E, of each layer; rounded up to a multiple of the ranks.")
+    ] = DemoConfig.num_experts,
+    topk: Annotated[int, typer.Option(help="K.")] = DemoConfig.num_topk,
 ) -> None:
     """Trains a byte-level MoE model on Python's own library sources, over processes that dispatch and
     combine.
@@ -41,7 +45,8 @@ def command(
     """
     console = Console()
     try:
-        config = DemoConfig.for_ranks(int(os.environ.get("WORLD_SIZE", ranks)), steps, seed)
+        num_ranks = int(os.environ.get("WORLD_SIZE", ranks))
+        config = DemoConfig.for_ranks(num_ranks, steps, seed, num_experts=experts, num_topk=topk)
     except ArgumentError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from error

@@ -31,14 +31,26 @@ class DemoConfig:
     seed: int = 0
 
     @classmethod
-    def for_ranks(cls, num_ranks: int, steps: int, seed: int = 0) -> DemoConfig:
-        """The default model on `num_ranks` ranks. Raises RangeError."""
+    def for_ranks(
+        cls,
+        num_ranks: int,
+        steps: int,
+        seed: int = 0,
+        *,
+        num_experts: int = num_experts,
+        num_topk: int = num_topk,
+    ) -> DemoConfig:
+        """The model on `num_ranks` ranks, by default with its own numbers of experts. Raises RangeError."""
         if not 1 <= num_ranks <= 64:
             raise RangeError("ranks", str(num_ranks), "1 to 64")
         if steps < 2:
             raise RangeError("steps", str(steps), "2 or more")
-        experts = -(-cls.num_experts // num_ranks) * num_ranks
-        return cls(num_ranks=num_ranks, steps=steps, num_experts=experts, seed=seed)
+        if num_experts < 1:
+            raise RangeError("experts", str(num_experts), "1 or more")
+        if not 1 <= num_topk <= num_experts:
+            raise RangeError("topk", str(num_topk), f"1 to the {num_experts} experts")
+        experts = -(-num_experts // num_ranks) * num_ranks
+        return cls(num_ranks=num_ranks, steps=steps, num_experts=experts, num_topk=num_topk, seed=seed)
 
     @property
     def tokens_per_rank(self) -> int:

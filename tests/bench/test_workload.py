@@ -36,6 +36,15 @@ def test_bytes_by_hand() -> None:
     combined = load.combined()
     assert combined.pairs == ((2 * bf16, 3 * bf16), (2 * bf16, 1 * bf16))
     assert (combined.wire, combined.logical) == (3 * bf16, 5 * bf16)
+    skew = load.skew
+    assert (skew.receiving, skew.sending) == (5 / 4, 1)  # rank 0 gets five rows; both send four
+    assert skew.expert == 4 / (11 / 4)  # expert 0 is chosen four times, of eleven over four experts
+    assert (skew.crossing, skew.port) == (5 / 8, 3 / 2.5)
+
+
+def test_no_rows_have_no_skew() -> None:
+    skew = workload([[[-1]], [[-1]]], Shape(tokens=1, hidden=8, topk=1, experts=2)).skew
+    assert (skew.receiving, skew.sending, skew.expert, skew.crossing, skew.port) == (1, 1, 1, 0, 1)
 
 
 def test_the_busiest_port_may_be_a_receiver() -> None:

@@ -90,6 +90,28 @@ def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
             assert figure["wire_gbs"] == pytest.approx(figure["wire_bytes"] / figure["median"] / 1e3)
 
 
+def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
+    """What `demo` records, `bench` replays, and says how skewed it is."""
+    demo = run("deepep", "demo", "--ranks", "2", "--steps", "2", "--experts", "6", "--topk", "1",
+               "--out", str(tmp_path))  # fmt: skip
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    done = run(
+        "deepep", "bench", "--device", "cpu", "--ranks", "2", "--tokens", "300", "--hidden", "128",
+        "--dtype", "bf16", "--routing", "trace", "--trace", str(tmp_path / "routing.safetensors"),
+        "--layer", "1", "--peers", "", "--iterations", "50", "--warmup", "0",
+        "--json", str(tmp_path / "b.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "busiest over mean: rows received" in done.stdout
+    told = json.loads((tmp_path / "b.json").read_text())
+    (skew,) = told["skew"]
+    assert (skew["tokens"], skew["topk"], skew["experts"]) == (300, 1, 6)
+    assert skew["sending"] == 1  # with one expert a token, every rank sends each token once
+    assert skew["receiving"] >= 1
+    assert skew["expert"] > 1
+    assert (told["environment"]["trace"], told["environment"]["layer"]) == ("routing.safetensors", 1)
+
+
 def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     done = run(
         "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deepep", "bench",
