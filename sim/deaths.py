@@ -1,0 +1,439 @@
+"""A rank is killed somewhere in a training step, and what the other one lives through.
+
+The survivor must raise PeerTimeoutError, with a record that names the dead rank, within its deadline; its
+device must work on; and once the dead rank is masked, dispatch and combine must give what the oracle gives
+without it. One process survives all deaths, each in a buffer of its own; every victim is a fresh process.
+
+Only public calls of Buffer: any backend. tests/kernels runs this on two GPUs, tests/sim without.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepep.sim.buffer_runs import run_on_buffer
+from deepep.sim.cases import Case
+from deepep.sim.options import Options
+from deepep.sim.outcomes import Outcome, Status
+from deepep.sim.rank_process import RankContext
+from deepep.sim.steadiness import check_own
+from deepep.sim.values import RankInputs, inputs
+from deepep.sim.world import World
+
+#: Seconds a victim lives on after it has begun the call that it is to die in.
+MOMENT = 0.3
+#: Seconds for which the parts of a test that are not under test may wait.
+PATIENCE = 60.0
+#: Symmetric memory of each buffer: a survivor keeps that of every buffer that lost a rank.
+SYMMETRIC_BYTES = 256 << 20
+
+#: Where a training step can be interrupted: before each of these.
+POINTS = (
+    "layout",
+    "dispatch",
+    "experts",
+    "combine",
+    "cached dispatch",
+    "async dispatch",
+    "dispatch event",
+    "async combine",
+    "combine event",
+    "barrier",
+)
+#: Those that a victim can enter while its peer has not: it dies inside.
+CALLS = ("dispatch", "combine", "cached dispatch", "async dispatch", "async combine", "barrier")
+#: The same of a step that is captured in a graph and replayed.
+REPLAY = "replay"
+
+
+@dataclass(frozen=True)
+class Death:
+    """Where a rank is killed.
+
+    Attributes:
+        point: before this point of the step.
+        inside: a moment after it, in the call, while its peer has not made it yet.
+        victim: the rank.
+        waits: whether the survivor goes on from that point only when the victim is dead.
+        settles: whether the survivor waits for its device after every call; else calls queue up.
+    """
+
+    point: str
+    inside: bool = False
+    victim: int = 1
+    waits: bool = True
+    settles: bool = True
+
+    def __str__(self) -> str:
+        where = "in" if self.inside else "before"
+        how = f"{', known' if self.waits else ''}{', settled' if self.settles else ''}"
+        return f"{where} {self.point}, rank {self.victim}{how}"
+
+
+def deaths(*, graphs: bool) -> list[Death]:
+    """Before every point and in every call, with victims and ways of waiting in turn."""
+    found = [
+        Death(point, victim=(i + 1) % 2, waits=i % 4 < 2, settles=i % 3 != 2)
+        for i, point in enumerate(POINTS)
+    ]
+    found += [Death(point, inside=True, victim=i % 2, settles=i % 3 != 1) for i, point in enumerate(CALLS)]
+    if graphs:
+        found += [Death(REPLAY, victim=0), Death(REPLAY, inside=True)]
+    return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where ranks run: on GPUs with NCCL, or on CPUs with gloo.
+
+    Attributes:
+        num_tokens: T by rank, of the steps.
+        few_tokens: T by rank, of what is compared with the oracle afterwards.
+        timeout: of the buffers, in seconds.
+        grace: what their errors may come later than that.
+    """
+
+    cuda: bool
+    num_tokens: tuple[int, int] = (24, 17)
+    few_tokens: tuple[int, int] = (24, 17)
+    hidden: int = 128
+    num_experts: int = 8
+    topk: int = 3
+    backend: str | None = None
+    timeout: float = 2.0
+    grace: float = 3.0
+
+    def case(self, seed: int, num_tokens: tuple[int, int], **options: Any) -> Case:
+        """A case of two ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        idx = [
+            torch.rand((tokens, self.num_experts), generator=generator).topk(self.topk, dim=1).indices
+            for tokens in num_tokens
+        ]
+        case = Case(
+            num_experts=self.num_experts,
+            topk_idx=tuple(i.numpy() for i in idx),
+            hidden=self.hidden,
+            seed=seed,
+            options=Options(values="normal", **options),
+        )
+        return case.legal()
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What the survivor tells.
+
+    Attributes:
+        operation, phase, rank, waited_on: of the fault record.
+        seconds: from the point of the death, or from the first call after it was known, to the error.
+        made: calls that had been issued since then, the one that raised included.
+        again: seconds that the next dispatch took to raise the same, with the rank not masked yet.
+        leaving: seconds that `destroy` took in the end.
+    """
+
+    operation: str
+    phase: str
+    rank: int
+    waited_on: tuple[int, ...]
+    seconds: float
+    made: int
+    again: float
+    leaving: float
+
+
+def play(survivor: World, victim: World, death: Death, setting: Setting) -> Survived:
+    """Kills the process of `victim`, a world of one rank, and returns what `survivor`'s, another, tells.
+
+    Raises AssertionError where a promise was not kept.
+    """
+    with TemporaryDirectory(prefix="deepep-death-", ignore_cleanup_errors=True) as folder:
+        pending = survivor.submit(survive, death, setting, folder, timeout=2 * PATIENCE)
+        (end,) = victim.try_run(die, death, setting, folder, timeout=PATIENCE)
+        Path(folder, "dead").touch()
+        (outcome,) = pending.outcomes()
+    # Who failed first tells more.
+    _demand_death(end, outcome)
+    assert outcome.ok, f"{death}: {outcome.describe()}"
+    told: Survived = outcome.value
+    judge(death, setting, told)
+    return told
+
+
+def _demand_death(end: Outcome, other: Outcome) -> None:
+    if end.status is not Status.DIED or end.exitcode != -signal.SIGKILL:
+        also = "" if other.ok else f"\nand the survivor: {other.describe()}"
+        raise AssertionError(f"the victim was not killed: {end.describe()}{also}")
+
+
+def judge(death: Death, setting: Setting, told: Survived) -> None:
+    """Raises AssertionError where a promise was not kept."""
+    assert told.waited_on == (death.victim,), f"{death}: {told}"
+    assert told.rank == 1 - death.victim, f"{death}: {told}"
+    # Queued calls run out of time one after the other; a replay holds a dispatch and a combine.
+    waits = (1 if death.settles else told.made) * (2 if death.point == REPLAY else 1)
+    assert told.seconds < setting.timeout * waits + setting.grace, f"{death}: {told}"
+    if told.operation in ("dispatch", "combine"):
+        assert told.again < 1.0, f"{death}: {told}"
+    assert told.leaving < setting.timeout + setting.grace, f"{death}: {told}"
+
+
+# What the two ranks do
+
+
+def prepare(ctx: RankContext, setting: Setting, device: int) -> None:
+    """In a process that is to die or survive: wakes the device up and loads the kernels."""
+    torch.set_num_threads(1)
+    os.environ["DEEPEP_SYMMETRIC_BYTES"] = str(SYMMETRIC_BYTES)
+    if setting.cuda:
+        torch.cuda.set_device(device)
+    ctx.scratch["device"] = torch.device("cuda", device) if setting.cuda else torch.device("cpu")
+    case = setting.case(1, setting.few_tokens)
+    alone = replace(case, topk_idx=case.topk_idx[:1])
+    with TemporaryDirectory(prefix="deepep-alone-") as folder:
+        buffer = _buffer(setting, folder, 0, 1)
+        Step(buffer, alone, ctx.scratch["device"]).run()
+        _settle(ctx.scratch["device"])
+        buffer.destroy()
+    dist.destroy_process_group()
+
+
+def die(ctx: RankContext, death: Death, setting: Setting, folder: str) -> None:
+    """The victim's part. Does not return."""
+    device = ctx.scratch["device"]
+    buffer = _buffer(setting, folder, death.victim, 2)
+    step = _step(buffer, death, setting, device)
+    step.run()
+    _settle(device)
+    _meet(folder, death.victim)
+    called = False
+
+    def kill_here(point: str) -> None:
+        nonlocal called
+        if called:
+            threading.Event().wait()  # its time has come; it makes no further call
+        if point != death.point:
+            return
+        if not death.inside:
+            os.kill(os.getpid(), signal.SIGKILL)
+        called = True
+        timer = threading.Timer(MOMENT, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    step.at = kill_here
+    step.run()
+    _settle(device)
+    step.run()
+
+
+def survive(ctx: RankContext, death: Death, setting: Setting, folder: str) -> Survived:
+    """The other rank's part."""
+    from deepep.errors import PeerTimeoutError
+
+    device, rank = ctx.scratch["device"], 1 - death.victim
+    buffer = _buffer(setting, folder, rank, 2)
+    step = _step(buffer, death, setting, device)
+    step.run()
+    _settle(device)
+    _meet(folder, rank)
+    begun, made = 0.0, 0
+
+    def watch(point: str) -> None:
+        nonlocal begun, made
+        if death.settles:
+            _settle(device)
+        if point == death.point and not begun:
+            if death.waits or death.inside:
+                _wait_for(Path(folder, "dead"))
+            begun = time.monotonic()
+        made += bool(begun)
+
+    step.at = watch
+    try:
+        for _ in range(3):
+            step.run()
+        raise AssertionError(f"{death}: nobody was missed in three steps")
+    except PeerTimeoutError as error:
+        seconds, record = time.monotonic() - begun, error.record
+    _check_device(device)
+    again = _raises_again(step, buffer)
+    buffer.low_latency_update_mask_buffer(death.victim, True)
+    for seed in (3, 4):
+        case = replace(
+            setting.case(seed, setting.few_tokens, cached=True, biases=1, combine_weights=True),
+            masked=(death.victim,),
+        )
+        check_own(case, rank, run_on_buffer(case, buffer), f"{death}: with rank {death.victim} masked")
+    _check_device(device)
+    before = time.monotonic()
+    buffer.destroy()
+    leaving = time.monotonic() - before
+    dist.destroy_process_group()
+    return Survived(
+        record.operation, record.phase, record.rank, record.waited_on, seconds, made, again, leaving
+    )
+
+
+def _raises_again(step: Step, buffer: Any) -> float:
+    from deepep.errors import PeerTimeoutError
+
+    before = time.monotonic()
+    try:
+        step.dispatch(buffer.get_dispatch_layout(step.mine.topk_idx, step.case.num_experts))
+    except PeerTimeoutError:
+        return time.monotonic() - before
+    raise AssertionError("a dispatch with a rank that is dead, and not masked, went through")
+
+
+def _check_device(device: torch.device) -> None:
+    ones = torch.ones((128, 128), device=device)
+    assert torch.equal(ones @ ones, ones * 128), "the device does not compute any more"
+
+
+class Step:
+    """A training step's communication, as a user writes it. at: is called with the name of each point."""
+
+    def __init__(self, buffer: Any, case: Case, device: torch.device) -> None:
+        self.buffer = buffer
+        self.case = case
+        self.mine: RankInputs = inputs(case, buffer.rank).to(device)
+        self.at: Callable[[str], None] = lambda point: None
+
+    def dispatch(self, layout: Sequence[Any], **how: Any) -> Any:
+        per_rank, per_node, per_expert, in_rank, _ = layout
+        return self.buffer.dispatch(
+            self.mine.x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=self.mine.topk_idx,
+            topk_weights=self.mine.topk_weights,
+            **how,
+        )
+
+    def run(self) -> None:
+        """All of it, once."""
+        buffer, mine, at = self.buffer, self.mine, self.at
+        at("layout")
+        layout = buffer.get_dispatch_layout(mine.topk_idx, self.case.num_experts)
+        at("dispatch")
+        rows, _, weights, _, handle, _ = self.dispatch(layout)
+        at("experts")
+        returned = rows * 2
+        at("combine")
+        buffer.combine(returned, handle, topk_weights=weights)
+        at("cached dispatch")
+        buffer.dispatch(mine.x, handle=handle)
+        at("async dispatch")
+        early = {"async_finish": True, "allocate_on_comm_stream": True}
+        *layout, ready = buffer.get_dispatch_layout(mine.topk_idx, self.case.num_experts, async_finish=True)
+        rows, *_, handle, event = self.dispatch((*layout, None), previous_event=ready, **early)
+        at("dispatch event")
+        event.current_stream_wait()
+        if rows.is_cuda:
+            rows.record_stream(torch.cuda.current_stream())
+        returned = rows * 2
+        at("async combine")
+        event = buffer.combine(returned, handle, async_finish=True)[2]
+        at("combine event")
+        event.current_stream_wait()
+        at("barrier")
+        buffer.clean_low_latency_buffer(8, self.case.hidden, self.case.num_experts)
+
+
+class CapturedStep(Step):
+    """A step that is captured at its first run; each run is a replay, and an eager layout and dispatch."""
+
+    def __init__(self, buffer: Any, case: Case, device: torch.device) -> None:
+        super().__init__(buffer, case, device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        worst = sum(self.case.num_tokens)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layout = self.buffer.get_dispatch_layout(self.mine.topk_idx, self.case.num_experts)
+            rows, _, _, _, handle, _ = self.dispatch(layout, num_worst_tokens=worst)
+            self._kept = self.buffer.combine(rows * 2, handle)[0]
+        return graph
+
+    def run(self) -> None:
+        if self._graph is None:
+            Step.run(self)  # eagerly once before capture, so that all is loaded and allocated
+            torch.cuda.synchronize()
+            self._graph = self._capture()
+        for _ in range(3):
+            self._graph.replay()
+        torch.cuda.synchronize()
+        self.at(REPLAY)
+        self._graph.replay()
+        self.at("layout")
+        layout = self.buffer.get_dispatch_layout(self.mine.topk_idx, self.case.num_experts)
+        self.at("dispatch")
+        self.dispatch(layout)
+        self.at("end")
+
+
+def _step(buffer: Any, death: Death, setting: Setting, device: torch.device) -> Step:
+    kind = CapturedStep if death.point == REPLAY else Step
+    return kind(buffer, setting.case(2, setting.num_tokens), device)
+
+
+# Who meets whom
+
+
+def _buffer(setting: Setting, folder: str, rank: int, num_ranks: int) -> Any:
+    """A buffer over a process group of its own, whose ranks meet in `folder`."""
+    from deepep import Buffer
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    wait = timedelta(seconds=PATIENCE)
+    store.set_timeout(wait)
+    kind = "nccl" if setting.cuda else "gloo"
+    dist.init_process_group(kind, store=store, rank=rank, world_size=num_ranks, timeout=wait)
+    if num_ranks > 1:
+        _meet(folder, rank, "joined")  # a buffer's own deadline is short
+    return Buffer(
+        dist.group.WORLD,
+        num_nvl_bytes=1 << 20,
+        low_latency_mode=True,
+        enable_shrink=True,
+        backend=setting.backend,
+        timeout=setting.timeout,
+    )
+
+
+def _meet(folder: str, rank: int, where: str = "met") -> None:
+    """Waits until both ranks are here."""
+    Path(folder, f"{where}-{rank}").touch()
+    _wait_for(Path(folder, f"{where}-{1 - rank}"))
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{path.name} did not appear within {PATIENCE} s")
+        time.sleep(0.002)
+
+
+def _settle(device: torch.device) -> None:
+    """Waits for all that was queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

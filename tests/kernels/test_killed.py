@@ -1,0 +1,77 @@
+"""A rank on another GPU is killed at every point of a training step; one process survives it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from deepep.sim import World
+from deepep.sim.deaths import Death, Setting, deaths, play, prepare
+from deepep.sim.world import PendingRun
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+SETTING = Setting(
+    cuda=True,
+    num_tokens=(1024, 700),
+    few_tokens=(100, 77),
+    hidden=7168,
+    num_experts=256,
+    topk=8,
+    backend="cuda",
+    timeout=1.5,
+)
+
+
+class Stage:
+    """A survivor on the first GPU, and a victim on the second; the next one wakes up meanwhile."""
+
+    def __init__(self) -> None:
+        self._survivor: World | None = None
+        self._next: tuple[World, PendingRun] = self._wake_victim()
+
+    @staticmethod
+    def _wake_victim() -> tuple[World, PendingRun]:
+        world = World(1, timeout=120.0)
+        return world, world.submit(prepare, SETTING, 1)
+
+    @property
+    def survivor(self) -> World:
+        if self._survivor is None or not self._survivor.healthy:
+            self._survivor = World(1, timeout=120.0)
+            self._survivor.run(prepare, SETTING, 0)
+        return self._survivor
+
+    def victim(self) -> World:
+        """A process that has its device and its kernels ready."""
+        world, waking = self._next
+        self._next = self._wake_victim()
+        waking.results()
+        return world
+
+    def clear(self) -> None:
+        """Ends all processes."""
+        for world in (self._survivor, self._next[0]):
+            if world is not None:
+                world.discard()
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    made = Stage()
+    yield made
+    made.clear()
+
+
+@pytest.mark.parametrize("death", deaths(graphs=True), ids=str)
+def test_the_survivor_names_the_dead_and_works_on(stage: Stage, death: Death) -> None:
+    survivor, victim = stage.survivor, stage.victim()
+    try:
+        print(play(survivor, victim, death, SETTING))
+    finally:
+        victim.discard()

@@ -1,0 +1,38 @@
+"""A rank killed at every point of a training step, without a GPU: the reference, and the kernels' source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from deepep.sim import World
+from deepep.sim.deaths import Death, Setting, deaths, play, prepare
+
+POINTS = deaths(graphs=False)
+
+
+@pytest.fixture(scope="module")
+def survivors() -> Iterator[dict[str, World]]:
+    """One process for each backend, which survives all deaths."""
+    worlds: dict[str, World] = {}
+    yield worlds
+    for world in worlds.values():
+        world.discard()
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulator"])
+@pytest.mark.parametrize("death", POINTS, ids=str)
+def test_the_survivor_names_the_dead_and_works_on(
+    survivors: dict[str, World], death: Death, backend: str
+) -> None:
+    setting = Setting(cuda=False, backend=backend)
+    if backend not in survivors or not survivors[backend].healthy:
+        survivors[backend] = World(1)
+        survivors[backend].run(prepare, setting, 0)
+    victim = World(1)
+    try:
+        victim.run(prepare, setting, 1)
+        play(survivors[backend], victim, death, setting)
+    finally:
+        victim.discard()
