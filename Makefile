@@ -1,11 +1,12 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
+# On a machine with Hopper GPUs: `make test-gpu`, `make test-gpu-sanitize`; docs/verification.md.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 BUILT  := build/.installed
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: all demo test check-style check-types unit install format clean
+.PHONY: all demo test check-style check-types unit install format clean test-gpu test-gpu-sanitize
 all: install
 
 $(PY):
@@ -37,6 +38,22 @@ check-types: install
 
 unit: install
 	$(PY) -m pytest
+
+# The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
+GPU_PY ?= $(PY)
+GPU_INSTALLED := $(if $(filter $(PY),$(GPU_PY)),install)
+GPU_TESTS ?= tests/kernels tests/reference tests/cli/test_bench.py
+SANITIZED := small_shapes or num_worst or masked or too_many or test_layout
+
+test-gpu: $(GPU_INSTALLED)
+	NCCL_NVLS_ENABLE=0 $(GPU_PY) -m pytest -m gpu --durations=10 $(GPU_TESTS)
+
+test-gpu-sanitize: $(GPU_INSTALLED)
+	@set -e; for tool in memcheck racecheck synccheck; do \
+	  echo "== $$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
+	    $(GPU_PY) -m pytest -q tests/kernels/test_virtual_ranks.py -k "$(SANITIZED)"; \
+	done
 
 format: install
 	$(PY) -m ruff check --fix .
