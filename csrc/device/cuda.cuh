@@ -254,6 +254,8 @@ class SharedArray {
   /// Atomic within the block; returns what was there before.
   DEEPEP_DEVICE T add(int i, T v) { return atomicAdd_block(data_ + i, v); }
   DEEPEP_DEVICE T bit_or(int i, T v) { return atomicOr_block(data_ + i, v); }
+  /// The address of an element: a stage of bulk copies, an mbarrier.
+  [[nodiscard]] DEEPEP_DEVICE T* at(int i) const { return data_ + i; }
 
  private:
   [[nodiscard]] DEEPEP_DEVICE uint32_t address(int i) const {
@@ -262,6 +264,90 @@ class SharedArray {
 
   T* data_;
 };
+
+// ---- mbarriers ---------------------------------------------------------------------------------------------
+
+DEEPEP_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+DEEPEP_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+DEEPEP_DEVICE void mbarrier_invalidate(uint64_t* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+DEEPEP_DEVICE void mbarrier_arrive_impl(release, block_scope, uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+template <class Order, class Scope>
+DEEPEP_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+  mbarrier_arrive_impl(Order{}, Scope{}, barrier);
+}
+
+DEEPEP_DEVICE void mbarrier_expect_impl(release, block_scope, uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+template <class Order, class Scope>
+DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+  mbarrier_expect_impl(Order{}, Scope{}, barrier, bytes);
+}
+
+/// One look, in which the hardware may suspend the thread for a while.
+[[nodiscard]] DEEPEP_DEVICE bool mbarrier_try_impl(acquire, block_scope, const uint64_t* barrier, uint32_t phase) {
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, complete;\n"
+      "}"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(phase & 1u)
+      : "memory");
+  return complete != 0;
+}
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool mbarrier_wait(const uint64_t* barrier, uint32_t phase, Deadline deadline) {
+  for (;;) {
+    for (int i = 0; i < kPollsPerClock; ++i)
+      if (mbarrier_try_impl(Order{}, Scope{}, barrier, phase)) return true;
+    if (deadline.passed()) return false;
+  }
+}
+
+// ---- bulk copies -------------------------------------------------------------------------------------------
+
+DEEPEP_DEVICE void bulk_load(void* stage, const void* from, int64_t bytes, uint64_t* barrier) {
+  // .shared::cluster with an address of this block: the form that every PTX version with bulk copies has.
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(stage)),
+               "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(bytes)), "r"(shared_address(barrier))
+               : "memory");
+}
+DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(shared_address(stage)), "r"(static_cast<uint32_t>(bytes))
+               : "memory");
+}
+DEEPEP_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+DEEPEP_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+DEEPEP_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+DEEPEP_DEVICE void fence_async_impl(shared_space) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEEPEP_DEVICE void fence_async_impl(global_space) { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DEEPEP_DEVICE void fence_async_impl(all_spaces) { asm volatile("fence.proxy.async;" ::: "memory"); }
+template <class Space>
+DEEPEP_DEVICE void fence_async() {
+  fence_async_impl(Space{});
+}
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 

@@ -29,10 +29,11 @@ struct Cell {
     plain,    // read and written plainly so far
     ordered,  // ordered operations reached it: `extra` is its history
     pieces,   // written byte by byte: `extra` is four cells, one a byte
+    barrier,  // half of an mbarrier: `extra` is its number
   };
   Epoch write;        // the last plain write
   Epoch read;         // the last plain read, if knowing it means knowing all
-  uint32_t readers;   // else a read set, by index; 0 is none
+  uint32_t readers;   // a read set, by index: other readers since the last write; 0 is none
   uint32_t extra;     // see Shape
   uint16_t write_site;
   uint16_t read_site;

@@ -235,11 +235,11 @@ class SharedArray {
   DEEPEP_DEVICE T bit_or(int i, T v, emu::Site site = emu::Site::current()) {
     return rmw(i, emu::Rmw::bit_or, v, site);
   }
-
- private:
-  [[nodiscard]] T* at(int i) const {
+  [[nodiscard]] DEEPEP_DEVICE T* at(int i) const {
     return reinterpret_cast<T*>(emu::machine->shared(offset_ + static_cast<int64_t>(sizeof(T)) * i));
   }
+
+ private:
   T rmw(int i, emu::Rmw op, T v, emu::Site site) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
     return detail::from_bits<T>(emu::machine->strong_rmw(at(i), sizeof(T), op, detail::to_bits(v),
@@ -247,6 +247,56 @@ class SharedArray {
   }
   int64_t offset_;
 };
+
+// ---- mbarriers and bulk copies -----------------------------------------------------------------------------
+
+DEEPEP_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count, emu::Site site = emu::Site::current()) {
+  emu::machine->mbarrier_init(barrier, count, site);
+}
+DEEPEP_DEVICE void mbarrier_invalidate(uint64_t* barrier, emu::Site site = emu::Site::current()) {
+  emu::machine->mbarrier_invalidate(barrier, site);
+}
+template <class Order, class Scope>
+DEEPEP_DEVICE void mbarrier_arrive(uint64_t* barrier, emu::Site site = emu::Site::current()) {
+  static_assert(std::is_same_v<Order, relaxed> || std::is_same_v<Order, release>);
+  emu::machine->mbarrier_arrive(barrier, 0, detail::order_of<Order>, detail::scope_of<Scope>, site);
+}
+template <class Order, class Scope>
+DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes, emu::Site site = emu::Site::current()) {
+  static_assert(std::is_same_v<Order, relaxed> || std::is_same_v<Order, release>);
+  emu::machine->mbarrier_arrive(barrier, bytes, detail::order_of<Order>, detail::scope_of<Scope>, site);
+}
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool mbarrier_wait(const uint64_t* barrier, uint32_t phase, Deadline deadline,
+                                               emu::Site site = emu::Site::current()) {
+  static_assert(std::is_same_v<Order, relaxed> || std::is_same_v<Order, acquire>);
+  return emu::machine->mbarrier_wait(barrier, phase, detail::order_of<Order>, detail::scope_of<Scope>,
+                                     deadline.end_ns, site);
+}
+
+DEEPEP_DEVICE void bulk_load(void* stage, const void* from, int64_t bytes, uint64_t* barrier,
+                             emu::Site site = emu::Site::current()) {
+  emu::machine->bulk_load(stage, from, bytes, barrier, site);
+}
+DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes, emu::Site site = emu::Site::current()) {
+  emu::machine->bulk_store(to, stage, bytes, site);
+}
+DEEPEP_DEVICE void bulk_commit(emu::Site site = emu::Site::current()) { emu::machine->bulk_commit(site); }
+template <int kPending>
+DEEPEP_DEVICE void bulk_wait_read(emu::Site site = emu::Site::current()) {
+  emu::machine->bulk_wait(kPending, true, site);
+}
+template <int kPending>
+DEEPEP_DEVICE void bulk_wait(emu::Site site = emu::Site::current()) {
+  emu::machine->bulk_wait(kPending, false, site);
+}
+template <class Space>
+DEEPEP_DEVICE void fence_async(emu::Site site = emu::Site::current()) {
+  emu::machine->fence_async(std::is_same_v<Space, shared_space>   ? emu::Spaces::shared
+                            : std::is_same_v<Space, global_space> ? emu::Spaces::global
+                                                                  : emu::Spaces::all,
+                            site);
+}
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 

@@ -83,7 +83,12 @@ std::string Simulation::story_of_waits() const {
       continue;
     }
     ++told;
-    text += memory_.describe_wait(fiber.agent, fiber.address, fiber.condition, fiber.order, fiber.scope, fiber.site);
+    if (fiber.waits_for == Fiber::For::word)
+      text += memory_.describe_wait(fiber.agent, fiber.address, fiber.condition, fiber.order, fiber.scope, fiber.site);
+    else if (fiber.waits_for == Fiber::For::phase)
+      text += memory_.describe_phase_wait(fiber.agent, fiber.address, fiber.phase, fiber.site);
+    else
+      text += "  " + name_of(fiber.agent.now()) + " waits at " + memory_.sites.name(fiber.site) + " for bulk stores\n";
   }
   if (untold > 0) text += "  and " + std::to_string(untold) + " more wait\n";
   for (size_t b = 0; b < blocks_.size(); ++b) {

@@ -4,6 +4,7 @@
 #include "emulator/passing_waits.hpp"
 #else
 #include "emulator/litmus.hpp"
+#include "emulator/litmus_bulk.hpp"
 #endif
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"

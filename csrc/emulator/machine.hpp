@@ -14,6 +14,8 @@ enum class Order : uint8_t { relaxed, acquire, release, acq_rel };
 /// Wider scopes compare greater. Also how far apart two threads are: the scope that includes both.
 enum class Scope : uint8_t { block, gpu, sys };
 enum class Rmw : uint8_t { add, bit_or };
+/// What a proxy fence is for.
+enum class Spaces : uint8_t { shared = 1, global = 2, all = 3 };
 
 /// Where in the kernel's source an operation stands: failures are told in these terms.
 using Site = std::source_location;
@@ -63,6 +65,21 @@ class Machine {
   /// True when a read satisfied `condition`; false when the deadline passed. `seen` is the last word read.
   [[nodiscard]] virtual bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns,
                                   uint64_t& seen, Site) = 0;
+
+  /// Bulk copies are carried out later, at steps that the schedule chooses: they read at one and write at another.
+  virtual void bulk_load(void* stage, const void* from, int64_t bytes, void* barrier, Site) = 0;
+  virtual void bulk_store(void* to, const void* stage, int64_t bytes, Site) = 0;
+  virtual void bulk_commit(Site) = 0;
+  /// Until all but the last `pending` groups of the thread have read, or have been carried out altogether.
+  virtual void bulk_wait(int pending, bool reads_only, Site) = 0;
+  virtual void fence_async(Spaces, Site) = 0;
+  virtual void mbarrier_init(void* barrier, uint32_t count, Site) = 0;
+  virtual void mbarrier_invalidate(void* barrier, Site) = 0;
+  /// Arrives once; the running phase then waits for `bytes` more.
+  virtual void mbarrier_arrive(void* barrier, int64_t bytes, Order, Scope, Site) = 0;
+  /// True when the phase is complete; false when the deadline passed.
+  [[nodiscard]] virtual bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns,
+                                           Site) = 0;
 
   virtual void sync_block(Site site) = 0;
   virtual void sync_warp(Site site) = 0;

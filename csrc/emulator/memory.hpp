@@ -6,7 +6,7 @@
 // accesses have their consequences: every word they touch keeps the values written to it, and a load may return any
 // that causality and coherence still allow, until the write's delivery makes it visible to all.
 //
-// An agent is whoever has a place in the clocks: a thread, or a rank's host.
+// An agent is whoever has a place in the clocks: a thread, or a rank's host. Bulk copies have none: async.hpp.
 #pragma once
 
 #include <array>
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "emulator/arena.hpp"
+#include "emulator/async.hpp"
 #include "emulator/clock.hpp"
 #include "emulator/machine.hpp"
 #include "emulator/sites.hpp"
@@ -27,6 +28,7 @@ struct Released {
   Epoch origin;
   ClockRef known;
   bool merged = false;  // several origins, through a chain of atomics; `origin` is the last
+  Crossed crossed;
 };
 
 struct Agent {
@@ -37,6 +39,10 @@ struct Agent {
   Epoch read_only;                      // as whom its kernel reads through the read-only path
   std::array<Released, 3> fenced;       // by scope: what its last releasing fence covers
   std::array<ClockRef, 3> unacquired;   // by distance: what relaxed loads observed, for a fence to acquire
+  std::array<Crossed, 3> unacquired_crossed;
+  Crossed crossed;                      // what of all this lies before a proxy fence
+  CopyId copy = 0;                      // of a copy that is carried out: which (async.cpp)
+  mutable std::array<CopyId, 16> seen_done{};  // copies it was found to know complete; by number, modulo
 
   [[nodiscard]] Epoch now() const { return {slot, time}; }
   [[nodiscard]] bool knows(Epoch epoch) const { return epoch.slot == slot || known.knows(epoch); }
@@ -58,6 +64,10 @@ struct Topology {
   [[nodiscard]] Slot host(int rank) const { return device_slots() + 32 * static_cast<Slot>(rank); }
   /// Stands for all of a rank's running kernel: reads through the read-only path are its.
   [[nodiscard]] Slot kernel(int rank) const { return host(rank) + 1; }
+  /// Behind all that have a place in the clocks: copies, by their number as the time; and whoever carries them out.
+  [[nodiscard]] Slot copies() const { return num_slots(); }
+  [[nodiscard]] Slot carrier() const { return num_slots() + 1; }
+  [[nodiscard]] Slot clock_slots() const { return num_slots() + 2; }
   /// The rank's host while it watches what a running kernel writes.
   [[nodiscard]] Slot watcher(int rank) const { return host(rank) + 2; }
   [[nodiscard]] bool is_device(Slot slot) const { return slot < device_slots(); }
@@ -108,7 +118,18 @@ struct History {
 
 /// An ordered operation or a barrier, as the log keeps it for the report.
 struct Event {
-  enum class Kind : uint8_t { load, store, rmw, fence, sync } kind;
+  enum class Kind : uint8_t {
+    load,
+    store,
+    rmw,
+    fence,
+    sync,
+    proxy_fence,  // value: spaces
+    copy,         // value: the copy's number
+    wait_copies,  // value: groups that may be pending, or with the highest bit, only their reading was waited for
+    arrive,       // value: bytes expected
+    wait_phase,   // value: the phase
+  } kind;
   Order order;
   Scope scope;
   uint16_t site;
@@ -129,6 +150,10 @@ class Environment {
   [[nodiscard]] virtual uint32_t choose_value(uint32_t choices) = 0;
   /// The word has a new value for its waiters to look at.
   virtual void written(History& history, Slot writer) = 0;
+  /// Those who wait for the mbarrier, or the thread that waits for its copies, may look again.
+  virtual void wake(const std::vector<Slot>& waiters) = 0;
+  /// Whether the end of the access's kernel lies between it and a thread with this knowledge.
+  [[nodiscard]] virtual bool ended_before(Epoch access, const ClockRef& known) const = 0;
   [[noreturn]] virtual void fail(const std::string& kind, const std::string& text) = 0;
   [[nodiscard]] virtual std::string name_of(Epoch epoch) const = 0;
 
@@ -159,8 +184,33 @@ class Memory {
   /// The word's history, for a wait to register with. Only after a strong_load of the same word.
   [[nodiscard]] History& history_at(uintptr_t address) { return histories_[arena.cell(address).extra]; }
 
-  /// Writes of a rank that are still under way are lost with it.
+  /// Writes of a rank that are still under way are lost with it, its copies among them.
   void lose_writes(int rank);
+
+  // bulk copies (async.cpp)
+  /// Checks a copy as far as can be at its start, and takes note of what its issuer knows. `barrier`: of a load.
+  [[nodiscard]] CopyId issue(Agent& agent, bool is_load, uintptr_t to, uintptr_t from, int64_t bytes,
+                             uintptr_t barrier, uint16_t site);
+  /// The copy's next step: it reads, then it writes and is complete.
+  void carry_out(CopyId id);
+  [[nodiscard]] const Copy& copy(CopyId id) const { return copies_[id]; }
+  /// The agent has waited for the copy, or only for its reading.
+  void observe_copy(Agent& agent, CopyId id, bool reads_only);
+  void log_wait(Agent& agent, int pending, bool reads_only, uint16_t site);
+  void fence_async(Agent& agent, Spaces spaces, uint16_t site);
+  /// Fails because a thread, or a block, ends before somebody has waited for this copy.
+  [[noreturn]] void fail_outstanding(const Agent& agent, CopyId id);
+
+  // mbarriers (mbarrier.cpp)
+  void init_barrier(Agent& agent, uintptr_t address, uint32_t count, uint16_t site);
+  void invalidate_barrier(Agent& agent, uintptr_t address, uint16_t site);
+  void arrive(Agent& agent, uintptr_t address, int64_t bytes, Order, Scope, uint16_t site);
+  /// Whether the phase is complete; then what it released and copied is known.
+  [[nodiscard]] bool try_phase(Agent& agent, uintptr_t address, uint32_t phase, Order, Scope, uint16_t site);
+  /// The barrier that a thread waits at. Only after a try_phase at the same address.
+  [[nodiscard]] Barrier& barrier_at(uintptr_t address) { return barriers_[arena.cell(address).extra]; }
+  /// Shared memory at the start of a block: all is forgotten.
+  void renew(uintptr_t begin, size_t bytes);
 
   // what barriers and launches do to knowledge (ordered.cpp)
   /// Every agent then knows what any of them knew.
@@ -174,6 +224,9 @@ class Memory {
   [[nodiscard]] std::string place(uintptr_t address) const;
   [[nodiscard]] std::string describe_wait(const Agent& agent, uintptr_t address, Condition, Order, Scope,
                                           uint16_t site) const;
+  [[nodiscard]] std::string describe_phase_wait(const Agent& agent, uintptr_t address, uint32_t phase,
+                                                uint16_t site) const;
+  [[nodiscard]] std::string describe_copy(CopyId id) const;
   SiteTable sites;
 
  private:
@@ -184,18 +237,37 @@ class Memory {
     uint16_t site;
   };
 
+  /// Who reads four bytes beside `Cell::read`: threads by their clock (or none), and copies.
+  struct ReadSet {
+    ClockRef threads;
+    std::vector<CopyId> copies;
+  };
+
   void check_reach(const Agent& agent, const Access& access);
+  [[nodiscard]] bool is_reachable(const Agent& agent, const Allocation& allocation) const;
+  /// As Agent::knows, also of copies, and, for copies, of accesses in the generic proxy.
+  [[nodiscard]] bool knows(const Agent& agent, Epoch epoch) const {
+    return agent.knows(epoch) || knows_otherwise(agent, epoch, false);
+  }
+  /// What clocks alone do not tell; `reading`: a copy's reading is enough.
+  [[nodiscard]] bool knows_otherwise(const Agent& agent, Epoch epoch, bool reading) const;
+  [[nodiscard]] static bool has_observer(const std::vector<Epoch>& observers, const ClockRef& known, Epoch self);
+  void check_copy(const Agent& agent, const Access& access, bool in_shared);
+  /// The copy in the part of an agent: it knows what crossed to the async proxy before it was issued.
+  [[nodiscard]] Agent carrier(CopyId id, size_t space);
+  void read_source(Copy& copy, CopyId id);
+  void write_target(Copy& copy, CopyId id);
   void load_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
   void store_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
   void load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
   /// Calls `each(cell, mask)` for all cells of the access, or their pieces; `mask` has the bytes concerned.
   template <class Each>
-  void for_cells(const Access& access, const Each& each);
+  void for_cells(const Agent& agent, const Access& access, const Each& each);
   void split(Cell& cell);
   /// Makes a cell in pieces whole again, for an ordered access by an agent that knows all that was done to them.
   void unify(const Agent& agent, Cell& cell, const Access& access);
   void note_read(const Agent& agent, Cell& cell, Epoch as, uint16_t site);
-  [[nodiscard]] uint32_t new_read_set(const ClockRef* copied_from);
+  [[nodiscard]] uint32_t new_read_set();
   void drop_readers(Cell& cell);
   void check_write_known(const Agent& agent, const Cell& cell, const Access& access);
   void check_reads_known(const Agent& agent, const Cell& cell, const Access& access);
@@ -210,6 +282,11 @@ class Memory {
   void learn(Agent& agent, const Released& released);
   [[nodiscard]] std::vector<Released> releases_of(Agent& agent, Order order, Scope scope);
   void append(Agent& agent, History& history, Message message);
+
+  [[nodiscard]] Barrier& live_barrier(Agent& agent, const Access& access);
+  void complete_phase(Barrier& barrier);
+  void complete_bytes(Barrier& barrier, const Copy& copy, CopyId id);
+  [[noreturn]] void fail_barrier(const Agent& agent, const Access& access, const std::string& why) const;
   void log(Event event);
 
   // report.cpp
@@ -219,6 +296,11 @@ class Memory {
   void check_written(const Agent& agent, const Access& access);
   [[noreturn]] void fail_unwritten(const Agent& agent, const Access& access);
   [[nodiscard]] std::string told(const Agent& agent, const Access& access) const;
+  /// Of a copy, the moment it was issued; of others, the same.
+  [[nodiscard]] Epoch thread_of(Epoch epoch) const;
+  [[nodiscard]] Epoch thread_of(const Agent& agent) const;
+  /// Why the earlier access does not lie before the later.
+  [[nodiscard]] const char* reason_of(const Agent& agent, Epoch earlier) const;
   [[nodiscard]] std::string describe(const Event& event) const;
   /// Up to `count` logged operations of a thread, or barriers of its block: the first from `from` on, or the last.
   [[nodiscard]] std::string events_of(Slot slot, Time from, size_t count, bool last_ones) const;
@@ -228,8 +310,12 @@ class Memory {
   std::deque<History> histories_;
   std::vector<uint32_t> free_histories_;
   std::deque<std::array<Cell, 4>> pieces_;
-  std::vector<ClockRef> read_sets_;  // a set of readers is a clock: who read, and when last
+  std::vector<ReadSet> read_sets_;
   std::vector<uint32_t> free_read_sets_;
+  std::deque<Copy> copies_;
+  std::vector<CopyId> under_way_;
+  std::deque<Barrier> barriers_;
+  std::vector<uint32_t> free_barriers_;
   std::vector<Event> events_;
   uint64_t num_events_ = 0;
 };

@@ -19,10 +19,11 @@ constexpr size_t kMaxEvents = size_t{1} << 14;
 }  // namespace
 
 Memory::Memory(const Topology& topology, Environment& environment)
-    : clocks(topology.num_slots()), topology_(topology), environment_(environment) {
+    : clocks(topology.clock_slots()), topology_(topology), environment_(environment) {
   histories_.emplace_back();   // index 0 is none
   pieces_.emplace_back();
   read_sets_.emplace_back();
+  copies_.emplace_back();
 }
 
 void Memory::log(Event event) {
@@ -42,6 +43,7 @@ History& Memory::open_history(Agent& agent, const Access& access, bool is_store)
   bool begin = false;
   for (int i = 0; i < num_cells; ++i) {
     Cell& cell = arena.cell(access.address + 4 * static_cast<uintptr_t>(i));
+    if (cell.shape == Cell::Shape::barrier) fail_barrier(agent, access, "there is an mbarrier in use");
     if (cell.shape == Cell::Shape::pieces) unify(agent, cell, access);
     if (cell.shape == Cell::Shape::ordered) {
       History& history = histories_[cell.extra];
@@ -106,10 +108,10 @@ void Memory::dissolve(History& history) {
 
 void Memory::check_messages_known(const Agent& agent, const History& history, const Access& access, bool readers_too) {
   for (const Message& m : history.messages)
-    if (!agent.knows(m.writer)) fail_race(agent, access, "store", m.writer, m.site, nullptr);
+    if (!knows(agent, m.writer)) fail_race(agent, access, "store", m.writer, m.site, nullptr);
   if (!readers_too) return;
   for (const Seen& s : history.seen)
-    if (!agent.knows(s.reader)) fail_race(agent, access, "load", s.reader, s.site, nullptr);
+    if (!knows(agent, s.reader)) fail_race(agent, access, "load", s.reader, s.site, nullptr);
 }
 
 /// Ordered accesses race as well when neither knows of the other and a scope does not include both.
@@ -157,7 +159,7 @@ std::vector<Released> Memory::releases_of(Agent& agent, Order order, Scope scope
   std::vector<Released> out;
   for (const Released& fenced : agent.fenced)
     if (fenced.known && !(releases(order) && fenced.scope <= scope)) out.push_back(fenced);
-  if (releases(order)) out.push_back({scope, agent.now(), agent.known});
+  if (releases(order)) out.push_back({scope, agent.now(), agent.known, false, agent.crossed});
   return out;
 }
 
@@ -166,6 +168,7 @@ void Memory::learn(Agent& agent, const Released& released) {
   if (!released.merged && agent.knows(released.origin)) return;
   agent.known.join(released.known);
   agent.known.raise(released.origin);
+  agent.crossed.join(released.crossed);
 }
 
 /// A load has returned `message`: an acquire learns what was released with it, a relaxed load keeps it for a fence.
@@ -180,6 +183,7 @@ void Memory::observe(Agent& agent, const Message& message, Order order, Scope sc
       ClockRef& kept = agent.unacquired[index_of(distance)];
       kept.join(released.known);
       kept.raise(released.origin);
+      agent.unacquired_crossed[index_of(distance)].join(released.crossed);
     }
   }
 }
@@ -189,11 +193,13 @@ void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
     for (size_t distance = 0; distance <= index_of(scope); ++distance) {
       if (agent.unacquired[distance]) agent.known.join(agent.unacquired[distance]);
       agent.unacquired[distance] = ClockRef();
+      agent.crossed.join(agent.unacquired_crossed[distance]);
+      agent.unacquired_crossed[distance] = {};
     }
   }
   if (releases(order)) {
     for (size_t narrower = 0; narrower < index_of(scope); ++narrower) agent.fenced[narrower] = {};
-    agent.fenced[index_of(scope)] = {scope, agent.now(), agent.known};
+    agent.fenced[index_of(scope)] = {scope, agent.now(), agent.known, false, agent.crossed};
   }
   log({Event::Kind::fence, order, scope, site, agent.now(), 0, 0, 0, {}});
   advance(agent);
@@ -202,7 +208,10 @@ void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
 void Memory::lose_writes(int rank) {
   for (History& history : histories_)
     for (Message& m : history.messages)
-      if (m.delivered_at > environment_.step() && topology_.rank_of(m.writer.slot) == rank) m.delivered_at = kNever;
+      if (!m.is_plain && m.delivered_at > environment_.step() && topology_.rank_of(m.writer.slot) == rank)
+        m.delivered_at = kNever;
+  for (CopyId id : under_way_)
+    if (topology_.rank_of(copies_[id].issuer.slot) == rank) copies_[id].state = Copy::State::lost;
 }
 
 void Memory::teach(ClockRef& known, const Agent& agent) const {
@@ -221,8 +230,13 @@ void Memory::synchronize(const std::vector<Agent*>& agents, uint16_t site) {
   }
   for (const Agent* agent : agents) all.raise(agent->now());
   log({Event::Kind::sync, Order::acq_rel, Scope::block, site, agents[0]->now(), 0, 0, agents.size(), {}});
+  Crossed crossed;
+  for (const Agent* agent : agents)
+    for (size_t space = 0; space < crossed.in.size(); ++space)
+      if (agent->crossed.in[space].get() != crossed.in[space].get()) crossed.in[space].join(agent->crossed.in[space]);
   for (Agent* agent : agents) {
     agent->known = all;
+    agent->crossed = crossed;
     advance(*agent);
   }
 }
@@ -302,6 +316,7 @@ uint64_t Memory::strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw op, 
     }
     same->known.join(mine.known);
     same->known.raise(same->origin);
+    same->crossed.join(mine.crossed);
     same->origin = mine.origin;
     same->merged = true;
   }

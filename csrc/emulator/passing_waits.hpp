@@ -25,5 +25,9 @@ bool emulator_passes_tag(const uint64_t* p, uint32_t, Deadline, uint32_t& value)
   value = unpack_tagged(load<Order, Scope>(p)).value;
   return true;
 }
+template <class Order, class Scope>
+bool emulator_passes_mbarrier(const uint64_t*, uint32_t, Deadline) {
+  return true;
+}
 
 }  // namespace deepep::dev

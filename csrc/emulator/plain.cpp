@@ -1,5 +1,5 @@
 // Plain accesses: reach, initialisation, races. The bytes themselves are moved by the caller.
-#include "emulator/memory.hpp"
+#include "emulator/cells.hpp"
 
 namespace deepep::emu {
 
@@ -9,42 +9,29 @@ void Memory::check_reach(const Agent& agent, const Access& access) {
   if (allocation == nullptr) environment_.fail("out of bounds", told(agent, access));
   const bool is_device = topology_.is_device(agent.slot);
   if (is_device && access.address % bytes != 0) environment_.fail("misaligned access", told(agent, access));
-  if (allocation->space == Space::symmetric) return;
-  const bool reachable = allocation->rank == topology_.rank_of(agent.slot) &&
-                         (allocation->space != Space::shared ||
-                          (is_device && allocation->block == topology_.block_of(agent.slot) % topology_.max_blocks));
-  if (!reachable) environment_.fail("foreign memory", told(agent, access) + ": not this thread's to touch");
+  if (!is_reachable(agent, *allocation))
+    environment_.fail("foreign memory", told(agent, access) + ": not this thread's to touch");
+}
+
+bool Memory::is_reachable(const Agent& agent, const Allocation& allocation) const {
+  if (allocation.space == Space::symmetric) return true;
+  if (allocation.rank != topology_.rank_of(agent.slot)) return false;
+  return allocation.space != Space::shared ||
+         (topology_.is_device(agent.slot) &&
+          allocation.block == topology_.block_of(agent.slot) % topology_.max_blocks);
 }
 
 // ---- cells -------------------------------------------------------------------------------------------------
-
-template <class Each>
-void Memory::for_cells(const Access& access, const Each& each) {
-  const uintptr_t end = access.address + static_cast<uintptr_t>(access.bytes);
-  for (uintptr_t word = access.address & ~uintptr_t{3}; word < end; word += 4) {
-    Cell& cell = arena.cell(word);
-    if (cell.shape == Cell::Shape::plain && word >= access.address && word + 4 <= end) [[likely]] {
-      each(cell, uint8_t{0xf});
-      continue;
-    }
-    const unsigned first = word < access.address ? static_cast<unsigned>(access.address - word) : 0;
-    const unsigned last = word + 4 <= end ? 4 : static_cast<unsigned>(end - word);
-    if (cell.shape == Cell::Shape::ordered) {
-      // A history covers whole words: a narrower access to one is judged as an access to all of it.
-      each(cell, static_cast<uint8_t>((1u << last) - (1u << first)));
-      continue;
-    }
-    if (cell.shape == Cell::Shape::plain) split(cell);
-    for (unsigned b = first; b < last; ++b) each(pieces_[cell.extra][b], uint8_t{0xf});
-  }
-}
 
 void Memory::split(Cell& cell) {
   std::array<Cell, 4> pieces;
   for (unsigned b = 0; b < 4; ++b) {
     pieces[b] = cell;
     pieces[b].written = (cell.written >> b) & 1u ? 0xf : 0;
-    if (cell.readers != 0) pieces[b].readers = new_read_set(&read_sets_[cell.readers]);
+    if (cell.readers != 0) {
+      pieces[b].readers = new_read_set();
+      read_sets_[pieces[b].readers] = read_sets_[cell.readers];
+    }
   }
   drop_readers(cell);
   cell.shape = Cell::Shape::pieces;
@@ -67,24 +54,20 @@ void Memory::unify(const Agent& agent, Cell& cell, const Access& access) {
   cell.extra = 0;
 }
 
-uint32_t Memory::new_read_set(const ClockRef* copied_from) {
-  uint32_t index;
+uint32_t Memory::new_read_set() {
   if (free_read_sets_.empty()) {
-    index = static_cast<uint32_t>(read_sets_.size());
     read_sets_.emplace_back();
-  } else {
-    index = free_read_sets_.back();
-    free_read_sets_.pop_back();
+    return static_cast<uint32_t>(read_sets_.size() - 1);
   }
-  ClockRef set = clocks.zero();
-  if (copied_from != nullptr) set.join(*copied_from);
-  read_sets_[index] = std::move(set);
+  const uint32_t index = free_read_sets_.back();
+  free_read_sets_.pop_back();
   return index;
 }
 
 void Memory::drop_readers(Cell& cell) {
   if (cell.readers != 0) {
-    read_sets_[cell.readers] = ClockRef();
+    read_sets_[cell.readers].threads = ClockRef();
+    read_sets_[cell.readers].copies.clear();
     free_read_sets_.push_back(cell.readers);
     cell.readers = 0;
   }
@@ -94,36 +77,45 @@ void Memory::drop_readers(Cell& cell) {
 // ---- checks ------------------------------------------------------------------------------------------------
 
 void Memory::check_write_known(const Agent& agent, const Cell& cell, const Access& access) {
-  if (agent.knows(cell.write)) return;
+  if (knows(agent, cell.write)) return;
   fail_race(agent, access, "plain store", cell.write, cell.write_site, nullptr);
 }
 
 void Memory::check_reads_known(const Agent& agent, const Cell& cell, const Access& access) {
-  if (cell.readers == 0) {
-    if (!agent.knows(cell.read)) fail_race(agent, access, "plain load", cell.read, cell.read_site, nullptr);
-    return;
+  if (cell.readers == 0 || !read_sets_[cell.readers].threads) {
+    if (!knows(agent, cell.read)) fail_race(agent, access, "plain load", cell.read, cell.read_site, nullptr);
+    if (cell.readers == 0) return;
   }
-  const ClockRef& set = read_sets_[cell.readers];
+  for (CopyId id : read_sets_[cell.readers].copies) {
+    const Epoch reader{topology_.copies(), static_cast<Time>(id)};
+    if (!knows_otherwise(agent, reader, true))
+      fail_race(agent, access, copies_[id].is_load ? "bulk load's read" : "bulk store's read", reader,
+                copies_[id].site, nullptr);
+  }
+  const ClockRef& set = read_sets_[cell.readers].threads;
+  if (!set) return;
   Time unknown = 0;
   for (Slot s = 0; s < clocks.width(); ++s) unknown |= static_cast<Time>(set[s] > agent.known[s]);
   if (unknown == 0) return;
   for (Slot s = 0; s < clocks.width(); ++s)
-    if (!agent.knows({s, set[s]})) fail_race(agent, access, "plain load", {s, set[s]}, cell.read_site, nullptr);
+    if (!knows(agent, {s, set[s]})) fail_race(agent, access, "plain load", {s, set[s]}, cell.read_site, nullptr);
 }
 
 void Memory::note_read(const Agent& agent, Cell& cell, Epoch as, uint16_t site) {
   cell.read_site = site;
-  if (cell.readers != 0) {
-    read_sets_[cell.readers].raise(as);
+  if (cell.readers != 0 && read_sets_[cell.readers].threads) {
+    read_sets_[cell.readers].threads.raise(as);
     return;
   }
   if (agent.knows(cell.read)) {
     cell.read = as;
     return;
   }
-  cell.readers = new_read_set(nullptr);
-  read_sets_[cell.readers].raise(cell.read);
-  read_sets_[cell.readers].raise(as);
+  if (cell.readers == 0) cell.readers = new_read_set();
+  ClockRef& threads = read_sets_[cell.readers].threads;
+  threads = clocks.zero();
+  threads.raise(cell.read);
+  threads.raise(as);
 }
 
 void Memory::load_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access) {
@@ -151,7 +143,9 @@ void Memory::load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access
   // Another thread of the kernel has passed all of this, and a write since would have been an error.
   if (cell.read == agent.read_only && cell.readers == 0) return;
   const auto check_before_launch = [&](Epoch writer, const char* what, uint16_t site) {
-    if (!agent.at_launch.knows(writer))
+    const bool is_copy = writer.slot == topology_.copies();
+    if (is_copy ? !has_observer(copies_[static_cast<CopyId>(writer.time)].seen_by, agent.at_launch, {})
+                : !agent.at_launch.knows(writer))
       fail_race(agent, access, what, writer, site,
                 "the read-only path is for bytes that nobody writes while the kernel runs");
   };
@@ -167,19 +161,19 @@ void Memory::load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access
 void Memory::plain_load(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site) {
   const Access access{"plain load", address, bytes, site};
   check_reach(agent, access);
-  for_cells(access, [&](Cell& cell, uint8_t mask) { load_cell(agent, cell, mask, access); });
+  for_cells(agent, access, [&](Cell& cell, uint8_t mask) { load_cell(agent, cell, mask, access); });
 }
 
 void Memory::plain_store(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site) {
   const Access access{"plain store", address, bytes, site};
   check_reach(agent, access);
-  for_cells(access, [&](Cell& cell, uint8_t mask) { store_cell(agent, cell, mask, access); });
+  for_cells(agent, access, [&](Cell& cell, uint8_t mask) { store_cell(agent, cell, mask, access); });
 }
 
 void Memory::forget(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site) {
   const Access access{"handing over", address, bytes, site};
   check_reach(agent, access);
-  for_cells(access, [&](Cell& cell, uint8_t mask) {
+  for_cells(agent, access, [&](Cell& cell, uint8_t mask) {
     store_cell(agent, cell, mask, access);
     cell.written = static_cast<uint8_t>(cell.written & ~mask);
   });
@@ -189,7 +183,7 @@ void Memory::forget(Agent& agent, uintptr_t address, int64_t bytes, uint16_t sit
 void Memory::load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site) {
   const Access access{"read-only load", address, bytes, site};
   check_reach(agent, access);
-  for_cells(access, [&](Cell& cell, uint8_t mask) { load_cell_once(agent, cell, mask, access); });
+  for_cells(agent, access, [&](Cell& cell, uint8_t mask) { load_cell_once(agent, cell, mask, access); });
 }
 
 }  // namespace deepep::emu

@@ -48,8 +48,16 @@ std::string Memory::place(uintptr_t address) const {
   return a->name + "+" + hex(address - a->begin);
 }
 
+Epoch Memory::thread_of(Epoch epoch) const {
+  return epoch.slot == topology_.copies() ? copies_[static_cast<CopyId>(epoch.time)].issuer : epoch;
+}
+
+Epoch Memory::thread_of(const Agent& agent) const {
+  return agent.copy == 0 ? agent.now() : copies_[agent.copy].issuer;
+}
+
 std::string Memory::told(const Agent& agent, const Access& access) const {
-  return environment_.name_of(agent.now()) + ": " + access.what + " of " + std::to_string(access.bytes) + " bytes, " +
+  return environment_.name_of(thread_of(agent)) + ": " + access.what + " of " + std::to_string(access.bytes) + " bytes, " +
          place(access.address) + ", at " + sites.name(access.site);
 }
 
@@ -60,7 +68,8 @@ void Memory::check_written(const Agent& agent, const Access& access) {
 
 void Memory::fail_unwritten(const Agent& agent, const Access& access) {
   environment_.fail("read of memory never written",
-                    told(agent, access) + "\n  its latest ordered operations:\n" + events_of(agent.slot, 0, 6, true));
+                    told(agent, access) + "\n  its latest ordered operations:\n" +
+                        events_of(thread_of(agent).slot, 0, 6, true));
   std::abort();  // fail() does not return, but not every compiler believes it of a virtual function
 }
 
@@ -72,6 +81,27 @@ std::string Memory::describe(const Event& event) const {
       return text + "barrier of " + std::to_string(event.value) + " threads at " + sites.name(event.site) + "\n";
     case Event::Kind::fence:
       return text + how + "fence at " + sites.name(event.site) + "\n";
+    case Event::Kind::proxy_fence: {
+      static const char* const kSpaces[] = {"", "shared", "global", "all"};
+      return text + "proxy fence (" + kSpaces[event.value] + ") at " + sites.name(event.site) + "\n";
+    }
+    case Event::Kind::copy:
+      text += describe_copy(static_cast<CopyId>(event.value)) + ", issued";
+      break;
+    case Event::Kind::wait_copies: {
+      const bool reads_only = (event.value >> 63) != 0;
+      text += std::string("bulk groups ") + (reads_only ? "have read" : "are complete") + " but for " +
+              std::to_string(event.value & 0xffffffffu);
+      break;
+    }
+    case Event::Kind::arrive:
+      text += how + "arrival at mbarrier " + place(event.address);
+      if (event.value != 0) text += ", expecting " + std::to_string(event.value) + " bytes";
+      break;
+    case Event::Kind::wait_phase:
+      text += how + "wait for phase " + std::to_string(static_cast<int32_t>(event.value)) + " of mbarrier " +
+              place(event.address);
+      break;
     case Event::Kind::store:
       text += how + "store " + place(event.address) + " = " + hex(event.value);
       break;
@@ -83,7 +113,8 @@ std::string Memory::describe(const Event& event) const {
       break;
   }
   text += " at " + sites.name(event.site);
-  if (event.kind != Event::Kind::store && event.from.time != 0) text += ", from " + environment_.name_of(event.from);
+  if (event.kind != Event::Kind::store && event.from.time != 0)
+    text += ", from " + environment_.name_of(thread_of(event.from));
   return text + "\n";
 }
 
@@ -118,14 +149,57 @@ void Memory::fail_race(const Agent& agent, const Access& access, const char* oth
                        uint16_t other_site, const char* reason) {
   std::string text = told(agent, access) + "\n  after ";
   const bool is_kernel = other.slot == topology_.kernel(topology_.rank_of(other.slot));
-  text += environment_.name_of(other) + ": " + (is_kernel ? "read-only load" : other_what) + " at " +
-          sites.name(other_site);
-  text += "\n  ";
-  text += reason != nullptr ? reason : "nothing orders the earlier before the later";
-  text += "\n  ordered operations of the earlier's thread since:\n" + events_of(other.slot, other.time, 4, false);
-  text += "  of the later's thread before:\n" + events_of(agent.slot, 0, 6, true);
+  const bool is_copy = other.slot == topology_.copies();
+  const Epoch thread = thread_of(other);
+  text += environment_.name_of(thread) + ": ";
+  text += is_copy ? describe_copy(static_cast<CopyId>(other.time)) : is_kernel ? "read-only load" : other_what;
+  text += is_copy ? ", issued at " : " at ";
+  text += sites.name(other_site) + "\n  ";
+  text += reason != nullptr ? reason : reason_of(agent, other);
+  text += "\n  ordered operations of the earlier's thread since:\n" + events_of(thread.slot, thread.time, 4, false);
+  text += "  of the later's thread before:\n" + events_of(thread_of(agent).slot, 0, 6, true);
   environment_.fail("data race", text);
   std::abort();
+}
+
+const char* Memory::reason_of(const Agent& agent, Epoch earlier) const {
+  if (earlier.slot == topology_.copies()) {
+    const Copy& copy = copies_[static_cast<CopyId>(earlier.time)];
+    if (copy.reading_seen_by.empty()) return "nobody had waited for that copy";
+    if (copy.seen_by.empty()) return "of that copy only the reading had been waited for";
+    return "that copy was waited for, but nothing orders the wait before the later";
+  }
+  if (agent.copy == 0) return "nothing orders the earlier before the later";
+  const Copy& copy = copies_[agent.copy];
+  if (earlier.slot == copy.issuer.slot ? earlier.time <= copy.issuer.time : copy.known.knows(earlier))
+    return "the earlier lies before the copy's start, but no proxy fence (fence_async) lies between";
+  return "nothing orders the earlier before the copy's start; a copy reads and writes when it is carried out";
+}
+
+std::string Memory::describe_copy(CopyId id) const {
+  const Copy& copy = copies_[id];
+  return std::string(copy.is_load ? "bulk load" : "bulk store") + " of " + std::to_string(copy.bytes) + " bytes, " +
+         place(copy.from) + " to " + place(copy.to);
+}
+
+void Memory::fail_outstanding(const Agent& agent, CopyId id) {
+  const Copy& copy = copies_[id];
+  std::string text = environment_.name_of(agent.now()) + " ends, and nobody has waited for ";
+  text += copy.reading_seen_by.empty() ? "" : "the writing of ";
+  text += "the " + describe_copy(id) + ", issued by " + environment_.name_of(copy.issuer) + " at " +
+          sites.name(copy.site) + "\n  its latest ordered operations:\n" + events_of(agent.slot, 0, 6, true);
+  environment_.fail("copies outstanding", text);
+  std::abort();
+}
+
+std::string Memory::describe_phase_wait(const Agent& agent, uintptr_t address, uint32_t phase, uint16_t site) const {
+  std::string text = "  " + environment_.name_of(agent.now()) + " waits at " + sites.name(site) + " for phase " +
+                     std::to_string(phase) + " of mbarrier " + place(address);
+  for (const Barrier& barrier : barriers_)
+    if (barrier.address == address)
+      text += "; it misses " + std::to_string(barrier.missing) + " arrivals and " + std::to_string(barrier.bytes) +
+              " bytes";
+  return text + "\n";
 }
 
 std::string Memory::describe_wait(const Agent& agent, uintptr_t address, Condition condition, Order order, Scope scope,

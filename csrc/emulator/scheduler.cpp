@@ -80,6 +80,18 @@ uint64_t Scheduler::delivery_delay(uint32_t writers_warp) {
   return late_per_mille_ != 0 && dice_.chance(late_per_mille_) ? dice_.below(lateness_) + 1 : 0;
 }
 
+uint64_t Scheduler::copy_delay(uint32_t issuers_warp) {
+  if (!has_copies_) {
+    has_copies_ = true;
+    const uint32_t late[][2] = {{0, 0}, {500, 16}, {700, 256}, {1000, 64}, {500, 4096}};
+    const uint32_t profile = dice_.below(5);
+    late_copies_per_mille_ = late[profile][0];
+    copy_lateness_ = late[profile][1];
+  }
+  if (strategy_ == Strategy::starve && victim_is_slow_link_ && group_of(issuers_warp) == victim_) return 50000;
+  return late_copies_per_mille_ != 0 && dice_.chance(late_copies_per_mille_) ? dice_.below(copy_lateness_) + 1 : 0;
+}
+
 uint32_t Scheduler::choose_value(uint32_t choices) {
   return dice_.chance(400) ? choices - 1 : dice_.below(choices);
 }

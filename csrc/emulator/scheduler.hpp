@@ -32,6 +32,8 @@ class Scheduler {
     return strategy_ == Strategy::pct && priority_[other] > priority_[warp];
   }
   [[nodiscard]] uint64_t delivery_delay(uint32_t writers_warp);
+  /// How many steps go by before a copy of that warp reads, or between its reading and its writing.
+  [[nodiscard]] uint64_t copy_delay(uint32_t issuers_warp);
   [[nodiscard]] uint32_t choose_value(uint32_t choices);
   [[nodiscard]] uint64_t launch_delay();
   [[nodiscard]] uint64_t below(uint64_t n) { return n == 0 ? 0 : dice_.next() % n; }
@@ -48,6 +50,9 @@ class Scheduler {
   uint32_t stay_per_mille_;          // random: how likely a thread goes on at a point
   uint32_t late_per_mille_;          // of writes that arrive late
   uint32_t lateness_;                // up to how many steps
+  bool has_copies_ = false;          // the two below are drawn with the first copy
+  uint32_t late_copies_per_mille_ = 0;
+  uint32_t copy_lateness_ = 0;
   std::vector<int64_t> priority_;    // pct, by warp
   std::vector<uint64_t> changes_;    // pct: steps, ascending
   size_t next_change_ = 0;

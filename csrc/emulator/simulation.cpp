@@ -55,6 +55,7 @@ Outcome Simulation::run() {
       break;
     }
     deliver_due();
+    if (failed_) break;
     strike_due();
     if (!ready_warps_.empty()) {
       const uint32_t warp = ready_warps_[scheduler_.pick(ready_warps_, idle_polls_ >= kManyPolls)];
@@ -99,7 +100,7 @@ void Simulation::start_kernel(int rank) {
   Memory::advance(r.host);
   memory_.teach(r.host.known, r.host);  // one clock for all threads of the kernel
   // The end of a kernel waits for its loads, and makes its stores visible to all: it is as good as a system-wide fence.
-  r.boundary = {Scope::sys, r.host.now(), r.host.known};
+  r.boundary = {Scope::sys, r.host.now(), r.host.known, false, {}};
   Memory::advance(r.host);
   const int sms = shape_.num_sms > 0 ? shape_.num_sms : launch.num_blocks;
   while (launch.next_block < std::min(sms, launch.num_blocks)) start_block(rank, launch);
@@ -111,13 +112,14 @@ void Simulation::start_block(int rank, Launch& launch) {
   Block& block = blocks_[static_cast<size_t>(rank * shape_.max_blocks + index)];
   block.arrived = 0;
   block.done = 0;
+  block.loads.clear();
   const auto shared_bytes = static_cast<size_t>(launch.shared_bytes);
   if (shared_bytes > block.shared_capacity) {
     const std::string name = "shared memory of rank " + std::to_string(rank) + " block " + std::to_string(index);
     block.shared = memory_.arena.allocate(name, Space::shared, rank, index, shared_bytes);
     block.shared_capacity = shared_bytes;
   } else if (block.shared_capacity != 0) {
-    memory_.arena.renew(block.shared, shared_bytes);
+    memory_.renew(block.shared, shared_bytes);
   }
   for (int t = 0; t < launch.num_threads; ++t) {
     const Slot slot = topology_.thread(rank, index, t);
@@ -133,6 +135,10 @@ void Simulation::start_block(int rank, Launch& launch) {
     fiber.agent.read_only = {topology_.kernel(rank), launch.number};
     fiber.agent.fenced = {Released{}, Released{}, r.boundary};
     fiber.agent.unacquired = {};
+    fiber.agent.unacquired_crossed = {};
+    fiber.agent.crossed = {};
+    fiber.stores.clear();
+    fiber.groups = 0;
     fiber.stack = stacks_.take();
     fiber.context = make_context(fiber.stack, &Simulation::enter, this);
     make_ready(slot);
@@ -153,6 +159,7 @@ void Simulation::thread_ends() {
   if (warp.arrived != 0) fail_divergent("a thread ends while others of its warp wait for it");
   if (blocks_[static_cast<size_t>(topology_.block_of(running_))].arrived != 0)
     fail_divergent("a thread ends while others of its block wait for it at a barrier");
+  check_copies_done();
   warp.done |= 1u << (running_ % 32);
   idle_polls_ = 0;
 }
@@ -171,6 +178,7 @@ void Simulation::kernel_ends(int rank) {
     }
   }
   r.host.known.raise({topology_.kernel(rank), launch.number});
+  r.ended.push_back(r.host.time);
   Fiber& watcher = fibers_[topology_.watcher(rank)];
   if (r.watch.until_idle && r.stream.size() == 1) {
     watcher.deadline_ns = 0;
@@ -268,6 +276,11 @@ void Simulation::deliver_due() {
   while (!wakes_.empty() && wakes_.top().at_step <= step_) {
     const Wake wake = wakes_.top();
     wakes_.pop();
+    if (wake.slot == topology_.copies()) {
+      carry_out(wake.waits);
+      if (failed_) return;
+      continue;
+    }
     const int rank = topology_.rank_of(wake.slot);
     if (wake.slot == topology_.host(rank)) {
       start_kernel(rank);
@@ -301,8 +314,25 @@ void Simulation::written(History& history, Slot writer) {
   }
 }
 
+void Simulation::wake(const std::vector<Slot>& waiters) {
+  for (Slot slot : waiters) push_wake(step_, slot, fibers_[slot].waits);
+}
+
+bool Simulation::ended_before(Epoch access, const ClockRef& known) const {
+  // What a host did reaches threads through a kernel's start alone, and a read-only load its kernel's end.
+  if (!topology_.is_device(access.slot)) return true;
+  const std::vector<Fiber::Start>& launches = fibers_[access.slot].launches;
+  const auto next = std::find_if(launches.rbegin(), launches.rend(),
+                                 [&](const Fiber::Start& start) { return start.time <= access.time; });
+  if (next == launches.rend()) return true;
+  const int rank = topology_.rank_of(access.slot);
+  const std::vector<Time>& ended = ranks_[static_cast<size_t>(rank)].ended;
+  const auto number = static_cast<size_t>(next->number);
+  return ended.size() >= number && known.knows({topology_.host(rank), ended[number - 1]});
+}
+
 void Simulation::fail(const std::string& kind, const std::string& text) {
-  if (!in_fiber_) throw HostFailure{kind, text};
+  if (!in_fiber_ && !is_carrying_) throw HostFailure{kind, text};
   note_failure(kind, text);
   throw Abort{};
 }

@@ -113,6 +113,15 @@ class Simulation final : public Machine, private Environment {
   uint64_t strong_rmw(void* p, int bytes, Rmw, uint64_t operand, Order, Scope, Site) override;
   void fence(Order, Scope, Site) override;
   bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns, uint64_t& seen, Site) override;
+  void bulk_load(void* stage, const void* from, int64_t bytes, void* barrier, Site) override;
+  void bulk_store(void* to, const void* stage, int64_t bytes, Site) override;
+  void bulk_commit(Site) override;
+  void bulk_wait(int pending, bool reads_only, Site) override;
+  void fence_async(Spaces, Site) override;
+  void mbarrier_init(void* barrier, uint32_t count, Site) override;
+  void mbarrier_invalidate(void* barrier, Site) override;
+  void mbarrier_arrive(void* barrier, int64_t bytes, Order, Scope, Site) override;
+  bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns, Site) override;
   void sync_block(Site site) override;
   void sync_warp(Site site) override;
   uint32_t ballot(bool p, Site site) override;
@@ -148,6 +157,7 @@ class Simulation final : public Machine, private Environment {
     Agent host;  // also the stream: kernels start with what it knows, and it learns what they did
     std::deque<Item> stream;
     int launches = 0;
+    std::vector<Time> ended;   // of each kernel: the host's time behind it
     bool is_running = false;   // the stream's first item is a kernel that has started
     bool is_starting = false;  // or one that starts at a step to come
     bool at_host_step = false;
@@ -173,7 +183,15 @@ class Simulation final : public Machine, private Environment {
     std::vector<Start> launches;  // what it has been a thread of, and from when on
     std::byte* stack = nullptr;
     uint64_t result = 0;  // of a warp collective
+    struct Store {
+      CopyId id;
+      uint32_t group;
+    };
+    std::vector<Store> stores;  // bulk stores it has not waited for
+    uint32_t groups = 0;        // committed so far; those of the running kernel end with it
     // while waiting
+    enum class For : uint8_t { word, phase, copies } waits_for = For::word;
+    uint32_t phase = 0;
     uintptr_t address = 0;
     Condition condition{};
     Order order{};
@@ -201,11 +219,12 @@ class Simulation final : public Machine, private Environment {
     uint16_t site = 0;
     uintptr_t shared = 0;
     size_t shared_capacity = 0;
+    std::vector<CopyId> loads;  // of its threads
   };
   struct Wake {
     uint64_t at_step;
     uint64_t order;
-    Slot slot;  // a thread that waits, or a rank's host: its next kernel starts
+    Slot slot;  // a thread that waits; a rank's host: its next kernel starts; or a copy, by its number in `waits`
     uint32_t waits;
     friend bool operator<(const Wake& a, const Wake& b) {  // the earliest is the greatest
       return a.at_step != b.at_step ? a.at_step > b.at_step : a.order > b.order;
@@ -217,6 +236,8 @@ class Simulation final : public Machine, private Environment {
   uint64_t delivery_delay(Slot writer) override;
   uint32_t choose_value(uint32_t choices) override;
   void written(History& history, Slot writer) override;
+  void wake(const std::vector<Slot>& waiters) override;
+  bool ended_before(Epoch access, const ClockRef& known) const override;
   [[noreturn]] void fail(const std::string& kind, const std::string& text) override;
   std::string name_of(Epoch epoch) const override;
 
@@ -257,6 +278,11 @@ class Simulation final : public Machine, private Environment {
   void arrive(Collective collective, uint64_t value, int source_lane, Site site);
   [[noreturn]] void fail_divergent(const std::string& what);
 
+  // copying.cpp
+  void carry_out(CopyId id);
+  /// A thread ends, or the last of its block: nothing may be left of its copies.
+  void check_copies_done();
+
   [[nodiscard]] Fiber& self() { return fibers_[running_]; }
   [[nodiscard]] Warp& warp_of(Slot slot) { return warps_[slot / 32]; }
 
@@ -277,6 +303,7 @@ class Simulation final : public Machine, private Environment {
   Context main_;
   Slot running_ = 0;
   bool in_fiber_ = false;
+  bool is_carrying_ = false;  // a copy is being carried out
   bool preempted_ = false;
   uint64_t step_ = 1;
   uint64_t step_at_jump_ = 0;

@@ -48,6 +48,7 @@ bool Simulation::wait_at(uintptr_t address, int bytes, Condition condition, Orde
                          uint64_t deadline_ns, uint64_t& seen, uint16_t site) {
   const Slot slot = running_;
   Fiber& fiber = fibers_[slot];
+  fiber.waits_for = Fiber::For::word;
   fiber.address = address;
   fiber.condition = condition;
   fiber.order = order;

@@ -32,6 +32,7 @@ class Litmus:
     faults: Sequence[tuple[int, int, bool, int, bool]] = ()
     words: int = 1024  # symmetric, zero
     out_words: int = 256  # of each rank, zero
+    launches: int = 1
     out: list[Any] = field(default_factory=list)  # after a run, by rank
 
     def run(self, seed: int, strategy: str = "random") -> Any:
@@ -54,7 +55,7 @@ class Litmus:
             outs.append(machine.allocate(f"out@{rank}", "device", rank, 4 * self.out_words))
             machine.write(rank, outs[rank], bytes(4 * self.out_words))
         machine.meet()
-        for rank in range(self.ranks):
+        for rank in [rank for rank in range(self.ranks) for _ in range(self.launches)]:
             args = _emulator.litmus_args(rank, self.writer, self.reader, words, outs[rank], self.timeout_ns)
             machine.launch(
                 rank,
