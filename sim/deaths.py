@@ -4,6 +4,9 @@ The survivor must raise PeerTimeoutError, with a record that names the dead rank
 device must work on; and once the dead rank is masked, dispatch and combine must give what the oracle gives
 without it. One process survives all deaths, each in a buffer of its own; every victim is a fresh process.
 
+Or the rank is frozen for longer than its peer's patience, and comes back when the other works without it: it
+gets an error, too, and does the other no harm.
+
 Only public calls of Buffer: any backend. tests/kernels runs this on two GPUs, tests/sim without.
 """
 
@@ -13,7 +16,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from deepep.sim.buffer_runs import run_on_buffer
 from deepep.sim.cases import Case
@@ -29,7 +32,7 @@ from deepep.sim.options import Options
 from deepep.sim.outcomes import Outcome, Status
 from deepep.sim.rank_process import RankContext
 from deepep.sim.steadiness import check_own
-from deepep.sim.values import RankInputs, inputs
+from deepep.sim.training_steps import CALLS, POINTS, REPLAY, CapturedStep, Step
 from deepep.sim.world import World
 
 #: Seconds a victim lives on after it has begun the call that it is to die in.
@@ -38,24 +41,6 @@ MOMENT = 0.3
 PATIENCE = 60.0
 #: Symmetric memory of each buffer: a survivor keeps that of every buffer that lost a rank.
 SYMMETRIC_BYTES = 256 << 20
-
-#: Where a training step can be interrupted: before each of these.
-POINTS = (
-    "layout",
-    "dispatch",
-    "experts",
-    "combine",
-    "cached dispatch",
-    "async dispatch",
-    "dispatch event",
-    "async combine",
-    "combine event",
-    "barrier",
-)
-#: Those that a victim can enter while its peer has not: it dies inside.
-CALLS = ("dispatch", "combine", "cached dispatch", "async dispatch", "async combine", "barrier")
-#: The same of a step that is captured in a graph and replayed.
-REPLAY = "replay"
 
 
 @dataclass(frozen=True)
@@ -172,6 +157,31 @@ def play(survivor: World, victim: World, death: Death, setting: Setting) -> Surv
     return told
 
 
+def play_return(survivor: World, victim: World, death: Death, setting: Setting) -> Survived:
+    """As `play`, but the victim is frozen, and thawed when the survivor works without it."""
+    with TemporaryDirectory(prefix="deepep-death-", ignore_cleanup_errors=True) as folder:
+        pending = survivor.submit(survive, death, setting, folder, returns=True, timeout=2 * PATIENCE)
+        coming = victim.submit(freeze, death, setting, folder, timeout=2 * PATIENCE)
+        survived = Path(folder, "survived")
+        deadline = time.monotonic() + PATIENCE
+        while not survived.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before = time.monotonic()
+        victim.resume(0)
+        (end,) = coming.outcomes()
+        seconds = time.monotonic() - before
+        Path(folder, "back").touch()
+        (outcome,) = pending.outcomes()
+    assert outcome.ok, f"{death}: {outcome.describe()}"
+    told: Survived = outcome.value
+    judge(death, setting, told)
+    assert end.ok, f"{death}: {end.describe()}"
+    # Everything that it had queued may have to run out of time, and what it calls then.
+    assert seconds < 5 * setting.timeout + setting.grace, f"{death}: the frozen rank took {seconds:.1f} s"
+    assert end.value in ("PeerTimeoutError", "MismatchError"), f"{death}: the frozen rank: {end.value}"
+    return told
+
+
 def _demand_death(end: Outcome, other: Outcome) -> None:
     if end.status is not Status.DIED or end.exitcode != -signal.SIGKILL:
         also = "" if other.ok else f"\nand the survivor: {other.describe()}"
@@ -239,8 +249,44 @@ def die(ctx: RankContext, death: Death, setting: Setting, folder: str) -> None:
     step.run()
 
 
-def survive(ctx: RankContext, death: Death, setting: Setting, folder: str) -> Survived:
-    """The other rank's part."""
+def freeze(ctx: RankContext, death: Death, setting: Setting, folder: str) -> str:
+    """The victim's part if it comes back: the name of the error that it gets then."""
+    from deepep.errors import DeepEPError
+
+    device = ctx.scratch["device"]
+    buffer = _buffer(setting, folder, death.victim, 2)
+    step = _step(buffer, death, setting, device)
+    step.run()
+    _settle(device)
+    _meet(folder, death.victim)
+    frozen = False
+
+    def stop() -> None:
+        Path(folder, "dead").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def stop_here(point: str) -> None:
+        nonlocal frozen
+        if point == death.point and not frozen:
+            frozen = True
+            if death.inside:
+                threading.Timer(MOMENT, stop).start()
+            else:
+                stop()
+
+    step.at = stop_here
+    try:
+        for _ in range(3):
+            step.run()
+            _settle(device)
+    except DeepEPError as error:
+        _check_device(device)
+        return type(error).__name__
+    return "no error"
+
+
+def survive(ctx: RankContext, death: Death, setting: Setting, folder: str, returns: bool = False) -> Survived:
+    """The other rank's part. returns: the victim comes back, until when this rank works on."""
     from deepep.errors import PeerTimeoutError
 
     device, rank = ctx.scratch["device"], 1 - death.victim
@@ -271,12 +317,13 @@ def survive(ctx: RankContext, death: Death, setting: Setting, folder: str) -> Su
     _check_device(device)
     again = _raises_again(step, buffer)
     buffer.low_latency_update_mask_buffer(death.victim, True)
-    for seed in (3, 4):
-        case = replace(
-            setting.case(seed, setting.few_tokens, cached=True, biases=1, combine_weights=True),
-            masked=(death.victim,),
-        )
-        check_own(case, rank, run_on_buffer(case, buffer), f"{death}: with rank {death.victim} masked")
+    _work_without(death, setting, buffer)
+    if returns:
+        Path(folder, "survived").touch()
+        deadline = time.monotonic() + PATIENCE
+        while not Path(folder, "back").exists() and time.monotonic() < deadline:
+            _work_without(death, setting, buffer)
+        _work_without(death, setting, buffer)
     _check_device(device)
     before = time.monotonic()
     buffer.destroy()
@@ -285,6 +332,16 @@ def survive(ctx: RankContext, death: Death, setting: Setting, folder: str) -> Su
     return Survived(
         record.operation, record.phase, record.rank, record.waited_on, seconds, made, again, leaving
     )
+
+
+def _work_without(death: Death, setting: Setting, buffer: Any) -> None:
+    for seed in (3, 4):
+        case = replace(
+            setting.case(seed, setting.few_tokens, cached=True, biases=1, combine_weights=True),
+            masked=(death.victim,),
+        )
+        view = run_on_buffer(case, buffer)
+        check_own(case, buffer.rank, view, f"{death}: with rank {death.victim} masked")
 
 
 def _raises_again(step: Step, buffer: Any) -> float:
@@ -303,91 +360,6 @@ def _check_device(device: torch.device) -> None:
     assert torch.equal(ones @ ones, ones * 128), "the device does not compute any more"
 
 
-class Step:
-    """A training step's communication, as a user writes it. at: is called with the name of each point."""
-
-    def __init__(self, buffer: Any, case: Case, device: torch.device) -> None:
-        self.buffer = buffer
-        self.case = case
-        self.mine: RankInputs = inputs(case, buffer.rank).to(device)
-        self.at: Callable[[str], None] = lambda point: None
-
-    def dispatch(self, layout: Sequence[Any], **how: Any) -> Any:
-        per_rank, per_node, per_expert, in_rank, _ = layout
-        return self.buffer.dispatch(
-            self.mine.x,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=self.mine.topk_idx,
-            topk_weights=self.mine.topk_weights,
-            **how,
-        )
-
-    def run(self) -> None:
-        """All of it, once."""
-        buffer, mine, at = self.buffer, self.mine, self.at
-        at("layout")
-        layout = buffer.get_dispatch_layout(mine.topk_idx, self.case.num_experts)
-        at("dispatch")
-        rows, _, weights, _, handle, _ = self.dispatch(layout)
-        at("experts")
-        returned = rows * 2
-        at("combine")
-        buffer.combine(returned, handle, topk_weights=weights)
-        at("cached dispatch")
-        buffer.dispatch(mine.x, handle=handle)
-        at("async dispatch")
-        early = {"async_finish": True, "allocate_on_comm_stream": True}
-        *layout, ready = buffer.get_dispatch_layout(mine.topk_idx, self.case.num_experts, async_finish=True)
-        rows, *_, handle, event = self.dispatch((*layout, None), previous_event=ready, **early)
-        at("dispatch event")
-        event.current_stream_wait()
-        if rows.is_cuda:
-            rows.record_stream(torch.cuda.current_stream())
-        returned = rows * 2
-        at("async combine")
-        event = buffer.combine(returned, handle, async_finish=True)[2]
-        at("combine event")
-        event.current_stream_wait()
-        at("barrier")
-        buffer.clean_low_latency_buffer(8, self.case.hidden, self.case.num_experts)
-
-
-class CapturedStep(Step):
-    """A step that is captured at its first run; each run is a replay, and an eager layout and dispatch."""
-
-    def __init__(self, buffer: Any, case: Case, device: torch.device) -> None:
-        super().__init__(buffer, case, device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        worst = sum(self.case.num_tokens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            layout = self.buffer.get_dispatch_layout(self.mine.topk_idx, self.case.num_experts)
-            rows, _, _, _, handle, _ = self.dispatch(layout, num_worst_tokens=worst)
-            self._kept = self.buffer.combine(rows * 2, handle)[0]
-        return graph
-
-    def run(self) -> None:
-        if self._graph is None:
-            Step.run(self)  # eagerly once before capture, so that all is loaded and allocated
-            torch.cuda.synchronize()
-            self._graph = self._capture()
-        for _ in range(3):
-            self._graph.replay()
-        torch.cuda.synchronize()
-        self.at(REPLAY)
-        self._graph.replay()
-        self.at("layout")
-        layout = self.buffer.get_dispatch_layout(self.mine.topk_idx, self.case.num_experts)
-        self.at("dispatch")
-        self.dispatch(layout)
-        self.at("end")
-
-
 def _step(buffer: Any, death: Death, setting: Setting, device: torch.device) -> Step:
     kind = CapturedStep if death.point == REPLAY else Step
     return kind(buffer, setting.case(2, setting.num_tokens), device)
@@ -402,7 +374,7 @@ def _buffer(setting: Setting, folder: str, rank: int, num_ranks: int) -> Any:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    store = dist.FileStore(f"{folder}/store", num_ranks)
+    store = FileStore(f"{folder}/store", num_ranks)
     wait = timedelta(seconds=PATIENCE)
     store.set_timeout(wait)
     kind = "nccl" if setting.cuda else "gloo"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepep.sim import World
-from deepep.sim.deaths import Death, Setting, deaths, play, prepare
+from deepep.sim.deaths import Death, Setting, deaths, play, play_return, prepare
 from deepep.sim.world import PendingRun
 
 pytestmark = [
@@ -73,5 +73,16 @@ def test_the_survivor_names_the_dead_and_works_on(stage: Stage, death: Death) ->
     survivor, victim = stage.survivor, stage.victim()
     try:
         print(play(survivor, victim, death, SETTING))
+    finally:
+        victim.discard()
+
+
+@pytest.mark.parametrize(
+    "death", [Death("combine", victim=0), Death("dispatch", inside=True, settles=False)], ids=str
+)
+def test_a_rank_that_comes_back_late_does_no_harm(stage: Stage, death: Death) -> None:
+    survivor, victim = stage.survivor, stage.victim()
+    try:
+        print(play_return(survivor, victim, death, SETTING))
     finally:
         victim.discard()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from deepep.sim import World
-from deepep.sim.deaths import Death, Setting, deaths, play, prepare
+from deepep.sim.deaths import Death, Setting, deaths, play, play_return, prepare
 
 POINTS = deaths(graphs=False)
 
@@ -26,6 +27,26 @@ def survivors() -> Iterator[dict[str, World]]:
 def test_the_survivor_names_the_dead_and_works_on(
     survivors: dict[str, World], death: Death, backend: str
 ) -> None:
+    play_with(play, survivors, death, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulator"])
+@pytest.mark.parametrize(
+    "death", [Death("combine", victim=0), Death("dispatch", inside=True, settles=False)], ids=str
+)
+def test_a_rank_that_comes_back_late_does_no_harm(
+    survivors: dict[str, World], death: Death, backend: str
+) -> None:
+    play_with(play_return, survivors, death, backend)
+
+
+def test_a_victim_that_lives_is_told(survivors: dict[str, World]) -> None:
+    with pytest.raises(AssertionError, match="was not killed"):
+        play_with(play, survivors, Death("nowhere"), "reference")
+
+
+def play_with(run: Any, survivors: dict[str, World], death: Death, backend: str) -> None:
+    """One death, with a victim of its own."""
     setting = Setting(cuda=False, backend=backend)
     if backend not in survivors or not survivors[backend].healthy:
         survivors[backend] = World(1)
@@ -33,6 +54,6 @@ def test_the_survivor_names_the_dead_and_works_on(
     victim = World(1)
     try:
         victim.run(prepare, setting, 1)
-        play(survivors[backend], victim, death, setting)
+        run(survivors[backend], victim, death, setting)
     finally:
         victim.discard()
