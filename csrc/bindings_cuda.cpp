@@ -195,9 +195,19 @@ PYBIND11_MODULE(_cuda, m) {
                               pointer<uint32_t>(workspace)};
     dk::launch_layout(args, num_blocks, pointer<void>(stream));
   });
-  m.def("copy", [](uintptr_t from, uintptr_t to, int64_t bytes, int num_blocks, uintptr_t stream) {
-    dk::launch_copy(pointer<const std::byte>(from), pointer<std::byte>(to), bytes, num_blocks, pointer<void>(stream));
-  });
+  m.def(
+      "copy",
+      [](uintptr_t from, uintptr_t to, int64_t bytes, int num_blocks, uintptr_t stream, bool bulk, int warps, int stages,
+         int64_t stage_bytes) {
+        if (bulk)
+          dk::launch_bulk_copy(pointer<const std::byte>(from), pointer<std::byte>(to), bytes, warps, stages, stage_bytes,
+                               num_blocks, pointer<void>(stream));
+        else
+          dk::launch_copy(pointer<const std::byte>(from), pointer<std::byte>(to), bytes, num_blocks,
+                          pointer<void>(stream));
+      },
+      py::arg("source"), py::arg("target"), py::arg("num_bytes"), py::arg("num_blocks"), py::arg("stream"), py::kw_only(),
+      py::arg("bulk") = false, py::arg("warps") = 4, py::arg("stages") = 6, py::arg("stage_bytes") = 8192);
   m.def("arena_open", [](uintptr_t base, int64_t bytes) {
     return deepep::host::arenas().open(pointer<std::byte>(base), bytes);
   });

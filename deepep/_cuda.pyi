@@ -24,7 +24,18 @@ class Domain:
     def barrier(self, stream: int, /) -> None: ...
 
 def layout(*args: int) -> None: ...
-def copy(source: int, target: int, num_bytes: int, num_blocks: int, stream: int, /) -> None: ...
+def copy(
+    source: int,
+    target: int,
+    num_bytes: int,
+    num_blocks: int,
+    stream: int,
+    *,
+    bulk: bool = False,
+    warps: int = 4,
+    stages: int = 6,
+    stage_bytes: int = 8192,
+) -> None: ...
 def wait_counts(
     host: int, ticket: int, num_local_experts: int, timeout_seconds: float, /
 ) -> tuple[int, int, int, int, list[int]] | None: ...

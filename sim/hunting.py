@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from deepep import _emulator
-from deepep.sim.explorer import LIMITS, Failure, draw_scenario, draw_tall_scenario, explore
-from deepep.sim.kernel_mutants import HARMLESS, Mutant, build
-from deepep.sim.scenarios import Scenario
+from deepep.sim.copy_runs import explore_copies
+from deepep.sim.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.kernel_mutants import COPY_FILE, HARMLESS, Mutant, build
+from deepep.sim.scenarios import Report, Scenario
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
@@ -28,17 +29,17 @@ def _scenario(seed: int) -> Scenario:
 
 @dataclass(frozen=True)
 class Catch:
-    """How a mutant fared. failure: None if it escaped."""
+    """How a mutant fared. failure: the report of the run that caught it; None if it escaped."""
 
     mutant: Mutant
-    failure: Failure | None
+    failure: Report | None
     runs: int
     seconds: float
     build_seconds: float
 
     @property
     def caught_by(self) -> str:
-        return "" if self.failure is None else self.failure.report.kind
+        return "" if self.failure is None else self.failure.kind
 
 
 def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) -> Catch:
@@ -47,6 +48,10 @@ def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) 
     with tempfile.TemporaryDirectory() as folder:
         kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder))))
     built = time.monotonic()
+    if mutant.file == COPY_FILE:
+        copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels)
+        found = None if copies.failure is None else copies.failure.report
+        return Catch(mutant, found, copies.runs, copies.seconds, built - begin)
     tally = explore(
         runs=runs,
         seconds=seconds,
@@ -55,7 +60,8 @@ def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) 
         scenarios=_scenario,
         kernels=kernels,
     )
-    return Catch(mutant, tally.failure, tally.runs, time.monotonic() - built, built - begin)
+    found = None if tally.failure is None else tally.failure.report
+    return Catch(mutant, found, tally.runs, time.monotonic() - built, built - begin)
 
 
 def hunt_all(

@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Files whose operations are mutated.
-KERNEL_FILES = ("group.hpp", "layout.hpp", "dispatch.hpp", "combine.hpp", "barrier.hpp")
+KERNEL_FILES = ("group.hpp", "layout.hpp", "dispatch.hpp", "combine.hpp", "barrier.hpp", "copy.hpp")
+#: The copies are kernels by themselves: their mutants are hunted with them alone.
+COPY_FILE = "kernels/copy.hpp"
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
 _ORDERED = re.compile(
-    r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+)<(?P<order>relaxed|acquire|release|acq_rel), "
-    r"(?P<scope>\w+)_scope>"
+    r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+|mbarrier_\w+)"
+    r"<(?P<order>relaxed|acquire|release|acq_rel), (?P<scope>\w+)_scope>"
 )
 _FENCE = re.compile(r"\bfence<(?P<order>\w+), (?P<scope>\w+)_scope>\(\);")
+_PROXY_FENCE = re.compile(r"\bfence_async<(?P<space>\w+)>\(\);")
+_BULK_WAIT = re.compile(r"\bbulk_wait(?P<read>_read)?<(?P<pending>[^<>]+)>\(\);")
+_BULK_COMMIT = re.compile(r"\bbulk_commit\(\);")
+_PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
 _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
 _BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
 _WAIT = re.compile(r"\bwait_(?P<what>\w+)<")
@@ -88,11 +94,47 @@ EDITS = (
         "pack_tagged(value, epoch & 1u)",
         "a parity instead of a generation",
     ),
+    Edit(
+        "a stage is filled while it is stored",
+        COPY_FILE,
+        "if (next < count) fill(read_stage, next);",
+        "if (next < count) fill((read_stage + 1) % num_stages, next);",
+        "the stage of a store that nobody has waited for is loaded again: stages - 1 groups are too many",
+    ),
+    Edit(
+        "a ring whose rounds are not counted",
+        COPY_FILE,
+        "      ++round;\n",
+        "",
+        "each round waits for the phase of the first, which is long complete",
+    ),
+    Edit(
+        "half of a chunk expected",
+        COPY_FILE,
+        "static_cast<uint32_t>(bytes_of(i))",
+        "static_cast<uint32_t>(bytes_of(i) / 2)",
+        "a phase that waits for other bytes than come",
+    ),
+    Edit(
+        "mbarriers of one warp over another's",
+        COPY_FILE,
+        "filled(int64_t{8} * warp() * num_stages)",
+        "filled(int64_t{8} * warp() * (num_stages - 1))",
+        "one shared object in two hands",
+    ),
+    Edit(
+        "stages over the mbarriers",
+        COPY_FILE,
+        "core::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
+        "core::align_up(int64_t{8} * num_warps, int64_t{16})",
+        "a copy overwrites the mbarrier that another completes on",
+    ),
 )
 
 
 _ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order before"
 _OWN_ATOMIC = "the notes are atomics themselves, gathered by time and not by order"
+_OWN_ARRIVAL = "the lane that arrives is the one that waits"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
 #: Mutants that nothing can catch, and why they do no harm. What is not here must be caught.
@@ -110,6 +152,7 @@ HARMLESS: dict[str, str] = {
     "combine.hpp raise_flags: fence acq_rel -> release": _ONE_OF_TWO,
     "combine.hpp raise_flags: sync_warp removed": "each lane goes on with words of its own",
     "barrier.hpp barrier_kernel: store release -> relaxed": "the end of the kernel before it is a fence",
+    "copy.hpp bulk_copy_kernel: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
 }
 
 
@@ -161,6 +204,29 @@ def _mutations(text: str) -> Iterator[tuple[int, int, str, str, str]]:
         if m["scope"] in _NARROWER:
             scope = _NARROWER[m["scope"]]
             yield m.start("scope"), m.end("scope"), scope, "scope", f"fence {m['scope']} -> {scope}"
+    for m in _PROXY_FENCE.finditer(code):
+        yield m.start(), m.end(), "", "proxy fence", f"fence_async<{m['space']}> removed"
+        other = "global_space" if m["space"] == "shared_space" else "shared_space"
+        yield m.start("space"), m.end("space"), other, "proxy fence", f"fence_async {m['space']} -> {other}"
+    for m in _BULK_WAIT.finditer(code):
+        name = f"bulk_wait{m['read'] or ''}<{m['pending']}>"
+        yield m.start(), m.end(), "", "bulk group", f"{name} removed"
+        more = f"{m['pending']} + 1"
+        yield (
+            m.start("pending"),
+            m.end("pending"),
+            more,
+            "bulk group",
+            f"{name}: one group more may be pending",
+        )
+        if not m["read"]:
+            weaker = f"bulk_wait_read<{m['pending']}>();"
+            yield m.start(), m.end(), weaker, "bulk group", f"{name} -> bulk_wait_read"
+    for m in _BULK_COMMIT.finditer(code):
+        yield m.start(), m.end(), "", "bulk group", "bulk_commit removed"
+    for m in _PHASE_WAIT.finditer(code):
+        passing = "emulator_passes_mbarrier<"
+        yield m.start(), m.end(), passing, "wait", "mbarrier_wait does not wait"
     for m in _BARRIER.finditer(code):
         yield m.start(), m.end(), "", "barrier", f"{m['op']} removed"
     for m in _WAIT.finditer(code):

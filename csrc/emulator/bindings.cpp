@@ -8,6 +8,7 @@
 #include "emulator/domain.hpp"
 #include "emulator/litmus.hpp"
 #include "emulator/simulation.hpp"
+#include "kernels/copy.hpp"
 
 namespace py = pybind11;
 namespace emu = deepep::emu;
@@ -179,5 +180,26 @@ PYBIND11_MODULE(_emulator, m) {
         return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
       },
       py::arg("role"), py::arg("writer"), py::arg("reader"), py::arg("words"), py::arg("out"), py::arg("timeout_ns"));
+  m.def(
+      "bulk_copy_args",
+      [](uintptr_t from, uintptr_t to, int64_t bytes, int64_t stage_bytes, int num_stages, uint64_t timeout_ns) {
+        const deepep::kernels::BulkCopyArgs args{reinterpret_cast<const std::byte*>(from),
+                                                 reinterpret_cast<std::byte*>(to),
+                                                 bytes,
+                                                 stage_bytes,
+                                                 num_stages,
+                                                 timeout_ns};
+        return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
+      },
+      py::arg("source"), py::arg("target"), py::arg("num_bytes"), py::arg("stage_bytes"), py::arg("num_stages"),
+      py::arg("timeout_ns"));
+  m.def("bulk_copy_shared_bytes", [](int num_warps, int num_stages, int64_t stage_bytes) {
+    return deepep::kernels::BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
+  });
+  m.def("copy_args", [](uintptr_t from, uintptr_t to, int64_t bytes) {
+    const deepep::kernels::CopyArgs args{reinterpret_cast<const std::byte*>(from), reinterpret_cast<std::byte*>(to),
+                                         bytes};
+    return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
+  });
   emu::bind_domain(m);
 }

@@ -8,6 +8,7 @@
 #endif
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"
+#include "kernels/copy.hpp"
 #include "kernels/dispatch.hpp"
 #include "kernels/layout.hpp"
 

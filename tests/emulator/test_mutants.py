@@ -30,6 +30,8 @@ def test_names_are_unique_and_mutants_differ(all_mutants: list[Mutant]) -> None:
         "fence",
         "barrier",
         "wait",
+        "proxy fence",
+        "bulk group",
         "read-only path",
         "epoch",
         "protocol",
