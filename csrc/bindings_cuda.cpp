@@ -25,6 +25,64 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+/// The device of a Domain is the current one inside, whatever the caller's is.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) : wanted_(device) {
+    dk::check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != wanted_) dk::check(cudaSetDevice(wanted_), "cudaSetDevice");
+  }
+  ~DeviceScope() {
+    if (before_ != wanted_) (void)cudaSetDevice(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int wanted_;
+  int before_ = 0;
+};
+
+class Event {
+ public:
+  Event() { dk::check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags"); }
+  ~Event() { (void)cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(cudaStream_t stream) { dk::check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
+  void hold_back(cudaStream_t stream) { dk::check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent"); }
+  void wait() { dk::check(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
+
+ private:
+  cudaEvent_t event_{};
+};
+
+/// One rank's operations run one after the other, on whatever streams they are launched: its kernels count their calls
+/// in one place. What is captured into a graph is ordered by whoever launches the graph.
+class Turns {
+ public:
+  template <class Launch>
+  void take(cudaStream_t stream, const Launch& launch) {
+    cudaStreamCaptureStatus capturing{};
+    dk::check(cudaStreamIsCapturing(stream, &capturing), "cudaStreamIsCapturing");
+    if (capturing != cudaStreamCaptureStatusNone) return launch();
+    unsigned long long id = 0;
+    dk::check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+    if (any_ && id != last_) ended_.hold_back(stream);
+    launch();
+    ended_.record(stream);
+    last_ = id;
+    any_ = true;
+  }
+  /// Blocks the host until the last operation has ended.
+  void wait() { ended_.wait(); }
+
+ private:
+  Event ended_;
+  unsigned long long last_ = 0;
+  bool any_ = false;
+};
+
 /// One rank's view of its NVLink domain, and the operations on it. All pointers are the caller's to keep alive.
 class Domain {
  public:
@@ -42,6 +100,7 @@ class Domain {
     for (size_t r = 0; r < heaps.size(); ++r) group_.heap[r] = pointer<std::byte>(heaps[r]);
     group_.state = pointer<dk::LocalState>(state);
     group_.fault = pointer<dk::FaultRecord>(fault);
+    dk::check(cudaGetDevice(&device_), "cudaGetDevice");
   }
 
   void set_live(uint32_t live) { group_.live = live; }
@@ -81,7 +140,7 @@ class Domain {
                                 num_worst_tokens,
                                 pointer<dk::HostCounts>(host),
                                 ticket};
-    dk::launch_dispatch(args, num_blocks, pointer<void>(stream));
+    in_turn(stream, [&] { dk::launch_dispatch(args, num_blocks, pointer<void>(stream)); });
   }
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
@@ -102,10 +161,62 @@ class Domain {
                                pointer<const int32_t>(send_row),
                                pointer<std::byte>(out),
                                pointer<float>(out_weights)};
-    dk::launch_combine(args, num_blocks, pointer<void>(stream));
+    in_turn(stream, [&] { dk::launch_combine(args, num_blocks, pointer<void>(stream)); });
   }
 
-  void barrier(uintptr_t stream) { dk::launch_barrier(group_, pointer<void>(stream)); }
+  /// Does not cross ranks; its workspace is one for all.
+  void layout(int num_ranks, int num_experts, int ranks_per_node, int num_topk, int index_bytes, int64_t num_tokens,
+              uintptr_t topk_idx, uintptr_t tokens_per_rank, uintptr_t tokens_per_node, uintptr_t tokens_per_expert,
+              uintptr_t is_token_in_rank, uintptr_t workspace, int num_blocks, uintptr_t stream) {
+    const dk::LayoutArgs args{num_ranks,
+                              num_experts,
+                              ranks_per_node,
+                              num_topk,
+                              index_bytes,
+                              num_tokens,
+                              pointer<const void>(topk_idx),
+                              pointer<int32_t>(tokens_per_rank),
+                              pointer<int32_t>(tokens_per_node),
+                              pointer<int32_t>(tokens_per_expert),
+                              pointer<uint8_t>(is_token_in_rank),
+                              pointer<uint32_t>(workspace)};
+    in_turn(stream, [&] { dk::launch_layout(args, num_blocks, pointer<void>(stream)); });
+  }
+
+  void barrier(uintptr_t stream) {
+    in_turn(stream, [&] { dk::launch_barrier(group_, pointer<void>(stream)); });
+  }
+
+  /// What `stream` gets from now on runs after what `before` holds now.
+  void follow(uintptr_t before, uintptr_t stream) {
+    const DeviceScope scope(device_);
+    fork_.record(pointer<CUstream_st>(before));
+    fork_.hold_back(pointer<CUstream_st>(stream));
+  }
+
+  /// Blocks the host, without the GIL, until the last operation has ended.
+  void wait() {
+    const py::gil_scoped_release release;
+    const DeviceScope scope(device_);
+    turns_.wait();
+  }
+
+  [[nodiscard]] bool has_fault() const { return __atomic_load_n(&group_.fault->pending, __ATOMIC_ACQUIRE) != 0; }
+
+  /// (operation, phase, missing ranks as bits, expected, seen) of the fault that was recorded since the last call, or
+  /// None. Its notes on the device are cleared behind the operations launched so far, on `stream`.
+  py::object take_fault(uintptr_t stream) {
+    if (!has_fault()) return py::none();
+    dk::FaultRecord* record = group_.fault;
+    py::tuple fault = py::make_tuple(record->operation, record->phase, record->missing, record->expected, record->seen);
+    __atomic_store_n(&record->pending, 0u, __ATOMIC_RELEASE);
+    in_turn(stream, [&] {
+      dk::check(cudaMemsetAsync(&group_.state->phase, 0, sizeof(dk::LocalState) - offsetof(dk::LocalState, phase),
+                                pointer<CUstream_st>(stream)),
+                "cudaMemsetAsync");
+    });
+    return fault;
+  }
 
  private:
   /// Blocks of the two kinds are disjoint and make up the grid, or all blocks are of both.
@@ -114,7 +225,16 @@ class Domain {
       throw std::invalid_argument("blocks of two kinds must be disjoint, or all of both");
   }
 
+  template <class Launch>
+  void in_turn(uintptr_t stream, const Launch& launch) {
+    const DeviceScope scope(device_);
+    turns_.take(pointer<CUstream_st>(stream), launch);
+  }
+
   dk::Group group_{};
+  int device_ = 0;
+  Turns turns_;
+  Event fork_;
 };
 
 /// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
@@ -139,20 +259,6 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts
   return py::make_tuple(values[0], values[1], values[2], values[3], std::vector<uint32_t>(values.begin() + fixed, values.end()));
 }
 
-/// (operation, phase, missing ranks as bits, expected, seen) of the fault that was recorded since the last call, or
-/// None. Its notes on the device are cleared behind what `stream` holds.
-py::object take_fault(uintptr_t address, uintptr_t state, uintptr_t stream) {
-  auto* record = pointer<dk::FaultRecord>(address);
-  if (__atomic_load_n(&record->pending, __ATOMIC_ACQUIRE) == 0) return py::none();
-  py::tuple fault = py::make_tuple(record->operation, record->phase, record->missing, record->expected, record->seen);
-  __atomic_store_n(&record->pending, 0u, __ATOMIC_RELEASE);
-  auto* notes = pointer<dk::LocalState>(state);
-  dk::check(cudaMemsetAsync(&notes->phase, 0, sizeof(dk::LocalState) - offsetof(dk::LocalState, phase),
-                            static_cast<cudaStream_t>(pointer<void>(stream))),
-            "cudaMemsetAsync");
-  return fault;
-}
-
 }  // namespace
 
 /// What torch's CUDAPluggableAllocator calls, by name.
@@ -175,26 +281,13 @@ PYBIND11_MODULE(_cuda, m) {
       .def("set_timeout", &Domain::set_timeout)
       .def("dispatch", &Domain::dispatch)
       .def("combine", &Domain::combine)
-      .def("barrier", &Domain::barrier);
+      .def("layout", &Domain::layout)
+      .def("barrier", &Domain::barrier)
+      .def("follow", &Domain::follow)
+      .def("wait", &Domain::wait)
+      .def("has_fault", &Domain::has_fault)
+      .def("take_fault", &Domain::take_fault);
 
-  m.def("layout", [](int num_ranks, int num_experts, int ranks_per_node, int num_topk, int index_bytes,
-                     int64_t num_tokens, uintptr_t topk_idx, uintptr_t tokens_per_rank, uintptr_t tokens_per_node,
-                     uintptr_t tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t workspace, int num_blocks,
-                     uintptr_t stream) {
-    const dk::LayoutArgs args{num_ranks,
-                              num_experts,
-                              ranks_per_node,
-                              num_topk,
-                              index_bytes,
-                              num_tokens,
-                              pointer<const void>(topk_idx),
-                              pointer<int32_t>(tokens_per_rank),
-                              pointer<int32_t>(tokens_per_node),
-                              pointer<int32_t>(tokens_per_expert),
-                              pointer<uint8_t>(is_token_in_rank),
-                              pointer<uint32_t>(workspace)};
-    dk::launch_layout(args, num_blocks, pointer<void>(stream));
-  });
   m.def(
       "copy",
       [](uintptr_t from, uintptr_t to, int64_t bytes, int num_blocks, uintptr_t stream, bool bulk, int warps, int stages,
@@ -221,7 +314,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("arena_close", [](int64_t id) { deepep::host::arenas().close(id); });
   m.def("arena_select", [](int64_t id) { deepep::host::arenas().select(id); });
   m.def("wait_counts", &wait_counts);
-  m.def("take_fault", &take_fault);
   m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + sizeof(uint64_t) * num_local_experts; });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();

@@ -41,10 +41,15 @@ def constructor_problem(num_nvl_bytes: int, num_rdma_bytes: int) -> ArgumentErro
     return None
 
 
+_AT_ONCE = Schedule()
+
+
 def schedule(
     previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
 ) -> Schedule:
     """V1's three scheduling options; outputs on the communication stream need an event and no wait."""
+    if previous_event is None and not async_finish and not allocate_on_comm_stream:
+        return _AT_ONCE
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
         raise ArgumentTypeError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
     event = None if previous_event is None else previous_event.event

@@ -334,8 +334,7 @@ class Buffer(LowLatencyCalls):
         def request() -> tuple[CombineRequest, Schedule]:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
             sms = arguments.num_sms(config, Buffer.num_sms)
-            summed = CombineRequest(x, route_of(handle), topk_weights, arguments.biases(bias), num_sms=sms)
-            return summed, schedule
+            return CombineRequest(x, route_of(handle), topk_weights, arguments.biases(bias), sms), schedule
 
         wanted, schedule = self._prepared(Operation.COMBINE, request, async_finish)
         done = self._engine.combine(wanted, schedule)

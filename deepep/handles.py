@@ -36,14 +36,13 @@ class DispatchHandle:
         entry = index % 6
         if entry == 4:
             return self.route.is_token_in_rank
-        plan = self.route.plan
-        if plan is None or entry not in (0, 3):
+        route = self.route
+        if route.plan is None or entry not in (0, 3):
             return None
         if entry == 3:
-            return plan.src_token
-        return torch.tensor(plan.counts, dtype=torch.int32, device=plan.src_token.device).cumsum(
-            dim=0, dtype=torch.int32
-        )
+            return route.engine.route_sources(route)
+        counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
+        return counts.cumsum(dim=0, dtype=torch.int32)
 
 
 class LowLatencyHandle(NamedTuple):

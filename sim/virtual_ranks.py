@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deepep.engine.nvlink import Counts, Endpoint, Plan, Received, combine_split, dispatch_split
+from deepep.engine.nvlink import (
+    Counts,
+    Endpoint,
+    Plan,
+    Received,
+    combine_split,
+    dispatch_split,
+    source_tokens,
+)
 
 
 @dataclass
@@ -32,6 +40,7 @@ class Arrived:
     """One rank's results of a dispatch."""
 
     received: Received
+    source: torch.Tensor  # [capacity] int32
     plan: Plan
     counts: Counts | None = None
 
@@ -92,15 +101,19 @@ class VirtualDomain:
             endpoint, given = self.endpoints[r], inputs[r]
             begin = endpoint.slots_begin
             cached = plans is not None
-            received, plan = endpoint.dispatch(
+            slot = endpoint.heap[begin:]
+            plan = plans[r] if plans is not None else endpoint.new_plan(given.x.shape[0], capacity)
+            topk_idx = None if cached else given.topk_idx
+            endpoint.dispatch(
                 given.x,
-                endpoint.heap[begin:],
+                slot,
                 capacity,
                 dispatch_split(self.num_sms, self.num_ranks),
                 self.streams[r].cuda_stream,
-                plan=plans[r] if plans is not None else None,
+                plan,
+                cached=cached,
                 scales=given.scales,
-                topk_idx=None if cached else given.topk_idx,
+                topk_idx=topk_idx,
                 topk_weights=None if cached else given.topk_weights,
                 is_token_in_rank=given.is_token_in_rank,
                 tokens_per_rank=given.tokens_per_rank,
@@ -108,7 +121,9 @@ class VirtualDomain:
                 num_worst_tokens=num_worst_tokens,
                 tell_host=tell_host and not cached,
             )
-            results[r] = Arrived(received, plan)
+            received = Received.views(slot, capacity, capacity, given.x, given.scales, topk_idx)
+            source = source_tokens(slot, capacity, capacity, given.x, given.scales, topk_idx)
+            results[r] = Arrived(received, source, plan)
         if tell_host and plans is None:
             for r, arrived in results.items():
                 arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)

@@ -1,7 +1,7 @@
 """How a call is timed: from the call to the point after which the caller may use its outputs.
 
 Ranks are aligned before every sample, a sample is the slowest rank's, and samples give a median and a 99th
-percentile. Host time is sampled beside it: how long the call keeps the calling thread.
+percentile. Host time is sampled beside it: how long a call keeps the calling thread, of many in a row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch.distributed as dist
 FLUSH_BYTES = 256 << 20
 #: how long the device is kept busy before a timed call, so that the host's launches are queued by then
 HEAD_START_US = 200.0
+#: calls in a row whose host time is taken together: the first ones after a rest are slower than a program's
+HOST_CALLS = 20
 
 Call = Callable[[], object]
 
@@ -110,15 +112,16 @@ class CudaClock(Clock):
         return begin.elapsed_time(end) * 1e3
 
     def _host(self, call: Call) -> float:
-        # Nothing is queued before the call: a dispatch that waits for its counts waits for those alone.
+        # Nothing is queued before the calls: a dispatch that waits for its counts waits for those alone.
         self._align()
         torch.cuda.synchronize(self._device)
         begin = time.perf_counter()
-        result = call()
+        for _ in range(HOST_CALLS):
+            result = call()
         elapsed = (time.perf_counter() - begin) * 1e6
         torch.cuda.synchronize(self._device)
         del result
-        return elapsed
+        return elapsed / HOST_CALLS
 
     def _cycles(self, microseconds: float) -> int:
         """What `torch.cuda._sleep` takes for so long, by this device's own clock."""

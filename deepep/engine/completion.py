@@ -7,6 +7,8 @@ from concurrent.futures import Future
 
 import torch
 
+from deepep.engine import streams
+
 
 class Completion(ABC):
     """The end of a piece of work that was started and may still be running."""
@@ -42,7 +44,7 @@ class CudaCompletion(Completion):
         self.event = event
 
     def current_stream_wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        streams.current(torch.cuda.current_device()).wait_event(self.event)
 
     def host_wait(self) -> None:
         self.event.synchronize()

@@ -3,26 +3,26 @@
 What the kernels do not do yet (low-latency operations) goes through the reference engine underneath, over
 NCCL, as do barriers and the exchange of refusals.
 
-Streams: kernels run on the communication stream. Outputs belong to it and are recorded on the caller's
-stream, so that torch's allocator knows both. Slots are lent in the communication stream's order
-(deepep.engine.slots).
+Streams: a call that waits (no event asked for, none given) has its kernel on the caller's own stream, where
+all order is given: no events, nothing to record. Any other runs on the communication stream, between events;
+what it reads is recorded there, what it makes belongs to it and is recorded on the caller's stream.
+Operations run in the order of the calls on whatever streams they are (csrc/bindings_cuda.cpp, Turns).
+
+A call takes some 20 us of the host, most of it torch's: so the usual calls are looked over by `_plain_rows`,
+and only what that does not know goes through the checks that can say what is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import functools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from deepep.engine import checks
+from deepep.engine import checks, streams
 from deepep.engine.completion import Completion, CudaCompletion
-from deepep.engine.fabric import share_heap
 from deepep.engine.interface import (
     Combined,
     CombineRequest,
@@ -35,7 +35,6 @@ from deepep.engine.interface import (
     Schedule,
 )
 from deepep.engine.lane import StreamLane
-from deepep.engine.membership import Absent
 from deepep.engine.nvlink import (
     MAX_LOCAL_EXPERTS,
     MAX_TOPK,
@@ -46,9 +45,11 @@ from deepep.engine.nvlink import (
     Received,
     combine_split,
     dispatch_split,
+    slot_offsets,
+    source_tokens,
 )
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
-from deepep.engine.slots import SlotPool
+from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -62,23 +63,30 @@ from deepep.errors import (
     RangeError,
 )
 
-DEFAULT_SYMMETRIC_BYTES = 3 << 30
 DEFAULT_NUM_SMS = 24
+_PLAIN_DTYPES = frozenset(checks.ROW_DTYPES)
+_BYTE_DTYPES = frozenset(checks.BYTE_DTYPES)
+_NOW = Schedule()
+
+_dispatch_split = functools.cache(dispatch_split)
+_combine_split = functools.cache(combine_split)
 
 
-@dataclass
 class NvlinkPlan(Plan):
-    """A plan, and what the host knows of it if it waited: most_rows, the most that any rank receives;
-    returning, the rows that combine brings back from other ranks.
+    """A plan, and what the host knows of it if it waited.
+
+    source [N] int32: source token of each received row. most_rows: the most that any rank receives.
+    returning: the rows that combine brings back from other ranks. stream: that its memory belongs to.
     """
 
-    most_rows: int | None = None
-    returning: int | None = None
+    __slots__ = ("most_rows", "returning", "source", "stream")
 
-
-def symmetric_bytes() -> int:
-    """Bytes of symmetric memory per rank: DEEPEP_SYMMETRIC_BYTES, else 3 GiB."""
-    return int(os.environ.get("DEEPEP_SYMMETRIC_BYTES", DEFAULT_SYMMETRIC_BYTES))
+    def __init__(self, plan: Plan, num_rows: int, source: Tensor | None, stream: int) -> None:
+        super().__init__(plan.table, plan.num_tokens, num_rows, plan.live)
+        self.source = source
+        self.stream = stream
+        self.most_rows: int | None = None
+        self.returning: int | None = None
 
 
 class CudaEngine(ReferenceEngine):
@@ -88,49 +96,23 @@ class CudaEngine(ReferenceEngine):
         super().__init__(options)
         lane = self._conductor.lane
         assert isinstance(lane, StreamLane)
-        self._lane = lane
+        self._comm = lane.stream
+        self._device = lane.stream.device
+        self._index = lane.stream.device_index
         self.info = type(self.info)(
             "cuda", self.info.rank, self.info.num_ranks, self.info.device_type, options
         )
-        self._sms = torch.cuda.get_device_properties(lane.stream.device).multi_processor_count
+        self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._rows_seen = 0
         self._fault: FaultRecord | None = None
         self._stale = False
+        self._refused = False
+        self._laid_out: tuple[Tensor, Layout] | None = None
         self._build()
 
     def _build(self) -> None:
-        """Symmetric memory and an endpoint over the ranks that are not masked. Collective over them."""
-        device, members = self._lane.stream.device, self._conductor.membership.members
-        self._conductor.membership.begin("build")
-        own = torch.empty(symmetric_bytes(), dtype=torch.uint8, device=device)
-        self._heap = share_heap(own, self.info.rank, self._gather("share"))
-        self._endpoint = Endpoint(
-            self.info.rank,
-            own,
-            self._heap.addresses,
-            staging_bytes=own.numel() // 4,
-            timeout=self.info.options.timeout,
-        )
-        self._endpoint.set_live(sum(1 << r for r in members))
-        self._slots = SlotPool(own, self._endpoint.slots_begin, self._lane.stream)
-        self._captured: Tensor | None = None
-        self._gather("ready")("")  # no rank sends before all heaps are zeroed
-
-    def _gather(self, purpose: str) -> Callable[[Any], list[Any]]:
-        """Brings every member's object to every member, by rank. Members only ever become fewer."""
-        membership = self._conductor.membership
-        members = tuple(membership.members)
-        name = f"cuda/{'-'.join(map(str, members))}/{purpose}"
-
-        def gather(mine: Any) -> list[Any]:
-            try:
-                met = membership.meet(name, pickle.dumps(mine).hex(), members)
-            except Absent as absent:
-                raise membership.blame(absent.missing, len(absent.seen), "they did not build") from None
-            shared = {rank: pickle.loads(bytes.fromhex(value.decode())) for rank, value in met.items()}
-            return [shared.get(rank) for rank in range(self.info.num_ranks)]
-
-        return gather
+        self._memory = SymmetricMemory(self._conductor.membership, self._device, self.info.options.timeout)
+        self._endpoint = self._memory.endpoint
 
     # layout
 
@@ -139,40 +121,70 @@ class CudaEngine(ReferenceEngine):
     ) -> tuple[Layout, Completion | None]:
         checks.check_topk_idx(topk_idx, self.info.device_type)
         checks.check_num_experts(num_experts, self.info.num_ranks)
-        topk_idx = topk_idx.detach()
-        with self._on_lane(schedule):
-            made = self._endpoint.layout(
-                topk_idx, num_experts, RANKS_PER_DOMAIN, self._lane.stream.cuda_stream
-            )
-            layout = Layout(*made)
-        completion = self._hand_out(schedule, (topk_idx,), made)
-        return layout, completion
+        with self._stream_for(schedule) as stream:
+            made = self._endpoint.layout(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
+        layout = Layout(*made)
+        self._laid_out = topk_idx, layout
+        return layout, self._hand_out(schedule, (topk_idx,), made)
 
     # high throughput
 
-    def _dispatch_fresh(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
+    def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
+        with self._conductor.issuing:
+            try:
+                self._check_dispatch(request)
+                plan = None if request.route is None else self._cached_plan(request.route)
+            except ArgumentError as problem:
+                self.refuse(Operation.DISPATCH, problem, schedule)
+            capturing = self._get_ready(Operation.DISPATCH)
+            if plan is None:
+                return self._fresh(request, schedule, capturing)
+            assert request.route is not None
+            return self._cached(request, request.route, plan, schedule, capturing)
+
+    def _fresh(self, request: DispatchRequest, schedule: Schedule, capturing: bool) -> Dispatched:
         layout = request.layout
         assert layout is not None
-        self._get_ready()
-        ranks, tokens = self.info.num_ranks, request.x.shape[0]
-        experts = layout.num_tokens_per_expert.numel()
-        worst = request.num_worst_tokens
-        if worst == 0 and torch.cuda.is_current_stream_capturing():
+        x, scales, topk_idx, weights = request.x, request.scales, request.topk_idx, request.topk_weights
+        ranks, tokens, worst = self.info.num_ranks, x.shape[0], request.num_worst_tokens
+        experts = layout.num_tokens_per_expert.shape[0]
+        if worst == 0 and capturing:
             allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
             raise ArgumentError("num_worst_tokens", "0", allowed, self.info.rank)
         capacity = worst or max(64, self._rows_seen * 5 // 4 or ranks * tokens)
-        inputs = (request.x, request.scales, request.topk_idx, request.topk_weights)
-        given = (*inputs, layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank)
+        given = (
+            *(x, scales, topk_idx, weights),
+            *(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank),
+        )
         while True:
-            slot = self._take_slot(request, capacity)
-            with self._on_lane(schedule):
-                received, plan = self._launch(request, slot, capacity, None, tell_host=worst == 0)
-                if torch.cuda.is_current_stream_capturing():
-                    received = _copied(received)
+            with self._stream_for(schedule) as stream:
+                plan = self._endpoint.new_plan(tokens, capacity)
+                slot = self._take_slot(request, topk_idx, capacity, capturing)
+                self._endpoint.dispatch(
+                    x,
+                    slot,
+                    capacity,
+                    _dispatch_split(self._num_sms(request.num_sms), ranks),
+                    stream,
+                    plan,
+                    scales=scales,
+                    topk_idx=topk_idx,
+                    topk_weights=weights,
+                    is_token_in_rank=layout.is_token_in_rank,
+                    tokens_per_rank=layout.num_tokens_per_rank,
+                    tokens_per_expert=layout.num_tokens_per_expert,
+                    num_worst_tokens=worst,
+                    tell_host=worst == 0,
+                )
+                # A copy: a handle lives longer than the rows do, and must not keep their memory.
+                source = source_tokens(slot, capacity, capacity, x, scales, topk_idx).clone()
+                if capturing:
+                    slot = slot.clone()
             # All that can be done before the counts are known is done now: small batches wait for the host.
-            completion = self._hand_out(schedule, given, (*received.storages(), plan.counts, plan.send_row))
+            completion = self._hand_out(schedule, given, (slot, plan.table, source))
+            out = Received.views(slot, capacity, capacity, x, scales, topk_idx)
             if worst:
-                known = NvlinkPlan(plan.counts, plan.send_row, plan.source, tokens, worst, plan.live)
+                known = NvlinkPlan(plan, worst, source, stream)
                 per_expert: list[int] = []
                 break
             counts = self._learn_counts(experts // ranks)
@@ -180,60 +192,46 @@ class CudaEngine(ReferenceEngine):
                 capacity = counts.most_rows  # all ranks learned the same, and lend anew
                 continue
             self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
-            rows = counts.num_rows
-            source = plan.source[:rows]
-            most, returning = counts.most_rows, counts.returning
-            known = NvlinkPlan(plan.counts, plan.send_row, source, tokens, rows, plan.live, most, returning)
-            alignment = request.expert_alignment
+            known = NvlinkPlan(plan, counts.num_rows, source[: counts.num_rows], stream)
+            known.most_rows, known.returning = counts.most_rows, counts.returning
             per_expert = counts.per_expert
+            alignment = request.expert_alignment
             if alignment > 1:
                 per_expert = [-(-n // alignment) * alignment for n in per_expert]
             break
+        out.cut(known.num_rows)
         route = Route(self, tokens, experts, layout.is_token_in_rank, known.num_rows, known)
-        out = _first_rows(received, known.num_rows)
         return Dispatched(out.x, out.scales, out.topk_idx, out.topk_weights, per_expert, route, completion)
 
-    def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
-        self._get_ready()
-        plan = self._nvlink_plan(route)
-        if plan.live != self._endpoint.live:
-            stale = HandleError("handle", "one made before ranks were masked", "a new dispatch")
-            self.refuse(Operation.DISPATCH, stale, schedule)
-        assert route.num_rows is not None
-        capacity = max(64, route.num_rows if plan.most_rows is None else plan.most_rows)
-        slot = self._take_slot(request, capacity)
-        with self._on_lane(schedule):
-            received, _ = self._launch(request, slot, capacity, plan, tell_host=False)
-            if torch.cuda.is_current_stream_capturing():
-                received = _copied(received)
-        out = _first_rows(received, route.num_rows)
-        given = (request.x, request.scales, plan.counts, plan.send_row)
-        completion = self._hand_out(schedule, given, received.storages())
+    def _cached(
+        self,
+        request: DispatchRequest,
+        route: Route,
+        plan: NvlinkPlan,
+        schedule: Schedule,
+        capturing: bool,
+    ) -> Dispatched:
+        x, scales = request.x, request.scales
+        capacity = max(64, plan.num_rows if plan.most_rows is None else plan.most_rows)
+        with self._stream_for(schedule) as stream:
+            slot = self._take_slot(request, None, capacity, capturing)
+            self._endpoint.dispatch(
+                x,
+                slot,
+                capacity,
+                _dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
+                stream,
+                plan,
+                cached=True,
+                scales=scales,
+            )
+            if plan.stream != stream:
+                plan.table.record_stream(streams.current(self._index))
+            if capturing:
+                slot = slot.clone()
+        out = Received.views(slot, capacity, plan.num_rows, x, scales, None)
+        completion = self._hand_out(schedule, (x, scales), (slot,))
         return Dispatched(out.x, out.scales, None, None, [], route, completion)
-
-    def _launch(
-        self, request: DispatchRequest, slot: Tensor, capacity: int, plan: Plan | None, *, tell_host: bool
-    ) -> tuple[Received, Plan]:
-        layout = request.layout
-        fresh = plan is None and layout is not None
-        return self._endpoint.dispatch(
-            request.x.detach(),
-            slot,
-            capacity,
-            dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
-            self._lane.stream.cuda_stream,
-            plan=plan,
-            scales=None if request.scales is None else request.scales.detach(),
-            topk_idx=request.topk_idx if fresh else None,
-            topk_weights=request.topk_weights.detach()
-            if fresh and request.topk_weights is not None
-            else None,
-            is_token_in_rank=layout.is_token_in_rank if layout is not None and fresh else None,
-            tokens_per_rank=layout.num_tokens_per_rank if layout is not None and fresh else None,
-            tokens_per_expert=layout.num_tokens_per_expert if layout is not None and fresh else None,
-            num_worst_tokens=request.num_worst_tokens,
-            tell_host=tell_host,
-        )
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         with self._conductor.issuing:
@@ -243,49 +241,48 @@ class CudaEngine(ReferenceEngine):
                 self._check_staging(request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
-            self._get_ready()
-            x = request.x.detach()
-            weights = None if request.topk_weights is None else request.topk_weights.detach()
-            biases = tuple(bias.detach() for bias in request.biases)
-            with self._on_lane(schedule):
-                with torch.cuda.stream(self._lane.stream):
-                    out = x.new_empty(plan.num_tokens, x.shape[1])
-                    out_weights = (
-                        None if weights is None else weights.new_empty(plan.num_tokens, weights.shape[1])
-                    )
+            self._get_ready(Operation.COMBINE)
+            x, weights, biases = request.x, request.topk_weights, request.biases
+            tokens = plan.num_tokens
+            with self._stream_for(schedule) as stream:
+                out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=self._device)
+                out_weights = None
+                if weights is not None:
+                    columns = weights.shape[1]
+                    out_weights = torch.empty((tokens, columns), dtype=torch.float32, device=self._device)
                 self._endpoint.combine(
                     x,
                     plan,
-                    combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
-                    self._lane.stream.cuda_stream,
+                    _combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
+                    stream,
                     topk_weights=weights,
                     biases=biases,
                     out=out,
                     out_weights=out_weights,
                 )
-            given = (x, weights, *biases, plan.counts, plan.send_row)
-            return Combined(out, out_weights, self._hand_out(schedule, given, (out, out_weights)))
+                if plan.stream != stream:
+                    plan.table.record_stream(streams.current(self._index))
+            completion = self._hand_out(schedule, (x, weights, *biases), (out, out_weights))
+            return Combined(out, out_weights, completion)
 
     def route_counts(self, route: Route) -> Tensor:
         return self._nvlink_plan(route).counts.to("cpu", torch.int64)
 
+    def route_sources(self, route: Route) -> Tensor | None:
+        return self._nvlink_plan(route).source
+
     def restore_route(self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
         rank, table = self.info.rank, counts.to(torch.int64)
         tokens = is_token_in_rank.shape[0]
-        first_row = (table.cumsum(0) - table)[rank].to(self._endpoint.device)  # [R]
+        first_row = (table.cumsum(0) - table)[rank].to(self._device)  # [R]
         position = is_token_in_rank.to(torch.int32).cumsum(0) - 1 + first_row
         send_row = torch.where(is_token_in_rank, position, -1).to(torch.int32)
         received = table.sum(0)
         rows = int(received[rank])
-        plan = NvlinkPlan(
-            table.to(self._endpoint.device, torch.int32),
-            send_row,
-            torch.empty(0, dtype=torch.int32, device=self._endpoint.device),
-            tokens,
-            rows,
-            self._endpoint.live,
-            int(received.max()),
-        )
+        both = torch.cat([send_row, table.to(self._device, torch.int32)])
+        made = Plan(both, tokens, rows, self._endpoint.live)
+        plan = NvlinkPlan(made, rows, None, streams.current_address(self._index))
+        plan.most_rows = int(received.max())
         return Route(self, tokens, num_experts, is_token_in_rank, rows, plan)
 
     # the rest
@@ -296,35 +293,43 @@ class CudaEngine(ReferenceEngine):
         """
         if operation not in (Operation.DISPATCH, Operation.COMBINE):
             super().refuse(operation, problem, schedule)
-        self._get_ready()
-        stream = self._lane.stream
-        if operation is Operation.DISPATCH:
-            self._endpoint.refuse_dispatch(stream.cuda_stream)
-        else:
-            self._endpoint.refuse_combine(stream.cuda_stream)
-        stream.synchronize()
+        self._get_ready(operation)
+        self._launch_refusal(operation)
+        self._endpoint.wait()
         with contextlib.suppress(MismatchError):  # that is this rank's own doing
             self._raise_fault()
         raise problem.at(self.info.rank)
 
+    def _launch_refusal(self, operation: Operation) -> None:
+        stream = streams.current_address(self._index)
+        if operation is Operation.DISPATCH:
+            self._endpoint.refuse_dispatch(stream)
+        else:
+            self._endpoint.refuse_combine(stream)
+
     def mask(self, rank: int, masked: bool) -> None:
-        if not masked:
-            allowed = "a new Buffer over all ranks: this backend does not take masked ranks in again"
-            raise ArgumentError("mask", "False", allowed, self.info.rank)
         super().mask(rank, masked)
         self._stale = True
 
+    def leave(self) -> None:
+        self._endpoint.wait()
+        super().leave()  # no rank leaves before all have come to this, so nobody writes here any more
+        self._memory.close()
+
     def close(self) -> None:
         super().close()
-        self._slots.close()
+        self._memory.close()
 
     # pieces
 
     def _check_dispatch(self, request: DispatchRequest) -> None:
+        if self._is_plain_dispatch(request):
+            return
+        x = request.x
         super()._check_dispatch(request)
-        self._check_rows("x", request.x)
+        self._check_rows("x", x)
         if request.layout is not None:
-            local = request.layout.num_tokens_per_expert.numel() // self.info.num_ranks
+            local = request.layout.num_tokens_per_expert.shape[0] // self.info.num_ranks
             if local > MAX_LOCAL_EXPERTS:
                 allowed = f"at most {MAX_LOCAL_EXPERTS} experts per rank"
                 raise RangeError("num_tokens_per_expert", f"{local} experts per rank", allowed)
@@ -332,18 +337,71 @@ class CudaEngine(ReferenceEngine):
             raise RangeError("topk_idx", f"K = {request.topk_idx.shape[1]}", f"at most {MAX_TOPK}")
 
     def _check_combine(self, request: CombineRequest) -> None:
+        x, route = request.x, request.route
+        if (
+            route.engine is self
+            and request.topk_weights is None
+            and not request.biases
+            and x.dtype is torch.bfloat16
+            and self._is_plain(x, _PLAIN_DTYPES, route.num_rows)
+        ):
+            return
         super()._check_combine(request)
-        if request.x.dtype != torch.bfloat16:
-            raise ArgumentTypeError("x", str(request.x.dtype), "torch.bfloat16")
-        self._check_rows("x", request.x)
+        if x.dtype != torch.bfloat16:
+            raise ArgumentTypeError("x", str(x.dtype), "torch.bfloat16")
+        self._check_rows("x", x)
         for bias in request.biases:
             self._check_rows("bias", bias)
         if request.topk_weights is not None and request.topk_weights.shape[1] > MAX_TOPK:
             raise RangeError("topk_weights", f"K = {request.topk_weights.shape[1]}", f"at most {MAX_TOPK}")
 
+    def _is_plain_dispatch(self, request: DispatchRequest) -> bool:
+        """Whether the checks would find nothing, as far as can be told with a glance."""
+        x, scales, route = request.x, request.scales, request.route
+        if route is not None:
+            tokens = route.num_tokens
+            if route.engine is not self:
+                return False
+        else:
+            layout, known = request.layout, self._laid_out
+            if layout is None or known is None:
+                return False
+            topk_idx, made = known
+            tokens = topk_idx.shape[0]
+            if (
+                request.topk_idx is not topk_idx
+                or layout.is_token_in_rank is not made.is_token_in_rank
+                or layout.num_tokens_per_rank is not made.num_tokens_per_rank
+                or layout.num_tokens_per_expert is not made.num_tokens_per_expert
+                or not _is_like(request.topk_weights, torch.float32, topk_idx)
+                or type(request.expert_alignment) is not int
+                or request.expert_alignment < 1
+                or type(request.num_worst_tokens) is not int
+                or request.num_worst_tokens < 0
+                or topk_idx.shape[1] > MAX_TOPK
+                or made.num_tokens_per_expert.shape[0] > MAX_LOCAL_EXPERTS
+            ):
+                return False
+        dtypes = _PLAIN_DTYPES if scales is None else _BYTE_DTYPES
+        return self._is_plain(x, dtypes, tokens) and (scales is None or _are_plain_scales(scales, x))
+
+    def _is_plain(self, x: Tensor, dtypes: frozenset[torch.dtype], rows: int | None) -> bool:
+        """Whether x [rows, H] is what the usual call passes. If not, the checks find what is wrong."""
+        if type(x) is not Tensor or x.dtype not in dtypes or x.device != self._device or x.dim() != 2:
+            return False
+        count, hidden = x.shape
+        row_bytes = hidden * x.element_size()
+        return (
+            count == rows
+            and row_bytes > 0
+            and row_bytes % 16 == 0
+            and x.is_contiguous()
+            and x.data_ptr() % 16 == 0
+        )
+
     def _check_rows(self, name: str, rows: Tensor) -> None:
-        if rows.device != self._endpoint.device:
-            raise DeviceError(name, str(rows.device), str(self._endpoint.device))
+        if rows.device != self._device:
+            raise DeviceError(name, str(rows.device), str(self._device))
         if rows.data_ptr() % 16 != 0:
             raise LayoutError(name, "rows that do not start at a multiple of 16 bytes", "aligned rows")
 
@@ -355,6 +413,15 @@ class CudaEngine(ReferenceEngine):
             raise HandleError("handle", "one whose dispatch did not finish", "a handle of a dispatch here")
         return route.plan
 
+    def _cached_plan(self, route: Route) -> NvlinkPlan:
+        plan = self._nvlink_plan(route)
+        live = self._endpoint.live
+        if self._stale:
+            live = sum(1 << r for r in self._conductor.membership.members)
+        if plan.live != live:
+            raise HandleError("handle", "one made while other ranks were masked", "a new dispatch")
+        return plan
+
     def _check_staging(self, request: CombineRequest, plan: NvlinkPlan) -> None:
         topk = 0 if request.topk_weights is None else request.topk_weights.shape[1]
         room = self._endpoint.staging_capacity(request.x.shape[1] * 2, topk)
@@ -364,63 +431,51 @@ class CudaEngine(ReferenceEngine):
                 "x", f"{coming} rows coming back", f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
             )
 
-    def _take_slot(self, request: DispatchRequest, capacity: int) -> Tensor:
-        topk = 0 if request.topk_idx is None else request.topk_idx.shape[1]
-        size = self._endpoint.slot_bytes(
-            capacity,
-            request.x.shape[1] * request.x.element_size(),
-            0 if request.scales is None else request.scales.shape[1],
-            topk,
-            8 if request.topk_idx is None else request.topk_idx.element_size(),
-        )
-        slot = self._graph_slot(size) if torch.cuda.is_current_stream_capturing() else self._slots.take(size)
+    def _take_slot(
+        self, request: DispatchRequest, topk_idx: Tensor | None, capacity: int, capturing: bool
+    ) -> Tensor:
+        """A receive slot for the current stream, as elements of x's dtype."""
+        x = request.x
+        size = slot_offsets(capacity, x, request.scales, topk_idx)[-1]
+        if capturing:
+            reserved = self._memory.captured_slot(size)
+            slot = None if reserved is None else reserved.view(x.dtype)
+        else:
+            slot = self._memory.slots.take(size, x.dtype)
         if slot is None:
             full = CapacityError(
                 "x",
                 f"{capacity} rows to receive, {size} bytes, with earlier outputs still held",
-                f"{self._slots.num_bytes} bytes in all: set DEEPEP_SYMMETRIC_BYTES higher",
+                f"{self._memory.slots.num_bytes} bytes in all: set DEEPEP_SYMMETRIC_BYTES higher",
                 self.info.rank,
             )
-            self.refuse(Operation.DISPATCH, full, Schedule())
+            self.refuse(Operation.DISPATCH, full, _NOW)
         return slot
 
-    def _graph_slot(self, size: int) -> Tensor | None:
-        """Where captured dispatches receive: one place, never freed: nobody tells when the last replay was.
-
-        The rows are copied out of it at once, into the graph's own memory.
-        """
-        if self._captured is None or self._captured.numel() < size:
-            self._captured = self._slots.reserve(size)
-        return None if self._captured is None else self._captured[:size]
-
-    def _on_lane(self, schedule: Schedule) -> torch.cuda.StreamContext:
-        """The communication stream, behind what the schedule says comes before."""
-        stream = self._lane.stream
-        if schedule.after is None:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-        else:
-            with torch.cuda.stream(stream):
-                schedule.after.current_stream_wait()
-        return torch.cuda.stream(stream)
+    def _stream_for(self, schedule: Schedule) -> _CallersStream | _CommStream:
+        """Where an operation runs; inside, that is the current stream. Gives its address."""
+        if schedule.after is None and not schedule.asynchronous:
+            return _CallersStream(self._index)
+        return _CommStream(self._comm, self._endpoint, schedule.after)
 
     def _hand_out(
-        self,
-        schedule: Schedule,
-        given: tuple[Tensor | None, ...],
-        made: tuple[Tensor | None, ...],
+        self, schedule: Schedule, given: tuple[Tensor | None, ...], made: tuple[Tensor | None, ...]
     ) -> Completion | None:
-        """Records what was read and written where it was; waits, or gives back the completion."""
-        stream = self._lane.stream
-        caller = torch.cuda.current_stream(stream.device)
+        """Of what ran on the communication stream: records what was read and made where it was; waits, or
+        gives back the completion.
+        """
+        if schedule.after is None and not schedule.asynchronous:
+            return None
+        caller = streams.current(self._index)
         for tensor in given:
             if tensor is not None:
-                tensor.record_stream(stream)
+                tensor.record_stream(self._comm)
         if not schedule.allocate_on_comm_stream:
             for tensor in made:
                 if tensor is not None:
                     tensor.record_stream(caller)
         done = torch.cuda.Event()
-        done.record(stream)
+        done.record(self._comm)
         if schedule.asynchronous:
             return CudaCompletion(done)
         caller.wait_event(done)
@@ -430,31 +485,46 @@ class CudaEngine(ReferenceEngine):
         counts = self._endpoint.wait_counts(num_local)
         if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
             return counts
-        self._lane.stream.synchronize()
+        self._endpoint.wait()
         self._raise_fault()
         raise RuntimeError("deepep: a dispatch neither finished nor left a fault record")
 
-    def _get_ready(self) -> None:
+    def _get_ready(self, operation: Operation) -> bool:
         """Before an operation is issued: raises what stands in its way; builds anew after ranks were masked.
+        Whether a graph is being captured: then nothing of this can be done.
 
         After a time-out the ranks' kernels no longer count alike, and a rank that comes late may still write
         to this one's memory. So nothing runs until the missing ranks are masked; and then on other memory,
         while the old is kept for whoever still writes there.
         """
         if torch.cuda.is_current_stream_capturing():
-            return
+            return True
         if self._stale:
-            self._lane.stream.synchronize()
-            self._slots.outlive()
+            self._endpoint.wait()
+            self._memory.outlive()
             self._build()
-            self._stale, self._fault = False, None
-        self._raise_fault()
+            self._stale, self._fault, self._refused = False, None, False
+        if self._refused:  # what this rank refused, all ranks disagree about: it knows
+            self._endpoint.wait()
+            self._refused = False
+            with contextlib.suppress(MismatchError):
+                self._raise_fault()
+        if self._fault is None and not self._endpoint.has_fault:
+            return False
+        try:
+            self._raise_fault()
+        except ArgumentError:
+            # The call is not made here, so it must not be made anywhere: the ranks stay in step.
+            self._launch_refusal(operation)
+            self._refused = True
+            raise
+        return False
 
     def _raise_fault(self) -> None:
         """Raises what a kernel has reported since the last look, or a time-out reported before."""
         if self._fault is not None:
             raise PeerTimeoutError(self._fault)
-        fault = self._endpoint.take_fault(self._lane.stream.cuda_stream)
+        fault = self._endpoint.take_fault(streams.current_address(self._index))
         if fault is None:
             return
         if fault.phase == "disagreement":
@@ -472,27 +542,58 @@ class CudaEngine(ReferenceEngine):
         raise PeerTimeoutError(fault)
 
 
-def _copied(received: Received) -> Received:
-    def copy(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.clone()
-
-    return Received(
-        received.x.clone(),
-        received.source.clone(),
-        copy(received.scales),
-        copy(received.topk_idx),
-        copy(received.topk_weights),
+def _are_plain_scales(scales: Tensor, x: Tensor) -> bool:
+    return (
+        type(scales) is Tensor
+        and scales.dtype in checks.SCALE_DTYPES
+        and scales.device == x.device
+        and scales.dim() == 2
+        and scales.shape[0] == x.shape[0]
     )
 
 
-def _first_rows(received: Received, rows: int) -> Received:
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[:rows]
-
-    return Received(
-        received.x[:rows],
-        received.source[:rows],
-        cut(received.scales),
-        cut(received.topk_idx),
-        cut(received.topk_weights),
+def _is_like(tensor: Tensor | None, dtype: torch.dtype, other: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is dtype
+        and tensor.device == other.device
+        and tensor.shape == other.shape
+        and tensor.is_contiguous()
     )
+
+
+class _CallersStream:
+    """The operation runs where the caller is."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __enter__(self) -> int:
+        return streams.current_address(self._index)
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _CommStream:
+    """The operation runs on the communication stream, after `after` or what the caller's stream holds."""
+
+    __slots__ = ("_after", "_endpoint", "_stream", "_switch")
+
+    def __init__(self, stream: torch.cuda.Stream, endpoint: Endpoint, after: Completion | None) -> None:
+        self._stream, self._endpoint, self._after = stream, endpoint, after
+        self._switch = streams.switched(stream)
+
+    def __enter__(self) -> int:
+        address = self._stream.cuda_stream
+        if self._after is None:
+            self._endpoint.follow(streams.current_address(self._stream.device_index), address)
+        self._switch.__enter__()
+        if self._after is not None:
+            self._after.current_stream_wait()
+        return address
+
+    def __exit__(self, *error: object) -> None:
+        self._switch.__exit__()

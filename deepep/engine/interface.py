@@ -110,7 +110,7 @@ class Route:
     plan: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DispatchRequest:
     """Rows to send. Either `layout` (a fresh route) or `route` (a cached one) is given.
 
@@ -131,7 +131,7 @@ class DispatchRequest:
     num_sms: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Dispatched:
     """Rows received, in (source rank, source token) order.
 
@@ -148,7 +148,7 @@ class Dispatched:
     completion: Completion | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CombineRequest:
     """Rows to return to their tokens' owners.
 
@@ -162,7 +162,7 @@ class CombineRequest:
     num_sms: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Combined:
     """x [T, H], topk_weights [T, K] float32 or None."""
 
@@ -282,6 +282,10 @@ class Engine(ABC):
         """[R, R] int64 on the host: rows from each source (first index) to each destination; equal on all
         ranks.
         """
+        raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
+
+    def route_sources(self, route: Route) -> torch.Tensor | None:
+        """[N] int32: the source token of each received row; None where it was not kept."""
         raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
 
     def restore_route(self, is_token_in_rank: torch.Tensor, counts: torch.Tensor, num_experts: int) -> Route:

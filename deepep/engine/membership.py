@@ -112,6 +112,12 @@ class Membership:
 
     # rendezvous
 
+    def next_meeting(self, purpose: str) -> str:
+        """A name under which the members, who all count their attempts, meet for `purpose` this time."""
+        people = "-".join(map(str, self.members))
+        attempt = self._store.add(f"attempts/{purpose}/{people}/{self.rank}", 1)
+        return f"{purpose}/{people}/{attempt}"
+
     def meet(self, name: str, value: str, ranks: Iterable[int]) -> dict[int, bytes]:
         """Posts `value` under `name` and returns what each of `ranks` posted. Raises Absent at the
         deadline.
@@ -178,8 +184,7 @@ class Membership:
         self._fault = None
         self.progress.phase = "connect"
         people = "-".join(map(str, members))
-        attempt = self._store.add(f"attempts/{people}/{self.rank}", 1)
-        self._name = f"link/{people}/{attempt}"
+        self._name = self.next_meeting("link")
         self._store.set(f"members/{self.rank}", people)
         try:
             self.meet(self._name, "", members)

@@ -79,38 +79,112 @@ def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
     return BlockSplit(num_sms, pushing, num_sms - pushing)
 
 
-@dataclass
 class Plan:
     """What combine and cached dispatches need of a dispatch.
 
-    counts [R, R] int32: rows from rank s to rank d. send_row [T, R] int32: the final row of each token at
-    each rank, or -1. source [N] int32: source token of each received row. live: ranks that took part, bits.
+    table [T + R, R] int32: send_row, then counts; one block, of the stream that the dispatch ran on.
+    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits.
     """
 
-    counts: torch.Tensor
-    send_row: torch.Tensor
-    source: torch.Tensor
-    num_tokens: int
-    num_rows: int
-    live: int
+    __slots__ = ("live", "num_rows", "num_tokens", "table")
+
+    def __init__(self, table: torch.Tensor, num_tokens: int, num_rows: int, live: int) -> None:
+        self.table = table
+        self.num_tokens = num_tokens
+        self.num_rows = num_rows
+        self.live = live
+
+    @property
+    def send_row(self) -> torch.Tensor:
+        """[T, R] int32: the final row of each token at each rank, or -1."""
+        return self.table[: self.num_tokens]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """[R, R] int32: rows from rank s to rank d."""
+        return self.table[self.num_tokens :]
+
+    def addresses(self) -> tuple[int, int]:
+        """Of counts and of send_row."""
+        begin, ranks = self.table.data_ptr(), self.table.shape[1]
+        return begin + 4 * ranks * self.num_tokens, begin
 
 
-@dataclass
+@dataclass(slots=True)
 class Received:
-    """Views of one receive slot, with room for `capacity` rows; the slot lives as long as any of them."""
+    """Views of one receive slot; the slot lives as long as any of them."""
 
-    x: torch.Tensor  # [capacity, H]
-    source: torch.Tensor  # [capacity] int32
-    scales: torch.Tensor | None  # [capacity, P]
-    topk_idx: torch.Tensor | None  # [capacity, K]
-    topk_weights: torch.Tensor | None  # [capacity, K] float32
+    x: torch.Tensor  # [rows, H]
+    scales: torch.Tensor | None  # [rows, P]
+    topk_idx: torch.Tensor | None  # [rows, K]
+    topk_weights: torch.Tensor | None  # [rows, K] float32
 
-    def storages(self) -> tuple[torch.Tensor, ...]:
-        """One tensor of each memory block behind these: the slot alone, or copies out of it."""
-        tensors = [
-            t for t in (self.x, self.source, self.scales, self.topk_idx, self.topk_weights) if t is not None
-        ]
-        return tuple({t.untyped_storage().data_ptr(): t for t in tensors}.values())
+    @staticmethod
+    def views(
+        slot: torch.Tensor,
+        capacity: int,
+        rows: int,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+    ) -> Received:
+        """The first `rows` rows of a slot for `capacity`; x, scales and topk_idx are what was sent."""
+        hidden = x.shape[1]
+        if slot.dtype is not x.dtype:
+            slot = slot.view(x.dtype)
+        received = Received(slot.as_strided((rows, hidden), (hidden, 1)), None, None, None)
+        if scales is None and topk_idx is None:
+            return received
+        _, scales_at, idx_at, weights_at, _ = slot_offsets(capacity, x, scales, topk_idx)
+        if scales is not None:
+            received.scales = _array(slot.view(scales.dtype), scales_at, rows, scales.shape[1])
+        if topk_idx is not None:
+            received.topk_idx = _array(slot.view(topk_idx.dtype), idx_at, rows, topk_idx.shape[1])
+            received.topk_weights = _array(slot.view(torch.float32), weights_at, rows, topk_idx.shape[1])
+        return received
+
+    def cut(self, rows: int) -> None:
+        """Keeps the first `rows` rows."""
+        self.x = self.x[:rows]
+        if self.scales is not None:
+            self.scales = self.scales[:rows]
+        if self.topk_idx is not None and self.topk_weights is not None:
+            self.topk_idx = self.topk_idx[:rows]
+            self.topk_weights = self.topk_weights[:rows]
+
+
+def source_tokens(
+    slot: torch.Tensor,
+    capacity: int,
+    rows: int,
+    x: torch.Tensor,
+    scales: torch.Tensor | None,
+    topk_idx: torch.Tensor | None,
+) -> torch.Tensor:
+    """[rows] int32: the source token of each received row, as a view of the slot."""
+    words = slot.view(torch.int32)
+    at = words.storage_offset() + slot_offsets(capacity, x, scales, topk_idx)[0] // 4
+    return words.as_strided((rows,), (1,), at)
+
+
+def _array(slot: torch.Tensor, begin: int, rows: int, columns: int) -> torch.Tensor:
+    at = slot.storage_offset() + begin // slot.element_size()
+    return slot.as_strided((rows, columns), (columns, 1), at)
+
+
+def slot_offsets(
+    capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """Where source tokens, scales, indices and weights begin in a slot for `capacity` rows, and where it
+    ends; bytes. x, scales, topk_idx: what is sent.
+    """
+    return _cuda.slot_offsets(
+        capacity,
+        x.shape[1] * x.element_size(),
+        0 if scales is None else scales.shape[1],
+        0 if topk_idx is None else topk_idx.shape[1],
+        8 if topk_idx is None else topk_idx.element_size(),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +216,7 @@ class Endpoint:
         self.rank = rank
         self.num_ranks = len(addresses)
         self.heap = heap
+        self._heap_address = heap.data_ptr()
         self.device = heap.device
         self.live = (1 << self.num_ranks) - 1
         self.timeout = timeout
@@ -154,6 +229,7 @@ class Endpoint:
         self._host = torch.zeros(
             _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
         )
+        self._host_address = self._host.data_ptr()
         self._ticket = 0
         # Experts, ranks, domains, a counter: made here, for its zeros must not be part of a captured graph.
         self._workspace = torch.zeros(
@@ -177,6 +253,9 @@ class Endpoint:
         self.live = live
         self._domain.set_live(live)
 
+    # Operations run in the order of their launches, also on different streams: Turns, in
+    # csrc/bindings_cuda.cpp.
+
     def layout(
         self, topk_idx: torch.Tensor, num_experts: int, ranks_per_domain: int, stream: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
@@ -192,7 +271,7 @@ class Endpoint:
         per_rank, per_domain, per_expert = ints.split([ranks, domains, num_experts])
         in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=self.device)
         wide = domains > 1
-        _cuda.layout(
+        self._domain.layout(
             ranks,
             num_experts,
             ranks_per_domain,
@@ -210,10 +289,11 @@ class Endpoint:
         )
         return per_rank, per_domain if wide else None, per_expert, in_rank
 
-    @staticmethod
-    def slot_bytes(rows: int, row_bytes: int, num_scales: int, num_topk: int, index_bytes: int) -> int:
-        """Bytes of a slot for `rows` received rows."""
-        return int(_cuda.slot_offsets(rows, row_bytes, num_scales, num_topk, index_bytes)[-1])
+    def new_plan(self, num_tokens: int, num_rows: int) -> Plan:
+        """An empty plan for a fresh dispatch, in memory of the current stream."""
+        ranks = self.num_ranks
+        table = torch.empty((num_tokens + ranks, ranks), dtype=torch.int32, device=self.device)
+        return Plan(table, num_tokens, num_rows, self.live)
 
     def dispatch(
         self,
@@ -222,8 +302,9 @@ class Endpoint:
         capacity: int,
         split: BlockSplit,
         stream: int,
+        plan: Plan,
         *,
-        plan: Plan | None = None,
+        cached: bool = False,
         scales: torch.Tensor | None = None,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
@@ -232,72 +313,47 @@ class Endpoint:
         tokens_per_expert: torch.Tensor | None = None,
         num_worst_tokens: int = 0,
         tell_host: bool = False,
-        refused: bool = False,
-    ) -> tuple[Received, Plan]:
+    ) -> None:
         """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap for `capacity` rows.
 
-        With `plan` the routing is that plan's; without it is_token_in_rank and tokens_per_rank are needed. A
-        new plan's num_rows is `capacity` until the caller knows better (`wait_counts`, with tell_host).
+        cached: the routing is the plan's. Else the plan is filled, and is_token_in_rank and tokens_per_rank
+        are needed. tell_host: `wait_counts` will be called.
         """
-        tokens, hidden = x.shape
-        row_bytes = hidden * x.element_size()
-        num_scales = 0 if scales is None else scales.shape[1]
-        num_topk = 0 if topk_idx is None else topk_idx.shape[1]
-        index_bytes = 8 if topk_idx is None else topk_idx.element_size()
-        experts = 0 if tokens_per_expert is None else tokens_per_expert.numel() // self.num_ranks
-        source_at, scales_at, idx_at, weights_at, _ = _cuda.slot_offsets(
-            capacity, row_bytes, num_scales, num_topk, index_bytes
-        )
-
-        def part(begin: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
-            size = capacity * columns * dtype.itemsize
-            return slot[begin : begin + size].view(dtype).view(capacity, columns)
-
-        received = Received(
-            x=part(0, x.dtype, hidden),
-            source=part(source_at, torch.int32, 1).view(-1),
-            scales=part(scales_at, scales.dtype, num_scales) if scales is not None else None,
-            topk_idx=part(idx_at, topk_idx.dtype, num_topk) if topk_idx is not None else None,
-            topk_weights=part(weights_at, torch.float32, num_topk) if topk_idx is not None else None,
-        )
-        cached = plan is not None
-        if plan is None:
-            counts = torch.empty((self.num_ranks, self.num_ranks), dtype=torch.int32, device=self.device)
-            send_row = torch.empty((tokens, self.num_ranks), dtype=torch.int32, device=self.device)
-            plan = Plan(counts, send_row, received.source, tokens, capacity, self.live)
+        num_scales = stride_token = stride_scale = 0
+        if scales is not None:
+            num_scales = scales.shape[1]
+            stride_token, stride_scale = scales.stride()
         if tell_host:
             self._ticket = self._ticket % 0xFFFFFFFF + 1
         self._domain.dispatch(
             split.total,
             split.remote,
             split.local,
-            refused,
+            False,
             cached,
-            tokens,
-            num_topk,
-            experts,
+            x.shape[0],
+            0 if topk_idx is None else topk_idx.shape[1],
+            0 if tokens_per_expert is None else tokens_per_expert.shape[0] // self.num_ranks,
             num_scales,
-            index_bytes,
-            row_bytes,
+            8 if topk_idx is None else topk_idx.element_size(),
+            x.shape[1] * x.element_size(),
             x.data_ptr(),
             _address(scales),
-            scales.stride(0) if scales is not None else 0,
-            scales.stride(1) if scales is not None else 0,
+            stride_token,
+            stride_scale,
             _address(topk_idx),
             _address(topk_weights),
             _address(is_token_in_rank),
             _address(tokens_per_rank),
             _address(tokens_per_expert),
-            plan.counts.data_ptr(),
-            plan.send_row.data_ptr(),
-            slot.data_ptr() - self.heap.data_ptr(),
+            *plan.addresses(),
+            slot.data_ptr() - self._heap_address,
             capacity,
             num_worst_tokens,
-            self._host.data_ptr() if tell_host else 0,
+            self._host_address if tell_host else 0,
             self._ticket,
             stream,
         )
-        return received, plan
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:
         """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.
@@ -305,7 +361,7 @@ class Endpoint:
         Releases the GIL while it waits.
         """
         # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
-        seen = _cuda.wait_counts(self._host.data_ptr(), self._ticket, num_local_experts, self.timeout + 30.0)
+        seen = _cuda.wait_counts(self._host_address, self._ticket, num_local_experts, self.timeout + 30.0)
         return None if seen is None else Counts(*seen)
 
     def refuse_dispatch(self, stream: int) -> None:
@@ -339,17 +395,13 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
-        refused: bool = False,
     ) -> None:
-        """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
-
-        refused: only tell the others that this rank takes no part.
-        """
+        """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K]."""
         self._domain.combine(
             split.total,
             split.remote,
             split.local,
-            refused,
+            False,
             plan.num_tokens,
             0 if topk_weights is None else topk_weights.shape[1],
             out.shape[1] * out.element_size(),
@@ -357,8 +409,7 @@ class Endpoint:
             _address(topk_weights),
             _address(biases[0] if biases else None),
             _address(biases[1] if len(biases) > 1 else None),
-            plan.counts.data_ptr(),
-            plan.send_row.data_ptr(),
+            *plan.addresses(),
             out.data_ptr(),
             _address(out_weights),
             stream,
@@ -368,11 +419,24 @@ class Endpoint:
         """Launches a barrier of all live ranks."""
         self._domain.barrier(stream)
 
+    def follow(self, before: int, stream: int) -> None:
+        """What `stream` gets from now on runs after what the stream `before` holds now."""
+        self._domain.follow(before, stream)
+
+    def wait(self) -> None:
+        """Blocks the host, without the GIL, until the operation launched last has ended."""
+        self._domain.wait()
+
+    @property
+    def has_fault(self) -> bool:
+        """Whether a kernel has recorded a fault that was not taken."""
+        return self._domain.has_fault()
+
     def take_fault(self, stream: int) -> FaultRecord | None:
         """The fault that a kernel has recorded since the last call, if one has; its notes on the device are
-        cleared behind what `stream` holds.
+        cleared on `stream`, behind the operations launched so far.
         """
-        found = _cuda.take_fault(self._fault.data_ptr(), self._state.data_ptr(), stream)
+        found = self._domain.take_fault(stream)
         if found is None:
             return None
         operation, phase, missing, expected, seen = found

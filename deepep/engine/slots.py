@@ -2,8 +2,8 @@
 
 The slots' part of the heap is a private memory pool of torch's caching allocator. So a slot is a tensor:
 whoever holds it (or a view of it) keeps it, `record_stream` defers its reuse until that stream has caught up,
-and a slot that was freed in stream order is lent again in stream order. Slots belong to the communication
-stream: what reads them on another stream is recorded when they are handed out.
+and a slot that was freed in stream order is lent again in stream order. A slot belongs to the stream that was
+current when it was taken: the one its dispatch runs on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ _outlived: list[object] = []
 
 
 class SlotPool:
-    """Tensors out of heap[begin:], for one communication stream."""
+    """Tensors out of heap[begin:]; begin > 0, for torch knows memory by its address, and the heap has one."""
 
-    def __init__(self, heap: torch.Tensor, begin: int, stream: torch.cuda.Stream) -> None:
+    def __init__(self, heap: torch.Tensor, begin: int) -> None:
         self._heap = heap  # kept: the pool's segments lie in it
-        self._stream = stream
+        self._device = heap.device
+        self._index = heap.get_device()
         base = heap.data_ptr() + begin
         aligned = -(-base // SEGMENT) * SEGMENT
         self.num_bytes = heap.data_ptr() + heap.numel() - aligned
@@ -32,21 +33,49 @@ class SlotPool:
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
             _cuda.__file__, "deepep_arena_take", "deepep_arena_give_back"
         )
-        self._pool = torch.cuda.MemPool(self._allocator.allocator())
+        self._pool: torch.cuda.MemPool | None = None
+        self._begin_anew()
 
-    def take(self, num_bytes: int) -> torch.Tensor | None:
-        """A slot, uint8 [num_bytes] of the heap; None if the heap has no stretch free that long."""
+    def take(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """A slot, `dtype` [num_bytes / its size], for the current stream; None if the heap has no stretch
+        free that long. May wait for the device where memory is short.
+        """
         if num_bytes > self.num_bytes:
             return None
+        slot = self._try(num_bytes, dtype)
+        if slot is not None:
+            return slot
         # Only outside of private pools does torch look which freed blocks streams are done with: let it look.
-        torch.empty(1, dtype=torch.uint8, device=self._heap.device)
+        torch.empty(1, dtype=torch.uint8, device=self._device)
+        slot = self._try(num_bytes, dtype)
+        if slot is not None:
+            return slot
+        # A pool keeps what was freed in pieces, and by stream: give all of it back and begin anew. Whatever
+        # still reads those pieces has to be done first, for nothing orders it before their next writer.
+        torch.cuda.synchronize(self._device)
+        self._begin_anew()
+        slot = self._try(num_bytes, dtype)
+        if slot is not None:
+            return slot
+        torch.cuda.empty_cache()  # also what tensors of earlier pools left when they were freed
+        return self._try(num_bytes, dtype)
+
+    def _begin_anew(self) -> None:
+        self._pool = None
+        self._pool = torch.cuda.MemPool(self._allocator.allocator())
+        self._pool_id = self._pool.id
+
+    def _try(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor | None:
         _cuda.arena_select(self._arena)
+        # torch.cuda.use_mem_pool, without the price of a generator
+        torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self._pool_id)
         try:
-            with torch.cuda.use_mem_pool(self._pool), torch.cuda.stream(self._stream):
-                return torch.empty(num_bytes, dtype=torch.uint8, device=self._heap.device)
+            return torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=self._device)
         except torch.OutOfMemoryError:
             return None
         finally:
+            torch._C._cuda_endAllocateToPool(self._index, self._pool_id)
+            torch._C._cuda_releasePool(self._index, self._pool_id)
             _cuda.arena_select(0)
 
     def reserve(self, num_bytes: int) -> torch.Tensor | None:
@@ -58,8 +87,12 @@ class SlotPool:
         return self._heap[begin : begin + num_bytes]
 
     def close(self) -> None:
-        """Lends no more slots. Those that are still held stay valid, and then so does the heap, for good."""
-        del self._pool  # torch gives back what nobody holds
+        """Lends no more slots. Those that are still held stay valid, and then so does the heap, for good.
+        Idempotent.
+        """
+        if self._pool is None:
+            return
+        self._pool = None  # torch gives back what nobody holds
         if _cuda.arena_used(self._arena) == 0:
             _cuda.arena_close(self._arena)
         else:
@@ -67,5 +100,5 @@ class SlotPool:
 
     def outlive(self) -> None:
         """Lends no more slots and keeps the heap for good: a peer that was given up may still write."""
-        del self._pool
+        self._pool = None
         _outlived.append((self._heap, self._allocator))

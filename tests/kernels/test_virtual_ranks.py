@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
         assert arrived.counts.num_rows == rows
         assert arrived.counts.per_expert == expected.num_recv_tokens_per_expert
     assert same_bits(got.x[:rows], expected.recv_x[:rows])
-    assert same_bits(got.source[:rows], expected.src_token)
+    assert same_bits(arrived.source[:rows], expected.src_token)
     if expected.recv_scales is not None:
         assert same_bits(got.scales[:rows], expected.recv_scales[:rows])
     if expected.recv_topk_idx is not None and not cached:
@@ -140,53 +141,77 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
         assert same_bits(got.topk_weights[:rows], expected.recv_topk_weights[:rows])
 
 
-def round_trip(domain, shape: Shape, seed: int, late: int | None = None) -> None:  # type: ignore[no-untyped-def]
-    """Dispatch, a cached dispatch of other data, combine with every extra: all ranks against the oracle."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a round trip takes and what it must give, by rank; on the CPU."""
+
+    inputs: list[oracle.DispatchInput]
+    expected: list[oracle.DispatchOutput]
+    rows: list[torch.Tensor]  # to return, [N, H] bf16; none for FP8
+    biases: list[tuple[torch.Tensor, ...]]
+    sums: list[oracle.CombineOutput]
+    moved: list[oracle.DispatchInput]  # for the cached dispatch: other data
+    expected_again: list[oracle.DispatchOutput]
+
+
+@functools.lru_cache(maxsize=16)
+def prepared(shape: Shape, seed: int) -> Prepared:
+    """Kept, since the same round trip is made with many numbers of SMs. seed % 3 is the number of biases."""
     experts = shape.local_experts * shape.ranks
     inputs = [draw_rank(shape, r, seed) for r in range(shape.ranks)]
     expected = oracle.dispatch(inputs, experts)
-    on_gpu = [to_gpu(given) for given in inputs]
-    capacity = max(1, sum(shape.tokens))
-    arrived = domain.dispatch(on_gpu, capacity=capacity, num_experts=experts, late=late)
-    for got, want in zip(arrived, expected, strict=True):
-        check_received(got, want)
-    plans = [got.plan for got in arrived]
-
-    if not shape.fp8:
-        generator = torch.Generator().manual_seed(seed)
-        rows = [torch.randn(want.recv_x.shape, generator=generator).to(torch.bfloat16) for want in expected]
-        weights = None
-        if shape.with_topk:
-            weights = [want.recv_topk_weights for want in expected]
-        biases = [
-            tuple(torch.randn(given.x.shape, generator=generator).to(torch.bfloat16) for _ in range(seed % 3))
-            for given in inputs
-        ]
-        wanted = oracle.combine(
-            rows, [g.is_token_in_rank for g in inputs], topk_weights=weights, biases=biases
-        )
-        got_rows = domain.combine(
-            [r.cuda() for r in rows],
-            plans,
-            hidden=shape.hidden,
-            topk_weights=None if weights is None else [w.cuda() for w in weights],
-            biases=[tuple(b.cuda() for b in pair) for pair in biases],
-            late=late,
-        )
-        for (x, w), want_out in zip(got_rows, wanted, strict=True):
-            assert same_bits(x, want_out.x)
-            if w is not None:
-                assert same_bits(w, want_out.topk_weights)
-
     again = [draw_rank(shape, r, seed + 1) for r in range(shape.ranks)]
     moved = [
         oracle.DispatchInput(x=new.x, is_token_in_rank=old.is_token_in_rank, scales=new.scales)
         for new, old in zip(again, inputs, strict=True)
     ]
-    expected = oracle.dispatch(moved, experts)
-    arrived = domain.dispatch([to_gpu(given) for given in moved], capacity=capacity, plans=plans, late=late)
-    for got, want in zip(arrived, expected, strict=True):
-        check_received(got, want, cached=True)
+    expected_again = oracle.dispatch(moved, experts)
+    if shape.fp8:
+        return Prepared(inputs, expected, [], [], [], moved, expected_again)
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(want.recv_x.shape, generator=generator).to(torch.bfloat16) for want in expected]
+    biases = [
+        tuple(torch.randn(given.x.shape, generator=generator).to(torch.bfloat16) for _ in range(seed % 3))
+        for given in inputs
+    ]
+    weights = [want.recv_topk_weights for want in expected] if shape.with_topk else None
+    tables = [given.is_token_in_rank for given in inputs]
+    sums = oracle.combine(rows, tables, topk_weights=weights, biases=biases)
+    return Prepared(inputs, expected, rows, biases, sums, moved, expected_again)
+
+
+def round_trip(domain, shape: Shape, seed: int, late: int | None = None) -> None:  # type: ignore[no-untyped-def]
+    """Dispatch, combine with every extra, a cached dispatch of other data: all ranks against the oracle."""
+    want = prepared(shape, seed)
+    experts = shape.local_experts * shape.ranks
+    capacity = max(1, sum(shape.tokens))
+    arrived = domain.dispatch(
+        [to_gpu(given) for given in want.inputs], capacity=capacity, num_experts=experts, late=late
+    )
+    for got, expected in zip(arrived, want.expected, strict=True):
+        check_received(got, expected)
+    plans = [got.plan for got in arrived]
+
+    if not shape.fp8:
+        weights = [e.recv_topk_weights.cuda() for e in want.expected] if shape.with_topk else None
+        got_rows = domain.combine(
+            [r.cuda() for r in want.rows],
+            plans,
+            hidden=shape.hidden,
+            topk_weights=weights,
+            biases=[tuple(b.cuda() for b in pair) for pair in want.biases],
+            late=late,
+        )
+        for (x, w), sums in zip(got_rows, want.sums, strict=True):
+            assert same_bits(x, sums.x)
+            if w is not None:
+                assert same_bits(w, sums.topk_weights)
+
+    again = domain.dispatch(
+        [to_gpu(given) for given in want.moved], capacity=capacity, plans=plans, late=late
+    )
+    for got, expected in zip(again, want.expected_again, strict=True):
+        check_received(got, expected, cached=True)
     for endpoint in domain.endpoints:
         assert endpoint.take_fault(0) is None
 
@@ -235,7 +260,7 @@ def test_round_trip(domains, shape: Shape) -> None:  # type: ignore[no-untyped-d
 
 def option_shapes(ranks: int) -> list[Shape]:
     """Every option that a kernel sees, on `ranks` ranks with different numbers of tokens."""
-    tokens = (513, 260, 33, 1, 0, 70, 64, 7)[:ranks]
+    tokens = (257, 130, 33, 1, 0, 70, 64, 7)[:ranks]
     fp8 = Shape(tokens, fp8=True, hidden=640)
     return [
         Shape(tokens, hidden=7168, topk=8, local_experts=32),

@@ -1,0 +1,51 @@
+"""CUDA streams at the price of a pointer.
+
+`torch.cuda.current_stream()` and `with torch.cuda.stream(...)` take 7 and 13 us of host time (measured on the
+GPU host, torch 2.11), a third of what a whole call may take. What they call themselves takes a tenth of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_stream_id = Any  # (stream id, device index, device type), as torch hands it out
+_known: dict[_stream_id, torch.cuda.Stream] = {}
+
+
+def current_address(device: int) -> int:
+    """The current stream of a device, as CUDA names it."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def current(device: int) -> torch.cuda.Stream:
+    """The current stream of a device."""
+    names = torch._C._cuda_getCurrentStream(device)
+    stream = _known.get(names)
+    if stream is None:
+        number, index, kind = names
+        stream = torch.cuda.Stream(stream_id=number, device_index=index, device_type=kind)
+        if len(_known) < 256:  # torch hands out a few dozen streams; others may be without end
+            _known[names] = stream
+    return stream
+
+
+class switched:
+    """Inside, `stream` is the current stream of its device; the current device stays what it is."""
+
+    __slots__ = ("_before", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = torch._C._cuda_getCurrentStream(self._stream.device_index)
+        _select(self._stream.stream_id, self._stream.device_index, self._stream.device_type)
+
+    def __exit__(self, *error: object) -> None:
+        _select(*self._before)
+
+
+def _select(number: int, index: int, kind: int) -> None:
+    torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
