@@ -8,8 +8,8 @@ all order is given: no events, nothing to record. Any other runs on the communic
 what it reads is recorded there, what it makes belongs to it and is recorded on the caller's stream.
 Operations run in the order of the calls on whatever streams they are (csrc/bindings_cuda.cpp, Turns).
 
-A call takes some 20 us of the host, most of it torch's: so the usual calls are looked over by `_plain_rows`,
-and only what that does not know goes through the checks that can say what is wrong.
+A call takes some 20 us of the host, most of it torch's: so the usual calls get by with a glance
+(deepep.engine.cuda_checks).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from deepep.engine import checks, streams
+from deepep.engine import checks, cuda_checks, streams
 from deepep.engine.completion import Completion, CudaCompletion
+from deepep.engine.cuda_streams import CallersStream, CommStream
 from deepep.engine.interface import (
     Combined,
     CombineRequest,
@@ -36,10 +37,7 @@ from deepep.engine.interface import (
 )
 from deepep.engine.lane import StreamLane
 from deepep.engine.nvlink import (
-    MAX_LOCAL_EXPERTS,
-    MAX_TOPK,
     Counts,
-    Endpoint,
     Phase,
     Plan,
     Received,
@@ -52,20 +50,14 @@ from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
 from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
     ArgumentError,
-    ArgumentTypeError,
     CapacityError,
-    DeviceError,
     FaultRecord,
     HandleError,
-    LayoutError,
     MismatchError,
     PeerTimeoutError,
-    RangeError,
 )
 
 DEFAULT_NUM_SMS = 24
-_PLAIN_DTYPES = frozenset(checks.ROW_DTYPES)
-_BYTE_DTYPES = frozenset(checks.BYTE_DTYPES)
 _NOW = Schedule()
 
 _dispatch_split = functools.cache(dispatch_split)
@@ -107,7 +99,7 @@ class CudaEngine(ReferenceEngine):
         self._fault: FaultRecord | None = None
         self._stale = False
         self._refused = False
-        self._laid_out: tuple[Tensor, Layout] | None = None
+        self._glance = cuda_checks.Glance(self, self._device)
         self._build()
 
     def _build(self) -> None:
@@ -124,7 +116,7 @@ class CudaEngine(ReferenceEngine):
         with self._stream_for(schedule) as stream:
             made = self._endpoint.layout(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
         layout = Layout(*made)
-        self._laid_out = topk_idx, layout
+        self._glance.remember(topk_idx, layout)
         return layout, self._hand_out(schedule, (topk_idx,), made)
 
     # high throughput
@@ -323,87 +315,14 @@ class CudaEngine(ReferenceEngine):
     # pieces
 
     def _check_dispatch(self, request: DispatchRequest) -> None:
-        if self._is_plain_dispatch(request):
-            return
-        x = request.x
-        super()._check_dispatch(request)
-        self._check_rows("x", x)
-        if request.layout is not None:
-            local = request.layout.num_tokens_per_expert.shape[0] // self.info.num_ranks
-            if local > MAX_LOCAL_EXPERTS:
-                allowed = f"at most {MAX_LOCAL_EXPERTS} experts per rank"
-                raise RangeError("num_tokens_per_expert", f"{local} experts per rank", allowed)
-        if request.topk_idx is not None and request.topk_idx.shape[1] > MAX_TOPK:
-            raise RangeError("topk_idx", f"K = {request.topk_idx.shape[1]}", f"at most {MAX_TOPK}")
+        if not self._glance.sees_nothing_wrong(request):
+            super()._check_dispatch(request)
+            cuda_checks.check_dispatch(request, self._device, self.info.num_ranks)
 
     def _check_combine(self, request: CombineRequest) -> None:
-        x, route = request.x, request.route
-        if (
-            route.engine is self
-            and request.topk_weights is None
-            and not request.biases
-            and x.dtype is torch.bfloat16
-            and self._is_plain(x, _PLAIN_DTYPES, route.num_rows)
-        ):
-            return
-        super()._check_combine(request)
-        if x.dtype != torch.bfloat16:
-            raise ArgumentTypeError("x", str(x.dtype), "torch.bfloat16")
-        self._check_rows("x", x)
-        for bias in request.biases:
-            self._check_rows("bias", bias)
-        if request.topk_weights is not None and request.topk_weights.shape[1] > MAX_TOPK:
-            raise RangeError("topk_weights", f"K = {request.topk_weights.shape[1]}", f"at most {MAX_TOPK}")
-
-    def _is_plain_dispatch(self, request: DispatchRequest) -> bool:
-        """Whether the checks would find nothing, as far as can be told with a glance."""
-        x, scales, route = request.x, request.scales, request.route
-        if route is not None:
-            tokens = route.num_tokens
-            if route.engine is not self:
-                return False
-        else:
-            layout, known = request.layout, self._laid_out
-            if layout is None or known is None:
-                return False
-            topk_idx, made = known
-            tokens = topk_idx.shape[0]
-            if (
-                request.topk_idx is not topk_idx
-                or layout.is_token_in_rank is not made.is_token_in_rank
-                or layout.num_tokens_per_rank is not made.num_tokens_per_rank
-                or layout.num_tokens_per_expert is not made.num_tokens_per_expert
-                or not _is_like(request.topk_weights, torch.float32, topk_idx)
-                or type(request.expert_alignment) is not int
-                or request.expert_alignment < 1
-                or type(request.num_worst_tokens) is not int
-                or request.num_worst_tokens < 0
-                or topk_idx.shape[1] > MAX_TOPK
-                or made.num_tokens_per_expert.shape[0] > MAX_LOCAL_EXPERTS
-            ):
-                return False
-        dtypes = _PLAIN_DTYPES if scales is None else _BYTE_DTYPES
-        return self._is_plain(x, dtypes, tokens) and (scales is None or _are_plain_scales(scales, x))
-
-    def _is_plain(self, x: Tensor, dtypes: frozenset[torch.dtype], rows: int | None) -> bool:
-        """Whether x [rows, H] is what the usual call passes. If not, the checks find what is wrong."""
-        if type(x) is not Tensor or x.dtype not in dtypes or x.device != self._device or x.dim() != 2:
-            return False
-        count, hidden = x.shape
-        row_bytes = hidden * x.element_size()
-        return (
-            count == rows
-            and row_bytes > 0
-            and row_bytes % 16 == 0
-            and x.is_contiguous()
-            and x.data_ptr() % 16 == 0
-        )
-
-    def _check_rows(self, name: str, rows: Tensor) -> None:
-        if rows.device != self._device:
-            raise DeviceError(name, str(rows.device), str(self._device))
-        if rows.data_ptr() % 16 != 0:
-            raise LayoutError(name, "rows that do not start at a multiple of 16 bytes", "aligned rows")
+        if not self._glance.sees_nothing_wrong(request):
+            super()._check_combine(request)
+            cuda_checks.check_combine(request, self._device)
 
     def _num_sms(self, wanted: int) -> int:
         return max(1, min(wanted or DEFAULT_NUM_SMS, self._sms))
@@ -452,11 +371,11 @@ class CudaEngine(ReferenceEngine):
             self.refuse(Operation.DISPATCH, full, _NOW)
         return slot
 
-    def _stream_for(self, schedule: Schedule) -> _CallersStream | _CommStream:
+    def _stream_for(self, schedule: Schedule) -> CallersStream | CommStream:
         """Where an operation runs; inside, that is the current stream. Gives its address."""
         if schedule.after is None and not schedule.asynchronous:
-            return _CallersStream(self._index)
-        return _CommStream(self._comm, self._endpoint, schedule.after)
+            return CallersStream(self._index)
+        return CommStream(self._comm, self._endpoint, schedule.after)
 
     def _hand_out(
         self, schedule: Schedule, given: tuple[Tensor | None, ...], made: tuple[Tensor | None, ...]
@@ -540,60 +459,3 @@ class CudaEngine(ReferenceEngine):
             raise CapacityError("num_worst_tokens", str(fault.expected), f"at least {got}", self.info.rank)
         self._fault = fault
         raise PeerTimeoutError(fault)
-
-
-def _are_plain_scales(scales: Tensor, x: Tensor) -> bool:
-    return (
-        type(scales) is Tensor
-        and scales.dtype in checks.SCALE_DTYPES
-        and scales.device == x.device
-        and scales.dim() == 2
-        and scales.shape[0] == x.shape[0]
-    )
-
-
-def _is_like(tensor: Tensor | None, dtype: torch.dtype, other: Tensor) -> bool:
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype is dtype
-        and tensor.device == other.device
-        and tensor.shape == other.shape
-        and tensor.is_contiguous()
-    )
-
-
-class _CallersStream:
-    """The operation runs where the caller is."""
-
-    __slots__ = ("_index",)
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __enter__(self) -> int:
-        return streams.current_address(self._index)
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-class _CommStream:
-    """The operation runs on the communication stream, after `after` or what the caller's stream holds."""
-
-    __slots__ = ("_after", "_endpoint", "_stream", "_switch")
-
-    def __init__(self, stream: torch.cuda.Stream, endpoint: Endpoint, after: Completion | None) -> None:
-        self._stream, self._endpoint, self._after = stream, endpoint, after
-        self._switch = streams.switched(stream)
-
-    def __enter__(self) -> int:
-        address = self._stream.cuda_stream
-        if self._after is None:
-            self._endpoint.follow(streams.current_address(self._stream.device_index), address)
-        self._switch.__enter__()
-        if self._after is not None:
-            self._after.current_stream_wait()
-        return address
-
-    def __exit__(self, *error: object) -> None:
-        self._switch.__exit__()
