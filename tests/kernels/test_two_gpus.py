@@ -134,27 +134,30 @@ def test_disagreement_is_told_to_both(pair: World) -> None:
 
 
 def test_a_refusal_reaches_the_other_and_work_goes_on() -> None:
-    def refuse(ctx: Any) -> str:
+    """Nobody waits in vain: who learns of a refused combine in its next call leaves that one out on all ranks."""
+
+    def refuse(ctx: Any) -> list[str]:
         import deepep
 
         buffer = buffer_of(ctx)
         x, _, idx, weights = draw(ctx.rank, 64, 1)
-        seen = []
-        for bad in ("dispatch", "combine"):
+
+        def step(bad: str) -> str:
+            rows = x[:, :4].contiguous() if bad == "dispatch" else x  # rows of 8 bytes
             try:
-                given = (x, None, idx, weights)
-                if bad == "dispatch" and ctx.rank == 1:
-                    given = (x[:, :4].contiguous(), None, idx, weights)  # rows of 8 bytes
-                rows, _, _, _, handle, _ = dispatch(buffer, given)
-                buffer.combine(rows.float() if bad == "combine" and ctx.rank == 1 else rows, handle)
+                received, _, _, _, handle, _ = dispatch(buffer, (rows, None, idx, weights))
+                buffer.combine(received.float() if bad == "combine" else received, handle)
                 torch.cuda.synchronize()
-                dispatch(buffer, (x, None, idx, weights))  # a combine's fault is met by the call after it
             except deepep.errors.ArgumentError as error:
-                seen.append(type(error).__name__)
+                return type(error).__name__
+            return ""
+
+        bad = ["dispatch", "", "combine", "", ""]
+        seen = [step(what if ctx.rank == 1 else "") for what in bad]
         round_trip(ctx, (64, 64), 1, False)
-        return " ".join(seen)
+        return seen
 
     with World(2, backend="nccl", timeout=120) as world:
         told, refused = world.run(refuse)
-    assert told == "MismatchError MismatchError"
-    assert refused == "ShapeError ArgumentTypeError"
+    assert told == ["MismatchError", "", "", "MismatchError", ""]
+    assert refused == ["ShapeError", "", "ArgumentTypeError", "MismatchError", ""]
