@@ -134,7 +134,7 @@ def test_disagreement_is_told_to_both(pair: World) -> None:
 
 
 def test_a_refusal_reaches_the_other_and_work_goes_on() -> None:
-    """Nobody waits in vain: who learns of a refused combine in its next call leaves that one out on all ranks."""
+    """Nobody waits in vain. The call after a refused combine is left out on all ranks."""
 
     def refuse(ctx: Any) -> list[str]:
         import deepep
