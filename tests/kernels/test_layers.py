@@ -1,0 +1,69 @@
+"""deepep.nn on the kernels: a layer learns what it learns on the reference over NCCL, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deepep.sim import World
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[World]:
+    with World(2, backend="nccl", timeout=180) as world:
+        yield world
+
+
+def train(ctx: Any, backend: str, compiles: bool) -> list[torch.Tensor]:
+    """Three steps of a small layer: losses, outputs' and inputs' gradients, and the weights at the end."""
+    import deepep
+    from deepep.nn import ExpertParallelMoE
+
+    buffer = deepep.Buffer(ctx.group, timeout=30.0, backend=backend)
+    assert buffer.runtime.info.backend == backend
+    moe = ExpertParallelMoE(
+        buffer,
+        hidden=256,
+        expert_hidden=128,
+        num_experts=16,
+        num_topk=4,
+        shared_hidden=64,
+        device=ctx.device,
+        dtype=torch.bfloat16,
+    )
+    layer = torch.compile(moe, fullgraph=True, backend="aot_eager") if compiles else moe
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    told = []
+    for step in range(3):
+        torch.manual_seed(10 * step + ctx.rank)
+        tokens = (100, 37)[ctx.rank] if step != 1 else (0, 50)[ctx.rank]
+        x = torch.randn(tokens, 256, dtype=torch.bfloat16).to(ctx.device).requires_grad_()
+        y = layer(x)
+        y.float().square().sum().backward()
+        told += [y.detach().cpu(), x.grad.cpu()]
+        for parameter in moe.replicated_parameters():
+            torch.distributed.all_reduce(parameter.grad, group=ctx.group)
+        optimizer.step()
+        optimizer.zero_grad()
+    told += [parameter.detach().cpu() for parameter in moe.parameters()]
+    buffer.destroy()
+    return told
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_a_layer_learns_the_same(pair: World, compiles: bool) -> None:
+    kernels = pair.run(train, "cuda", compiles)
+    reference = pair.run(train, "reference", compiles)
+    for rank in range(2):
+        assert len(kernels[rank]) == len(reference[rank]) > 6
+        for ours, wanted in zip(kernels[rank], reference[rank], strict=True):
+            assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))
+        assert any(t.abs().sum() > 0 for t in kernels[rank])
