@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import require
-from .numerics import accumulator_dtype, round_to
+from .numerics import accumulator_dtype, round_to, settle_nans
 from .records import pack_records, unpack_records
 from .wire import Wire
 
@@ -259,6 +259,8 @@ def combine(
         if weights is not None:
             weights[token] += got["topk_weights"][rows]
         start += count
+    if weights is not None:
+        settle_nans(weights)
     return CombineTensors(round_to(total_x, x.dtype), weights)
 
 

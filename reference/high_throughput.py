@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import require
 from .layout import ReceivedRows, align_up, check_topk_idx, local_experts, receive_rows
-from .numerics import accumulator_dtype, round_to
+from .numerics import accumulator_dtype, round_to, settle_nans
 from .ordered_sum import OrderedSum
 
 
@@ -167,6 +167,8 @@ def combine(
             total.add(tokens, xs[rank][rows])
             if weights is not None and topk_weights is not None:
                 weights[tokens] += topk_weights[rank][rows]
+        if weights is not None:
+            settle_nans(weights)
         outputs.append(CombineOutput(round_to(total.value, xs[owner].dtype), weights))
     return outputs
 

@@ -10,6 +10,8 @@ from .checks import require
 # What Hopper's cvt.rn.bf16.f32 makes of every NaN. torch's CPU conversions leave 0x7FC0 or 0xFFFF, depending
 # on whether the element fell into a vector or into the tail of a loop.
 BF16_NAN = 0x7FFF
+# What Hopper's float32 arithmetic makes of every NaN.
+FLOAT32_NAN = 0x7FFFFFFF
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,6 +28,13 @@ def round_to_bf16(value: Tensor) -> Tensor:
     rounded = value.to(torch.bfloat16)
     rounded.view(torch.int16)[value.isnan()] = BF16_NAN
     return rounded
+
+
+def settle_nans(value: Tensor) -> Tensor:
+    """A finished float32 sum, with one bit pattern for every NaN; changed in place. Others stay as they are."""
+    if value.dtype == torch.float32:
+        value.view(torch.int32)[value.isnan()] = FLOAT32_NAN
+    return value
 
 
 def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -298,6 +298,25 @@ DEEPEP_DEVICE void fence_async(emu::Site site = emu::Site::current()) {
                             site);
 }
 
+// ---- other nodes -------------------------------------------------------------------------------------------
+
+DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank, emu::Site site = emu::Site::current()) {
+  emu::machine->put(to, from, bytes, nullptr, 0, false, rank, site);
+}
+template <class Update>
+DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value, int rank,
+                              emu::Site site = emu::Site::current()) {
+  emu::machine->put(to, from, bytes, signal, value, std::is_same_v<Update, signal_add>, rank, site);
+}
+DEEPEP_DEVICE void put_fence(emu::Site site = emu::Site::current()) { emu::machine->put_fence(site); }
+DEEPEP_DEVICE void put_quiet(emu::Site site = emu::Site::current()) { emu::machine->put_quiet(site); }
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* signal, uint32_t epoch, Deadline deadline,
+                                             emu::Site site = emu::Site::current()) {
+  uint64_t seen;
+  return detail::wait<Order, Scope>(signal, {emu::Condition::Kind::reached, epoch}, site, deadline, seen);
+}
+
 // ---- numbers -----------------------------------------------------------------------------------------------
 
 DEEPEP_DEVICE float bf16_low(uint32_t word) { return std::bit_cast<float>(word << 16); }
@@ -309,7 +328,11 @@ DEEPEP_DEVICE uint32_t to_bf16(float value) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 DEEPEP_DEVICE uint32_t pack_bf16(float low, float high) { return to_bf16(low) | (to_bf16(high) << 16); }
-DEEPEP_DEVICE float add_rounded(float a, float b) { return detail::rounded(a + b); }
-DEEPEP_DEVICE float mul_rounded(float a, float b) { return detail::rounded(a * b); }
+/// As the hardware's arithmetic: every NaN becomes 0x7fffffff.
+DEEPEP_DEVICE float settled(float value) {
+  return std::isnan(value) ? std::bit_cast<float>(0x7fffffffu) : detail::rounded(value);
+}
+DEEPEP_DEVICE float add_rounded(float a, float b) { return settled(a + b); }
+DEEPEP_DEVICE float mul_rounded(float a, float b) { return settled(a * b); }
 
 }  // namespace deepep::dev

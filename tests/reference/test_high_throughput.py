@@ -242,6 +242,10 @@ class TestNumbers:
     def test_nan_has_one_pattern(self) -> None:
         for a, b in ((float("nan"), 1.0), (float("inf"), float("-inf"))):
             assert two_terms(a, b).view(torch.int16).item() == 0x7FFF
+            weights = [torch.tensor([[a]]), torch.tensor([[b]])]
+            out = combine([bf16([[1.0]])] * 2, ALL_TO_TWO, topk_weights=weights)[0].topk_weights
+            assert out is not None
+            assert out.view(torch.int32).item() == 0x7FFFFFFF
 
     def test_overflow_gives_infinity(self) -> None:
         largest = 3.3895313892515355e38
