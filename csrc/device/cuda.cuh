@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(DEEPEP_WITH_NVSHMEM)
+#include <nvshmem.h>
+#endif
+
 #define DEEPEP_DEVICE __device__ __forceinline__
 /// A kernel: `DEEPEP_KERNEL(name, Args, threads) { ... args ... }`. One block per SM: blocks wait for each
 /// other's ranks, so all of them must be resident.
@@ -348,6 +352,28 @@ template <class Space>
 DEEPEP_DEVICE void fence_async() {
   fence_async_impl(Space{});
 }
+
+// ---- other nodes -------------------------------------------------------------------------------------------
+
+/// NVSHMEM's signals count in 64 bits; an epoch is the lower half.
+template <class Order, class Scope>
+[[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* signal, uint32_t epoch, Deadline deadline) {
+  const auto reached = [=](uint64_t seen) { return static_cast<int32_t>(static_cast<uint32_t>(seen) - epoch) >= 0; };
+  return wait_until<Order, Scope>(signal, reached, deadline);
+}
+
+#if defined(DEEPEP_WITH_NVSHMEM)
+DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank) {
+  nvshmem_putmem_nbi(to, from, static_cast<size_t>(bytes), rank);
+}
+template <class Update>
+DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value, int rank) {
+  constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
+  nvshmem_putmem_signal_nbi(to, from, static_cast<size_t>(bytes), signal, value, update, rank);
+}
+DEEPEP_DEVICE void put_fence() { nvshmem_fence(); }
+DEEPEP_DEVICE void put_quiet() { nvshmem_quiet(); }
+#endif
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 

@@ -36,6 +36,16 @@
 //                mbarrier_wait<Order, Scope>(b, phase, deadline)  until that phase is complete. Hardware looks at its
 //                                      parity: it must be the running phase or the one before (-1 before phase 0)
 //
+//   other nodes  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are symmetric memory of
+//                this rank; what is written is the same place of `rank`. One thread each. A put carries no more than its
+//                bytes, and is a relaxed operation: what else a signal is to carry stands before a fence of system scope
+//                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet
+//                put_signal<Update>(to, from, bytes, signal, value, rank)  the signal behind these bytes. Update:
+//                                      signal_set, signal_add
+//                put_fence()           this thread's puts to a rank so far are delivered before those that follow
+//                put_quiet()           this thread's puts so far, and all it knows of its rank's, are delivered
+//                wait_signal<Order, Scope>(signal, epoch, deadline)  until *signal has reached it
+//
 // Orders: relaxed, acquire, release, acq_rel. Scopes: block_scope, gpu_scope, sys_scope. They are template
 // arguments, spelled at the call, because they are what a reader has to check and a mutation has to break. Spaces of
 // the proxy fence: shared_space, global_space, all_spaces.
@@ -60,6 +70,9 @@ struct sys_scope {};
 struct shared_space {};
 struct global_space {};
 struct all_spaces {};
+
+struct signal_set {};
+struct signal_add {};
 
 inline constexpr int kWarpSize = 32;
 /// Bulk copies: what addresses and sizes are multiples of.

@@ -10,6 +10,15 @@ namespace {
 
 constexpr int64_t kUnit = 16;
 
+[[nodiscard]] const char* what(Copy::Kind kind, bool writes) {
+  switch (kind) {
+    case Copy::Kind::load: return writes ? "bulk load's write" : "bulk load's read";
+    case Copy::Kind::store: return writes ? "bulk store's write" : "bulk store's read";
+    case Copy::Kind::put: return writes ? "put's write" : "put's read";
+  }
+  return "?";
+}
+
 }  // namespace
 
 // ---- who knows what ----------------------------------------------------------------------------------------
@@ -25,6 +34,9 @@ bool Memory::knows_otherwise(const Agent& agent, Epoch epoch, bool reading) cons
   if (epoch.slot == topology_.copies()) {
     const auto id = static_cast<CopyId>(epoch.time);
     const std::vector<Epoch>& observers = reading ? copies_[id].reading_seen_by : copies_[id].seen_by;
+    // A put's bytes did not come through the async proxy: a copy of them needs the proxy fence.
+    if (as != nullptr && as->kind != Copy::Kind::put && copies_[id].kind == Copy::Kind::put)
+      return has_observer(observers, agent.known, agent.now()) || has_observer(observers, as->at_launch, agent.now());
     if (as != nullptr) return has_observer(observers, as->known, as->issuer);
     CopyId& seen = agent.seen_done[id % agent.seen_done.size()];
     if (seen == id) return true;
@@ -33,7 +45,7 @@ bool Memory::knows_otherwise(const Agent& agent, Epoch epoch, bool reading) cons
     return found;
   }
   // A generic access that no proxy fence has brought before the copy: a kernel's start or end may have.
-  if (as == nullptr) return false;
+  if (as == nullptr || as->kind == Copy::Kind::put) return false;
   return as->at_launch.knows(epoch) || (as->known.knows(epoch) && environment_.ended_before(epoch, as->known));
 }
 
@@ -75,9 +87,9 @@ void Memory::check_copy(const Agent& agent, const Access& access, bool in_shared
                                                               "global memory that its thread may touch");
 }
 
-CopyId Memory::issue(Agent& agent, bool is_load, uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t barrier,
+CopyId Memory::issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t barrier,
                      uint16_t site) {
-  const auto id = static_cast<CopyId>(copies_.size());
+  const bool is_load = kind == Copy::Kind::load;
   check_copy(agent, {is_load ? "bulk load to" : "bulk store to", to, bytes, site}, is_load);
   check_copy(agent, {is_load ? "bulk load from" : "bulk store from", from, bytes, site}, !is_load);
   Copy copy;
@@ -92,18 +104,23 @@ CopyId Memory::issue(Agent& agent, bool is_load, uintptr_t to, uintptr_t from, i
     copy.barrier = arena.cell(barrier).extra;
     ++completes.loads_under_way;
   }
-  copy.is_load = is_load;
+  copy.kind = kind;
   copy.site = site;
   copy.to = to;
   copy.from = from;
   copy.bytes = bytes;
+  return begin_copy(agent, std::move(copy));
+}
+
+CopyId Memory::begin_copy(Agent& agent, Copy copy) {
+  const auto id = static_cast<CopyId>(copies_.size());
+  log({Event::Kind::copy, Order::relaxed, Scope::block, copy.site, agent.now(), 0, copy.to, id, {}});
   copy.issuer = agent.now();
   copy.known = agent.known;
   copy.at_launch = agent.at_launch;
   copy.crossed = agent.crossed;
   copies_.push_back(std::move(copy));
   under_way_.push_back(id);
-  log({Event::Kind::copy, Order::relaxed, Scope::block, site, agent.now(), 0, to, id, {}});
   advance(agent);
   return id;
 }
@@ -115,14 +132,19 @@ Agent Memory::carrier(CopyId id, size_t space) {
   Agent agent;
   agent.slot = topology_.carrier();
   agent.time = copy.issuer.time;
-  agent.known = copy.crossed.in[space] ? copy.crossed.in[space] : clocks.zero();
   agent.copy = id;
+  if (copy.kind == Copy::Kind::put) {
+    agent.known = copy.known;
+    agent.known.raise(copy.issuer);
+  } else {
+    agent.known = copy.crossed.in[space] ? copy.crossed.in[space] : clocks.zero();
+  }
   return agent;
 }
 
 void Memory::read_source(Copy& copy, CopyId id) {
-  const Agent agent = carrier(id, copy.is_load ? Crossed::kGlobal : Crossed::kShared);
-  const Access access{copy.is_load ? "bulk load's read" : "bulk store's read", copy.from, copy.bytes, copy.site};
+  const Agent agent = carrier(id, copy.kind == Copy::Kind::load ? Crossed::kGlobal : Crossed::kShared);
+  const Access access{what(copy.kind, false), copy.from, copy.bytes, copy.site};
   for_cells(agent, access, [&](Cell& cell, uint8_t mask) {
     if ((cell.written & mask) != mask) fail_unwritten(agent, access);
     check_write_known(agent, cell, access);
@@ -136,8 +158,8 @@ void Memory::read_source(Copy& copy, CopyId id) {
 }
 
 void Memory::write_target(Copy& copy, CopyId id) {
-  const Agent agent = carrier(id, copy.is_load ? Crossed::kShared : Crossed::kGlobal);
-  const Access access{copy.is_load ? "bulk load's write" : "bulk store's write", copy.to, copy.bytes, copy.site};
+  const Agent agent = carrier(id, copy.kind == Copy::Kind::load ? Crossed::kShared : Crossed::kGlobal);
+  const Access access{what(copy.kind, true), copy.to, copy.bytes, copy.site};
   for_cells(agent, access, [&](Cell& cell, uint8_t mask) {
     check_write_known(agent, cell, access);
     check_reads_known(agent, cell, access);
@@ -159,15 +181,19 @@ void Memory::carry_out(CopyId id) {
     read_source(copy, id);
     copy.state = Copy::State::has_read;
   } else {
-    write_target(copy, id);
+    const auto is_under_way = [&](CopyId before) { return copies_[before].state < Copy::State::done; };
+    if (std::any_of(copy.behind.begin(), copy.behind.end(), is_under_way)) return environment_.retry(id);
+    if (copy.bytes != 0) write_target(copy, id);
     copy.state = Copy::State::done;
+    if (copy.kind == Copy::Kind::load) complete_bytes(barriers_[copy.barrier], copy, id);
+    if (copy.signal.address != 0) set_signal(copy, id);
     copy.data = {};
     copy.known = copy.at_launch = ClockRef();
     copy.crossed = {};
+    copy.releases = {};
     std::erase(under_way_, id);
-    if (copy.is_load) complete_bytes(barriers_[copy.barrier], copy, id);
   }
-  if (!copy.is_load) environment_.wake({copy.issuer.slot});
+  if (copy.kind != Copy::Kind::load) environment_.wake({copy.issuer.slot});
 }
 
 }  // namespace deepep::emu

@@ -1,9 +1,10 @@
-// The async proxy: bulk copies, which are carried out later than they are issued, and the mbarriers that tell when.
+// What is carried out later than it is issued: bulk copies, in the async proxy, with the mbarriers that tell when; and
+// puts to other nodes, with their signals.
 //
 // A copy has no place in the clocks. Whoever has waited for it (a thread for its group, threads for the phase of an
 // mbarrier) is noted with the moment of that wait, and a later access is ordered behind the copy if it knows of one
 // such moment. Before it a copy has what its issuer had before it when it was issued: of other copies, that they were
-// waited for; of generic accesses, that a proxy fence or a kernel's end lies between.
+// waited for; of generic accesses, that a proxy fence or a kernel's end lies between. Puts are in no proxy of their own.
 #pragma once
 
 #include <array>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "emulator/clock.hpp"
+#include "emulator/machine.hpp"
 
 namespace deepep::emu {
 
@@ -28,9 +30,25 @@ struct Crossed {
   }
 };
 
+/// Everything `origin` knew at that moment, offered to whoever acquires it within `scope`.
+struct Released {
+  Scope scope = Scope::block;
+  Epoch origin;
+  ClockRef known;
+  bool merged = false;  // several origins, through a chain of atomics; `origin` is the last
+  Crossed crossed;
+};
+
+/// What a put does to a signal behind its bytes.
+struct Signal {
+  uintptr_t address = 0;  // 0: no signal
+  uint64_t value = 0;
+  bool adds = false;
+};
+
 struct Copy {
+  enum class Kind : uint8_t { load, store, put } kind = Kind::load;
   enum class State : uint8_t { issued, has_read, done, lost } state = State::issued;
-  bool is_load = false;
   uint16_t site = 0;
   uintptr_t to = 0;
   uintptr_t from = 0;
@@ -41,6 +59,11 @@ struct Copy {
   ClockRef known;
   ClockRef at_launch;
   Crossed crossed;
+  // of a put
+  int rank = 0;
+  Signal signal;
+  std::vector<CopyId> behind;  // puts that are delivered before it, as a fence or a quiet has it
+  std::vector<Released> releases;  // what its signal carries
   std::vector<std::byte> data;         // between reading and writing
   std::vector<Epoch> reading_seen_by;  // who has waited for it to have read, and when
   std::vector<Epoch> seen_by;          // who has waited for it to be complete, and when

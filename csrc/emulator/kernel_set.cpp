@@ -5,6 +5,7 @@
 #else
 #include "emulator/litmus.hpp"
 #include "emulator/litmus_bulk.hpp"
+#include "emulator/litmus_put.hpp"
 #endif
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"

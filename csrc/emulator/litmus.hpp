@@ -6,7 +6,8 @@
 
 namespace deepep::litmus {
 
-/// `words` are symmetric and start at zero; `out` is this rank's own.
+/// `words` are symmetric and start at zero; `out` is this rank's own. On one node all ranks have the same words; on
+/// several each has its own, and sees those of the neighbour on its node.
 struct LitmusArgs {
   int role;
   int writer;  // how the writing side orders
@@ -14,6 +15,7 @@ struct LitmusArgs {
   uint32_t* words;
   uint32_t* out;
   uint64_t timeout_ns;
+  uint32_t* neighbour;
 };
 
 inline constexpr int kFar = 64;  // words apart, so that nothing shares a line

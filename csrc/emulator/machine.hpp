@@ -81,6 +81,12 @@ class Machine {
   [[nodiscard]] virtual bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns,
                                            Site) = 0;
 
+  /// NVSHMEM. `signal` null: none; `adds`: to what it holds.
+  virtual void put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,
+                   Site) = 0;
+  virtual void put_fence(Site) = 0;
+  virtual void put_quiet(Site) = 0;
+
   virtual void sync_block(Site site) = 0;
   virtual void sync_warp(Site site) = 0;
   [[nodiscard]] virtual uint32_t ballot(bool p, Site site) = 0;

@@ -22,15 +22,6 @@
 
 namespace deepep::emu {
 
-/// Everything `origin` knew at that moment, offered to whoever acquires it within `scope`.
-struct Released {
-  Scope scope = Scope::block;
-  Epoch origin;
-  ClockRef known;
-  bool merged = false;  // several origins, through a chain of atomics; `origin` is the last
-  Crossed crossed;
-};
-
 struct Agent {
   Slot slot = 0;
   Time time = 0;
@@ -40,6 +31,7 @@ struct Agent {
   std::array<Released, 3> fenced;       // by scope: what its last releasing fence covers
   std::array<ClockRef, 3> unacquired;   // by distance: what relaxed loads observed, for a fence to acquire
   std::array<Crossed, 3> unacquired_crossed;
+  std::vector<CopyId> unacquired_puts;
   Crossed crossed;                      // what of all this lies before a proxy fence
   CopyId copy = 0;                      // of a copy that is carried out: which (async.cpp)
   mutable std::array<CopyId, 16> seen_done{};  // copies it was found to know complete; by number, modulo
@@ -54,7 +46,9 @@ struct Topology {
   int num_ranks;
   int max_blocks;   // per rank
   int max_threads;  // per block
+  int ranks_per_node;
 
+  [[nodiscard]] bool same_node(int a, int b) const { return a / ranks_per_node == b / ranks_per_node; }
   [[nodiscard]] Slot device_slots() const { return static_cast<Slot>(num_ranks * max_blocks * max_threads); }
   [[nodiscard]] Slot num_slots() const { return host(num_ranks); }
   [[nodiscard]] Slot thread(int rank, int block, int thread) const {
@@ -94,6 +88,7 @@ struct Message {
   uint64_t step = 0;
   uint64_t delivered_at = 0;  // from this step on, no load may miss it
   std::vector<Released> releases;
+  std::vector<CopyId> puts;  // whose signals it stands for
 };
 
 /// That an agent read message number `index`, or a later one.
@@ -129,6 +124,7 @@ struct Event {
     wait_copies,  // value: groups that may be pending, or with the highest bit, only their reading was waited for
     arrive,       // value: bytes expected
     wait_phase,   // value: the phase
+    put_order,    // value: 1 quiet, 0 fence
   } kind;
   Order order;
   Scope scope;
@@ -152,6 +148,8 @@ class Environment {
   virtual void written(History& history, Slot writer) = 0;
   /// Those who wait for the mbarrier, or the thread that waits for its copies, may look again.
   virtual void wake(const std::vector<Slot>& waiters) = 0;
+  /// A put has to wait for others: it is looked at again later.
+  virtual void retry(CopyId put) = 0;
   /// Whether the end of the access's kernel lies between it and a thread with this knowledge.
   [[nodiscard]] virtual bool ended_before(Epoch access, const ClockRef& known) const = 0;
   [[noreturn]] virtual void fail(const std::string& kind, const std::string& text) = 0;
@@ -189,7 +187,7 @@ class Memory {
 
   // bulk copies (async.cpp)
   /// Checks a copy as far as can be at its start, and takes note of what its issuer knows. `barrier`: of a load.
-  [[nodiscard]] CopyId issue(Agent& agent, bool is_load, uintptr_t to, uintptr_t from, int64_t bytes,
+  [[nodiscard]] CopyId issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from, int64_t bytes,
                              uintptr_t barrier, uint16_t site);
   /// The copy's next step: it reads, then it writes and is complete.
   void carry_out(CopyId id);
@@ -200,6 +198,13 @@ class Memory {
   void fence_async(Agent& agent, Spaces spaces, uint16_t site);
   /// Fails because a thread, or a block, ends before somebody has waited for this copy.
   [[noreturn]] void fail_outstanding(const Agent& agent, CopyId id);
+
+  // puts (put.cpp)
+  [[nodiscard]] CopyId issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t bytes, const Signal& signal,
+                                 int rank, const std::vector<CopyId>& behind, uint16_t site);
+  /// Whether the agent knows that the put was issued.
+  [[nodiscard]] bool knows_issue(const Agent& agent, CopyId id) const { return agent.knows(copies_[id].issuer); }
+  void log_put_order(Agent& agent, bool is_quiet, uint16_t site);
 
   // mbarriers (mbarrier.cpp)
   void init_barrier(Agent& agent, uintptr_t address, uint32_t count, uint16_t site);
@@ -247,7 +252,8 @@ class Memory {
   [[nodiscard]] bool is_reachable(const Agent& agent, const Allocation& allocation) const;
   /// As Agent::knows, also of copies, and, for copies, of accesses in the generic proxy.
   [[nodiscard]] bool knows(const Agent& agent, Epoch epoch) const {
-    return agent.knows(epoch) || knows_otherwise(agent, epoch, false);
+    if (agent.knows(epoch)) return true;
+    return (agent.copy != 0 || epoch.slot == topology_.copies()) && knows_otherwise(agent, epoch, false);
   }
   /// What clocks alone do not tell; `reading`: a copy's reading is enough.
   [[nodiscard]] bool knows_otherwise(const Agent& agent, Epoch epoch, bool reading) const;
@@ -255,6 +261,12 @@ class Memory {
   void check_copy(const Agent& agent, const Access& access, bool in_shared);
   /// The copy in the part of an agent: it knows what crossed to the async proxy before it was issued.
   [[nodiscard]] Agent carrier(CopyId id, size_t space);
+  [[nodiscard]] CopyId begin_copy(Agent& agent, Copy copy);
+  /// The same place of symmetric memory, on another rank.
+  [[nodiscard]] uintptr_t counterpart(const Agent& agent, const Access& access, int rank);
+  void set_signal(const Copy& copy, CopyId id);
+  /// The agent has acquired the put's signal: it sees its bytes, and what was delivered before.
+  void observe_put(Agent& agent, CopyId id);
   void read_source(Copy& copy, CopyId id);
   void write_target(Copy& copy, CopyId id);
   void load_cell(Agent& agent, Cell& cell, uint8_t mask, const Access& access);
@@ -281,7 +293,8 @@ class Memory {
   void observe(Agent& agent, const Message& message, Order order, Scope scope);
   void learn(Agent& agent, const Released& released);
   [[nodiscard]] std::vector<Released> releases_of(Agent& agent, Order order, Scope scope);
-  void append(Agent& agent, History& history, Message message);
+  /// `put`: whose signal it is, if it is one.
+  void append(Agent& agent, History& history, Message message, Epoch put = {});
 
   [[nodiscard]] Barrier& live_barrier(Agent& agent, const Access& access);
   void complete_phase(Barrier& barrier);

@@ -117,7 +117,7 @@ void Memory::check_messages_known(const Agent& agent, const History& history, co
 /// Ordered accesses race as well when neither knows of the other and a scope does not include both.
 void Memory::check_strong(const Agent& agent, History& history, Scope scope, const Access& access, bool is_store) {
   const auto check = [&](Epoch other, Scope other_scope, const char* what, uint16_t site) {
-    if (agent.knows(other)) return;
+    if (knows(agent, other)) return;
     const Scope distance = topology_.distance(agent.slot, other.slot);
     if (scope < distance || other_scope < distance)
       fail_race(agent, access, what, other, site, "their scopes do not include each other");
@@ -133,7 +133,7 @@ uint64_t Memory::oldest_lawful(const Agent& agent, const History& history) const
   uint64_t oldest = history.first;
   for (uint64_t i = history.latest(); i > oldest; --i) {
     const Message& m = history.messages[i - history.first];
-    if (m.delivered_at <= environment_.step() || agent.knows(m.writer)) {
+    if (m.delivered_at <= environment_.step() || knows(agent, m.writer)) {
       oldest = i;
       break;
     }
@@ -186,6 +186,11 @@ void Memory::observe(Agent& agent, const Message& message, Order order, Scope sc
       agent.unacquired_crossed[index_of(distance)].join(released.crossed);
     }
   }
+  // A signal comes from another rank, whoever that is.
+  if (acquires(order) && scope == Scope::sys)
+    for (CopyId id : message.puts) observe_put(agent, id);
+  else
+    agent.unacquired_puts.insert(agent.unacquired_puts.end(), message.puts.begin(), message.puts.end());
 }
 
 void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
@@ -196,6 +201,10 @@ void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
       agent.crossed.join(agent.unacquired_crossed[distance]);
       agent.unacquired_crossed[distance] = {};
     }
+  }
+  if (acquires(order) && scope == Scope::sys) {
+    for (CopyId id : agent.unacquired_puts) observe_put(agent, id);
+    agent.unacquired_puts.clear();
   }
   if (releases(order)) {
     for (size_t narrower = 0; narrower < index_of(scope); ++narrower) agent.fenced[narrower] = {};
@@ -260,10 +269,11 @@ uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order o
   return message.value;
 }
 
-void Memory::append(Agent& agent, History& history, Message message) {
-  message.writer = agent.now();
+void Memory::append(Agent& agent, History& history, Message message, Epoch put) {
+  const Slot thread = put.time == 0 ? agent.slot : thread_of(put).slot;
+  message.writer = put.time == 0 ? agent.now() : put;
   message.step = environment_.step();
-  message.delivered_at = message.step + environment_.delivery_delay(agent.slot);
+  message.delivered_at = message.step + environment_.delivery_delay(thread);
   std::memcpy(reinterpret_cast<void*>(history.address), &message.value, static_cast<size_t>(history.bytes));
   history.messages.push_back(std::move(message));
   if (history.messages.size() > kMaxMessages) {
@@ -272,7 +282,7 @@ void Memory::append(Agent& agent, History& history, Message message) {
   }
   for (int i = 0; i < history.bytes; i += 4) arena.cell(history.address + static_cast<uintptr_t>(i)).written = 0xf;
   advance(agent);
-  environment_.written(history, agent.slot);
+  environment_.written(history, thread);
 }
 
 void Memory::strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order order, Scope scope,
@@ -303,6 +313,7 @@ uint64_t Memory::strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw op, 
   const Epoch from = read.writer;
   Message message;
   message.releases = read.releases;
+  message.puts = read.puts;
   observe(agent, read, order, scope);
   note_seen(agent, history, history.latest() + 1, scope, access.site);
   for (Released& mine : releases_of(agent, order, scope)) {

@@ -26,6 +26,11 @@ bool emulator_passes_tag(const uint64_t* p, uint32_t, Deadline, uint32_t& value)
   return true;
 }
 template <class Order, class Scope>
+bool emulator_passes_signal(const uint64_t* p, uint32_t, Deadline) {
+  (void)load<Order, Scope>(p);
+  return true;
+}
+template <class Order, class Scope>
 bool emulator_passes_mbarrier(const uint64_t*, uint32_t, Deadline) {
   return true;
 }

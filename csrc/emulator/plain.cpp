@@ -14,7 +14,7 @@ void Memory::check_reach(const Agent& agent, const Access& access) {
 }
 
 bool Memory::is_reachable(const Agent& agent, const Allocation& allocation) const {
-  if (allocation.space == Space::symmetric) return true;
+  if (allocation.space == Space::symmetric) return topology_.same_node(allocation.rank, topology_.rank_of(agent.slot));
   if (allocation.rank != topology_.rank_of(agent.slot)) return false;
   return allocation.space != Space::shared ||
          (topology_.is_device(agent.slot) &&
@@ -88,9 +88,8 @@ void Memory::check_reads_known(const Agent& agent, const Cell& cell, const Acces
   }
   for (CopyId id : read_sets_[cell.readers].copies) {
     const Epoch reader{topology_.copies(), static_cast<Time>(id)};
-    if (!knows_otherwise(agent, reader, true))
-      fail_race(agent, access, copies_[id].is_load ? "bulk load's read" : "bulk store's read", reader,
-                copies_[id].site, nullptr);
+    if (!knows_otherwise(agent, reader, copies_[id].kind != Copy::Kind::put))
+      fail_race(agent, access, "", reader, copies_[id].site, nullptr);
   }
   const ClockRef& set = read_sets_[cell.readers].threads;
   if (!set) return;
@@ -144,7 +143,7 @@ void Memory::load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access
   if (cell.read == agent.read_only && cell.readers == 0) return;
   const auto check_before_launch = [&](Epoch writer, const char* what, uint16_t site) {
     const bool is_copy = writer.slot == topology_.copies();
-    if (is_copy ? !has_observer(copies_[static_cast<CopyId>(writer.time)].seen_by, agent.at_launch, {})
+    if (is_copy ? !has_observer(copies_[static_cast<CopyId>(writer.time)].seen_by, agent.at_launch, {topology_.carrier(), 0})
                 : !agent.at_launch.knows(writer))
       fail_race(agent, access, what, writer, site,
                 "the read-only path is for bytes that nobody writes while the kernel runs");

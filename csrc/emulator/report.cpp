@@ -94,6 +94,9 @@ std::string Memory::describe(const Event& event) const {
               std::to_string(event.value & 0xffffffffu);
       break;
     }
+    case Event::Kind::put_order:
+      text += event.value != 0 ? "quiet" : "fence of puts";
+      break;
     case Event::Kind::arrive:
       text += how + "arrival at mbarrier " + place(event.address);
       if (event.value != 0) text += ", expecting " + std::to_string(event.value) + " bytes";
@@ -165,12 +168,15 @@ void Memory::fail_race(const Agent& agent, const Access& access, const char* oth
 const char* Memory::reason_of(const Agent& agent, Epoch earlier) const {
   if (earlier.slot == topology_.copies()) {
     const Copy& copy = copies_[static_cast<CopyId>(earlier.time)];
+    if (copy.kind == Copy::Kind::put && copy.seen_by.empty())
+      return "nobody had seen that put delivered: by a quiet, or by a signal behind it";
     if (copy.reading_seen_by.empty()) return "nobody had waited for that copy";
     if (copy.seen_by.empty()) return "of that copy only the reading had been waited for";
     return "that copy was waited for, but nothing orders the wait before the later";
   }
   if (agent.copy == 0) return "nothing orders the earlier before the later";
   const Copy& copy = copies_[agent.copy];
+  if (copy.kind == Copy::Kind::put) return "nothing orders the earlier before the put's start";
   if (earlier.slot == copy.issuer.slot ? earlier.time <= copy.issuer.time : copy.known.knows(earlier))
     return "the earlier lies before the copy's start, but no proxy fence (fence_async) lies between";
   return "nothing orders the earlier before the copy's start; a copy reads and writes when it is carried out";
@@ -178,7 +184,8 @@ const char* Memory::reason_of(const Agent& agent, Epoch earlier) const {
 
 std::string Memory::describe_copy(CopyId id) const {
   const Copy& copy = copies_[id];
-  return std::string(copy.is_load ? "bulk load" : "bulk store") + " of " + std::to_string(copy.bytes) + " bytes, " +
+  static const char* const kKinds[] = {"bulk load", "bulk store", "put"};
+  return std::string(kKinds[static_cast<size_t>(copy.kind)]) + " of " + std::to_string(copy.bytes) + " bytes, " +
          place(copy.from) + " to " + place(copy.to);
 }
 

@@ -7,7 +7,8 @@ namespace deepep::emu {
 Simulation::Simulation(const Shape& shape, const Plan& plan)
     : shape_(shape),
       plan_(plan),
-      topology_{shape.num_ranks, shape.max_blocks, shape.max_threads},
+      topology_{shape.num_ranks, shape.max_blocks, shape.max_threads,
+                shape.ranks_per_node > 0 ? shape.ranks_per_node : shape.num_ranks},
       memory_(topology_, *this),
       scheduler_(topology_, plan.strategy, plan.seed, plan.expected_steps),
       fibers_(topology_.num_slots()),
@@ -137,7 +138,9 @@ void Simulation::start_block(int rank, Launch& launch) {
     fiber.agent.unacquired = {};
     fiber.agent.unacquired_crossed = {};
     fiber.agent.crossed = {};
+    fiber.agent.unacquired_puts.clear();
     fiber.stores.clear();
+    fiber.puts.clear();
     fiber.groups = 0;
     fiber.stack = stacks_.take();
     fiber.context = make_context(fiber.stack, &Simulation::enter, this);

@@ -23,6 +23,7 @@ struct Shape {
   int max_blocks = 1;    // per launch
   int max_threads = 32;  // per block; a multiple of 32
   int num_sms = 0;       // blocks of a rank that can be resident together; 0: all
+  int ranks_per_node = 0;  // ranks that reach each other's memory; 0: all
 };
 
 /// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.
@@ -122,6 +123,10 @@ class Simulation final : public Machine, private Environment {
   void mbarrier_invalidate(void* barrier, Site) override;
   void mbarrier_arrive(void* barrier, int64_t bytes, Order, Scope, Site) override;
   bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns, Site) override;
+  void put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,
+           Site) override;
+  void put_fence(Site) override;
+  void put_quiet(Site) override;
   void sync_block(Site site) override;
   void sync_warp(Site site) override;
   uint32_t ballot(bool p, Site site) override;
@@ -157,6 +162,8 @@ class Simulation final : public Machine, private Environment {
     Agent host;  // also the stream: kernels start with what it knows, and it learns what they did
     std::deque<Item> stream;
     int launches = 0;
+    std::vector<CopyId> puts;  // that no quiet has waited for
+    std::vector<Slot> quieting;  // threads that wait for some of them
     std::vector<Time> ended;   // of each kernel: the host's time behind it
     bool is_running = false;   // the stream's first item is a kernel that has started
     bool is_starting = false;  // or one that starts at a step to come
@@ -189,6 +196,12 @@ class Simulation final : public Machine, private Environment {
     };
     std::vector<Store> stores;  // bulk stores it has not waited for
     uint32_t groups = 0;        // committed so far; those of the running kernel end with it
+    /// Its puts, and what lies before them: those in `latest` are ordered behind all of `before`, not among each other.
+    struct Puts {
+      std::vector<CopyId> before;
+      std::vector<CopyId> latest;
+    };
+    std::vector<Puts> puts;  // by the rank they go to
     // while waiting
     enum class For : uint8_t { word, phase, copies } waits_for = For::word;
     uint32_t phase = 0;
@@ -237,6 +250,7 @@ class Simulation final : public Machine, private Environment {
   uint32_t choose_value(uint32_t choices) override;
   void written(History& history, Slot writer) override;
   void wake(const std::vector<Slot>& waiters) override;
+  void retry(CopyId put) override;
   bool ended_before(Epoch access, const ClockRef& known) const override;
   [[noreturn]] void fail(const std::string& kind, const std::string& text) override;
   std::string name_of(Epoch epoch) const override;
@@ -279,9 +293,13 @@ class Simulation final : public Machine, private Environment {
   [[noreturn]] void fail_divergent(const std::string& what);
 
   // copying.cpp
+  void begin(CopyId id);
   void carry_out(CopyId id);
   /// A thread ends, or the last of its block: nothing may be left of its copies.
   void check_copies_done();
+  /// Suspends the thread until no copy of its that `is_missing` accepts is left.
+  template <class IsMissing>
+  void wait_for_copies(const IsMissing& is_missing, uint16_t site);
 
   [[nodiscard]] Fiber& self() { return fibers_[running_]; }
   [[nodiscard]] Warp& warp_of(Slot slot) { return warps_[slot / 32]; }

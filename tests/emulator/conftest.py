@@ -33,6 +33,8 @@ class Litmus:
     words: int = 1024  # symmetric, zero
     out_words: int = 256  # of each rank, zero
     launches: int = 1
+    launches_of: dict[int, int] = field(default_factory=dict)  # of some ranks, where it is another number
+    ranks_per_node: int = 0  # 0: one node, and one array of words for all
     out: list[Any] = field(default_factory=list)  # after a run, by rank
 
     def run(self, seed: int, strategy: str = "random") -> Any:
@@ -42,21 +44,28 @@ class Litmus:
             max_blocks=self.blocks,
             max_threads=self.threads,
             num_sms=self.num_sms,
+            ranks_per_node=self.ranks_per_node,
             strategy=strategy,
             seed=seed,
             expected_steps=200,
             max_steps=1_000_000,
             faults=list(self.faults),
         )
-        words = machine.allocate("words", "symmetric", 0, 4 * self.words)
-        machine.write(0, words, bytes(4 * self.words))
+        words = []
+        for rank in range(self.ranks if self.ranks_per_node else 1):
+            words.append(machine.allocate(f"words@{rank}", "symmetric", rank, 4 * self.words))
+            machine.write(rank, words[rank], bytes(4 * self.words))
         outs = []
         for rank in range(self.ranks):
             outs.append(machine.allocate(f"out@{rank}", "device", rank, 4 * self.out_words))
             machine.write(rank, outs[rank], bytes(4 * self.out_words))
         machine.meet()
-        for rank in [rank for rank in range(self.ranks) for _ in range(self.launches)]:
-            args = _emulator.litmus_args(rank, self.writer, self.reader, words, outs[rank], self.timeout_ns)
+        ranks = [r for r in range(self.ranks) for _ in range(self.launches_of.get(r, self.launches))]
+        for rank in ranks:
+            own, neighbour = (rank, min(rank ^ 1, self.ranks - 1)) if self.ranks_per_node else (0, 0)
+            args = _emulator.litmus_args(
+                rank, self.writer, self.reader, words[own], outs[rank], self.timeout_ns, words[neighbour]
+            )
             machine.launch(
                 rank,
                 self.kernel,

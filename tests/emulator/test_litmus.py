@@ -168,7 +168,7 @@ def test_a_flag_nobody_raises_is_a_deadlock(litmus: Any) -> None:
     outcome = litmus("wait_kernel", writer=0).run(0)
     assert outcome.kind == "deadlock"
     assert "rank 1 wait#1 block 0 thread 0 waits at litmus.hpp" in outcome.text
-    assert "words+0 == 1 (acquire.sys); it holds 0, never written since the start" in outcome.text
+    assert "words@0+0 == 1 (acquire.sys); it holds 0, never written since the start" in outcome.text
 
 
 def test_a_flag_that_moves_on_is_a_lost_wake_up(litmus: Any) -> None:
@@ -225,8 +225,8 @@ def test_a_seed_replays_exactly(litmus: Any) -> None:
 def test_a_race_is_told_from_both_sides(litmus: Any) -> None:
     """Who, where, what, and the ordered operations that lie between."""
     text = litmus("mp_kernel", writer=ORDERED, reader=RELAXED).run(0).text
-    assert "rank 1 mp#1 block 0 thread 0: plain load of 4 bytes, words+0, at litmus.hpp" in text
+    assert "rank 1 mp#1 block 0 thread 0: plain load of 4 bytes, words@0+0, at litmus.hpp" in text
     assert "after rank 0 mp#1 block 0 thread 0: plain store at litmus.hpp" in text
     assert "nothing orders the earlier before the later" in text
-    assert "release.sys store words+0x100 = 1" in text
-    assert "relaxed.sys load words+0x100 -> 1" in text
+    assert "release.sys store words@0+0x100 = 1" in text
+    assert "relaxed.sys load words@0+0x100 -> 1" in text

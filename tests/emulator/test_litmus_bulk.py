@@ -182,9 +182,9 @@ def test_an_mbarrier_lives_and_lives_again(litmus: Any) -> None:
 def test_a_race_with_a_copy_is_told(litmus: Any) -> None:
     """Which copy, from where to where, and what was missing."""
     text = litmus("relay_kernel", ranks=1, shared=SHARED, writer=2).run(3).text
-    assert "bulk store of 128 bytes, shared memory of rank 0 block 0+0x40 to words+0x400" in text
+    assert "bulk store of 128 bytes, shared memory of rank 0 block 0+0x40 to words@0+0x400" in text
     assert "nobody had waited for that copy" in text
     text = litmus("pull_kernel", shared=SHARED, writer=1).run(3).text
-    assert "rank 1 pull#1 block 0 thread 0: bulk load's read of 128 bytes, words+0" in text
+    assert "rank 1 pull#1 block 0 thread 0: bulk load's read of 128 bytes, words@0+0" in text
     assert "after rank 0 pull#1 block 0 thread 0: plain store at litmus_bulk.hpp" in text
     assert "but no proxy fence (fence_async) lies between" in text
