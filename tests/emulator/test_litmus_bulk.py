@@ -146,6 +146,21 @@ def test_a_slot_is_cleaned_when_no_write_is_in_flight(litmus: Any, variant: int,
     assert set(run.outcomes(range(40), first_word(1))) == expected
 
 
+@pytest.mark.parametrize("kernel", ["bulk_store_kernel", "put_signal_kernel"])
+@pytest.mark.parametrize("loses", [False, True])
+def test_copies_of_a_rank_that_stops_arrive_or_do_not(litmus: Any, kernel: str, loses: bool) -> None:
+    """Its peer then ends in its deadline, or has everything."""
+    nodes = {"ranks_per_node": 1} if kernel.startswith("put") else {}
+    arrived = {"bulk_store_kernel": 16, "put_signal_kernel": 42}[kernel]
+    found = set()
+    for seed in range(120):
+        run = litmus(kernel, shared=SHARED, faults=[(0, seed + 1, False, 0, loses)], **nodes)
+        outcome = run.run(seed)
+        assert outcome.status == "done", outcome.text
+        found.add(int(run.out[1][9 if arrived == 16 else 0]))
+    assert found == {0, arrived}
+
+
 MISTAKES = (
     "misaligned access",
     "misaligned access",
