@@ -28,6 +28,7 @@ _FENCE = re.compile(r"\bfence<(?P<order>\w+), (?P<scope>\w+)_scope>\(\);")
 _PROXY_FENCE = re.compile(r"\bfence_async<(?P<space>\w+)>\(\);")
 _BULK_WAIT = re.compile(r"\bbulk_wait(?P<read>_read)?<(?P<pending>[^<>]+)>\(\);")
 _BULK_COMMIT = re.compile(r"\bbulk_commit\(\);")
+_PUT_ORDER = re.compile(r"\bput_(?P<what>fence|quiet)\(\);")
 _PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
 _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
 _BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
@@ -224,6 +225,10 @@ def _mutations(text: str) -> Iterator[tuple[int, int, str, str, str]]:
             yield m.start(), m.end(), weaker, "bulk group", f"{name} -> bulk_wait_read"
     for m in _BULK_COMMIT.finditer(code):
         yield m.start(), m.end(), "", "bulk group", "bulk_commit removed"
+    for m in _PUT_ORDER.finditer(code):
+        yield m.start(), m.end(), "", "put order", f"put_{m['what']} removed"
+        if m["what"] == "quiet":
+            yield m.start(), m.end(), "put_fence();", "put order", "put_quiet -> put_fence"
     for m in _PHASE_WAIT.finditer(code):
         passing = "emulator_passes_mbarrier<"
         yield m.start(), m.end(), passing, "wait", "mbarrier_wait does not wait"

@@ -193,6 +193,12 @@ PROGRAMS = (
         {2: "the fence on the other rank, before its flag"},
     ),
     Program(
+        "give_back_kernel",
+        "a slot that was read plainly is stored to in bulk behind a proxy fence",
+        {1: "no proxy fence"},
+        {2: "the fence on the reading rank"},
+    ),
+    Program(
         "hand_over_kernel",
         "an arrival releases and a wait acquires",
         {1: "a relaxed arrival", 2: "a relaxed wait"},

@@ -9,6 +9,8 @@ namespace deepep::emu {
 namespace {
 
 constexpr int64_t kUnit = 16;
+/// Copies that have read a word since it was last written: beyond so many it pays to forget some.
+constexpr size_t kManyReaders = 16;
 
 [[nodiscard]] const char* what(Copy::Kind kind, bool writes) {
   switch (kind) {
@@ -151,6 +153,11 @@ void Memory::read_source(Copy& copy, CopyId id) {
     if (cell.shape == Cell::Shape::ordered) check_messages_known(agent, histories_[cell.extra], access, false);
     if (cell.readers == 0) cell.readers = new_read_set();
     std::vector<CopyId>& readers = read_sets_[cell.readers].copies;
+    // Whoever knows of a copy of this kernel knows of those waited for before the kernel.
+    if (readers.size() >= kManyReaders)
+      std::erase_if(readers, [&](CopyId before) {
+        return has_observer(copies_[before].reading_seen_by, copy.at_launch, agent.now());
+      });
     if (readers.empty() || readers.back() != id) readers.push_back(id);
   });
   const auto* begin = reinterpret_cast<const std::byte*>(copy.from);

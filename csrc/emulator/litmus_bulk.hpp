@@ -208,6 +208,36 @@ DEEPEP_KERNEL(pull_kernel, LitmusArgs, 32) {
   if (mbarrier_wait<acquire, block_scope>(barrier(0), 0, deadline)) store(args.out, stage(0).get(5));
 }
 
+/// Rank 1 reads its slot plainly and gives it back, rank 0 stores to it in bulk again.
+/// 0 a proxy fence behind the giving back, 1 none: what another proxy has read is no more ordered than what it has
+/// written, 2 one before the giving back on rank 1 (right, too)
+DEEPEP_KERNEL(give_back_kernel, LitmusArgs, 32) {
+  using namespace dev;
+  if (thread() != 0) return;
+  const Deadline deadline = Deadline::in(args.timeout_ns);
+  uint32_t* there = args.words + kStage;
+  uint32_t* free = args.words + kStage + 32;
+  uint32_t sum = 0;
+  for (uint32_t round = 1; round <= 3; ++round) {
+    if (args.role == 1) {
+      if (!wait_reached<acquire, sys_scope>(there, round, deadline)) return;
+      sum += load(args.words + 2);
+      if (args.writer == 2) fence_async<global_space>();
+      store<release, sys_scope>(free, round);
+      continue;
+    }
+    for (int i = 0; i < kStage; ++i) stage(0).set(i, 10 * round);
+    fence_async<shared_space>();
+    if (round > 1 && !wait_reached<acquire, sys_scope>(free, round - 1, deadline)) return;
+    if (args.writer == 0) fence_async<global_space>();
+    bulk_store(args.words, stage(0).at(0), kStageBytes);
+    bulk_commit();
+    bulk_wait<0>();
+    store<release, sys_scope>(there, round);
+  }
+  store(args.out, sum);
+}
+
 /// The first launch stores plainly, the second loads it in bulk: the end of a kernel needs no proxy fence.
 DEEPEP_KERNEL(boundary_kernel, LitmusArgs, 32) {
   using namespace dev;

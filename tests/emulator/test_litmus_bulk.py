@@ -120,8 +120,17 @@ def test_what_another_rank_stored_plainly_is_pulled_behind_a_proxy_fence(
     assert set(run.outcomes(range(20), first_word(1))) == {expected}
 
 
-def test_the_end_of_a_kernel_is_a_proxy_fence(litmus: Any) -> None:
-    run = litmus("boundary_kernel", ranks=1, shared=SHARED, launches=2)
+@pytest.mark.parametrize(("variant", "expected"), [(0, 60), (1, RACE), (2, 60)])
+def test_what_another_rank_read_plainly_is_stored_to_behind_a_proxy_fence(
+    litmus: Any, variant: int, expected: Any
+) -> None:
+    run = litmus("give_back_kernel", shared=SHARED, writer=variant)
+    assert set(run.outcomes(range(20), first_word(1))) == {expected}
+
+
+@pytest.mark.parametrize("launches", [2, 50])
+def test_the_end_of_a_kernel_is_a_proxy_fence(litmus: Any, launches: int) -> None:
+    run = litmus("boundary_kernel", ranks=1, shared=SHARED, launches=launches)
     assert set(run.outcomes(range(10), first_word(0))) == {5}
 
 
