@@ -240,6 +240,8 @@ WAITS = [
     "wait_reached<acquire, sys_scope>(p, 1u, deadline)",
     "wait_masked<acquire, sys_scope>(p, 1u, 1u, deadline, seen)",
     "wait_tag<acquire, sys_scope>(q, 1u, deadline, seen)",
+    "wait_signal<acquire, sys_scope>(q, 1u, deadline)",
+    "mbarrier_wait<acquire, block_scope>(q, 1u, deadline)",
 ]
 
 
@@ -268,6 +270,9 @@ def test_all_waits_are_known() -> None:
     """Those above are all there are, and both bodies of the vocabulary say that their result matters."""
     for body in (CSRC / "device" / "cuda.cuh", CSRC / "emulator" / "device.hpp"):
         code = read_code(body)
-        declared = set(re.findall(r"\bbool (wait_\w+)\(", code)) - {"wait_until"}
+        declared = set(re.findall(r"\bbool (wait_\w+|mbarrier_wait)\(", code)) - {"wait_until"}
         assert declared == {wait.partition("<")[0] for wait in WAITS}
-        assert set(re.findall(r"\[\[nodiscard\]\] DEEPEP_DEVICE bool (wait_\w+)\(", code)) >= declared
+        assert (
+            set(re.findall(r"\[\[nodiscard\]\] DEEPEP_DEVICE bool (wait_\w+|mbarrier_wait)\(", code))
+            >= declared
+        )
