@@ -31,7 +31,7 @@ def round_to_bf16(value: Tensor) -> Tensor:
 
 
 def settle_nans(value: Tensor) -> Tensor:
-    """A finished float32 sum, with one bit pattern for every NaN; changed in place. Others stay as they are."""
+    """A finished float32 sum with one bit pattern for every NaN, in place. Other dtypes stay as they are."""
     if value.dtype == torch.float32:
         value.view(torch.int32)[value.isnan()] = FLOAT32_NAN
     return value
