@@ -146,7 +146,8 @@ class Domain {
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
                uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights, uintptr_t stream) {
-    check_roles(num_blocks, push_blocks, reduce_blocks);
+    // All blocks may sum, whichever push.
+    if (reduce_blocks != num_blocks) check_roles(num_blocks, push_blocks, reduce_blocks);
     const dk::CombineArgs args{group_,
                                push_blocks,
                                reduce_blocks,

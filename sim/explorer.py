@@ -21,7 +21,8 @@ from deepep.sim.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
 FORMAT = "deepep.failing-schedule"
 _PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
 
-#: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks.
+#: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks, fewer SMs
+#: than blocks, blocks that do both in a combine where rows are few.
 GPUS = (
     Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
     Gpu(num_blocks=1, num_threads=64, push_blocks=1, local_blocks=1),
@@ -29,6 +30,7 @@ GPUS = (
     Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
     Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
     Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, reduce_blocks=3),
 )
 
 LIMITS = Limits(

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Files whose operations are mutated.
-KERNEL_FILES = ("group.hpp", "layout.hpp", "dispatch.hpp", "combine.hpp", "barrier.hpp", "copy.hpp")
+KERNEL_FILES = (
+    "group.hpp",
+    "layout.hpp",
+    "exchange.hpp",
+    "dispatch.hpp",
+    "sum.hpp",
+    "combine.hpp",
+    "barrier.hpp",
+    "copy.hpp",
+)
 #: The copies are kernels by themselves: their mutants are hunted with them alone.
 COPY_FILE = "kernels/copy.hpp"
 
@@ -84,13 +93,13 @@ EDITS = (
     Edit(
         "staging granted a combine too early",
         "kernels/combine.hpp",
-        "wait_reached<acquire, sys_scope>(free, epoch - 1, deadline)",
-        "wait_reached<acquire, sys_scope>(free, epoch - 2, deadline)",
+        "wait_reached<acquire, sys_scope>(word, epoch - 1, deadline)",
+        "wait_reached<acquire, sys_scope>(word, epoch - 2, deadline)",
         "rows are written over those of the combine before, which may still be read",
     ),
     Edit(
         "a mailbox word without its tag",
-        "kernels/dispatch.hpp",
+        "kernels/exchange.hpp",
         "pack_tagged(value, epoch)",
         "pack_tagged(value, epoch & 1u)",
         "a parity instead of a generation",
@@ -146,9 +155,8 @@ HARMLESS: dict[str, str] = {
     "layout.hpp layout_kernel: load gpu -> block": _ORDERED_BY_COUNTER,
     "layout.hpp layout_kernel: store gpu -> block": _ORDERED_BY_COUNTER,
     "layout.hpp layout_kernel: store gpu -> block (2)": _ORDERED_BY_COUNTER,
-    "dispatch.hpp tell: load -> load_once": "no dispatch writes the combine epoch",
-    "dispatch.hpp hear: sync_block removed (4)": "whoever fails later is behind another barrier of the block",
-    "dispatch.hpp tell_host: wait_tag acquire -> relaxed": "the word is all that is read",
+    "dispatch.hpp dispatch_kernel: load -> load_once": "no dispatch writes the combine epoch",
+    "exchange.hpp tell_host: wait_tag acquire -> relaxed": "the word is all that is read",
     "combine.hpp raise_flags: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine.hpp raise_flags: fence acq_rel -> release": _ONE_OF_TWO,
     "combine.hpp raise_flags: sync_warp removed": "each lane goes on with words of its own",

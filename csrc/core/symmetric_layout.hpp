@@ -108,6 +108,8 @@ struct StagingLayout {
     const int64_t fit = (area_bytes - rows_begin()) / (row_bytes + weight_bytes());
     return fit < max_rows() ? fit : max_rows();
   }
+  /// Whether row i is below the capacity: the same, for kernels, without a division.
+  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < max_rows() && row(i + 1) <= area_bytes; }
 };
 
 /// First staging row, at `owner`, of the rows that come back from `from`. The owner's own rows do not travel.

@@ -105,7 +105,7 @@ struct DispatchArgs {
 struct CombineArgs {
   Group group;
   int push_blocks;    // blocks [0, push_blocks) return rows
-  int reduce_blocks;  // the last reduce_blocks blocks sum; the two are disjoint, or both all blocks
+  int reduce_blocks;  // the last reduce_blocks blocks sum; if that is all of them, all must be resident together
   bool refused;       // only tell the others that this rank does not take part in this call
   int64_t num_tokens;  // T of this rank
   int num_topk;        // 0: no weights travel

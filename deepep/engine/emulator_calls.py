@@ -21,7 +21,8 @@ class Gpu:
     """The shape of each rank's GPU, and how a launch uses it.
 
     num_blocks: blocks of a launch, of which push_blocks write to other ranks and local_blocks work on rows
-    that stay. num_sms: how many blocks are resident together; 0 is all. timeout: seconds a kernel waits.
+    that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
+    blocks are resident together; 0 is all. timeout: seconds a kernel waits.
     """
 
     num_blocks: int = 2
@@ -30,6 +31,7 @@ class Gpu:
     local_blocks: int = 1
     num_sms: int = 0
     timeout: float = 1.0
+    reduce_blocks: int = 0
 
 
 @dataclass(frozen=True)

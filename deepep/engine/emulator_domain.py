@@ -265,7 +265,7 @@ class EmulatedDomain:
         self._domains[rank].combine(
             num_blocks=self.gpu.num_blocks,
             push_blocks=self.gpu.push_blocks,
-            reduce_blocks=self.gpu.local_blocks,
+            reduce_blocks=self.gpu.reduce_blocks or self.gpu.local_blocks,
             refused=call.refused,
             num_tokens=tokens,
             num_topk=topk,
