@@ -73,6 +73,16 @@ def test_shapes_and_schedules_by_hypothesis(case: Case, seed: int, strategy: str
     assert report.kind == "ok", report.text
 
 
+@pytest.mark.parametrize("rows", [90, 120, 300, 530])
+@pytest.mark.parametrize("gpu", [GPUS[2], GPUS[3], GPUS[-1]], ids=["mixed", "apart", "may mix"])
+def test_rows_return_in_as_many_parts_as_they_are_few(rows: int, gpu: Gpu) -> None:
+    """In four, three, two and one: csrc/kernels/combine.hpp decides by the most rows between two ranks."""
+    scenario = Scenario((even_case(ranks=2, tokens=rows, topk=4, hidden=136),), gpu)
+    for seed in range(3):
+        report = run(scenario, draw_schedule(seed))
+        assert report.kind == "ok", report.text
+
+
 def test_at_least_200_schedules_a_minute() -> None:
     """Dispatch and combine of 4 ranks x 2 blocks x 128 threads with 24 tokens each, on one core's time."""
     scenario = Scenario((even_case(ranks=4, tokens=24, topk=4),), Gpu(num_blocks=2, num_threads=128))
