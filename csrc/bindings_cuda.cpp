@@ -15,7 +15,6 @@
 namespace py = pybind11;
 namespace dk = deepep::kernels;
 using deepep::core::ControlLayout;
-using deepep::core::SlotLayout;
 using deepep::core::StagingLayout;
 
 namespace {
@@ -110,7 +109,8 @@ class Domain {
                 int num_local_experts, int num_scales, int index_bytes, int64_t row_bytes, uintptr_t x,
                 uintptr_t scales, int64_t scale_token_stride, int64_t scale_stride, uintptr_t topk_idx,
                 uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
-                uintptr_t tokens_per_expert, uintptr_t counts, uintptr_t send_row, int64_t slot_offset,
+                uintptr_t tokens_per_expert, uintptr_t counts, uintptr_t send_row, uintptr_t slot_x,
+                uintptr_t slot_source, uintptr_t slot_scales, uintptr_t slot_topk_idx, uintptr_t slot_topk_weights,
                 int64_t slot_capacity, int64_t num_worst_tokens, uintptr_t host, uint32_t ticket, uintptr_t stream) {
     check_roles(num_blocks, push_blocks, local_blocks);
     const dk::DispatchArgs args{group_,
@@ -135,7 +135,8 @@ class Domain {
                                 pointer<const int32_t>(tokens_per_expert),
                                 pointer<int32_t>(counts),
                                 pointer<int32_t>(send_row),
-                                slot_offset,
+                                {offset(slot_x), offset(slot_source), offset(slot_scales), offset(slot_topk_idx),
+                                 offset(slot_topk_weights)},
                                 slot_capacity,
                                 num_worst_tokens,
                                 pointer<dk::HostCounts>(host),
@@ -224,6 +225,11 @@ class Domain {
   static void check_roles(int blocks, int one, int other) {
     if (blocks < 1 || (one + other != blocks && (one != blocks || other != blocks)))
       throw std::invalid_argument("blocks of two kinds must be disjoint, or all of both");
+  }
+
+  /// Where in this rank's heap; 0 for nowhere.
+  [[nodiscard]] int64_t offset(uintptr_t address) const {
+    return address == 0 ? 0 : pointer<std::byte>(address) - group_.heap[group_.rank];
   }
 
   template <class Launch>
@@ -321,9 +327,5 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("staging_capacity", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
     return StagingLayout{area_bytes, row_bytes, num_topk}.capacity();
-  });
-  m.def("slot_offsets", [](int64_t capacity, int64_t row_bytes, int num_scales, int num_topk, int index_bytes) {
-    const SlotLayout slot{capacity, row_bytes, num_scales, num_topk, index_bytes};
-    return py::make_tuple(slot.source(), slot.scales(), slot.topk_idx(), slot.topk_weights(), slot.bytes());
   });
 }

@@ -262,6 +262,7 @@ class _Run:
         if view.num_rows is None:
             raise _WrongResult(f"rank {rank}: the host was told {told}, and there is no fault record")
         received = domain.read_slot(rank, slot, call, rows)
+        assert received.source is not None
         view.recv_x, view.src_token = bits(received.x), received.source.numpy()
         if received.scales is not None:
             view.recv_scales = bits(received.scales)

@@ -18,7 +18,6 @@ from deepep.engine.nvlink import (
     Received,
     combine_split,
     dispatch_split,
-    source_tokens,
 )
 
 
@@ -40,7 +39,6 @@ class Arrived:
     """One rank's results of a dispatch."""
 
     received: Received
-    source: torch.Tensor  # [capacity] int32
     plan: Plan
     counts: Counts | None = None
 
@@ -99,15 +97,14 @@ class VirtualDomain:
                 continue
             self._hold_back(r, late)
             endpoint, given = self.endpoints[r], inputs[r]
-            begin = endpoint.slots_begin
             cached = plans is not None
-            slot = endpoint.heap[begin:]
             plan = plans[r] if plans is not None else endpoint.new_plan(given.x.shape[0], capacity)
             topk_idx = None if cached else given.topk_idx
+            stretch = endpoint.heap[endpoint.slots_begin :]
+            received = Received.carve(stretch, capacity, given.x, given.scales, topk_idx)
             endpoint.dispatch(
                 given.x,
-                slot,
-                capacity,
+                received,
                 dispatch_split(self.num_sms, self.num_ranks),
                 self.streams[r].cuda_stream,
                 plan,
@@ -121,9 +118,7 @@ class VirtualDomain:
                 num_worst_tokens=num_worst_tokens,
                 tell_host=tell_host and not cached,
             )
-            received = Received.views(slot, capacity, capacity, given.x, given.scales, topk_idx)
-            source = source_tokens(slot, capacity, capacity, given.x, given.scales, topk_idx)
-            results[r] = Arrived(received, source, plan)
+            results[r] = Arrived(received, plan)
         if tell_host and plans is None:
             for r, arrived in results.items():
                 arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)

@@ -14,6 +14,34 @@ namespace deepep::core {
 inline constexpr int kMaxRanks = 32;
 inline constexpr int64_t kLine = 128;
 
+/// What a rank lends in a dispatch: arrays of `capacity` rows each, at places of their own in its heap.
+enum SlotArray : int {
+  kSlotRows,     // [capacity, row bytes]
+  kSlotSource,   // int32 [capacity]: the token of its rank that a row is
+  kSlotScales,   // 4 bytes [capacity, scales]
+  kSlotIndices,  // int32 or int64 [capacity, K]: local expert or -1
+  kSlotWeights,  // float32 [capacity, K]
+  kSlotArrays
+};
+
+/// Word numbers inside a mailbox.
+struct MailboxWords {
+  int num_ranks;
+
+  /// Rows the source sends to rank `r`. Every rank gets the source's whole row, so each can sum any column.
+  [[nodiscard]] DEEPEP_HD int count(int r) const { return r; }
+  /// Where the source receives: offsets in its heap, in units of 16 bytes; 0: it does not want that array.
+  [[nodiscard]] DEEPEP_HD int slot(int array) const { return num_ranks + array; }
+  /// Rows the arrays have room for.
+  [[nodiscard]] DEEPEP_HD int capacity() const { return slot(kSlotArrays); }
+  /// How many of the source's blocks will report in rows_done.
+  [[nodiscard]] DEEPEP_HD int push_blocks() const { return capacity() + 1; }
+  /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
+  [[nodiscard]] DEEPEP_HD int signature() const { return capacity() + 2; }
+  /// Top-k entries of the source that point at the receiver's local expert `l`.
+  [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return capacity() + 3 + l; }
+};
+
 /// The words ranks signal each other with. Each word has one writer: the rank its index names.
 struct ControlLayout {
   int num_ranks;
@@ -26,7 +54,7 @@ struct ControlLayout {
     return (2 * s + static_cast<int64_t>(epoch & 1u)) * mailbox_bytes();
   }
   [[nodiscard]] DEEPEP_HD int64_t mailbox_bytes() const {
-    return align_up(8 * (num_ranks + 4 + static_cast<int64_t>(max_local_experts)), kLine);
+    return align_up(8 * MailboxWords{num_ranks}.expert_count(max_local_experts), kLine);
   }
   /// Source `s`'s block `b` has written all its rows of the dispatch with this epoch: 4-byte words.
   [[nodiscard]] DEEPEP_HD int64_t rows_done(int s) const {
@@ -44,25 +72,7 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
 };
 
-/// Word numbers inside a mailbox.
-struct MailboxWords {
-  int num_ranks;
-
-  /// Rows the source sends to rank `r`. Every rank gets the source's whole row, so each can sum any column.
-  [[nodiscard]] DEEPEP_HD int count(int r) const { return r; }
-  /// The source's own receive slot: its offset in the source's heap, in units of 16 bytes.
-  [[nodiscard]] DEEPEP_HD int slot() const { return num_ranks; }
-  /// Rows that slot has room for.
-  [[nodiscard]] DEEPEP_HD int capacity() const { return num_ranks + 1; }
-  /// How many of the source's blocks will report in rows_done.
-  [[nodiscard]] DEEPEP_HD int push_blocks() const { return num_ranks + 2; }
-  /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
-  [[nodiscard]] DEEPEP_HD int signature() const { return num_ranks + 3; }
-  /// Top-k entries of the source that point at the receiver's local expert `l`.
-  [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return num_ranks + 4 + l; }
-};
-
-/// What the received rows of one dispatch look like in the slot: five arrays of `capacity` rows.
+/// The same arrays one after the other in one stretch, where nobody asks for more: five arrays of `capacity` rows.
 struct SlotLayout {
   int64_t capacity;
   int64_t row_bytes;

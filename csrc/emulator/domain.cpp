@@ -74,7 +74,12 @@ class Domain {
     args.tokens_per_expert = pointer<const int32_t>(tokens_per_expert);
     args.counts = pointer<int32_t>(counts);
     args.send_row = pointer<int32_t>(send_row);
-    args.slot_offset = slot_offset;
+    const core::SlotLayout slot{slot_capacity, row_bytes, num_scales, num_topk, index_bytes};
+    args.slot[core::kSlotRows] = slot_offset;
+    args.slot[core::kSlotSource] = cached ? 0 : slot_offset + slot.source();  // a handle has it already
+    args.slot[core::kSlotScales] = slot_offset + slot.scales();
+    args.slot[core::kSlotIndices] = slot_offset + slot.topk_idx();
+    args.slot[core::kSlotWeights] = slot_offset + slot.topk_weights();
     args.slot_capacity = slot_capacity;
     args.num_worst_tokens = num_worst_tokens;
     args.host = pointer<dk::HostCounts>(host);

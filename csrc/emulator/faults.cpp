@@ -61,15 +61,25 @@ bool Simulation::pass_time() {
     note_failure("deadlock", "nothing can run and nothing is under way\n" + story_of_waits());
     return false;
   }
-  ns_at_jump_ = std::max(now_ns(), next + 1);
+  jump_to(std::max(now_ns(), next + 1));
+  return true;
+}
+
+void Simulation::pass_idle_time() {
+  jump_to(now_ns() + idle_jump_ns_);
+  idle_jump_ns_ *= 2;
+}
+
+void Simulation::jump_to(uint64_t ns) {
+  ns_at_jump_ = ns;
   step_at_jump_ = step_;
+  if (faults_struck_ == 0) return;  // nobody is late: who waits is not to give up
   for (Slot slot = 0; slot < topology_.num_slots(); ++slot)
     if (is_waiting_on_time(slot) && fibers_[slot].deadline_ns < now_ns()) make_ready(slot);
   for (int r = 0; r < shape_.num_ranks; ++r) {
     Rank& rank = ranks_[static_cast<size_t>(r)];
     if (rank.is_frozen && rank.thaws_at_ns != 0 && rank.thaws_at_ns <= now_ns()) thaw(r);
   }
-  return true;
 }
 
 std::string Simulation::story_of_waits() const {

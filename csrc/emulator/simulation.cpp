@@ -262,7 +262,7 @@ void Simulation::point() {
     if (!wakes_.empty())
       step_ = std::max(step_, wakes_.top().at_step);
     else
-      ns_at_jump_ += 1'000'000;
+      pass_idle_time();
   }
   const bool frozen = ranks_[static_cast<size_t>(topology_.rank_of(running_))].is_frozen;
   if (!frozen && !preempted_ && idle_polls_ < kManyPolls && scheduler_.goes_on(running_ / 32, step_)) return;
@@ -302,6 +302,7 @@ uint32_t Simulation::choose_value(uint32_t choices) { return scheduler_.choose_v
 
 void Simulation::written(History& history, Slot writer) {
   idle_polls_ = 0;
+  idle_jump_ns_ = kIdleJumpNs;
   if (topology_.is_device(writer)) {
     const int rank = topology_.rank_of(writer);
     ++ranks_[static_cast<size_t>(rank)].writes;

@@ -141,6 +141,7 @@ class Simulation final : public Machine, private Environment {
   static constexpr uint64_t kNsPerStep = 10;
   /// So many reads and looks at the clock with nothing changed in between: whoever runs is spinning.
   static constexpr uint64_t kManyPolls = 64;
+  static constexpr uint64_t kIdleJumpNs = 1'000'000;
 
   struct Launch {
     const KernelSet* set;
@@ -282,6 +283,10 @@ class Simulation final : public Machine, private Environment {
   void thaw(int rank);
   /// Nothing can run and nothing is under way: lets time pass to the next deadline, or fails.
   bool pass_time();
+  /// All that runs only looks: lets some time pass, more each time until something changes.
+  void pass_idle_time();
+  /// Time goes on; waits whose deadline has passed end, and ranks that paused go on, if any rank was made to stop.
+  void jump_to(uint64_t ns);
   [[nodiscard]] bool is_waiting_on_time(Slot slot) const;
   [[nodiscard]] std::string story_of_waits() const;
   [[nodiscard]] uint64_t now_ns() const { return (step_ - step_at_jump_) * kNsPerStep + ns_at_jump_; }
@@ -329,6 +334,7 @@ class Simulation final : public Machine, private Environment {
   uint64_t switches_ = 0;
   uint64_t num_wakes_ = 0;
   uint64_t idle_polls_ = 0;  // reads and looks at the clock since anything last changed
+  uint64_t idle_jump_ns_ = kIdleJumpNs;  // how much time passes next if they go on
   size_t faults_struck_ = 0;
   bool failed_ = false;
   Outcome outcome_;

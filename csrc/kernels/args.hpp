@@ -95,7 +95,7 @@ struct DispatchArgs {
   const int32_t* tokens_per_expert;  // [E] or null; not used when cached
   int32_t* counts;                   // [R, R] of the handle: read when cached, else written
   int32_t* send_row;                 // [T, R] of the handle: final row at each rank, or -1; likewise
-  int64_t slot_offset;               // the slot this rank lends, in its heap
+  int64_t slot[core::kSlotArrays];   // what this rank lends, offsets in its heap; 0: it does not want that
   int64_t slot_capacity;             // rows
   int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
   HostCounts* host;                  // null: the host does not wait

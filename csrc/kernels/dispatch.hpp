@@ -162,9 +162,9 @@ struct Metadata {
 /// The same to row `row` at rank d, as d sees them: its own experts' indices and weights, -1 and 0 for others'.
 DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, const Metadata& m, int64_t t, int d, int64_t row) {
   using namespace dev;
-  const Slot slot = slot_of(args, d);
-  if (lane() == 0) store(reinterpret_cast<int32_t*>(slot.base + slot.layout.source()) + row, static_cast<int32_t>(t));
-  uint32_t* scales = reinterpret_cast<uint32_t*>(slot.base + slot.layout.scales()) + row * args.num_scales;
+  int32_t* source = lent<int32_t>(args, d, core::kSlotSource);
+  if (source != nullptr && lane() == 0) store(source + row, static_cast<int32_t>(t));
+  uint32_t* scales = lent<uint32_t>(args, d, core::kSlotScales) + row * args.num_scales;
 #pragma unroll
   for (int j = 0; j < Metadata::kScales; ++j) {
     const int i = lane() + j * kWarpSize;
@@ -177,12 +177,11 @@ DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, const Metadata& m, i
                                   args.group.num_ranks);
   const int64_t to = row * args.num_topk + lane();
   const int32_t local = placement.local_expert(m.entry, d);
-  std::byte* idx = slot.base + slot.layout.topk_idx();
   if (args.index_bytes == 8)
-    store(reinterpret_cast<int64_t*>(idx) + to, static_cast<int64_t>(local));
+    store(lent<int64_t>(args, d, core::kSlotIndices) + to, static_cast<int64_t>(local));
   else
-    store(reinterpret_cast<int32_t*>(idx) + to, local);
-  store(reinterpret_cast<uint32_t*>(slot.base + slot.layout.topk_weights()) + to, local >= 0 ? m.weight : 0u);
+    store(lent<int32_t>(args, d, core::kSlotIndices) + to, local);
+  store(lent<uint32_t>(args, d, core::kSlotWeights) + to, local >= 0 ? m.weight : 0u);
 }
 
 /// What is known of a token's way before its turn: for a cached call its row at rank r in lane r, or -1; else whether
@@ -209,7 +208,7 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const bool keeps = !args.cached && mine.part == 0 && (speaks || (role.push && lane() < ranks && !is_live(g, lane())));
   const int32_t first_row = speaks ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
   const int32_t end_row = speaks ? first_row + count(g.rank, lane()) : 0;
-  const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(slot_of(args, lane()).base) : 0;
+  const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(lent<Vec16>(args, lane(), core::kSlotRows)) : 0;
   int32_t next_row = first_row + tokens_before;
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int from = chunks * mine.part / mine.parts;
@@ -262,8 +261,7 @@ DEEPEP_DEVICE void pad_indices(const DispatchArgs& args, int part, int parts) {
   SharedArray<int32_t> counts(ExchangeShared{g.num_ranks}.counts());
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
   const int64_t received = core::first_row_of_source(count, g.num_ranks, g.rank);
-  const Slot slot = slot_of(args, g.rank);
-  std::byte* idx = slot.base + slot.layout.topk_idx();
+  std::byte* idx = lent<std::byte>(args, g.rank, core::kSlotIndices);
   const int64_t end = args.num_worst_tokens * args.num_topk;
   for (int64_t i = received * args.num_topk + part * num_threads() + thread(); i < end; i += parts * num_threads()) {
     if (args.index_bytes == 8)

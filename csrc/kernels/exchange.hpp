@@ -1,6 +1,6 @@
 // How ranks agree on a dispatch before a row moves: words from every rank to every rank, and some to the host.
 //
-//   tell        block 0 sends each rank this rank's counts and the slot it lends (tagged words: one hop, no flag)
+//   tell        block 0 sends each rank this rank's counts and what it lends (tagged words: one hop, no flag)
 //   hear        every block waits for all ranks' words; they fix every row of every rank
 //   tell_host   one block says how many rows come, while they travel
 //
@@ -20,10 +20,12 @@ struct ExchangeShared {
   int num_ranks;
 
   [[nodiscard]] DEEPEP_HD int64_t counts() const { return 0; }  // int32 [R, R]
-  [[nodiscard]] DEEPEP_HD int64_t slot() const {                // uint32 [R], units of 16 bytes
+  [[nodiscard]] DEEPEP_HD int64_t slot() const {                // uint32 [R, kSlotArrays], units of 16 bytes
     return core::align_up(4 * static_cast<int64_t>(num_ranks) * num_ranks, 16);
   }
-  [[nodiscard]] DEEPEP_HD int64_t capacity() const { return slot() + per_rank(); }        // uint32 [R]
+  [[nodiscard]] DEEPEP_HD int64_t capacity() const {  // uint32 [R]
+    return slot() + core::kSlotArrays * per_rank();
+  }
   [[nodiscard]] DEEPEP_HD int64_t push_blocks() const { return capacity() + per_rank(); }  // uint32 [R]
   [[nodiscard]] DEEPEP_HD int64_t failed() const { return push_blocks() + per_rank(); }    // uint32: bits of Phases
   /// uint32: bits of those Phases that kept the words from being heard; nobody adds to it afterwards.
@@ -51,7 +53,7 @@ struct ExchangeShared {
   return digest.value | 1u;
 }
 
-/// tell: counts, slot and shapes to every live rank, this one included. One lane per word.
+/// tell: counts, what is lent and shapes to every live rank, this one included. One lane per word.
 DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
   using namespace dev;
   const Group& g = args.group;
@@ -67,8 +69,8 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
       value = args.refused || args.cached || !is_live(g, word)
                   ? 0u
                   : static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
-    else if (word == words.slot())
-      value = static_cast<uint32_t>(args.slot_offset / 16);
+    else if (word < words.slot(core::kSlotArrays))
+      value = static_cast<uint32_t>(args.slot[word - words.slot(0)] / 16);
     else if (word == words.capacity())
       value = static_cast<uint32_t>(args.slot_capacity);
     else if (word == words.push_blocks())
@@ -118,7 +120,8 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
       }
     }
     if (word < ranks) counts.set(source * ranks + word, args.cached ? kept : static_cast<int32_t>(value));
-    if (word == words.slot()) slot.set(source, value);
+    if (word >= words.slot(0) && word < words.slot(core::kSlotArrays))
+      slot.set(source * core::kSlotArrays + word - words.slot(0), value);
     if (word == words.capacity()) capacity.set(source, value);
     if (word == words.push_blocks()) push_blocks.set(source, value);
   }
@@ -189,18 +192,12 @@ DEEPEP_DEVICE void keep_counts(const DispatchArgs& args) {
   for (int i = dev::thread(); i < ranks * ranks; i += dev::num_threads()) dev::store(args.counts + i, counts.get(i));
 }
 
-/// The arrays of rank `d`'s slot, as this rank writes them.
-struct Slot {
-  std::byte* base;
-  core::SlotLayout layout;
-};
-
-[[nodiscard]] DEEPEP_DEVICE Slot slot_of(const DispatchArgs& args, int d) {
-  const ExchangeShared shared{args.group.num_ranks};
-  dev::SharedArray<uint32_t> slot(shared.slot());
-  dev::SharedArray<uint32_t> capacity(shared.capacity());
-  return {args.group.heap[d] + 16 * static_cast<int64_t>(slot.get(d)),
-          {static_cast<int64_t>(capacity.get(d)), args.row_bytes, args.num_scales, args.num_topk, args.index_bytes}};
+/// An array that rank `d` lends, as this rank writes it; null if `d` does not want it.
+template <class T>
+[[nodiscard]] DEEPEP_DEVICE T* lent(const DispatchArgs& args, int d, core::SlotArray array) {
+  dev::SharedArray<uint32_t> slot(ExchangeShared{args.group.num_ranks}.slot());
+  const uint32_t at = slot.get(d * core::kSlotArrays + array);
+  return at == 0 ? nullptr : reinterpret_cast<T*>(args.group.heap[d] + 16 * static_cast<int64_t>(at));
 }
 
 }  // namespace deepep::kernels

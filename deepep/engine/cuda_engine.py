@@ -43,8 +43,6 @@ from deepep.engine.nvlink import (
     Received,
     combine_split,
     dispatch_split,
-    slot_offsets,
-    source_tokens,
 )
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
 from deepep.engine.symmetric import SymmetricMemory
@@ -151,11 +149,10 @@ class CudaEngine(ReferenceEngine):
         while True:
             with self._stream_for(schedule) as stream:
                 plan = self._endpoint.new_plan(tokens, capacity)
-                slot = self._take_slot(request, topk_idx, capacity, capturing)
+                received = self._lend(request, topk_idx, capacity, capturing)
                 self._endpoint.dispatch(
                     x,
-                    slot,
-                    capacity,
+                    received,
                     _dispatch_split(self._num_sms(request.num_sms), ranks),
                     stream,
                     plan,
@@ -168,32 +165,37 @@ class CudaEngine(ReferenceEngine):
                     num_worst_tokens=worst,
                     tell_host=worst == 0,
                 )
-                # A copy: a handle lives longer than the rows do, and must not keep their memory.
-                source = source_tokens(slot, capacity, capacity, x, scales, topk_idx).clone()
                 if capturing:
-                    slot = slot.clone()
+                    received = received.copy()
             # All that can be done before the counts are known is done now: small batches wait for the host.
-            completion = self._hand_out(schedule, given, (slot, plan.table, source))
-            out = Received.views(slot, capacity, capacity, x, scales, topk_idx)
+            completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
             if worst:
-                known = NvlinkPlan(plan, worst, source, stream)
-                per_expert: list[int] = []
+                rows, per_expert = worst, []
+                known = NvlinkPlan(plan, rows, received.source, stream)
                 break
             counts = self._learn_counts(experts // ranks)
             if counts.phase == Phase.TOO_MANY_ROWS:
                 capacity = counts.most_rows  # all ranks learned the same, and lend anew
                 continue
             self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
-            known = NvlinkPlan(plan, counts.num_rows, source[: counts.num_rows], stream)
+            rows, per_expert = counts.num_rows, counts.per_expert
+            received.cut(rows)
+            known = NvlinkPlan(plan, rows, received.source, stream)
             known.most_rows, known.returning = counts.most_rows, counts.returning
-            per_expert = counts.per_expert
             alignment = request.expert_alignment
             if alignment > 1:
                 per_expert = [-(-n // alignment) * alignment for n in per_expert]
             break
-        out.cut(known.num_rows)
-        route = Route(self, tokens, experts, layout.is_token_in_rank, known.num_rows, known)
-        return Dispatched(out.x, out.scales, out.topk_idx, out.topk_weights, per_expert, route, completion)
+        route = Route(self, tokens, experts, layout.is_token_in_rank, rows, known)
+        return Dispatched(
+            received.x,
+            received.scales,
+            received.topk_idx,
+            received.topk_weights,
+            per_expert,
+            route,
+            completion,
+        )
 
     def _cached(
         self,
@@ -206,11 +208,10 @@ class CudaEngine(ReferenceEngine):
         x, scales = request.x, request.scales
         capacity = max(64, plan.num_rows if plan.most_rows is None else plan.most_rows)
         with self._stream_for(schedule) as stream:
-            slot = self._take_slot(request, None, capacity, capturing)
+            received = self._lend(request, None, capacity, capturing)
             self._endpoint.dispatch(
                 x,
-                slot,
-                capacity,
+                received,
                 _dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
                 stream,
                 plan,
@@ -220,10 +221,11 @@ class CudaEngine(ReferenceEngine):
             if plan.stream != stream:
                 plan.table.record_stream(streams.current(self._index))
             if capturing:
-                slot = slot.clone()
-        out = Received.views(slot, capacity, plan.num_rows, x, scales, None)
-        completion = self._hand_out(schedule, (x, scales), (slot,))
-        return Dispatched(out.x, out.scales, None, None, [], route, completion)
+                received = received.copy()
+        if plan.num_rows != capacity:
+            received.cut(plan.num_rows)
+        completion = self._hand_out(schedule, (x, scales), received.tensors())
+        return Dispatched(received.x, received.scales, None, None, [], route, completion)
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         with self._conductor.issuing:
@@ -350,18 +352,23 @@ class CudaEngine(ReferenceEngine):
                 "x", f"{coming} rows coming back", f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
             )
 
-    def _take_slot(
+    def _lend(
         self, request: DispatchRequest, topk_idx: Tensor | None, capacity: int, capturing: bool
-    ) -> Tensor:
-        """A receive slot for the current stream, as elements of x's dtype."""
-        x = request.x
-        size = slot_offsets(capacity, x, request.scales, topk_idx)[-1]
+    ) -> Received:
+        """Where `capacity` rows can arrive, for the current stream."""
+        x, scales = request.x, request.scales
+        is_fresh = request.route is None
+        received = None
         if capturing:
-            reserved = self._memory.captured_slot(size)
-            slot = None if reserved is None else reserved.view(x.dtype)
+            stretch = self._memory.captured_slot(Received.carved_bytes(capacity, x, scales, topk_idx))
+            if stretch is not None:
+                received = Received.carve(stretch, capacity, x, scales, topk_idx)
         else:
-            slot = self._memory.slots.take(size, x.dtype)
-        if slot is None:
+            made = self._memory.slots.take(Received.arrays(capacity, x, scales, topk_idx, is_fresh))
+            if made is not None:
+                received = Received.of(made, is_fresh, scales is not None)
+        if received is None:
+            size = Received.carved_bytes(capacity, x, scales, topk_idx)
             full = CapacityError(
                 "x",
                 f"{capacity} rows to receive, {size} bytes, with earlier outputs still held",
@@ -369,7 +376,7 @@ class CudaEngine(ReferenceEngine):
                 self.info.rank,
             )
             self.refuse(Operation.DISPATCH, full, _NOW)
-        return slot
+        return received
 
     def _stream_for(self, schedule: Schedule) -> CallersStream | CommStream:
         """Where an operation runs; inside, that is the current stream. Gives its address."""

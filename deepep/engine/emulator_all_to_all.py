@@ -132,7 +132,8 @@ class EmulatedAllToAll:
         for target, got in zip((out.x, out.scales, out.topk_idx, out.topk_weights), made, strict=True):
             if target is not None and got is not None:
                 target[: len(got)].copy_(got)
-        plan.src_token.copy_(source)
+        if source is not None:  # a handle has it already
+            plan.src_token.copy_(source)
         if isinstance(plan, EmulatedPlan) and kept is not None:
             plan.send_row.append(kept)
 

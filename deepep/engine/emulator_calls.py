@@ -125,7 +125,7 @@ class Received:
     """Rows read out of a slot."""
 
     x: Tensor  # [N, H]
-    source: Tensor  # [N] int32
+    source: Tensor | None  # [N] int32; None of a cached dispatch
     scales: Tensor | None  # [N, P]
     topk_idx: Tensor | None  # [N, K], or [num_worst_tokens, K]
     topk_weights: Tensor | None  # [N, K]

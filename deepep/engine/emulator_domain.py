@@ -243,7 +243,7 @@ class EmulatedDomain:
         assert x is not None
         return Received(
             x,
-            self.read(rank, slot + source_at, torch.int32, (num_rows,)),
+            None if call.cached else self.read(rank, slot + source_at, torch.int32, (num_rows,)),
             rows(scales_at, scales),
             rows(idx_at, topk_idx, call.num_worst_tokens or num_rows),
             rows(weights_at, call.topk_weights),

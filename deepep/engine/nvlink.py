@@ -9,6 +9,7 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden, N rows 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -35,6 +36,7 @@ class Phase(IntFlag):
     DISAGREEMENT = 128
 
 
+_ALIGNMENT = 128
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
 
 
@@ -120,79 +122,80 @@ class Plan:
 
 @dataclass(slots=True)
 class Received:
-    """Views of one receive slot; the slot lives as long as any of them."""
+    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap."""
 
-    x: torch.Tensor  # [rows, H]
-    scales: torch.Tensor | None  # [rows, P]
-    topk_idx: torch.Tensor | None  # [rows, K]
-    topk_weights: torch.Tensor | None  # [rows, K] float32
+    x: torch.Tensor  # [capacity, H]
+    source: torch.Tensor | None  # [capacity] int32: each row's token; None: not wanted
+    scales: torch.Tensor | None  # [capacity, P]
+    topk_idx: torch.Tensor | None  # [capacity, K]
+    topk_weights: torch.Tensor | None  # [capacity, K] float32
 
     @staticmethod
-    def views(
-        slot: torch.Tensor,
+    def arrays(
         capacity: int,
-        rows: int,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        with_source: bool,
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of those that are there, in order, for what is sent."""
+        arrays: list[tuple[tuple[int, ...], torch.dtype]] = [((capacity, x.shape[1]), x.dtype)]
+        if with_source:
+            arrays.append(((capacity,), torch.int32))
+        if scales is not None:
+            arrays.append(((capacity, scales.shape[1]), scales.dtype))
+        if topk_idx is not None:
+            shape = (capacity, topk_idx.shape[1])
+            arrays += [(shape, topk_idx.dtype), (shape, torch.float32)]
+        return arrays
+
+    @staticmethod
+    def of(tensors: list[torch.Tensor], with_source: bool, with_scales: bool) -> Received:
+        """Of tensors as `arrays` describes them."""
+        rest = iter(tensors)
+        x = next(rest)
+        source = next(rest) if with_source else None
+        scales = next(rest) if with_scales else None
+        return Received(x, source, scales, next(rest, None), next(rest, None))
+
+    @staticmethod
+    def carve(
+        stretch: torch.Tensor,
+        capacity: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
     ) -> Received:
-        """The first `rows` rows of a slot for `capacity`; x, scales and topk_idx are what was sent."""
-        hidden = x.shape[1]
-        if slot.dtype is not x.dtype:
-            slot = slot.view(x.dtype)
-        received = Received(slot.as_strided((rows, hidden), (hidden, 1)), None, None, None)
-        if scales is None and topk_idx is None:
-            return received
-        _, scales_at, idx_at, weights_at, _ = slot_offsets(capacity, x, scales, topk_idx)
-        if scales is not None:
-            received.scales = _array(slot.view(scales.dtype), scales_at, rows, scales.shape[1])
-        if topk_idx is not None:
-            received.topk_idx = _array(slot.view(topk_idx.dtype), idx_at, rows, topk_idx.shape[1])
-            received.topk_weights = _array(slot.view(torch.float32), weights_at, rows, topk_idx.shape[1])
-        return received
+        """All arrays out of one stretch of the heap, uint8."""
+        tensors, begin = [], 0
+        for shape, dtype in Received.arrays(capacity, x, scales, topk_idx, True):
+            size = math.prod(shape) * dtype.itemsize
+            tensors.append(stretch[begin : begin + size].view(dtype).view(shape))
+            begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return Received.of(tensors, True, scales is not None)
+
+    @staticmethod
+    def carved_bytes(
+        capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
+    ) -> int:
+        """Bytes of the stretch that `carve` needs."""
+        arrays = Received.arrays(capacity, x, scales, topk_idx, True)
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them, in order."""
+        return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
+
+    def copy(self) -> Received:
+        """The same in memory of the current stream."""
+        return Received(*(None if t is None else t.clone() for t in self.tensors()))  # type: ignore[arg-type]
 
     def cut(self, rows: int) -> None:
-        """Keeps the first `rows` rows."""
-        self.x = self.x[:rows]
-        if self.scales is not None:
-            self.scales = self.scales[:rows]
-        if self.topk_idx is not None and self.topk_weights is not None:
-            self.topk_idx = self.topk_idx[:rows]
-            self.topk_weights = self.topk_weights[:rows]
-
-
-def source_tokens(
-    slot: torch.Tensor,
-    capacity: int,
-    rows: int,
-    x: torch.Tensor,
-    scales: torch.Tensor | None,
-    topk_idx: torch.Tensor | None,
-) -> torch.Tensor:
-    """[rows] int32: the source token of each received row, as a view of the slot."""
-    words = slot.view(torch.int32)
-    at = words.storage_offset() + slot_offsets(capacity, x, scales, topk_idx)[0] // 4
-    return words.as_strided((rows,), (1,), at)
-
-
-def _array(slot: torch.Tensor, begin: int, rows: int, columns: int) -> torch.Tensor:
-    at = slot.storage_offset() + begin // slot.element_size()
-    return slot.as_strided((rows, columns), (columns, 1), at)
-
-
-def slot_offsets(
-    capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
-) -> tuple[int, int, int, int, int]:
-    """Where source tokens, scales, indices and weights begin in a slot for `capacity` rows, and where it
-    ends; bytes. x, scales, topk_idx: what is sent.
-    """
-    return _cuda.slot_offsets(
-        capacity,
-        x.shape[1] * x.element_size(),
-        0 if scales is None else scales.shape[1],
-        0 if topk_idx is None else topk_idx.shape[1],
-        8 if topk_idx is None else topk_idx.element_size(),
-    )
+        """Keeps the first `rows` rows, in place."""
+        for tensor in self.tensors():
+            if tensor is not None:
+                tensor.resize_(rows, *tensor.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,6 @@ class Endpoint:
         self.rank = rank
         self.num_ranks = len(addresses)
         self.heap = heap
-        self._heap_address = heap.data_ptr()
         self.device = heap.device
         self.live = (1 << self.num_ranks) - 1
         self.timeout = timeout
@@ -306,8 +308,7 @@ class Endpoint:
     def dispatch(
         self,
         x: torch.Tensor,
-        slot: torch.Tensor,
-        capacity: int,
+        received: Received,
         split: BlockSplit,
         stream: int,
         plan: Plan,
@@ -322,7 +323,7 @@ class Endpoint:
         num_worst_tokens: int = 0,
         tell_host: bool = False,
     ) -> None:
-        """Launches a dispatch whose rows arrive in `slot`, a stretch of this rank's heap for `capacity` rows.
+        """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap.
 
         cached: the routing is the plan's. Else the plan is filled, and is_token_in_rank and tokens_per_rank
         are needed. tell_host: `wait_counts` will be called.
@@ -355,8 +356,12 @@ class Endpoint:
             _address(tokens_per_rank),
             _address(tokens_per_expert),
             *plan.addresses(),
-            slot.data_ptr() - self._heap_address,
-            capacity,
+            received.x.data_ptr(),
+            _address(received.source),
+            _address(received.scales),
+            _address(received.topk_idx),
+            _address(received.topk_weights),
+            received.x.shape[0],
             num_worst_tokens,
             self._host_address if tell_host else 0,
             self._ticket,
@@ -378,7 +383,8 @@ class Endpoint:
         self._domain.dispatch(
             *(1, 1, 1, True, False, 0, 0, 0, 0, 8, 16),
             *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
-            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, 0, 0, 0, stream),
+            *(self._no_counts.data_ptr(), self._no_counts.data_ptr()),
+            *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, stream),
         )
 
     def refuse_combine(self, stream: int) -> None:

@@ -1,16 +1,20 @@
 """Receive slots: tensors of the symmetric heap that live, and are freed, as any torch tensor is.
 
-The slots' part of the heap is a private memory pool of torch's caching allocator. So a slot is a tensor:
-whoever holds it (or a view of it) keeps it, `record_stream` defers its reuse until that stream has caught up,
-and a slot that was freed in stream order is lent again in stream order. A slot belongs to the stream that was
-current when it was taken: the one its dispatch runs on.
+The slots' part of the heap is a private memory pool of torch's caching allocator. So what a dispatch receives
+into are plain tensors: whoever holds one (or a view of it) keeps it, `record_stream` defers its reuse until
+that stream has caught up, and what was freed in stream order is lent again in stream order. They belong to
+the stream that was current when they were taken: the one their dispatch runs on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from deepep import _cuda
+
+Array = tuple[tuple[int, ...], torch.dtype]
 
 #: torch takes large blocks in multiples of this, and slots are large
 SEGMENT = 2 << 20
@@ -36,41 +40,39 @@ class SlotPool:
         self._pool: torch.cuda.MemPool | None = None
         self._begin_anew()
 
-    def take(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """A slot, `dtype` [num_bytes / its size], for the current stream; None if the heap has no stretch
-        free that long. May wait for the device where memory is short.
+    def take(self, arrays: Sequence[Array]) -> list[torch.Tensor] | None:
+        """Tensors for the current stream, each in memory of its own; None if the heap has no room for them.
+        May wait for the device where memory is short.
         """
-        if num_bytes > self.num_bytes:
-            return None
-        slot = self._try(num_bytes, dtype)
-        if slot is not None:
-            return slot
+        made = self._try(arrays)
+        if made is not None:
+            return made
         # Only outside of private pools does torch look which freed blocks streams are done with: let it look.
         torch.empty(1, dtype=torch.uint8, device=self._device)
-        slot = self._try(num_bytes, dtype)
-        if slot is not None:
-            return slot
+        made = self._try(arrays)
+        if made is not None:
+            return made
         # A pool keeps what was freed in pieces, and by stream: give all of it back and begin anew. Whatever
         # still reads those pieces has to be done first, for nothing orders it before their next writer.
         torch.cuda.synchronize(self._device)
         self._begin_anew()
-        slot = self._try(num_bytes, dtype)
-        if slot is not None:
-            return slot
+        made = self._try(arrays)
+        if made is not None:
+            return made
         torch.cuda.empty_cache()  # also what tensors of earlier pools left when they were freed
-        return self._try(num_bytes, dtype)
+        return self._try(arrays)
 
     def _begin_anew(self) -> None:
         self._pool = None
         self._pool = torch.cuda.MemPool(self._allocator.allocator())
         self._pool_id = self._pool.id
 
-    def _try(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _try(self, arrays: Sequence[Array]) -> list[torch.Tensor] | None:
         _cuda.arena_select(self._arena)
         # torch.cuda.use_mem_pool, without the price of a generator
         torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self._pool_id)
         try:
-            return torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=self._device)
+            return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in arrays]
         except torch.OutOfMemoryError:
             return None
         finally:

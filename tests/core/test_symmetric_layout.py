@@ -32,7 +32,8 @@ int main(int, char** argv) {
     for (uint32_t epoch = 0; epoch < 2; ++epoch) {
       const int64_t box = control.mailbox(s, epoch);
       for (int r = 0; r < ranks; ++r) piece("control", box + 8 * words.count(r), 8);
-      for (int w : {words.slot(), words.capacity(), words.push_blocks(), words.signature()}) {
+      for (int i = 0; i < kSlotArrays; ++i) piece("control", box + 8 * words.slot(i), 8);
+      for (int w : {words.capacity(), words.push_blocks(), words.signature()}) {
         piece("control", box + 8 * w, 8);
       }
       for (int l = 0; l < local; ++l) piece("control", box + 8 * words.expert_count(l), 8);
