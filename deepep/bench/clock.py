@@ -94,22 +94,22 @@ class CudaClock(Clock):
         super().__init__(group, device, iterations, warmup)
         self._align = align
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._begin, self._end = _event(), _event()
         self._head_start = self._cycles(HEAD_START_US)
 
     def sample(self, call: Call) -> tuple[float, float]:
         return self._complete(call), self._host(call)
 
     def _complete(self, call: Call) -> float:
-        begin, end = _event(), _event()
         self._flush.zero_()
         torch.cuda._sleep(self._head_start)
         self._align()
-        begin.record()
+        self._begin.record()
         result = call()
-        end.record()
+        self._end.record()
         torch.cuda.synchronize(self._device)
         del result
-        return begin.elapsed_time(end) * 1e3
+        return self._begin.elapsed_time(self._end) * 1e3
 
     def _host(self, call: Call) -> float:
         # Nothing is queued before the calls: a dispatch that waits for its counts waits for those alone.
@@ -126,13 +126,12 @@ class CudaClock(Clock):
     def _cycles(self, microseconds: float) -> int:
         """What `torch.cuda._sleep` takes for so long, by this device's own clock."""
         trial = 2_000_000
-        begin, end = _event(), _event()
-        for _ in range(3):  # the first wakes the device up
-            begin.record()
+        for _ in range(3):  # the first wakes the device up, and makes the events: that takes 20 us
+            self._begin.record()
             torch.cuda._sleep(trial)
-            end.record()
+            self._end.record()
             torch.cuda.synchronize(self._device)
-        return round(trial * microseconds / (begin.elapsed_time(end) * 1e3))
+        return round(trial * microseconds / (self._begin.elapsed_time(self._end) * 1e3))
 
 
 def _event() -> torch.cuda.Event:
