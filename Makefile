@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 BUILT  := build/.installed
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: all demo test check-style check-types unit install format clean test-gpu test-gpu-sanitize
+.PHONY: all demo test test-emulator check-style check-types unit install format clean test-gpu test-gpu-sanitize
 all: install
 
 $(PY):
@@ -22,7 +22,7 @@ install: $(BUILT)
 demo: install
 	$(PY) -m deepep demo --ranks 4 --out demo-output
 
-test: check-style check-types unit
+test: check-style check-types test-emulator unit
 
 check-style: install
 	$(PY) -m ruff check .
@@ -35,6 +35,10 @@ check-types: install
 	ln -s $(CURDIR)/reference build/types/deepep/reference
 	ln -s $(CURDIR)/sim build/types/deepep/sim
 	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p deepep
+
+# Buffer's own tests, on the kernels' source.
+test-emulator: install
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q tests/deepep
 
 unit: install
 	$(PY) -m pytest

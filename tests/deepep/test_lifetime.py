@@ -157,6 +157,7 @@ def backends(ctx: Any) -> None:
         registry._backends.pop("none")
 
 
+@pytest.mark.skipif("DEEPEP_BACKEND" in os.environ, reason="DEEPEP_BACKEND has chosen one")
 def test_the_choice_of_a_backend(world_of: Any) -> None:
     world_of(2).run(backends)
 
