@@ -287,6 +287,26 @@ DEEPEP_KERNEL(spin_kernel, LitmusArgs, 32) {
   store(args.out, load<relaxed, sys_scope>(word_at(args, args.reader)) + 1);
 }
 
+/// Role 1: one warp waits for what may never come, the other looks at the block's memory until that has ended.
+DEEPEP_KERNEL(watching_kernel, LitmusArgs, 64) {
+  using namespace dev;
+  if (args.role == 0) {
+    if (thread() == 0) store<release, sys_scope>(word_at(args, 0), 1u);
+    return;
+  }
+  SharedArray<uint32_t> ended(0);
+  if (thread() == 0) ended.set(0, 0);
+  sync_block();
+  if (thread() == 0) {
+    const bool came = wait_equal<acquire, sys_scope>(word_at(args, 0), 1, Deadline::in(args.timeout_ns));
+    ended.set<release>(0, came ? 1u : 2u);
+  } else if (warp() == 1 && lane() == 0) {
+    uint32_t seen = 0;
+    while ((seen = ended.get<acquire>(0)) == 0) pause();
+    store(args.out, seen);
+  }
+}
+
 /// Bytes: neighbours in one word, each by its own thread, are no race.
 DEEPEP_KERNEL(bytes_kernel, LitmusArgs, 64) {
   using namespace dev;

@@ -199,6 +199,23 @@ def test_a_write_may_be_lost_with_its_rank(litmus: Any) -> None:
     assert found == {1, 2}
 
 
+@pytest.mark.parametrize("strategy", ["random", "pct", "starve"])
+def test_a_deadline_is_met_while_others_poll(litmus: Any, strategy: str) -> None:
+    """A second of patience beside a warp that polls: time has to pass in leaps, and the waiting warp has to notice."""
+    for seed in range(20):
+        run = litmus(
+            "watching_kernel",
+            threads=64,
+            shared=16,
+            timeout_ns=1_000_000_000,
+            faults=[(0, 1, False, 0, True)],
+        )
+        outcome = run.run(seed, strategy)
+        assert outcome.status == "done", outcome.text
+        assert run.out[1][0] in (1, 2)
+        assert run.out[1][0] == 1 or outcome.now_ns > run.timeout_ns
+
+
 def test_hand_made_spins_end(litmus: Any) -> None:
     assert set(litmus("spin_kernel", reader=0).outcomes(range(15), first_word(1))) == {2}
     assert set(litmus("spin_kernel", reader=1).outcomes(range(15), first_word(1))) == {1}
