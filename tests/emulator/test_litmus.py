@@ -201,7 +201,7 @@ def test_a_write_may_be_lost_with_its_rank(litmus: Any) -> None:
 
 @pytest.mark.parametrize("strategy", ["random", "pct", "starve"])
 def test_a_deadline_is_met_while_others_poll(litmus: Any, strategy: str) -> None:
-    """A second of patience beside a warp that polls: time has to pass in leaps, and the waiting warp has to notice."""
+    """A second of patience beside a warp that polls: time passes in leaps, and the waiting warp notices."""
     for seed in range(20):
         run = litmus(
             "watching_kernel",
