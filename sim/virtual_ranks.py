@@ -16,9 +16,8 @@ from deepep.engine.nvlink import (
     Endpoint,
     Plan,
     Received,
-    combine_split,
-    dispatch_split,
 )
+from deepep.engine.roles import combine_split, dispatch_split
 
 
 @dataclass

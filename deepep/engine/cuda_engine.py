@@ -15,7 +15,6 @@ A call takes some 20 us of the host, most of it torch's: so the usual calls get 
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import NoReturn
 
 import torch
@@ -41,10 +40,9 @@ from deepep.engine.nvlink import (
     Phase,
     Plan,
     Received,
-    combine_split,
-    dispatch_split,
 )
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
+from deepep.engine.roles import combine_split, dispatch_split
 from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
     ArgumentError,
@@ -57,9 +55,6 @@ from deepep.errors import (
 
 DEFAULT_NUM_SMS = 24
 _NOW = Schedule()
-
-_dispatch_split = functools.cache(dispatch_split)
-_combine_split = functools.cache(combine_split)
 
 
 class NvlinkPlan(Plan):
@@ -153,7 +148,7 @@ class CudaEngine(ReferenceEngine):
                 self._endpoint.dispatch(
                     x,
                     received,
-                    _dispatch_split(self._num_sms(request.num_sms), ranks),
+                    dispatch_split(self._num_sms(request.num_sms), ranks),
                     stream,
                     plan,
                     scales=scales,
@@ -212,7 +207,7 @@ class CudaEngine(ReferenceEngine):
             self._endpoint.dispatch(
                 x,
                 received,
-                _dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
+                dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
                 stream,
                 plan,
                 cached=True,
@@ -247,7 +242,7 @@ class CudaEngine(ReferenceEngine):
                 self._endpoint.combine(
                     x,
                     plan,
-                    _combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
+                    combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
                     stream,
                     topk_weights=weights,
                     biases=biases,

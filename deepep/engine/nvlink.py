@@ -16,6 +16,7 @@ from enum import IntFlag
 import torch
 
 from deepep import _cuda
+from deepep.engine.roles import BlockSplit
 from deepep.errors import FaultRecord
 
 MAX_LOCAL_EXPERTS = 1024
@@ -38,55 +39,6 @@ class Phase(IntFlag):
 
 _ALIGNMENT = 128
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
-
-
-@dataclass(frozen=True)
-class BlockSplit:
-    """How many of a launch's blocks write to other ranks, and how many work on rows that stay.
-
-    The two are disjoint, or both are all blocks. In a combine `local` may be all blocks whatever `remote` is:
-    then they must be resident together, and where rows are few the kernel has each do both kinds of work.
-    """
-
-    total: int
-    remote: int
-    local: int
-
-
-#: SMs that push at most, in a dispatch and in a combine, whose sums need the rest (docs/performance.md)
-PUSHING_SMS = 12
-RETURNING_SMS = 9
-#: SMs that keep pace with them on the rank-local rows of two ranks
-LOCAL_SMS = 15
-#: up to so many SMs of a dispatch, and of a combine, each does both kinds of work; beyond, the kinds keep out
-#: of each other's way
-SHARING_SMS = 12
-MIXING_SMS = 20
-#: up to so many SMs, a combine may count on all its blocks being resident together
-RESIDENT_SMS = 32
-
-
-def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
-    """Roles of a dispatch's blocks, using no more than `num_sms`.
-
-    With more ranks less stays on each, and fewer local SMs do.
-    """
-    if num_ranks == 1:
-        return BlockSplit(num_sms, 0, num_sms)
-    if num_sms <= SHARING_SMS:
-        return BlockSplit(num_sms, num_sms, num_sms)
-    pushing = min(PUSHING_SMS, num_sms // 2)
-    local = min(num_sms - pushing, max(2, -(-LOCAL_SMS // (num_ranks - 1))))
-    return BlockSplit(pushing + local, pushing, local)
-
-
-def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
-    """Roles of a combine's blocks: with few SMs all push and sum, else RETURNING_SMS push, the rest sum."""
-    if num_ranks == 1:
-        return BlockSplit(num_sms, 0, num_sms)
-    if num_sms <= MIXING_SMS:
-        return BlockSplit(num_sms, num_sms, num_sms)
-    return BlockSplit(num_sms, RETURNING_SMS, num_sms if num_sms <= RESIDENT_SMS else num_sms - RETURNING_SMS)
 
 
 class Plan:
