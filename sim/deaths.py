@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import FileStore
 
 from deepep.sim.buffer_runs import run_on_buffer
 from deepep.sim.cases import Case
+from deepep.sim.gpus import take_gpu
 from deepep.sim.options import Options
 from deepep.sim.outcomes import Outcome, Status
 from deepep.sim.rank_process import RankContext
@@ -203,13 +204,11 @@ def judge(death: Death, setting: Setting, told: Survived) -> None:
 # What the two ranks do
 
 
-def prepare(ctx: RankContext, setting: Setting, device: int) -> None:
-    """In a process that is to die or survive: wakes the device up and loads the kernels."""
+def prepare(ctx: RankContext, setting: Setting, rank: int) -> None:
+    """In a process that is to die or survive, on rank `rank`'s GPU: wakes it up and loads the kernels."""
     torch.set_num_threads(1)
     os.environ["DEEPEP_SYMMETRIC_BYTES"] = str(SYMMETRIC_BYTES)
-    if setting.cuda:
-        torch.cuda.set_device(device)
-    ctx.scratch["device"] = torch.device("cuda", device) if setting.cuda else torch.device("cpu")
+    ctx.scratch["device"] = take_gpu(rank, 2) if setting.cuda else torch.device("cpu")
     case = setting.case(1, setting.few_tokens)
     alone = replace(case, topk_idx=case.topk_idx[:1])
     with TemporaryDirectory(prefix="deepep-alone-") as folder:

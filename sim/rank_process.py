@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
+from deepep.sim.gpus import take_gpu
 from deepep.sim.travel import pack, unpack
 
 
@@ -102,8 +103,7 @@ def _join(spec: RankSpec) -> RankContext:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if spec.backend == "nccl":
-        device = torch.device("cuda", spec.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        device = take_gpu(spec.rank, spec.num_ranks)
     timeout = timedelta(seconds=spec.timeout)
     kind, _, place = spec.store.partition(":")
     store: Store

@@ -43,8 +43,8 @@ class World:
 
     Args:
         num_ranks: R, at least 1.
-        backend: torch.distributed backend: "gloo" on CPU, "nccl" with one GPU per rank (rank r uses GPU
-            r modulo the number of GPUs).
+        backend: torch.distributed backend: "gloo" on CPU, "nccl" with rank r on GPU r modulo the number of
+            GPUs (deepep.sim.gpus).
         timeout: seconds a run may take unless the run says otherwise; also the process group's own time-out.
         grace: seconds the other ranks get to end by themselves once one rank has failed in `run`.
         store: where the ranks meet: "file", a file in a folder of the world's own, or "tcp", a TCPStore that

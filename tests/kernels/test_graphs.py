@@ -1,5 +1,5 @@
-"""CUDA graphs of dispatch, an expert stand-in and combine, on two GPUs: replayed with new inputs, among eager
-calls of the same buffer.
+"""CUDA graphs of dispatch, an expert stand-in and combine, of two processes: replayed with new inputs, among
+eager calls of the same buffer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import torch
 from deepep.sim import World
 from deepep.sim.device_calls import Given, dispatch, draw_on_device, expected, on_device, same_bits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 
 TOKENS, HIDDEN, REPLAYS = 256, 7168, 100
 

@@ -10,10 +10,7 @@ import torch
 
 from deepep.sim import World
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""Memory the user owns, on two GPUs: what `Buffer` hands out may be kept, freed and read on other streams as
-any tensor may. Whether a slot was lent too early is seen in the bits of whoever still reads it.
+"""Memory the user owns, between two processes: what `Buffer` hands out may be kept, freed and read on other
+streams as any tensor may. Whether a slot was lent too early is seen in the bits of whoever still reads it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import torch
 from deepep.sim import World
 from deepep.sim.device_calls import dispatch, draw_on_device, expected, same_bits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 
 #: Symmetric memory of a rank: some 384 MiB of slots. A dispatch of T = 1024 takes some 37 MB.
 SYMMETRIC_BYTES = 512 << 20

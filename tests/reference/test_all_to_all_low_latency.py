@@ -263,8 +263,8 @@ def test_agrees_with_the_global_view(
 def test_agrees_over_nccl(
     num_ranks: int, draw_routing: Draw, patterns: tuple[str, ...], same_bits: SameBits, wire_of: WireOf
 ) -> None:
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} GPUs, one for each rank")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     with World(num_ranks, backend="nccl") as world:
         run_batches(world, 5, draw_routing, patterns, same_bits, wire_of)
 

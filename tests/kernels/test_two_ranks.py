@@ -1,4 +1,4 @@
-"""Buffer on two GPUs, one process each, over NVLink: large shapes, disagreement and refusals.
+"""Buffer between two processes, over NVLink if there are two GPUs: large shapes, disagreement and refusals.
 
 Deaths, memory, graphs and what may change nothing have files of their own.
 """
@@ -13,10 +13,7 @@ import torch
 
 from deepep.sim import World
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 
 HIDDEN, TOPK, EXPERTS = 7168, 8, 256
 
