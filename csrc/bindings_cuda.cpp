@@ -16,6 +16,8 @@ namespace py = pybind11;
 namespace dk = deepep::kernels;
 using deepep::core::ControlLayout;
 using deepep::core::StagingLayout;
+using deepep::host::Arena;
+using deepep::host::arenas;
 
 namespace {
 
@@ -270,10 +272,10 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts
 
 /// What torch's CUDAPluggableAllocator calls, by name.
 extern "C" __attribute__((visibility("default"))) void* deepep_arena_take(size_t bytes, int, void*) {
-  return deepep::host::arenas().take(static_cast<int64_t>(bytes));
+  return arenas().take(static_cast<int64_t>(bytes));
 }
 extern "C" __attribute__((visibility("default"))) void deepep_arena_give_back(void* block, size_t bytes, int, void*) {
-  deepep::host::arenas().give_back(block, static_cast<int64_t>(bytes));
+  arenas().give_back(block, static_cast<int64_t>(bytes));
 }
 
 PYBIND11_MODULE(_cuda, m) {
@@ -309,17 +311,22 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("source"), py::arg("target"), py::arg("num_bytes"), py::arg("num_blocks"), py::arg("stream"), py::kw_only(),
       py::arg("bulk") = false, py::arg("warps") = 4, py::arg("stages") = 6, py::arg("stage_bytes") = 8192);
   m.def("arena_open", [](uintptr_t base, int64_t bytes) {
-    return deepep::host::arenas().open(pointer<std::byte>(base), bytes);
+    return arenas().open(pointer<std::byte>(base), bytes);
   });
   m.def("arena_reserve", [](int64_t id, int64_t bytes) {
-    deepep::host::arenas().select(id);
-    void* block = deepep::host::arenas().take(bytes);
-    deepep::host::arenas().select(0);
+    arenas().select(id);
+    void* block = arenas().take(bytes);
+    arenas().select(0);
     return reinterpret_cast<uintptr_t>(block);
   });
-  m.def("arena_used", [](int64_t id) { return deepep::host::arenas().used(id); });
-  m.def("arena_close", [](int64_t id) { deepep::host::arenas().close(id); });
-  m.def("arena_select", [](int64_t id) { deepep::host::arenas().select(id); });
+  m.def("arena_set_aside", [](int64_t id, int64_t bytes) {
+    return arenas().of(id, [&](Arena& arena) { return reinterpret_cast<uintptr_t>(arena.set_aside(bytes)); });
+  });
+  m.def("arena_came_back", [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.came_back(); }); });
+  m.def("arena_settle", [](int64_t id, int64_t count) { arenas().of(id, [&](Arena& arena) { arena.settle(count); }); });
+  m.def("arena_used", [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.used(); }); });
+  m.def("arena_close", [](int64_t id) { arenas().close(id); });
+  m.def("arena_select", [](int64_t id) { arenas().select(id); });
   m.def("wait_counts", &wait_counts);
   m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + sizeof(uint64_t) * num_local_experts; });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {

@@ -18,6 +18,7 @@ KERNEL_FILES = (
     "group.hpp",
     "layout.hpp",
     "exchange.hpp",
+    "metadata.hpp",
     "dispatch.hpp",
     "sum.hpp",
     "combine.hpp",

@@ -180,7 +180,7 @@ def _scales(case: Case, rank: int, dtype: str, name: str) -> Tensor:
     num_tokens, columns = case.num_tokens[rank], case.options.scale_columns
     token, column = np.arange(num_tokens)[:, None], np.arange(columns)[None, :]
     again = 1 if name.endswith("'") else 0
-    words = 0x40000000 + (again << 29 >> 2) + (rank << 18) + (token << 4) + column
+    words = 0x40000000 + (again << 29 >> 2) + (rank << 18) + (token << 7) + column
     plain = torch.from_numpy(words.astype(np.int32)).view(getattr(torch, dtype))
     layout = case.options.scale_layout
     if layout == "column":

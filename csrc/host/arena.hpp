@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -15,13 +16,17 @@ namespace deepep::host {
 /// Bytes of every block are a multiple of this: torch asks for multiples of 2 MiB.
 inline constexpr int64_t kArenaUnit = 512;
 
+/// A block that came back is not free yet: torch gives back what stands free in stream order, and whoever takes it next
+/// may be on another stream. It rests until its owner, who knows the streams, says `settle`.
 class Arena {
  public:
-  Arena(std::byte* base, int64_t bytes) : base_(base), bytes_(bytes / kArenaUnit * kArenaUnit) { free_[0] = bytes_; }
+  Arena(std::byte* base, int64_t bytes) : base_(base), end_(bytes / kArenaUnit * kArenaUnit) {
+    if (end_ > 0) free_[0] = end_;
+  }
 
-  /// Null if no free stretch is long enough.
+  /// The lowest place that is long enough; null if none is.
   [[nodiscard]] std::byte* take(int64_t bytes) {
-    const int64_t wanted = (bytes + kArenaUnit - 1) / kArenaUnit * kArenaUnit;
+    const int64_t wanted = in_units(bytes);
     for (auto it = free_.begin(); it != free_.end(); ++it) {
       const auto [offset, length] = *it;
       if (length < wanted) continue;
@@ -34,9 +39,49 @@ class Arena {
   }
 
   void give_back(std::byte* block, int64_t bytes) {
-    int64_t offset = block - base_;
-    int64_t length = (bytes + kArenaUnit - 1) / kArenaUnit * kArenaUnit;
-    used_ -= length;
+    used_ -= in_units(bytes);
+    resting_.push_back({block - base_, in_units(bytes)});
+  }
+
+  /// How many blocks have come back since the beginning.
+  [[nodiscard]] int64_t came_back() const { return settled_ + static_cast<int64_t>(resting_.size()); }
+
+  /// The first `count` of all that came back are free.
+  void settle(int64_t count) {
+    for (; settled_ < count && !resting_.empty(); ++settled_) {
+      set_free(resting_.front().offset, resting_.front().length);
+      resting_.pop_front();
+    }
+  }
+
+  /// Sets the last `bytes` aside, for good: nothing is taken there any more. Null if they are not all free; what was
+  /// set aside before stays so.
+  [[nodiscard]] std::byte* set_aside(int64_t bytes) {
+    const int64_t more = in_units(bytes) - aside_;
+    const int64_t limit = end_ - aside_;
+    if (more > 0) {
+      const auto last = free_.empty() ? free_.end() : std::prev(free_.end());
+      if (last == free_.end() || last->first + last->second != limit || last->second < more) return nullptr;
+      last->second -= more;
+      if (last->second == 0) free_.erase(last);
+      aside_ += more;
+    }
+    return base_ + end_ - in_units(bytes);
+  }
+
+  /// Bytes that were taken and have not come back.
+  [[nodiscard]] int64_t used() const { return used_; }
+  [[nodiscard]] bool holds(const std::byte* p) const { return p >= base_ && p < base_ + end_; }
+
+ private:
+  struct Stretch {
+    int64_t offset;
+    int64_t length;
+  };
+
+  static int64_t in_units(int64_t bytes) { return (bytes + kArenaUnit - 1) / kArenaUnit * kArenaUnit; }
+
+  void set_free(int64_t offset, int64_t length) {
     auto next = free_.lower_bound(offset);
     if (next != free_.end() && next->first == offset + length) {
       length += next->second;
@@ -53,14 +98,13 @@ class Arena {
     free_[offset] = length;
   }
 
-  [[nodiscard]] int64_t used() const { return used_; }
-  [[nodiscard]] bool holds(const std::byte* p) const { return p >= base_ && p < base_ + bytes_; }
-
- private:
   std::byte* base_;
-  int64_t bytes_;
+  int64_t end_;
   int64_t used_ = 0;
+  int64_t aside_ = 0;
+  int64_t settled_ = 0;              // of the blocks that came back, how many are free again
   std::map<int64_t, int64_t> free_;  // offset -> length, no two adjacent
+  std::deque<Stretch> resting_;      // the others, in the order in which they came
 };
 
 /// The arenas of this process.
@@ -76,11 +120,14 @@ class Arenas {
     const std::lock_guard lock(mutex_);
     arenas_.erase(id);
   }
-  /// Bytes that have not come back.
-  [[nodiscard]] int64_t used(int64_t id) {
+  /// What `ask` says of an arena; of one that is closed, what it says of an empty one.
+  template <class Ask>
+  auto of(int64_t id, const Ask& ask) {
     const std::lock_guard lock(mutex_);
     const auto it = arenas_.find(id);
-    return it == arenas_.end() ? 0 : it->second.used();
+    if (it != arenas_.end()) return ask(it->second);
+    Arena none(nullptr, 0);
+    return ask(none);
   }
   /// The arena that this thread's next allocations come from; 0: none.
   void select(int64_t id) { selected_ = id; }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels/exchange.hpp"
+#include "kernels/metadata.hpp"
 
 namespace deepep::kernels {
 
@@ -129,67 +130,24 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role, con
   return result;
 }
 
-/// What travels with a row besides its bytes, a piece in each lane's hands.
-struct Metadata {
-  static constexpr int kScales = 2;  // scales a lane holds; further ones are read when they are written
-  uint32_t scale[kScales];
-  int64_t entry;
-  uint32_t weight;
-};
-
-[[nodiscard]] DEEPEP_DEVICE uint32_t scale_of(const DispatchArgs& args, int64_t t, int i) {
-  return dev::load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride);
-}
-
-/// Scales, top-k index and weight of token t, asked for before the row so that they arrive with it. One warp.
-[[nodiscard]] DEEPEP_DEVICE Metadata read_metadata(const DispatchArgs& args, int64_t t) {
-  using namespace dev;
-  Metadata m{};
-#pragma unroll
-  for (int j = 0; j < Metadata::kScales; ++j) {
-    const int i = lane() + j * kWarpSize;
-    if (i < args.num_scales) m.scale[j] = scale_of(args, t, i);
-  }
-  if (lane() < args.num_topk) {
-    const int64_t from = t * args.num_topk + lane();
-    m.entry = args.index_bytes == 8 ? load_once(static_cast<const int64_t*>(args.topk_idx) + from)
-                                    : load_once(static_cast<const int32_t*>(args.topk_idx) + from);
-    m.weight = load_once(args.topk_weights + from);
-  }
-  return m;
-}
-
-/// The same to row `row` at rank d, as d sees them: its own experts' indices and weights, -1 and 0 for others'.
-DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, const Metadata& m, int64_t t, int d, int64_t row) {
-  using namespace dev;
-  int32_t* source = lent<int32_t>(args, d, core::kSlotSource);
-  if (source != nullptr && lane() == 0) store(source + row, static_cast<int32_t>(t));
-  uint32_t* scales = lent<uint32_t>(args, d, core::kSlotScales) + row * args.num_scales;
-#pragma unroll
-  for (int j = 0; j < Metadata::kScales; ++j) {
-    const int i = lane() + j * kWarpSize;
-    if (i < args.num_scales) store(scales + i, m.scale[j]);
-  }
-  for (int i = lane() + Metadata::kScales * kWarpSize; i < args.num_scales; i += kWarpSize)
-    store(scales + i, scale_of(args, t, i));
-  if (lane() >= args.num_topk) return;
-  const core::Placement placement(args.num_local_experts * args.group.num_ranks, args.group.num_ranks,
-                                  args.group.num_ranks);
-  const int64_t to = row * args.num_topk + lane();
-  const int32_t local = placement.local_expert(m.entry, d);
-  if (args.index_bytes == 8)
-    store(lent<int64_t>(args, d, core::kSlotIndices) + to, static_cast<int64_t>(local));
-  else
-    store(lent<int32_t>(args, d, core::kSlotIndices) + to, local);
-  store(lent<uint32_t>(args, d, core::kSlotWeights) + to, local >= 0 ? m.weight : 0u);
-}
-
 /// What is known of a token's way before its turn: for a cached call its row at rank r in lane r, or -1; else whether
 /// it goes there.
 [[nodiscard]] DEEPEP_DEVICE int32_t look_ahead(const DispatchArgs& args, int64_t t, bool mine) {
   if (!mine) return args.cached ? -1 : 0;
   const int64_t at = t * args.group.num_ranks + dev::lane();
   return args.cached ? dev::load_once(args.send_row + at) : dev::load_once(args.is_token_in_rank + at);
+}
+
+/// Lane r: which of the tokens [begin, begin + size) go to rank r, as bits. One warp.
+[[nodiscard]] DEEPEP_DEVICE uint32_t going_of(const DispatchArgs& args, int64_t begin, int size, uint32_t wanted) {
+  using namespace dev;
+  const uint32_t goes = lane() < size ? destinations_of(args, begin + lane(), wanted) : 0;
+  uint32_t going = 0;
+  for (int r = 0; r < args.group.num_ranks; ++r) {
+    const uint32_t with = ballot((goes >> r) & 1u);
+    if (lane() == r) going = with;
+  }
+  return going;
 }
 
 /// write: a warp's tokens, or its part of one; a row is read once and stored to every destination of the role.
@@ -205,51 +163,75 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
 
   // Lane r speaks for rank r.
   const bool speaks = (wanted_ranks(role, g) >> lane()) & 1u;
-  const bool keeps = !args.cached && mine.part == 0 && (speaks || (role.push && lane() < ranks && !is_live(g, lane())));
   const int32_t first_row = speaks ? static_cast<int32_t>(core::first_row_of_source(count, g.rank, lane())) : 0;
   const int32_t end_row = speaks ? first_row + count(g.rank, lane()) : 0;
   const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(lent<Vec16>(args, lane(), core::kSlotRows)) : 0;
   int32_t next_row = first_row + tokens_before;
+  const bool trails = mine.part == 0 && (args.num_scales > 0 || args.cached);  // what is written row by row
+  const bool describes = mine.part == 0 && !args.cached;                       // what is written for a group of rows
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int from = chunks * mine.part / mine.parts;
   const int end = chunks * (mine.part + 1) / mine.parts;
 #pragma unroll 1
-  for (int64_t t = mine.begin; t < mine.end; ++t) {
-    const int32_t known = ahead;
-    if (t + 1 < mine.end) ahead = look_ahead(args, t + 1, speaks);
-    const int32_t row = args.cached ? known : known != 0 ? next_row++ : -1;
-    // More tokens for a rank than was told would run into another source's rows, or out of the slot.
-    const bool excess = row >= end_row && row >= 0;
-    if (excess)
-      note_fault(g, Phase::kDisagreement, 1u << g.rank, static_cast<uint32_t>(end_row), static_cast<uint32_t>(row));
-    if (ballot(excess) != 0 && lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
-    const bool goes = row >= 0 && !excess;
-    if (keeps) store(args.send_row + t * ranks + lane(), goes ? row : -1);
-    const uint32_t destinations = ballot(goes);
-    if (destinations == 0) continue;
-    Metadata metadata{};
-    if (mine.part == 0) metadata = read_metadata(args, t);
-    const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
-    const Vec16* source = reinterpret_cast<const Vec16*>(args.x + t * args.row_bytes);
+  for (int64_t first = mine.begin; first < mine.end; first += kWarpSize) {
+    const int size = static_cast<int>(core::min_of(mine.end - first, static_cast<int64_t>(kWarpSize)));
+    // Bit i of lane r: token first + i goes to rank r. A cached call has the rows instead, one token's ahead.
+    uint32_t going = ahead != 0 ? 1u : 0u;
+    if (!args.cached && mine.end - mine.begin > 1) going = going_of(args, first, size, wanted_ranks(role, g));
+    // The warps of a block, each at another of its tokens: some store rows while others wait for these words.
+    const int turn = warp() * size / kWarpSize;
 #pragma unroll 1
-    for (int begin = from + lane(); begin < end + lane(); begin += kUnroll * kWarpSize) {
-      const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
-      Vec16 v[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (u * kWarpSize < pieces) v[u] = load_once(source + begin + u * kWarpSize);
+    for (int i = 0; i < size; ++i) {
+      const int64_t t = first + i;
+      int32_t row = ahead;
+      if (!args.cached)
+        row = ((going >> i) & 1u) ? next_row++ : -1;
+      else if (t + 1 < mine.end)
+        ahead = look_ahead(args, t + 1, speaks);
+      // More tokens for a rank than was told would run into another source's rows, or out of the slot.
+      const bool excess = row >= end_row && row >= 0;
+      if (excess)
+        note_fault(g, Phase::kDisagreement, 1u << g.rank, static_cast<uint32_t>(end_row), static_cast<uint32_t>(row));
+      if (ballot(excess) != 0 && lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+      const uint32_t destinations = ballot(row >= 0 && !excess);
+      const bool is_turn = describes && i == turn;
+      Entry entry{};
+      if (is_turn) entry = read_entry(args, first, size, lane());
+      if (destinations != 0) {
+        Scales scales{};
+        if (trails) scales = read_scales(args, t);
+        const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
+        const uint64_t source = reinterpret_cast<uint64_t>(args.x + t * args.row_bytes);
 #pragma unroll 1
-      for (uint32_t left = destinations; left != 0; left &= left - 1) {
-        Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left))) + begin;
+        for (int begin = from + lane(); begin < end + lane(); begin += kUnroll * kWarpSize) {
+          const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
+          const uint64_t offset = sizeof(Vec16) * static_cast<uint32_t>(begin);
+          const Vec16* from_row = reinterpret_cast<const Vec16*>(source + offset);
+          Vec16 v[kUnroll];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u)
-          if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, v[u]);
+          for (int u = 0; u < kUnroll; ++u)
+            if (u * kWarpSize < pieces) v[u] = load_once(from_row + u * kWarpSize);
+#pragma unroll 1
+          for (uint32_t left = destinations; left != 0; left &= left - 1) {
+            Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left)) + offset);
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u)
+              if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, v[u]);
+          }
+        }
+        for (uint32_t left = trails ? destinations : 0; left != 0; left &= left - 1) {
+          const int d = lowest_bit(left);
+          const int32_t to = shuffle(row, d);
+          write_scales(args, scales, t, d, to);
+          if (args.cached) write_source(args, t, d, to);
+        }
       }
-    }
-    if (mine.part != 0) continue;
-    for (uint32_t left = destinations; left != 0; left &= left - 1) {
-      const int d = lowest_bit(left);
-      write_metadata(args, metadata, t, d, shuffle(row, d));
+      if (!is_turn) continue;
+      const int32_t group_row = next_row - going_before(going, i) - static_cast<int>((going >> i) & 1u);
+      const TokenGroup group{first, size, first_bits(going, end_row - group_row), group_row};
+      const bool keeps = speaks || (role.push && lane() < ranks && !is_live(g, lane()));
+      keep_rows(args, group, keeps);
+      write_metadata(args, group, entry);
     }
   }
 }

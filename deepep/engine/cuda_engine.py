@@ -137,6 +137,7 @@ class CudaEngine(ReferenceEngine):
             allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
             raise ArgumentError("num_worst_tokens", "0", allowed, self.info.rank)
         capacity = worst or max(64, self._rows_seen * 5 // 4 or ranks * tokens)
+        is_guess = worst == 0
         given = (
             *(x, scales, topk_idx, weights),
             *(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank),
@@ -144,7 +145,7 @@ class CudaEngine(ReferenceEngine):
         while True:
             with self._stream_for(schedule) as stream:
                 plan = self._endpoint.new_plan(tokens, capacity)
-                received = self._lend(request, topk_idx, capacity, capturing)
+                received = self._lend(request, capacity, is_guess, capturing, stream)
                 self._endpoint.dispatch(
                     x,
                     received,
@@ -160,21 +161,26 @@ class CudaEngine(ReferenceEngine):
                     num_worst_tokens=worst,
                     tell_host=worst == 0,
                 )
-                if capturing:
-                    received = received.copy()
+                if capturing or (worst and received.landed_on):
+                    received = self._memory.copy_out(received, worst)
             # All that can be done before the counts are known is done now: small batches wait for the host.
-            completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
+            if received.landed_on is None:
+                completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
             if worst:
                 rows, per_expert = worst, []
                 known = NvlinkPlan(plan, rows, received.source, stream)
                 break
             counts = self._learn_counts(experts // ranks)
             if counts.phase == Phase.TOO_MANY_ROWS:
-                capacity = counts.most_rows  # all ranks learned the same, and lend anew
+                capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and lend anew
                 continue
             self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
             rows, per_expert = counts.num_rows, counts.per_expert
-            received.cut(rows)
+            if received.landed_on is None:
+                received.cut(rows)
+            else:
+                received = self._memory.copy_out(received, rows)
+                completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
             known = NvlinkPlan(plan, rows, received.source, stream)
             known.most_rows, known.returning = counts.most_rows, counts.returning
             alignment = request.expert_alignment
@@ -203,7 +209,7 @@ class CudaEngine(ReferenceEngine):
         x, scales = request.x, request.scales
         capacity = max(64, plan.num_rows if plan.most_rows is None else plan.most_rows)
         with self._stream_for(schedule) as stream:
-            received = self._lend(request, None, capacity, capturing)
+            received = self._lend(request, capacity, False, capturing, stream)
             self._endpoint.dispatch(
                 x,
                 received,
@@ -215,10 +221,10 @@ class CudaEngine(ReferenceEngine):
             )
             if plan.stream != stream:
                 plan.table.record_stream(streams.current(self._index))
-            if capturing:
-                received = received.copy()
-        if plan.num_rows != capacity:
-            received.cut(plan.num_rows)
+            if capturing or received.landed_on:
+                received = self._memory.copy_out(received, plan.num_rows)
+            elif plan.num_rows != capacity:
+                received.cut(plan.num_rows)
         completion = self._hand_out(schedule, (x, scales), received.tensors())
         return Dispatched(received.x, received.scales, None, None, [], route, completion)
 
@@ -348,28 +354,18 @@ class CudaEngine(ReferenceEngine):
             )
 
     def _lend(
-        self, request: DispatchRequest, topk_idx: Tensor | None, capacity: int, capturing: bool
+        self, request: DispatchRequest, capacity: int, is_guess: bool, capturing: bool, stream: int
     ) -> Received:
-        """Where `capacity` rows can arrive, for the current stream."""
-        x, scales = request.x, request.scales
-        is_fresh = request.route is None
-        received = None
+        """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
+        sent, memory = (request.x, request.scales, request.topk_idx), self._memory
         if capturing:
-            stretch = self._memory.captured_slot(Received.carved_bytes(capacity, x, scales, topk_idx))
-            if stretch is not None:
-                received = Received.carve(stretch, capacity, x, scales, topk_idx)
+            received = memory.lend_to_graph(capacity, *sent)
         else:
-            made = self._memory.slots.take(Received.arrays(capacity, x, scales, topk_idx, is_fresh))
-            if made is not None:
-                received = Received.of(made, is_fresh, scales is not None)
+            received = memory.lend(capacity, *sent, request.route is None, is_guess, stream)
         if received is None:
-            size = Received.carved_bytes(capacity, x, scales, topk_idx)
-            full = CapacityError(
-                "x",
-                f"{capacity} rows to receive, {size} bytes, with earlier outputs still held",
-                f"{self._memory.slots.num_bytes} bytes in all: set DEEPEP_SYMMETRIC_BYTES higher",
-                self.info.rank,
-            )
+            size = Received.carved_bytes(capacity, *sent)
+            got = f"{capacity} rows to receive, {size} bytes"
+            full = CapacityError("x", got, memory.shortage(size), self.info.rank)
             self.refuse(Operation.DISPATCH, full, _NOW)
         return received
 
@@ -391,7 +387,9 @@ class CudaEngine(ReferenceEngine):
         for tensor in given:
             if tensor is not None:
                 tensor.record_stream(self._comm)
-        if not schedule.allocate_on_comm_stream:
+        if schedule.allocate_on_comm_stream:
+            self._memory.slots.users.add_current()  # it may read them, and torch is not told
+        else:
             for tensor in made:
                 if tensor is not None:
                     tensor.record_stream(caller)

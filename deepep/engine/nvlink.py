@@ -74,13 +74,17 @@ class Plan:
 
 @dataclass(slots=True)
 class Received:
-    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap."""
+    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
+
+    landed_on: where that is the landing area (deepep.engine.landing), the stream to copy them out on.
+    """
 
     x: torch.Tensor  # [capacity, H]
     source: torch.Tensor | None  # [capacity] int32: each row's token; None: not wanted
     scales: torch.Tensor | None  # [capacity, P]
     topk_idx: torch.Tensor | None  # [capacity, K]
     topk_weights: torch.Tensor | None  # [capacity, K] float32
+    landed_on: torch.cuda.Stream | None = None
 
     @staticmethod
     def arrays(
@@ -117,31 +121,47 @@ class Received:
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
+        with_source: bool = True,
     ) -> Received:
         """All arrays out of one stretch of the heap, uint8."""
         tensors, begin = [], 0
-        for shape, dtype in Received.arrays(capacity, x, scales, topk_idx, True):
+        for shape, dtype in Received.arrays(capacity, x, scales, topk_idx, with_source):
             size = math.prod(shape) * dtype.itemsize
             tensors.append(stretch[begin : begin + size].view(dtype).view(shape))
             begin += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return Received.of(tensors, True, scales is not None)
+        return Received.of(tensors, with_source, scales is not None)
 
     @staticmethod
     def carved_bytes(
         capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
     ) -> int:
-        """Bytes of the stretch that `carve` needs."""
-        arrays = Received.arrays(capacity, x, scales, topk_idx, True)
-        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
-        return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+        """Bytes that a stretch to carve needs at most: no more than a sum, for every call asks."""
+        return capacity * Received._row_bytes(x, scales, topk_idx) + 5 * _ALIGNMENT
+
+    @staticmethod
+    def carved_rows(
+        num_bytes: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
+    ) -> int:
+        """Rows for which so many bytes are enough."""
+        return max(0, num_bytes - 5 * _ALIGNMENT) // Received._row_bytes(x, scales, topk_idx)
+
+    @staticmethod
+    def _row_bytes(x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None) -> int:
+        row = x.shape[1] * x.element_size() + 4
+        if scales is not None:
+            row += scales.shape[1] * scales.element_size()
+        if topk_idx is not None:
+            row += topk_idx.shape[1] * (topk_idx.element_size() + 4)
+        return row
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All of them, in order."""
         return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
 
-    def copy(self) -> Received:
-        """The same in memory of the current stream."""
-        return Received(*(None if t is None else t.clone() for t in self.tensors()))  # type: ignore[arg-type]
+    def copy(self, rows: int) -> Received:
+        """The first `rows` rows, in memory of the current stream."""
+        copies = (None if t is None else t[:rows].clone() for t in self.tensors())
+        return Received(*copies)  # type: ignore[arg-type]
 
     def cut(self, rows: int) -> None:
         """Keeps the first `rows` rows, in place."""

@@ -49,3 +49,29 @@ class switched:
 
 def _select(number: int, index: int, kind: int) -> None:
     torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
+
+
+class Users:
+    """The streams that use some memory, by address."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        #: None for one that is not torch's own: it may be gone by now, and must not be asked
+        self.known: dict[int, torch.cuda.Stream | None] = {}
+
+    def add_current(self) -> None:
+        """The current stream is one of them."""
+        stream = current(self._device)
+        is_torchs = stream.stream_id == 0 or stream.stream_id != stream.cuda_stream
+        self.known[stream.cuda_stream] = stream if is_torchs else None
+
+    def are_idle(self, but: int) -> bool:
+        """Whether all of them, but the one at this address, have done what they hold. Waits for nothing."""
+        others = (stream for address, stream in self.known.items() if address != but)
+        return all(stream is not None and stream.query() for stream in others)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """When it is freed, torch reuses its memory after what they hold then."""
+        for stream in self.known.values():
+            if stream is not None:
+                tensor.record_stream(stream)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from deepep.engine.fabric import share_heap
+from deepep.engine.landing import Landing
 from deepep.engine.membership import Absent, Membership
-from deepep.engine.nvlink import Endpoint
-from deepep.engine.slots import SlotPool
+from deepep.engine.nvlink import Endpoint, Received
+from deepep.engine.slots import SEGMENT, SlotPool
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 
@@ -42,17 +43,70 @@ class SymmetricMemory:
         )
         self.endpoint.set_live(sum(1 << r for r in members))
         self.slots = SlotPool(own, self.endpoint.slots_begin)
+        self.landing = Landing(self.slots)
+        self._num_bytes = own.numel()
         self._captured: torch.Tensor | None = None
         gather("ready")("")  # no rank sends before all heaps are zeroed
 
-    def captured_slot(self, num_bytes: int) -> torch.Tensor | None:
-        """Where captured dispatches receive: one place, never freed: nobody tells when the last replay was.
+    def lend(
+        self,
+        capacity: int,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        with_source: bool,
+        is_guess: bool,
+        stream: int,
+    ) -> Received | None:
+        """Arrays for `capacity` rows like these, for a dispatch on the current stream, `stream`. None if no
+        place can be made for them.
+
+        is_guess: fewer will do, for if more rows come the call is made again.
+        """
+        size = Received.carved_bytes(capacity, x, scales, topk_idx)
+        if size > self.landing.num_bytes and not self.landing.grow(size, stream, needed=not is_guess):
+            capacity = Received.carved_rows(self.landing.num_bytes, x, scales, topk_idx)
+            if not is_guess or capacity == 0:
+                return None
+        made = self.slots.take(Received.arrays(capacity, x, scales, topk_idx, with_source), stream)
+        if made is not None:
+            return Received.of(made, with_source, scales is not None)
+        stretch, on = self.landing.lend()
+        received = Received.carve(stretch, capacity, x, scales, topk_idx, with_source)
+        received.landed_on = on
+        return received
+
+    def lend_to_graph(
+        self, capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
+    ) -> Received | None:
+        """The same for captured dispatches: one place, never freed: nobody tells when the last replay was.
 
         The rows are copied out of it at once, into the graph's own memory.
         """
-        if self._captured is None or self._captured.numel() < num_bytes:
-            self._captured = self.slots.reserve(num_bytes)
-        return None if self._captured is None else self._captured[:num_bytes]
+        size = Received.carved_bytes(capacity, x, scales, topk_idx)
+        if self._captured is None or self._captured.numel() < size:
+            self._captured = self.slots.reserve(size)
+        if self._captured is None:
+            return None
+        return Received.carve(self._captured, capacity, x, scales, topk_idx)
+
+    def copy_out(self, received: Received, rows: int) -> Received:
+        """The first `rows` rows in ordinary memory: of a landed dispatch on the stream that it runs on, of a
+        captured one on the current stream.
+        """
+        on = received.landed_on
+        return received.copy(rows) if on is None else self.landing.copy_out(received, rows, on)
+
+    def shortage(self, num_bytes: int) -> str:
+        """What a request of so many bytes lacks that was not lent anything."""
+        missing = num_bytes - self.slots.num_bytes
+        remedy = ""
+        if missing <= 0:
+            missing = num_bytes - self.landing.num_bytes
+            remedy = ", or free outputs of earlier calls, which are in the way"
+        more = -(-missing * 4 // (3 * SEGMENT)) * SEGMENT + SEGMENT  # a quarter of it is not for slots
+        total = self._num_bytes
+        return f"room for them: raise DEEPEP_SYMMETRIC_BYTES ({total}) by {more}, to {total + more}{remedy}"
 
     def close(self) -> None:
         """Lends no more slots; what is still held stays valid."""

@@ -230,6 +230,9 @@ SHAPES = [
     Shape((70, 1, 0, 300, 5, 64, 65, 1025), pattern="starved", topk=1, local_experts=1),
     Shape((128, 130), fp8=True, hidden=7168, scale_layout="column"),
     Shape((128, 130, 3), fp8=True, hidden=384, scale_dtype=torch.int32, scale_layout="column"),
+    Shape((1500, 2100), fp8=True, hidden=4224, topk=6, scale_layout="every other", index_dtype=torch.int32),
+    Shape((1100, 33, 0, 700), fp8=True, hidden=8960, topk=32, pattern="starved", scale_layout="padded"),
+    Shape((3000, 2049), fp8=True, hidden=896, topk=1, pattern="holes"),
     Shape((50, 60), fp8=True, hidden=512, with_topk=False),
     Shape((50, 60), hidden=520, with_topk=False),
 ]
