@@ -84,6 +84,12 @@ class Turns {
   bool any_ = false;
 };
 
+/// What all cached dispatches along one handle with rows of one kind pass alike.
+struct CachedDispatch {
+  int num_blocks;
+  dk::DispatchArgs args;
+};
+
 /// One rank's view of its NVLink domain, and the operations on it. All pointers are the caller's to keep alive.
 class Domain {
  public:
@@ -107,7 +113,7 @@ class Domain {
   void set_live(uint32_t live) { group_.live = live; }
   void set_timeout(double seconds) { group_.timeout_ns = static_cast<uint64_t>(seconds * 1e9); }
 
-  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool refused, bool cached, int64_t num_tokens, int num_topk,
+  void dispatch(int num_blocks, int push_blocks, int local_blocks, bool refused, int64_t num_tokens, int num_topk,
                 int num_local_experts, int num_scales, int index_bytes, int64_t row_bytes, uintptr_t x,
                 uintptr_t scales, int64_t scale_token_stride, int64_t scale_stride, uintptr_t topk_idx,
                 uintptr_t topk_weights, uintptr_t is_token_in_rank, uintptr_t tokens_per_rank,
@@ -119,7 +125,7 @@ class Domain {
                                 push_blocks,
                                 local_blocks,
                                 refused,
-                                cached,
+                                false,
                                 num_tokens,
                                 num_topk,
                                 num_local_experts,
@@ -144,6 +150,18 @@ class Domain {
                                 pointer<dk::HostCounts>(host),
                                 ticket};
     in_turn(stream, [&] { dk::launch_dispatch(args, num_blocks, pointer<void>(stream)); });
+  }
+
+  /// Nothing but addresses is new: this is the call whose host time counts most.
+  void dispatch_cached(const CachedDispatch& call, uintptr_t x, uintptr_t scales, uintptr_t slot_x, uintptr_t slot_scales,
+                       uintptr_t stream) {
+    dk::DispatchArgs args = call.args;
+    args.group = group_;
+    args.x = pointer<const std::byte>(x);
+    args.scales = pointer<const uint32_t>(scales);
+    args.slot[deepep::core::kSlotRows] = offset(slot_x);
+    args.slot[deepep::core::kSlotScales] = offset(slot_scales);
+    in_turn(stream, [&] { dk::launch_dispatch(args, call.num_blocks, pointer<void>(stream)); });
   }
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
@@ -222,13 +240,13 @@ class Domain {
     return fault;
   }
 
- private:
   /// Blocks of the two kinds are disjoint and make up the grid, or all blocks are of both.
   static void check_roles(int blocks, int one, int other) {
     if (blocks < 1 || (one + other != blocks && (one != blocks || other != blocks)))
       throw std::invalid_argument("blocks of two kinds must be disjoint, or all of both");
   }
 
+ private:
   /// Where in this rank's heap; 0 for nowhere.
   [[nodiscard]] int64_t offset(uintptr_t address) const {
     return address == 0 ? 0 : pointer<std::byte>(address) - group_.heap[group_.rank];
@@ -245,6 +263,26 @@ class Domain {
   Turns turns_;
   Event fork_;
 };
+
+CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks, int64_t num_tokens, int num_scales,
+                               int64_t row_bytes, int64_t scale_token_stride, int64_t scale_stride, uintptr_t counts,
+                               uintptr_t send_row, int64_t slot_capacity) {
+  Domain::check_roles(num_blocks, push_blocks, local_blocks);
+  CachedDispatch call{num_blocks, {}};
+  call.args.push_blocks = push_blocks;
+  call.args.local_blocks = local_blocks;
+  call.args.cached = true;
+  call.args.num_tokens = num_tokens;
+  call.args.num_scales = num_scales;
+  call.args.index_bytes = 8;
+  call.args.row_bytes = row_bytes;
+  call.args.scale_token_stride = scale_token_stride;
+  call.args.scale_stride = scale_stride;
+  call.args.counts = pointer<int32_t>(counts);
+  call.args.send_row = pointer<int32_t>(send_row);
+  call.args.slot_capacity = slot_capacity;
+  return call;
+}
 
 /// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
 /// (phase, rows for this rank, the most rows of any rank, rows that combine brings back, top-k entries per local
@@ -284,11 +322,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
   m.attr("MAX_RANKS") = deepep::core::kMaxRanks;
 
+  py::class_<CachedDispatch>(m, "CachedDispatch").def(py::init(&cached_dispatch));
   py::class_<Domain>(m, "Domain")
       .def(py::init<int, const std::vector<uintptr_t>&, int, int, int64_t, uintptr_t, uintptr_t, double>())
       .def("set_live", &Domain::set_live)
       .def("set_timeout", &Domain::set_timeout)
       .def("dispatch", &Domain::dispatch)
+      .def("dispatch_cached", &Domain::dispatch_cached)
       .def("combine", &Domain::combine)
       .def("layout", &Domain::layout)
       .def("barrier", &Domain::barrier)

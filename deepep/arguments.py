@@ -98,17 +98,14 @@ def layout(
     num_tokens_per_expert: torch.Tensor | None,
 ) -> Layout:
     """The layout tensors, all of which a fresh dispatch needs."""
-    needed = {
-        "num_tokens_per_rank": num_tokens_per_rank,
-        "is_token_in_rank": is_token_in_rank,
-        "num_tokens_per_expert": num_tokens_per_expert,
-    }
-    for name, tensor in needed.items():
-        if tensor is None:
-            raise ArgumentError(name, "None, without a handle", "the tensor of get_dispatch_layout")
-    assert num_tokens_per_rank is not None
-    assert is_token_in_rank is not None
-    assert num_tokens_per_expert is not None
+    if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
+        needed = {
+            "num_tokens_per_rank": num_tokens_per_rank,
+            "is_token_in_rank": is_token_in_rank,
+            "num_tokens_per_expert": num_tokens_per_expert,
+        }
+        missing = next(name for name, tensor in needed.items() if tensor is None)
+        raise ArgumentError(missing, "None, without a handle", "the tensor of get_dispatch_layout")
     return Layout(num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank)
 
 

@@ -15,8 +15,8 @@ from deepep.engine.nvlink import (
     Counts,
     Endpoint,
     Plan,
-    Received,
 )
+from deepep.engine.received import Received, kind_of
 from deepep.engine.roles import combine_split, dispatch_split
 
 
@@ -96,27 +96,31 @@ class VirtualDomain:
                 continue
             self._hold_back(r, late)
             endpoint, given = self.endpoints[r], inputs[r]
-            cached = plans is not None
-            plan = plans[r] if plans is not None else endpoint.new_plan(given.x.shape[0], capacity)
-            topk_idx = None if cached else given.topk_idx
             stretch = endpoint.heap[endpoint.slots_begin :]
-            received = Received.carve(stretch, capacity, given.x, given.scales, topk_idx)
-            endpoint.dispatch(
-                given.x,
-                received,
-                dispatch_split(self.num_sms, self.num_ranks),
-                self.streams[r].cuda_stream,
-                plan,
-                cached=cached,
-                scales=given.scales,
-                topk_idx=topk_idx,
-                topk_weights=None if cached else given.topk_weights,
-                is_token_in_rank=given.is_token_in_rank,
-                tokens_per_rank=given.tokens_per_rank,
-                tokens_per_expert=given.tokens_per_expert,
-                num_worst_tokens=num_worst_tokens,
-                tell_host=tell_host and not cached,
-            )
+            split = dispatch_split(self.num_sms, self.num_ranks)
+            stream = self.streams[r].cuda_stream
+            if plans is not None:
+                plan = plans[r]
+                received = kind_of(given.x, given.scales, None, False).carve(stretch, capacity)
+                endpoint.dispatch_cached(given.x, given.scales, received, split, stream, plan)
+            else:
+                plan = endpoint.new_plan(given.x.shape[0], capacity)
+                received = kind_of(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
+                endpoint.dispatch(
+                    given.x,
+                    received,
+                    split,
+                    stream,
+                    plan,
+                    scales=given.scales,
+                    topk_idx=given.topk_idx,
+                    topk_weights=given.topk_weights,
+                    is_token_in_rank=given.is_token_in_rank,
+                    tokens_per_rank=given.tokens_per_rank,
+                    tokens_per_expert=given.tokens_per_expert,
+                    num_worst_tokens=num_worst_tokens,
+                    tell_host=tell_host,
+                )
             results[r] = Arrived(received, plan)
         if tell_host and plans is None:
             for r, arrived in results.items():

@@ -79,7 +79,7 @@ struct DispatchArgs {
   bool refused;      // only tell the others that this rank does not take part in this call
   bool cached;       // counts and rows come from the handle
   int64_t num_tokens;
-  int num_topk;           // 0: no top-k travels, as in a cached call
+  int num_topk;           // 0: no top-k travels, as in a cached call, where source tokens do not either
   int num_local_experts;  // L
   int num_scales;         // 4-byte scales per row; 0: none
   int index_bytes;        // 4 or 8

@@ -167,8 +167,8 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const int32_t end_row = speaks ? first_row + count(g.rank, lane()) : 0;
   const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(lent<Vec16>(args, lane(), core::kSlotRows)) : 0;
   int32_t next_row = first_row + tokens_before;
-  const bool trails = mine.part == 0 && (args.num_scales > 0 || args.cached);  // what is written row by row
-  const bool describes = mine.part == 0 && !args.cached;                       // what is written for a group of rows
+  const bool trails = mine.part == 0 && args.num_scales > 0;  // what is written row by row
+  const bool describes = mine.part == 0 && !args.cached;      // what is written for a group of rows
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int from = chunks * mine.part / mine.parts;
   const int end = chunks * (mine.part + 1) / mine.parts;
@@ -221,9 +221,7 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
         }
         for (uint32_t left = trails ? destinations : 0; left != 0; left &= left - 1) {
           const int d = lowest_bit(left);
-          const int32_t to = shuffle(row, d);
-          write_scales(args, scales, t, d, to);
-          if (args.cached) write_source(args, t, d, to);
+          write_scales(args, scales, t, d, shuffle(row, d));
         }
       }
       if (!is_turn) continue;

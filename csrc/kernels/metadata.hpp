@@ -112,13 +112,7 @@ DEEPEP_DEVICE void keep_rows(const DispatchArgs& args, const TokenGroup& group, 
   }
 }
 
-/// Which token a row is, to rank d if it wants to know.
-DEEPEP_DEVICE void write_source(const DispatchArgs& args, int64_t t, int d, int64_t row) {
-  int32_t* to = lent<int32_t>(args, d, core::kSlotSource);
-  if (to != nullptr && dev::lane() == 0) dev::store(to + row, static_cast<int32_t>(t));
-}
-
-/// The same for a group's rows, to every rank of `destinations`.
+/// Which token each of the group's rows is, to every rank of `destinations`.
 DEEPEP_DEVICE void write_sources(const DispatchArgs& args, const TokenGroup& group, uint32_t destinations) {
   using namespace dev;
 #pragma unroll 1
@@ -127,7 +121,7 @@ DEEPEP_DEVICE void write_sources(const DispatchArgs& args, const TokenGroup& gro
     const uint32_t going = shuffle(group.going, d);
     const int32_t row = shuffle(group.first_row, d) + going_before(going, lane());
     int32_t* to = lent<int32_t>(args, d, core::kSlotSource);
-    if (to != nullptr && ((going >> lane()) & 1u)) store(to + row, static_cast<int32_t>(group.begin + lane()));
+    if (((going >> lane()) & 1u)) store(to + row, static_cast<int32_t>(group.begin + lane()));
   }
 }
 

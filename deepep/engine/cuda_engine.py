@@ -39,8 +39,8 @@ from deepep.engine.nvlink import (
     Counts,
     Phase,
     Plan,
-    Received,
 )
+from deepep.engine.received import Received, kind_of
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
 from deepep.engine.roles import combine_split, dispatch_split
 from deepep.engine.symmetric import SymmetricMemory
@@ -210,15 +210,8 @@ class CudaEngine(ReferenceEngine):
         capacity = max(64, plan.num_rows if plan.most_rows is None else plan.most_rows)
         with self._stream_for(schedule) as stream:
             received = self._lend(request, capacity, False, capturing, stream)
-            self._endpoint.dispatch(
-                x,
-                received,
-                dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks),
-                stream,
-                plan,
-                cached=True,
-                scales=scales,
-            )
+            split = dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks)
+            self._endpoint.dispatch_cached(x, scales, received, split, stream, plan)
             if plan.stream != stream:
                 plan.table.record_stream(streams.current(self._index))
             if capturing or received.landed_on:
@@ -357,13 +350,14 @@ class CudaEngine(ReferenceEngine):
         self, request: DispatchRequest, capacity: int, is_guess: bool, capturing: bool, stream: int
     ) -> Received:
         """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
-        sent, memory = (request.x, request.scales, request.topk_idx), self._memory
+        memory = self._memory
+        kind = kind_of(request.x, request.scales, request.topk_idx, with_source=request.route is None)
         if capturing:
-            received = memory.lend_to_graph(capacity, *sent)
+            received = memory.lend_to_graph(kind, capacity)
         else:
-            received = memory.lend(capacity, *sent, request.route is None, is_guess, stream)
+            received = memory.lend(kind, capacity, is_guess, stream)
         if received is None:
-            size = Received.carved_bytes(capacity, *sent)
+            size = kind.num_bytes(capacity)
             got = f"{capacity} rows to receive, {size} bytes"
             full = CapacityError("x", got, memory.shortage(size), self.info.rank)
             self.refuse(Operation.DISPATCH, full, _NOW)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from deepep.engine import streams
-from deepep.engine.nvlink import Received
+from deepep.engine.received import Received
 from deepep.engine.slots import SEGMENT, SlotPool
 
 

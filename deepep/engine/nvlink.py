@@ -9,13 +9,13 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden, N rows 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from enum import IntFlag
+from typing import NamedTuple
 
 import torch
 
 from deepep import _cuda
+from deepep.engine.received import Received
 from deepep.engine.roles import BlockSplit
 from deepep.errors import FaultRecord
 
@@ -37,7 +37,6 @@ class Phase(IntFlag):
     DISAGREEMENT = 128
 
 
-_ALIGNMENT = 128
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
 
 
@@ -45,16 +44,18 @@ class Plan:
     """What combine and cached dispatches need of a dispatch.
 
     table [T + R, R] int32: send_row, then counts; one block, of the stream that the dispatch ran on.
-    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits.
+    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. repeated: the last cached
+    dispatch along it: for what, and what such calls pass alike.
     """
 
-    __slots__ = ("live", "num_rows", "num_tokens", "table")
+    __slots__ = ("live", "num_rows", "num_tokens", "repeated", "table")
 
     def __init__(self, table: torch.Tensor, num_tokens: int, num_rows: int, live: int) -> None:
         self.table = table
         self.num_tokens = num_tokens
         self.num_rows = num_rows
         self.live = live
+        self.repeated: tuple[tuple[object, ...], _cuda.CachedDispatch] | None = None
 
     @property
     def send_row(self) -> torch.Tensor:
@@ -72,106 +73,7 @@ class Plan:
         return begin + 4 * ranks * self.num_tokens, begin
 
 
-@dataclass(slots=True)
-class Received:
-    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
-
-    landed_on: where that is the landing area (deepep.engine.landing), the stream to copy them out on.
-    """
-
-    x: torch.Tensor  # [capacity, H]
-    source: torch.Tensor | None  # [capacity] int32: each row's token; None: not wanted
-    scales: torch.Tensor | None  # [capacity, P]
-    topk_idx: torch.Tensor | None  # [capacity, K]
-    topk_weights: torch.Tensor | None  # [capacity, K] float32
-    landed_on: torch.cuda.Stream | None = None
-
-    @staticmethod
-    def arrays(
-        capacity: int,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        with_source: bool,
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of those that are there, in order, for what is sent."""
-        arrays: list[tuple[tuple[int, ...], torch.dtype]] = [((capacity, x.shape[1]), x.dtype)]
-        if with_source:
-            arrays.append(((capacity,), torch.int32))
-        if scales is not None:
-            arrays.append(((capacity, scales.shape[1]), scales.dtype))
-        if topk_idx is not None:
-            shape = (capacity, topk_idx.shape[1])
-            arrays += [(shape, topk_idx.dtype), (shape, torch.float32)]
-        return arrays
-
-    @staticmethod
-    def of(tensors: list[torch.Tensor], with_source: bool, with_scales: bool) -> Received:
-        """Of tensors as `arrays` describes them."""
-        rest = iter(tensors)
-        x = next(rest)
-        source = next(rest) if with_source else None
-        scales = next(rest) if with_scales else None
-        return Received(x, source, scales, next(rest, None), next(rest, None))
-
-    @staticmethod
-    def carve(
-        stretch: torch.Tensor,
-        capacity: int,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        with_source: bool = True,
-    ) -> Received:
-        """All arrays out of one stretch of the heap, uint8."""
-        tensors, begin = [], 0
-        for shape, dtype in Received.arrays(capacity, x, scales, topk_idx, with_source):
-            size = math.prod(shape) * dtype.itemsize
-            tensors.append(stretch[begin : begin + size].view(dtype).view(shape))
-            begin += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return Received.of(tensors, with_source, scales is not None)
-
-    @staticmethod
-    def carved_bytes(
-        capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
-    ) -> int:
-        """Bytes that a stretch to carve needs at most: no more than a sum, for every call asks."""
-        return capacity * Received._row_bytes(x, scales, topk_idx) + 5 * _ALIGNMENT
-
-    @staticmethod
-    def carved_rows(
-        num_bytes: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
-    ) -> int:
-        """Rows for which so many bytes are enough."""
-        return max(0, num_bytes - 5 * _ALIGNMENT) // Received._row_bytes(x, scales, topk_idx)
-
-    @staticmethod
-    def _row_bytes(x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None) -> int:
-        row = x.shape[1] * x.element_size() + 4
-        if scales is not None:
-            row += scales.shape[1] * scales.element_size()
-        if topk_idx is not None:
-            row += topk_idx.shape[1] * (topk_idx.element_size() + 4)
-        return row
-
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """All of them, in order."""
-        return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
-
-    def copy(self, rows: int) -> Received:
-        """The first `rows` rows, in memory of the current stream."""
-        copies = (None if t is None else t[:rows].clone() for t in self.tensors())
-        return Received(*copies)  # type: ignore[arg-type]
-
-    def cut(self, rows: int) -> None:
-        """Keeps the first `rows` rows, in place."""
-        for tensor in self.tensors():
-            if tensor is not None:
-                tensor.resize_(rows, *tensor.shape[1:])
-
-
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """What the host learns while a dispatch runs."""
 
     phase: int
@@ -285,7 +187,6 @@ class Endpoint:
         stream: int,
         plan: Plan,
         *,
-        cached: bool = False,
         scales: torch.Tensor | None = None,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
@@ -295,10 +196,10 @@ class Endpoint:
         num_worst_tokens: int = 0,
         tell_host: bool = False,
     ) -> None:
-        """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap.
+        """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
+        the plan.
 
-        cached: the routing is the plan's. Else the plan is filled, and is_token_in_rank and tokens_per_rank
-        are needed. tell_host: `wait_counts` will be called.
+        is_token_in_rank and tokens_per_rank are needed. tell_host: `wait_counts` will be called.
         """
         num_scales = stride_token = stride_scale = 0
         if scales is not None:
@@ -311,7 +212,6 @@ class Endpoint:
             split.remote,
             split.local,
             False,
-            cached,
             x.shape[0],
             0 if topk_idx is None else topk_idx.shape[1],
             0 if tokens_per_expert is None else tokens_per_expert.shape[0] // self.num_ranks,
@@ -340,6 +240,38 @@ class Endpoint:
             stream,
         )
 
+    def dispatch_cached(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        received: Received,
+        split: BlockSplit,
+        stream: int,
+        plan: Plan,
+    ) -> None:
+        """Launches a dispatch along the plan's routing."""
+        strides = None if scales is None else scales.stride()
+        # Splits are made once: the same is the same object.
+        kind = (x.shape[1], x.dtype, strides, split, received.x.shape[0])
+        if plan.repeated is None or plan.repeated[0] != kind:
+            call = _cuda.CachedDispatch(
+                *(split.total, split.remote, split.local, plan.num_tokens),
+                0 if scales is None else scales.shape[1],
+                x.shape[1] * x.element_size(),
+                *(strides or (0, 0)),
+                *plan.addresses(),
+                received.x.shape[0],
+            )
+            plan.repeated = kind, call
+        self._domain.dispatch_cached(
+            plan.repeated[1],
+            x.data_ptr(),
+            _address(scales),
+            received.x.data_ptr(),
+            _address(received.scales),
+            stream,
+        )
+
     def wait_counts(self, num_local_experts: int) -> Counts | None:
         """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.
 
@@ -353,7 +285,7 @@ class Endpoint:
         """Launches a dispatch that only tells the others that this rank takes no part."""
         nothing = self.heap[:0]
         self._domain.dispatch(
-            *(1, 1, 1, True, False, 0, 0, 0, 0, 8, 16),
+            *(1, 1, 1, True, 0, 0, 0, 0, 8, 16),
             *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
             *(self._no_counts.data_ptr(), self._no_counts.data_ptr()),
             *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, stream),

@@ -14,15 +14,12 @@ this rank behind them; all later ones, on whatever stream, run behind that one (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from deepep import _cuda
 from deepep.engine import streams
-
-Array = tuple[tuple[int, ...], torch.dtype]
 
 #: torch takes large blocks in multiples of this, and slots are large
 SEGMENT = 2 << 20
@@ -77,9 +74,9 @@ class SlotPool:
         self._pool: torch.cuda.MemPool | None = None
         self._begin_anew()
 
-    def take(self, arrays: Sequence[Array], stream: int) -> list[torch.Tensor] | None:
-        """Tensors for the current stream, `stream`, each in memory of its own; None if the heap has no room
-        for them. Waits for nothing.
+    def take(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+        """Tensors like these for the current stream, `stream`, each in memory of its own; None if the heap
+        has no room for them. Waits for nothing.
         """
         if stream not in self.users.known:
             self.users.add_current()
@@ -91,7 +88,7 @@ class SlotPool:
         self._was_full = made is None
         return made
 
-    def _look_for_room(self, arrays: Sequence[Array], stream: int) -> list[torch.Tensor] | None:
+    def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         self._let_torch_look()
         made = self._try(arrays)
         if made is None and self._settle(stream):
@@ -101,7 +98,7 @@ class SlotPool:
             self._backoff.tried()
             idle, held, may_go = self._survey()
             in_arena = self.num_bytes - self._aside - _cuda.arena_used(self._arena)
-            wanted = sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
+            wanted = sum(array.numel() * array.element_size() for array in arrays)
             # Slots held now come back from a pool that is no more only when torch empties all its caches.
             if may_go and held <= idle and idle + in_arena >= wanted:
                 self._begin_anew()
@@ -169,12 +166,12 @@ class SlotPool:
         self._pool = torch.cuda.MemPool(self._allocator.allocator())
         self._pool_id = self._pool.id
 
-    def _try(self, arrays: Sequence[Array]) -> list[torch.Tensor] | None:
+    def _try(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         _cuda.arena_select(self._arena)
         # torch.cuda.use_mem_pool, without the price of a generator
         torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self._pool_id)
         try:
-            return [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in arrays]
+            return [torch.empty_like(array) for array in arrays]
         except torch.OutOfMemoryError:
             return None
         finally:

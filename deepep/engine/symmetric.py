@@ -12,7 +12,8 @@ import torch
 from deepep.engine.fabric import share_heap
 from deepep.engine.landing import Landing
 from deepep.engine.membership import Absent, Membership
-from deepep.engine.nvlink import Endpoint, Received
+from deepep.engine.nvlink import Endpoint
+from deepep.engine.received import Kind, Received
 from deepep.engine.slots import SEGMENT, SlotPool
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
@@ -44,51 +45,41 @@ class SymmetricMemory:
         self.endpoint.set_live(sum(1 << r for r in members))
         self.slots = SlotPool(own, self.endpoint.slots_begin)
         self.landing = Landing(self.slots)
+        self._device = device
         self._num_bytes = own.numel()
         self._captured: torch.Tensor | None = None
         gather("ready")("")  # no rank sends before all heaps are zeroed
 
-    def lend(
-        self,
-        capacity: int,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        with_source: bool,
-        is_guess: bool,
-        stream: int,
-    ) -> Received | None:
-        """Arrays for `capacity` rows like these, for a dispatch on the current stream, `stream`. None if no
-        place can be made for them.
+    def lend(self, kind: Kind, capacity: int, is_guess: bool, stream: int) -> Received | None:
+        """Arrays for `capacity` rows, for a dispatch on the current stream, `stream`. None if no place can be
+        made for them.
 
         is_guess: fewer will do, for if more rows come the call is made again.
         """
-        size = Received.carved_bytes(capacity, x, scales, topk_idx)
+        size = kind.num_bytes(capacity)
         if size > self.landing.num_bytes and not self.landing.grow(size, stream, needed=not is_guess):
-            capacity = Received.carved_rows(self.landing.num_bytes, x, scales, topk_idx)
+            capacity = kind.rows_in(self.landing.num_bytes)
             if not is_guess or capacity == 0:
                 return None
-        made = self.slots.take(Received.arrays(capacity, x, scales, topk_idx, with_source), stream)
+        made = self.slots.take(kind.templates(capacity, self._device), stream)
         if made is not None:
-            return Received.of(made, with_source, scales is not None)
+            return kind.of(made)
         stretch, on = self.landing.lend()
-        received = Received.carve(stretch, capacity, x, scales, topk_idx, with_source)
+        received = kind.carve(stretch, capacity)
         received.landed_on = on
         return received
 
-    def lend_to_graph(
-        self, capacity: int, x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
-    ) -> Received | None:
+    def lend_to_graph(self, kind: Kind, capacity: int) -> Received | None:
         """The same for captured dispatches: one place, never freed: nobody tells when the last replay was.
 
         The rows are copied out of it at once, into the graph's own memory.
         """
-        size = Received.carved_bytes(capacity, x, scales, topk_idx)
+        size = kind.num_bytes(capacity)
         if self._captured is None or self._captured.numel() < size:
             self._captured = self.slots.reserve(size)
         if self._captured is None:
             return None
-        return Received.carve(self._captured, capacity, x, scales, topk_idx)
+        return kind.carve(self._captured, capacity)
 
     def copy_out(self, received: Received, rows: int) -> Received:
         """The first `rows` rows in ordinary memory: of a landed dispatch on the stream that it runs on, of a

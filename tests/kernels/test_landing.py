@@ -197,7 +197,7 @@ def test_asynchronous_calls_land(pair: World, ours: bool) -> None:
         outputs = []
         for turn in range(12):
             how = {"async_finish": True, "allocate_on_comm_stream": ours}
-            how["previous_event"] = deepep.Buffer.capture() if turn % 3 else None
+            how["previous_event"] = deepep.Buffer.capture() if ours or turn % 3 else None
             rows, *_, handle, event = dispatch(buffer, given, layout, **how)
             again, *_, last = buffer.dispatch(given.x * 3, handle=handle, **how)
             event.current_stream_wait()

@@ -115,25 +115,37 @@ def test_the_landing_area_waits_for_the_device_only_where_nothing_else_helps(
 def test_carved_arrays_fit_and_are_copied(
     capacity: int, with_scales: bool, with_topk: bool, with_source: bool
 ) -> None:
-    from deepep.engine.nvlink import Received
+    from deepep.engine.received import kind_of
 
     x = torch.empty((5, 48), dtype=torch.float8_e4m3fn if with_scales else torch.bfloat16)
     scales = torch.empty((5, 3)) if with_scales else None
     idx = torch.empty((5, 7), dtype=torch.int64) if with_topk else None
+    kind = kind_of(x, scales, idx, with_source)
     for spare in (0, 1, 1000):
-        rows = Received.carved_rows(Received.carved_bytes(capacity, x, scales, idx) + spare, x, scales, idx)
+        rows = kind.rows_in(kind.num_bytes(capacity) + spare)
         assert rows >= capacity
-        assert (
-            Received.carved_bytes(rows, x, scales, idx)
-            <= Received.carved_bytes(capacity, x, scales, idx) + spare
-        )
-    assert Received.carved_rows(0, x, scales, idx) == 0
-    stretch = torch.randint(0, 255, (Received.carved_bytes(capacity, x, scales, idx),), dtype=torch.uint8)
-    received = Received.carve(stretch, capacity, x, scales, idx, with_source)
+        assert kind.num_bytes(rows) <= kind.num_bytes(capacity) + spare
+    assert kind.rows_in(0) == 0
+    stretch = torch.randint(0, 255, (kind.num_bytes(capacity),), dtype=torch.uint8)
+    received = kind.carve(stretch, capacity)
+    wanted = [
+        ((capacity, 48), x.dtype),
+        ((capacity,), torch.int32) if with_source else None,
+        ((capacity, 3), torch.float32) if with_scales else None,
+        ((capacity, 7), torch.int64) if with_topk else None,
+        ((capacity, 7), torch.float32) if with_topk else None,
+    ]
+
+    def shapes(received: Any) -> list[Any]:
+        return [None if t is None else (tuple(t.shape), t.dtype) for t in received.tensors()]
+
+    assert shapes(received) == wanted
+    made = kind.of([torch.empty_like(t) for t in kind.templates(capacity, x.device)])
+    assert shapes(made) == wanted
+    assert all(t.is_contiguous() for t in made.tensors() if t is not None)
+    made.cut(capacity // 2)
+    assert shapes(made) == [None if w is None else ((capacity // 2, *w[0][1:]), w[1]) for w in wanted]
     arrays = [t for t in received.tensors() if t is not None]
-    wanted = Received.arrays(capacity, x, scales, idx, with_source)
-    assert [(tuple(t.shape), t.dtype) for t in arrays] == wanted
-    assert len(arrays) == 1 + with_source + with_scales + 2 * with_topk
     end = 0
     for t in arrays:
         begin = t.data_ptr() - stretch.data_ptr()
@@ -214,7 +226,7 @@ def test_when_a_pool_is_begun_anew(
     monkeypatch.setattr(pool, "_settle", settle)
     monkeypatch.setattr(pool, "_let_torch_look", lambda: None)
     monkeypatch.setattr(pool, "_begin_anew", lambda: renewed.append(1))
-    arrays = [((wanted, megabyte), torch.uint8)]
+    arrays = [torch.empty((1, 1), dtype=torch.uint8).expand(wanted, megabyte)]
     assert pool.take(arrays, 0) == (["made"] if begins_anew else None)
     assert tries == ([0, 0, 1] if begins_anew else [0, 0])
     assert pool._was_full is not begins_anew
@@ -250,3 +262,37 @@ def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
     assert not pool._settle(0)
     assert _cuda.arena_reserve(arena, 1024) == block
     _cuda.arena_close(arena)
+
+
+def test_kinds_are_told_apart() -> None:
+    """What differs in any way that an array shows is another kind; what does not is the same object."""
+    from deepep.engine.received import kind_of
+
+    x = torch.empty((5, 48), dtype=torch.bfloat16)
+    bytes_ = torch.empty((5, 48), dtype=torch.uint8)
+    scales, idx = torch.empty((5, 3)), torch.empty((5, 7), dtype=torch.int64)
+    kinds = [
+        kind_of(x, None, None, True),
+        kind_of(x, None, None, False),
+        kind_of(x[:, :32], None, None, True),
+        kind_of(x.half(), None, None, True),
+        kind_of(bytes_, scales, None, True),
+        kind_of(bytes_, scales[:, :2], None, True),
+        kind_of(bytes_, scales.int(), None, True),
+        kind_of(x, None, idx, True),
+        kind_of(x, None, idx.int(), True),
+        kind_of(x, None, idx[:, :3], True),
+    ]
+    assert len({id(kind) for kind in kinds}) == len(kinds)
+    assert kind_of(torch.empty((9, 48), dtype=torch.bfloat16), None, idx, True) is kinds[7]
+    # Of no columns, as of scales that are none.
+    none = kind_of(bytes_, scales[:, :0], None, False)
+    assert [tuple(t.shape) for t in none.templates(64, x.device)] == [(64, 48), (64, 0)]
+
+
+def test_templates_are_of_their_device() -> None:
+    from deepep.engine.received import kind_of
+
+    kind = kind_of(torch.empty((1, 16), dtype=torch.bfloat16), None, None, True)
+    for device in (torch.device("cpu"), torch.device("meta"), torch.device("cpu")):
+        assert all(t.device == device for t in kind.templates(64, device))

@@ -132,8 +132,8 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
         assert arrived.counts.phase == 0
         assert arrived.counts.num_rows == rows
         assert arrived.counts.per_expert == expected.num_recv_tokens_per_expert
+        assert same_bits(got.source[:rows], expected.src_token)
     assert same_bits(got.x[:rows], expected.recv_x[:rows])
-    assert same_bits(got.source[:rows], expected.src_token)
     if expected.recv_scales is not None:
         assert same_bits(got.scales[:rows], expected.recv_scales[:rows])
     if expected.recv_topk_idx is not None and not cached:
