@@ -8,6 +8,7 @@ Shapes: K top-k, H hidden, P scales per row.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -86,13 +87,10 @@ class Kind:
         return max(0, num_bytes - len(self._rows) * _ALIGNMENT) // self.row_bytes
 
     def templates(self, capacity: int, device: torch.device) -> list[torch.Tensor]:
-        """Tensors of the arrays' shapes, in order, with next to no memory: for `torch.empty_like`."""
+        """Tensors of the arrays' shapes, in order, with no memory of their own: for `torch.empty_like`."""
         made = self._templates.get(capacity)
         if made is None or made[0].device != device:
-            made = [
-                torch.empty([1] * (1 + len(row)), dtype=dtype, device=device).expand(capacity, *row)
-                for row, dtype in self._rows
-            ]
+            made = [_element(dtype, device).expand(capacity, *row) for row, dtype in self._rows]
             if len(self._templates) >= _MOST_KEPT:
                 self._templates.clear()
             self._templates[capacity] = made
@@ -117,6 +115,11 @@ class Kind:
 
 
 _kinds: dict[tuple[object, ...], Kind] = {}
+
+
+@functools.cache
+def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=dtype, device=device)
 
 
 def kind_of(

@@ -288,6 +288,9 @@ def test_kinds_are_told_apart() -> None:
     # Of no columns, as of scales that are none.
     none = kind_of(bytes_, scales[:, :0], None, False)
     assert [tuple(t.shape) for t in none.templates(64, x.device)] == [(64, 48), (64, 0)]
+    # Whatever numbers of rows were seen, templates take no memory.
+    templates = [t for rows in range(1, 300) for t in kinds[7].templates(rows, x.device)]
+    assert len({t.untyped_storage().data_ptr() for t in templates}) == len({t.dtype for t in templates})
 
 
 def test_templates_are_of_their_device() -> None:
