@@ -57,7 +57,10 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
     cases = [*(replace(case, masked=()) for case in cases[:-1]), cases[-1]]
     return Scenario(
         cases=tuple(cases),
-        gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
+        gpu=replace(
+            GPUS[choices.integer(0, len(GPUS) - 1)],
+            calls_before=choices.pick((0, 0, 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD)),
+        ),
         use_layout=choices.pick(("no", "yes")),
         use_barrier=choices.flag(),
         short_slots=choices.flag(0.3),

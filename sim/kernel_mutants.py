@@ -99,6 +99,20 @@ EDITS = (
         "rows are written over those of the combine before, which may still be read",
     ),
     Edit(
+        "epochs that come by 0",
+        "kernels/group.hpp",
+        "last == 0xffffffffu ? 2 : last + 1",
+        "last + 1",
+        "a word that nobody has written is taken for this call's, once in 2^32",
+    ),
+    Edit(
+        "two odd epochs in a row",
+        "kernels/group.hpp",
+        "last == 0xffffffffu ? 2 : last + 1",
+        "last == 0xffffffffu ? 1 : last + 1",
+        "what lies in two places in turn is written over while it is read, once in 2^32",
+    ),
+    Edit(
         "a mailbox word without its tag",
         "kernels/exchange.hpp",
         "pack_tagged(value, epoch)",

@@ -171,6 +171,7 @@ class Domain {
 void bind_domain(py::module_& m) {
   m.attr("STATE_BYTES") = sizeof(dk::LocalState);
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
+  m.attr("EPOCHS") = offsetof(dk::LocalState, blocks_started) / sizeof(uint32_t);  // the first words of the state
   m.attr("MAX_RANKS") = core::kMaxRanks;
   m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(dk::Phase::kTooManyRows);
   m.attr("DISAGREEMENT") = static_cast<uint32_t>(dk::Phase::kDisagreement);
@@ -210,6 +211,12 @@ void bind_domain(py::module_& m) {
   });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return core::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
+  });
+  m.def("counting_words", [](int num_ranks, int max_local_experts, int max_blocks) {  // those that only grow
+    const core::ControlLayout control{num_ranks, max_local_experts, max_blocks};
+    std::vector<int64_t> offsets;
+    for (int r = 0; r < num_ranks; ++r) offsets.insert(offsets.end(), {control.staging_free(r), control.arrived(r)});
+    return offsets;
   });
   m.def("staging_capacity", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
     return core::StagingLayout{area_bytes, row_bytes, num_topk}.capacity();

@@ -19,8 +19,12 @@ struct Digest {
   DEEPEP_DEVICE void add(uint32_t part) { value = (value ^ part) * 16777619u; }
 };
 
-/// How a kernel starts, for every block: reads the number of this call. All threads.
-[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) { return dev::load(epoch) + 1; }
+/// How a kernel starts, for every block: reads the number of this call. All threads. Never 0, which is what words hold
+/// that nobody has written yet; nor 1 after 2^32 - 1, for what lies in two places in turn goes by the lowest bit.
+[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) {
+  const uint32_t last = dev::load(epoch);
+  return last == 0xffffffffu ? 2 : last + 1;
+}
 
 /// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and without a
 /// wait, so that no block needs another one to be resident. One thread of every block, behind a block barrier that

@@ -22,7 +22,8 @@ class Gpu:
 
     num_blocks: blocks of a launch, of which push_blocks write to other ranks and local_blocks work on rows
     that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
-    blocks are resident together; 0 is all. timeout: seconds a kernel waits.
+    blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
+    as the ranks count them, modulo 2^32.
     """
 
     num_blocks: int = 2
@@ -32,6 +33,7 @@ class Gpu:
     num_sms: int = 0
     timeout: float = 1.0
     reduce_blocks: int = 0
+    calls_before: int = 0
 
 
 @dataclass(frozen=True)

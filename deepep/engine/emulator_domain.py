@@ -68,6 +68,11 @@ class EmulatedDomain:
         for rank in everyone:
             # Only what holds flags: rows that are read before they are written shall be found out.
             machine.write(rank, self._heaps[rank], bytes(flags_end))
+            state = self._zeros(f"state@{rank}", "device", rank, _emulator.STATE_BYTES)
+            before = gpu.calls_before.to_bytes(4, "little")
+            machine.write(rank, state, before * _emulator.EPOCHS)
+            for word in _emulator.counting_words(num_ranks, max_local_experts, gpu.num_blocks):
+                machine.write(rank, self._heaps[rank] + word, before)
             self._domains.append(
                 _emulator.Domain(
                     machine=machine,
@@ -78,7 +83,7 @@ class EmulatedDomain:
                     max_local_experts=max_local_experts,
                     max_blocks=gpu.num_blocks,
                     staging_bytes=staging,
-                    state=self._zeros(f"state@{rank}", "device", rank, _emulator.STATE_BYTES),
+                    state=state,
                     fault=self._zeros(f"fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
                     timeout_seconds=gpu.timeout,
                 )
