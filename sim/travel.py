@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -31,13 +31,21 @@ def unpack(message: bytes) -> Any:
 
 class _Pickler(cloudpickle.Pickler):
     """Modules of a class of their own go by name, too: torch's configuration modules are such, and a
-    function that mentions torch takes along those that happen to be loaded.
+    function that mentions torch takes along those that happen to be loaded. Code keeps the name of its file,
+    for tracebacks: cloudpickle 3.1.3 forgets it.
     """
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, CodeType):
+            _, parts = self.dispatch_table[CodeType](obj)
+            return _code, (obj.co_filename, parts)
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
             return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
+
+
+def _code(filename: str, parts: tuple[Any, ...]) -> CodeType:
+    return CodeType(*parts).replace(co_filename=filename)
 
 
 @contextmanager
