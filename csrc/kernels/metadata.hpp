@@ -1,6 +1,6 @@
 // What travels with a row besides its bytes: scales, source token, top-k indices and weights.
 //
-// Scales are many: a row's own are written behind it. Of the rest a row has a few bytes, and a store for each would
+// Scales are many: a row's own are written right after it. Of the rest a row has a few bytes, and a store for each would
 // leave most of a warp's lanes idle. At one destination the rows of a warp's tokens follow each other; so they are
 // written for up to 32 tokens together, and what is stored is one stretch of each array.
 #pragma once

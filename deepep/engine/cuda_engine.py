@@ -359,7 +359,7 @@ class CudaEngine(ReferenceEngine):
         if received is None:
             size = kind.num_bytes(capacity)
             got = f"{capacity} rows to receive, {size} bytes"
-            full = CapacityError("x", got, memory.shortage(size), self.info.rank)
+            full = CapacityError("x", got, memory.shortage(size, capturing), self.info.rank)
             self.refuse(Operation.DISPATCH, full, _NOW)
         return received
 

@@ -190,16 +190,14 @@ class Endpoint:
         scales: torch.Tensor | None = None,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
-        is_token_in_rank: torch.Tensor | None = None,
-        tokens_per_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor,
+        tokens_per_rank: torch.Tensor,
         tokens_per_expert: torch.Tensor | None = None,
         num_worst_tokens: int = 0,
         tell_host: bool = False,
     ) -> None:
         """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
-        the plan.
-
-        is_token_in_rank and tokens_per_rank are needed. tell_host: `wait_counts` will be called.
+        the plan. tell_host: `wait_counts` will be called.
         """
         num_scales = stride_token = stride_scale = 0
         if scales is not None:
@@ -224,8 +222,8 @@ class Endpoint:
             stride_scale,
             _address(topk_idx),
             _address(topk_weights),
-            _address(is_token_in_rank),
-            _address(tokens_per_rank),
+            is_token_in_rank.data_ptr(),
+            tokens_per_rank.data_ptr(),
             _address(tokens_per_expert),
             *plan.addresses(),
             received.x.data_ptr(),
@@ -250,15 +248,13 @@ class Endpoint:
         plan: Plan,
     ) -> None:
         """Launches a dispatch along the plan's routing."""
-        strides = None if scales is None else scales.stride()
+        num_scales, strides = (0, (0, 0)) if scales is None else (scales.shape[1], scales.stride())
         # Splits are made once: the same is the same object.
-        kind = (x.shape[1], x.dtype, strides, split, received.x.shape[0])
+        kind = (x.shape[1], x.dtype, num_scales, strides, split, received.x.shape[0])
         if plan.repeated is None or plan.repeated[0] != kind:
             call = _cuda.CachedDispatch(
                 *(split.total, split.remote, split.local, plan.num_tokens),
-                0 if scales is None else scales.shape[1],
-                x.shape[1] * x.element_size(),
-                *(strides or (0, 0)),
+                *(num_scales, x.shape[1] * x.element_size(), *strides),
                 *plan.addresses(),
                 received.x.shape[0],
             )

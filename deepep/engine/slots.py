@@ -14,6 +14,7 @@ this rank behind them; all later ones, on whatever stream, run behind that one (
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -127,7 +128,8 @@ class SlotPool:
 
     def _let_torch_look(self) -> None:
         """Only outside of private pools does torch look which freed blocks streams are done with."""
-        torch.empty(1, dtype=torch.uint8, device=self._device)
+        with contextlib.suppress(torch.OutOfMemoryError):  # it has looked by then
+            torch.empty(1, dtype=torch.uint8, device=self._device)
 
     def _survey(self) -> tuple[int, int, bool]:
         """Bytes of the pool's segments in which no slot is held, and of the others; and whether the pool can
@@ -205,9 +207,8 @@ class SlotPool:
         if self._pool is None:
             return
         self._pool = None  # torch gives back what nobody holds
-        if _cuda.arena_used(self._arena) == 0:
+        if _cuda.arena_used(self._arena) == 0 and self.users.hold(self._heap):
             _cuda.arena_close(self._arena)
-            self.users.hold(self._heap)
         else:
             _outlived.append((self._heap, self._allocator))
 

@@ -32,19 +32,22 @@ def current(device: int) -> torch.cuda.Stream:
 
 
 class switched:
-    """Inside, `stream` is the current stream of its device; the current device stays what it is."""
+    """Inside, `stream` is the current stream, and its device the current one."""
 
-    __slots__ = ("_before", "_stream")
+    __slots__ = ("_before", "_device", "_stream")
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
     def __enter__(self) -> None:
+        self._device = torch._C._cuda_getDevice()
         self._before = torch._C._cuda_getCurrentStream(self._stream.device_index)
         _select(self._stream.stream_id, self._stream.device_index, self._stream.device_type)
 
     def __exit__(self, *error: object) -> None:
         _select(*self._before)
+        if self._device != self._stream.device_index:
+            torch._C._cuda_setDevice(self._device)
 
 
 def _select(number: int, index: int, kind: int) -> None:
@@ -70,8 +73,11 @@ class Users:
         others = (stream for address, stream in self.known.items() if address != but)
         return all(stream is not None and stream.query() for stream in others)
 
-    def hold(self, tensor: torch.Tensor) -> None:
-        """When it is freed, torch reuses its memory after what they hold then."""
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """When it is freed, torch reuses its memory after what they hold then. False if nobody can say so."""
+        if None in self.known.values():
+            return False
         for stream in self.known.values():
-            if stream is not None:
-                tensor.record_stream(stream)
+            assert stream is not None
+            tensor.record_stream(stream)
+        return True

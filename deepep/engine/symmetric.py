@@ -17,6 +17,8 @@ from deepep.engine.received import Kind, Received
 from deepep.engine.slots import SEGMENT, SlotPool
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
+#: what is lent if all else fails, until the rows are counted
+LEAST_ROWS = 64
 
 
 def symmetric_bytes() -> int:
@@ -57,13 +59,16 @@ class SymmetricMemory:
         is_guess: fewer will do, for if more rows come the call is made again.
         """
         size = kind.num_bytes(capacity)
-        if size > self.landing.num_bytes and not self.landing.grow(size, stream, needed=not is_guess):
-            capacity = kind.rows_in(self.landing.num_bytes)
-            if not is_guess or capacity == 0:
-                return None
+        can_land = size <= self.landing.num_bytes or self.landing.grow(size, stream, needed=False)
         made = self.slots.take(kind.templates(capacity, self._device), stream)
         if made is not None:
             return kind.of(made)
+        if not can_land and is_guess:  # as many as can land, or a few, to hear how many come
+            capacity = max(kind.rows_in(self.landing.num_bytes), LEAST_ROWS)
+            size = kind.num_bytes(capacity)
+            can_land = size <= self.landing.num_bytes
+        if not can_land and not self.landing.grow(size, stream, needed=True):
+            return None
         stretch, on = self.landing.lend()
         received = kind.carve(stretch, capacity)
         received.landed_on = on
@@ -88,12 +93,12 @@ class SymmetricMemory:
         on = received.landed_on
         return received.copy(rows) if on is None else self.landing.copy_out(received, rows, on)
 
-    def shortage(self, num_bytes: int) -> str:
+    def shortage(self, num_bytes: int, capturing: bool) -> str:
         """What a request of so many bytes lacks that was not lent anything."""
         missing = num_bytes - self.slots.num_bytes
         remedy = ""
         if missing <= 0:
-            missing = num_bytes - self.landing.num_bytes
+            missing = num_bytes - (0 if capturing else self.landing.num_bytes)
             remedy = ", or free outputs of earlier calls, which are in the way"
         more = -(-missing * 4 // (3 * SEGMENT)) * SEGMENT + SEGMENT  # a quarter of it is not for slots
         total = self._num_bytes

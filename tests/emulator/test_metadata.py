@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from deepep import _emulator
 from deepep.engine.emulator_calls import Gpu
 from deepep.sim.cases import Case
 from deepep.sim.emulated import run
@@ -87,10 +86,6 @@ def run_lying(scenario: Scenario, source: int, destination: int, missing: int, s
     return run(lying, draw_schedule(seed))
 
 
-#: Rank 0 has a fault record, unless rank 1's host is first to find that not all rows came.
-CONTAINED = {"needless fault", "wrong result", "read of memory never written"}
-
-
 @pytest.mark.parametrize("missing", [1, 20, 50])
 @pytest.mark.parametrize("gpu", [FEW_WARPS, APART], ids=["few warps", "apart"])
 def test_no_more_rows_are_written_than_were_told(gpu: Gpu, missing: int) -> None:
@@ -99,5 +94,6 @@ def test_no_more_rows_are_written_than_were_told(gpu: Gpu, missing: int) -> None
     assert case.is_token_in_rank(0)[:, 1].sum() > 50
     for seed in range(3):
         report = run_lying(Scenario((case,), gpu), 0, 1, missing, seed)
-        assert report.kind in CONTAINED, f"{report.kind}: {report.text}"
-        assert all(fault.phase == _emulator.DISAGREEMENT for fault in report.faults.values())
+        # The lines that were told of and left out: rank 1's host is first to find that they did not come.
+        assert report.kind == "read of memory never written", f"{report.kind}: {report.text}"
+        assert report.text.startswith("rank 1's host")

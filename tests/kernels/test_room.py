@@ -299,3 +299,83 @@ def test_templates_are_of_their_device() -> None:
     kind = kind_of(torch.empty((1, 16), dtype=torch.bfloat16), None, None, True)
     for device in (torch.device("cpu"), torch.device("meta"), torch.device("cpu")):
         assert all(t.device == device for t in kind.templates(64, device))
+
+
+#: Bytes of a landing area for 100 rows of `test_who_is_asked_for_memory`.
+FULL = 9456
+
+
+class Heap:
+    """A pool that lends or does not; a landing area that can grow to `room`, to `free` without waiting."""
+
+    def __init__(self, slots: bool, num_bytes: int, free: int, room: int) -> None:
+        self.slots, self.num_bytes, self.free, self.room = slots, num_bytes, free, room
+        self.asked: list[Any] = []
+
+    def take(self, arrays: Any, stream: int) -> Any:
+        self.asked.append("pool")
+        return [torch.empty_like(a) for a in arrays] if self.slots else None
+
+    def grow(self, num_bytes: int, stream: int, needed: bool) -> bool:
+        self.asked.append("waits" if needed else "grows")
+        grown = num_bytes <= (self.room if needed else self.free)
+        self.num_bytes = num_bytes if grown else self.num_bytes
+        return grown
+
+    def lend(self) -> Any:
+        self.asked.append("lands")
+        return torch.empty(self.num_bytes, dtype=torch.uint8), "stream"
+
+
+@pytest.mark.parametrize(
+    ("heap", "is_guess", "rows", "asked"),
+    [
+        # It has the place already, or makes it, before it asks for a slot.
+        (Heap(True, FULL, 0, 0), False, 100, ["pool"]),
+        (Heap(True, 0, FULL, FULL), False, 100, ["grows", "pool"]),
+        (Heap(False, FULL, 0, 0), False, 100, ["pool", "lands"]),
+        # It cannot make it, and takes a slot all the same.
+        (Heap(True, 0, 0, 0), False, 100, ["grows", "pool"]),
+        (Heap(True, 4000, 0, 0), True, 100, ["grows", "pool"]),
+        # Neither: what is needed may wait for the device; of a guess, as much as there is, or a little.
+        (Heap(False, 0, 0, FULL), False, 100, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 0, 0, 0), False, None, ["grows", "pool", "waits"]),
+        (Heap(False, 7000, 0, FULL), True, 73, ["grows", "pool", "lands"]),
+        (Heap(False, 0, 0, FULL), True, 64, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 0, 0, 0), True, None, ["grows", "pool", "waits"]),
+    ],
+)
+def test_who_is_asked_for_memory(heap: Heap, is_guess: bool, rows: int | None, asked: list[Any]) -> None:
+    """100 rows of 88 bytes and 4 for their token, 128 more for each of the two arrays."""
+    from deepep.engine import symmetric
+    from deepep.engine.received import kind_of
+
+    memory = symmetric.SymmetricMemory.__new__(symmetric.SymmetricMemory)
+    memory.slots = memory.landing = heap  # type: ignore[assignment]
+    memory._device = torch.device("cpu")
+    kind = kind_of(torch.empty((1, 44), dtype=torch.bfloat16), None, None, True)
+    assert kind.num_bytes(100) == FULL
+    received = memory.lend(kind, 100, is_guess, 0)
+    assert heap.asked == asked
+    if rows is None:
+        assert received is None
+    else:
+        assert received is not None
+        assert received.x.shape == (rows, 44)
+        assert received.landed_on == ("stream" if "lands" in asked else None)
+
+
+def test_a_heap_with_readers_that_nobody_can_ask_is_not_let_go() -> None:
+    from deepep.engine import streams
+
+    recorded: list[Any] = []
+
+    class Tensor:
+        record_stream = recorded.append
+
+    users = streams.Users(0)
+    users.known = {0: "one", 48: "another"}  # type: ignore[dict-item]
+    assert users.hold(Tensor())  # type: ignore[arg-type]
+    assert recorded == ["one", "another"]
+    users.known[64] = None
+    assert not users.hold(Tensor())  # type: ignore[arg-type]
