@@ -1,8 +1,8 @@
 """The landing area: where a dispatch receives when the pool has no room, to be copied out of at once.
 
 It is the last stretch of the slots' arena, and it is to be as long as a request before anything is lent for
-that: so whatever slots are held, a call no larger than those for which it could grow has a place. That it grows
-only where no slot lies is the one way in which held slots can refuse a call.
+that: so whatever slots are held, a call no larger than those for which it could grow has a place. That it
+grows only where no slot lies is the one way in which held slots can refuse a call.
 """
 
 from __future__ import annotations
