@@ -4,11 +4,13 @@
 
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #include "core/symmetric_layout.hpp"
 #include "host/arena.hpp"
+#include "kernels/copy_engine.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/launch.hpp"
 
@@ -90,6 +92,11 @@ struct CachedDispatch {
   dk::DispatchArgs args;
 };
 
+/// The counts of a handle [R, R], where the host knows them.
+struct RowCounts {
+  std::vector<int32_t> counts;
+};
+
 /// One rank's view of its NVLink domain, and the operations on it. All pointers are the caller's to keep alive.
 class Domain {
  public:
@@ -166,10 +173,11 @@ class Domain {
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
                uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
-               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, uintptr_t stream) {
+               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, const RowCounts* known, int engine_chunks,
+               uintptr_t stream) {
     // All blocks may sum, whichever push.
     if (reduce_blocks != num_blocks) check_roles(num_blocks, push_blocks, reduce_blocks);
-    const dk::CombineArgs args{group_,
+    dk::CombineArgs args{group_,
                                push_blocks,
                                reduce_blocks,
                                refused,
@@ -182,8 +190,16 @@ class Domain {
                                pointer<const int32_t>(counts),
                                pointer<const int32_t>(send_row),
                                pointer<std::byte>(out),
-                               pointer<float>(out_weights)};
-    in_turn(stream, [&] { dk::launch_combine(args, num_blocks, pointer<void>(stream)); });
+                               pointer<float>(out_weights),
+                               {}};
+    const bool carries = engine_chunks > 0 && known != nullptr && dk::CopyEngine::has_room(args, known->counts.data());
+    in_turn(stream, [&] {
+      if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
+      if (!engine_) engine_ = std::make_unique<dk::CopyEngine>();
+      args.engine = engine_->take(engine_chunks);
+      dk::launch_combine(args, num_blocks, pointer<void>(stream));
+      engine_->order(args, known->counts.data());
+    });
   }
 
   /// Does not cross ranks; its workspace is one for all.
@@ -262,6 +278,7 @@ class Domain {
   int device_ = 0;
   Turns turns_;
   Event fork_;
+  std::unique_ptr<dk::CopyEngine> engine_;  // once a combine leaves rows to it
 };
 
 CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks, int64_t num_tokens, int num_scales,
@@ -285,12 +302,13 @@ CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks
 }
 
 /// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
-/// (phase, rows for this rank, the most rows of any rank, rows that combine brings back, top-k entries per local
-/// expert), or None at the deadline.
-py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts, double timeout_seconds) {
+/// (phase, rows for this rank, the most rows of any rank, rows that combine brings back, the counts, top-k entries per
+/// local expert), or None at the deadline.
+py::object wait_counts(uintptr_t address, uint32_t ticket, int num_ranks, int num_local_experts, double timeout_seconds) {
   const auto* words = pointer<uint64_t>(address);
-  const int fixed = static_cast<int>(offsetof(dk::HostCounts, expert) / sizeof(uint64_t));
-  std::vector<uint32_t> values(static_cast<size_t>(fixed + num_local_experts));
+  const int table = static_cast<int>(offsetof(dk::HostCounts, lists) / sizeof(uint64_t));
+  const int experts = table + num_ranks * num_ranks;
+  std::vector<uint32_t> values(static_cast<size_t>(experts + num_local_experts));
   bool arrived = true;
   {
     py::gil_scoped_release release;
@@ -303,7 +321,9 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_local_experts
     }
   }
   if (!arrived) return py::none();
-  return py::make_tuple(values[0], values[1], values[2], values[3], std::vector<uint32_t>(values.begin() + fixed, values.end()));
+  return py::make_tuple(values[0], values[1], values[2], values[3],
+                        RowCounts{{values.begin() + table, values.begin() + experts}},
+                        std::vector<uint32_t>(values.begin() + experts, values.end()));
 }
 
 }  // namespace
@@ -322,7 +342,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
   m.attr("MAX_RANKS") = deepep::core::kMaxRanks;
 
+  m.attr("ENGINE_DONE") = offsetof(dk::LocalState, engine_done) / sizeof(uint32_t);  // a word of the state
+
   py::class_<CachedDispatch>(m, "CachedDispatch").def(py::init(&cached_dispatch));
+  py::class_<RowCounts>(m, "RowCounts").def(py::init([](std::vector<int32_t> counts) { return RowCounts{std::move(counts)}; }));
   py::class_<Domain>(m, "Domain")
       .def(py::init<int, const std::vector<uintptr_t>&, int, int, int64_t, uintptr_t, uintptr_t, double>())
       .def("set_live", &Domain::set_live)
@@ -368,7 +391,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("arena_close", [](int64_t id) { arenas().close(id); });
   m.def("arena_select", [](int64_t id) { arenas().select(id); });
   m.def("wait_counts", &wait_counts);
-  m.def("host_counts_bytes", [](int num_local_experts) { return sizeof(dk::HostCounts) + sizeof(uint64_t) * num_local_experts; });
+  m.def("host_counts_bytes", [](int num_ranks, int num_local_experts) {
+    return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * (num_ranks * num_ranks + num_local_experts);
+  });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
   });

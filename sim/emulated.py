@@ -62,6 +62,7 @@ class _Run:
         gpu = scenario.gpu
         machine = _emulator.Machine(
             num_ranks=self.num_ranks,
+            copy_engines=gpu.engine_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
             num_sms=gpu.num_sms,
@@ -254,6 +255,13 @@ class _Run:
             if told.phase == 0:
                 unit = case.options.expert_alignment
                 view.num_rows = told.num_rows
+                members = list(case.dispatch_members)
+                sent = np.zeros((self.num_ranks, self.num_ranks), dtype=np.int64)
+                for source in members:
+                    tokens = self.scenario.expected[index][source].num_tokens_per_rank
+                    sent[source, members] = _given(tokens)[members]
+                if told.table != sent.ravel().tolist():
+                    raise _WrongResult(f"rank {rank}: the host was told {told}, of {sent.tolist()}")
                 view.expert_counts = np.array([-(-n // unit) * unit for n in told.per_expert])
         else:
             view.num_rows = call.num_worst_tokens
@@ -280,10 +288,12 @@ class _Run:
         return self.domain.host_counts(self.watched.words)
 
     def _hear_refusal(self, rank: int) -> Program:
-        """Waits for the stream: the kernel must have found a disagreement."""
+        """Waits for the stream: the kernel must have found a disagreement and nothing else, or the rank gives
+        up.
+        """
         yield "stream"
         fault = self.domain.take_fault(rank)
-        if fault is None or fault.phase & _emulator.DISAGREEMENT == 0:
+        if fault is None or fault.phase != _emulator.DISAGREEMENT:
             if fault is not None and self.stops:
                 self.report.faults[rank] = fault
                 raise _GaveUp

@@ -22,7 +22,7 @@ FORMAT = "deepep.failing-schedule"
 _PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
 
 #: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks, fewer SMs
-#: than blocks, blocks that do both in a combine where rows are few.
+#: than blocks, blocks that do both in a combine where rows are few, copy engines that return the rows.
 GPUS = (
     Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
     Gpu(num_blocks=1, num_threads=64, push_blocks=1, local_blocks=1),
@@ -31,6 +31,8 @@ GPUS = (
     Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
     Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
     Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, reduce_blocks=3),
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, num_sms=1, engine_chunks=4),
 )
 
 LIMITS = Limits(
@@ -55,7 +57,7 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
     cases = [first, *(draw_case(choices, same) for _ in range(count - 1))]
     # A rank that was left out has missed epochs and cannot come back: only the last case may have masks.
     cases = [*(replace(case, masked=()) for case in cases[:-1]), cases[-1]]
-    return Scenario(
+    scenario = Scenario(
         cases=tuple(cases),
         gpu=replace(
             GPUS[choices.integer(0, len(GPUS) - 1)],
@@ -67,6 +69,9 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
         num_combines=choices.pick((1, 1, 0, 2, 3)),
         refuses=choices.pick(("", "", "", "dispatch", "combine")),
     )
+    # Ranks that are masked get new memory, which these do not: nobody waits here for what a rank that was
+    # left out has under way of a combine that was refused.
+    return replace(scenario, refuses="") if cases[-1].masked else scenario
 
 
 def draw_tall_scenario(seed: int) -> Scenario:
@@ -86,7 +91,9 @@ def draw_schedule(seed: int) -> Schedule:
 
 
 def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
-    """A rank that stops somewhere in a run of `steps`: for good, or for longer than its peers' patience."""
+    """A rank, or a copy engine, which counts as one, that stops somewhere in a run of `steps`: for good, or
+    for longer than its peers' patience.
+    """
     choices = RandomChoices(seed)
     counts_writes = choices.flag()
     return Stop(
@@ -190,7 +197,8 @@ def explore(
             number = seed * schedules_per_scenario + i
             stops: tuple[Stop, ...] = ()
             if with_stops and i > 0:
-                stops = (draw_stop(number, scenario.cases[0].num_ranks, steps // i),)
+                actors = scenario.gpu.num_actors(scenario.cases[0].num_ranks)
+                stops = (draw_stop(number, actors, steps // i),)
             schedule = draw_schedule(number)
             report = run(scenario, schedule, stops=stops, kernels=kernels)
             steps += report.steps

@@ -47,7 +47,7 @@ class VirtualDomain:
     """`num_ranks` endpoints on one device.
 
     heap_bytes: symmetric memory per rank, control and staging included. staging_bytes: of it, what rows
-    return to.
+    return to. engine_chunks: if it is not 0, the copy engine returns them, in so many parts.
     """
 
     num_ranks: int
@@ -55,6 +55,7 @@ class VirtualDomain:
     heap_bytes: int = 256 << 20
     staging_bytes: int = 64 << 20
     timeout: float = 5.0
+    engine_chunks: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     endpoints: list[Endpoint] = field(init=False)
 
@@ -127,6 +128,7 @@ class VirtualDomain:
                 arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)
                 if arrived.counts is not None:
                     arrived.plan.num_rows = arrived.counts.num_rows
+                    arrived.plan.known = arrived.counts.table
         torch.cuda.synchronize(self.device)
         return [results[r] for r in sorted(results)]
 
@@ -170,6 +172,7 @@ class VirtualDomain:
                 biases=() if biases is None else biases[r],
                 out=out,
                 out_weights=weights,
+                engine_chunks=self.engine_chunks,
             )
         torch.cuda.synchronize(self.device)
         return results

@@ -6,8 +6,11 @@
 
 #if defined(__CUDACC__)
 #define DEEPEP_HD __host__ __device__ __forceinline__
+/// Before a loop over ranks: a kernel has many, and what it unrolls it must fetch (docs/kernels.md).
+#define DEEPEP_ROLLED _Pragma("unroll 1")
 #else
 #define DEEPEP_HD inline
+#define DEEPEP_ROLLED
 #endif
 
 namespace deepep::core {

@@ -23,6 +23,7 @@ template <class Count>
 [[nodiscard]] DEEPEP_HD constexpr int64_t first_row_of_source(const Count& count, int64_t source,
                                                               int64_t destination) {
   int64_t row = 0;
+  DEEPEP_ROLLED
   for (int64_t s = 0; s < source; ++s) row += count(s, destination);
   return row;
 }

@@ -69,6 +69,9 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t combine_digest(int s, uint32_t epoch) const {
     return arrived(num_ranks) + (2 * s + static_cast<int64_t>(epoch & 1u)) * kLine;
   }
+  /// The combine in which source `s` gave up waiting for this rank's staging, so that its copy engine may have written
+  /// there all the same: a 4-byte word, 0 if there is none. On the line of a digest, which is at hand by then.
+  [[nodiscard]] DEEPEP_HD int64_t overwritten(int s) const { return combine_digest(s, 0) + 8; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
 };
 
@@ -98,7 +101,8 @@ struct SlotLayout {
   }
 };
 
-/// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there.
+/// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there. Rows that
+/// follow each other lie one behind the other, and so do their weights.
 struct StagingLayout {
   static constexpr int kParts = 4;
   int64_t area_bytes;
@@ -111,23 +115,43 @@ struct StagingLayout {
   /// 4 bytes.
   [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row, int part) const { return 4 * (row * kParts + part); }
   [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return align_up(4 * kParts * max_rows(), kLine); }
-  [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return align_up(4 * num_topk, 16); }
-  /// A row and, behind it, its weights.
-  [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin() + i * (row_bytes + weight_bytes()); }
+  [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin() + i * row_bytes; }
+  [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return 4 * num_topk; }
+  /// Weights sit last.
+  [[nodiscard]] DEEPEP_HD int64_t weights_begin() const { return (area_bytes - max_rows() * weight_bytes()) & -kLine; }
+  [[nodiscard]] DEEPEP_HD int64_t weights(int64_t row) const { return weights_begin() + row * weight_bytes(); }
   [[nodiscard]] DEEPEP_HD int64_t capacity() const {
-    const int64_t fit = (area_bytes - rows_begin()) / (row_bytes + weight_bytes());
+    if (row(0) > weights_begin()) return 0;
+    const int64_t fit = (weights_begin() - row(0)) / row_bytes;
     return fit < max_rows() ? fit : max_rows();
   }
   /// Whether row i is below the capacity: the same, for kernels, without a division.
-  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < max_rows() && row(i + 1) <= area_bytes; }
+  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < max_rows() && row(i + 1) <= weights_begin(); }
 };
 
 /// First staging row, at `owner`, of the rows that come back from `from`. The owner's own rows do not travel.
 template <class Count>
 [[nodiscard]] DEEPEP_HD int64_t first_staging_row(const Count& count, int owner, int from) {
   int64_t row = 0;
+  DEEPEP_ROLLED
   for (int r = 0; r < from; ++r) row += r == owner ? 0 : count(owner, r);
   return row;
+}
+
+/// Rows that go back to one owner together.
+struct Stretch {
+  int64_t row;    // the first, where they are
+  int64_t place;  // the first, in the owner's staging
+  int64_t rows;
+};
+
+/// What `from` returns to `owner` in one of `num_chunks` about equal parts.
+template <class Count>
+[[nodiscard]] DEEPEP_HD Stretch chunk_of_rows(const Count& count, int owner, int from, int chunk, int num_chunks) {
+  const int64_t rows = count(owner, from);
+  const int64_t begin = rows * chunk / num_chunks;
+  return {first_row_of_source(count, owner, from) + begin, first_staging_row(count, owner, from) + begin,
+          rows * (chunk + 1) / num_chunks - begin};
 }
 
 }  // namespace deepep::core

@@ -190,6 +190,7 @@ inline constexpr int kPollsPerClock = 64;
 template <class Order, class Scope, class T, class Satisfied>
 [[nodiscard]] DEEPEP_DEVICE bool wait_until(const T* p, const Satisfied& satisfied, Deadline deadline) {
   for (;;) {
+#pragma unroll 1  // each look from the instructions of the last, which are in the cache
     for (int i = 0; i < kPollsPerClock; ++i)
       if (satisfied(load<Order, Scope>(p))) return true;
     if (deadline.passed()) return false;
@@ -315,6 +316,7 @@ DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool mbarrier_wait(const uint64_t* barrier, uint32_t phase, Deadline deadline) {
   for (;;) {
+#pragma unroll 1  // each look from the instructions of the last, which are in the cache
     for (int i = 0; i < kPollsPerClock; ++i)
       if (mbarrier_try_impl(Order{}, Scope{}, barrier, phase)) return true;
     if (deadline.passed()) return false;

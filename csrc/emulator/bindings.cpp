@@ -43,18 +43,19 @@ emu::Space space_named(const std::string& name) {
 using FaultTuple = std::tuple<int, uint64_t, bool, uint64_t, bool>;
 
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
-                                              int ranks_per_node, const std::string& strategy, uint64_t seed, uint64_t expected_steps,
+                                              int ranks_per_node, bool copy_engines, const std::string& strategy, uint64_t seed, uint64_t expected_steps,
                                               uint64_t max_steps, const std::vector<FaultTuple>& faults) {
   if (num_ranks < 1 || max_blocks < 1 || max_threads < 32 || max_threads % 32 != 0 || num_sms < 0 ||
       ranks_per_node < 0)
     throw std::invalid_argument("a machine has ranks, blocks, and whole warps of threads");
+  const int num_actors = copy_engines ? 2 * num_ranks : num_ranks;
   emu::Plan plan{strategy_named(strategy), seed, expected_steps, max_steps, {}};
   for (const auto& [rank, step, counts_writes, pause, loses] : faults) {
-    if (rank < 0 || rank >= num_ranks) throw std::invalid_argument("fault: no such rank");
+    if (rank < 0 || rank >= num_actors) throw std::invalid_argument("fault: no such rank");
     plan.faults.push_back({rank, step, counts_writes, pause, loses});
   }
-  return std::make_unique<emu::Simulation>(emu::Shape{num_ranks, max_blocks, max_threads, num_sms, ranks_per_node},
-                                           plan);
+  return std::make_unique<emu::Simulation>(
+      emu::Shape{num_actors, max_blocks, max_threads, num_sms, ranks_per_node, num_ranks}, plan);
 }
 
 const char* status_name(emu::Outcome::Status status) {
@@ -102,7 +103,7 @@ PYBIND11_MODULE(_emulator, m) {
 
   py::class_<emu::Simulation>(m, "Machine")
       .def(py::init(&make_machine), py::kw_only(), py::arg("num_ranks"), py::arg("max_blocks"), py::arg("max_threads"),
-           py::arg("num_sms") = 0, py::arg("ranks_per_node") = 0, py::arg("strategy") = "random", py::arg("seed") = 0,
+           py::arg("num_sms") = 0, py::arg("ranks_per_node") = 0, py::arg("copy_engines") = false, py::arg("strategy") = "random", py::arg("seed") = 0,
            py::arg("expected_steps") = 20000, py::arg("max_steps") = 20'000'000,
            py::arg("faults") = std::vector<FaultTuple>{})
       .def(

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "emulator/copy_engine.hpp"
 #include "emulator/simulation.hpp"
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"
@@ -21,7 +22,8 @@ T* pointer(uintptr_t address) {
 }
 
 /// One rank's view of its NVLink domain, as deepep._cuda.Domain, on an emulated machine. Launches go to the rank's
-/// stream. `num_threads`: per block, for all kernels; fewer than on hardware, so that schedules are cheap.
+/// stream, or to its copy engine's. `num_threads`: per block, for all kernels; fewer than on hardware, so that schedules
+/// are cheap.
 class Domain {
  public:
   Domain(Simulation& machine, const KernelSet& kernels, int num_threads, int rank, const std::vector<uintptr_t>& heaps,
@@ -89,7 +91,7 @@ class Domain {
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk,
                int64_t row_bytes, uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
-               uintptr_t send_row, uintptr_t out, uintptr_t out_weights) {
+               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, int engine_chunks) {
     dk::CombineArgs args{};
     args.group = group_;
     args.push_blocks = push_blocks;
@@ -106,7 +108,13 @@ class Domain {
     args.send_row = pointer<const int32_t>(send_row);
     args.out = pointer<std::byte>(out);
     args.out_weights = pointer<float>(out_weights);
-    launch("combine_kernel", args, num_blocks, dk::CombineShared{group_.num_ranks}.bytes());
+    const int64_t shared = dk::CombineShared{group_.num_ranks}.bytes();
+    if (engine_chunks == 0 || refused) return launch("combine_kernel", args, num_blocks, shared);
+    engine_ticket_ += static_cast<uint32_t>(engine_chunks);
+    args.engine = {engine_chunks, engine_ticket_};
+    launch("combine_carried_kernel", args, num_blocks, shared);
+    const CopyEngineArgs orders{args, 100 * group_.timeout_ns};
+    machine_.launch(group_.num_ranks + group_.rank, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);
   }
 
   /// Where the host watches for a fault: the word becomes 1 when there is one.
@@ -164,6 +172,7 @@ class Domain {
   const KernelSet& kernels_;
   int num_threads_;
   dk::Group group_{};
+  uint32_t engine_ticket_ = 0;
 };
 
 }  // namespace
@@ -175,7 +184,7 @@ void bind_domain(py::module_& m) {
   m.attr("MAX_RANKS") = core::kMaxRanks;
   m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(dk::Phase::kTooManyRows);
   m.attr("DISAGREEMENT") = static_cast<uint32_t>(dk::Phase::kDisagreement);
-  m.attr("HOST_COUNTS_WORDS") = offsetof(dk::HostCounts, expert) / sizeof(uint64_t);
+  m.attr("HOST_COUNTS_WORDS") = offsetof(dk::HostCounts, lists) / sizeof(uint64_t);
   py::class_<Domain>(m, "Domain")
       .def(py::init([](Simulation& machine, const Kernels& kernels, int num_threads, int rank,
                        const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
@@ -198,7 +207,7 @@ void bind_domain(py::module_& m) {
       .def("combine", &Domain::combine, py::arg("num_blocks"), py::arg("push_blocks"), py::arg("reduce_blocks"),
            py::arg("refused"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("row_bytes"), py::arg("x"), py::arg("topk_weights"),
            py::arg("bias_0"), py::arg("bias_1"), py::arg("counts"), py::arg("send_row"), py::arg("out"),
-           py::arg("out_weights"))
+           py::arg("out_weights"), py::arg("engine_chunks"))
       .def_property_readonly("fault_word", &Domain::fault_word)
       .def("take_fault", &Domain::take_fault, py::arg("watched"))
       .def("barrier", &Domain::barrier)
@@ -206,8 +215,8 @@ void bind_domain(py::module_& m) {
            py::arg("index_bytes"), py::arg("num_tokens"), py::arg("topk_idx"), py::arg("tokens_per_rank"),
            py::arg("tokens_per_node"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"),
            py::arg("workspace"), py::arg("num_blocks"), py::arg("num_threads"));
-  m.def("host_counts_bytes", [](int num_local_experts) { 
-    return sizeof(dk::HostCounts) + sizeof(uint64_t) * static_cast<size_t>(num_local_experts);
+  m.def("host_counts_bytes", [](int num_ranks, int num_local_experts) {
+    return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * static_cast<size_t>(num_ranks * num_ranks + num_local_experts);
   });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return core::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();

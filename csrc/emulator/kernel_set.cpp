@@ -7,6 +7,7 @@
 #include "emulator/litmus_bulk.hpp"
 #include "emulator/litmus_put.hpp"
 #endif
+#include "emulator/copy_engine.hpp"
 #include "kernels/barrier.hpp"
 #include "kernels/combine.hpp"
 #include "kernels/copy.hpp"

@@ -47,8 +47,12 @@ struct Topology {
   int max_blocks;   // per rank
   int max_threads;  // per block
   int ranks_per_node;
+  int num_gpus;  // ranks past them are copy engines: of GPU 0, 1, ...
 
-  [[nodiscard]] bool same_node(int a, int b) const { return a / ranks_per_node == b / ranks_per_node; }
+  [[nodiscard]] int gpu_of(int rank) const { return rank % num_gpus; }
+  [[nodiscard]] bool same_node(int a, int b) const {
+    return gpu_of(a) / ranks_per_node == gpu_of(b) / ranks_per_node;
+  }
   [[nodiscard]] Slot device_slots() const { return static_cast<Slot>(num_ranks * max_blocks * max_threads); }
   [[nodiscard]] Slot num_slots() const { return host(num_ranks); }
   [[nodiscard]] Slot thread(int rank, int block, int thread) const {

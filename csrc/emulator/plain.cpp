@@ -15,7 +15,9 @@ void Memory::check_reach(const Agent& agent, const Access& access) {
 
 bool Memory::is_reachable(const Agent& agent, const Allocation& allocation) const {
   if (allocation.space == Space::symmetric) return topology_.same_node(allocation.rank, topology_.rank_of(agent.slot));
-  if (allocation.rank != topology_.rank_of(agent.slot)) return false;
+  if (allocation.rank != topology_.rank_of(agent.slot) &&
+      (allocation.space != Space::device || allocation.rank != topology_.gpu_of(topology_.rank_of(agent.slot))))
+    return false;
   return allocation.space != Space::shared ||
          (topology_.is_device(agent.slot) &&
           allocation.block == topology_.block_of(agent.slot) % topology_.max_blocks);

@@ -8,7 +8,8 @@ Simulation::Simulation(const Shape& shape, const Plan& plan)
     : shape_(shape),
       plan_(plan),
       topology_{shape.num_ranks, shape.max_blocks, shape.max_threads,
-                shape.ranks_per_node > 0 ? shape.ranks_per_node : shape.num_ranks},
+                shape.ranks_per_node > 0 ? shape.ranks_per_node : shape.num_ranks,
+                shape.num_gpus > 0 ? shape.num_gpus : shape.num_ranks},
       memory_(topology_, *this),
       scheduler_(topology_, plan.strategy, plan.seed, plan.expected_steps),
       fibers_(topology_.num_slots()),
@@ -350,7 +351,10 @@ void Simulation::note_failure(const std::string& kind, const std::string& text) 
 
 std::string Simulation::name_of(Epoch epoch) const {
   const Slot slot = epoch.slot;
-  const std::string rank = "rank " + std::to_string(topology_.rank_of(slot));
+  const int number = topology_.rank_of(slot);
+  const std::string rank = number < topology_.num_gpus
+                               ? "rank " + std::to_string(number)
+                               : "copy engine of rank " + std::to_string(topology_.gpu_of(number));
   if (slot == topology_.kernel(topology_.rank_of(slot))) return rank + "'s kernel #" + std::to_string(epoch.time);
   if (!topology_.is_device(slot)) return rank + "'s host";
   const Fiber& fiber = fibers_[slot];

@@ -24,6 +24,7 @@ struct Shape {
   int max_threads = 32;  // per block; a multiple of 32
   int num_sms = 0;       // blocks of a rank that can be resident together; 0: all
   int ranks_per_node = 0;  // ranks that reach each other's memory; 0: all
+  int num_gpus = 0;        // ranks past them are copy engines, each of one of them in turn; 0: none is
 };
 
 /// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.

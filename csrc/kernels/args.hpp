@@ -20,8 +20,10 @@ enum class Phase : uint32_t {
   kStaging = 4,         // waiting for a peer to have consumed its staging
   kReturn = 8,          // waiting for a row to come back
   kArrival = 16,        // barrier
+  kEngine = 32,         // waiting for this rank's own copy engine
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
+  kOverwritten = 256,   // not a wait: a peer gave up on this rank, and its copy engine may have written to its staging
 };
 
 /// What went wrong on this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
@@ -35,12 +37,14 @@ struct FaultRecord {
 };
 
 /// This rank's own words in device memory: they survive graph replays. The host touches them only to clear `phase`
-/// and what follows it, after a fault, behind the kernel that noted it.
+/// and what follows it, after a fault, behind the kernel that noted it; the copy engine writes `engine_done`.
 struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
   uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
+  uint32_t engine_go;       // the copy engine may begin with what it was given up to this ticket
+  uint32_t engine_done;     // the chunks it has carried, a ticket each
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -55,7 +59,7 @@ struct HostCounts {
   uint64_t num_rows;   // rows this rank receives
   uint64_t most_rows;  // the most any rank receives
   uint64_t returning;  // rows that combine will bring back to this rank from others
-  uint64_t expert[1];  // [L] top-k entries per local expert
+  uint64_t lists[1];   // [R, R] rows from each rank to each, then [L] top-k entries per local expert
 };
 
 /// The group as a kernel sees it.
@@ -102,6 +106,13 @@ struct DispatchArgs {
   uint32_t ticket;
 };
 
+/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream: waits
+/// until engine_go has reached the last chunk's ticket, then carries each chunk to all owners and notes its ticket.
+struct EngineWork {
+  int num_chunks;        // 0: SMs return the rows
+  uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
+};
+
 struct CombineArgs {
   Group group;
   int push_blocks;    // blocks [0, push_blocks) return rows
@@ -117,6 +128,7 @@ struct CombineArgs {
   const int32_t* send_row;       // [T, R] of the handle
   std::byte* out;                // [T, row_bytes]
   float* out_weights;            // [T, K]
+  EngineWork engine;
 };
 
 struct LayoutArgs {

@@ -17,6 +17,7 @@ DEEPEP_KERNEL(barrier_kernel, BarrierArgs, kThreads) {
   SharedArray<uint32_t> failed(0);
   if (thread() == 0) failed.set(0, 0);
   sync_block();
+  lend_staging(g, load_once(&g.state->combine_epoch));
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (is_live(g, peer)) store<release, sys_scope>(at<uint32_t>(g, peer, g.control.arrived(g.rank)), epoch);
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads()) {

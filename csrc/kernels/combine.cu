@@ -7,7 +7,8 @@ namespace deepep::kernels {
 
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream) {
   const CombineShared shared{args.group.num_ranks};
-  launch<CombineArgs>(combine_kernel, args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
+  const auto kernel = args.engine.num_chunks > 0 ? combine_carried_kernel : combine_kernel;
+  launch<CombineArgs>(kernel, args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
 }
 
 }  // namespace deepep::kernels

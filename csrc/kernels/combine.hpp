@@ -1,6 +1,7 @@
 // High-throughput combine: rows go back to their tokens' owner and are summed there as they arrive.
 //
-//   return    push warps send each received row to its owner's staging; behind the rows, flags are raised
+//   return    push warps send each received row to its owner's staging; behind the rows, flags are raised. Or the copy
+//             engine does, and all warps sum (copy_engine.hpp)
 //   reduce    the other warps, and push warps that are done, take tokens in order: for each, wait for the flags of its
 //             remote rows, sum bias and rows in rank order in fp32, round once, write. A rank's own row is read
 //             where it lies, and while its peers' are still on their way.
@@ -13,6 +14,7 @@
 #pragma once
 
 #include "core/counts.hpp"
+#include "kernels/copy_engine.hpp"
 #include "kernels/sum.hpp"
 
 namespace deepep::kernels {
@@ -45,6 +47,7 @@ struct CombineShared {
 template <class Count>
 [[nodiscard]] DEEPEP_DEVICE int parts_of_rows(const Group& g, const Count& count) {
   int most = 0;  // of lane s: from rank s to any other
+  DEEPEP_ROLLED
   for (int d = 0; d < g.num_ranks; ++d)
     if (dev::lane() < g.num_ranks && d != dev::lane() && count(dev::lane(), d) > most) most = count(dev::lane(), d);
   const auto any_above = [&](int rows) { return dev::ballot(most > rows) != 0; };
@@ -60,6 +63,7 @@ template <class Count>
   if (args.refused) return 0;
   Digest row;  // of lane s: what rank s sends
   row.add(static_cast<uint32_t>(lane()));
+  DEEPEP_ROLLED
   for (int d = 0; d < args.group.num_ranks; ++d)
     if (lane() < args.group.num_ranks) row.add(static_cast<uint32_t>(count(lane(), d)));
   Digest digest;
@@ -140,6 +144,7 @@ struct ReturnItems {
 template <class Count>
 [[nodiscard]] DEEPEP_DEVICE uint32_t num_return_items(const Group& g, const Count& count, int parts) {
   int most = 0;
+  DEEPEP_ROLLED
   for (int owner = 0; owner < g.num_ranks; ++owner)
     if (owner != g.rank && count(owner, g.rank) > most) most = count(owner, g.rank);
   return static_cast<uint32_t>(most) * static_cast<uint32_t>(parts);
@@ -165,6 +170,7 @@ template <class Count>
 template <class Count, class Visit>
 DEEPEP_DEVICE void for_each_owner(const CombineArgs& args, const Count& count, uint32_t nth, const Visit& visit) {
   const Group& g = args.group;
+  DEEPEP_ROLLED
   for (int d = 1; d < g.num_ranks; ++d) {
     const int owner = (g.rank + d) % g.num_ranks;
     if (!is_live(g, owner) || nth >= static_cast<uint32_t>(count(owner, g.rank))) continue;
@@ -204,7 +210,7 @@ template <class MayStore>
     begin += kReturnUnroll * kWarpSize;
   } while (begin < end + lane());
   if (part == parts - 1 && lane() < args.num_topk)
-    store(reinterpret_cast<float*>(area + staging.row(place) + args.row_bytes) + lane(), weight);
+    store(reinterpret_cast<float*>(area + staging.weights(place)) + lane(), weight);
   return true;
 }
 
@@ -355,7 +361,9 @@ template <class Count>
   return shuffle(before, 0) + 1 == static_cast<uint32_t>(role.pushing);
 }
 
-DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
+/// A combine. kCarried: the copy engine returns the rows, and all warps sum.
+template <bool kCarried>
+DEEPEP_DEVICE void combine(const CombineArgs& args) {
   using namespace dev;
   const Group& g = args.group;
   const CombineShared shared{g.num_ranks};
@@ -378,22 +386,27 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   sync_block();
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
   const uint32_t parts = static_cast<uint32_t>(parts_of_rows(g, count));
-  const uint32_t num_items = args.refused ? 0 : num_return_items(g, count, static_cast<int>(parts));
-  const CombineRole role = role_of_block(args, num_items);
+  const uint32_t num_items = kCarried || args.refused ? 0 : num_return_items(g, count, static_cast<int>(parts));
+  const CombineRole role = kCarried ? CombineRole{0, false, true, 0, num_blocks()} : role_of_block(args, num_items);
   const ReturnItems items = return_items(role, num_items, warp());
   if (block() == 0 && warp() == num_warps() - 1) tell_digest(g, digest_of(args, count), epoch);
 
   // A warp that sums nothing before it has pushed takes its turn then; one with a single item takes it now, so that
   // what it needs for its sum is on the way meanwhile.
   const bool pushes = warp() < role.pushing;
-  const bool is_early = role.reduces && (!pushes || role.is_single);
+  const bool follows = kCarried && block() == 0 && warp() == 0;
+  const bool is_early = role.reduces && (!pushes || role.is_single) && !follows;
   Turn turn{0, -1};
   if (is_early) turn = take_turn(args, role, parts);
   bool lent = true;
   if (pushes) lent = return_rows(args, count, items, parts, epoch, deadline);
   // No raiser of flags waits for a warp that waits for them.
   const bool raises = role.is_single ? is_last_to_push(args, role) : role.pushing > 0 && warp() == role.pushing;
-  if (raises && num_items > 0) lent = lent && raise_flags(args, count, role, num_items, parts, epoch, deadline);
+  if constexpr (kCarried) {
+    if (follows) lent = follow_engine(args, count, await_staging(g, epoch, deadline), parts, epoch);
+  } else if (raises && num_items > 0) {
+    lent = lent && raise_flags(args, count, role, num_items, parts, epoch, deadline);
+  }
   if (thread() == num_threads() - 1) have_read_epoch(g, &g.state->combine_epoch, epoch);
   bool summed = true;
   if (role.reduces) {
@@ -402,7 +415,12 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   }
   if (!(lent && summed) && lane() == 0) failed.bit_or(0, 1u);
   sync_block();
-  if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kCombine);
+  if (warp() != 0) return;
+  const bool spoiled = role.reduces && is_overwritten(g);
+  if (lane() == 0 && (spoiled || failed.get(0) != 0)) hand_over_faults(g, Operation::kCombine);
 }
+
+DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) { combine<false>(args); }
+DEEPEP_KERNEL(combine_carried_kernel, CombineArgs, kCombineThreads) { combine<true>(args); }
 
 }  // namespace deepep::kernels

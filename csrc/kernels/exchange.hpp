@@ -170,8 +170,9 @@ DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t why, uint32_t ep
       }
       total += value;
     }
-    tell(&args.host->expert[l], total);
+    tell(&args.host->lists[g.num_ranks * g.num_ranks + l], total);
   }
+  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) tell(&args.host->lists[i], counts.get(i));
   sync_block();
   if (thread() != 0) return;
   int64_t most = 0;

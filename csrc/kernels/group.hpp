@@ -53,6 +53,7 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
 /// them any more and the word needs no order. Some of one block's threads.
 DEEPEP_DEVICE void lend_staging(const Group& g, uint32_t epoch) {
   using namespace dev;
+  DEEPEP_ROLLED
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (peer != g.rank && is_live(g, peer))
       store<relaxed, sys_scope>(at<uint32_t>(g, peer, g.control.staging_free(g.rank)), epoch);

@@ -170,9 +170,10 @@ struct TokenRows {
 /// Weights of token t, each entry the sum over ranks, ascending. Lane k holds entry k.
 DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const TokenRows& rows) {
   using namespace dev;
-  const std::byte* behind_row = reinterpret_cast<const std::byte*>(address_of_row(args, rows)) + args.row_bytes;
+  const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
   const std::byte* here = reinterpret_cast<const std::byte*>(args.topk_weights + rows.at_rank * int64_t{args.num_topk});
-  const uint64_t weights = reinterpret_cast<uint64_t>(rows.is_remote() ? behind_row : here);
+  const uint64_t weights =
+      reinterpret_cast<uint64_t>(rows.is_remote() ? area + staging_of(args).weights(rows.place) : here);
   float weight = 0.0f;
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
     const float* addend = reinterpret_cast<const float*>(shuffle(weights, lowest_bit(left)));

@@ -20,6 +20,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from deepep import _cuda
 from deepep.engine import checks, cuda_checks, streams
 from deepep.engine.completion import Completion, CudaCompletion
 from deepep.engine.cuda_streams import CallersStream, CommStream
@@ -42,7 +43,7 @@ from deepep.engine.nvlink import (
 )
 from deepep.engine.received import Received, kind_of
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
-from deepep.engine.roles import combine_split, dispatch_split
+from deepep.engine.roles import ENGINE_BYTES, combine_split, dispatch_split, engine_chunks
 from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
     ArgumentError,
@@ -183,6 +184,7 @@ class CudaEngine(ReferenceEngine):
                 completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
             known = NvlinkPlan(plan, rows, received.source, stream)
             known.most_rows, known.returning = counts.most_rows, counts.returning
+            known.known = counts.table
             alignment = request.expert_alignment
             if alignment > 1:
                 per_expert = [-(-n // alignment) * alignment for n in per_expert]
@@ -229,9 +231,11 @@ class CudaEngine(ReferenceEngine):
                 self._check_staging(request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
-            self._get_ready(Operation.COMBINE)
+            capturing = self._get_ready(Operation.COMBINE)
             x, weights, biases = request.x, request.topk_weights, request.biases
             tokens = plan.num_tokens
+            sms, ranks = self._num_sms(request.num_sms), self.info.num_ranks
+            leaves_it = not capturing and x.numel() * 2 >= ENGINE_BYTES
             with self._stream_for(schedule) as stream:
                 out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=self._device)
                 out_weights = None
@@ -241,12 +245,13 @@ class CudaEngine(ReferenceEngine):
                 self._endpoint.combine(
                     x,
                     plan,
-                    combine_split(self._num_sms(request.num_sms), self.info.num_ranks),
+                    combine_split(sms, ranks),
                     stream,
                     topk_weights=weights,
                     biases=biases,
                     out=out,
                     out_weights=out_weights,
+                    engine_chunks=engine_chunks(sms, ranks) if leaves_it else 0,
                 )
                 if plan.stream != stream:
                     plan.table.record_stream(streams.current(self._index))
@@ -271,6 +276,7 @@ class CudaEngine(ReferenceEngine):
         made = Plan(both, tokens, rows, self._endpoint.live)
         plan = NvlinkPlan(made, rows, None, streams.current_address(self._index))
         plan.most_rows = int(received.max())
+        plan.known = _cuda.RowCounts(table.flatten().tolist())
         return Route(self, tokens, num_experts, is_token_in_rank, rows, plan)
 
     # the rest

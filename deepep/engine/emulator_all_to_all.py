@@ -32,6 +32,7 @@ GPUS = (
     Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
     Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
     Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=3),
 )
 STRATEGIES = ("random", "pct", "starve")
 
@@ -241,6 +242,7 @@ class EmulatedAllToAll:
         gpu = GPUS[number % len(GPUS)]
         machine = _emulator.Machine(
             num_ranks=num_ranks,
+            copy_engines=gpu.engine_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
             strategy=STRATEGIES[number % len(STRATEGIES)],

@@ -23,7 +23,8 @@ class Gpu:
     num_blocks: blocks of a launch, of which push_blocks write to other ranks and local_blocks work on rows
     that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
     blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
-    as the ranks count them, modulo 2^32.
+    as the ranks count them, modulo 2^32. engine_chunks: into so many parts the copy engine cuts the rows that
+    a combine returns; 0: SMs return them.
     """
 
     num_blocks: int = 2
@@ -34,6 +35,11 @@ class Gpu:
     timeout: float = 1.0
     reduce_blocks: int = 0
     calls_before: int = 0
+    engine_chunks: int = 0
+
+    def num_actors(self, num_ranks: int) -> int:
+        """Ranks and the copy engines that are used, which are counted behind them."""
+        return num_ranks * 2 if self.engine_chunks else num_ranks
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,16 @@ class Fault:
 
 
 class HostCounts(NamedTuple):
-    """What a dispatch tells the host (csrc/kernels/args.hpp). per_expert: L counts, not aligned."""
+    """What a dispatch tells the host (csrc/kernels/args.hpp).
+
+    table: R x R rows from each rank to each, row by row. per_expert: L counts, not aligned.
+    """
 
     phase: int
     num_rows: int
     most_rows: int
     returning: int
+    table: list[int]
     per_expert: list[int]
 
 

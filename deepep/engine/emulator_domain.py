@@ -61,7 +61,7 @@ class EmulatedDomain:
         self._marks = self._slots_begin + 2 * slot_bytes
         heap_bytes = self._marks + 2 * _MARK_BYTES
         self._heaps = [self._allocate(f"heap@{r}", "symmetric", r, heap_bytes) for r in everyone]
-        counts_bytes = _emulator.host_counts_bytes(max_local_experts)
+        counts_bytes = _emulator.host_counts_bytes(num_ranks, max_local_experts)
         self._counts = [self._zeros(f"counts@{r}", "host", r, counts_bytes) for r in everyone]
         flags_end = control + _emulator.staging_rows_begin(staging, row_bytes, 0)
         self._domains = []
@@ -221,18 +221,19 @@ class EmulatedDomain:
             self.machine.watch_tags(
                 rank=rank,
                 address=self._counts[rank],
-                count=_emulator.HOST_COUNTS_WORDS + call.num_local_experts,
+                count=_emulator.HOST_COUNTS_WORDS + self.num_ranks**2 + call.num_local_experts,
                 tag=self._tickets[rank],
                 timeout_ns=int(10e9 * self.gpu.timeout),
             )
         return self._heaps[rank] + slot
 
-    @staticmethod
-    def host_counts(words: Sequence[int]) -> HostCounts:
+    def host_counts(self, words: Sequence[int]) -> HostCounts:
         """What the watched words of a dispatch say."""
         values = [word & 0xFFFFFFFF for word in words]
         phase, num_rows, most_rows, returning = values[:4]
-        return HostCounts(phase, num_rows, most_rows, returning, values[_emulator.HOST_COUNTS_WORDS :])
+        lists = values[_emulator.HOST_COUNTS_WORDS :]
+        ends = self.num_ranks**2
+        return HostCounts(phase, num_rows, most_rows, returning, lists[:ends], lists[ends:])
 
     def read_slot(self, rank: int, slot: int, call: DispatchCall, num_rows: int) -> Received:
         """The first `num_rows` rows, as the user's kernels would read them right after the dispatch."""
@@ -283,6 +284,7 @@ class EmulatedDomain:
             send_row=plan.send_row,
             out=out,
             out_weights=out_weights,
+            engine_chunks=self.gpu.engine_chunks,
         )
         return out, out_weights
 

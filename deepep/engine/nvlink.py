@@ -33,8 +33,10 @@ class Phase(IntFlag):
     STAGING = 4
     RETURN = 8
     ARRIVAL = 16
+    ENGINE = 32
     TOO_MANY_ROWS = 64
     DISAGREEMENT = 128
+    OVERWRITTEN = 256
 
 
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
@@ -44,17 +46,18 @@ class Plan:
     """What combine and cached dispatches need of a dispatch.
 
     table [T + R, R] int32: send_row, then counts; one block, of the stream that the dispatch ran on.
-    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. repeated: the last cached
-    dispatch along it: for what, and what such calls pass alike.
+    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. known: the counts, if the host
+    knows them. repeated: the last cached dispatch along it: for what, and what such calls pass alike.
     """
 
-    __slots__ = ("live", "num_rows", "num_tokens", "repeated", "table")
+    __slots__ = ("known", "live", "num_rows", "num_tokens", "repeated", "table")
 
     def __init__(self, table: torch.Tensor, num_tokens: int, num_rows: int, live: int) -> None:
         self.table = table
         self.num_tokens = num_tokens
         self.num_rows = num_rows
         self.live = live
+        self.known: _cuda.RowCounts | None = None
         self.repeated: tuple[tuple[object, ...], _cuda.CachedDispatch] | None = None
 
     @property
@@ -80,6 +83,7 @@ class Counts(NamedTuple):
     num_rows: int
     most_rows: int
     returning: int
+    table: _cuda.RowCounts
     per_expert: list[int]
 
 
@@ -111,7 +115,7 @@ class Endpoint:
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
         self._fault = torch.zeros(_cuda.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
         self._host = torch.zeros(
-            _cuda.host_counts_bytes(MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
+            _cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
         )
         self._host_address = self._host.data_ptr()
         self._ticket = 0
@@ -274,7 +278,9 @@ class Endpoint:
         Releases the GIL while it waits.
         """
         # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
-        seen = _cuda.wait_counts(self._host_address, self._ticket, num_local_experts, self.timeout + 30.0)
+        seen = _cuda.wait_counts(
+            self._host_address, self._ticket, self.num_ranks, num_local_experts, self.timeout + 30.0
+        )
         return None if seen is None else Counts(*seen)
 
     def refuse_dispatch(self, stream: int) -> None:
@@ -291,7 +297,7 @@ class Endpoint:
         """The same for a combine."""
         self._domain.combine(
             *(1, 1, 1, True, 0, 0, 16, 0, 0, 0, 0),
-            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, stream),
+            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, None, 0, stream),
         )
 
     def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
@@ -309,8 +315,13 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
+        engine_chunks: int = 0,
     ) -> None:
-        """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K]."""
+        """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
+
+        engine_chunks: if it is not 0 and the host knows the counts, the copy engine returns the rows, in so
+        many parts, and SMs only sum. Not for a captured call.
+        """
         self._domain.combine(
             split.total,
             split.remote,
@@ -326,6 +337,8 @@ class Endpoint:
             *plan.addresses(),
             out.data_ptr(),
             _address(out_weights),
+            plan.known,
+            engine_chunks,
             stream,
         )
 

@@ -28,6 +28,11 @@ LOCAL_SMS = 15
 #: of each other's way
 SHARING_SMS = 12
 MIXING_SMS = 20
+#: up to so many SMs, a combine of at least so many bytes leaves what travels to the copy engine
+ENGINE_SMS = 12
+ENGINE_BYTES = 8 << 20
+#: what it is ordered costs the host time: a few orders a call
+ENGINE_ORDERS = 8
 #: up to so many SMs, a combine may count on all its blocks being resident together
 RESIDENT_SMS = 32
 
@@ -45,6 +50,14 @@ def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
     pushing = min(PUSHING_SMS, num_sms // 2)
     local = min(num_sms - pushing, max(2, -(-LOCAL_SMS // (num_ranks - 1))))
     return BlockSplit(pushing + local, pushing, local)
+
+
+@functools.cache
+def engine_chunks(num_sms: int, num_ranks: int) -> int:
+    """Into how many parts the copy engine cuts what it returns in a combine; 0: SMs return it."""
+    if num_ranks == 1 or num_sms > ENGINE_SMS:
+        return 0
+    return min(4, max(2, ENGINE_ORDERS // (num_ranks - 1)))
 
 
 @functools.cache

@@ -41,6 +41,8 @@ int main(int, char** argv) {
     for (int b = 0; b < blocks; ++b) piece("control", control.rows_done(s) + 4 * b, 4);
     piece("control", control.staging_free(s), 4);
     piece("control", control.arrived(s), 4);
+    for (uint32_t epoch = 0; epoch < 2; ++epoch) piece("control", control.combine_digest(s, epoch), 8);
+    piece("control", control.overwritten(s), 4);
   }
   piece("control_size", 0, control.bytes());
   const int64_t rows = 37, row_bytes = 48;
@@ -53,7 +55,10 @@ int main(int, char** argv) {
   piece("slot_size", 0, slot.bytes());
   const StagingLayout staging{64 * 1024, row_bytes, topk};
   piece("staging", 0, staging.rows_begin());  // flags
-  for (int64_t i = 0; i < staging.capacity(); ++i) piece("staging", staging.row(i), row_bytes + 4 * topk);
+  for (int64_t i = 0; i < staging.capacity(); ++i) {
+    piece("staging", staging.row(i), row_bytes);
+    if (topk > 0) piece("staging", staging.weights(i), 4 * topk);
+  }
   piece("staging_size", 0, staging.area_bytes);
 }
 """

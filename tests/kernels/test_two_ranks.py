@@ -83,7 +83,7 @@ def dispatch(buffer: Any, given: Any, **options: Any) -> Any:
     )
 
 
-def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool) -> None:
+def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool, sms: int = 24) -> None:
     buffer = buffer_of(ctx)
     inputs, expected, oracle = expect(tokens, seed, fp8)
     want = expected[ctx.rank]
@@ -102,6 +102,7 @@ def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool) -> None:
         [i.is_token_in_rank for i in inputs],
         topk_weights=[e.recv_topk_weights for e in expected],
     )[ctx.rank]
+    buffer.set_num_sms(sms)
     out, out_weights, _ = buffer.combine(x, handle, topk_weights=weights)
     assert torch.equal(bits(out), bits(sums.x))
     assert torch.equal(out_weights.cpu(), sums.topk_weights)
@@ -114,6 +115,17 @@ def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool) -> None:
 def test_round_trip(pair: World, tokens: tuple[int, int], fp8: bool) -> None:
     for seed in range(2):
         pair.run(round_trip, tokens, seed, fp8)
+
+
+def test_few_sms_leave_rows_to_the_copy_engine(pair: World) -> None:
+    def few(ctx: Any) -> int:
+        from deepep import _cuda
+
+        for seed in range(2):
+            round_trip(ctx, (4096, 3000), seed, False, sms=8)
+        return int(buffer_of(ctx).runtime._endpoint._state.view(torch.int32)[_cuda.ENGINE_DONE])
+
+    assert all(carried > 0 for carried in pair.run(few))
 
 
 def test_disagreement_is_told_to_both(pair: World) -> None:

@@ -423,6 +423,55 @@ def test_ranks_late_in_turn(domains, monkeypatch, ranks: int, host: bool) -> Non
         round_trip(domain, Shape(tokens, fp8=True, scale_layout="padded"), late, late=late)
 
 
+def chunks_carried(domain, rank: int) -> int:  # type: ignore[no-untyped-def]
+    """By the rank's copy engine, so far."""
+    from deepep import _cuda
+
+    return int(domain.endpoints[rank]._state.view(torch.int32)[_cuda.ENGINE_DONE])
+
+
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 1), (2, 4), (3, 3), (4, 2)])
+def test_copy_engine_returns_the_rows(domains, monkeypatch, ranks: int, chunks: int) -> None:  # type: ignore[no-untyped-def]
+    domain = domains(ranks, 8)
+    monkeypatch.setattr(domain, "engine_chunks", chunks)
+    before = chunks_carried(domain, 0)
+    shapes = [shape for shape in option_shapes(ranks) if not shape.fp8]
+    shapes.append(Shape((4097, 1030, 0, 700)[:ranks], hidden=7168, topk=8, local_experts=64))
+    for seed, shape in enumerate(shapes):
+        round_trip(domain, shape, seed)
+    for late in range(ranks):
+        round_trip(domain, Shape((60, 61, 62, 63)[:ranks], pattern="holes"), late, late=late)
+    assert chunks_carried(domain, 0) == before + chunks * (len(shapes) + ranks)
+    monkeypatch.setattr(domain, "engine_chunks", 0)
+    round_trip(domain, shapes[0], 0)
+
+
+def test_who_is_given_up_hears_that_its_staging_was_overwritten() -> None:
+    """Nobody takes back what the copy engine was ordered: it writes, and says so before."""
+    from deepep.engine.nvlink import Phase
+    from deepep.sim.virtual_ranks import VirtualDomain
+
+    domain = VirtualDomain(2, num_sms=8, timeout=0.5, engine_chunks=3)
+    shape = Shape((600, 500))
+    round_trip(domain, shape, 0)
+    want = prepared(shape, 1)
+    given = [to_gpu(g) for g in want.inputs]
+    plans = [got.plan for got in domain.dispatch(given, capacity=1100, num_experts=8)]
+    rows = [r.cuda() for r in want.rows]
+    domain.combine(rows, plans, hidden=shape.hidden)
+    domain.combine(rows, plans, hidden=shape.hidden, skip=frozenset({1}))
+    fault = domain.endpoints[0].take_fault(0)
+    assert fault is not None
+    assert fault.waited_on == (1,)
+    assert "staging" in fault.phase
+    domain.combine(rows, plans, hidden=shape.hidden, skip=frozenset({0}))
+    fault = domain.endpoints[1].take_fault(0)
+    assert fault is not None
+    assert fault.waited_on == (0,)
+    assert Phase.OVERWRITTEN.name.lower() in fault.phase
+    assert torch.zeros(1, device="cuda").item() == 0  # the context lives
+
+
 @pytest.mark.slow
 def test_ten_thousand_operations(domains) -> None:  # type: ignore[no-untyped-def]
     """Dispatch, combine, cached dispatch: 3334 times in a row, shapes at random, on the same heaps."""

@@ -1,0 +1,82 @@
+// Rows that the copy engine returns, while all SMs sum: the kernel's side of it.
+//
+//   begin     one warp waits until all owners have lent their staging, then lets the engine begin
+//   follow    behind each chunk that the engine says it has carried, the warp raises the flags of its rows
+//   look      a block that has summed looks whether a peer may have written to the staging meanwhile
+//
+// What the engine does stands on a stream before this kernel runs, and nobody can take it back. So where an owner has
+// not lent its staging in time, the engine writes there all the same, and the owner is told before it does. It looks for
+// that word behind its sums: if it is not there, all that it read was there before the engine began.
+#pragma once
+
+#include "kernels/sum.hpp"
+
+namespace deepep::kernels {
+
+/// Whether `owner` has lent its staging for the combine with this epoch; as far as this thread can see without waiting.
+[[nodiscard]] DEEPEP_DEVICE bool has_lent(const Group& g, int owner, uint32_t epoch) {
+  using namespace dev;
+  const uint32_t free = load<relaxed, sys_scope>(at<uint32_t>(g, g.rank, g.control.staging_free(owner)));
+  return static_cast<int32_t>(free - (epoch - 1)) >= 0;
+}
+
+/// Tells those who have not lent their staging that it may be written all the same. One thread.
+DEEPEP_DEVICE void tell_overwritten(const Group& g, uint32_t epoch) {
+  using namespace dev;
+  DEEPEP_ROLLED
+  for (int owner = 0; owner < g.num_ranks; ++owner)
+    if (owner != g.rank && is_live(g, owner) && !has_lent(g, owner, epoch))
+      store<relaxed, sys_scope>(at<uint32_t>(g, owner, g.control.overwritten(g.rank)), epoch);
+}
+
+/// begin and follow. `lent`: whether all owners have lent their staging. False if not, or if the engine does not get on.
+/// One warp.
+template <class Count>
+[[nodiscard]] DEEPEP_DEVICE bool follow_engine(const CombineArgs& args, const Count& count, bool lent, uint32_t parts,
+                                               uint32_t epoch) {
+  using namespace dev;
+  const Group& g = args.group;
+  const core::StagingLayout staging = staging_of(args);
+  if (lane() == 0) {
+    if (!lent) tell_overwritten(g, epoch);
+    store<release, sys_scope>(&g.state->engine_go, args.engine.last_ticket);  // what was told comes before
+  }
+  // Also if it serves nobody: x may be given to others once this kernel has ended.
+  const Deadline deadline = Deadline::in(g.timeout_ns);
+#pragma unroll 1
+  for (int chunk = 0; chunk < args.engine.num_chunks; ++chunk) {
+    const uint32_t ticket = args.engine.last_ticket - static_cast<uint32_t>(args.engine.num_chunks - 1 - chunk);
+    if (!wait_reached<relaxed, sys_scope>(&g.state->engine_done, ticket, deadline)) {
+      note_fault(g, Phase::kEngine, 1u << g.rank, ticket, load<relaxed, sys_scope>(&g.state->engine_done));
+      lent = false;
+    }
+    lent = ballot(!lent) == 0;
+    if (!lent) continue;
+    fence<acq_rel, sys_scope>();  // what the engine has carried comes before the flags
+    DEEPEP_ROLLED
+    for (int d = 1; d < g.num_ranks; ++d) {
+      const int owner = (g.rank + d) % g.num_ranks;
+      if (!is_live(g, owner)) continue;
+      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, args.engine.num_chunks);
+      std::byte* flags = g.heap[owner] + g.staging_offset;
+      for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts; i += kWarpSize)
+        store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flags + staging.flag(rows.place + i / parts,
+                                                                                  static_cast<int>(i % parts))),
+                                  epoch);
+    }
+  }
+  return lent;
+}
+
+/// look: whether the staging may have been written while this rank read it; a fault is noted. One warp, behind a block
+/// barrier that follows the block's sums.
+[[nodiscard]] DEEPEP_DEVICE bool is_overwritten(const Group& g) {
+  using namespace dev;
+  uint32_t since = 0;
+  if (lane() < g.num_ranks && lane() != g.rank && is_live(g, lane()))
+    since = load<relaxed, sys_scope>(at<uint32_t>(g, g.rank, g.control.overwritten(lane())));
+  if (since != 0) note_fault(g, Phase::kOverwritten, 1u << lane(), 0, since);
+  return ballot(since != 0) != 0;
+}
+
+}  // namespace deepep::kernels
