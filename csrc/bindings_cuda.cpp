@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -192,6 +193,10 @@ class Domain {
                                pointer<std::byte>(out),
                                pointer<float>(out_weights),
                                {}};
+    if (known != nullptr && group_.num_ranks <= dk::kKnownRanks) {
+      args.knows_counts = true;
+      std::copy(known->counts.begin(), known->counts.end(), args.known_counts);
+    }
     const bool carries = engine_chunks > 0 && known != nullptr && dk::CopyEngine::has_room(args, known->counts.data());
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
@@ -326,6 +331,23 @@ py::object wait_counts(uintptr_t address, uint32_t ticket, int num_ranks, int nu
                         std::vector<uint32_t>(values.begin() + experts, values.end()));
 }
 
+/// Whether a stream has done all it holds. One that is being captured has not; asking disturbs no thread's capture.
+bool stream_is_idle(uintptr_t address) {
+  auto mode = cudaStreamCaptureModeRelaxed;
+  dk::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  const auto stream = pointer<CUstream_st>(address);
+  cudaStreamCaptureStatus capturing{};
+  cudaError_t status = cudaStreamIsCapturing(stream, &capturing);
+  const bool may_ask = status == cudaSuccess && capturing == cudaStreamCaptureStatusNone;
+  if (may_ask) status = cudaStreamQuery(stream);
+  dk::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  if (status == cudaErrorNotReady || status == cudaErrorStreamCaptureImplicit)
+    (void)cudaGetLastError();
+  else
+    dk::check(status, "cudaStreamQuery");
+  return may_ask && status == cudaSuccess;
+}
+
 }  // namespace
 
 /// What torch's CUDAPluggableAllocator calls, by name.
@@ -390,6 +412,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("arena_used", [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.used(); }); });
   m.def("arena_close", [](int64_t id) { arenas().close(id); });
   m.def("arena_select", [](int64_t id) { arenas().select(id); });
+  m.def("stream_is_idle", &stream_is_idle);
   m.def("wait_counts", &wait_counts);
   m.def("host_counts_bytes", [](int num_ranks, int num_local_experts) {
     return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * (num_ranks * num_ranks + num_local_experts);

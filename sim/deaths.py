@@ -89,6 +89,7 @@ class Setting:
         few_tokens: T by rank, of what is compared with the oracle afterwards.
         timeout: of the buffers, in seconds.
         grace: what their errors may come later than that.
+        num_sms: that high-throughput operations use.
     """
 
     cuda: bool
@@ -100,6 +101,7 @@ class Setting:
     backend: str | None = None
     timeout: float = 2.0
     grace: float = 3.0
+    num_sms: int = 24
 
     def case(self, seed: int, num_tokens: tuple[int, int], **options: Any) -> Case:
         """A case of two ranks."""
@@ -380,6 +382,7 @@ def _buffer(setting: Setting, folder: str, rank: int, num_ranks: int) -> Any:
     dist.init_process_group(kind, store=store, rank=rank, world_size=num_ranks, timeout=wait)
     if num_ranks > 1:
         _meet(folder, rank, "joined")  # a buffer's own deadline is short
+    Buffer.set_num_sms(setting.num_sms)
     return Buffer(
         dist.group.WORLD,
         num_nvl_bytes=1 << 20,

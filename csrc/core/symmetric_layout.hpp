@@ -40,6 +40,8 @@ struct MailboxWords {
   [[nodiscard]] DEEPEP_HD int signature() const { return capacity() + 2; }
   /// Top-k entries of the source that point at the receiver's local expert `l`.
   [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return capacity() + 3 + l; }
+  /// Words from slot(0) to signature(): the same for all receivers.
+  static constexpr int kCommon = kSlotArrays + 3;
 };
 
 /// The words ranks signal each other with. Each word has one writer: the rank its index names.

@@ -104,6 +104,7 @@ struct DispatchArgs {
   int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
   HostCounts* host;                  // null: the host does not wait
   uint32_t ticket;
+  uint32_t common[core::MailboxWords::kCommon];  // what it tells all ranks alike: the launch fills it
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream: waits
@@ -112,6 +113,9 @@ struct EngineWork {
   int num_chunks;        // 0: SMs return the rows
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
 };
+
+/// The counts of a handle of so many ranks at most travel with the launch, if the host knows them.
+inline constexpr int kKnownRanks = 8;
 
 struct CombineArgs {
   Group group;
@@ -129,6 +133,8 @@ struct CombineArgs {
   std::byte* out;                // [T, row_bytes]
   float* out_weights;            // [T, K]
   EngineWork engine;
+  bool knows_counts;
+  int32_t known_counts[kKnownRanks * kKnownRanks];  // [R, R]
 };
 
 struct LayoutArgs {

@@ -5,7 +5,9 @@
 
 namespace deepep::kernels {
 
-void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream) {
+void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
+  DispatchArgs args = given;
+  fill_common(args);
   const DispatchShared shared{args.group.num_ranks, kDispatchThreads / dev::kWarpSize};
   launch<DispatchArgs>(dispatch_kernel, args, num_blocks, kDispatchThreads, shared.bytes(), stream, "dispatch");
 }

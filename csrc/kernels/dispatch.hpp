@@ -150,10 +150,38 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role, con
   return going;
 }
 
+/// A lane's next pieces of a row, those u with u * kWarpSize < pieces.
+DEEPEP_DEVICE void read_row(const dev::Vec16* from, int pieces, dev::Vec16 (&v)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    if (u * dev::kWarpSize < pieces) v[u] = dev::load_once(from + u * dev::kWarpSize);
+}
+
+/// The beginning of a row, and its scales. `is_here`: of a warp's first row, on its way while the counts are.
+struct HeldRow {
+  dev::Vec16 pieces[kUnroll];
+  Scales scales;
+  bool is_here;
+};
+
+/// Warps that listen do not ask for their rows: what they hear would come behind them.
+[[nodiscard]] DEEPEP_DEVICE HeldRow hold_first_row(const DispatchArgs& args, const WarpTokens& mine) {
+  HeldRow first{};
+  if (mine.begin >= mine.end || dev::warp() < listening_warps(args)) return first;
+  first.is_here = true;
+  const int chunks = static_cast<int>(args.row_bytes / 16);
+  const int begin = chunks * mine.part / mine.parts + dev::lane();
+  if (mine.part == 0 && args.num_scales > 0) first.scales = read_scales(args, mine.begin);
+  const auto* row = reinterpret_cast<const dev::Vec16*>(args.x + mine.begin * args.row_bytes);
+  read_row(row + begin, chunks * (mine.part + 1) / mine.parts - begin, first.pieces);
+  return first;
+}
+
 /// write: a warp's tokens, or its part of one; a row is read once and stored to every destination of the role.
-/// `ahead`: of the first token; `tokens_before` it, for rank r in lane r. Both found while the counts travelled.
+/// `ahead`: of the first token; `tokens_before` it, for rank r in lane r. Both were found while the counts travelled,
+/// and the beginning of its row may be `held`.
 DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role, const WarpTokens& mine,
-                              int32_t ahead, int tokens_before) {
+                              int32_t ahead, int tokens_before, HeldRow& held) {
   using namespace dev;
   const Group& g = args.group;
   const int ranks = g.num_ranks;
@@ -198,8 +226,7 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
       Entry entry{};
       if (is_turn) entry = read_entry(args, first, size, lane());
       if (destinations != 0) {
-        Scales scales{};
-        if (trails) scales = read_scales(args, t);
+        if (trails && !held.is_here) held.scales = read_scales(args, t);
         const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
         const uint64_t source = reinterpret_cast<uint64_t>(args.x + t * args.row_bytes);
 #pragma unroll 1
@@ -207,23 +234,22 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
           const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
           const uint64_t offset = sizeof(Vec16) * static_cast<uint32_t>(begin);
           const Vec16* from_row = reinterpret_cast<const Vec16*>(source + offset);
-          Vec16 v[kUnroll];
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u)
-            if (u * kWarpSize < pieces) v[u] = load_once(from_row + u * kWarpSize);
+          if (!held.is_here) read_row(from_row, pieces, held.pieces);
+          held.is_here = false;
 #pragma unroll 1
           for (uint32_t left = destinations; left != 0; left &= left - 1) {
             Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left)) + offset);
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u)
-              if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, v[u]);
+              if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, held.pieces[u]);
           }
         }
         for (uint32_t left = trails ? destinations : 0; left != 0; left &= left - 1) {
           const int d = lowest_bit(left);
-          write_scales(args, scales, t, d, shuffle(row, d));
+          write_scales(args, held.scales, t, d, shuffle(row, d));
         }
       }
+      held.is_here = false;
       if (!is_turn) continue;
       const int32_t group_row = next_row - going_before(going, i) - static_cast<int>((going >> i) & 1u);
       const TokenGroup group{first, size, first_bits(going, end_row - group_row), group_row};
@@ -342,10 +368,11 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   if (!args.cached && !args.refused) place(args, role, mine);
   sync_block();
   const int before = args.cached || args.refused ? 0 : tokens_before(args, mine);
+  HeldRow first = hold_first_row(args, mine);
   const uint32_t why = hear(args, epoch, deadline);  // on a rank that refused, for it disagrees with itself
   if (tells_host) tell_host(args, why, epoch, deadline);
   if (why == 0) {
-    write_rows(args, role, mine, ahead, before);
+    write_rows(args, role, mine, ahead, before, first);
     if (role.push) publish_rows(g, block() - first_push_block(args), epoch);
     if (!args.cached && talks) keep_counts(args);
     if (role.local && args.num_worst_tokens > 0) pad_indices(args, block(), args.local_blocks);

@@ -38,7 +38,7 @@ struct ExchangeShared {
 };
 
 /// What ranks must pass alike, in one word; 0 is kept for a rank that refuses.
-[[nodiscard]] DEEPEP_DEVICE uint32_t signature_of(const DispatchArgs& args) {
+[[nodiscard]] DEEPEP_HD uint32_t signature_of(const DispatchArgs& args) {
   if (args.refused) return 0;
   Digest digest;
   digest.add(static_cast<uint32_t>(args.row_bytes));
@@ -53,6 +53,15 @@ struct ExchangeShared {
   return digest.value | 1u;
 }
 
+/// Before a launch, by the host: what the kernel will tell all ranks alike.
+inline void fill_common(DispatchArgs& args) {
+  const core::MailboxWords words{0};
+  for (int i = 0; i < core::kSlotArrays; ++i) args.common[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
+  args.common[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
+  args.common[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
+  args.common[words.signature()] = signature_of(args);
+}
+
 /// tell: counts, what is lent and shapes to every live rank, this one included. One lane per word.
 DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
   using namespace dev;
@@ -64,27 +73,29 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
     const int peer = i / per_peer;
     const int word = i % per_peer;
     if (!is_live(g, peer)) continue;
-    uint32_t value;
-    if (word < g.num_ranks)  // a cached call's counts are in everybody's handle
-      value = args.refused || args.cached || !is_live(g, word)
-                  ? 0u
-                  : static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
-    else if (word < words.slot(core::kSlotArrays))
-      value = static_cast<uint32_t>(args.slot[word - words.slot(0)] / 16);
-    else if (word == words.capacity())
-      value = static_cast<uint32_t>(args.slot_capacity);
-    else if (word == words.push_blocks())
-      value = static_cast<uint32_t>(args.push_blocks);
-    else if (word == words.signature())
-      value = signature_of(args);
-    else
+    uint32_t value = 0;
+    if (word >= words.expert_count(0))
       value = static_cast<uint32_t>(
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
+    else if (word >= g.num_ranks)
+      value = args.common[word - g.num_ranks];
+    else if (!args.refused && !args.cached && is_live(g, word))  // a cached call's counts are in everybody's handle
+      value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     // Relaxed: the word says all it has to, and carries the epoch, so that one of an earlier call is never taken for
     // this one's. What read the slot before were kernels that have ended: no write can reach them any more.
     store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, epoch) + 8 * word),
                               pack_tagged(value, epoch));
   }
+}
+
+/// Words of each source that every block needs, one thread each.
+[[nodiscard]] DEEPEP_DEVICE int words_heard(const DispatchArgs& args) {
+  return core::MailboxWords{args.group.num_ranks}.expert_count(0);
+}
+
+/// The first warps of a block, those that wait in `hear`.
+[[nodiscard]] DEEPEP_DEVICE int listening_warps(const DispatchArgs& args) {
+  return (args.group.num_ranks * words_heard(args) + dev::kWarpSize - 1) / dev::kWarpSize;
 }
 
 /// hear: every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases
@@ -102,7 +113,8 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
   SharedArray<uint32_t> failed(shared.failed());
   SharedArray<uint32_t> unheard(shared.unheard());
 
-  const int per_source = words.expert_count(0);
+  const int per_source = words_heard(args);
+  const uint32_t own_signature = args.common[words.signature() - ranks];
   for (int i = thread(); i < ranks * per_source; i += num_threads()) {
     const int source = i / per_source;
     const int word = i % per_source;
@@ -114,8 +126,8 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
       if (!wait_tag<acquire, sys_scope>(p, epoch, deadline, value)) {
         note_fault(g, Phase::kCounts, 1u << source, epoch, unpack_tagged(load<relaxed, sys_scope>(p)).tag);
         unheard.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      } else if (word == words.signature() && (value != signature_of(args) || args.refused)) {
-        note_fault(g, Phase::kDisagreement, 1u << source, signature_of(args), value);
+      } else if (word == words.signature() && (value != own_signature || args.refused)) {
+        note_fault(g, Phase::kDisagreement, 1u << source, own_signature, value);
         unheard.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
     }

@@ -16,7 +16,7 @@ template <class T>
 /// Whether ranks passed the same, in one word (FNV-1a over 32-bit values).
 struct Digest {
   uint32_t value = 2166136261u;
-  DEEPEP_DEVICE void add(uint32_t part) { value = (value ^ part) * 16777619u; }
+  DEEPEP_HD void add(uint32_t part) { value = (value ^ part) * 16777619u; }
 };
 
 /// How a kernel starts, for every block: reads the number of this call. All threads. Never 0, which is what words hold

@@ -145,3 +145,22 @@ def test_a_replay_gives_what_the_oracle_gives(pair: World) -> None:
             assert same_bits(got[0], sums)
 
     pair.run(run, there_and_back, Captured, (TOKENS, HIDDEN))
+
+
+def test_asking_a_stream_that_is_captured_spoils_nothing() -> None:
+    """A dispatch that looks for memory asks the streams that read its slots, also while another thread
+    captures.
+    """
+    from deepep.engine import streams
+
+    held = torch.zeros(4, device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        held.add_(1)
+        assert not streams.is_idle(stream)
+        streams.is_idle(torch.cuda.Stream())
+        streams.is_idle(torch.cuda.default_stream())
+    graph.replay()
+    torch.cuda.synchronize()
+    assert held.tolist() == [1.0] * 4
+    assert streams.is_idle(stream)

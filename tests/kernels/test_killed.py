@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,10 @@ SETTING = Setting(
     backend="cuda",
     timeout=1.5,
 )
+
+
+#: So few SMs that the copy engine returns the rows of a combine: some 12 MB from each to the other.
+FEW_SMS = replace(SETTING, num_sms=8)
 
 
 class Stage:
@@ -74,11 +79,30 @@ def test_the_survivor_names_the_dead_and_works_on(stage: Stage, death: Death) ->
 
 
 @pytest.mark.parametrize(
-    "death", [Death("combine", victim=0), Death("dispatch", inside=True, settles=False)], ids=str
+    "death",
+    [
+        Death("combine"),
+        Death("combine", inside=True, victim=0),
+        Death("async combine", inside=True, settles=False),
+        Death("combine event", waits=False, settles=False),
+    ],
+    ids=str,
 )
-def test_a_rank_that_comes_back_late_does_no_harm(stage: Stage, death: Death) -> None:
+def test_a_death_beside_copy_engines(stage: Stage, death: Death) -> None:
     survivor, victim = stage.survivor, stage.victim()
     try:
-        print(play_return(survivor, victim, death, SETTING))
+        print(play(survivor, victim, death, FEW_SMS))
+    finally:
+        victim.discard()
+
+
+@pytest.mark.parametrize("setting", [SETTING, FEW_SMS], ids=["24 SMs", "8 SMs"])
+@pytest.mark.parametrize(
+    "death", [Death("combine", victim=0), Death("dispatch", inside=True, settles=False)], ids=str
+)
+def test_a_rank_that_comes_back_late_does_no_harm(stage: Stage, death: Death, setting: Setting) -> None:
+    survivor, victim = stage.survivor, stage.victim()
+    try:
+        print(play_return(survivor, victim, death, setting))
     finally:
         victim.discard()
