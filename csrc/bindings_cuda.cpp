@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -193,10 +192,6 @@ class Domain {
                                pointer<std::byte>(out),
                                pointer<float>(out_weights),
                                {}};
-    if (known != nullptr && group_.num_ranks <= dk::kKnownRanks) {
-      args.knows_counts = true;
-      std::copy(known->counts.begin(), known->counts.end(), args.known_counts);
-    }
     const bool carries = engine_chunks > 0 && known != nullptr && dk::CopyEngine::has_room(args, known->counts.data());
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));

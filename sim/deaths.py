@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
+from deepep.engine.link import hang_up
 from deepep.sim.buffer_runs import run_on_buffer
 from deepep.sim.cases import Case
 from deepep.sim.gpus import take_gpu
@@ -329,6 +330,8 @@ def survive(ctx: RankContext, death: Death, setting: Setting, folder: str, retur
     before = time.monotonic()
     buffer.destroy()
     leaving = time.monotonic() - before
+    if setting.cuda and returns:
+        hang_up(dist.group.WORLD)  # NCCL's end of a group waits for the other rank, which does not end it
     dist.destroy_process_group()
     return Survived(
         record.operation, record.phase, record.rank, record.waited_on, seconds, made, again, leaving

@@ -113,9 +113,6 @@ class Domain {
     if (engine_chunks == 0 || refused) return launch("combine_kernel", args, num_blocks, shared);
     engine_ticket_ += static_cast<uint32_t>(engine_chunks);
     args.engine = {engine_chunks, engine_ticket_};
-    args.knows_counts = group_.num_ranks <= dk::kKnownRanks;
-    const auto num_counts = static_cast<size_t>(group_.num_ranks * group_.num_ranks);
-    if (args.knows_counts) machine_.peek(counts, args.known_counts, sizeof(int32_t) * num_counts);
     launch("combine_carried_kernel", args, num_blocks, shared);
     const CopyEngineArgs orders{args, 100 * group_.timeout_ns};
     machine_.launch(group_.num_ranks + group_.rank, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);

@@ -114,9 +114,6 @@ struct EngineWork {
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
 };
 
-/// The counts of a handle of so many ranks at most travel with the launch, if the host knows them.
-inline constexpr int kKnownRanks = 8;
-
 struct CombineArgs {
   Group group;
   int push_blocks;    // blocks [0, push_blocks) return rows
@@ -133,8 +130,6 @@ struct CombineArgs {
   std::byte* out;                // [T, row_bytes]
   float* out_weights;            // [T, K]
   EngineWork engine;
-  bool knows_counts;
-  int32_t known_counts[kKnownRanks * kKnownRanks];  // [R, R]
 };
 
 struct LayoutArgs {

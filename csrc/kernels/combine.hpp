@@ -254,21 +254,17 @@ template <class Count>
   return true;
 }
 
-/// return: this warp's share of the rows. `meanwhile` is called once the first row was asked for, if there is one. False
-/// if a peer has not lent its staging.
-template <class Count, class Meanwhile>
+/// return: this warp's share of the rows. False if a peer has not lent its staging.
+template <class Count>
 [[nodiscard]] DEEPEP_DEVICE bool return_rows(const CombineArgs& args, const Count& count, const ReturnItems& items,
-                                             uint32_t parts, uint32_t epoch, dev::Deadline deadline,
-                                             const Meanwhile& meanwhile) {
+                                             uint32_t parts, uint32_t epoch, dev::Deadline deadline) {
   using namespace dev;
   SharedArray<uint32_t> progress(CombineShared{args.group.num_ranks}.progress());
   bool asked = false;
   bool lent = true;
   const auto may_store = [&] {
-    if (asked) return lent;
+    if (!asked) lent = await_staging(args.group, epoch, deadline);
     asked = true;
-    meanwhile();
-    lent = await_staging(args.group, epoch, deadline);
     return lent;
   };
   uint32_t done = 0;
@@ -379,16 +375,15 @@ DEEPEP_DEVICE void combine(const CombineArgs& args) {
   SharedArray<uint32_t> pushed(shared.pushed());
   SharedArray<uint32_t> progress(shared.progress());
 
-  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads())
-    counts.set(i, args.knows_counts ? args.known_counts[i] : load_once(args.counts + i));
+  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) counts.set(i, load_once(args.counts + i));
   if (thread() == 0) {
     failed.set(0, 0);
     taken.set(0, 0);
     pushed.set(0, 0);
   }
   if (thread() < num_warps()) progress.set(thread(), 0);
-  sync_block();
   if (block() == 0) lend_staging(g, epoch - 1);
+  sync_block();
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
   const uint32_t parts = static_cast<uint32_t>(parts_of_rows(g, count));
   const uint32_t num_items = kCarried || args.refused ? 0 : num_return_items(g, count, static_cast<int>(parts));
@@ -396,20 +391,15 @@ DEEPEP_DEVICE void combine(const CombineArgs& args) {
   const ReturnItems items = return_items(role, num_items, warp());
   if (block() == 0 && warp() == num_warps() - 1) tell_digest(g, digest_of(args, count), epoch);
 
-  // A warp that sums nothing before it has pushed takes its turn then; one with a single item takes it while that is on
-  // its way, so that what it needs for its sum is, too.
+  // A warp that sums nothing before it has pushed takes its turn then; one with a single item takes it now, so that
+  // what it needs for its sum is on the way meanwhile.
   const bool pushes = warp() < role.pushing;
   const bool follows = kCarried && block() == 0 && warp() == 0;
   const bool is_early = role.reduces && (!pushes || role.is_single) && !follows;
   Turn turn{0, -1};
-  bool has_turn = false;
-  const auto take_early = [&] {
-    if (is_early && !has_turn) turn = take_turn(args, role, parts);
-    has_turn = is_early;
-  };
+  if (is_early) turn = take_turn(args, role, parts);
   bool lent = true;
-  if (pushes) lent = return_rows(args, count, items, parts, epoch, deadline, take_early);
-  take_early();
+  if (pushes) lent = return_rows(args, count, items, parts, epoch, deadline);
   // No raiser of flags waits for a warp that waits for them.
   const bool raises = role.is_single ? is_last_to_push(args, role) : role.pushing > 0 && warp() == role.pushing;
   if constexpr (kCarried) {
@@ -420,7 +410,7 @@ DEEPEP_DEVICE void combine(const CombineArgs& args) {
   if (thread() == num_threads() - 1) have_read_epoch(g, &g.state->combine_epoch, epoch);
   bool summed = true;
   if (role.reduces) {
-    if (!has_turn) turn = take_turn(args, role, parts);
+    if (!is_early) turn = take_turn(args, role, parts);
     summed = reduce_tokens(args, count, role, turn, parts, epoch, deadline);
   }
   if (!(lent && summed) && lane() == 0) failed.bit_or(0, 1u);

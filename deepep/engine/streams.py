@@ -55,7 +55,7 @@ def _select(number: int, index: int, kind: int) -> None:
 
 
 def is_idle(stream: torch.cuda.Stream) -> bool:
-    """Whether it has done all it holds. Not so while it is being captured, which `Stream.query` would spoil."""
+    """Whether it has done all it holds; not while it is being captured, which `Stream.query` would spoil."""
     from deepep import _cuda  # this module is imported without it, too
 
     return _cuda.stream_is_idle(stream.cuda_stream)

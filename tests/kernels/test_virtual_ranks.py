@@ -295,9 +295,10 @@ def test_results_do_not_depend_on_sms(domains, ranks: int, num_sms: int) -> None
         worst_case(domain, Shape((50, 61, 0, 7, 1, 33, 8, 90)[:ranks], topk=3), room)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_small_shapes(domains, ranks: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("ranks", "engine_chunks"), [(1, 0), (2, 0), (2, 2), (3, 0), (4, 0), (4, 3)])
+def test_small_shapes(domains, monkeypatch, ranks: int, engine_chunks: int) -> None:  # type: ignore[no-untyped-def]
     """Every option with few tokens and few blocks: what compute-sanitizer has time for."""
+    monkeypatch.setattr(domains(ranks, 4), "engine_chunks", engine_chunks)
     for seed, shape in enumerate(option_shapes(ranks)):
         small = replace(shape, tokens=(19, 5, 0, 33)[:ranks], hidden=min(shape.hidden, 256), local_experts=4)
         round_trip(domains(ranks, 4), small, seed)
