@@ -330,8 +330,9 @@ def survive(ctx: RankContext, death: Death, setting: Setting, folder: str, retur
     before = time.monotonic()
     buffer.destroy()
     leaving = time.monotonic() - before
-    if setting.cuda and returns:
-        hang_up(dist.group.WORLD)  # NCCL's end of a group waits for the other rank, which does not end it
+    group = dist.group.WORLD
+    if setting.cuda and returns and group is not None:
+        hang_up(group)  # NCCL's end of a group waits for the other rank, which does not end it
     dist.destroy_process_group()
     return Survived(
         record.operation, record.phase, record.rank, record.waited_on, seconds, made, again, leaving

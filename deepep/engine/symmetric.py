@@ -19,6 +19,7 @@ from deepep.engine.slots import SEGMENT, SlotPool
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 #: what is lent if all else fails, until the rows are counted
 LEAST_ROWS = 64
+_outlived: list[Endpoint] = []
 
 
 def symmetric_bytes() -> int:
@@ -109,7 +110,10 @@ class SymmetricMemory:
         self.slots.close()
 
     def outlive(self) -> None:
-        """The same, and the heap is kept for good: a peer that was given up may still write to it."""
+        """The same, and the heap is kept for good: a peer that was given up may still write to it, and a copy
+        engine that was given up to this endpoint's words.
+        """
+        _outlived.append(self.endpoint)
         self.slots.outlive()
 
 
