@@ -174,7 +174,7 @@ class Domain {
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk, int64_t row_bytes,
                uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights, const RowCounts* known, int engine_chunks,
-               uintptr_t stream) {
+               int engine_shrink, uintptr_t stream) {
     // All blocks may sum, whichever push.
     if (reduce_blocks != num_blocks) check_roles(num_blocks, push_blocks, reduce_blocks);
     dk::CombineArgs args{group_,
@@ -196,7 +196,7 @@ class Domain {
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
       if (!engine_) engine_ = std::make_unique<dk::CopyEngine>();
-      args.engine = engine_->take(engine_chunks);
+      args.engine = engine_->take({engine_chunks, engine_shrink});
       dk::launch_combine(args, num_blocks, pointer<void>(stream));
       engine_->order(args, known->counts.data());
     });

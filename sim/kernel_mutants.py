@@ -109,8 +109,8 @@ EDITS = (
     Edit(
         "flags a chunk ahead of the engine",
         "kernels/copy_engine.hpp",
-        "args.engine.num_chunks - 1 - chunk)",
-        "args.engine.num_chunks - chunk)",
+        "args.engine.cut.num_chunks - 1 - chunk)",
+        "args.engine.cut.num_chunks - chunk)",
         "a chunk's flags say that the one before it is there",
     ),
     Edit(

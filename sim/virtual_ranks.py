@@ -47,7 +47,7 @@ class VirtualDomain:
     """`num_ranks` endpoints on one device.
 
     heap_bytes: symmetric memory per rank, control and staging included. staging_bytes: of it, what rows
-    return to. engine_chunks: if it is not 0, the copy engine returns them, in so many parts.
+    return to. engine_cut: as `Endpoint.combine` takes it.
     """
 
     num_ranks: int
@@ -55,7 +55,7 @@ class VirtualDomain:
     heap_bytes: int = 256 << 20
     staging_bytes: int = 64 << 20
     timeout: float = 5.0
-    engine_chunks: int = 0
+    engine_cut: tuple[int, int] = (0, 100)
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     endpoints: list[Endpoint] = field(init=False)
 
@@ -172,7 +172,7 @@ class VirtualDomain:
                 biases=() if biases is None else biases[r],
                 out=out,
                 out_weights=weights,
-                engine_chunks=self.engine_chunks,
+                engine_cut=self.engine_cut,
             )
         torch.cuda.synchronize(self.device)
         return results

@@ -147,13 +147,31 @@ struct Stretch {
   int64_t rows;
 };
 
-/// What `from` returns to `owner` in one of `num_chunks` about equal parts.
+/// How rows are cut into parts that follow each other: each `shrink` percent of the one before.
+struct Cut {
+  static constexpr int kMaxChunks = 4;
+  int num_chunks;
+  int shrink;
+
+  /// Rows of the chunks before the c-th.
+  [[nodiscard]] DEEPEP_HD int64_t begin(int64_t rows, int c) const {
+    int64_t before = 0, all = 0, size = 1000000;
+    DEEPEP_ROLLED
+    for (int i = 0; i < num_chunks; ++i, size = size * shrink / 100) {
+      all += size;
+      before += i < c ? size : 0;
+    }
+    return rows * before / all;
+  }
+};
+
+/// What `from` returns to `owner` in one of the parts.
 template <class Count>
-[[nodiscard]] DEEPEP_HD Stretch chunk_of_rows(const Count& count, int owner, int from, int chunk, int num_chunks) {
+[[nodiscard]] DEEPEP_HD Stretch chunk_of_rows(const Count& count, int owner, int from, int chunk, const Cut& cut) {
   const int64_t rows = count(owner, from);
-  const int64_t begin = rows * chunk / num_chunks;
+  const int64_t begin = cut.begin(rows, chunk);
   return {first_row_of_source(count, owner, from) + begin, first_staging_row(count, owner, from) + begin,
-          rows * (chunk + 1) / num_chunks - begin};
+          cut.begin(rows, chunk + 1) - begin};
 }
 
 }  // namespace deepep::core

@@ -32,7 +32,7 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   const kernels::Group& g = call.group;
   const kernels::EngineWork& work = call.engine;
   const core::StagingLayout staging = kernels::staging_of(call);
-  const auto first = work.last_ticket - static_cast<uint32_t>(work.num_chunks - 1);
+  const auto first = work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1);
   const bool goes = lane() == 0 && wait_reached<acquire, sys_scope>(&g.state->engine_go, work.last_ticket,
                                                                     Deadline::in(args.patience_ns));
   if (ballot(goes) == 0) return;
@@ -42,10 +42,10 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   for (int owner = 0; owner < g.num_ranks; ++owner)
     if (owner != g.rank && kernels::is_live(g, owner))
       spoils |= load<relaxed, sys_scope>(kernels::at<uint32_t>(g, owner, g.control.overwritten(g.rank))) != 0;
-  for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+  for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
     for (int owner = 0; owner < g.num_ranks; ++owner) {
       if (owner == g.rank || !kernels::is_live(g, owner)) continue;
-      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, work.num_chunks);
+      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, work.cut);
       std::byte* area = g.heap[owner] + g.staging_offset;
       carry(area + staging.row(rows.place), call.x + rows.row * call.row_bytes, rows.rows, call.row_bytes, spoils);
       carry(area + staging.weights(rows.place),

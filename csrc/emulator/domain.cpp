@@ -92,7 +92,7 @@ class Domain {
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk,
                int64_t row_bytes, uintptr_t x, uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uintptr_t counts,
-               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, int engine_chunks) {
+               uintptr_t send_row, uintptr_t out, uintptr_t out_weights, int engine_chunks, int engine_shrink) {
     dk::CombineArgs args{};
     args.group = group_;
     args.push_blocks = push_blocks;
@@ -112,7 +112,7 @@ class Domain {
     const int64_t shared = dk::CombineShared{group_.num_ranks}.bytes();
     if (engine_chunks == 0 || refused) return launch("combine_kernel", args, num_blocks, shared);
     engine_ticket_ += static_cast<uint32_t>(engine_chunks);
-    args.engine = {engine_chunks, engine_ticket_};
+    args.engine = {{engine_chunks, engine_shrink}, engine_ticket_};
     launch("combine_carried_kernel", args, num_blocks, shared);
     const CopyEngineArgs orders{args, 100 * group_.timeout_ns};
     machine_.launch(group_.num_ranks + group_.rank, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);
@@ -208,7 +208,7 @@ void bind_domain(py::module_& m) {
       .def("combine", &Domain::combine, py::arg("num_blocks"), py::arg("push_blocks"), py::arg("reduce_blocks"),
            py::arg("refused"), py::arg("num_tokens"), py::arg("num_topk"), py::arg("row_bytes"), py::arg("x"), py::arg("topk_weights"),
            py::arg("bias_0"), py::arg("bias_1"), py::arg("counts"), py::arg("send_row"), py::arg("out"),
-           py::arg("out_weights"), py::arg("engine_chunks"))
+           py::arg("out_weights"), py::arg("engine_chunks"), py::arg("engine_shrink"))
       .def_property_readonly("fault_word", &Domain::fault_word)
       .def("take_fault", &Domain::take_fault, py::arg("watched"))
       .def("barrier", &Domain::barrier)

@@ -110,7 +110,7 @@ struct DispatchArgs {
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream: waits
 /// until engine_go has reached the last chunk's ticket, then carries each chunk to all owners and notes its ticket.
 struct EngineWork {
-  int num_chunks;        // 0: SMs return the rows
+  core::Cut cut;         // no chunks: SMs return the rows
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
 };
 

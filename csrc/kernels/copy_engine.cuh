@@ -53,10 +53,12 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
-  /// Tickets for that many chunks.
-  [[nodiscard]] EngineWork take(int num_chunks) {
-    ticket_ += static_cast<uint32_t>(num_chunks);
-    return {num_chunks, ticket_};
+  /// Tickets for so many chunks.
+  [[nodiscard]] EngineWork take(const core::Cut& cut) {
+    if (cut.num_chunks > core::Cut::kMaxChunks || cut.shrink < 1 || cut.shrink > 100)
+      throw std::invalid_argument("at most 4 chunks, each 1 to 100 percent of the one before");
+    ticket_ += static_cast<uint32_t>(cut.num_chunks);
+    return {cut, ticket_};
   }
 
   /// Orders what the combine that was launched just before leaves to the engine. counts [R, R]: the handle's.
@@ -66,24 +68,24 @@ class CopyEngine {
     const core::CountMatrix count{counts, g.num_ranks};
     const core::StagingLayout staging{g.staging_bytes, args.row_bytes, args.num_topk};
     words_.wait(stream_, &g.state->engine_go, work.last_ticket);
-    const auto each_owner = [&](int chunk, int num_chunks, const auto& visit) {
+    const auto each_owner = [&](int chunk, const core::Cut& cut, const auto& visit) {
       for (int d = 1; d < g.num_ranks; ++d) {
         const int owner = (g.rank + d) % g.num_ranks;
-        const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, num_chunks);
+        const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, cut);
         if (((g.live >> owner) & 1u) != 0 && rows.rows > 0) visit(g.heap[owner] + g.staging_offset, rows);
       }
     };
     if (args.num_topk > 0)
-      each_owner(0, 1, [&](std::byte* area, const core::Stretch& rows) {
+      each_owner(0, {1, 100}, [&](std::byte* area, const core::Stretch& rows) {
         copy(area + staging.weights(rows.place), args.topk_weights + rows.row * args.num_topk,
              rows.rows * staging.weight_bytes());
       });
-    for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
-      each_owner(chunk, work.num_chunks, [&](std::byte* area, const core::Stretch& rows) {
+    for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
+      each_owner(chunk, work.cut, [&](std::byte* area, const core::Stretch& rows) {
         copy(area + staging.row(rows.place), args.x + rows.row * args.row_bytes, rows.rows * args.row_bytes);
       });
       words_.write(stream_, &g.state->engine_done,
-                   work.last_ticket - static_cast<uint32_t>(work.num_chunks - 1 - chunk));
+                   work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1 - chunk));
     }
   }
 

@@ -44,8 +44,8 @@ template <class Count>
   // Also if it serves nobody: x may be given to others once this kernel has ended.
   const Deadline deadline = Deadline::in(g.timeout_ns);
 #pragma unroll 1
-  for (int chunk = 0; chunk < args.engine.num_chunks; ++chunk) {
-    const uint32_t ticket = args.engine.last_ticket - static_cast<uint32_t>(args.engine.num_chunks - 1 - chunk);
+  for (int chunk = 0; chunk < args.engine.cut.num_chunks; ++chunk) {
+    const uint32_t ticket = args.engine.last_ticket - static_cast<uint32_t>(args.engine.cut.num_chunks - 1 - chunk);
     if (!wait_reached<relaxed, sys_scope>(&g.state->engine_done, ticket, deadline)) {
       note_fault(g, Phase::kEngine, 1u << g.rank, ticket, load<relaxed, sys_scope>(&g.state->engine_done));
       lent = false;
@@ -57,7 +57,7 @@ template <class Count>
     for (int d = 1; d < g.num_ranks; ++d) {
       const int owner = (g.rank + d) % g.num_ranks;
       if (!is_live(g, owner)) continue;
-      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, args.engine.num_chunks);
+      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, args.engine.cut);
       std::byte* flags = g.heap[owner] + g.staging_offset;
       for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts; i += kWarpSize)
         store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flags + staging.flag(rows.place + i / parts,

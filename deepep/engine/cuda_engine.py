@@ -43,7 +43,7 @@ from deepep.engine.nvlink import (
 )
 from deepep.engine.received import Received, kind_of
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
-from deepep.engine.roles import ENGINE_BYTES, combine_split, dispatch_split, engine_chunks
+from deepep.engine.roles import ENGINE_BYTES, NO_ENGINE, combine_split, dispatch_split, engine_cut
 from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
     ArgumentError,
@@ -251,7 +251,7 @@ class CudaEngine(ReferenceEngine):
                     biases=biases,
                     out=out,
                     out_weights=out_weights,
-                    engine_chunks=engine_chunks(sms, ranks) if leaves_it else 0,
+                    engine_cut=engine_cut(sms, ranks) if leaves_it else NO_ENGINE,
                 )
                 if plan.stream != stream:
                     plan.table.record_stream(streams.current(self._index))

@@ -24,7 +24,7 @@ class Gpu:
     that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
     blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
     as the ranks count them, modulo 2^32. engine_chunks: into so many parts the copy engine cuts the rows that
-    a combine returns; 0: SMs return them.
+    a combine returns, each engine_shrink percent of the one before; 0: SMs return them.
     """
 
     num_blocks: int = 2
@@ -36,6 +36,7 @@ class Gpu:
     reduce_blocks: int = 0
     calls_before: int = 0
     engine_chunks: int = 0
+    engine_shrink: int = 100
 
     def num_actors(self, num_ranks: int) -> int:
         """Ranks and the copy engines that are used, which are counted behind them."""

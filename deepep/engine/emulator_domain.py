@@ -285,6 +285,7 @@ class EmulatedDomain:
             out=out,
             out_weights=out_weights,
             engine_chunks=self.gpu.engine_chunks,
+            engine_shrink=self.gpu.engine_shrink,
         )
         return out, out_weights
 

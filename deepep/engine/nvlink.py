@@ -297,7 +297,7 @@ class Endpoint:
         """The same for a combine."""
         self._domain.combine(
             *(1, 1, 1, True, 0, 0, 16, 0, 0, 0, 0),
-            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, None, 0, stream),
+            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, None, 0, 100, stream),
         )
 
     def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
@@ -315,12 +315,12 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
-        engine_chunks: int = 0,
+        engine_cut: tuple[int, int] = (0, 100),
     ) -> None:
         """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
 
-        engine_chunks: if it is not 0 and the host knows the counts, the copy engine returns the rows, in so
-        many parts, and SMs only sum. Not for a captured call.
+        engine_cut: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
+        so many parts, each so many percent of the one before, and SMs only sum. Not for a captured call.
         """
         self._domain.combine(
             split.total,
@@ -338,7 +338,7 @@ class Endpoint:
             out.data_ptr(),
             _address(out_weights),
             plan.known,
-            engine_chunks,
+            *engine_cut,
             stream,
         )
 
