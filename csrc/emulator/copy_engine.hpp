@@ -13,8 +13,8 @@ struct CopyEngineArgs {
   uint64_t patience_ns;  // a real one waits for ever, but its process may end
 };
 
-/// One stretch of `rows` rows of `bytes`. In a call whose flags nobody will raise it is carried behind the machine's back:
-/// what meets it would be a race, and is allowed as long as nobody uses what comes of it.
+/// One stretch of `rows` rows of `bytes`. In a call whose flags nobody will raise it is carried behind the machine's
+/// back: what meets it would be a race, and is allowed as long as nobody uses what comes of it.
 DEEPEP_DEVICE void carry(std::byte* to, const std::byte* from, int64_t rows, int64_t bytes, bool spoils) {
   using namespace dev;
   if (spoils) {

@@ -4,9 +4,9 @@
 //   follow    behind each chunk that the engine says it has carried, the warp raises the flags of its rows
 //   look      a block that has summed looks whether a peer may have written to the staging meanwhile
 //
-// What the engine does stands on a stream before this kernel runs, and nobody can take it back. So where an owner has
-// not lent its staging in time, the engine writes there all the same, and the owner is told before it does. It looks for
-// that word behind its sums: if it is not there, all that it read was there before the engine began.
+// What the engine is to do stands on a stream, and nobody can take it back. So where an owner has not lent its staging
+// in time, the engine writes there all the same, and the owner is told before it does. It looks for that word behind
+// its sums: if it is not there, all that it read was there before the engine began.
 #pragma once
 
 #include "kernels/sum.hpp"
