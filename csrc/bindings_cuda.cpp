@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -192,7 +193,10 @@ class Domain {
                                pointer<std::byte>(out),
                                pointer<float>(out_weights),
                                {}};
-    const bool carries = engine_chunks > 0 && known != nullptr && dk::CopyEngine::has_room(args, known->counts.data());
+    // A graph would replay the kernel without its orders; a launch that returns only when the kernel has ended would
+    // never let them be given.
+    const bool carries = engine_chunks > 0 && known != nullptr && !launches_block_ && !is_capturing(stream) &&
+                         dk::CopyEngine::has_room(args, known->counts.data());
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
       if (!engine_) engine_ = std::make_unique<dk::CopyEngine>();
@@ -268,6 +272,17 @@ class Domain {
     return address == 0 ? 0 : pointer<std::byte>(address) - group_.heap[group_.rank];
   }
 
+  [[nodiscard]] static bool is_capturing(uintptr_t stream) {
+    cudaStreamCaptureStatus status{};
+    dk::check(cudaStreamIsCapturing(pointer<CUstream_st>(stream), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  [[nodiscard]] static bool has_blocking_launches() {
+    const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
+    return value != nullptr && std::strcmp(value, "") != 0 && std::strcmp(value, "0") != 0;
+  }
+
   template <class Launch>
   void in_turn(uintptr_t stream, const Launch& launch) {
     const DeviceScope scope(device_);
@@ -279,6 +294,7 @@ class Domain {
   Turns turns_;
   Event fork_;
   std::unique_ptr<dk::CopyEngine> engine_;  // once a combine leaves rows to it
+  bool launches_block_ = has_blocking_launches();
 };
 
 CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks, int64_t num_tokens, int num_scales,
@@ -304,7 +320,8 @@ CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks
 /// Waits, without the GIL, until a dispatch has written all its words with `ticket`.
 /// (phase, rows for this rank, the most rows of any rank, rows that combine brings back, the counts, top-k entries per
 /// local expert), or None at the deadline.
-py::object wait_counts(uintptr_t address, uint32_t ticket, int num_ranks, int num_local_experts, double timeout_seconds) {
+py::object wait_counts(uintptr_t address, uint32_t ticket, int num_ranks, int num_local_experts,
+                       double timeout_seconds) {
   const auto* words = pointer<uint64_t>(address);
   const int table = static_cast<int>(offsetof(dk::HostCounts, lists) / sizeof(uint64_t));
   const int experts = table + num_ranks * num_ranks;
@@ -362,7 +379,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("ENGINE_DONE") = offsetof(dk::LocalState, engine_done) / sizeof(uint32_t);  // a word of the state
 
   py::class_<CachedDispatch>(m, "CachedDispatch").def(py::init(&cached_dispatch));
-  py::class_<RowCounts>(m, "RowCounts").def(py::init([](std::vector<int32_t> counts) { return RowCounts{std::move(counts)}; }));
+  py::class_<RowCounts>(m, "RowCounts").def(py::init([](std::vector<int32_t> counts) {
+    return RowCounts{std::move(counts)};
+  }));
   py::class_<Domain>(m, "Domain")
       .def(py::init<int, const std::vector<uintptr_t>&, int, int, int64_t, uintptr_t, uintptr_t, double>())
       .def("set_live", &Domain::set_live)

@@ -79,7 +79,8 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
     )
     # Ranks that are masked get new memory, which these do not: nobody waits here for what a rank that was
     # left out has under way of a combine that was refused.
-    return replace(scenario, refuses="") if cases[-1].masked else scenario
+    is_out = bool(cases[-1].masked) and scenario.refuses == "combine"
+    return replace(scenario, refuses="") if is_out else scenario
 
 
 def draw_tall_scenario(seed: int) -> Scenario:

@@ -43,7 +43,8 @@ emu::Space space_named(const std::string& name) {
 using FaultTuple = std::tuple<int, uint64_t, bool, uint64_t, bool>;
 
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
-                                              int ranks_per_node, bool copy_engines, const std::string& strategy, uint64_t seed, uint64_t expected_steps,
+                                              int ranks_per_node, bool copy_engines, const std::string& strategy,
+                                              uint64_t seed, uint64_t expected_steps,
                                               uint64_t max_steps, const std::vector<FaultTuple>& faults) {
   if (num_ranks < 1 || max_blocks < 1 || max_threads < 32 || max_threads % 32 != 0 || num_sms < 0 ||
       ranks_per_node < 0)
@@ -103,7 +104,8 @@ PYBIND11_MODULE(_emulator, m) {
 
   py::class_<emu::Simulation>(m, "Machine")
       .def(py::init(&make_machine), py::kw_only(), py::arg("num_ranks"), py::arg("max_blocks"), py::arg("max_threads"),
-           py::arg("num_sms") = 0, py::arg("ranks_per_node") = 0, py::arg("copy_engines") = false, py::arg("strategy") = "random", py::arg("seed") = 0,
+           py::arg("num_sms") = 0, py::arg("ranks_per_node") = 0, py::arg("copy_engines") = false,
+           py::arg("strategy") = "random", py::arg("seed") = 0,
            py::arg("expected_steps") = 20000, py::arg("max_steps") = 20'000'000,
            py::arg("faults") = std::vector<FaultTuple>{})
       .def(

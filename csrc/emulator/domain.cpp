@@ -22,8 +22,8 @@ T* pointer(uintptr_t address) {
 }
 
 /// One rank's view of its NVLink domain, as deepep._cuda.Domain, on an emulated machine. Launches go to the rank's
-/// stream, or to its copy engine's. `num_threads`: per block, for all kernels; fewer than on hardware, so that schedules
-/// are cheap.
+/// stream, or to its copy engine's. `num_threads`: per block, for all kernels; fewer than on hardware, so that
+/// schedules are cheap.
 class Domain {
  public:
   Domain(Simulation& machine, const KernelSet& kernels, int num_threads, int rank, const std::vector<uintptr_t>& heaps,
@@ -217,7 +217,8 @@ void bind_domain(py::module_& m) {
            py::arg("tokens_per_node"), py::arg("tokens_per_expert"), py::arg("is_token_in_rank"),
            py::arg("workspace"), py::arg("num_blocks"), py::arg("num_threads"));
   m.def("host_counts_bytes", [](int num_ranks, int num_local_experts) {
-    return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * static_cast<size_t>(num_ranks * num_ranks + num_local_experts);
+    const auto words = static_cast<size_t>(num_ranks * num_ranks + num_local_experts);
+    return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * words;
   });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
     return core::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();

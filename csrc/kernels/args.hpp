@@ -107,8 +107,9 @@ struct DispatchArgs {
   uint32_t common[core::MailboxWords::kCommon];  // what it tells all ranks alike: the launch fills it
 };
 
-/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream: waits
-/// until engine_go has reached the last chunk's ticket, then carries each chunk to all owners and notes its ticket.
+/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
+/// waits until engine_go has reached the last chunk's ticket, then carries each chunk to all owners, and notes its
+/// ticket.
 struct EngineWork {
   core::Cut cut;         // no chunks: SMs return the rows
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before

@@ -13,7 +13,7 @@
 
 namespace deepep::kernels {
 
-/// Whether `owner` has lent its staging for the combine with this epoch; as far as this thread can see without waiting.
+/// Whether `owner` has lent its staging for the combine with this epoch, as far as can be seen without waiting.
 [[nodiscard]] DEEPEP_DEVICE bool has_lent(const Group& g, int owner, uint32_t epoch) {
   using namespace dev;
   const uint32_t free = load<relaxed, sys_scope>(at<uint32_t>(g, g.rank, g.control.staging_free(owner)));
@@ -29,8 +29,8 @@ DEEPEP_DEVICE void tell_overwritten(const Group& g, uint32_t epoch) {
       store<relaxed, sys_scope>(at<uint32_t>(g, owner, g.control.overwritten(g.rank)), epoch);
 }
 
-/// begin and follow. `lent`: whether all owners have lent their staging. False if not, or if the engine does not get on.
-/// One warp.
+/// begin and follow. `lent`: whether all owners have lent their staging. False if not, or if the engine does not get
+/// on. One warp.
 template <class Count>
 [[nodiscard]] DEEPEP_DEVICE bool follow_engine(const CombineArgs& args, const Count& count, bool lent, uint32_t parts,
                                                uint32_t epoch) {
@@ -47,7 +47,7 @@ template <class Count>
   for (int chunk = 0; chunk < args.engine.cut.num_chunks; ++chunk) {
     const uint32_t ticket = args.engine.last_ticket - static_cast<uint32_t>(args.engine.cut.num_chunks - 1 - chunk);
     if (!wait_reached<relaxed, sys_scope>(&g.state->engine_done, ticket, deadline)) {
-      note_fault(g, Phase::kEngine, 1u << g.rank, ticket, load<relaxed, sys_scope>(&g.state->engine_done));
+      note_fault(g, Phase::kEngine, 0, ticket, load<relaxed, sys_scope>(&g.state->engine_done));  // no rank's doing
       lent = false;
     }
     lent = ballot(!lent) == 0;
@@ -75,8 +75,11 @@ template <class Count>
   uint32_t since = 0;
   if (lane() < g.num_ranks && lane() != g.rank && is_live(g, lane()))
     since = load<relaxed, sys_scope>(at<uint32_t>(g, g.rank, g.control.overwritten(lane())));
-  if (since != 0) note_fault(g, Phase::kOverwritten, 1u << lane(), 0, since);
-  return ballot(since != 0) != 0;
+  const uint32_t who = ballot(since != 0);
+  if (who == 0) return false;
+  since = shuffle(since, lowest_bit(who));
+  if (lane() == 0) note_fault(g, Phase::kOverwritten, who, 0, since);  // by the thread that hands over what was noted
+  return true;
 }
 
 }  // namespace deepep::kernels

@@ -235,7 +235,7 @@ class CudaEngine(ReferenceEngine):
             x, weights, biases = request.x, request.topk_weights, request.biases
             tokens = plan.num_tokens
             sms, ranks = self._num_sms(request.num_sms), self.info.num_ranks
-            leaves_it = not capturing and x.numel() * 2 >= ENGINE_BYTES
+            leaves_it = not capturing and x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
             with self._stream_for(schedule) as stream:
                 out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=self._device)
                 out_weights = None

@@ -28,7 +28,7 @@ LOCAL_SMS = 15
 #: of each other's way
 SHARING_SMS = 12
 MIXING_SMS = 20
-#: up to so many SMs, a combine of at least so many bytes leaves what travels to the copy engine
+#: up to so many SMs, a combine of at least so many bytes a peer leaves what travels to the copy engine
 ENGINE_SMS = 12
 ENGINE_BYTES = 8 << 20
 #: what it is ordered costs the host time: a few orders a call

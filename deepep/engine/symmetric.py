@@ -19,7 +19,7 @@ from deepep.engine.slots import SEGMENT, SlotPool
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 #: what is lent if all else fails, until the rows are counted
 LEAST_ROWS = 64
-_outlived: list[Endpoint] = []
+_outlived: list[object] = []
 
 
 def symmetric_bytes() -> int:
@@ -110,10 +110,10 @@ class SymmetricMemory:
         self.slots.close()
 
     def outlive(self) -> None:
-        """The same, and the heap is kept for good: a peer that was given up may still write to it, and a copy
-        engine that was given up to this endpoint's words.
+        """The same, and the heap is kept for good: a peer that was given up may still write to it. So are the
+        peers' heaps and this endpoint's words: a copy engine that was given up may still write to those.
         """
-        _outlived.append(self.endpoint)
+        _outlived.append((self.endpoint, self._heap))
         self.slots.outlive()
 
 

@@ -102,8 +102,10 @@ def round_trip(ctx: Any, tokens: tuple[int, int], seed: int, fp8: bool, sms: int
         [i.is_token_in_rank for i in inputs],
         topk_weights=[e.recv_topk_weights for e in expected],
     )[ctx.rank]
+    before = buffer.num_sms
     buffer.set_num_sms(sms)
     out, out_weights, _ = buffer.combine(x, handle, topk_weights=weights)
+    buffer.set_num_sms(before)
     assert torch.equal(bits(out), bits(sums.x))
     assert torch.equal(out_weights.cpu(), sums.topk_weights)
     again, *_ = buffer.dispatch(given[0].cuda(), handle=handle)
