@@ -417,7 +417,9 @@ DEEPEP_DEVICE void combine(const CombineArgs& args) {
   sync_block();
   if (warp() != 0) return;
   const bool spoiled = role.reduces && is_overwritten(g);
-  if (lane() == 0 && (spoiled || failed.get(0) != 0)) hand_over_faults(g, Operation::kCombine);
+  if (lane() != 0 || (!spoiled && failed.get(0) == 0)) return;
+  if constexpr (kCarried) await_engine(args);
+  hand_over_faults(g, Operation::kCombine);
 }
 
 DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) { combine<false>(args); }

@@ -68,6 +68,20 @@ template <class Count>
   return lent;
 }
 
+/// Before a fault is handed over: one thread waits until the engine is done, or notes that it does not get on. No record
+/// may leave without that: a rank that goes on, as after a disagreement, must have no copies under way.
+DEEPEP_DEVICE void await_engine(const CombineArgs& args) {
+  using namespace dev;
+  const Group& g = args.group;
+  // It is let go within one time-out, and given another.
+  const Deadline deadline = Deadline::in(2 * g.timeout_ns);
+  const auto missing = [&] {
+    return static_cast<int32_t>(args.engine.last_ticket - load<relaxed, sys_scope>(&g.state->engine_done)) > 0;
+  };
+  while (missing() && !deadline.passed()) pause();
+  if (missing()) note_fault(g, Phase::kEngine, 0, args.engine.last_ticket, 0);
+}
+
 /// look: whether the staging may have been written while this rank read it; a fault is noted. One warp, behind a block
 /// barrier that follows the block's sums.
 [[nodiscard]] DEEPEP_DEVICE bool is_overwritten(const Group& g) {

@@ -1,4 +1,4 @@
-"""Schedules that failed once, as `python -m deepep explore` saved them. With the bug: "wrong result"."""
+"""Schedules that failed once, as `python -m deepep explore` saved them. With the bug they failed."""
 
 from __future__ import annotations
 
