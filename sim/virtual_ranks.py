@@ -17,7 +17,7 @@ from deepep.engine.nvlink import (
     Plan,
 )
 from deepep.engine.received import Received, kind_of
-from deepep.engine.roles import combine_split, dispatch_split
+from deepep.engine.roles import NO_ENGINE, combine_split, dispatch_split
 
 
 @dataclass
@@ -55,7 +55,7 @@ class VirtualDomain:
     heap_bytes: int = 256 << 20
     staging_bytes: int = 64 << 20
     timeout: float = 5.0
-    engine_cut: tuple[int, int] = (0, 100)
+    engine_cut: tuple[int, int] = NO_ENGINE
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     endpoints: list[Endpoint] = field(init=False)
 

@@ -231,11 +231,11 @@ class CudaEngine(ReferenceEngine):
                 self._check_staging(request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
-            capturing = self._get_ready(Operation.COMBINE)
+            self._get_ready(Operation.COMBINE)
             x, weights, biases = request.x, request.topk_weights, request.biases
             tokens = plan.num_tokens
             sms, ranks = self._num_sms(request.num_sms), self.info.num_ranks
-            leaves_it = not capturing and x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
+            leaves_it = x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
             with self._stream_for(schedule) as stream:
                 out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=self._device)
                 out_weights = None

@@ -16,7 +16,7 @@ import torch
 
 from deepep import _cuda
 from deepep.engine.received import Received
-from deepep.engine.roles import BlockSplit
+from deepep.engine.roles import NO_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
 
 MAX_LOCAL_EXPERTS = 1024
@@ -315,12 +315,12 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
-        engine_cut: tuple[int, int] = (0, 100),
+        engine_cut: tuple[int, int] = NO_ENGINE,
     ) -> None:
         """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
 
         engine_cut: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
-        so many parts, each so many percent of the one before, and SMs only sum. Not for a captured call.
+        so many parts, each so many percent of the one before, and SMs only sum. Not so in a captured call.
         """
         self._domain.combine(
             split.total,

@@ -33,6 +33,7 @@ ENGINE_SMS = 12
 ENGINE_BYTES = 8 << 20
 #: what it is ordered costs the host time: a few orders a call
 ENGINE_ORDERS = 8
+#: no parts: SMs return the rows
 NO_ENGINE = (0, 100)
 #: how long all sums take by so many SMs, of what the engine takes, in percent
 SUMMING = ((8, 100), (ENGINE_SMS, 85))

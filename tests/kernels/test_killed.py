@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from deepep.sim import World
-from deepep.sim.deaths import Death, Setting, deaths, play, play_return, prepare
+from deepep.sim.deaths import Death, Setting, Survived, deaths, play, play_return, prepare
 from deepep.sim.world import PendingRun
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +55,14 @@ class Stage:
         waking.results()
         return world
 
+    def act(self, how: Callable[..., Survived], death: Death, setting: Setting) -> None:
+        """Plays a death with a new victim."""
+        survivor, victim = self.survivor, self.victim()
+        try:
+            print(how(survivor, victim, death, setting))
+        finally:
+            victim.discard()
+
     def clear(self) -> None:
         """Ends all processes."""
         for world in (self._survivor, self._next[0]):
@@ -71,11 +79,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.mark.parametrize("death", deaths(graphs=True), ids=str)
 def test_the_survivor_names_the_dead_and_works_on(stage: Stage, death: Death) -> None:
-    survivor, victim = stage.survivor, stage.victim()
-    try:
-        print(play(survivor, victim, death, SETTING))
-    finally:
-        victim.discard()
+    stage.act(play, death, SETTING)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +93,7 @@ def test_the_survivor_names_the_dead_and_works_on(stage: Stage, death: Death) ->
     ids=str,
 )
 def test_a_death_beside_copy_engines(stage: Stage, death: Death) -> None:
-    survivor, victim = stage.survivor, stage.victim()
-    try:
-        print(play(survivor, victim, death, FEW_SMS))
-    finally:
-        victim.discard()
+    stage.act(play, death, FEW_SMS)
 
 
 @pytest.mark.parametrize("setting", [SETTING, FEW_SMS], ids=["24 SMs", "8 SMs"])
@@ -101,8 +101,4 @@ def test_a_death_beside_copy_engines(stage: Stage, death: Death) -> None:
     "death", [Death("combine", victim=0), Death("dispatch", inside=True, settles=False)], ids=str
 )
 def test_a_rank_that_comes_back_late_does_no_harm(stage: Stage, death: Death, setting: Setting) -> None:
-    survivor, victim = stage.survivor, stage.victim()
-    try:
-        print(play_return(survivor, victim, death, setting))
-    finally:
-        victim.discard()
+    stage.act(play_return, death, setting)
