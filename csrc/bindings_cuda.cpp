@@ -111,7 +111,7 @@ class Domain {
     group_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
     group_.control = ControlLayout{group_.num_ranks, max_local_experts, max_blocks};
     group_.staging_offset = group_.control.bytes();
-    group_.staging_bytes = staging_bytes;
+    staging_bytes_ = staging_bytes;
     for (size_t r = 0; r < heaps.size(); ++r) group_.heap[r] = pointer<std::byte>(heaps[r]);
     group_.state = pointer<dk::LocalState>(state);
     group_.fault = pointer<dk::FaultRecord>(fault);
@@ -185,6 +185,7 @@ class Domain {
                                num_tokens,
                                num_topk,
                                row_bytes,
+                               StagingLayout{staging_bytes_, row_bytes, num_topk},
                                pointer<const std::byte>(x),
                                pointer<const float>(topk_weights),
                                {pointer<const std::byte>(bias_0), pointer<const std::byte>(bias_1)},
@@ -290,6 +291,7 @@ class Domain {
   }
 
   dk::Group group_{};
+  int64_t staging_bytes_ = 0;
   int device_ = 0;
   Turns turns_;
   Event fork_;

@@ -272,6 +272,12 @@ class Buffer(LowLatencyCalls):
         MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
         self._check_alive()
+        is_plain = previous_event is None and not async_finish and not allocate_on_comm_stream
+        if type(handle) is DispatchHandle and is_plain and config is topk_idx is topk_weights is None:
+            rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+            again = self._engine.dispatch_again(rows, scales, handle.route, Buffer.num_sms)
+            if again is not None:
+                return again, None, None, None, None, EventOverlap()
 
         def request() -> tuple[DispatchRequest, Schedule]:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)

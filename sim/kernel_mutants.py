@@ -81,15 +81,15 @@ EDITS = (
     Edit(
         "one mailbox for all epochs",
         "core/symmetric_layout.hpp",
-        "(2 * s + static_cast<int64_t>(epoch & 1u)) * mailbox_bytes()",
-        "(2 * s + static_cast<int64_t>(epoch & 0u)) * mailbox_bytes()",
+        "(2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_",
+        "(2 * s + static_cast<int>(epoch & 0u)) * mailbox_bytes_",
         "a word is written again while a slower block of its receiver still reads it",
     ),
     Edit(
         "one digest for all epochs",
         "core/symmetric_layout.hpp",
-        "(2 * s + static_cast<int64_t>(epoch & 1u)) * kLine",
-        "(2 * s + static_cast<int64_t>(epoch & 0u)) * kLine",
+        "(2 * s + static_cast<int>(epoch & 1u)) * kLine32",
+        "(2 * s + static_cast<int>(epoch & 0u)) * kLine32",
         "the same of what ranks compare before a combine",
     ),
     Edit(
@@ -199,11 +199,10 @@ HARMLESS: dict[str, str] = {
     "layout.hpp layout_kernel: load gpu -> block": _ORDERED_BY_COUNTER,
     "layout.hpp layout_kernel: store gpu -> block": _ORDERED_BY_COUNTER,
     "layout.hpp layout_kernel: store gpu -> block (2)": _ORDERED_BY_COUNTER,
-    "dispatch.hpp dispatch_kernel: load -> load_once": "no dispatch writes the combine epoch",
+    "dispatch.hpp dispatch: load -> load_once": "no dispatch writes the combine epoch",
     "exchange.hpp tell_host: wait_tag acquire -> relaxed": "the word is all that is read",
     "combine.hpp raise_flags: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine.hpp raise_flags: fence acq_rel -> release": _ONE_OF_TWO,
-    "combine.hpp raise_flags: sync_warp removed": "each lane goes on with words of its own",
     "barrier.hpp barrier_kernel: store release -> relaxed": "the end of the kernel before it is a fence",
     "copy.hpp bulk_copy_kernel: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
 }

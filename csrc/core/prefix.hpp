@@ -6,17 +6,21 @@
 namespace deepep::core {
 
 /// Contiguous split of tokens [0, num_tokens) over `num_parts`
-/// owners, in order; shares differ by at most one.
-struct TokenSplit {
-  int64_t num_tokens;
-  int64_t num_parts;
+/// owners, in order; shares differ by at most one. Divides once, when it is made.
+template <class Int>
+struct SplitOf {
+  constexpr SplitOf() = default;
+  DEEPEP_HD constexpr SplitOf(Int num_tokens, Int num_parts)
+      : each_(num_tokens / num_parts), longer_(num_tokens % num_parts) {}
 
-  [[nodiscard]] DEEPEP_HD constexpr int64_t begin(int64_t part) const {
-    // The first num_tokens % num_parts shares are one longer.
-    return num_tokens / num_parts * part + min_of(part, num_tokens % num_parts);
-  }
-  [[nodiscard]] DEEPEP_HD constexpr int64_t end(int64_t part) const { return begin(part + 1); }
+  [[nodiscard]] DEEPEP_HD constexpr Int begin(Int part) const { return each_ * part + min_of(part, longer_); }
+  [[nodiscard]] DEEPEP_HD constexpr Int end(Int part) const { return begin(part + 1); }
+
+ private:
+  Int each_;    // tokens of a share,
+  Int longer_;  // but for the first so many shares, which have one more
 };
+using TokenSplit = SplitOf<int64_t>;
 
 /// In place, over n values `stride` apart: each becomes the sum of those before it. Returns the sum of all.
 template <class Count>

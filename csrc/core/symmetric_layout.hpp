@@ -44,37 +44,58 @@ struct MailboxWords {
   static constexpr int kCommon = kSlotArrays + 3;
 };
 
-/// The words ranks signal each other with. Each word has one writer: the rank its index names.
+/// The words ranks signal each other with. Each word has one writer: the rank its index names. Made by the host: the
+/// places are worked out once, not by every warp of every kernel.
 struct ControlLayout {
   int num_ranks;
   int max_local_experts;
   int max_blocks;
 
+  ControlLayout() = default;
+  DEEPEP_HD ControlLayout(int ranks, int local_experts, int blocks)
+      : num_ranks(ranks),
+        max_local_experts(local_experts),
+        max_blocks(blocks),
+        mailbox_bytes_(lines(8 * MailboxWords{ranks}.expert_count(local_experts))),
+        rows_done_(2 * ranks * mailbox_bytes_),
+        rows_done_bytes_(lines(4 * blocks)),
+        staging_free_(rows_done_ + ranks * rows_done_bytes_),
+        arrived_(staging_free_ + ranks * kLine32),
+        digest_(arrived_ + ranks * kLine32) {}
+
   /// What source `s` tells this rank before it sends: tagged 8-byte words, see MailboxWords. Two in turn: a peer
   /// may be done with one call and into the next while this rank's slower blocks still read; it cannot be two ahead.
   [[nodiscard]] DEEPEP_HD int64_t mailbox(int s, uint32_t epoch) const {
-    return (2 * s + static_cast<int64_t>(epoch & 1u)) * mailbox_bytes();
+    return (2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_;
   }
-  [[nodiscard]] DEEPEP_HD int64_t mailbox_bytes() const {
-    return align_up(8 * MailboxWords{num_ranks}.expert_count(max_local_experts), kLine);
-  }
+  [[nodiscard]] DEEPEP_HD int64_t mailbox_bytes() const { return mailbox_bytes_; }
   /// Source `s`'s block `b` has written all its rows of the dispatch with this epoch: 4-byte words.
-  [[nodiscard]] DEEPEP_HD int64_t rows_done(int s) const {
-    return mailbox(num_ranks, 0) + s * align_up(4 * static_cast<int64_t>(max_blocks), kLine);
-  }
+  [[nodiscard]] DEEPEP_HD int64_t rows_done(int s) const { return rows_done_ + s * rows_done_bytes_; }
   /// Owner `o` has consumed the staging of every combine up to this epoch: a 4-byte word.
-  [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return rows_done(num_ranks) + o * kLine; }
+  [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return staging_free_ + o * kLine32; }
   /// Rank `r` has entered the barrier with this epoch: a 4-byte word.
-  [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return staging_free(num_ranks) + r * kLine; }
+  [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return arrived_ + r * kLine32; }
   /// What source `s` has begun to combine: a tagged 8-byte word, a digest of what all ranks must pass alike. Two in
   /// turn, as mailboxes.
   [[nodiscard]] DEEPEP_HD int64_t combine_digest(int s, uint32_t epoch) const {
-    return arrived(num_ranks) + (2 * s + static_cast<int64_t>(epoch & 1u)) * kLine;
+    return digest_ + (2 * s + static_cast<int>(epoch & 1u)) * kLine32;
   }
   /// The combine in which source `s` gave up waiting for this rank's staging, so that its copy engine may have written
   /// there all the same: a 4-byte word, 0 if there is none. On the line of a digest, which is at hand by then.
   [[nodiscard]] DEEPEP_HD int64_t overwritten(int s) const { return combine_digest(s, 0) + 8; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
+
+ private:
+  static constexpr int kLine32 = static_cast<int>(kLine);
+
+  [[nodiscard]] DEEPEP_HD static int lines(int bytes) { return static_cast<int>(align_up(bytes, kLine)); }
+
+  int mailbox_bytes_;
+  int rows_done_;
+  int rows_done_bytes_;
+  int staging_free_;
+  int arrived_;
+  int digest_;
 };
 
 /// The same arrays one after the other in one stretch, where nobody asks for more: five arrays of `capacity` rows.
@@ -104,31 +125,64 @@ struct SlotLayout {
 };
 
 /// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there. Rows that
-/// follow each other lie one behind the other, and so do their weights.
+/// follow each other lie one behind the other, and so do their weights. Made by the host, as the places of the words.
 struct StagingLayout {
   static constexpr int kParts = 4;
-  int64_t area_bytes;
-  int64_t row_bytes;
-  int num_topk;  // 0: no weights travel
 
-  /// Flags sit first, at a place that does not depend on the row size, so that a flag is never overwritten by a
-  /// row of an operation with other shapes.
-  [[nodiscard]] DEEPEP_HD int64_t max_rows() const { return area_bytes / 1024; }
+  StagingLayout() = default;
+  /// row_bytes > 0. num_topk 0: no weights travel.
+  DEEPEP_HD StagingLayout(int64_t area_bytes, int64_t row_bytes, int num_topk)
+      : row_bytes_(row_bytes),
+        weight_bytes_(4 * num_topk),
+        // Flags sit first, at a place that does not depend on the row size, so that a flag is never overwritten by a
+        // row of an operation with other shapes. Weights sit last.
+        rows_begin_(align_up(4 * kParts * max_rows(area_bytes), kLine)),
+        weights_begin_((area_bytes - max_rows(area_bytes) * weight_bytes_) & -kLine),
+        capacity_(rows_begin_ > weights_begin_
+                      ? 0
+                      : min_of((weights_begin_ - rows_begin_) / row_bytes, max_rows(area_bytes))) {}
+
   /// 4 bytes.
-  [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row, int part) const { return 4 * (row * kParts + part); }
-  [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return align_up(4 * kParts * max_rows(), kLine); }
-  [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin() + i * row_bytes; }
-  [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return 4 * num_topk; }
-  /// Weights sit last.
-  [[nodiscard]] DEEPEP_HD int64_t weights_begin() const { return (area_bytes - max_rows() * weight_bytes()) & -kLine; }
-  [[nodiscard]] DEEPEP_HD int64_t weights(int64_t row) const { return weights_begin() + row * weight_bytes(); }
-  [[nodiscard]] DEEPEP_HD int64_t capacity() const {
-    if (row(0) > weights_begin()) return 0;
-    const int64_t fit = (weights_begin() - row(0)) / row_bytes;
-    return fit < max_rows() ? fit : max_rows();
+  [[nodiscard]] DEEPEP_HD int64_t flag(int64_t row, uint32_t part) const { return 4 * (row * kParts + part); }
+  [[nodiscard]] DEEPEP_HD int64_t rows_begin() const { return rows_begin_; }
+  [[nodiscard]] DEEPEP_HD int64_t row(int64_t i) const { return rows_begin_ + i * row_bytes_; }
+  [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return weight_bytes_; }
+  [[nodiscard]] DEEPEP_HD int64_t weights(int64_t row) const { return weights_begin_ + row * weight_bytes_; }
+  [[nodiscard]] DEEPEP_HD int64_t capacity() const { return capacity_; }
+  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < capacity_; }
+
+ private:
+  [[nodiscard]] DEEPEP_HD static int64_t max_rows(int64_t area_bytes) { return area_bytes / 1024; }
+
+  int64_t row_bytes_;
+  int64_t weight_bytes_;
+  int64_t rows_begin_;
+  int64_t weights_begin_;
+  int64_t capacity_;
+};
+
+/// How rows are cut to travel and to be summed: into 1 to StagingLayout::kParts parts. Parts of rows that follow each
+/// other are items. Kernels divide by their number all the time, so that is done by a multiplication.
+class Parts {
+ public:
+  DEEPEP_HD explicit Parts(uint32_t parts) : count(parts), inverse_((0x80000000u + parts - 1) / parts) {}
+
+  uint32_t count;
+
+  /// n / count, for n < 2^31: what is too much in the inverse is less than 1 / count by then.
+  [[nodiscard]] DEEPEP_HD uint32_t divide(uint32_t n) const {
+    return static_cast<uint32_t>((uint64_t{2 * n} * inverse_) >> 32);
   }
-  /// Whether row i is below the capacity: the same, for kernels, without a division.
-  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < max_rows() && row(i + 1) <= weights_begin(); }
+  [[nodiscard]] DEEPEP_HD uint32_t row_of(uint32_t item) const { return divide(item); }
+  [[nodiscard]] DEEPEP_HD uint32_t part_of(uint32_t item) const { return item - divide(item) * count; }
+  /// First of a row's `pieces` in a part; part `count` would begin behind them all.
+  [[nodiscard]] DEEPEP_HD int begin(int pieces, uint32_t part) const {
+    return static_cast<int>(divide(static_cast<uint32_t>(pieces) * part));
+  }
+  [[nodiscard]] DEEPEP_HD bool is_last(uint32_t part) const { return part + 1 == count; }
+
+ private:
+  uint32_t inverse_;
 };
 
 /// First staging row, at `owner`, of the rows that come back from `from`. The owner's own rows do not travel.

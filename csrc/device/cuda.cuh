@@ -387,6 +387,12 @@ DEEPEP_DEVICE uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+/// Both sums, each rounded once to nearest even; subnormals are kept.
+DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
 /// The sum, never contracted with a neighbouring product.
 DEEPEP_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
 DEEPEP_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }

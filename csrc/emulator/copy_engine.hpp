@@ -31,7 +31,7 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   const kernels::CombineArgs& call = args.combine;
   const kernels::Group& g = call.group;
   const kernels::EngineWork& work = call.engine;
-  const core::StagingLayout staging = kernels::staging_of(call);
+  const core::StagingLayout& staging = call.staging;
   const auto first = work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1);
   const bool goes = lane() == 0 && wait_reached<acquire, sys_scope>(&g.state->engine_go, work.last_ticket,
                                                                     Deadline::in(args.patience_ns));

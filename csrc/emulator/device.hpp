@@ -334,5 +334,9 @@ DEEPEP_DEVICE float settled(float value) {
 }
 DEEPEP_DEVICE float add_rounded(float a, float b) { return settled(a + b); }
 DEEPEP_DEVICE float mul_rounded(float a, float b) { return settled(a * b); }
+/// By way of fp32, which has enough digits for that.
+DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
+  return pack_bf16(add_rounded(bf16_low(a), bf16_low(b)), add_rounded(bf16_high(a), bf16_high(b)));
+}
 
 }  // namespace deepep::dev

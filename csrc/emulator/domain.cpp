@@ -38,7 +38,7 @@ class Domain {
     group_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
     group_.control = core::ControlLayout{group_.num_ranks, max_local_experts, max_blocks};
     group_.staging_offset = group_.control.bytes();
-    group_.staging_bytes = staging_bytes;
+    staging_bytes_ = staging_bytes;
     for (size_t r = 0; r < heaps.size(); ++r) group_.heap[r] = pointer<std::byte>(heaps[r]);
     group_.state = pointer<dk::LocalState>(state);
     group_.fault = pointer<dk::FaultRecord>(fault);
@@ -86,8 +86,9 @@ class Domain {
     args.num_worst_tokens = num_worst_tokens;
     args.host = pointer<dk::HostCounts>(host);
     args.ticket = ticket;
-    dk::fill_common(args);
-    launch("dispatch_kernel", args, num_blocks, dk::DispatchShared{group_.num_ranks, num_threads_ / 32}.bytes());
+    dk::prepare(args);
+    launch(cached ? "dispatch_cached_kernel" : "dispatch_kernel", args, num_blocks,
+           dk::DispatchShared{group_.num_ranks, num_threads_ / 32}.bytes());
   }
 
   void combine(int num_blocks, int push_blocks, int reduce_blocks, bool refused, int64_t num_tokens, int num_topk,
@@ -101,6 +102,7 @@ class Domain {
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
     args.row_bytes = row_bytes;
+    args.staging = {staging_bytes_, row_bytes, num_topk};
     args.x = pointer<const std::byte>(x);
     args.topk_weights = pointer<const float>(topk_weights);
     args.bias[0] = pointer<const std::byte>(bias_0);
@@ -173,6 +175,7 @@ class Domain {
   const KernelSet& kernels_;
   int num_threads_;
   dk::Group group_{};
+  int64_t staging_bytes_ = 0;
   uint32_t engine_ticket_ = 0;
 };
 

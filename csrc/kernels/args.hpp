@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/prefix.hpp"
 #include "core/symmetric_layout.hpp"
 
 namespace deepep::kernels {
@@ -70,7 +71,6 @@ struct Group {
   uint64_t timeout_ns;
   core::ControlLayout control;
   int64_t staging_offset;
-  int64_t staging_bytes;
   std::byte* heap[core::kMaxRanks];  // every rank's heap as mapped here
   LocalState* state;
   FaultRecord* fault;  // pinned host memory
@@ -104,7 +104,10 @@ struct DispatchArgs {
   int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
   HostCounts* host;                  // null: the host does not wait
   uint32_t ticket;
-  uint32_t common[core::MailboxWords::kCommon];  // what it tells all ranks alike: the launch fills it
+  // What the launch fills in (prepare), so that no warp has to work it out:
+  uint32_t common[core::MailboxWords::kCommon];  // what it tells all ranks alike
+  core::TokenSplit push_split;                   // the tokens of each push block
+  core::TokenSplit local_split;                  // of each local block
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
@@ -123,6 +126,7 @@ struct CombineArgs {
   int64_t num_tokens;  // T of this rank
   int num_topk;        // 0: no weights travel
   int64_t row_bytes;   // bf16 rows, a multiple of 16
+  core::StagingLayout staging;   // of rows of this kind
   const std::byte* x;            // [N, row_bytes]
   const float* topk_weights;     // [N, K]
   const std::byte* bias[2];      // [T, row_bytes] or null

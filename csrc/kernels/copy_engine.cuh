@@ -66,7 +66,7 @@ class CopyEngine {
     const Group& g = args.group;
     const EngineWork& work = args.engine;
     const core::CountMatrix count{counts, g.num_ranks};
-    const core::StagingLayout staging{g.staging_bytes, args.row_bytes, args.num_topk};
+    const core::StagingLayout& staging = args.staging;
     words_.wait(stream_, &g.state->engine_go, work.last_ticket);
     const auto each_owner = [&](int chunk, const core::Cut& cut, const auto& visit) {
       for (int d = 1; d < g.num_ranks; ++d) {
@@ -93,9 +93,8 @@ class CopyEngine {
   [[nodiscard]] static bool has_room(const CombineArgs& args, const int32_t* counts) {
     const Group& g = args.group;
     const core::CountMatrix count{counts, g.num_ranks};
-    const core::StagingLayout staging{g.staging_bytes, args.row_bytes, args.num_topk};
     for (int owner = 0; owner < g.num_ranks; ++owner)
-      if (owner != g.rank && core::first_staging_row(count, owner, g.rank) + count(owner, g.rank) > staging.capacity())
+      if (owner != g.rank && core::first_staging_row(count, owner, g.rank) + count(owner, g.rank) > args.staging.capacity())
         return false;
     return true;
   }

@@ -32,11 +32,11 @@ DEEPEP_DEVICE void tell_overwritten(const Group& g, uint32_t epoch) {
 /// begin and follow. `lent`: whether all owners have lent their staging. False if not, or if the engine does not get
 /// on. One warp.
 template <class Count>
-[[nodiscard]] DEEPEP_DEVICE bool follow_engine(const CombineArgs& args, const Count& count, bool lent, uint32_t parts,
+[[nodiscard]] DEEPEP_DEVICE bool follow_engine(const CombineArgs& args, const Count& count, bool lent, core::Parts parts,
                                                uint32_t epoch) {
   using namespace dev;
   const Group& g = args.group;
-  const core::StagingLayout staging = staging_of(args);
+  const core::StagingLayout& staging = args.staging;
   if (lane() == 0) {
     if (!lent) tell_overwritten(g, epoch);
     store<release, sys_scope>(&g.state->engine_go, args.engine.last_ticket);  // what was told comes before
@@ -59,10 +59,9 @@ template <class Count>
       if (!is_live(g, owner)) continue;
       const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, args.engine.cut);
       std::byte* flags = g.heap[owner] + g.staging_offset;
-      for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts; i += kWarpSize)
-        store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flags + staging.flag(rows.place + i / parts,
-                                                                                  static_cast<int>(i % parts))),
-                                  epoch);
+      for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts.count; i += kWarpSize)
+        store<relaxed, sys_scope>(
+            reinterpret_cast<uint32_t*>(flags + staging.flag(rows.place + parts.row_of(i), parts.part_of(i))), epoch);
     }
   }
   return lent;

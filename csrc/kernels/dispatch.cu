@@ -7,9 +7,10 @@ namespace deepep::kernels {
 
 void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
   DispatchArgs args = given;
-  fill_common(args);
+  prepare(args);
   const DispatchShared shared{args.group.num_ranks, kDispatchThreads / dev::kWarpSize};
-  launch<DispatchArgs>(dispatch_kernel, args, num_blocks, kDispatchThreads, shared.bytes(), stream, "dispatch");
+  const auto kernel = args.cached ? dispatch_cached_kernel : dispatch_kernel;
+  launch<DispatchArgs>(kernel, args, num_blocks, kDispatchThreads, shared.bytes(), stream, "dispatch");
 }
 
 }  // namespace deepep::kernels

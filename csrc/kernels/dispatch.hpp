@@ -53,14 +53,16 @@ struct WarpTokens {
 };
 
 [[nodiscard]] DEEPEP_DEVICE WarpTokens tokens_of_warp(const DispatchRole& role) {
-  const int64_t tokens = role.end - role.begin;
+  const int tokens = static_cast<int>(role.end - role.begin);
   const int warps = dev::num_warps();
   int parts = 1;
+  DEEPEP_ROLLED
   while (parts < kMaxParts && tokens * (parts + 1) <= warps) ++parts;
-  const core::TokenSplit split{tokens, warps / parts};
+  const int teams = warps / parts;
+  const core::SplitOf<int> split{tokens, teams};
   const int team = dev::warp() / parts;
-  if (team >= warps / parts) return {role.end, role.end, 0, parts};
-  return {role.begin + split.begin(team), role.begin + split.end(team), dev::warp() % parts, parts};
+  if (team >= teams) return {role.end, role.end, 0, parts};
+  return {role.begin + split.begin(team), role.begin + split.end(team), dev::warp() - team * parts, parts};
 }
 
 /// Bit r: token t goes to rank r, and that concerns the role (its bit is in `wanted`).
@@ -132,10 +134,11 @@ DEEPEP_DEVICE void place(const DispatchArgs& args, const DispatchRole& role, con
 
 /// What is known of a token's way before its turn: for a cached call its row at rank r in lane r, or -1; else whether
 /// it goes there.
+template <bool kCached>
 [[nodiscard]] DEEPEP_DEVICE int32_t look_ahead(const DispatchArgs& args, int64_t t, bool mine) {
-  if (!mine) return args.cached ? -1 : 0;
+  if (!mine) return kCached ? -1 : 0;
   const int64_t at = t * args.group.num_ranks + dev::lane();
-  return args.cached ? dev::load_once(args.send_row + at) : dev::load_once(args.is_token_in_rank + at);
+  return kCached ? dev::load_once(args.send_row + at) : dev::load_once(args.is_token_in_rank + at);
 }
 
 /// Lane r: which of the tokens [begin, begin + size) go to rank r, as bits. One warp.
@@ -180,6 +183,7 @@ struct HeldRow {
 /// write: a warp's tokens, or its part of one; a row is read once and stored to every destination of the role.
 /// `ahead`: of the first token; `tokens_before` it, for rank r in lane r. Both were found while the counts travelled,
 /// and the beginning of its row may be `held`.
+template <bool kCached>
 DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role, const WarpTokens& mine,
                               int32_t ahead, int tokens_before, HeldRow& held) {
   using namespace dev;
@@ -196,7 +200,7 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(lent<Vec16>(args, lane(), core::kSlotRows)) : 0;
   int32_t next_row = first_row + tokens_before;
   const bool trails = mine.part == 0 && args.num_scales > 0;  // what is written row by row
-  const bool describes = mine.part == 0 && !args.cached;      // what is written for a group of rows
+  const bool describes = !kCached && mine.part == 0;      // what is written for a group of rows
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int from = chunks * mine.part / mine.parts;
   const int end = chunks * (mine.part + 1) / mine.parts;
@@ -205,17 +209,17 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
     const int size = static_cast<int>(core::min_of(mine.end - first, static_cast<int64_t>(kWarpSize)));
     // Bit i of lane r: token first + i goes to rank r. A cached call has the rows instead, one token's ahead.
     uint32_t going = ahead != 0 ? 1u : 0u;
-    if (!args.cached && mine.end - mine.begin > 1) going = going_of(args, first, size, wanted_ranks(role, g));
+    if (!kCached && mine.end - mine.begin > 1) going = going_of(args, first, size, wanted_ranks(role, g));
     // The warps of a block, each at another of its tokens: some store rows while others wait for these words.
     const int turn = warp() * size / kWarpSize;
 #pragma unroll 1
     for (int i = 0; i < size; ++i) {
       const int64_t t = first + i;
       int32_t row = ahead;
-      if (!args.cached)
+      if (!kCached)
         row = ((going >> i) & 1u) ? next_row++ : -1;
       else if (t + 1 < mine.end)
-        ahead = look_ahead(args, t + 1, speaks);
+        ahead = look_ahead<kCached>(args, t + 1, speaks);
       // More tokens for a rank than was told would run into another source's rows, or out of the slot.
       const bool excess = row >= end_row && row >= 0;
       if (excess)
@@ -313,7 +317,7 @@ DEEPEP_DEVICE void await_rows(const Group& g, uint32_t epoch, dev::Deadline dead
 [[nodiscard]] DEEPEP_DEVICE DispatchRole role_of_block(const DispatchArgs& args) {
   DispatchRole role{dev::block() >= first_push_block(args), dev::block() < args.local_blocks, 0, 0};
   // Blocks of both roles share their tokens with all others: then the two counts are equal.
-  const core::TokenSplit split{args.num_tokens, role.push ? args.push_blocks : args.local_blocks};
+  const core::TokenSplit& split = role.push ? args.push_split : args.local_split;
   const int part = role.push ? dev::block() - first_push_block(args) : dev::block();
   role.begin = split.begin(part);
   role.end = split.end(part);
@@ -341,7 +345,9 @@ DEEPEP_DEVICE void prefetch_row(const DispatchArgs& args, const WarpTokens& mine
     dev::prefetch(args.x + mine.begin * args.row_bytes + line * core::kLine);
 }
 
-DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
+/// A dispatch. kCached: along the routing of a handle; a kernel of its own, which is half as long.
+template <bool kCached>
+DEEPEP_DEVICE void dispatch(const DispatchArgs& args) {
   using namespace dev;
   const Group& g = args.group;
   const ExchangeShared shared{g.num_ranks};
@@ -358,26 +364,30 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
     unheard.set(0, 0);
     untold.set(0, 0);
   }
-  if (talks) tell(args, epoch);
+  sync_block();
+  if (talks) tell<kCached>(args, epoch);
   const DispatchRole role = role_of_block(args);
   const WarpTokens mine = tokens_of_warp(role);
   // Of what does not depend on the counts, what is slow: first rows, where their tokens go, who goes before them.
   prefetch_row(args, mine);
   const bool speaks = mine.begin < mine.end && ((wanted_ranks(role, g) >> lane()) & 1u);
-  const int32_t ahead = look_ahead(args, mine.begin, speaks && !args.refused);
-  if (!args.cached && !args.refused) place(args, role, mine);
-  sync_block();
-  const int before = args.cached || args.refused ? 0 : tokens_before(args, mine);
+  const int32_t ahead = look_ahead<kCached>(args, mine.begin, speaks && !args.refused);
+  int before = 0;
+  if (!kCached && !args.refused) {
+    place(args, role, mine);
+    sync_block();
+    before = tokens_before(args, mine);
+  }
   HeldRow first = hold_first_row(args, mine);
-  const uint32_t why = hear(args, epoch, deadline);  // on a rank that refused, for it disagrees with itself
+  const uint32_t why = hear<kCached>(args, epoch, deadline);  // on a rank that refused, for it disagrees with itself
   if (tells_host) tell_host(args, why, epoch, deadline);
   if (why == 0) {
-    write_rows(args, role, mine, ahead, before, first);
+    write_rows<kCached>(args, role, mine, ahead, before, first);
     if (role.push) publish_rows(g, block() - first_push_block(args), epoch);
-    if (!args.cached && talks) keep_counts(args);
+    if (!kCached && talks) keep_counts(args);
     if (role.local && args.num_worst_tokens > 0) pad_indices(args, block(), args.local_blocks);
     if (block() == num_blocks() - 1) await_rows(g, epoch, deadline);
-  } else if (!args.cached) {
+  } else if (!kCached) {
     leave_empty_handle(args, role);
   }
   if (talks) lend_staging(g, load(&g.state->combine_epoch));
@@ -385,5 +395,8 @@ DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) {
   sync_block();
   if (thread() == 0 && failed.get(0) != 0) hand_over_faults(g, Operation::kDispatch);
 }
+
+DEEPEP_KERNEL(dispatch_kernel, DispatchArgs, kDispatchThreads) { dispatch<false>(args); }
+DEEPEP_KERNEL(dispatch_cached_kernel, DispatchArgs, kDispatchThreads) { dispatch<true>(args); }
 
 }  // namespace deepep::kernels

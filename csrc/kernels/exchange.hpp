@@ -53,8 +53,10 @@ struct ExchangeShared {
   return digest.value | 1u;
 }
 
-/// Before a launch, by the host: what the kernel will tell all ranks alike.
-inline void fill_common(DispatchArgs& args) {
+/// Before a launch, by the host: what follows from the rest.
+inline void prepare(DispatchArgs& args) {
+  args.push_split = {args.num_tokens, core::max_of(args.push_blocks, 1)};
+  args.local_split = {args.num_tokens, core::max_of(args.local_blocks, 1)};
   const core::MailboxWords words{0};
   for (int i = 0; i < core::kSlotArrays; ++i) args.common[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
   args.common[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
@@ -63,23 +65,24 @@ inline void fill_common(DispatchArgs& args) {
 }
 
 /// tell: counts, what is lent and shapes to every live rank, this one included. One lane per word.
+template <bool kCached>
 DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
   using namespace dev;
   const Group& g = args.group;
   const core::MailboxWords words{g.num_ranks};
-  const int experts = args.tokens_per_expert != nullptr ? args.num_local_experts : 0;
+  const int experts = !kCached && args.tokens_per_expert != nullptr ? args.num_local_experts : 0;
   const int per_peer = words.expert_count(experts);
   for (int i = thread(); i < per_peer * g.num_ranks; i += num_threads()) {
     const int peer = i / per_peer;
     const int word = i % per_peer;
     if (!is_live(g, peer)) continue;
     uint32_t value = 0;
-    if (word >= words.expert_count(0))
+    if (!kCached && word >= words.expert_count(0))
       value = static_cast<uint32_t>(
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
     else if (word >= g.num_ranks)
       value = args.common[word - g.num_ranks];
-    else if (!args.refused && !args.cached && is_live(g, word))  // a cached call's counts are in everybody's handle
+    else if (!kCached && !args.refused && is_live(g, word))  // a cached call's counts are in everybody's handle
       value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     // Relaxed: the word says all it has to, and carries the epoch, so that one of an earlier call is never taken for
     // this one's. What read the slot before were kernels that have ended: no write can reach them any more.
@@ -100,6 +103,7 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
 
 /// hear: every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases
 /// of why not, as bits. The same on all threads. Whole block, with one barrier; a fault is noted.
+template <bool kCached>
 [[nodiscard]] DEEPEP_DEVICE uint32_t hear(const DispatchArgs& args, uint32_t epoch, dev::Deadline deadline) {
   using namespace dev;
   const Group& g = args.group;
@@ -119,7 +123,7 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
     const int source = i / per_source;
     const int word = i % per_source;
     int32_t kept = 0;  // asked for before the wait
-    if (args.cached && word < ranks) kept = load_once(args.counts + source * ranks + word);
+    if (kCached && word < ranks) kept = load_once(args.counts + source * ranks + word);
     uint32_t value = 0;
     if (is_live(g, source)) {
       const uint64_t* p = at<uint64_t>(g, g.rank, g.control.mailbox(source, epoch) + 8 * word);
@@ -131,7 +135,7 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
         unheard.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
     }
-    if (word < ranks) counts.set(source * ranks + word, args.cached ? kept : static_cast<int32_t>(value));
+    if (word < ranks) counts.set(source * ranks + word, kCached ? kept : static_cast<int32_t>(value));
     if (word >= words.slot(0) && word < words.slot(core::kSlotArrays))
       slot.set(source * core::kSlotArrays + word - words.slot(0), value);
     if (word == words.capacity()) capacity.set(source, value);

@@ -10,10 +10,6 @@ namespace deepep::kernels {
 inline constexpr int kPairUnroll = 10;  // 16-byte accesses of each of two addends that a lane has in flight
 inline constexpr int kManyUnroll = 4;   // the same where sums of more are kept
 
-[[nodiscard]] DEEPEP_DEVICE core::StagingLayout staging_of(const CombineArgs& args) {
-  return {args.group.staging_bytes, args.row_bytes, args.num_topk};
-}
-
 /// The addends of a token in the order of their addition: biases, then rows by rank. Lane i holds the i-th one's
 /// address. A peer's row was written while this kernel ran: all are read plainly, behind the flags.
 struct Addends {
@@ -57,7 +53,8 @@ DEEPEP_DEVICE void accumulate(float (&sum)[8], const dev::Vec16& v) {
 }
 
 /// One part of one token, for one or two addends of which at most one is a peer's: all that is in flight is rows, so
-/// more of them. Two sum to the same bits in either order.
+/// more of them. Two sum to the same bits in either order, and in bf16 to the same as in fp32: that has more than twice
+/// the digits and two to spare, so to round to it first changes nothing.
 struct Pair {
   const dev::Vec16* here;  // a bias or the rank's own row, or null
   const dev::Vec16* last;  // the peer's row, or another that is here, or null
@@ -74,26 +71,33 @@ struct Pair {
           reinterpret_cast<const dev::Vec16*>(others != 0 ? b : 0)};
 }
 
-/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here.
+/// What changes no sum: -0.
+inline constexpr uint32_t kNothing = 0x80008000u;
+
+template <int kPieces>
+DEEPEP_DEVICE void set_to_nothing(dev::Vec16 (&v)[kPieces]) {
+#pragma unroll
+  for (int u = 0; u < kPieces; ++u)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[u].w[i] = kNothing;
+}
+
+/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here, or nothing.
 DEEPEP_DEVICE void reduce_pair(dev::Vec16* out, const Pair& pair, int from, int end,
                                dev::Vec16 (&here)[kPairUnroll]) {
   using namespace dev;
 #pragma unroll 1
   for (int begin = from + lane();;) {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
-    Vec16 last[kPairUnroll] = {};
+    Vec16 last[kPairUnroll];
+    set_to_nothing(last);
     if (pair.last != nullptr) read_pieces(pair.last + begin, left, last);
 #pragma unroll
     for (int u = 0; u < kPairUnroll; ++u) {
       if (u * kWarpSize >= left) continue;
-      float sum[8];
-      if (pair.here == nullptr) {
-        accumulate<true>(sum, last[u]);
-      } else {
-        accumulate<true>(sum, here[u]);
-        if (pair.last != nullptr) accumulate<false>(sum, last[u]);
-      }
-      store_streaming(out + begin + u * kWarpSize, round_sums(sum));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) last[u].w[i] = add_bf16(here[u].w[i], last[u].w[i]);
+      store_streaming(out + begin + u * kWarpSize, last[u]);
     }
     begin += kPairUnroll * kWarpSize;
     if (begin >= end + lane()) break;
@@ -143,7 +147,7 @@ struct TokenRows {
 /// Where rank r's row lies here.
 [[nodiscard]] DEEPEP_DEVICE uint64_t address_of_row(const CombineArgs& args, const TokenRows& rows) {
   const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
-  return reinterpret_cast<uint64_t>(rows.is_remote() ? area + staging_of(args).row(rows.place)
+  return reinterpret_cast<uint64_t>(rows.is_remote() ? area + args.staging.row(rows.place)
                                                      : args.x + rows.at_rank * args.row_bytes);
 }
 
@@ -173,7 +177,7 @@ DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const Toke
   const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
   const std::byte* here = reinterpret_cast<const std::byte*>(args.topk_weights + rows.at_rank * int64_t{args.num_topk});
   const uint64_t weights =
-      reinterpret_cast<uint64_t>(rows.is_remote() ? area + staging_of(args).weights(rows.place) : here);
+      reinterpret_cast<uint64_t>(rows.is_remote() ? area + args.staging.weights(rows.place) : here);
   float weight = 0.0f;
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
     const float* addend = reinterpret_cast<const float*>(shuffle(weights, lowest_bit(left)));

@@ -9,7 +9,7 @@ what it reads is recorded there, what it makes belongs to it and is recorded on 
 Operations run in the order of the calls on whatever streams they are (csrc/bindings_cuda.cpp, Turns).
 
 A call takes some 20 us of the host, most of it torch's: so the usual calls get by with a glance
-(deepep.engine.cuda_checks).
+(deepep.engine.cuda_checks), and a cached dispatch like one before with less (deepep.engine.repeats).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from deepep.engine.nvlink import (
 )
 from deepep.engine.received import Received, kind_of
 from deepep.engine.reference_engine import RANKS_PER_DOMAIN, ReferenceEngine
+from deepep.engine.repeats import Repeat
 from deepep.engine.roles import ENGINE_BYTES, NO_ENGINE, combine_split, dispatch_split, engine_cut
 from deepep.engine.symmetric import SymmetricMemory
 from deepep.errors import (
@@ -63,9 +64,10 @@ class NvlinkPlan(Plan):
 
     source [N] int32: source token of each received row. most_rows: the most that any rank receives.
     returning: the rows that combine brings back from other ranks. stream: that its memory belongs to.
+    repeat: a cached dispatch along it.
     """
 
-    __slots__ = ("most_rows", "returning", "source", "stream")
+    __slots__ = ("most_rows", "repeat", "returning", "source", "stream")
 
     def __init__(self, plan: Plan, num_rows: int, source: Tensor | None, stream: int) -> None:
         super().__init__(plan.table, plan.num_tokens, num_rows, plan.live)
@@ -73,6 +75,7 @@ class NvlinkPlan(Plan):
         self.stream = stream
         self.most_rows: int | None = None
         self.returning: int | None = None
+        self.repeat: Repeat | None = None
 
 
 class CudaEngine(ReferenceEngine):
@@ -218,10 +221,51 @@ class CudaEngine(ReferenceEngine):
                 plan.table.record_stream(streams.current(self._index))
             if capturing or received.landed_on:
                 received = self._memory.copy_out(received, plan.num_rows)
-            elif plan.num_rows != capacity:
-                received.cut(plan.num_rows)
+            else:
+                if plan.num_rows != capacity:
+                    received.cut(plan.num_rows)
+                self._remember(request, plan, capacity)
         completion = self._hand_out(schedule, (x, scales), received.tensors())
         return Dispatched(received.x, received.scales, None, None, [], route, completion)
+
+    def _remember(self, request: DispatchRequest, plan: NvlinkPlan, capacity: int) -> None:
+        """A cached dispatch that went the usual way."""
+        x, scales = request.x, request.scales
+        if plan.repeat is not None and plan.repeat.addresses(x, scales, request.num_sms) is not None:
+            return
+        assert plan.repeated is not None
+        plan.repeat = Repeat(
+            self._index,
+            x.shape,
+            x.dtype,
+            None if scales is None else (scales.dtype, scales.shape, scales.stride()),
+            request.num_sms,
+            kind_of(x, scales, None, with_source=False).templates(capacity, self._device),
+            plan.repeated[1],
+            self._memory,
+        )
+
+    def dispatch_again(
+        self, x: object, scales: object, route: Route, num_sms: int
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        plan = route.plan
+        like = plan.repeat if type(plan) is NvlinkPlan else None
+        given = like.addresses(x, scales, num_sms) if like is not None else None
+        if like is None or given is None or like.memory is not self._memory:
+            return None
+        with self._conductor.issuing:
+            stream = streams.current_address(self._index)
+            if plan.stream != stream or self._is_held_up() or torch.cuda.is_current_stream_capturing():
+                return None
+            made = self._memory.slots.take_at_once(like.templates, stream)
+            if made is None:
+                return None
+            self._endpoint.repeat(like.call, given, made, stream)
+            rows = plan.num_rows
+            if rows != made[0].shape[0]:
+                for tensor in made:
+                    tensor.resize_(rows, tensor.shape[1])
+            return made[0] if like.scales is None else (made[0], made[1])
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         with self._conductor.issuing:
@@ -438,6 +482,10 @@ class CudaEngine(ReferenceEngine):
             self._refused = True
             raise
         return False
+
+    def _is_held_up(self) -> bool:
+        """Whether something is to be done or raised before the next operation (`_get_ready`)."""
+        return self._stale or self._refused or self._fault is not None or self._endpoint.has_fault
 
     def _raise_fault(self) -> None:
         """Raises what a kernel has reported since the last look, or a time-out reported before."""

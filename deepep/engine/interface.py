@@ -274,6 +274,15 @@ class Engine(ABC):
     def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         """High-throughput dispatch."""
 
+    def dispatch_again(
+        self, x: object, scales: object, route: Route, num_sms: int
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """A cached dispatch without a schedule, for engines that are quicker at one like they have made along
+        `route` before. x, scales: as of `dispatch`, unchecked. Returns the rows received, and their scales.
+        None: it is to be made by `dispatch`, which also says what is wrong with it, if anything is.
+        """
+        return None
+
     @abstractmethod
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         """High-throughput combine: a plain sum over the ranks, ascending, after the biases."""

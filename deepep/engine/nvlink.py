@@ -263,14 +263,18 @@ class Endpoint:
                 received.x.shape[0],
             )
             plan.repeated = kind, call
-        self._domain.dispatch_cached(
-            plan.repeated[1],
-            x.data_ptr(),
-            _address(scales),
-            received.x.data_ptr(),
-            _address(received.scales),
-            stream,
-        )
+        made = [received.x] if received.scales is None else [received.x, received.scales]
+        self.repeat(plan.repeated[1], (x.data_ptr(), _address(scales)), made, stream)
+
+    def repeat(
+        self, call: _cuda.CachedDispatch, given: tuple[int, int], made: list[torch.Tensor], stream: int
+    ) -> None:
+        """Launches a cached dispatch that tells the kernel the same as an earlier one, but for addresses.
+
+        given: of x and of scales, 0 for none. made: what is received into, rows and then scales.
+        """
+        recv_scales = made[1].data_ptr() if len(made) > 1 else 0
+        self._domain.dispatch_cached(call, *given, made[0].data_ptr(), recv_scales, stream)
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:
         """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.

@@ -89,6 +89,10 @@ class SlotPool:
         self._was_full = made is None
         return made
 
+    def take_at_once(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+        """The same if the pool has them at hand; None: look further with `take`."""
+        return None if self._was_full or stream not in self.users.known else self._try(arrays)
+
     def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         self._let_torch_look()
         made = self._try(arrays)

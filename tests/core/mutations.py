@@ -116,7 +116,7 @@ MUTATIONS = [
     ),
     Mutation("prefix runs over the wrong axis", "prefix.hpp", "= values[i * stride];", "= values[i];"),
     Mutation("prefix off by one", "prefix.hpp", "Count sum = 0;", "Count sum = 1;"),
-    Mutation("remainder of the split lost", "prefix.hpp", " + min_of(part, num_tokens % num_parts)", ""),
+    Mutation("remainder of the split lost", "prefix.hpp", " + min_of(part, longer_)", ""),
     Mutation("rows numbered from one", "prefix.hpp", "is_selected ? next++", "is_selected ? ++next"),
     Mutation("tokens not sent get row 0", "prefix.hpp", ": Int(-1);", ": Int(0);"),
     Mutation(

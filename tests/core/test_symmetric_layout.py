@@ -53,13 +53,14 @@ int main(int, char** argv) {
   piece("slot", slot.topk_idx(), rows * topk * 8);
   piece("slot", slot.topk_weights(), rows * topk * 4);
   piece("slot_size", 0, slot.bytes());
-  const StagingLayout staging{64 * 1024, row_bytes, topk};
+  const int64_t area_bytes = 64 * 1024;
+  const StagingLayout staging{area_bytes, row_bytes, topk};
   piece("staging", 0, staging.rows_begin());  // flags
   for (int64_t i = 0; i < staging.capacity(); ++i) {
     piece("staging", staging.row(i), row_bytes);
     if (topk > 0) piece("staging", staging.weights(i), 4 * topk);
   }
-  piece("staging_size", 0, staging.area_bytes);
+  piece("staging_size", 0, area_bytes);
 }
 """
 
