@@ -149,7 +149,6 @@ struct StagingLayout {
   [[nodiscard]] DEEPEP_HD int64_t weight_bytes() const { return weight_bytes_; }
   [[nodiscard]] DEEPEP_HD int64_t weights(int64_t row) const { return weights_begin_ + row * weight_bytes_; }
   [[nodiscard]] DEEPEP_HD int64_t capacity() const { return capacity_; }
-  [[nodiscard]] DEEPEP_HD bool has_room(int64_t i) const { return i < capacity_; }
 
  private:
   [[nodiscard]] DEEPEP_HD static int64_t max_rows(int64_t area_bytes) { return area_bytes / 1024; }
@@ -171,7 +170,7 @@ class Parts {
 
   /// n / count, for n < 2^31: what is too much in the inverse is less than 1 / count by then.
   [[nodiscard]] DEEPEP_HD uint32_t divide(uint32_t n) const {
-    return static_cast<uint32_t>((uint64_t{2 * n} * inverse_) >> 32);
+    return static_cast<uint32_t>((uint64_t{n} * inverse_) >> 31);
   }
   [[nodiscard]] DEEPEP_HD uint32_t row_of(uint32_t item) const { return divide(item); }
   [[nodiscard]] DEEPEP_HD uint32_t part_of(uint32_t item) const { return item - divide(item) * count; }

@@ -32,6 +32,7 @@ class Domain {
       : machine_(machine), kernels_(kernels), num_threads_(num_threads) {
     if (heaps.empty() || heaps.size() > core::kMaxRanks)
       throw std::invalid_argument("an NVLink domain has 1 to 32 ranks");
+    if (num_threads < 64) throw std::invalid_argument("a block of a combine has two warps or more");
     group_.rank = rank;
     group_.num_ranks = static_cast<int>(heaps.size());
     group_.live = heaps.size() == 32 ? 0xffffffffu : (1u << heaps.size()) - 1u;

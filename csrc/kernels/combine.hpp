@@ -138,28 +138,29 @@ struct Returns {
 };
 
 template <class Count>
-[[nodiscard]] DEEPEP_DEVICE Returns returns_of(const Group& g, const Count& count) {
+[[nodiscard]] DEEPEP_DEVICE Returns returns_of(const CombineArgs& args, const Count& count) {
   using namespace dev;
+  const Group& g = args.group;
   if (lane() >= g.num_ranks || lane() == g.rank || !is_live(g, lane())) return {0, 0, 0};
-  return {count(lane(), g.rank), static_cast<int32_t>(core::first_row_of_source(count, lane(), g.rank)),
-          static_cast<int32_t>(core::first_staging_row(count, lane(), g.rank))};
+  // Never past the owner's staging: a rank with another handle is told of it, and must not harm before.
+  const int64_t place = core::first_staging_row(count, lane(), g.rank);
+  const int64_t room = core::max_of(args.staging.capacity() - place, int64_t{0});
+  return {static_cast<int32_t>(core::min_of(static_cast<int64_t>(count(lane(), g.rank)), room)),
+          static_cast<int32_t>(core::first_row_of_source(count, lane(), g.rank)), static_cast<int32_t>(place)};
 }
 
 /// Calls visit(owner, row here, row in the owner's staging) for every owner that has an n-th row; `nth` may be a lane's
 /// own, all lanes come along. Whole warps.
 template <class Visit>
-DEEPEP_DEVICE void for_each_owner(const CombineArgs& args, const Returns& returns, uint32_t nth, const Visit& visit) {
+DEEPEP_DEVICE void for_each_owner(const Group& g, const Returns& returns, uint32_t nth, const Visit& visit) {
   using namespace dev;
-  const Group& g = args.group;
   DEEPEP_ROLLED
   for (int owner = g.rank + 1;; ++owner) {
     if (owner == g.num_ranks) owner = 0;
     if (owner == g.rank) break;
     const int32_t place = shuffle(returns.first_place, owner) + static_cast<int32_t>(nth);
     const int32_t row = shuffle(returns.first_row, owner) + static_cast<int32_t>(nth);
-    // Never past the owner's staging: a rank with another handle is told of it, and must not harm before.
-    if (nth < static_cast<uint32_t>(shuffle(returns.rows, owner)) && args.staging.has_room(place))
-      visit(owner, row, place);
+    if (nth < static_cast<uint32_t>(shuffle(returns.rows, owner))) visit(owner, row, place);
   }
 }
 
@@ -290,7 +291,7 @@ DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Returns& returns, 
     for (; ballot(raised < done) != 0; raised += raised < done ? 1u : 0u) {
       const uint32_t item = items.first + raised * items.step;
       const uint32_t nth = raised < done ? parts.row_of(item) : 0xffffffffu;  // no owner has that
-      for_each_owner(args, returns, nth, [&](int owner, int64_t, int64_t place) {
+      for_each_owner(g, returns, nth, [&](int owner, int64_t, int64_t place) {
         std::byte* flag = g.heap[owner] + g.staging_offset + args.staging.flag(place, parts.part_of(item));
         store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flag), epoch);
       });
@@ -308,7 +309,7 @@ DEEPEP_DEVICE void raise_flags(const CombineArgs& args, const Returns& returns, 
 #pragma unroll 1
   for (uint32_t item = items.first; item < items.end && lent != kGaveUp; item += items.step) {
     const uint32_t part = parts.part_of(item);
-    for_each_owner(args, returns, parts.row_of(item), [&](int owner, int64_t row, int64_t place) {
+    for_each_owner(args.group, returns, parts.row_of(item), [&](int owner, int64_t row, int64_t place) {
       if (lent != kGaveUp) return_row(args, owner, row, place, part, parts, lent);
     });
     if (!is_followed) continue;
@@ -420,7 +421,7 @@ DEEPEP_DEVICE void combine(const CombineArgs& args) {
   sync_block();
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
   const core::Parts parts = parts_of_rows(g, count);
-  const Returns returns = returns_of(g, count);
+  const Returns returns = returns_of(args, count);
   const uint32_t num_items = kCarried || args.refused ? 0 : num_return_items(g, returns, parts);
   const CombineRole role =
       kCarried ? CombineRole{0, -1, -1, false, true, 0, num_blocks()} : role_of_block(args, num_items);

@@ -54,6 +54,7 @@ struct WarpTokens {
 
 [[nodiscard]] DEEPEP_DEVICE WarpTokens tokens_of_warp(const DispatchRole& role) {
   const int tokens = static_cast<int>(role.end - role.begin);
+  if (tokens == 0) return {role.end, role.end, 0, 1};
   const int warps = dev::num_warps();
   int parts = 1;
   DEEPEP_ROLLED

@@ -230,8 +230,12 @@ class CudaEngine(ReferenceEngine):
 
     def _remember(self, request: DispatchRequest, plan: NvlinkPlan, capacity: int) -> None:
         """A cached dispatch that went the usual way."""
-        x, scales = request.x, request.scales
-        if plan.repeat is not None and plan.repeat.addresses(x, scales, request.num_sms) is not None:
+        x, scales, known = request.x, request.scales, plan.repeat
+        kind = kind_of(x, scales, None, with_source=False)
+        # Before anything is lent the landing area grows, if it has to (SymmetricMemory.lend): no shorter way then.
+        if kind.num_bytes(capacity) > self._memory.landing.num_bytes:
+            return
+        if known is not None and known.memory is self._memory and known.addresses(x, scales, request.num_sms):
             return
         assert plan.repeated is not None
         plan.repeat = Repeat(
@@ -240,7 +244,7 @@ class CudaEngine(ReferenceEngine):
             x.dtype,
             None if scales is None else (scales.dtype, scales.shape, scales.stride()),
             request.num_sms,
-            kind_of(x, scales, None, with_source=False).templates(capacity, self._device),
+            kind.templates(capacity, self._device),
             plan.repeated[1],
             self._memory,
         )
@@ -251,11 +255,13 @@ class CudaEngine(ReferenceEngine):
         plan = route.plan
         like = plan.repeat if type(plan) is NvlinkPlan else None
         given = like.addresses(x, scales, num_sms) if like is not None else None
-        if like is None or given is None or like.memory is not self._memory:
+        if like is None or given is None:
             return None
         with self._conductor.issuing:
             stream = streams.current_address(self._index)
-            if plan.stream != stream or self._is_held_up() or torch.cuda.is_current_stream_capturing():
+            if like.memory is not self._memory or plan.stream != stream or self._is_held_up():
+                return None
+            if torch.cuda.is_current_stream_capturing():
                 return None
             made = self._memory.slots.take_at_once(like.templates, stream)
             if made is None:

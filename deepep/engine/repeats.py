@@ -16,7 +16,7 @@ from deepep.engine.symmetric import SymmetricMemory
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """A cached dispatch that was made on the caller's stream and received in slots.
+    """A cached dispatch that received in slots.
 
     x [T, H] of `dtype`; scales: (dtype, shape, strides) of theirs, or None. templates: of what it received,
     for as many rows as any rank received. call: what the kernel is told. memory: where it received.

@@ -4,7 +4,9 @@ what is not alike does not go it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,83 @@ def test_only_what_is_alike_is_taken_for_it() -> None:
     ):
         assert scaled.addresses(rows, given, 24) is None
     assert scaled.addresses(rows.view(torch.int8), scales, 24) is None
+
+
+class Memory:
+    """Stands for symmetric memory whose slots are ordinary memory. landing: bytes of its landing area."""
+
+    def __init__(self, landing: int = 1 << 30) -> None:
+        self.slots, self.landing, self.is_full = self, SimpleNamespace(num_bytes=landing), False
+
+    def lend(self, kind: Any, capacity: int, is_guess: bool, stream: int) -> Any:
+        return kind.of([torch.empty_like(t) for t in kind.templates(capacity, torch.device("cpu"))])
+
+    def take_at_once(self, arrays: list[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+        return None if self.is_full else [torch.empty_like(t) for t in arrays]
+
+
+def test_what_stands_in_the_shorter_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that launches nothing, on CPU tensors: which calls it takes for repeated ones."""
+    pytest.importorskip("deepep._cuda", reason="deepep._cuda is not built")
+    from deepep.engine import cuda_engine, nvlink
+    from deepep.engine.interface import DispatchRequest, Route, Schedule
+
+    now = SimpleNamespace(stream=7, capturing=False)
+    monkeypatch.setattr(cuda_engine.streams, "current_address", lambda index: now.stream)
+    monkeypatch.setattr(cuda_engine.streams, "current", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    launched: list[tuple[Any, ...]] = []
+    domain = SimpleNamespace(dispatch_cached=lambda *call: launched.append(call), has_fault=lambda: False)
+    endpoint = nvlink.Endpoint.__new__(nvlink.Endpoint)
+    endpoint.live, endpoint._domain = 3, domain  # type: ignore[assignment]
+    engine: Any = cuda_engine.CudaEngine.__new__(cuda_engine.CudaEngine)
+    engine._conductor = SimpleNamespace(issuing=threading.RLock())
+    engine.info = SimpleNamespace(num_ranks=2, rank=0)
+    engine._index, engine._device, engine._sms = -1, torch.device("cpu"), 132
+    engine._stale = engine._refused = False
+    engine._fault, engine._endpoint, engine._memory = None, endpoint, Memory()
+
+    table = torch.zeros((TOKENS + 2, 2), dtype=torch.int32)
+    plan = cuda_engine.NvlinkPlan(nvlink.Plan(table, TOKENS, 90, 3), 90, None, stream=7)
+    plan.most_rows = 100
+    route = Route(engine, TOKENS, 8, torch.ones((TOKENS, 2), dtype=torch.bool), 90, plan)
+    x = torch.zeros((TOKENS, HIDDEN), dtype=torch.bfloat16)
+
+    def usual() -> None:
+        engine._cached(DispatchRequest(x, route=route, num_sms=24), route, plan, Schedule(), False)
+
+    def is_quick() -> bool:
+        before = len(launched)
+        rows = engine.dispatch_again(x, None, route, 24)
+        assert len(launched) - before == (rows is not None)
+        assert rows is None or rows.shape == (90, HIDDEN)
+        return rows is not None
+
+    assert not is_quick()
+    engine._memory = Memory(landing=90 * HIDDEN)
+    usual()
+    assert not is_quick(), "the landing area is to grow first"
+    engine._memory = Memory()
+    usual()
+    assert is_quick()
+    assert launched[-1][0] is launched[-2][0], "the kernel is told the same"
+
+    for name in ("_stale", "_refused", "_fault"):
+        setattr(engine, name, True)
+        assert not is_quick(), name
+        setattr(engine, name, None)
+    now.stream = 8
+    assert not is_quick(), "what the handle owns is to be recorded on another stream"
+    now.stream, now.capturing = 7, True
+    assert not is_quick()
+    now.capturing, engine._memory.is_full = False, True
+    assert not is_quick()
+    engine._memory.is_full = False
+    assert is_quick()
+    engine._memory = Memory()  # built anew
+    assert not is_quick()
+    usual()
+    assert is_quick()
 
 
 @pytest.fixture(scope="module")
