@@ -130,10 +130,15 @@ class _Run:
     def _judge_faults(self) -> None:
         """Whoever gave up must have had a stopped rank to wait for; all others must have finished."""
         report = self.report
-        unfinished = set(self.programs) - {stop.rank for stop in self.stops if stop.pause_seconds == 0}
+        gone = {stop.rank for stop in self.stops if stop.pause_seconds == 0}
+        unfinished = set(self.programs) - gone
+        held = [r for r in set(range(self.num_ranks)) - gone if not self.domain.engine_was_let_go(r)]
         if unfinished:
             report.kind = "unfinished"
             report.text = f"ranks {sorted(unfinished)} neither finished nor gave up"
+        elif held:
+            report.kind = "stream that waits for ever"
+            report.text = f"the copy engines of ranks {held} were not let go"
         elif report.faults and not self.stops:
             report.kind, report.text = "needless fault", str(report.faults)
         elif report.faults:

@@ -121,6 +121,13 @@ EDITS = (
         "who was given up sums what lies where its rows were",
     ),
     Edit(
+        "an engine that is let go only where all have lent",
+        "kernels/copy_engine.hpp",
+        "    store<release, sys_scope>(&g.state->engine_go,",
+        "    if (lent) store<release, sys_scope>(&g.state->engine_go,",
+        "a stream waits for ever where an owner was given up",
+    ),
+    Edit(
         "sums that are not looked behind",
         "kernels/combine.hpp",
         "role.reduces && is_overwritten(g)",

@@ -82,8 +82,9 @@ class Report:
     """What a run came to.
 
     kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), or what failed: "wrong result",
-    "needless fault", "unfinished", or a kind of the machine's ("data race", "deadlock", ...). text tells the
-    story. faults: by rank, the fault record of the ranks that gave up. now: simulated seconds.
+    "needless fault", "unfinished", "stream that waits for ever", or a kind of the machine's ("data race",
+    "deadlock", ...). text tells the story. faults: by rank, the fault record of the ranks that gave up. now:
+    simulated seconds.
     """
 
     kind: str = "ok"

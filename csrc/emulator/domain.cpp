@@ -143,6 +143,13 @@ class Domain {
     return py::make_tuple(record.operation, record.phase, record.missing, record.expected, record.seen);
   }
 
+  /// Whether the copy engine was let go with all that it was ordered. The stream must be idle.
+  bool engine_was_let_go() {
+    uint32_t go = 0;
+    machine_.host_read(group_.rank, reinterpret_cast<uintptr_t>(&group_.state->engine_go), &go, sizeof(go));
+    return static_cast<int32_t>(go - engine_ticket_) >= 0;
+  }
+
   void barrier() { launch("barrier_kernel", dk::BarrierArgs{group_}, 1, 16); }
 
   void layout(int num_experts, int ranks_per_node, int num_topk, int index_bytes, int64_t num_tokens,
@@ -215,6 +222,7 @@ void bind_domain(py::module_& m) {
            py::arg("out_weights"), py::arg("engine_chunks"), py::arg("engine_shrink"))
       .def_property_readonly("fault_word", &Domain::fault_word)
       .def("take_fault", &Domain::take_fault, py::arg("watched"))
+      .def("engine_was_let_go", &Domain::engine_was_let_go)
       .def("barrier", &Domain::barrier)
       .def("layout", &Domain::layout, py::arg("num_experts"), py::arg("ranks_per_node"), py::arg("num_topk"),
            py::arg("index_bytes"), py::arg("num_tokens"), py::arg("topk_idx"), py::arg("tokens_per_rank"),

@@ -124,8 +124,8 @@ struct CombineRole {
   int pushing;      // this block's first `pushing` warps push
   int asker;        // the warp that asks for staging; -1: none, for nothing is pushed
   int leader;       // the warp that raises flags, likewise
-  bool is_single;   // each has no more than one item, and then sums; those two as well
-  bool reduces;     // all warps sum, once they are done with the above
+  bool is_single;   // no push warp has more than one item, and all sum when they are done
+  bool reduces;     // the block sums: all warps, once they are done with the above
   int push_blocks;  // of this launch
   int reduce_blocks;
 };

@@ -232,7 +232,7 @@ class CudaEngine(ReferenceEngine):
         """A cached dispatch that went the usual way."""
         x, scales, known = request.x, request.scales, plan.repeat
         kind = kind_of(x, scales, None, with_source=False)
-        # Before anything is lent the landing area grows, if it has to (SymmetricMemory.lend): no shorter way then.
+        # No shorter way while the landing area has to grow before anything is lent (SymmetricMemory.lend).
         if kind.num_bytes(capacity) > self._memory.landing.num_bytes:
             return
         if known is not None and known.memory is self._memory and known.addresses(x, scales, request.num_sms):

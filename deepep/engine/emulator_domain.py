@@ -324,6 +324,10 @@ class EmulatedDomain:
         waited_on = tuple(r for r in range(self.num_ranks) if missing >> r & 1)
         return Fault(operation, phase, waited_on, expected, seen)
 
+    def engine_was_let_go(self, rank: int) -> bool:
+        """Whether the rank's copy engine was let go with all it was ordered; its stream is idle."""
+        return bool(self._domains[rank].engine_was_let_go())
+
     # ---- memory --------------------------------------------------------------------------------------------
 
     def read(self, rank: int, address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
