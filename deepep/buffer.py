@@ -272,8 +272,9 @@ class Buffer(LowLatencyCalls):
         MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
         self._check_alive()
-        is_plain = previous_event is None and not async_finish and not allocate_on_comm_stream
-        if type(handle) is DispatchHandle and is_plain and config is topk_idx is topk_weights is None:
+        is_at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
+        has_defaults = config is None and topk_idx is None and topk_weights is None
+        if type(handle) is DispatchHandle and is_at_once and has_defaults:  # it may be like one before
             rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
             again = self._engine.dispatch_again(rows, scales, handle.route, Buffer.num_sms)
             if again is not None:

@@ -56,6 +56,24 @@ def draw_on_device(
     return Given(x, idx, weights, num_experts)
 
 
+def laid_out(scales: Tensor, layout: str) -> Tensor:
+    """The same [T, P] on the same device, with other strides: "column", "padded" or "every other"; for any
+    other name as they are.
+    """
+    tokens, columns = scales.shape
+    if layout == "column":
+        return scales.t().contiguous().t()
+    if layout == "padded":
+        wide = scales.new_full((tokens, columns + 3), -1)
+        wide[:, :columns] = scales
+        return wide[:, :columns]
+    if layout == "every other":
+        wide = scales.new_full((tokens, 2 * columns), -1)
+        wide[:, ::2] = scales
+        return wide[:, ::2]
+    return scales
+
+
 def dispatch(buffer: Any, given: Given, layout: Sequence[Any] | None = None, **how: Any) -> Any:
     """A layout, if none is given, and a dispatch: what `Buffer.dispatch` returns."""
     made = layout if layout is not None else buffer.get_dispatch_layout(given.idx, given.num_experts)

@@ -52,6 +52,7 @@ template <class Count>
   for (int d = 0; d < g.num_ranks; ++d)
     if (dev::lane() < g.num_ranks && d != dev::lane() && count(dev::lane(), d) > most) most = count(dev::lane(), d);
   const auto any_above = [&](int rows) { return dev::ballot(most > rows) != 0; };
+  static_assert(core::StagingLayout::kParts == 4);
   return core::Parts(any_above(kFewRows) ? 1 : any_above(kFewItems / 3) ? 2 : any_above(kFewItems / 4) ? 3 : 4);
 }
 

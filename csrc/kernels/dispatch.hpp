@@ -201,7 +201,7 @@ DEEPEP_DEVICE void write_rows(const DispatchArgs& args, const DispatchRole& role
   const uint64_t slot_x = speaks ? reinterpret_cast<uint64_t>(lent<Vec16>(args, lane(), core::kSlotRows)) : 0;
   int32_t next_row = first_row + tokens_before;
   const bool trails = mine.part == 0 && args.num_scales > 0;  // what is written row by row
-  const bool describes = !kCached && mine.part == 0;      // what is written for a group of rows
+  const bool describes = !kCached && mine.part == 0;          // what is written for a group of rows
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int from = chunks * mine.part / mine.parts;
   const int end = chunks * (mine.part + 1) / mine.parts;

@@ -65,18 +65,57 @@ int main(int, char** argv) {
 """
 
 
-@pytest.fixture(scope="module")
-def listing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("symmetric")
-    source, program = folder / "listing.cpp", folder / "listing"
-    source.write_text(LISTING)
+# Fails where an item is not what a division says, or where the parts of a row leave a piece out or share one.
+PARTS = """
+#include <cstdio>
+#include "core/symmetric_layout.hpp"
+using namespace deepep::core;
+int main() {
+  for (uint32_t count = 1; count <= StagingLayout::kParts; ++count) {
+    const Parts parts(count);
+    for (uint64_t n = 0; n < 0x80000000u; n += n < 100000 || n > 0x7fff0000u ? 1 : 1009) {
+      const uint32_t item = uint32_t(n);
+      if (parts.row_of(item) != item / count || parts.part_of(item) != item % count) {
+        std::printf("item %u of %u parts\\n", item, count);
+        return 1;
+      }
+    }
+    for (int pieces = 0; pieces < 2000; ++pieces)
+      for (uint32_t part = 0; part < count; ++part) {
+        const int begin = parts.begin(pieces, part), end = parts.begin(pieces, part + 1);
+        const bool joins = part > 0 || begin == 0;
+        const bool is_last = part == count - 1;
+        const bool ends = parts.is_last(part) == is_last && (!is_last || end == pieces);
+        if (!joins || !ends || end < begin || end - begin > pieces / int(count) + 1) {
+          std::printf("part %u of %u of %d pieces\\n", part, count, pieces);
+          return 1;
+        }
+      }
+  }
+}
+"""
+
+
+def compiled(folder: Path, source: str) -> Path:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip("no C++ compiler")
-    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    done = subprocess.run([compiler, *flags, str(source), "-o", str(program)], capture_output=True, text=True)
+    (folder / "program.cpp").write_text(source)
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    command = [compiler, *flags, str(folder / "program.cpp"), "-o", str(folder / "program")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return program
+    return folder / "program"
+
+
+def test_parts_of_rows(tmp_path: Path) -> None:
+    done = subprocess.run([str(compiled(tmp_path, PARTS))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("symmetric"), LISTING)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,12 @@ def test_a_schedule_reads_what_it_writes() -> None:
         Schedule.parse("fair:1:2")
 
 
+def test_blocks_of_one_warp_are_refused() -> None:
+    """Who asks for staging and raises flags in a combine may be a warp that does not push."""
+    with pytest.raises(ValueError, match="two warps"):
+        run(replace(draw_scenario(0), gpu=replace(GPUS[0], num_threads=32)), draw_schedule(0))
+
+
 def test_a_wrong_result_is_told() -> None:
     """The judge itself: with another case's expectations a run fails where they first differ."""
     scenario = draw_scenario(0, num_cases=1)

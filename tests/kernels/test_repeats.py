@@ -13,18 +13,9 @@ import pytest
 import torch
 
 from deepep.sim import World
-from deepep.sim.device_calls import dispatch, draw_on_device, same_bits
+from deepep.sim.device_calls import dispatch, draw_on_device, laid_out, same_bits
 
 TOKENS, HIDDEN = 200, 256
-
-
-def laid_out(scales: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same [T, P] with other strides."""
-    if layout == "column":
-        return scales.t().contiguous().t()
-    if layout == "padded":
-        return torch.cat([scales, scales], dim=1)[:, : scales.shape[1]]
-    return scales
 
 
 def test_only_what_is_alike_is_taken_for_it() -> None:

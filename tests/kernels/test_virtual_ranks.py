@@ -12,6 +12,7 @@ import torch
 
 from deepep.reference import high_throughput as oracle
 from deepep.reference.layout import dispatch_layout
+from deepep.sim.device_calls import laid_out
 
 pytestmark = pytest.mark.gpu
 
@@ -55,22 +56,6 @@ def draw_indices(shape: Shape, rank: int, generator: torch.Generator) -> torch.T
     elif shape.pattern == "duplicates":
         idx[:, 1:] = idx[:, :1]
     return idx.to(shape.index_dtype)
-
-
-def laid_out(scales: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same [T, P], with other strides."""
-    tokens, columns = scales.shape
-    if layout == "column":
-        return scales.t().contiguous().t()
-    if layout == "padded":
-        wide = torch.full((tokens, columns + 3), -1, dtype=scales.dtype)
-        wide[:, :columns] = scales
-        return wide[:, :columns]
-    if layout == "every other":
-        wide = torch.full((tokens, 2 * columns), -1, dtype=scales.dtype)
-        wide[:, ::2] = scales
-        return wide[:, ::2]
-    return scales
 
 
 def draw_rank(shape: Shape, rank: int, seed: int) -> oracle.DispatchInput:
