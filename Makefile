@@ -38,7 +38,7 @@ check-types: install
 
 # Buffer's own tests, on the kernels' source.
 test-emulator: install
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q tests/deepep
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q tests/api
 
 unit: install
 	$(PY) -m pytest
@@ -46,7 +46,7 @@ unit: install
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)
 GPU_INSTALLED := $(if $(filter $(PY),$(GPU_PY)),install)
-GPU_TESTS ?= tests/kernels tests/reference tests/cli/test_bench.py
+GPU_TESTS ?= tests/backends/cuda tests/reference tests/cli/test_bench.py
 SANITIZED := small_shapes or num_worst or masked or too_many or test_layout
 
 test-gpu: $(GPU_INSTALLED)
@@ -56,7 +56,7 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 	@set -e; for tool in memcheck racecheck synccheck; do \
 	  echo "== $$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
-	    $(GPU_PY) -m pytest -q tests/kernels/test_virtual_ranks.py -k "$(SANITIZED)"; \
+	    $(GPU_PY) -m pytest -q tests/backends/cuda/test_virtual_ranks.py -k "$(SANITIZED)"; \
 	done
 
 format: install

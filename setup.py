@@ -1,26 +1,46 @@
 """Builds the extension modules and maps `reference/` and `sim/` into the package.
 
-deepep._core      layout rules (csrc/core, csrc/host), bound with pybind11; a C++20 compiler is all it needs.
+deepep._core      layout rules (csrc/layout), bound with pybind11; a C++20 compiler is all it needs.
 deepep._emulator  the kernels' own source over csrc/emulator, for machines without a GPU.
 deepep._cuda      the kernels for sm_90a; built where nvcc is found, left out (with a message) elsewhere.
 
-DEEPEP_CUDA=0 leaves the CUDA part out, DEEPEP_CUDA=1 makes its absence an error.
+Files of all modules are compiled side by side, and objects are kept in build/objects: a file is compiled
+again only if it, a header that it includes or its command line has changed.
+
+    DEEPEP_CUDA=0        leave the CUDA part out; DEEPEP_CUDA=1: its absence is an error
+    DEEPEP_EMULATOR=0    leave the emulator out
+    DEEPEP_BUILD_JOBS=N  compile so many files at a time; the number of cores if not given
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
+OBJECTS = Path("build") / "objects"
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g0",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
+]
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -31,6 +51,7 @@ NVCC_FLAGS = [
     "-Xptxas=-v,-warn-spills",
     "--expt-relaxed-constexpr",
 ]
+CUDA = "deepep._cuda"
 
 
 def find_nvcc() -> str | None:
@@ -41,76 +62,113 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def find_cxx() -> list[str]:
+    """The C++ compiler and what always goes with it: CXX, else the one Python was built with."""
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
 class BuildExtensions(build_ext):
-    """pybind11 extensions by the C++ compiler; `deepep._cuda` by nvcc."""
+    """Extensions by the C++ compiler, `deepep._cuda` by nvcc; one pool of jobs for all of them."""
 
-    def build_extension(self, ext: Extension) -> None:
-        if ext.name == "deepep._cuda":
-            self.build_cuda(ext)
+    def build_extensions(self) -> None:
+        jobs = int(os.environ.get("DEEPEP_BUILD_JOBS") or os.cpu_count() or 1)
+        sources = [(ext, source) for ext in self.extensions for source in ext.sources]
+        # nvcc takes longest, so it begins.
+        sources.sort(key=lambda job: not job[1].endswith(".cu"))
+        names = [(ext.name, source) for ext, source in sources]
+        with ThreadPoolExecutor(jobs) as pool:
+            made = dict(zip(names, pool.map(lambda job: self.compile(*job), sources), strict=True))
+            objects = {
+                ext.name: [made[ext.name, source] for source in ext.sources] for ext in self.extensions
+            }
+            list(pool.map(lambda ext: self.link(ext, objects[ext.name]), self.extensions))
+
+    def compile(self, ext: Extension, source: str) -> Path:
+        """The object file of a source, compiled if it is not up to date."""
+        folder = OBJECTS / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}" / ext.name
+        target = folder / (source.replace("/", "-") + ".o")
+        depends = target.with_suffix(".d")
+        includes = [f"-I{d}" for d in [*ext.include_dirs, *self.include_dirs]]
+        if ext.name == CUDA:
+            compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, "-x", "cu"]
         else:
-            super().build_extension(ext)
+            compiler = [*find_cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        command = [*compiler, *includes, "-c", source, "-o", str(target), "-MD", "-MF", str(depends)]
+        state = target.with_suffix(".json")
+        if not is_up_to_date(state, command):
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"deepep: {ext.name.rpartition('.')[2]}: compiling {source}", flush=True)
+            run(command, f"compiling {source}")
+            state.write_text(json.dumps({"command": command, "files": digests(depends)}))
+        return target
 
-    def build_cuda(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
-        assert nvcc is not None
-        build = Path(self.build_temp) / "cuda"
-        build.mkdir(parents=True, exist_ok=True)
+    def link(self, ext: Extension, objects: list[Path]) -> None:
+        """The module, of its objects."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{d}" for d in [*ext.include_dirs, *self.include_dirs]]
-        objects = []
-        for source in ext.sources:
-            obj = build / (Path(source).name + ".o")
-            command = [nvcc, *NVCC_FLAGS, *includes, "-x", "cu", "-c", source, "-o", str(obj)]
-            print(" ".join(command), flush=True)
-            done = subprocess.run(command, text=True, capture_output=True)
-            if done.returncode != 0:
-                sys.stderr.write(done.stdout + done.stderr)
-                raise SystemExit(f"nvcc failed on {source}")
-            objects.append(str(obj))
-        subprocess.run([nvcc, "-shared", "--cudart=static", *objects, "-o", str(target)], check=True)
+        linker = [find_nvcc() or "nvcc", "--cudart=static"] if ext.name == CUDA else find_cxx()
+        run([*linker, "-shared", *map(str, objects), "-o", str(target)], f"linking {ext.name}")
 
 
-def pybind_extension(name: str, sources: list[str]) -> Extension:
-    headers = [str(p) for p in sorted(CSRC.rglob("*.hpp")) + sorted(CSRC.rglob("*.cuh"))]
+def run(command: list[str], what: str) -> None:
+    """Runs a compiler; its words are shown if it fails."""
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode != 0:
+        sys.stderr.write(shlex.join(command) + "\n" + done.stdout + done.stderr)
+        raise SystemExit(f"{what} failed")
+
+
+def digests(depends: Path) -> dict[str, str]:
+    """The files that a compiler has read, of its rule for make, and a digest of each."""
+    words = depends.read_text().replace("\\\n", " ").partition(": ")[2].split()
+    return {name: digest_of(name) for name in words}
+
+
+def digest_of(name: str) -> str:
+    """Of a file; empty if it is not there."""
+    path = Path(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def is_up_to_date(state: Path, command: list[str]) -> bool:
+    """Whether an object was made by this command of these very files."""
+    if not state.exists() or not state.with_suffix(".o").exists():
+        return False
+    known = json.loads(state.read_text())
+    return known["command"] == command and all(digest_of(n) == d for n, d in known["files"].items())
+
+
+def extension(name: str, binding: str, *folders: str, suffix: str = ".cpp") -> Extension:
+    """A module: its binding, and all sources under these folders."""
+    sources = [str(p) for folder in folders for p in sorted((CSRC / folder).rglob(f"*{suffix}"))]
     return Extension(
         name,
-        sources=sources,
+        sources=[*sources, f"csrc/bindings/{binding}.cpp"],
         include_dirs=["csrc", pybind11.get_include()],
-        extra_compile_args=CXX_FLAGS,
-        depends=headers,
-        language="c++",
     )
 
 
 def extensions() -> list[Extension]:
-    host = [str(p) for p in sorted((CSRC / "host").glob("*.cpp"))]
-    wanted = [pybind_extension("deepep._core", ["csrc/bindings.cpp", *host])]
-    if (CSRC / "emulator" / "bindings.cpp").exists():
-        emulator_sources = [str(p) for p in sorted((CSRC / "emulator").glob("*.cpp"))]
-        wanted.append(pybind_extension("deepep._emulator", emulator_sources))
-    kernels = [str(p) for p in sorted((CSRC / "kernels").glob("*.cu"))]
+    wanted = [extension("deepep._core", "core", "layout")]
+    if os.environ.get("DEEPEP_EMULATOR", "1") != "0":
+        wanted.append(extension("deepep._emulator", "emulator", "emulator"))
     mode = os.environ.get("DEEPEP_CUDA", "auto")
-    if kernels and mode != "0":
-        if find_nvcc():
-            wanted.append(pybind_extension("deepep._cuda", [*kernels, "csrc/bindings_cuda.cpp"]))
-        elif mode == "1":
-            raise SystemExit("DEEPEP_CUDA=1, and no nvcc was found (CUDA_HOME or PATH)")
-        else:
-            print("deepep: no nvcc found; building without CUDA kernels (CPU backends only)")
+    if mode == "0":
+        return wanted
+    if find_nvcc():
+        wanted.append(extension(CUDA, "cuda", "kernels", suffix=".cu"))
+    elif mode == "1":
+        raise SystemExit("DEEPEP_CUDA=1, and no nvcc was found (CUDA_HOME or PATH)")
+    else:
+        print("deepep: no nvcc found; building without CUDA kernels (CPU backends only)")
     return wanted
 
 
 setup(
     packages=[
-        "deepep",
-        "deepep.bench",
-        "deepep.cli",
-        "deepep.demo",
-        "deepep.engine",
-        "deepep.nn",
-        "deepep.reference",
-        "deepep.sim",
+        *find_packages(include=["deepep", "deepep.*"]),
+        *("deepep.reference", "deepep.sim"),
+        *(f"deepep.sim.{name}" for name in find_packages("sim")),
     ],
     package_dir={"deepep": "deepep", "deepep.reference": "reference", "deepep.sim": "sim"},
     package_data={"deepep": ["py.typed", "*.pyi"]},

@@ -2,7 +2,7 @@
 
 import torch
 
-from deepep.buffer import Buffer
+from deepep.api.buffer import Buffer
 from deepep.compat import install_as_deep_ep
 from deepep.config import Config
 from deepep.errors import (

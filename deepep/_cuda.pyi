@@ -1,4 +1,4 @@
-"""deepep._cuda as Python sees it (csrc/bindings_cuda.cpp). Addresses and streams are integers."""
+"""deepep._cuda as Python sees it (csrc/bindings/cuda.cpp). Addresses and streams are integers."""
 
 STATE_BYTES: int
 FAULT_BYTES: int

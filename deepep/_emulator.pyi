@@ -1,4 +1,4 @@
-"""deepep._emulator as Python sees it (csrc/emulator/bindings.cpp and domain.cpp)."""
+"""deepep._emulator as Python sees it (csrc/bindings/emulator.cpp and domain.cpp)."""
 
 from typing import Any
 

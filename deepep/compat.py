@@ -12,7 +12,8 @@ def install_as_deep_ep() -> None:
     Call it before the client is imported. Raises RuntimeError if another `deep_ep` has been imported already.
     """
     import deepep
-    from deepep import buffer, utils
+    from deepep import utils
+    from deepep.api import buffer
 
     loaded = sys.modules.get("deep_ep")
     if loaded is not None and loaded is not deepep:

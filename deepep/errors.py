@@ -3,7 +3,7 @@
 Bad input is refused before any payload moves, and on every rank: the rank that was given it raises, and so do
     the
 others, the same type with the same message, because all ranks compare notes before each operation
-(deepep.engine.control). `rank` always names the rank where the cause lies, not the one that raises.
+(runtime/control/agreement.py). `rank` always names the rank where the cause lies, not the one that raises.
 """
 
 from __future__ import annotations

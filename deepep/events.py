@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from deepep.engine.completion import Completion, now
+from deepep.runtime.completion import Completion, now
 
 
 class EventHandle:

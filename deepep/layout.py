@@ -1,4 +1,4 @@
-"""Layout rules on the CPU: the typed face of `deepep._core`, the compiled rules of csrc/core.
+"""Layout rules on the CPU: the typed face of `deepep._core`, the compiled rules of csrc/layout.
 
 The kernels run the same rules on the device. Tensors lend their memory; nothing is copied. Shapes use
 
@@ -22,7 +22,7 @@ import deepep._core as _core
 
 MAX_TOPK: int = _core.MAX_TOPK
 Array: TypeAlias = Tensor | np.ndarray
-LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/core/low_latency_buffer.hpp
+LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 
 
 def _ceil_div(a: int, b: int) -> int:

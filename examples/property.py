@@ -2,8 +2,8 @@
 
 from hypothesis import given, settings
 
-from deepep.sim import oracle
-from deepep.sim.strategies import cases
+from deepep.sim.cases.strategies import cases
+from deepep.sim.rules import oracle
 
 
 @settings(max_examples=50, deadline=None)

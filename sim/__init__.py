@@ -1,11 +1,11 @@
 """The simulator: worlds of ranks, routing strategies, faults, properties.
 
-Importing it needs no hypothesis: that is loaded by `deepep.sim.strategies` alone.
+Importing it needs no hypothesis: that is loaded by `deepep.sim.cases.strategies` alone.
 """
 
-from deepep.sim.outcomes import Outcome, RankDied, Status, WorldError, WorldTimeout
-from deepep.sim.threads import ThreadWorld, VirtualGroup
-from deepep.sim.world import PendingRun, RankContext, World
+from deepep.sim.worlds.outcomes import Outcome, RankDied, Status, WorldError, WorldTimeout
+from deepep.sim.worlds.threads import ThreadWorld, VirtualGroup
+from deepep.sim.worlds.world import PendingRun, RankContext, World
 
 __all__ = [
     "Outcome",

@@ -54,7 +54,7 @@
 
 #include <cstdint>
 
-#include "core/arith.hpp"
+#include "layout/arith.hpp"
 
 namespace deepep::dev {
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "kernels/combine.hpp"
+#include "kernels/combine/combine.hpp"
 
 namespace deepep::emu {
 
@@ -31,13 +31,13 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   const kernels::CombineArgs& call = args.combine;
   const kernels::Group& g = call.group;
   const kernels::EngineWork& work = call.engine;
-  const core::StagingLayout& staging = call.staging;
+  const layout::StagingLayout& staging = call.staging;
   const auto first = work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1);
   const bool goes = lane() == 0 && wait_reached<acquire, sys_scope>(&g.state->engine_go, work.last_ticket,
                                                                     Deadline::in(args.patience_ns));
   if (ballot(goes) == 0) return;
   sync_warp();  // lane 0's acquire comes before what the warp reads
-  const core::CountMatrix count{call.counts, g.num_ranks};
+  const layout::CountMatrix count{call.counts, g.num_ranks};
   bool spoils = false;  // not all owners had lent their staging
   for (int owner = 0; owner < g.num_ranks; ++owner)
     if (owner != g.rank && kernels::is_live(g, owner))
@@ -45,7 +45,7 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
     for (int owner = 0; owner < g.num_ranks; ++owner) {
       if (owner == g.rank || !kernels::is_live(g, owner)) continue;
-      const core::Stretch rows = core::chunk_of_rows(count, owner, g.rank, chunk, work.cut);
+      const layout::Stretch rows = layout::chunk_of_rows(count, owner, g.rank, chunk, work.cut);
       std::byte* area = g.heap[owner] + g.staging_offset;
       carry(area + staging.row(rows.place), call.x + rows.row * call.row_bytes, rows.rows, call.row_bytes, spoils);
       carry(area + staging.weights(rows.place),

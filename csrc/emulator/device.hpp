@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "emulator/machine.hpp"
+#include "emulator/machine/machine.hpp"
 
 #define DEEPEP_DEVICE inline
 /// A kernel's body becomes a function over its arguments, and the kernel registers itself with its library.

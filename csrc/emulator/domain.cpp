@@ -3,11 +3,11 @@
 #include <pybind11/stl.h>
 
 #include "emulator/copy_engine.hpp"
-#include "emulator/simulation.hpp"
-#include "kernels/barrier.hpp"
-#include "kernels/combine.hpp"
-#include "kernels/dispatch.hpp"
-#include "kernels/layout.hpp"
+#include "emulator/run/simulation.hpp"
+#include "kernels/barrier/barrier.hpp"
+#include "kernels/combine/combine.hpp"
+#include "kernels/dispatch/dispatch.hpp"
+#include "kernels/layout/layout.hpp"
 
 namespace py = pybind11;
 namespace dk = deepep::kernels;
@@ -30,14 +30,14 @@ class Domain {
          int max_local_experts, int max_blocks, int64_t staging_bytes, uintptr_t state, uintptr_t fault,
          double timeout_seconds)
       : machine_(machine), kernels_(kernels), num_threads_(num_threads) {
-    if (heaps.empty() || heaps.size() > core::kMaxRanks)
+    if (heaps.empty() || heaps.size() > layout::kMaxRanks)
       throw std::invalid_argument("an NVLink domain has 1 to 32 ranks");
     if (num_threads < 64) throw std::invalid_argument("a block of a combine has two warps or more");
     group_.rank = rank;
     group_.num_ranks = static_cast<int>(heaps.size());
     group_.live = heaps.size() == 32 ? 0xffffffffu : (1u << heaps.size()) - 1u;
     group_.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
-    group_.control = core::ControlLayout{group_.num_ranks, max_local_experts, max_blocks};
+    group_.control = layout::ControlLayout{group_.num_ranks, max_local_experts, max_blocks};
     group_.staging_offset = group_.control.bytes();
     staging_bytes_ = staging_bytes;
     for (size_t r = 0; r < heaps.size(); ++r) group_.heap[r] = pointer<std::byte>(heaps[r]);
@@ -77,12 +77,12 @@ class Domain {
     args.tokens_per_expert = pointer<const int32_t>(tokens_per_expert);
     args.counts = pointer<int32_t>(counts);
     args.send_row = pointer<int32_t>(send_row);
-    const core::SlotLayout slot{slot_capacity, row_bytes, num_scales, num_topk, index_bytes};
-    args.slot[core::kSlotRows] = slot_offset;
-    args.slot[core::kSlotSource] = cached ? 0 : slot_offset + slot.source();  // a handle has it already
-    args.slot[core::kSlotScales] = slot_offset + slot.scales();
-    args.slot[core::kSlotIndices] = slot_offset + slot.topk_idx();
-    args.slot[core::kSlotWeights] = slot_offset + slot.topk_weights();
+    const layout::SlotLayout slot{slot_capacity, row_bytes, num_scales, num_topk, index_bytes};
+    args.slot[layout::kSlotRows] = slot_offset;
+    args.slot[layout::kSlotSource] = cached ? 0 : slot_offset + slot.source();  // a handle has it already
+    args.slot[layout::kSlotScales] = slot_offset + slot.scales();
+    args.slot[layout::kSlotIndices] = slot_offset + slot.topk_idx();
+    args.slot[layout::kSlotWeights] = slot_offset + slot.topk_weights();
     args.slot_capacity = slot_capacity;
     args.num_worst_tokens = num_worst_tokens;
     args.host = pointer<dk::HostCounts>(host);
@@ -168,7 +168,7 @@ class Domain {
     args.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
     args.is_token_in_rank = pointer<uint8_t>(is_token_in_rank);
     args.workspace = pointer<uint32_t>(workspace);
-    const int64_t nodes = core::ceil_div(group_.num_ranks, ranks_per_node);
+    const int64_t nodes = layout::ceil_div(group_.num_ranks, ranks_per_node);
     launch("layout_kernel", args, num_blocks, 4 * (num_experts + group_.num_ranks + nodes + 4), num_threads);
   }
 
@@ -193,7 +193,7 @@ void bind_domain(py::module_& m) {
   m.attr("STATE_BYTES") = sizeof(dk::LocalState);
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
   m.attr("EPOCHS") = offsetof(dk::LocalState, blocks_started) / sizeof(uint32_t);  // the first words of the state
-  m.attr("MAX_RANKS") = core::kMaxRanks;
+  m.attr("MAX_RANKS") = layout::kMaxRanks;
   m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(dk::Phase::kTooManyRows);
   m.attr("DISAGREEMENT") = static_cast<uint32_t>(dk::Phase::kDisagreement);
   m.attr("HOST_COUNTS_WORDS") = offsetof(dk::HostCounts, lists) / sizeof(uint64_t);
@@ -233,22 +233,22 @@ void bind_domain(py::module_& m) {
     return offsetof(dk::HostCounts, lists) + sizeof(uint64_t) * words;
   });
   m.def("control_bytes", [](int num_ranks, int max_local_experts, int max_blocks) {
-    return core::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
+    return layout::ControlLayout{num_ranks, max_local_experts, max_blocks}.bytes();
   });
   m.def("counting_words", [](int num_ranks, int max_local_experts, int max_blocks) {  // those that only grow
-    const core::ControlLayout control{num_ranks, max_local_experts, max_blocks};
+    const layout::ControlLayout control{num_ranks, max_local_experts, max_blocks};
     std::vector<int64_t> offsets;
     for (int r = 0; r < num_ranks; ++r) offsets.insert(offsets.end(), {control.staging_free(r), control.arrived(r)});
     return offsets;
   });
   m.def("staging_capacity", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
-    return core::StagingLayout{area_bytes, row_bytes, num_topk}.capacity();
+    return layout::StagingLayout{area_bytes, row_bytes, num_topk}.capacity();
   });
   m.def("staging_rows_begin", [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
-    return core::StagingLayout{area_bytes, row_bytes, num_topk}.rows_begin();
+    return layout::StagingLayout{area_bytes, row_bytes, num_topk}.rows_begin();
   });
   m.def("slot_offsets", [](int64_t capacity, int64_t row_bytes, int num_scales, int num_topk, int index_bytes) {
-    const core::SlotLayout slot{capacity, row_bytes, num_scales, num_topk, index_bytes};
+    const layout::SlotLayout slot{capacity, row_bytes, num_scales, num_topk, index_bytes};
     return py::make_tuple(slot.source(), slot.scales(), slot.topk_idx(), slot.topk_weights(), slot.bytes());
   });
 }

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "emulator/machine.hpp"
+#include "emulator/machine/machine.hpp"
 
 namespace deepep::emu {
 

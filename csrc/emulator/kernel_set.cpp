@@ -3,16 +3,16 @@
 #if defined(DEEPEP_MUTANT)
 #include "emulator/passing_waits.hpp"
 #else
-#include "emulator/litmus.hpp"
-#include "emulator/litmus_bulk.hpp"
-#include "emulator/litmus_put.hpp"
+#include "emulator/litmus/litmus.hpp"
+#include "emulator/litmus/bulk.hpp"
+#include "emulator/litmus/put.hpp"
 #endif
 #include "emulator/copy_engine.hpp"
-#include "kernels/barrier.hpp"
-#include "kernels/combine.hpp"
-#include "kernels/copy.hpp"
-#include "kernels/dispatch.hpp"
-#include "kernels/layout.hpp"
+#include "kernels/barrier/barrier.hpp"
+#include "kernels/combine/combine.hpp"
+#include "kernels/copy/copy.hpp"
+#include "kernels/dispatch/dispatch.hpp"
+#include "kernels/layout/layout.hpp"
 
 extern "C" __attribute__((visibility("default"))) const deepep::emu::KernelSet* deepep_emulator_kernels() {
   static const deepep::emu::KernelSet set{deepep::emu::kernels_of_this_library().data(),

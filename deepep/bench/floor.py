@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from deepep.backends.cuda.memory.ipc import gather_over, share_heap
 from deepep.bench.clock import Clock, Timing
 from deepep.bench.workload import Matrix
-from deepep.engine.fabric import gather_over, share_heap
 
 #: SM counts that are tried; a few can be faster than many
 SM_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 96, 132)

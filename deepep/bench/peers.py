@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import deepep
-from deepep.engine.fabric import gather_over
+from deepep.backends.cuda.memory.ipc import gather_over
 
 #: rank counts that its calls inside one node are built for
 NODE_RANKS = (2, 4, 8)

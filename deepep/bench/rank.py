@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepep.api.buffer import Buffer
+from deepep.backends.cuda.memory.ipc import gather_over
 from deepep.bench.clock import Clock, CudaClock, HostClock
 from deepep.bench.collective import collective_operations
 from deepep.bench.figures import OURS, Figure, Report
@@ -19,8 +21,6 @@ from deepep.bench.oracle import Oracle
 from deepep.bench.peers import open_deep_ep
 from deepep.bench.sweep import Shape, Sweep
 from deepep.bench.workload import Workload, draw
-from deepep.buffer import Buffer
-from deepep.engine.fabric import gather_over
 from deepep.errors import RangeError
 from deepep.version import __version__
 

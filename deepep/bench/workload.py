@@ -13,7 +13,7 @@ from deepep.bench.sweep import Dtype, Shape, Sweep
 from deepep.errors import ArgumentError
 from deepep.reference.formats import column_major_scales, fp8_cast
 from deepep.reference.layout import DispatchLayout, dispatch_layout
-from deepep.sim.routing import PATTERNS, RoutingShape
+from deepep.sim.cases.routing import PATTERNS, RoutingShape
 from deepep.trace import RoutingTrace
 
 Matrix = tuple[tuple[int, ...], ...]

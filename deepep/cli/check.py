@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepep.engine import registry
 from deepep.errors import ArgumentError
+from deepep.runtime import backends as registry
 
 
 def command(
@@ -27,7 +27,7 @@ def command(
 
     Exit status 1 if anything does not hold.
     """
-    from deepep.selftest import CHECKS, run_check
+    from deepep.cli.selftest import CHECKS, run_check
     from deepep.sim import World
 
     console = Console()

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deepep.sim.explorer import LIMITS, Failure, Tally, draw_scenario, draw_tall_scenario, explore
-from deepep.sim.hunting import Catch, hunt_all, markdown
-from deepep.sim.kernel_mutants import HARMLESS, mutants
-from deepep.sim.scenarios import Scenario
+from deepep.sim.explore.explorer import LIMITS, Failure, Tally, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.explore.hunting import Catch, hunt_all, markdown
+from deepep.sim.explore.kernel_mutants import HARMLESS, mutants
+from deepep.sim.explore.scenarios import Scenario
 
 PASSED, FAILED, MISUSED = 0, 1, 2
 

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deepep.engine import registry
-from deepep.sim import subjects
-from deepep.sim.cases import Limits, draw_case
-from deepep.sim.drawing import print_finding, save_picture
-from deepep.sim.examples import StoredExample
-from deepep.sim.fuzzer import Draw, Finding, Fuzzer, Report
-from deepep.sim.subjects import Subject
-from deepep.sim.traces import TraceSource
+from deepep.runtime import backends as registry
+from deepep.sim.cases.case import Limits, draw_case
+from deepep.sim.cases.traces import TraceSource
+from deepep.sim.fuzz import subjects
+from deepep.sim.fuzz.drawing import print_finding, save_picture
+from deepep.sim.fuzz.examples import StoredExample
+from deepep.sim.fuzz.fuzzer import Draw, Finding, Fuzzer, Report
+from deepep.sim.fuzz.subjects import Subject
 
 PASSED, FAILED, MISUSED = 0, 1, 2
 

@@ -145,7 +145,7 @@ def nvshmem() -> Section:
 
 def backends() -> Section:
     """Each backend: usable or why not."""
-    from deepep.engine import registry
+    from deepep.runtime import backends as registry
 
     known = {backend.name: backend for backend in registry.backends()}
     found: Section = {}

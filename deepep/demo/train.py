@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepep.buffer import Buffer
+from deepep.api.buffer import Buffer
 from deepep.demo.config import DemoConfig
 from deepep.demo.model import ByteModel
 from deepep.demo.text import TextShard

@@ -10,8 +10,8 @@ import itertools
 import weakref
 from typing import Any, Protocol
 
-from deepep.engine.interface import Engine
 from deepep.errors import DestroyedError
+from deepep.runtime.engine import Engine
 
 
 class BufferLike(Protocol):

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepep.engine.interface import CombineRequest, DispatchRequest, Engine, Schedule
 from deepep.nn.buffers import BufferLike, buffer_number, engine_of
 from deepep.nn.observe import Exchange, ExchangeName, observed, tell
 from deepep.nn.operators import operator
+from deepep.runtime.engine import Engine
+from deepep.runtime.requests import CombineRequest, DispatchRequest, Schedule
 
 
 class Received(NamedTuple):

@@ -13,9 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 import deepep
-from deepep import selftest
 from deepep.cli import check as check_command
-from deepep.cli import info
+from deepep.cli import info, selftest
 
 
 def deepep_command(*args: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,11 @@
-"""Runs of the emulator's litmus kernels (deepep.sim.litmus)."""
+"""Runs of the emulator's litmus kernels (deepep.sim.explore.litmus)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deepep.sim.litmus import Litmus
+from deepep.sim.explore.litmus import Litmus
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from deepep.engine import registry
-from deepep.engine.emulator_all_to_all import EmulatedFailure
 from deepep.errors import DeepEPError
-from deepep.sim import RankContext, World, WorldError, subjects
-from deepep.sim.cases import Limits
-from deepep.sim.fuzzer import Fuzzer
+from deepep.runtime import backends as registry
+from deepep.sim import RankContext, World, WorldError
+from deepep.sim.cases.case import Limits
+from deepep.sim.emulator.all_to_all import EmulatedFailure
+from deepep.sim.fuzz import subjects
+from deepep.sim.fuzz.fuzzer import Fuzzer
 
 
 @pytest.mark.slow
@@ -65,8 +66,8 @@ def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]
     """Where the kernels fail, all ranks hear the story."""
 
     def fail(ctx: RankContext) -> None:
-        from deepep.engine.emulator_all_to_all import at_leader
         from deepep.reference.wire import Wire
+        from deepep.sim.emulator.all_to_all import at_leader
 
         def work(given: dict[int, int], num_ranks: int) -> dict[int, int]:
             raise EmulatedFailure("data race: a story")
@@ -82,8 +83,8 @@ def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]
 
 def test_work_comes_to_the_leader_and_back(world_of: Callable[[int], World]) -> None:
     def meet(ctx: RankContext) -> np.ndarray:
-        from deepep.engine.emulator_all_to_all import at_leader
         from deepep.reference.wire import Wire
+        from deepep.sim.emulator.all_to_all import at_leader
 
         def work(given: dict[int, torch.Tensor], num_ranks: int) -> dict[int, torch.Tensor]:
             return {rank: sum(given.values()) * (rank + 1) for rank in given}

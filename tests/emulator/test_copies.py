@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deepep.sim.copy_runs import CopyCase, draw_copy, explore_copies, run_copy
-from deepep.sim.explorer import draw_schedule
+from deepep.sim.explore.copy_runs import CopyCase, draw_copy, explore_copies, run_copy
+from deepep.sim.explore.explorer import draw_schedule
 
 
 @pytest.mark.slow

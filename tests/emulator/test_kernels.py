@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepep.engine.emulator_calls import Gpu
-from deepep.sim.cases import Case
-from deepep.sim.emulated import run
-from deepep.sim.explorer import (
+from deepep.sim.cases.case import Case
+from deepep.sim.cases.options import Options
+from deepep.sim.cases.strategies import cases
+from deepep.sim.emulator.calls import Gpu
+from deepep.sim.explore.emulated import run
+from deepep.sim.explore.explorer import (
     GPUS,
     LIMITS,
     Failure,
@@ -24,9 +26,7 @@ from deepep.sim.explorer import (
     draw_tall_scenario,
     explore,
 )
-from deepep.sim.options import Options
-from deepep.sim.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
-from deepep.sim.strategies import cases
+from deepep.sim.explore.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
 
 
 def even_case(ranks: int, tokens: int, topk: int, hidden: int = 128) -> Case:
@@ -76,7 +76,7 @@ def test_shapes_and_schedules_by_hypothesis(case: Case, seed: int, strategy: str
 @pytest.mark.parametrize("rows", [90, 120, 300, 530])
 @pytest.mark.parametrize("gpu", [GPUS[2], GPUS[3], GPUS[-1]], ids=["mixed", "apart", "may mix"])
 def test_rows_return_in_as_many_parts_as_they_are_few(rows: int, gpu: Gpu) -> None:
-    """In four, three, two and one: csrc/kernels/combine.hpp decides by the most rows between two ranks."""
+    """In four, three, two and one: kernels/combine/combine.hpp decides by the most rows between two ranks."""
     scenario = Scenario((even_case(ranks=2, tokens=rows, topk=4, hidden=136),), gpu)
     for seed in range(3):
         report = run(scenario, draw_schedule(seed))

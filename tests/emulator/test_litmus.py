@@ -1,7 +1,7 @@
 """The memory model, by small kernels: what may happen does over the seeds, what may not never does.
 
 The names of the shapes are the field's: message passing, store buffering, independent reads of independent
-writes, write-to-read causality. `writer` and `reader` number the orders in csrc/emulator/litmus.hpp.
+writes, write-to-read causality. `writer` and `reader` number the orders in csrc/emulator/litmus/litmus.hpp.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bulk copies, mbarriers and the async proxy, by small kernels (csrc/emulator/litmus_bulk.hpp).
+"""Bulk copies, mbarriers and the async proxy, by small kernels (csrc/emulator/litmus/bulk.hpp).
 
 Variant 0 of each is right, and never fails; every other lacks one thing, and fails as stated. Where a set is
 given, all of its members must appear over the seeds and nothing else may.

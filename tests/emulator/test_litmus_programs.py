@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepep.sim.litmus import PROGRAMS, Program
+from deepep.sim.explore.litmus import PROGRAMS, Program
 
 KEPT = [(program, variant) for program in PROGRAMS for variant in (0, *program.right)]
 BROKEN = [(program, variant) for program in PROGRAMS for variant in program.wrong]

@@ -1,4 +1,4 @@
-"""Puts to other nodes, by small kernels (csrc/emulator/litmus_put.hpp): NVSHMEM's ordering, no more."""
+"""Puts to other nodes, by small kernels (csrc/emulator/litmus/put.hpp): NVSHMEM's ordering, no more."""
 
 from __future__ import annotations
 

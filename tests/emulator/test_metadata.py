@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from deepep.engine.emulator_calls import Gpu
-from deepep.sim.cases import Case
-from deepep.sim.emulated import run
-from deepep.sim.explorer import GPUS, draw_schedule
-from deepep.sim.options import Options
-from deepep.sim.scenarios import Report, Scenario
+from deepep.sim.cases.case import Case
+from deepep.sim.cases.options import Options
+from deepep.sim.emulator.calls import Gpu
+from deepep.sim.explore.emulated import run
+from deepep.sim.explore.explorer import GPUS, draw_schedule
+from deepep.sim.explore.scenarios import Report, Scenario
 
 #: Two warps for all tokens, roles apart, and so many warps that several share a token.
 FEW_WARPS, APART = GPUS[1], GPUS[3]

@@ -21,8 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNELS = CSRC / "kernels"
-SOURCES = sorted(KERNELS.glob("*.cu"))
-HEADERS = sorted(KERNELS.glob("*.hpp"))
+SOURCES = sorted(KERNELS.rglob("*.cu"))
+HEADERS = sorted(KERNELS.rglob("*.hpp"))
 
 REGISTERS = 65536  # of an SM
 REGISTER_UNIT = 8  # a thread's registers are granted in multiples of this
@@ -189,7 +189,7 @@ def test_kernels_use_the_vocabulary_alone(header: Path) -> None:
     assert foreign_words(read_code(header)) == []
     included = set(INCLUDES.findall(header.read_text()))
     allowed = {"<cstddef>", "<cstdint>", '"device/device.hpp"'}
-    assert {name for name in included if not name.startswith(('"core/', '"kernels/'))} <= allowed
+    assert {name for name in included if not name.startswith(('"layout/', '"kernels/'))} <= allowed
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ UNUSED = ("unused-result", "unused-variable", "unused-but-set-variable")
 def compile_kernels(folder: Path, extra: str = "") -> subprocess.CompletedProcess[str]:
     """All kernels by the C++ compiler, over the emulator's body; a result that is not used is an error."""
     source = folder / "kernels.cpp"
-    headers = "".join(f'#include "kernels/{header.name}"\n' for header in HEADERS)
+    headers = "".join(f'#include "{header.relative_to(CSRC)}"\n' for header in HEADERS)
     source.write_text(headers + extra)
     flags = ["-std=c++20", "-fsyntax-only", f"-I{CSRC}", *(f"-Werror={warning}" for warning in UNUSED)]
     command = [os.environ.get("CXX", "g++"), *flags, str(source)]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from deepep.sim.cases import Case, Limits, draw_case
-from deepep.sim.choices import RandomChoices
-from deepep.sim.observed import bits
-from deepep.sim.options import SPACE, Coverage, Options
-from deepep.sim.routing import PATTERNS, TWISTS, RoutingShape
-from deepep.sim.values import decode_id, inputs, other_rows
+from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.cases.options import SPACE, Coverage, Options
+from deepep.sim.cases.routing import PATTERNS, TWISTS, RoutingShape
+from deepep.sim.cases.values import decode_id, inputs, other_rows
+from deepep.sim.rules.observed import bits
 
 SHAPE = RoutingShape(num_ranks=4, num_experts=12, num_topk=5, num_tokens=(40, 0, 60, 17))
 

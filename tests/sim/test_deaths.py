@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from harness.deaths import Death, Setting, deaths, play, play_return, prepare
 
 from deepep.sim import World
-from deepep.sim.deaths import Death, Setting, deaths, play, play_return, prepare
 
 POINTS = deaths(graphs=False)
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from deepep.sim import Status, World
-from deepep.sim.cases import Limits, draw_case
-from deepep.sim.checking import Violation
-from deepep.sim.choices import RandomChoices
-from deepep.sim.fault_runs import draw_faulty_examples, judge_fault
-from deepep.sim.faults import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, calls_of, draw_fault
+from deepep.sim.cases.case import Limits, draw_case
+from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.faults.faults import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, calls_of, draw_fault
+from deepep.sim.faults.runs import draw_faulty_examples, judge_fault
+from deepep.sim.rules.checking import Violation
 
 RANKS = 3
 RUNS = 100

@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deepep.sim import subjects
-from deepep.sim.cases import Case, Limits, draw_case
-from deepep.sim.checking import Property, Violation, always
-from deepep.sim.choices import RandomChoices
-from deepep.sim.drawing import as_text, expected_origins, received_origins, save_picture
-from deepep.sim.examples import StoredExample
-from deepep.sim.fuzzer import DIFFERS, Finding, Fuzzer
-from deepep.sim.options import SPACE, Options
-from deepep.sim.oracle import observe
-from deepep.sim.properties import PROPERTIES, check
-from deepep.sim.shrinking import shrink, simpler, weight
+from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.cases.options import SPACE, Options
+from deepep.sim.fuzz import subjects
+from deepep.sim.fuzz.drawing import as_text, expected_origins, received_origins, save_picture
+from deepep.sim.fuzz.examples import StoredExample
+from deepep.sim.fuzz.fuzzer import DIFFERS, Finding, Fuzzer
+from deepep.sim.fuzz.shrinking import shrink, simpler, weight
+from deepep.sim.rules.checking import Property, Violation, always
+from deepep.sim.rules.oracle import observe
+from deepep.sim.rules.properties import PROPERTIES, check
 
 SEED = 20
 EXAMPLES = 160
@@ -91,7 +91,7 @@ def test_a_world_of_four_ranks_is_quick(world_of, capsys):
 
 def rows_arrive_backwards(ctx, case):
     """An implementation with a defect: rows arrive in descending order."""
-    from deepep.sim.all_to_all_runs import run_all_to_all
+    from deepep.sim.fuzz.all_to_all_runs import run_all_to_all
 
     view = run_all_to_all(ctx, case)
     if view.recv_x is not None and len(view.recv_x) > 1:

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from deepep.cli import fuzz
-from deepep.sim.cases import Case
-from deepep.sim.subjects import InProcess
+from deepep.sim.cases.case import Case
+from deepep.sim.fuzz.subjects import InProcess
 from deepep.trace import TraceWriter
 
 
@@ -80,7 +80,7 @@ def test_misuse_has_a_status_of_its_own(run, trace, tmp_path):
 
 
 def loses_the_last_row(case: Case):
-    from deepep.sim.oracle import observe
+    from deepep.sim.rules.oracle import observe
 
     views = observe(case)
     for view in views:

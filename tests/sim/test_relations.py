@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepep.sim.cases import Case, Limits, draw_case
-from deepep.sim.checking import Violation
-from deepep.sim.choices import RandomChoices
-from deepep.sim.observed import RankView
-from deepep.sim.oracle import observe
-from deepep.sim.properties import RELATIONS
-from deepep.sim.values import inputs
+from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.cases.values import inputs
+from deepep.sim.rules.checking import Violation
+from deepep.sim.rules.observed import RankView
+from deepep.sim.rules.oracle import observe
+from deepep.sim.rules.properties import RELATIONS
 
 LIMITS = Limits(ranks=(2, 3), fixed={"combine_rows": "same", "values": "ids", "payload": "bf16"})
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from harness.steadiness import OPTION_SETS, Late, check_own, long_run, option_case, run_steadily
 
 from deepep.sim import World, WorldError
-from deepep.sim.buffer_runs import run_on_buffer
-from deepep.sim.cases import Case, Limits
-from deepep.sim.options import SPACE
-from deepep.sim.steadiness import OPTION_SETS, Late, check_own, long_run, option_case, run_steadily
+from deepep.sim.cases.case import Case, Limits
+from deepep.sim.cases.options import SPACE
+from deepep.sim.fuzz.buffer_runs import run_on_buffer
 
 SHAPE = {"hidden": 144, "topk": 3, "local_experts": 4}
 TOKENS = (17, 9, 0, 30)
@@ -50,7 +50,7 @@ def test_a_long_run_says_what_it_did(world_of: Callable[[int], World], backend: 
 
 def one_bit_off(ctx: Any, case: Case) -> None:
     """A run whose second cached row comes out with a bit turned."""
-    from deepep.sim.buffer_runs import buffer_of
+    from deepep.sim.fuzz.buffer_runs import buffer_of
 
     view = run_on_buffer(case, buffer_of(ctx, "reference"))
     assert view.again_x is not None

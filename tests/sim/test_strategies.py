@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from deepep.sim import oracle
-from deepep.sim.cases import Limits
-from deepep.sim.options import Options
-from deepep.sim.properties import SIMPLE
-from deepep.sim.routing import RoutingShape
-from deepep.sim.strategies import cases, options, routings, shapes, traced_cases
+from deepep.sim.cases.case import Limits
+from deepep.sim.cases.options import Options
+from deepep.sim.cases.routing import RoutingShape
+from deepep.sim.cases.strategies import cases, options, routings, shapes, traced_cases
+from deepep.sim.rules import oracle
+from deepep.sim.rules.properties import SIMPLE
 from deepep.trace import TraceWriter
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

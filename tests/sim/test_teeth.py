@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 import deepep.reference
-from deepep.sim import World, subjects
-from deepep.sim.all_to_all_runs import Implementation, run_all_to_all
-from deepep.sim.cases import Limits
-from deepep.sim.fuzzer import Fuzzer, Report
-from deepep.sim.oracle import GlobalView
+from deepep.sim import World
+from deepep.sim.cases.case import Limits
+from deepep.sim.fuzz import subjects
+from deepep.sim.fuzz.all_to_all_runs import Implementation, run_all_to_all
+from deepep.sim.fuzz.fuzzer import Fuzzer, Report
+from deepep.sim.rules.oracle import GlobalView
 
 EXAMPLES = 320
 #: Files that one mode's operations alone use.

@@ -238,7 +238,7 @@ def test_modules_of_a_class_of_their_own_travel() -> None:
     import torch
     import torch._inductor.config
 
-    from deepep.sim.travel import pack, unpack
+    from deepep.sim.worlds.travel import pack, unpack
 
     def threads() -> int:
         return int(torch._inductor.config.compile_threads)

@@ -1,0 +1,73 @@
+#include "emulator/machine/arena.hpp"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace deepep::emu {
+
+namespace {
+
+void* reserve(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return p;
+}
+
+/// What memory holds before it is written: a NaN as bf16 and fp32, negative and absurd as an integer.
+constexpr int kPoison = 0xff;
+
+}  // namespace
+
+Arena::Arena(size_t bytes) : capacity_(bytes) {
+  base_ = reinterpret_cast<uintptr_t>(reserve(capacity_));
+  cells_ = static_cast<Cell*>(reserve(capacity_ / 4 * sizeof(Cell)));
+  allocations_.push_back({"nothing", Space::host, -1, -1, 0, 0});  // what gaps belong to
+}
+
+Arena::~Arena() {
+  munmap(reinterpret_cast<void*>(base_), capacity_);
+  munmap(cells_, capacity_ / 4 * sizeof(Cell));
+}
+
+uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, size_t bytes) {
+  const size_t begin = used_granules_ * kGranule + kGap;
+  const size_t end = begin + bytes;
+  if (end + kGap > capacity_) throw std::length_error("the emulated machine's memory is full");
+  if (allocations_.size() > 0xffff) throw std::length_error("too many allocations");
+  used_granules_ = (end + kGranule - 1) / kGranule;
+  owner_.resize(used_granules_, 0);
+  for (size_t g = begin / kGranule; g < used_granules_; ++g) owner_[g] = static_cast<uint16_t>(allocations_.size());
+  allocations_.push_back({std::move(name), space, rank, block, base_ + begin, base_ + end});
+  poison(base_ + begin, bytes);
+  return base_ + begin;
+}
+
+void Arena::poison(uintptr_t address, size_t bytes) {
+  std::memset(reinterpret_cast<void*>(address), kPoison, bytes);
+}
+
+void Arena::renew(uintptr_t begin, size_t bytes) {
+  Allocation& allocation = allocations_[owner_[(begin - base_) / kGranule]];
+  allocation.end = begin + bytes;
+  poison(begin, bytes);
+  std::memset(static_cast<void*>(&cell(begin)), 0, (bytes + 3) / 4 * sizeof(Cell));
+}
+
+const Allocation* Arena::nearest(uintptr_t address) const {
+  const Allocation* best = nullptr;
+  uintptr_t distance = UINTPTR_MAX;
+  for (const Allocation& a : allocations_) {
+    if (a.end == 0) continue;
+    const uintptr_t d = address < a.begin ? a.begin - address : address >= a.end ? address - a.end : 0;
+    if (d < distance) {
+      distance = d;
+      best = &a;
+    }
+  }
+  return best;
+}
+
+}  // namespace deepep::emu

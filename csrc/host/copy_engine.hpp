@@ -1,0 +1,112 @@
+// What the host orders of the copy engine (csrc/kernels/combine/copy_engine.hpp).
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/common/args.hpp"
+#include "kernels/common/launch.cuh"
+
+namespace deepep::kernels {
+
+/// Operations on a word that a stream carries out. Found in the driver that is there, so that nothing is linked to it.
+class StreamWords {
+ public:
+  StreamWords() : wait_(find<Operation>("cuStreamWaitValue32")), write_(find<Operation>("cuStreamWriteValue32")) {}
+  /// Holds the stream back until the word has reached the value.
+  void wait(cudaStream_t stream, const uint32_t* word, uint32_t value) const {
+    check_driver(wait_(stream, address(word), value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
+  }
+  /// Writes it behind a fence: what the stream has done before is visible by then.
+  void write(cudaStream_t stream, const uint32_t* word, uint32_t value) const {
+    check_driver(write_(stream, address(word), value, CU_STREAM_WRITE_VALUE_DEFAULT), "cuStreamWriteValue32");
+  }
+
+ private:
+  using Operation = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned int);
+
+  template <class Function>
+  static Function find(const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found), name);
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(name) + ": not in this driver");
+    return reinterpret_cast<Function>(entry);
+  }
+  static CUdeviceptr address(const uint32_t* word) { return reinterpret_cast<CUdeviceptr>(word); }
+  static void check_driver(CUresult result, const char* what) {
+    if (result != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + ": CUresult " + std::to_string(result));
+  }
+
+  Operation wait_;
+  Operation write_;
+};
+
+/// One rank's. Of the device that is current when it is made.
+class CopyEngine {
+ public:
+  CopyEngine() {
+    int least = 0, greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+  }
+  ~CopyEngine() { (void)cudaStreamDestroy(stream_); }
+  CopyEngine(const CopyEngine&) = delete;
+  CopyEngine& operator=(const CopyEngine&) = delete;
+
+  /// Tickets for so many chunks.
+  [[nodiscard]] EngineWork take(const layout::Cut& cut) {
+    if (cut.num_chunks > layout::Cut::kMaxChunks || cut.shrink < 1 || cut.shrink > 100)
+      throw std::invalid_argument("at most 4 chunks, each 1 to 100 percent of the one before");
+    ticket_ += static_cast<uint32_t>(cut.num_chunks);
+    return {cut, ticket_};
+  }
+
+  /// Orders what the combine that was launched just before leaves to the engine. counts [R, R]: the handle's.
+  void order(const CombineArgs& args, const int32_t* counts) {
+    const Group& g = args.group;
+    const EngineWork& work = args.engine;
+    const layout::CountMatrix count{counts, g.num_ranks};
+    const layout::StagingLayout& staging = args.staging;
+    words_.wait(stream_, &g.state->engine_go, work.last_ticket);
+    const auto each_owner = [&](int chunk, const layout::Cut& cut, const auto& visit) {
+      for (int d = 1; d < g.num_ranks; ++d) {
+        const int owner = (g.rank + d) % g.num_ranks;
+        const layout::Stretch rows = layout::chunk_of_rows(count, owner, g.rank, chunk, cut);
+        if (((g.live >> owner) & 1u) != 0 && rows.rows > 0) visit(g.heap[owner] + g.staging_offset, rows);
+      }
+    };
+    if (args.num_topk > 0)
+      each_owner(0, {1, 100}, [&](std::byte* area, const layout::Stretch& rows) {
+        copy(area + staging.weights(rows.place), args.topk_weights + rows.row * args.num_topk,
+             rows.rows * staging.weight_bytes());
+      });
+    for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
+      each_owner(chunk, work.cut, [&](std::byte* area, const layout::Stretch& rows) {
+        copy(area + staging.row(rows.place), args.x + rows.row * args.row_bytes, rows.rows * args.row_bytes);
+      });
+      words_.write(stream_, &g.state->engine_done,
+                   work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1 - chunk));
+    }
+  }
+
+  /// Whether all that a rank returns has its place in the owners' staging.
+  [[nodiscard]] static bool has_room(const CombineArgs& args, const int32_t* counts) {
+    const Group& g = args.group;
+    const layout::CountMatrix count{counts, g.num_ranks};
+    for (int owner = 0; owner < g.num_ranks; ++owner)
+      if (owner != g.rank && layout::first_staging_row(count, owner, g.rank) + count(owner, g.rank) > args.staging.capacity())
+        return false;
+    return true;
+  }
+
+ private:
+  void copy(std::byte* to, const void* from, int64_t bytes) const {
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_), "cudaMemcpyAsync");
+  }
+
+  StreamWords words_;
+  cudaStream_t stream_{};
+  uint32_t ticket_ = 0;
+};
+
+}  // namespace deepep::kernels

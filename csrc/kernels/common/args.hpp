@@ -1,0 +1,155 @@
+// What the kernels are told: plain structs, filled by the host and passed by value.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout/prefix.hpp"
+#include "layout/symmetric_layout.hpp"
+
+namespace deepep::kernels {
+
+inline constexpr int kThreads = 1024;
+
+enum class Operation : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
+
+/// Why a kernel gave up; bits, since several may be noted at once.
+enum class Phase : uint32_t {
+  kNone = 0,
+  kCounts = 1,          // waiting for a peer's counts and slot
+  kRows = 2,            // waiting for a peer's rows
+  kStaging = 4,         // waiting for a peer to have consumed its staging
+  kReturn = 8,          // waiting for a row to come back
+  kArrival = 16,        // barrier
+  kEngine = 32,         // waiting for this rank's own copy engine
+  kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
+  kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
+  kOverwritten = 256,   // not a wait: a peer gave up on this rank, and its copy engine may have written to its staging
+};
+
+/// What went wrong on this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
+struct FaultRecord {
+  uint32_t operation;
+  uint32_t phase;    // of the first wait in vain; bits of several Phases if several were noted at once
+  uint32_t missing;  // bit r: rank r was waited for in vain
+  uint32_t expected;
+  uint32_t seen;
+  uint32_t pending;  // written last: 1 when the rest is there
+};
+
+/// This rank's own words in device memory: they survive graph replays. The host touches them only to clear `phase`
+/// and what follows it, after a fault, behind the kernel that noted it; the copy engine writes `engine_done`.
+struct LocalState {
+  uint32_t dispatch_epoch;
+  uint32_t combine_epoch;
+  uint32_t barrier_epoch;
+  uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
+  uint32_t engine_go;       // the copy engine may begin with what it was given up to this ticket
+  uint32_t engine_done;     // the chunks it has carried, a ticket each
+  uint32_t phase;
+  uint32_t missing;
+  uint32_t expected;
+  uint32_t seen;
+  uint32_t handed_over;
+};
+
+/// What the host wants to know of a dispatch while it runs, in pinned memory: tagged words (device/device.hpp), the
+/// tag is the call's ticket.
+struct HostCounts {
+  uint64_t phase;      // 0, or kTooManyRows, kDisagreement, or a wait's phase
+  uint64_t num_rows;   // rows this rank receives
+  uint64_t most_rows;  // the most any rank receives
+  uint64_t returning;  // rows that combine will bring back to this rank from others
+  uint64_t lists[1];   // [R, R] rows from each rank to each, then [L] top-k entries per local expert
+};
+
+/// The group as a kernel sees it.
+struct Group {
+  int rank;
+  int num_ranks;
+  uint32_t live;  // bit r: rank r takes part
+  uint64_t timeout_ns;
+  layout::ControlLayout control;
+  int64_t staging_offset;
+  std::byte* heap[layout::kMaxRanks];  // every rank's heap as mapped here
+  LocalState* state;
+  FaultRecord* fault;  // pinned host memory
+};
+
+struct DispatchArgs {
+  Group group;
+  int push_blocks;   // the last push_blocks blocks write to other ranks
+  int local_blocks;  // blocks [0, local_blocks) write the rows that stay; the two are disjoint, or both all blocks
+  bool refused;      // only tell the others that this rank does not take part in this call
+  bool cached;       // counts and rows come from the handle
+  int64_t num_tokens;
+  int num_topk;           // 0: no top-k travels, as in a cached call, where source tokens do not either
+  int num_local_experts;  // L
+  int num_scales;         // 4-byte scales per row; 0: none
+  int index_bytes;        // 4 or 8
+  int64_t row_bytes;      // a multiple of 16
+  const std::byte* x;                // [T, row_bytes]
+  const uint32_t* scales;            // [T, num_scales], any strides
+  int64_t scale_token_stride;        // in elements
+  int64_t scale_stride;              // in elements
+  const void* topk_idx;              // [T, K] int32 or int64
+  const uint32_t* topk_weights;      // [T, K] float32 bits
+  const uint8_t* is_token_in_rank;   // [T, R]
+  const int32_t* tokens_per_rank;    // [R]; not used when cached
+  const int32_t* tokens_per_expert;  // [E] or null; not used when cached
+  int32_t* counts;                   // [R, R] of the handle: read when cached, else written
+  int32_t* send_row;                 // [T, R] of the handle: final row at each rank, or -1; likewise
+  int64_t slot[layout::kSlotArrays];   // what this rank lends, offsets in its heap; 0: it does not want that
+  int64_t slot_capacity;             // rows
+  int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
+  HostCounts* host;                  // null: the host does not wait
+  uint32_t ticket;
+  // What the launch fills in (prepare), so that no warp has to work it out:
+  uint32_t common[layout::MailboxWords::kCommon];  // what it tells all ranks alike
+  layout::TokenSplit push_split;                   // the tokens of each push block
+  layout::TokenSplit local_split;                  // of each local block
+};
+
+/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
+/// waits until engine_go has reached the last chunk's ticket, then carries each chunk to all owners, and notes its
+/// ticket.
+struct EngineWork {
+  layout::Cut cut;         // no chunks: SMs return the rows
+  uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
+};
+
+struct CombineArgs {
+  Group group;
+  int push_blocks;    // blocks [0, push_blocks) return rows
+  int reduce_blocks;  // the last reduce_blocks blocks sum; if that is all of them, all must be resident together
+  bool refused;       // only tell the others that this rank does not take part in this call
+  int64_t num_tokens;  // T of this rank
+  int num_topk;        // 0: no weights travel
+  int64_t row_bytes;   // bf16 rows, a multiple of 16
+  layout::StagingLayout staging;   // of rows of this kind
+  const std::byte* x;            // [N, row_bytes]
+  const float* topk_weights;     // [N, K]
+  const std::byte* bias[2];      // [T, row_bytes] or null
+  const int32_t* counts;         // [R, R] of the handle
+  const int32_t* send_row;       // [T, R] of the handle
+  std::byte* out;                // [T, row_bytes]
+  float* out_weights;            // [T, K]
+  EngineWork engine;
+};
+
+struct LayoutArgs {
+  int num_ranks;
+  int num_experts;
+  int ranks_per_node;
+  int num_topk;
+  int index_bytes;
+  int64_t num_tokens;
+  const void* topk_idx;        // [T, K]
+  int32_t* tokens_per_rank;    // [R]
+  int32_t* tokens_per_node;    // [R / ranks_per_node] or null
+  int32_t* tokens_per_expert;  // [E]
+  uint8_t* is_token_in_rank;   // [T, R]
+  uint32_t* workspace;         // [E + R + nodes + 1] zero before and after
+};
+
+}  // namespace deepep::kernels

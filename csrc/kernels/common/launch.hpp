@@ -1,0 +1,19 @@
+// The host's side of each kernel: how much shared memory, how many blocks; and the launch.
+#pragma once
+
+#include "kernels/common/args.hpp"
+
+namespace deepep::kernels {
+
+/// Throws std::runtime_error with CUDA's words if a launch is refused. `stream` is a cudaStream_t.
+void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream);
+void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
+void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
+void launch_barrier(const Group& group, void* stream);
+void launch_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_blocks, void* stream);
+/// Through bulk copies: `num_stages` of `stage_bytes` for each of a block's `num_warps`. Throws std::invalid_argument if
+/// they do not fit.
+void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_warps, int num_stages,
+                      int64_t stage_bytes, int num_blocks, void* stream);
+
+}  // namespace deepep::kernels

@@ -1,0 +1,30 @@
+#include "kernels/copy/copy.hpp"
+
+#include "kernels/common/launch.cuh"
+#include "kernels/common/launch.hpp"
+
+namespace deepep::kernels {
+
+/// Of one block, on sm_90.
+constexpr int64_t kMaxSharedBytes = 227 * 1024;
+/// For a load of a bulk copy: memory that does not answer for so long never will.
+constexpr uint64_t kTimeoutNs = 10'000'000'000;
+
+void launch_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_blocks, void* stream) {
+  launch<CopyArgs>(copy_kernel, CopyArgs{from, to, bytes}, num_blocks, kThreads, 0, stream, "copy");
+}
+
+void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_warps, int num_stages,
+                      int64_t stage_bytes, int num_blocks, void* stream) {
+  const auto refuse = [](const char* what) { throw std::invalid_argument(std::string("bulk copy: ") + what); };
+  if (num_warps < 1 || num_warps > kThreads / 32) refuse("warps: 1 to 32");
+  if (num_stages < kMinStages) refuse("stages of a warp: at least 3");
+  if (stage_bytes < 16 || stage_bytes % 16 != 0) refuse("bytes of a stage: a positive multiple of 16");
+  if (bytes < 0 || bytes % 16 != 0) refuse("bytes: a multiple of 16");
+  const int64_t shared = BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
+  if (shared > kMaxSharedBytes) refuse("the stages of a block do not fit into its shared memory");
+  const BulkCopyArgs args{from, to, bytes, stage_bytes, num_stages, kTimeoutNs};
+  launch<BulkCopyArgs>(bulk_copy_kernel, args, num_blocks, 32 * num_warps, shared, stream, "bulk copy");
+}
+
+}  // namespace deepep::kernels

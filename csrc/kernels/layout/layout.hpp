@@ -1,0 +1,90 @@
+// Dispatch layout on the device: counts per rank, node and expert, and which ranks each token goes to.
+// A thread a token, counters in shared memory, then one global sum; the last block hands the totals out and
+// leaves the workspace zero for the next call.
+#pragma once
+
+#include "layout/placement.hpp"
+#include "kernels/common/group.hpp"
+
+namespace deepep::kernels {
+
+/// Tokens are marked rank by rank through a 64-bit mask, a window of ranks at a time.
+template <class Index>
+DEEPEP_DEVICE void mark_ranks(const LayoutArgs& args, const layout::Placement& placement, const Index* row, int64_t t) {
+  using namespace dev;
+  for (int first = 0; first < args.num_ranks; first += 64) {
+    uint64_t mask = 0;
+    for (int k = 0; k < args.num_topk; ++k) {
+      const Index entry = load_once(row + k);
+      if (!placement.is_expert(entry)) continue;
+      const int rank = placement.rank_of_expert(static_cast<int32_t>(entry)) - first;
+      if (rank >= 0 && rank < 64) mask |= uint64_t{1} << rank;
+    }
+    const int end = args.num_ranks - first < 64 ? args.num_ranks - first : 64;
+    for (int r = 0; r < end; ++r)
+      store(args.is_token_in_rank + t * args.num_ranks + first + r, static_cast<uint8_t>((mask >> r) & 1u));
+  }
+}
+
+template <class Index>
+DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
+  using namespace dev;
+  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_node);
+  const int nodes = args.tokens_per_node != nullptr ? placement.num_nodes() : 0;
+  SharedArray<uint32_t> totals(0);  // [E] experts, [R] ranks, [nodes]
+  const int total = args.num_experts + args.num_ranks + nodes;
+  for (int i = thread(); i < total; i += num_threads()) totals.set(i, 0);
+  sync_block();
+  const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
+  for (int64_t t = static_cast<int64_t>(block()) * num_threads() + thread(); t < args.num_tokens; t += step) {
+    const Index* row = static_cast<const Index*>(args.topk_idx) + t * args.num_topk;
+    mark_ranks(args, placement, row, t);
+    for (int k = 0; k < args.num_topk; ++k) {
+      const Index entry = load_once(row + k);
+      if (!placement.is_expert(entry)) continue;
+      const int32_t expert = static_cast<int32_t>(entry);
+      const int rank = placement.rank_of_expert(expert);
+      totals.add(expert, 1u);
+      if (layout::is_first_of_rank(row, k, placement)) totals.add(args.num_experts + rank, 1u);
+      if (nodes > 0 && layout::is_first_of_node(row, k, placement))
+        totals.add(args.num_experts + args.num_ranks + placement.node_of_rank(rank), 1u);
+    }
+  }
+  sync_block();
+  for (int i = thread(); i < total; i += num_threads()) {
+    const uint32_t count = totals.get(i);
+    if (count != 0) fetch_add<relaxed, gpu_scope>(args.workspace + i, count);
+  }
+}
+
+DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
+  using namespace dev;
+  if (args.index_bytes == 8)
+    count_tokens<int64_t>(args);
+  else
+    count_tokens<int32_t>(args);
+
+  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_node);
+  const int nodes = args.tokens_per_node != nullptr ? placement.num_nodes() : 0;
+  const int total = args.num_experts + args.num_ranks + nodes;
+  SharedArray<uint32_t> last(4 * static_cast<int64_t>(total));
+  uint32_t* blocks_done = args.workspace + total;
+  sync_block();  // this block's sums come before its arrival
+  if (thread() == 0)
+    last.set(0, fetch_add<acq_rel, gpu_scope>(blocks_done, 1u) + 1 == static_cast<uint32_t>(num_blocks()));
+  sync_block();
+  if (last.get(0) == 0) return;
+  for (int i = thread(); i < total; i += num_threads()) {
+    const int32_t count = static_cast<int32_t>(load<relaxed, gpu_scope>(args.workspace + i));
+    store<relaxed, gpu_scope>(args.workspace + i, 0u);
+    if (i < args.num_experts)
+      store(args.tokens_per_expert + i, count);
+    else if (i < args.num_experts + args.num_ranks)
+      store(args.tokens_per_rank + i - args.num_experts, count);
+    else
+      store(args.tokens_per_node + i - args.num_experts - args.num_ranks, count);
+  }
+  if (thread() == 0) store<relaxed, gpu_scope>(blocks_done, 0u);
+}
+
+}  // namespace deepep::kernels

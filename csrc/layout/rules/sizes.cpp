@@ -1,0 +1,120 @@
+#include "layout/rules/sizes.hpp"
+
+#include <initializer_list>
+#include <limits>
+#include <utility>
+
+#include "layout/rules/capacity.hpp"
+#include "layout/rules/low_latency_buffer.hpp"
+#include "layout/symmetric_layout.hpp"
+#include "layout/rules/check.hpp"
+
+namespace deepep::host {
+
+namespace {
+
+int64_t as_size(layout::wide_t value, const char* what) {
+  if (!layout::fits_int64(value)) throw std::overflow_error(std::string(what) + ": does not fit into 64 bits");
+  return int64_t(value);
+}
+
+/// Factors up to 2^31 keep every formula here, at most four of them multiplied, inside 128 bits.
+void expect_factors(std::initializer_list<std::pair<const char*, int64_t>> factors) {
+  for (const auto& [name, value] : factors) {
+    expect(value >= 0 && value <= int64_t(1) << 31, name, value, "0 .. 2^31");
+  }
+}
+
+}  // namespace
+
+int64_t max_rows_received(int64_t num_ranks, int64_t num_max_tokens) {
+  expect_factors({{"num_ranks", num_ranks}, {"num_max_tokens", num_max_tokens}});
+  return as_size(layout::max_rows_received(num_ranks, num_max_tokens), "max_rows_received");
+}
+
+int64_t max_rows_expanded(int64_t num_ranks, int64_t num_max_tokens, int64_t num_topk,
+                          int64_t num_local_experts, int64_t alignment, bool has_duplicates) {
+  expect_factors({{"num_ranks", num_ranks},
+                  {"num_max_tokens", num_max_tokens},
+                  {"num_topk", num_topk},
+                  {"num_local_experts", num_local_experts},
+                  {"alignment", alignment}});
+  expect_at_least(1, "alignment", alignment);
+  return as_size(layout::max_rows_expanded(num_ranks, num_max_tokens, num_topk, num_local_experts, alignment,
+                                         has_duplicates),
+                 "max_rows_expanded");
+}
+
+int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scales, int64_t num_topk,
+                           int64_t index_bytes) {
+  expect_factors({{"num_rows", num_rows},
+                  {"row_bytes", row_bytes},
+                  {"num_scales", num_scales},
+                  {"num_topk", num_topk},
+                  {"index_bytes", index_bytes}});
+  constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+  expect(num_scales <= kInt32, "num_scales", num_scales, "fewer than 2^31");
+  expect(num_topk <= kInt32, "num_topk", num_topk, "fewer than 2^31");
+  expect(index_bytes == 4 || index_bytes == 8, "index_bytes", index_bytes, "4 or 8");
+  // The layout computes in 64 bits; what it adds up is at most this.
+  const layout::wide_t row = layout::wide_t(row_bytes) + 4 + 4 * num_scales + num_topk * (index_bytes + 4);
+  (void)as_size(num_rows * row + 5 * layout::kLine, "receive_slot");
+  return layout::SlotLayout{num_rows, row_bytes, int(num_scales), int(num_topk), int(index_bytes)}.bytes();
+}
+
+int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
+  expect_factors({{"num_channels", num_channels},
+                  {"recv_tokens", recv_tokens},
+                  {"hidden_bytes", hidden_bytes},
+                  {"num_ranks", num_ranks}});
+  return as_size(layout::QueueSizes{num_channels, recv_tokens, 0}.nvl_bytes(hidden_bytes, num_ranks),
+                 "nvl_buffer_size");
+}
+
+int64_t queue_rdma_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
+  expect_factors({{"num_channels", num_channels},
+                  {"recv_tokens", recv_tokens},
+                  {"hidden_bytes", hidden_bytes},
+                  {"num_ranks", num_ranks}});
+  return as_size(layout::QueueSizes{num_channels, 0, recv_tokens}.rdma_bytes(hidden_bytes, num_ranks),
+                 "rdma_buffer_size");
+}
+
+LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden,
+                                   int64_t num_topk)
+    : num_ranks_(num_ranks), num_max_tokens_(num_max_tokens), hidden_(hidden), num_topk_(num_topk) {
+  expect_factors({{"num_ranks", num_ranks},
+                  {"num_max_tokens", num_max_tokens},
+                  {"hidden", hidden},
+                  {"num_topk", num_topk}});
+  (void)as_size(
+      layout::LowLatencyBuffer<layout::wide_t>{num_ranks, num_max_tokens, hidden, num_topk}.total_bytes(),
+      "low_latency_buffer");
+}
+
+layout::LowLatencyBuffer<int64_t> LowLatencyBuffer::core() const {
+  return {num_ranks_, num_max_tokens_, hidden_, num_topk_};
+}
+int64_t LowLatencyBuffer::dispatch_message_bytes() const { return core().dispatch_message_bytes(); }
+int64_t LowLatencyBuffer::combine_message_bytes() const { return core().combine_message_bytes(); }
+int64_t LowLatencyBuffer::dispatch_flag(int64_t epoch, int64_t source) const {
+  return core().dispatch_flag(epoch, source);
+}
+int64_t LowLatencyBuffer::combine_flag(int64_t epoch, int64_t source) const {
+  return core().combine_flag(epoch, source);
+}
+int64_t LowLatencyBuffer::dispatch_send(int64_t epoch, int64_t token) const {
+  return core().dispatch_send(epoch, token);
+}
+int64_t LowLatencyBuffer::dispatch_slot(int64_t epoch, int64_t source, int64_t position) const {
+  return core().dispatch_slot(epoch, source, position);
+}
+int64_t LowLatencyBuffer::combine_slot(int64_t epoch, int64_t token, int64_t k) const {
+  return core().combine_slot(epoch, token, k);
+}
+int64_t LowLatencyBuffer::total_bytes() const { return core().total_bytes(); }
+int64_t LowLatencyBuffer::num_epochs() { return layout::kNumEpochs; }
+
+int64_t max_topk() { return layout::kMaxTopk; }
+
+}  // namespace deepep::host

@@ -1,0 +1,401 @@
+"""Buffer: DeepEP V1's public interface, on whatever engine serves the group.
+
+This file and low_latency.py know V1's names, defaults, tuple orders and option rules; the work is the
+engine's (deepep.backends). Interface and semantics: V1 of DeepEP.
+
+Shapes in docstrings: R ranks, E experts, L = E / R local experts, K top-k, T tokens on this rank, H hidden
+size, M maximum tokens per rank, N rows received. "Current stream" on CPU means the caller itself.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from deepep.api import arguments
+from deepep.api.arguments import Rows
+from deepep.api.handles import DispatchHandle, route_of
+from deepep.api.low_latency import LowLatencyCalls
+from deepep.config import Config, combine_config, dispatch_config
+from deepep.errors import ArgumentError, RangeError
+from deepep.events import EventHandle, EventOverlap
+from deepep.runtime import backends as registry
+from deepep.runtime.checks import check_int
+from deepep.runtime.engine import EngineOptions
+from deepep.runtime.requests import CombineRequest, DispatchRequest, Operation, Schedule
+
+
+class Buffer(LowLatencyCalls):
+    """Expert-parallel communication between the ranks of a group: one object per rank, constructed by all.
+
+    High-throughput operations (`dispatch`, `combine`) for training and prefill, low-latency operations
+    (`low_latency_dispatch`, `low_latency_combine`) for decode. All of them are collective.
+
+    group: any torch.distributed process group; gloo serves CPU tensors, NCCL CUDA tensors. Or None, with
+        `comm` an mpi4py communicator.
+    num_nvl_bytes, num_rdma_bytes: sizes of the scale-up and scale-out buffers, multiples of 128. Backends
+        that need no staging allocate them only when `get_local_buffer_tensor` asks.
+    low_latency_mode: low-latency operations will be used.
+    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted for compatibility.
+    explicitly_destroy: `destroy()` will be called. It may be called in any case, and more than once.
+    enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode.
+    backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
+    timeout: seconds to wait for peers; None: DEEPEP_TIMEOUT, else 100.
+
+    The group's store must outlive every rank for faults to be settled: torchrun's agent holds it, or whatever
+    process started the ranks. DEEPEP_REDUCE_ON_EXPERT_RANK=1: low-latency combine sums on the experts' ranks
+    first (fewer bytes, one more rounding).
+
+    Raises ValueError without group and comm, RangeError for sizes, MismatchError if the ranks construct
+    different buffers, PeerTimeoutError if not all of them come.
+    """
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        *,
+        backend: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        if group is None:
+            if comm is None:
+                raise ValueError("group, comm: got None for both; allowed: a process group or a communicator")
+            from deepep.runtime.control.mpi import group_of_communicator
+
+            group = group_of_communicator(comm)
+        problem = arguments.constructor_problem(num_nvl_bytes, num_rdma_bytes)
+        options = EngineOptions(
+            group=group,
+            timeout=arguments.timeout(timeout),
+            low_latency=low_latency_mode,
+            masks=enable_shrink,
+            low_latency_bytes=num_rdma_bytes,
+            reduce_on_expert_rank=os.environ.get("DEEPEP_REDUCE_ON_EXPERT_RANK", "0") == "1",
+            problem=problem,
+        )
+        self._engine = registry.choose(backend, group).create(options)
+        self.group = group
+        self.rank = self._engine.info.rank
+        self.group_size = self._engine.info.num_ranks
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+        self.runtime = self._engine
+        self._destroyed = False
+        self._scratch: dict[bool, torch.Tensor] = {}
+        # Also at interpreter exit: what was issued gets its chance to reach the peers, and nothing waits for
+        # ever.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def destroy(self) -> None:
+        """Releases the buffer; its operations raise DestroyedError from then on. Idempotent.
+
+        Collective: waits, up to the time-out, for the other ranks to come to the same point, so that none of
+            them
+        loses a message under way. A peer that does not come is not an error here.
+        """
+        if not self._destroyed:
+            self._destroyed = True
+            self._engine.leave()
+            self._finalizer.detach()
+            self._scratch.clear()
+
+    # small things
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether the CUDA kernels (sm_90a) are part of this installation."""
+        from importlib.util import find_spec
+
+        return find_spec("deepep._cuda") is not None
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """SMs that high-throughput kernels may use from now on; any number from 1 (V1: even numbers)."""
+        Buffer.num_sms = check_int("new_num_sms", new_num_sms, 1)
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event on the current stream: what is queued there so far."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that low-latency operations of this size need (proportional to R*M, not to E*M as in V1)."""
+        from deepep.layout import low_latency_rdma_size_hint
+
+        return low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    def get_comm_stream(self) -> torch.cuda.Stream | None:
+        """The stream that communication runs on. None on CPU, where it is a thread."""
+        self._check_alive()
+        return self._engine.comm_stream()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> torch.Tensor:
+        """A view of this rank's own buffer memory, as `dtype`.
+
+        size: shape, or None for all that follows `offset`, one-dimensional. offset: BYTES, as V1 computes
+            (its
+        documentation says elements). use_rdma_buffer: of the RDMA buffer, else the NVLink one.
+        """
+        self._check_alive()
+        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        check_int("offset", offset, 0, num_bytes)
+        if use_rdma_buffer not in self._scratch:
+            device = self._engine.info.device_type
+            self._scratch[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        raw = self._scratch[use_rdma_buffer][offset:]
+        whole = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if size is None:
+            return whole
+        wanted = torch.Size(size).numel()
+        if wanted > whole.numel():
+            raise RangeError("size", f"{wanted} elements", f"at most {whole.numel()} after offset {offset}")
+        return whole[:wanted].view(size)
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """V1's tuned default for dispatch, with `Buffer.num_sms`; any rank count (the table's next larger
+        entry).
+        """
+        return dispatch_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """V1's tuned default for combine, with `Buffer.num_sms`; any rank count (the table's next larger
+        entry).
+        """
+        return combine_config(num_ranks, Buffer.num_sms)
+
+    # high throughput
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Where this rank's tokens go. Does not communicate; but if it refuses its arguments, this rank's
+        next dispatch counts as refused with them, so that the others, who call it, raise as well.
+
+        topk_idx: [T, K] int32 or int64, contiguous, -1 for "no expert".
+
+        Returns (num_tokens_per_rank [R] int32: each token once per rank; num_tokens_per_rdma_rank [R/8]
+        int32, or None within one node; num_tokens_per_expert [E] int32: every entry counts; is_token_in_rank
+        [T, R] bool; event).
+
+        Raises ArgumentTypeError, ShapeError, LayoutError, DeviceError, and RangeError for indices outside
+        -1 .. E-1 or E not a multiple of R.
+        """
+        self._check_alive()
+        schedule = self._prepared(
+            Operation.DISPATCH,
+            lambda: arguments.schedule(previous_event, async_finish, allocate_on_comm_stream),
+            True,
+        )
+        layout, completion = self._engine.layout(topk_idx, num_experts, schedule)
+        return (
+            layout.num_tokens_per_rank,
+            layout.num_tokens_per_domain,
+            layout.num_tokens_per_expert,
+            layout.is_token_in_rank,
+            arguments.overlap(completion),
+        )
+
+    def dispatch(
+        self,
+        x: Rows,
+        handle: Any = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, DispatchHandle | None, EventOverlap
+    ]:
+        """Sends every token to the ranks that want it, once per rank.
+
+        x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
+            of one byte per element, scales [T, P] float32 or int32, any strides).
+        handle: of an earlier dispatch: repeat its routing for new rows, without host waits. Then no top-k
+            tensors.
+        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`; needed without
+            handle.
+        topk_idx, topk_weights: [T, K] int32/int64 and float32, both or none.
+        expert_alignment: rounds up the returned counts; the rows are not affected.
+        num_worst_tokens: > 0: exactly so many rows come back, those past N with index -1 and unspecified
+            contents; the host does not wait, the list is empty. Needs top-k tensors.
+        previous_event, async_finish, allocate_on_comm_stream: when inputs may be read, whether to return
+            early with an event, and (only with both) whether outputs belong to the communication stream.
+
+        Returns (recv_x or (recv_x, recv_scales), recv_topk_idx [N, K] local index or -1, recv_topk_weights
+        [N, K], counts per local expert as a list, handle, event); rows by source rank, then source token.
+        With `handle` the middle four are None.
+
+        Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
+            arrive,
+        MismatchError, HandleError, HookPendingError, PeerTimeoutError.
+        """
+        self._check_alive()
+        is_at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
+        has_defaults = config is None and topk_idx is None and topk_weights is None
+        if type(handle) is DispatchHandle and is_at_once and has_defaults:  # it may be like one before
+            rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+            again = self._engine.dispatch_again(rows, scales, handle.route, Buffer.num_sms)
+            if again is not None:
+                return again, None, None, None, None, EventOverlap()
+
+        def request() -> tuple[DispatchRequest, Schedule]:
+            schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
+            sms = arguments.num_sms(config, Buffer.num_sms)
+            rows, scales = arguments.split_rows(x)
+            if handle is not None:
+                if topk_idx is not None or topk_weights is not None:
+                    name = "topk_idx" if topk_idx is not None else "topk_weights"
+                    raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
+                return DispatchRequest(rows, scales, route=route_of(handle), num_sms=sms), schedule
+            layout = arguments.layout(
+                num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert
+            )
+            fresh = DispatchRequest(
+                rows,
+                scales,
+                layout=layout,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                expert_alignment=expert_alignment,
+                num_worst_tokens=num_worst_tokens,
+                num_sms=sms,
+            )
+            return fresh, schedule
+
+        wanted, schedule = self._prepared(Operation.DISPATCH, request, async_finish)
+        done = self._engine.dispatch(wanted, schedule)
+        recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
+        event = arguments.overlap(done.completion)
+        if handle is not None:
+            return recv_x, None, None, None, None, event
+        counts = done.num_tokens_per_expert
+        return recv_x, done.topk_idx, done.topk_weights, counts, DispatchHandle(done.route), event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Any,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Brings the rows back to their tokens' ranks and sums them there, without weights.
+
+        x: [N, H] bf16 (float32 and float64 where the backend takes them), one row per row received.
+        handle: of the dispatch.   topk_weights: [N, K] float32, returned to their sources by a plain sum.
+        bias: None, [T, H], or two of them.
+
+        Returns (combined_x [T, H], combined_topk_weights [T, K] or None, event). combined_x[t] = bias_0 +
+        bias_1 + the rows of the ranks that t went to, ascending; in fp32, rounded once. A token sent nowhere:
+        bias or +0.
+
+        Raises as `dispatch` does.
+        """
+        self._check_alive()
+
+        def request() -> tuple[CombineRequest, Schedule]:
+            schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
+            sms = arguments.num_sms(config, Buffer.num_sms)
+            return CombineRequest(x, route_of(handle), topk_weights, arguments.biases(bias), sms), schedule
+
+        wanted, schedule = self._prepared(Operation.COMBINE, request, async_finish)
+        done = self._engine.combine(wanted, schedule)
+        return done.x, done.topk_weights, arguments.overlap(done.completion)
+
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: Any = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, DispatchHandle | None, EventOverlap
+    ]:
+        """`dispatch` under the name V1 uses between nodes."""
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            0,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: torch.Tensor,
+        handle: Any,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """`combine` under the name V1 uses between nodes."""
+        return self.combine(
+            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
+        )

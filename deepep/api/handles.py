@@ -1,0 +1,96 @@
+"""What a dispatch hands out so that later calls can follow the same routes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from deepep.errors import ArgumentTypeError, HandleError
+from deepep.runtime.engine import Engine
+from deepep.runtime.requests import LowLatencyRoute, Route
+
+
+class DispatchHandle:
+    """The handle of a high-throughput dispatch: opaque, valid for any number of cached dispatches and
+    combines.
+
+    Indexing gives V1's intranode tuple where this library has its entries, None where it has not:
+    0: rank_prefix_matrix [R, R] int32, of which column `rank` is meaningful (inclusive sums of rows received,
+        by
+    source rank); 3: recv_src_idx [N] int32, the source token of each row; 4: is_token_in_rank [T, R] bool.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        return (self[i] for i in range(6))
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        if not -6 <= index < 6:
+            raise IndexError(f"handle index {index}; allowed: -6 to 5")
+        entry = index % 6
+        if entry == 4:
+            return self.route.is_token_in_rank
+        route = self.route
+        if route.plan is None or entry not in (0, 3):
+            return None
+        if entry == 3:
+            return route.engine.route_sources(route)
+        counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
+        return counts.cumsum(dim=0, dtype=torch.int32)
+
+
+class LowLatencyHandle(NamedTuple):
+    """V1's 5-tuple of a low-latency dispatch.
+
+    recv_src_info [L, R*M] int32: source token of each row. layout_range [L, R] int64: (begin << 32) | count
+    of each source rank's rows. Then M, H and E.
+    """
+
+    recv_src_info: torch.Tensor
+    layout_range: torch.Tensor
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+
+
+class OwnedLowLatencyHandle(LowLatencyHandle):
+    """A LowLatencyHandle that knows where it came from; it unpacks, compares and indexes as the plain
+    tuple.
+    """
+
+    route: LowLatencyRoute
+
+    @classmethod
+    def of(cls, route: LowLatencyRoute) -> OwnedLowLatencyHandle:
+        """The handle of a route."""
+        handle = cls(route.source_index, route.ranges, route.num_max_tokens, route.hidden, route.num_experts)
+        handle.route = route
+        return handle
+
+
+def route_of(handle: Any) -> Route:
+    """The route behind a high-throughput handle. Raises ArgumentTypeError or HandleError."""
+    if isinstance(handle, LowLatencyHandle):
+        raise HandleError("handle", "the handle of a low-latency dispatch", "the handle of Buffer.dispatch")
+    if not isinstance(handle, DispatchHandle):
+        raise ArgumentTypeError("handle", type(handle).__name__, "the handle of Buffer.dispatch")
+    return handle.route
+
+
+def low_latency_route_of(handle: Any, engine: Engine) -> LowLatencyRoute:
+    """The route behind a low-latency handle, or behind five values put together by the caller."""
+    if isinstance(handle, DispatchHandle):
+        raise HandleError("handle", "the handle of Buffer.dispatch", "the handle of low_latency_dispatch")
+    if isinstance(handle, OwnedLowLatencyHandle):
+        return handle.route
+    if not isinstance(handle, (tuple, list)) or len(handle) != 5:
+        raise ArgumentTypeError("handle", type(handle).__name__, "the handle of low_latency_dispatch")
+    source_index, ranges, num_max_tokens, hidden, num_experts = handle
+    return LowLatencyRoute(source_index, ranges, num_max_tokens, hidden, num_experts, engine)

@@ -1,0 +1,137 @@
+"""What a dispatch receives into: up to five arrays, of a kind that is worked out once.
+
+A call may spend some 25 us of host time, and torch takes most of it: so what depends on shapes and dtypes
+alone is kept from call to call, and arrays are made like a template: half of what `torch.empty` takes.
+
+Shapes: K top-k, H hidden, P scales per row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+_ALIGNMENT = 128
+_MOST_KEPT = 256
+
+Array = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(slots=True)
+class Received:
+    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
+
+    landed_on: where that is the landing area (overflow.py), the stream to copy them out on.
+    """
+
+    x: torch.Tensor  # [capacity, H]
+    source: torch.Tensor | None  # [capacity] int32: each row's token; None: not wanted
+    scales: torch.Tensor | None  # [capacity, P]
+    topk_idx: torch.Tensor | None  # [capacity, K]
+    topk_weights: torch.Tensor | None  # [capacity, K] float32
+    landed_on: torch.cuda.Stream | None = None
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them, in order."""
+        return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
+
+    def copy(self, rows: int) -> Received:
+        """The first `rows` rows, in memory of the current stream."""
+        copies = (None if t is None else t[:rows].clone() for t in self.tensors())
+        return Received(*copies)  # type: ignore[arg-type]
+
+    def cut(self, rows: int) -> None:
+        """Keeps the first `rows` rows, in place."""
+        for tensor in self.tensors():
+            if tensor is not None:
+                if tensor.dim() == 1:
+                    tensor.resize_(rows)
+                else:
+                    tensor.resize_(rows, tensor.shape[1])
+
+
+class Kind:
+    """Arrays of one kind: what a row has in each, whatever the number of rows.
+
+    scales, topk: columns and dtype; None for what does not travel. with_source: source tokens are wanted.
+    """
+
+    def __init__(
+        self,
+        x: tuple[int, torch.dtype],
+        scales: tuple[int, torch.dtype] | None,
+        topk: tuple[int, torch.dtype] | None,
+        with_source: bool,
+    ) -> None:
+        self._with_source = with_source
+        self._with_scales = scales is not None
+        self._rows: list[Array] = [((x[0],), x[1])]
+        if with_source:
+            self._rows.append(((), torch.int32))
+        if scales is not None:
+            self._rows.append(((scales[0],), scales[1]))
+        if topk is not None:
+            self._rows += [((topk[0],), topk[1]), ((topk[0],), torch.float32)]
+        self.row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._rows)
+        self._templates: dict[int, list[torch.Tensor]] = {}
+
+    def num_bytes(self, capacity: int) -> int:
+        """Bytes that a stretch to carve needs at most."""
+        return capacity * self.row_bytes + len(self._rows) * _ALIGNMENT
+
+    def rows_in(self, num_bytes: int) -> int:
+        """Rows for which so many bytes are enough."""
+        return max(0, num_bytes - len(self._rows) * _ALIGNMENT) // self.row_bytes
+
+    def templates(self, capacity: int, device: torch.device) -> list[torch.Tensor]:
+        """Tensors of the arrays' shapes, in order, with no memory of their own: for `torch.empty_like`."""
+        made = self._templates.get(capacity)
+        if made is None or made[0].device != device:
+            made = [_element(dtype, device).expand(capacity, *row) for row, dtype in self._rows]
+            if len(self._templates) >= _MOST_KEPT:
+                self._templates.clear()
+            self._templates[capacity] = made
+        return made
+
+    def of(self, tensors: list[torch.Tensor]) -> Received:
+        """Of tensors in order."""
+        rest = iter(tensors)
+        x = next(rest)
+        source = next(rest) if self._with_source else None
+        scales = next(rest) if self._with_scales else None
+        return Received(x, source, scales, next(rest, None), next(rest, None))
+
+    def carve(self, stretch: torch.Tensor, capacity: int) -> Received:
+        """All arrays out of one stretch of the heap, uint8."""
+        tensors, begin = [], 0
+        for row, dtype in self._rows:
+            size = capacity * math.prod(row) * dtype.itemsize
+            tensors.append(stretch[begin : begin + size].view(dtype).view(capacity, *row))
+            begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return self.of(tensors)
+
+
+_kinds: dict[tuple[object, ...], Kind] = {}
+
+
+@functools.cache
+def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=dtype, device=device)
+
+
+def kind_of(
+    x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None, with_source: bool
+) -> Kind:
+    """For rows like x [*, H] and scales [*, P], and entries like topk_idx [*, K]."""
+    of_scales = None if scales is None else (scales.shape[1], scales.dtype)
+    of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
+    key = (x.shape[1], x.dtype, of_scales, of_topk, with_source)
+    kind = _kinds.get(key)
+    if kind is None:
+        if len(_kinds) >= _MOST_KEPT:
+            _kinds.clear()
+        kind = _kinds[key] = Kind((x.shape[1], x.dtype), of_scales, of_topk, with_source)
+    return kind

@@ -1,0 +1,384 @@
+"""The reference backend's high-throughput operations, on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deepep.errors import ArgumentError, HandleError, ShapeError
+from deepep.reference import all_to_all
+from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
+from deepep.reference.wire import Wire
+from deepep.runtime import checks
+from deepep.runtime.control.agreement import dtype_code
+from deepep.runtime.control.issue import Conductor
+from deepep.runtime.control.transport import Link
+from deepep.runtime.engine import Engine, EngineInfo
+from deepep.runtime.requests import (
+    Combined,
+    CombineRequest,
+    Dispatched,
+    DispatchRequest,
+    Layout,
+    Operation,
+    Route,
+    Schedule,
+)
+
+
+class Exchange(Protocol):
+    """How rows travel: all_to_all (deepep.reference), or something else with its functions."""
+
+    def exchange_counts(
+        self, wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
+    ) -> DispatchPlan: ...
+
+    def dispatch(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        scales: Tensor | None,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        num_experts: int,
+        out: DispatchTensors,
+    ) -> object: ...
+
+    def combine(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        topk_weights: Tensor | None,
+        biases: tuple[Tensor, ...],
+    ) -> CombineTensors: ...
+
+
+# Layout
+
+RANKS_PER_DOMAIN = 8
+
+
+def empty_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Layout:
+    """A layout's tensors, to be filled."""
+
+    def counts(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
+
+    domains = -(-num_ranks // RANKS_PER_DOMAIN)
+    return Layout(
+        num_tokens_per_rank=counts(num_ranks),
+        num_tokens_per_domain=counts(domains) if domains > 1 else None,
+        num_tokens_per_expert=counts(num_experts),
+        is_token_in_rank=torch.empty(topk_idx.shape[0], num_ranks, dtype=torch.bool, device=topk_idx.device),
+    )
+
+
+def fill_layout(layout: Layout, topk_idx: Tensor, num_experts: int, num_ranks: int) -> None:
+    """The compiled rules on the host, the reference's on a device."""
+    if topk_idx.is_cuda:
+        from deepep.reference.layout import dispatch_layout
+    else:
+        from deepep.layout import dispatch_layout  # type: ignore[assignment]
+    made = dispatch_layout(topk_idx, num_experts, num_ranks, RANKS_PER_DOMAIN)
+    layout.num_tokens_per_rank.copy_(made.num_tokens_per_rank)
+    layout.num_tokens_per_expert.copy_(made.num_tokens_per_expert)
+    layout.is_token_in_rank.copy_(made.is_token_in_rank)
+    if layout.num_tokens_per_domain is not None and made.num_tokens_per_node is not None:
+        layout.num_tokens_per_domain.copy_(made.num_tokens_per_node)
+
+
+def layout_tensors(layout: Layout) -> tuple[Tensor | None, ...]:
+    """All tensors of a layout."""
+    return (
+        layout.num_tokens_per_rank,
+        layout.num_tokens_per_domain,
+        layout.num_tokens_per_expert,
+        layout.is_token_in_rank,
+    )
+
+
+# Checks of what needs no values
+
+
+def check_dispatch(request: DispatchRequest, info: EngineInfo) -> None:
+    """Shapes, dtypes, devices and what goes with what."""
+    checks.check_rows(request.x, info.device_type, request.scales is not None)
+    num_tokens = request.x.shape[0]
+    if request.scales is not None:
+        checks.check_scales(request.scales, num_tokens, info.device_type)
+    checks.check_int("expert_alignment", request.expert_alignment, 1)
+    checks.check_int("num_worst_tokens", request.num_worst_tokens, 0)
+    if request.route is not None:
+        if num_tokens != request.route.num_tokens:
+            allowed = f"[{request.route.num_tokens}, H], the tokens of the handle"
+            raise ShapeError("x", checks.shape_text(request.x.shape), allowed)
+        return
+    assert request.layout is not None
+    _check_layout(request.layout, num_tokens, info)
+    checks.check_together(topk_idx=request.topk_idx, topk_weights=request.topk_weights)
+    if request.topk_idx is not None:
+        checks.check_topk_idx(request.topk_idx, info.device_type, num_tokens)
+        checks.check_topk_weights(request.topk_weights, request.topk_idx.shape, info.device_type)
+    elif request.num_worst_tokens > 0:
+        raise ArgumentError("topk_idx", "None, with num_worst_tokens", "topk_idx and topk_weights given")
+
+
+def _check_layout(layout: Layout, num_tokens: int, info: EngineInfo) -> None:
+    for name, dtype, shape in (
+        ("num_tokens_per_rank", torch.int32, (info.num_ranks,)),
+        ("is_token_in_rank", torch.bool, (num_tokens, info.num_ranks)),
+        ("num_tokens_per_expert", torch.int32, ("E",)),
+    ):
+        tensor = getattr(layout, name)
+        checks.check_tensor(name, tensor, dtypes=(dtype,), device_type=info.device_type, shape=shape)
+    checks.check_num_experts(layout.num_tokens_per_expert.numel(), info.num_ranks, "num_tokens_per_expert")
+
+
+def check_combine(request: CombineRequest, info: EngineInfo) -> None:
+    """Shapes, dtypes and devices."""
+    device, route = info.device_type, request.route
+    rows = route.num_rows
+    assert rows is not None
+    x = checks.check_tensor("x", request.x, dtypes=checks.SUM_DTYPES, device_type=device, shape=(rows, "H"))
+    checks.check_row_bytes(x)
+    if request.topk_weights is not None:
+        checks.check_topk_weights(request.topk_weights, (rows, "K"), device)
+    for bias in request.biases:
+        checks.check_tensor(
+            "bias", bias, dtypes=(x.dtype,), device_type=device, shape=(route.num_tokens, x.shape[1])
+        )
+
+
+# Operations, on checked requests
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a dispatch sends of each token."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+
+    @classmethod
+    def of(cls, request: DispatchRequest) -> _Rows:
+        fields = (request.scales, request.topk_idx, request.topk_weights)
+        return cls(request.x.detach(), *(None if f is None else f.detach() for f in fields))
+
+    def empty(self, rows: int) -> DispatchTensors:
+        """Outputs for so many rows of this kind."""
+
+        def like(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.new_empty(rows, field.shape[1])
+
+        x = self.x.new_empty(rows, self.x.shape[1])
+        return DispatchTensors(x, like(self.scales), like(self.topk_idx), like(self.topk_weights))
+
+    def send(self, link: Link, route: Route, out: DispatchTensors, exchange: Exchange) -> None:
+        """The exchange of the payload."""
+        exchange.dispatch(
+            link,
+            plan_of(route),
+            self.x,
+            scales=self.scales,
+            topk_idx=self.topk_idx,
+            topk_weights=self.topk_weights,
+            num_experts=route.num_experts,
+            out=out,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.x, self.scales, self.topk_idx, self.topk_weights)
+
+
+def dispatch_cached(
+    conductor: Conductor,
+    request: DispatchRequest,
+    route: Route,
+    schedule: Schedule,
+    exchange: Exchange = all_to_all,
+) -> Dispatched:
+    """Along the routes of an earlier dispatch: sizes are known, nothing is waited for."""
+    assert route.num_rows is not None
+    rows = _Rows.of(request)
+    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+        out = rows.empty(route.num_rows)
+
+    def inspect() -> None:
+        plan, rank = plan_of(route), conductor.rank
+        for masked in sorted(conductor.membership.masked):
+            if plan.counts[masked][rank] or plan.counts[rank][masked]:
+                got = f"one with rows of rank {masked}, masked since"
+                raise HandleError("handle", got, "one of a dispatch with the ranks there are")
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        conductor.enter("payload")
+        rows.send(link, route, out, exchange)
+
+    completion = conductor.perform(
+        Operation.DISPATCH,
+        schedule,
+        body,
+        agreed=_agreement(rows, route.num_experts, cached=True),
+        inspect=inspect,
+        num_tokens=route.num_tokens,
+        tensors=(*rows.tensors, out.x, out.scales),
+    )
+    return Dispatched(out.x, out.scales, None, None, [], route, conductor.finish(schedule, completion))
+
+
+def dispatch_fresh(
+    conductor: Conductor,
+    request: DispatchRequest,
+    route: Route,
+    schedule: Schedule,
+    exchange: Exchange = all_to_all,
+) -> Dispatched:
+    """Along new routes, which are left in `route`. The host waits for the counts, unless a worst case is
+    given.
+    """
+    layout = request.layout
+    assert layout is not None
+    rows, worst = _Rows.of(request), request.num_worst_tokens
+    inputs = (*rows.tensors, *layout_tensors(layout))
+    agreed = _agreement(rows, route.num_experts, cached=False)
+
+    def inspect() -> None:
+        checks.check_layout_values(layout.num_tokens_per_rank, layout.is_token_in_rank)
+        checks.check_expert_counts(layout.num_tokens_per_expert)
+        if rows.topk_idx is not None:
+            checks.check_index_range(rows.topk_idx, route.num_experts)
+
+    def count(link: Link, limits: dict[int, int]) -> None:
+        conductor.enter("counts")
+        plan = exchange.exchange_counts(link, layout.is_token_in_rank, layout.num_tokens_per_expert)
+        checks.check_capacity(plan.counts, limits)
+        route.plan = plan
+
+    def allocate(num_rows: int) -> DispatchTensors:
+        route.num_rows = num_rows
+        with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+            return rows.empty(num_rows)
+
+    if worst == 0:
+        counted = conductor.perform(
+            Operation.DISPATCH,
+            schedule,
+            count,
+            agreed=agreed,
+            inspect=inspect,
+            num_tokens=route.num_tokens,
+            tensors=inputs,
+        )
+        counted.host_wait()
+        plan = plan_of(route)
+        out = allocate(plan.num_recv_tokens)
+        completion = conductor.proceed(
+            "payload", schedule, lambda link: rows.send(link, route, out, exchange), (*inputs, *_all(out))
+        )
+        alignment = request.expert_alignment
+        expert_counts = [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
+    else:
+        out = allocate(worst)
+
+        def count_and_send(link: Link, limits: dict[int, int]) -> None:
+            count(link, limits)
+            conductor.enter("payload")
+            rows.send(link, route, out, exchange)
+
+        completion = conductor.perform(
+            Operation.DISPATCH,
+            schedule,
+            count_and_send,
+            agreed=agreed,
+            inspect=inspect,
+            num_tokens=route.num_tokens,
+            limit=worst,
+            tensors=(*inputs, *_all(out)),
+        )
+        expert_counts = []
+    finished = conductor.finish(schedule, completion)
+    return Dispatched(*_all(out), expert_counts, route, finished)
+
+
+def combine(
+    conductor: Conductor, request: CombineRequest, schedule: Schedule, exchange: Exchange = all_to_all
+) -> Combined:
+    """Back along a dispatch's routes."""
+    route, x = request.route, request.x.detach()
+    weights = None if request.topk_weights is None else request.topk_weights.detach()
+    biases = tuple(b.detach() for b in request.biases)
+    num_topk = 0 if weights is None else weights.shape[1]
+    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+        out = x.new_empty(route.num_tokens, x.shape[1])
+        out_weights = None if weights is None else weights.new_empty(route.num_tokens, num_topk)
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        conductor.enter("payload")
+        done = exchange.combine(link, plan_of(route), x, topk_weights=weights, biases=biases)
+        out.copy_(done.x)
+        if out_weights is not None and done.topk_weights is not None:
+            out_weights.copy_(done.topk_weights)
+
+    completion = conductor.perform(
+        Operation.COMBINE,
+        schedule,
+        body,
+        agreed={"hidden": x.shape[1], "x dtype": dtype_code(x.dtype), "num_topk": num_topk},
+        inspect=lambda: _check_ran(route),
+        num_tokens=route.num_tokens,
+        tensors=(x, weights, *biases, out, out_weights),
+    )
+    return Combined(out, out_weights, conductor.finish(schedule, completion))
+
+
+def route_counts(route: Route) -> Tensor:
+    """[R, R] int64: rows from each source to each destination."""
+    return torch.tensor(plan_of(route).counts, dtype=torch.int64)
+
+
+def restore_route(engine: Engine, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
+    """The route of a dispatch by this table [T, R], from its `route_counts`."""
+    plan = all_to_all.restore_plan(engine.info.rank, is_token_in_rank, counts.tolist())
+    return Route(engine, plan.num_tokens, num_experts, is_token_in_rank, plan.num_recv_tokens, plan)
+
+
+def _check_ran(route: Route) -> None:
+    if route.plan is None:
+        got = "the handle of a dispatch that failed"
+        raise HandleError("handle", got, "one of a dispatch that succeeded")
+
+
+def plan_of(route: Route) -> DispatchPlan:
+    """What the dispatch left. Raises HandleError if it failed."""
+    _check_ran(route)
+    plan = route.plan
+    assert isinstance(plan, DispatchPlan)
+    return plan
+
+
+def _all(out: DispatchTensors) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return out.x, out.scales, out.topk_idx, out.topk_weights
+
+
+def _agreement(rows: _Rows, num_experts: int, *, cached: bool) -> dict[str, int]:
+    idx, scales = rows.topk_idx, rows.scales
+    return {
+        "cached": cached,
+        "hidden": rows.x.shape[1],
+        "x dtype": dtype_code(rows.x.dtype),
+        "num_experts": num_experts,
+        "num_scales": 0 if scales is None else scales.shape[1],
+        "scales dtype": dtype_code(None if scales is None else scales.dtype),
+        "num_topk": 0 if idx is None else idx.shape[1],
+        "topk_idx dtype": dtype_code(None if idx is None else idx.dtype),
+    }

@@ -1,0 +1,289 @@
+"""The reference backend's low-latency operations: send and receive halves, joined by a hook or run in one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deepep.errors import ArgumentError, ShapeError
+from deepep.reference import all_to_all_low_latency as low_latency
+from deepep.reference.all_to_all_low_latency import CombineUnderway, DispatchUnderway
+from deepep.reference.wire import Wire
+from deepep.runtime import checks
+from deepep.runtime.completion import Completion
+from deepep.runtime.control.agreement import dtype_code
+from deepep.runtime.control.issue import Conductor
+from deepep.runtime.control.transport import Link
+from deepep.runtime.engine import EngineInfo
+from deepep.runtime.requests import (
+    Hook,
+    LowLatencyCombined,
+    LowLatencyCombineRequest,
+    LowLatencyDispatched,
+    LowLatencyDispatchRequest,
+    LowLatencyRoute,
+    Operation,
+    Schedule,
+)
+
+
+def check_dispatch(request: LowLatencyDispatchRequest, info: EngineInfo) -> None:
+    """What can be said without reading values."""
+    x = checks.check_tensor(
+        "x", request.x, dtypes=(torch.bfloat16,), device_type=info.device_type, shape=("T", "H")
+    )
+    checks.check_row_bytes(x)
+    checks.check_topk_idx(request.topk_idx, info.device_type, x.shape[0])
+    most = checks.check_max_tokens(x.shape[0], request.num_max_tokens)
+    num_local = checks.check_num_experts(request.num_experts, info.num_ranks)
+    checks.check_int("num_max_dispatch_tokens_per_rank", info.num_ranks * most, 1, 2**31 - 1)
+    if request.use_fp8:
+        _check_groups(x, checks.FP8_GROUP, "use_fp8")
+    if request.use_ue8m0:
+        if not (request.use_fp8 and request.round_scale):
+            raise ArgumentError("use_ue8m0", "True", "True only with use_fp8 and round_scale")
+        _check_groups(x, checks.UE8M0_PACK, "use_ue8m0")
+    if request.expert_counts is not None:
+        checks.check_tensor(
+            "cumulative_local_expert_recv_stats",
+            request.expert_counts,
+            dtypes=(torch.int32,),
+            device_type=info.device_type,
+            shape=(num_local,),
+        )
+    _check_wait_stats("dispatch_wait_recv_cost_stats", request.wait_nanoseconds, info)
+
+
+def check_combine(request: LowLatencyCombineRequest, info: EngineInfo) -> None:
+    """What can be said without reading values."""
+    route = request.route
+    num_local = checks.check_num_experts(route.num_experts, info.num_ranks)
+    room = info.num_ranks * checks.check_int("handle", route.num_max_tokens, 1)
+    x = checks.check_tensor(
+        "x",
+        request.x,
+        dtypes=(torch.bfloat16,),
+        device_type=info.device_type,
+        shape=(num_local, room, route.hidden),
+        contiguous=not request.zero_copy,
+    )
+    checks.check_topk_idx(request.topk_idx, info.device_type)
+    checks.check_topk_weights(request.topk_weights, request.topk_idx.shape, info.device_type)
+    num_tokens = request.topk_idx.shape[0]
+    if num_tokens > route.num_max_tokens:
+        allowed = f"at most the {route.num_max_tokens} tokens of the dispatch"
+        raise ShapeError("topk_idx", checks.shape_text(request.topk_idx.shape), allowed)
+    for name, tensor, dtype, width in (
+        ("handle[0]", route.source_index, torch.int32, room),
+        ("handle[1]", route.ranges, torch.int64, info.num_ranks),
+    ):
+        checks.check_tensor(
+            name, tensor, dtypes=(dtype,), device_type=info.device_type, shape=(num_local, width)
+        )
+    if request.use_logfmt:
+        _check_groups(x, checks.FP8_GROUP, "use_logfmt")
+    if request.out is not None:
+        checks.check_tensor(
+            "out",
+            request.out,
+            dtypes=(torch.bfloat16,),
+            device_type=info.device_type,
+            shape=(num_tokens, route.hidden),
+        )
+    _check_wait_stats("combine_wait_recv_cost_stats", request.wait_nanoseconds, info)
+
+
+def dispatch(
+    conductor: Conductor, info: EngineInfo, request: LowLatencyDispatchRequest, schedule: Schedule
+) -> LowLatencyDispatched:
+    """A checked request, issued."""
+    x, topk_idx = request.x.detach(), request.topk_idx.detach()
+    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+        out = low_latency.allocate(
+            info.num_ranks,
+            request.num_max_tokens,
+            request.num_experts,
+            x.shape[1],
+            fp8=request.use_fp8,
+            ue8m0=request.use_ue8m0,
+            device=x.device,
+        )
+    underway: list[DispatchUnderway] = []
+
+    def send(link: Link) -> None:
+        conductor.enter("send")
+        underway.append(
+            low_latency.start_dispatch(
+                link,
+                x,
+                topk_idx,
+                request.num_max_tokens,
+                request.num_experts,
+                fp8=request.use_fp8,
+                round_scale=request.round_scale,
+                ue8m0=request.use_ue8m0,
+            )
+        )
+
+    def receive() -> None:
+        conductor.enter("receive")
+        started = underway.pop()
+        waited = _timed(started.rows.wait)
+        started.finish(out)
+        if request.expert_counts is not None:
+            request.expert_counts.add_(out.recv_count)
+        _add_waits(request.wait_nanoseconds, waited, started.wire)
+
+    agreed = {
+        "num_max_dispatch_tokens_per_rank": request.num_max_tokens,
+        "num_experts": request.num_experts,
+        "hidden": x.shape[1],
+        "num_topk": topk_idx.shape[1],
+        "topk_idx dtype": dtype_code(topk_idx.dtype),
+        "use_fp8": request.use_fp8,
+        "round_scale": request.round_scale,
+        "use_ue8m0": request.use_ue8m0,
+    }
+    tensors = (
+        *(x, topk_idx, request.expert_counts, request.wait_nanoseconds),
+        *(out.recv_x, out.recv_scales, out.recv_count, out.recv_src_info, out.layout_range),
+    )
+    completion, hook = _issue(
+        conductor,
+        Operation.LOW_LATENCY_DISPATCH,
+        schedule,
+        send,
+        receive,
+        agreed=agreed,
+        inspect=lambda: checks.check_index_range(topk_idx, request.num_experts),
+        num_tokens=x.shape[0],
+        tensors=tensors,
+    )
+    route = LowLatencyRoute(
+        out.recv_src_info, out.layout_range, request.num_max_tokens, x.shape[1], request.num_experts
+    )
+    return LowLatencyDispatched(out.recv_x, out.recv_scales, out.recv_count, route, completion, hook)
+
+
+def combine(
+    conductor: Conductor, info: EngineInfo, request: LowLatencyCombineRequest, schedule: Schedule
+) -> LowLatencyCombined:
+    """A checked request, issued; of a zero-copy one, `x` is the staged rows already."""
+    route, x = request.route, request.x.detach()
+    topk_idx, topk_weights = request.topk_idx.detach(), request.topk_weights.detach()
+    out = request.out
+    if out is None:
+        with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+            out = x.new_empty(topk_idx.shape[0], route.hidden)
+    result = out
+    underway: list[CombineUnderway] = []
+
+    def send(link: Link) -> None:
+        conductor.enter("send")
+        underway.append(
+            low_latency.start_combine(
+                link,
+                x,
+                topk_idx,
+                topk_weights,
+                route.source_index,
+                route.ranges,
+                num_max_tokens=route.num_max_tokens,
+                num_experts=route.num_experts,
+                logfmt=request.use_logfmt,
+                reduce="rank" if info.options.reduce_on_expert_rank else "token",
+            )
+        )
+
+    def receive() -> None:
+        conductor.enter("receive")
+        started = underway.pop()
+        rows = getattr(started.rows, "payload", started.rows)  # of rows in LogFMT, what is under way
+        waited = _timed(rows.wait)
+        started.finish(result)
+        _add_waits(request.wait_nanoseconds, waited, started.wire)
+
+    agreed = {
+        "num_max_dispatch_tokens_per_rank": route.num_max_tokens,
+        "num_experts": route.num_experts,
+        "hidden": route.hidden,
+        "num_topk": topk_idx.shape[1],
+        "topk_idx dtype": dtype_code(topk_idx.dtype),
+        "use_logfmt": request.use_logfmt,
+    }
+    completion, hook = _issue(
+        conductor,
+        Operation.LOW_LATENCY_COMBINE,
+        schedule,
+        send,
+        receive,
+        agreed=agreed,
+        inspect=lambda: checks.check_index_range(topk_idx, route.num_experts),
+        num_tokens=topk_idx.shape[0],
+        tensors=(x, topk_idx, topk_weights, route.source_index, route.ranges, out, request.wait_nanoseconds),
+    )
+    return LowLatencyCombined(result, completion, hook)
+
+
+def _issue(
+    conductor: Conductor,
+    operation: Operation,
+    schedule: Schedule,
+    send: Callable[[Link], None],
+    receive: Callable[[], None],
+    *,
+    agreed: dict[str, int],
+    inspect: Callable[[], None],
+    num_tokens: int,
+    tensors: tuple[Tensor | None, ...],
+) -> tuple[Completion | None, Hook | None]:
+    """Both halves at once, or the first now and the second in the hook that is returned."""
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        send(link)
+        if not schedule.hook:
+            receive()
+
+    completion = conductor.perform(
+        operation,
+        schedule,
+        body,
+        agreed=agreed,
+        inspect=inspect,
+        num_tokens=num_tokens,
+        tensors=tensors,
+    )
+    if schedule.hook:
+        return None, conductor.hook(operation, completion, receive, tensors)
+    return conductor.finish(schedule, completion), None
+
+
+def _check_groups(x: Tensor, group: int, option: str) -> None:
+    if x.shape[-1] % group:
+        raise ShapeError("x", checks.shape_text(x.shape), f"H a multiple of {group} with {option}")
+
+
+def _check_wait_stats(name: str, stats: Tensor | None, info: EngineInfo) -> None:
+    if stats is not None:
+        checks.check_tensor(
+            name, stats, dtypes=(torch.int64,), device_type=info.device_type, shape=(info.num_ranks,)
+        )
+
+
+def _timed(wait: Callable[[], object]) -> int:
+    """Nanoseconds that the host spent in `wait`."""
+    begun = time.perf_counter_ns()
+    wait()
+    return time.perf_counter_ns() - begun
+
+
+def _add_waits(stats: Tensor | None, nanoseconds: int, wire: Wire) -> None:
+    """One exchange brings all rows: every other rank is charged the same. On CUDA the host does not wait."""
+    if stats is None or stats.is_cuda:
+        return
+    for member in wire.members:
+        if member != wire.rank:
+            stats[member] += nanoseconds

@@ -1,1 +1,0 @@
-"""Engines: what carries out the operations behind a facade. See deepep.engine.interface."""

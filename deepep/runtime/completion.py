@@ -1,0 +1,61 @@
+"""When work will be done: a future of the host's lane, or an event on a CUDA stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+
+import torch
+
+from deepep.runtime import streams
+
+
+class Completion(ABC):
+    """The end of a piece of work that was started and may still be running."""
+
+    @abstractmethod
+    def current_stream_wait(self) -> None:
+        """What the caller does next happens after the work. Raises what the work raised, where that is
+        known.
+        """
+
+    @abstractmethod
+    def host_wait(self) -> None:
+        """Blocks the host until the work is done; raises what it raised."""
+
+
+class HostCompletion(Completion):
+    """Work of a host thread. The host is its own stream: both waits block, and both raise its failure."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self.future = future
+
+    def current_stream_wait(self) -> None:
+        self.future.result()
+
+    def host_wait(self) -> None:
+        self.future.result()
+
+
+class CudaCompletion(Completion):
+    """Work queued on a CUDA stream before `event` was recorded there."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def current_stream_wait(self) -> None:
+        streams.current(torch.cuda.current_device()).wait_event(self.event)
+
+    def host_wait(self) -> None:
+        self.event.synchronize()
+
+
+def now() -> Completion:
+    """The end of everything the current stream holds so far; on the host that is already done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        event = torch.cuda.Event()
+        event.record()
+        return CudaCompletion(event)
+    future: Future[None] = Future()
+    future.set_result(None)
+    return HostCompletion(future)

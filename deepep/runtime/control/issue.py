@@ -1,0 +1,287 @@
+"""The conductor: runs one rank's operations in order, each behind its control exchange.
+
+It owns the lane (where communication runs), the membership (between whom) and the bookkeeping between calls:
+sequence numbers, an un-called hook, the end. A backend gives it the body of each operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
+from deepep.runtime.completion import Completion
+from deepep.runtime.control import agreement as control
+from deepep.runtime.control import liveness
+from deepep.runtime.control.agreement import NO_LIMIT, Header
+from deepep.runtime.control.comm_queue import Lane, StreamLane, ThreadLane
+from deepep.runtime.control.membership import Absent, Membership, Progress
+from deepep.runtime.control.transport import Link, LinkError, store_of
+from deepep.runtime.engine import Observer
+from deepep.runtime.requests import Hook, Operation, Schedule
+
+
+class Conductor:
+    """One per engine. Calls may come from several threads; each operation is issued as a whole."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float, device_type: str) -> None:
+        self.rank, self.num_ranks, self.timeout = group.rank(), group.size(), timeout
+        self.membership = Membership(store_of(group), self.rank, self.num_ranks, timeout, device_type)
+        self.lane: Lane
+        if device_type == "cuda":
+            self.lane = StreamLane(torch.device("cuda", torch.cuda.current_device()))
+        else:
+            self.lane = ThreadLane(f"deepep-rank-{self.rank}")
+        self.observer: Observer | None = None
+        self.issuing = threading.RLock()
+        self._unreceived: str | None = None
+        self._hook: Hook | None = None
+        self._closed = False
+
+    # construction
+
+    def agree(self, statement: Mapping[str, int], problem: ArgumentError | None) -> None:
+        """The first meeting: every rank is there and constructs the same thing, or all raise."""
+        membership = self.membership
+        everyone = tuple(range(self.num_ranks))
+        post = control.encode_statement(statement, liveness.identity(), problem and problem.at(self.rank))
+        try:
+            met = membership.meet("construct", post, everyone)
+        except Absent as absent:
+            raise membership.blame(absent.missing, len(absent.seen), "they did not construct") from None
+        membership.introduce(control.compare_statements(met))
+        membership.control()
+
+    # operations
+
+    @property
+    def progress(self) -> Progress:
+        """Where this rank is."""
+        return self.membership.progress
+
+    def enter(self, phase: str) -> None:
+        """Inside a body: the next phase begins."""
+        self.progress.phase = phase
+        if self.observer is not None:
+            self.observer(self.progress.operation, phase)
+
+    def perform(
+        self,
+        operation: Operation,
+        schedule: Schedule,
+        body: Callable[[Link, dict[int, int]], None],
+        *,
+        agreed: Mapping[str, int],
+        inspect: Callable[[], None] | None = None,
+        num_tokens: int = 0,
+        limit: int = NO_LIMIT,
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Completion:
+        """Issues an operation: control exchange, then `body(payload link, limits by rank)`.
+
+        inspect: checks of values, run once `schedule.after` has passed; an ArgumentError from it is told to
+            all.
+        """
+        self._check_alive()
+        pending = self._pending_hook()
+        if pending is not None:
+            self.refuse(operation, pending, schedule)
+
+        def job() -> None:
+            problem = self._inspect(schedule, inspect)
+            limits = self._control(operation, problem, agreed, num_tokens, limit)
+            body(self.membership.payload(), limits)
+
+        return self.lane.submit(self._guarded(job), tensors)
+
+    def proceed(
+        self,
+        phase: str,
+        schedule: Schedule,
+        body: Callable[[Link], None],
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Completion:
+        """Issues a further part of the operation issued last, without a control exchange."""
+        self._check_alive()
+
+        def job() -> None:
+            self.lane.wait_for(None, schedule.allocate_on_comm_stream)
+            self.progress.restart()
+            self.enter(phase)
+            body(self.membership.payload())
+
+        return self.lane.submit(self._guarded(job), tensors)
+
+    def locally(
+        self,
+        job: Callable[[], None],
+        schedule: Schedule,
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Completion:
+        """Runs a job that does not communicate, in its turn."""
+        self._check_alive()
+
+        def waiting() -> None:
+            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
+            job()
+
+        return self.lane.submit(self._guarded(waiting), tensors)
+
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """Takes part in `operation` only to say that it cannot; raises what all raise, or `problem` at
+        once.
+        """
+        self._check_alive()
+        problem = problem.at(self.rank)
+
+        def job() -> None:
+            self._control(operation, problem, {}, 0, NO_LIMIT)
+
+        completion = self.lane.submit(self._guarded(job))
+        if not (schedule.asynchronous or schedule.hook):
+            try:
+                completion.host_wait()
+            except ArgumentError:
+                raise
+            except DeepEPError as unheard:
+                raise problem from unheard
+        raise problem
+
+    def finish(self, schedule: Schedule, completion: Completion) -> Completion | None:
+        """Waits for a synchronous operation; gives back the completion of an asynchronous one."""
+        if schedule.asynchronous:
+            return completion
+        completion.current_stream_wait()
+        return None
+
+    # hooks
+
+    def hook(
+        self,
+        operation: Operation,
+        sent: Completion,
+        receive: Callable[[], None],
+        tensors: Iterable[torch.Tensor | None] = (),
+    ) -> Hook:
+        """What completes an operation whose send half was issued. Until it is called, no other may begin.
+
+        Calling it again does nothing.
+        """
+        self._unreceived = operation.label
+
+        def hook() -> None:
+            with self.issuing:
+                if self._unreceived is None or hook is not self._hook:
+                    return
+                self._unreceived = self._hook = None
+                sent.current_stream_wait()
+                received = self.proceed("receive", Schedule(), lambda link: receive(), tensors)
+            received.current_stream_wait()
+
+        self._hook = hook
+        return hook
+
+    def _pending_hook(self) -> ArgumentError | None:
+        if self._unreceived is None:
+            return None
+        return HookPendingError(
+            "hook",
+            f"a new operation while the hook of {self._unreceived} had not been called",
+            "the hook called first",
+            self.rank,
+        )
+
+    # the end
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
+
+    def leave(self) -> None:
+        """A last exchange, so that no rank closes while another still reads; then close."""
+        with self.issuing:
+            if self._closed:
+                return
+            self._unreceived = self._hook = None
+            if len(self.membership.members) > 1 and self.membership.connected:
+                farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
+                with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
+                    farewell.host_wait()
+            self.close(self.timeout)
+
+    def close(self, seconds: float) -> None:
+        """Ends after what was issued, or after `seconds`. Idempotent."""
+        with self.issuing:
+            self._closed = True
+            if self.lane.close(seconds):
+                self.membership.disconnect()
+
+    # inside the lane
+
+    def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
+        def guarded() -> None:
+            try:
+                # Nothing here is differentiated; and what the caller made in inference mode may be written
+                # only in inference mode, where all else may be written as well.
+                with torch.inference_mode():
+                    job()
+            except LinkError as error:
+                raise self.membership.fault(error) from None
+            except DeepEPError:
+                raise  # agreed between the ranks, or local: the link is as good as before
+            except BaseException:
+                # Unforeseen, and known to this rank alone: let the others fail now rather than at their
+                # deadline.
+                self.membership.disconnect()
+                raise
+
+        return guarded
+
+    def _inspect(self, schedule: Schedule, inspect: Callable[[], None] | None) -> ArgumentError | None:
+        try:
+            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
+        except ArgumentError as error:
+            return error.at(self.rank)  # the layout's, say: its cause is the cause here
+        except DeepEPError as error:
+            return ArgumentError("previous_event", f"one that failed ({error})", "one that succeeded")
+        if inspect is not None:
+            try:
+                inspect()
+            except ArgumentError as error:
+                return error
+        return None
+
+    def _control(
+        self,
+        operation: Operation,
+        problem: ArgumentError | None,
+        agreed: Mapping[str, int],
+        num_tokens: int,
+        limit: int,
+    ) -> dict[int, int]:
+        try:
+            return self._exchange(operation, problem, agreed, num_tokens, limit)
+        except LinkError:
+            if not self.membership.rejoin():
+                raise
+            return self._exchange(operation, problem, agreed, num_tokens, limit)
+
+    def _exchange(
+        self,
+        operation: Operation,
+        problem: ArgumentError | None,
+        agreed: Mapping[str, int],
+        num_tokens: int,
+        limit: int,
+    ) -> dict[int, int]:
+        self.membership.begin(operation.label)
+        link = self.membership.control()
+        self.enter("control")
+        self.progress.sequence += 1
+        header = Header(operation, self.progress.sequence, agreed, num_tokens, limit)
+        return control.exchange(link, header, problem)

@@ -1,0 +1,34 @@
+"""A torch process group from an mpi4py communicator, for clients without torch.distributed of their own."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from deepep.errors import ArgumentTypeError
+from deepep.runtime.control.transport import private_group
+
+_SECONDS = 600.0
+
+
+def group_of_communicator(comm: Any) -> dist.ProcessGroup:
+    """A new group of `comm`'s ranks: NCCL where CUDA is, else gloo. Collective over `comm`.
+
+    comm: anything with mpi4py's Get_rank, Get_size and allgather. Raises ArgumentTypeError for others. Rank 0
+    serves the group's store, so it must outlive the others.
+    """
+    if not all(hasattr(comm, name) for name in ("Get_rank", "Get_size", "allgather")):
+        raise ArgumentTypeError("comm", type(comm).__name__, "an mpi4py communicator")
+    rank, size = comm.Get_rank(), comm.Get_size()
+    server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    everyone = comm.allgather((socket.gethostname(), None if server is None else server.port))
+    host, port = everyone[0]
+    if all(name == host for name, _ in everyone):
+        host = "127.0.0.1"  # a host's own name need not resolve, inside a container say
+    store = server or TCPStore(host, port, is_master=False)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return private_group(PrefixStore("mpi", store), rank, size, _SECONDS, device_type)

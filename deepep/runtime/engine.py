@@ -1,0 +1,168 @@
+"""Engine: what every backend implements, and what one says about itself.
+
+Requests and results: deepep.runtime.requests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from deepep.errors import ArgumentError
+from deepep.runtime.completion import Completion
+from deepep.runtime.requests import (
+    Combined,
+    CombineRequest,
+    Dispatched,
+    DispatchRequest,
+    Layout,
+    LowLatencyCombined,
+    LowLatencyCombineRequest,
+    LowLatencyDispatched,
+    LowLatencyDispatchRequest,
+    LowLatencyRoute,
+    Operation,
+    Route,
+    Schedule,
+)
+
+Observer = Callable[[str, str], None]
+"""Called with (operation, phase) where the communication runs, on entering each phase."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is made.
+
+    problem: what is wrong with this rank's arguments, to be told to the others. group: a torch ProcessGroup,
+        or whatever a backend's `supports` accepts. timeout: seconds that a rank waits
+    for its peers before it reports them. low_latency: low-latency operations will be used. masks: ranks may
+    be masked. low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
+    reduce_on_expert_rank: low-latency combine returns one bf16 partial sum per rank instead of one row per
+        expert.
+    """
+
+    group: Any
+    timeout: float
+    low_latency: bool = False
+    masks: bool = False
+    low_latency_bytes: int = 0
+    reduce_on_expert_rank: bool = False
+    problem: ArgumentError | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says about itself."""
+
+    backend: str
+    rank: int
+    num_ranks: int
+    device_type: str
+    options: EngineOptions = field(repr=False)
+
+
+class Engine(ABC):
+    """A backend at work for one rank. Every operation is collective over the ranks that are not masked.
+
+    Errors: an operation that is refused raises the same ArgumentError on every rank, at the call, or, where
+        the
+    cause lies on another rank and the call did not wait, at the completion or the hook. A peer that is
+    missing raises PeerTimeoutError. After `close`, DestroyedError.
+    """
+
+    info: EngineInfo
+
+    @abstractmethod
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, schedule: Schedule
+    ) -> tuple[Layout, Completion | None]:
+        """The layout of this rank's tokens; the one operation that does not communicate."""
+
+    @abstractmethod
+    def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
+        """High-throughput dispatch."""
+
+    def dispatch_again(
+        self, x: object, scales: object, route: Route, num_sms: int
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """A cached dispatch without a schedule, for engines that are quicker at one like they have made along
+        `route` before. x, scales: as of `dispatch`, unchecked. Returns the rows received, and their scales.
+        None: it is to be made by `dispatch`, which also says what is wrong with it, if anything is.
+        """
+        return None
+
+    @abstractmethod
+    def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
+        """High-throughput combine: a plain sum over the ranks, ascending, after the biases."""
+
+    def route_counts(self, route: Route) -> torch.Tensor:
+        """[R, R] int64 on the host: rows from each source (first index) to each destination; equal on all
+        ranks.
+        """
+        raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
+
+    def route_sources(self, route: Route) -> torch.Tensor | None:
+        """[N] int32: the source token of each received row; None where it was not kept."""
+        raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
+
+    def restore_route(self, is_token_in_rank: torch.Tensor, counts: torch.Tensor, num_experts: int) -> Route:
+        """The route that a dispatch of this engine left, from its table [T, R] and `route_counts`; no
+        communication.
+
+        For callers that can keep tensors but no objects (operators of compiled graphs).
+        """
+        raise NotImplementedError(f"{self.info.backend}: routes cannot be restored")
+
+    @abstractmethod
+    def low_latency_dispatch(
+        self, request: LowLatencyDispatchRequest, schedule: Schedule
+    ) -> LowLatencyDispatched:
+        """Low-latency dispatch into fixed slots."""
+
+    @abstractmethod
+    def low_latency_combine(
+        self, request: LowLatencyCombineRequest, schedule: Schedule
+    ) -> LowLatencyCombined:
+        """Low-latency combine: a weighted sum over k, ascending."""
+
+    @abstractmethod
+    def low_latency_combine_buffer(self, route: LowLatencyRoute) -> torch.Tensor:
+        """[L, R*M, H] bf16: where the next zero-copy low-latency combine reads from."""
+
+    @abstractmethod
+    def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
+        """Returns once every rank has called it; `arguments` must agree."""
+
+    @abstractmethod
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """Takes part in `operation` only to tell the others that this rank was given bad input; raises it."""
+
+    @abstractmethod
+    def mask(self, rank: int, masked: bool) -> None:
+        """Leaves a rank out of all following operations, or takes it in again. All ranks must do the same."""
+
+    @property
+    @abstractmethod
+    def masked(self) -> frozenset[int]:
+        """The ranks that are left out."""
+
+    @abstractmethod
+    def comm_stream(self) -> torch.cuda.Stream | None:
+        """The stream that communication runs on; None on CPU."""
+
+    @abstractmethod
+    def observe(self, observer: Observer | None) -> None:
+        """Has `observer` called from now on, or nobody: for tracing, and for tests of faults."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Waits until all ranks leave, or the time-out, then closes. Never raises for a missing peer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Waits for what was issued, then lets go of all resources. Idempotent, not collective."""

@@ -1,0 +1,220 @@
+"""Requests and results of every operation, free of any public interface's names and tuple orders.
+
+A facade (deepep.api.buffer.Buffer, and others later) turns its calls into these requests and the results back
+into its tuples. A backend implements `deepep.runtime.engine.Engine`. Neither side knows the other.
+
+Shapes: R ranks, E experts, L = E / R local experts, K top-k, T tokens here, H hidden size, M maximum tokens
+    per rank,
+N rows received, P scales per token, D scale-up domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepep.runtime.completion import Completion
+
+if TYPE_CHECKING:
+    from deepep.runtime.engine import Engine
+
+Hook = Callable[[], None]
+
+
+class Operation(IntEnum):
+    """The collective operations; the numbers travel between the ranks."""
+
+    DISPATCH = 1
+    COMBINE = 2
+    LOW_LATENCY_DISPATCH = 3
+    LOW_LATENCY_COMBINE = 4
+    BARRIER = 5
+    DESTROY = 6
+
+    @property
+    def label(self) -> str:
+        """The name that users see in errors and fault records."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When an operation runs, relative to the caller's work.
+
+    after: inputs are read once this has completed; None: once what the current stream holds now has.
+    asynchronous: return before the outputs are complete, with a Completion.
+    hook: return after the send has been issued, with a hook that receives (low latency only).
+    allocate_on_comm_stream: on CUDA, outputs belong to the communication stream.
+    """
+
+    after: Completion | None = None
+    asynchronous: bool = False
+    hook: bool = False
+    allocate_on_comm_stream: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a rank's tokens go.
+
+    num_tokens_per_rank [R] int32, num_tokens_per_domain [D] int32 or None, num_tokens_per_expert [E] int32,
+    is_token_in_rank [T, R] bool.
+    """
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_domain: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+@dataclass(eq=False)
+class Route:
+    """What a dispatch leaves for the operations that reuse it: cached dispatches and combine.
+
+    engine: the engine that made it. num_tokens: T. num_rows: rows of the tensors handed out (N, or the worst
+        case
+    asked for). is_token_in_rank [T, R] bool. plan: the backend's own, None until the dispatch has run.
+    """
+
+    engine: Engine
+    num_tokens: int
+    num_experts: int
+    is_token_in_rank: torch.Tensor
+    num_rows: int | None = None
+    plan: Any = None
+
+
+@dataclass(slots=True)
+class DispatchRequest:
+    """Rows to send. Either `layout` (a fresh route) or `route` (a cached one) is given.
+
+    x [T, H] any dtype; scales [T, P] 4-byte elements, any strides, or None; topk_idx [T, K] int32 or int64
+    and topk_weights [T, K] float32, both or none; expert_alignment rounds up the counts reported;
+    num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts; num_sms: SMs that a kernel
+    may use, 0 to let the engine choose.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None = None
+    layout: Layout | None = None
+    route: Route | None = None
+    topk_idx: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    expert_alignment: int = 1
+    num_worst_tokens: int = 0
+    num_sms: int = 0
+
+
+@dataclass(slots=True)
+class Dispatched:
+    """Rows received, in (source rank, source token) order.
+
+    x [N, H], scales [N, P] row-major, topk_idx [N, K] (local index or -1), topk_weights [N, K] float32 (0
+    where the index is -1); num_tokens_per_expert: L aligned counts, empty when not waited for.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    num_tokens_per_expert: list[int]
+    route: Route
+    completion: Completion | None = None
+
+
+@dataclass(slots=True)
+class CombineRequest:
+    """Rows to return to their tokens' owners.
+
+    x [N, H], topk_weights [N, K] float32 or None, biases [T, H] each; num_sms as for DispatchRequest.
+    """
+
+    x: torch.Tensor
+    route: Route
+    topk_weights: torch.Tensor | None = None
+    biases: tuple[torch.Tensor, ...] = ()
+    num_sms: int = 0
+
+
+@dataclass(slots=True)
+class Combined:
+    """x [T, H], topk_weights [T, K] float32 or None."""
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor | None
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class LowLatencyDispatchRequest:
+    """x [T, H] bf16, topk_idx [T, K]; at most `num_max_tokens` (M) per rank. The rest as in the V1 interface.
+
+    expert_counts [L] int32 is added to; wait_nanoseconds [R] int64 is added to.
+    """
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    num_max_tokens: int
+    num_experts: int
+    use_fp8: bool = True
+    round_scale: bool = False
+    use_ue8m0: bool = False
+    expert_counts: torch.Tensor | None = None
+    wait_nanoseconds: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowLatencyRoute:
+    """What a low-latency combine needs of its dispatch.
+
+    source_index [L, R*M] int32: source token of each row. ranges [L, R] int64: (begin << 32) | count.
+    engine: the engine that made it, or None when the caller put the tuple together.
+    """
+
+    source_index: torch.Tensor
+    ranges: torch.Tensor
+    num_max_tokens: int
+    hidden: int
+    num_experts: int
+    engine: Engine | None = None
+
+
+@dataclass
+class LowLatencyDispatched:
+    """x [L, R*M, H] bf16 or e4m3; scales (column-major in the last two dimensions) or None; counts [L]
+    int32.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    counts: torch.Tensor
+    route: LowLatencyRoute
+    completion: Completion | None = None
+    hook: Hook | None = None
+
+
+@dataclass(frozen=True)
+class LowLatencyCombineRequest:
+    """x [L, R*M, H] bf16, topk_idx and topk_weights [T, K]; `out` [T, H] bf16 is written if given."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    route: LowLatencyRoute
+    use_logfmt: bool = False
+    zero_copy: bool = False
+    out: torch.Tensor | None = None
+    wait_nanoseconds: torch.Tensor | None = None
+
+
+@dataclass
+class LowLatencyCombined:
+    """x [T, H] bf16."""
+
+    x: torch.Tensor
+    completion: Completion | None = None
+    hook: Hook | None = None

@@ -1,0 +1,335 @@
+"""The emulator in the place of all_to_all: the kernels run on the CPU, on one rank for all.
+
+Same functions as deepep.reference.all_to_all. The lowest rank is the leader: the others bring it their
+arguments and it carries the operation out on an emulated machine (docs/emulator.md), of which there is a new
+one for each operation, under a schedule that follows from the seed and the number of the operation.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepep import _emulator
+from deepep.errors import DeepEPError
+from deepep.reference import all_to_all
+from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
+from deepep.reference.wire import Wire
+from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
+from deepep.sim.emulator.domain import EmulatedDomain
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+#: Shapes of launches, which take turns with the operations.
+GPUS = (
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
+    Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=3),
+)
+STRATEGIES = ("random", "pct", "starve")
+
+
+class EmulatedFailure(DeepEPError):
+    """The emulator found a kernel in error: a data race, a deadlock, a read of nothing. Tells the story."""
+
+
+@dataclass(frozen=True)
+class EmulatedPlan(DispatchPlan):
+    """A plan, with what the kernels are given besides, and with the handle that they made.
+
+    send_row: one int32 [T, R] once a dispatch has made it.
+    """
+
+    num_tokens_per_expert: Tensor | None = None
+    send_row: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Dispatch:
+    """What a rank brings to a dispatch."""
+
+    call: DispatchCall
+    rows_out: int  # of its output: the worst case, if one is given
+    counts: Tensor
+    num_rows: int
+    in_rank: Tensor
+    per_expert: Tensor
+    send_row: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Combine:
+    """What a rank brings to a combine."""
+
+    call: CombineCall
+    counts: Tensor
+    send_row: Tensor
+
+
+class EmulatedAllToAll:
+    """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED."""
+
+    def __init__(self) -> None:
+        self._seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
+        self._operations = 0
+
+    def exchange_counts(
+        self, wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
+    ) -> EmulatedPlan:
+        """See all_to_all.exchange_counts. The kernels will exchange them again."""
+        plan = all_to_all.exchange_counts(wire, is_token_in_rank, num_tokens_per_expert)
+        known = {f.name: getattr(plan, f.name) for f in fields(plan)}
+        return EmulatedPlan(**known, num_tokens_per_expert=num_tokens_per_expert)
+
+    def dispatch(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        scales: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        num_experts: int = 0,
+        out: DispatchTensors,
+    ) -> None:
+        """See all_to_all.dispatch. The first of a plan finds its routes anew; later ones are cached."""
+        self._operations += 1
+        send_row = _send_row(plan, wire.rank)
+        is_cached = not isinstance(plan, EmulatedPlan) or bool(plan.send_row)
+        in_rank, per_expert = send_row >= 0, None
+        if isinstance(plan, EmulatedPlan):
+            per_expert = plan.num_tokens_per_expert
+        if per_expert is None:
+            per_expert = torch.zeros(max(num_experts, wire.num_ranks), dtype=torch.int32)
+        rows = len(out.x)
+        mine = _Dispatch(
+            DispatchCall(
+                x=x,
+                num_local_experts=per_expert.numel() // wire.num_ranks,
+                capacity=max(1, rows, plan.num_recv_tokens),
+                live=wire.members,
+                scales=scales,
+                topk_idx=None if is_cached else topk_idx,
+                topk_weights=None if is_cached else topk_weights,
+                cached=is_cached,
+            ),
+            rows,
+            torch.tensor(plan.counts, dtype=torch.int32),
+            plan.num_recv_tokens,
+            in_rank,
+            per_expert.to(torch.int32),
+            send_row if is_cached else None,
+        )
+        made, source, kept = at_leader(wire, mine, self._run_dispatch)
+        for target, got in zip((out.x, out.scales, out.topk_idx, out.topk_weights), made, strict=True):
+            if target is not None and got is not None:
+                target[: len(got)].copy_(got)
+        if source is not None:  # a handle has it already
+            plan.src_token.copy_(source)
+        if isinstance(plan, EmulatedPlan) and kept is not None:
+            plan.send_row.append(kept)
+
+    def combine(
+        self,
+        wire: Wire,
+        plan: DispatchPlan,
+        x: Tensor,
+        *,
+        topk_weights: Tensor | None = None,
+        biases: tuple[Tensor, ...] = (),
+    ) -> CombineTensors:
+        """See all_to_all.combine."""
+        self._operations += 1
+        kept = plan.send_row if isinstance(plan, EmulatedPlan) else []
+        call = CombineCall(
+            x=x,
+            hidden=x.shape[1],
+            num_tokens=plan.num_tokens,
+            live=wire.members,
+            num_topk=0 if topk_weights is None else topk_weights.shape[1],
+            topk_weights=0 if topk_weights is None else topk_weights,
+            biases=biases,
+        )
+        send_row = kept[0] if kept else _send_row(plan, wire.rank)
+        mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32), send_row)
+        made, weights = at_leader(wire, mine, self._run_combine)
+        return CombineTensors(made, weights)
+
+    def layout(
+        self, topk_idx: Tensor, num_experts: int, num_ranks: int, ranks_per_domain: int
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(per rank [R], per domain [D] or None, per expert [E], token-in-rank [T, R] bool), one rank's."""
+        run = self._new_run(num_ranks, num_experts // num_ranks, staging_rows=0, row_bytes=16, slot_bytes=16)
+        at = run.domain.layout(0, topk_idx, num_experts, ranks_per_domain)
+        run.to_the_end()
+        return run.domain.read_layout(0, at, topk_idx.shape[0], num_experts, ranks_per_domain)
+
+    # ---- on the leader -------------------------------------------------------------------------------------
+
+    def _run_dispatch(self, given: dict[int, _Dispatch], num_ranks: int) -> dict[int, Any]:
+        # With a worst case, the same on all ranks, some rank may get exactly as many rows.
+        has_worst = any(mine.rows_out > mine.num_rows and not mine.call.cached for mine in given.values())
+        calls = {
+            rank: replace(mine.call, num_worst_tokens=mine.rows_out if has_worst else 0)
+            for rank, mine in given.items()
+        }
+        run = self._new_run(
+            num_ranks,
+            max(call.num_local_experts for call in calls.values()),
+            staging_rows=0,
+            row_bytes=16,
+            slot_bytes=max(call.slot_offsets[-1] for call in calls.values()),
+        )
+        domain, slots, plans = run.domain, {}, {}
+        for rank, mine in given.items():
+            per_rank = mine.in_rank.sum(0, dtype=torch.int32)
+            layout = domain.given_layout(rank, per_rank, mine.per_expert, mine.in_rank)
+            if mine.send_row is None:
+                plans[rank] = domain.new_plan(rank, mine.call.x.shape[0])
+            else:
+                plans[rank] = domain.given_plan(rank, mine.counts, mine.send_row)
+            slots[rank] = domain.dispatch(rank, calls[rank], layout, plans[rank])
+        watched = run.to_the_end()
+        made = {}
+        for rank, mine in given.items():
+            if calls[rank].tells_host:
+                told = domain.host_counts(watched[rank])
+                if (told.phase, told.num_rows) != (0, mine.num_rows):
+                    raise EmulatedFailure(
+                        f"rank {rank}: {mine.num_rows} rows expected, the host heard {told}"
+                    )
+            rows = domain.read_slot(rank, slots[rank], calls[rank], mine.num_rows)
+            kept = self._read_handle(domain, rank, plans[rank], mine)
+            made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept)
+        return made
+
+    def _read_handle(self, domain: EmulatedDomain, rank: int, at: PlanAt, mine: _Dispatch) -> Tensor | None:
+        if mine.call.cached:
+            return None
+        counts, send_row = domain.read_plan(rank, at, mine.call.x.shape[0])
+        if not torch.equal(counts, mine.counts):
+            raise EmulatedFailure(f"rank {rank}: the handle's counts are {counts.tolist()}")
+        return send_row
+
+    def _run_combine(self, given: dict[int, _Combine], num_ranks: int) -> dict[int, Any]:
+        calls = {rank: mine.call for rank, mine in given.items()}
+        run = self._new_run(
+            num_ranks,
+            1,
+            staging_rows=num_ranks * max(call.num_tokens for call in calls.values()),
+            row_bytes=max(2 * call.hidden + 4 * call.num_topk + 16 for call in calls.values()),
+            slot_bytes=16,
+        )
+        domain = run.domain
+        at = {
+            rank: domain.combine(rank, mine.call, domain.given_plan(rank, mine.counts, mine.send_row))
+            for rank, mine in given.items()
+        }
+        run.to_the_end()
+        return {rank: domain.read_sums(rank, calls[rank], at[rank]) for rank in given}
+
+    def _new_run(self, num_ranks: int, local_experts: int, **sizes: int) -> _Run:
+        number = self._seed * 1_000_003 + self._operations
+        gpu = GPUS[number % len(GPUS)]
+        machine = _emulator.Machine(
+            num_ranks=num_ranks,
+            copy_engines=gpu.engine_chunks > 0,
+            max_blocks=gpu.num_blocks,
+            max_threads=gpu.num_threads,
+            strategy=STRATEGIES[number % len(STRATEGIES)],
+            seed=number,
+            max_steps=10**9,
+        )
+        kernels = _emulator.own_kernels()
+        domain = EmulatedDomain(
+            machine, kernels, gpu, num_ranks=num_ranks, max_local_experts=local_experts, **sizes
+        )
+        return _Run(machine, domain)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One operation's machine."""
+
+    machine: Any
+    domain: EmulatedDomain
+
+    def to_the_end(self) -> dict[int, list[int]]:
+        """Runs until all is done; returns the words that each rank's host watched for."""
+        watched = {}
+        while (outcome := self.machine.run()).status != "done":
+            if outcome.status == "failed":
+                raise EmulatedFailure(f"{outcome.kind}: {outcome.text}")
+            watched[outcome.rank] = outcome.words
+        for rank in range(self.domain.num_ranks):
+            fault = self.domain.take_fault(rank)
+            if fault is not None:
+                raise EmulatedFailure(f"rank {rank} gave up waiting: {fault}")
+        return watched
+
+
+def _send_row(plan: DispatchPlan, rank: int) -> Tensor:
+    """[T, R] int32: the row of each token at each rank it is sent to, or -1."""
+    num_ranks = len(plan.send_counts)
+    table = torch.full((plan.num_tokens, num_ranks), -1, dtype=torch.int32)
+    begin = 0
+    for destination, count in enumerate(plan.send_counts):
+        first = sum(plan.counts[source][destination] for source in range(rank))
+        tokens = plan.send_token[begin : begin + count]
+        table[tokens, destination] = torch.arange(first, first + count, dtype=torch.int32)
+        begin += count
+    return table
+
+
+def at_leader(wire: Wire, mine: Given, work: Callable[[dict[int, Given], int], dict[int, Made]]) -> Made:
+    """Brings what every member has to the lowest one, which does the `work`, and everybody their part back.
+
+    Raises EmulatedFailure on every member if the work did.
+    """
+    leader = wire.members[0]
+    brought = _exchange(wire, {leader: mine})
+    replies: dict[int, Any] = {}
+    if wire.rank == leader:
+        try:
+            replies = dict(work(brought, wire.num_ranks))
+        except EmulatedFailure as failure:
+            replies = dict.fromkeys(wire.members, failure)
+    reply = _exchange(wire, replies)[leader]
+    if isinstance(reply, EmulatedFailure):
+        raise reply
+    return reply
+
+
+def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
+    """Objects with tensors in them, from and to whichever ranks: by destination in, by source out."""
+    packed = {rank: _pack(thing) for rank, thing in sends.items()}
+    sizes = [len(packed.get(rank, b"")) for rank in range(wire.num_ranks)]
+    told = wire.all_gather(torch.tensor(sizes))
+    coming = [int(told[source][wire.rank]) if source in told else 0 for source in range(wire.num_ranks)]
+    sent = b"".join(packed.get(rank, b"") for rank in range(wire.num_ranks))
+    rows = torch.frombuffer(bytearray(sent), dtype=torch.uint8) if sent else torch.empty(0, dtype=torch.uint8)
+    received = wire.all_to_all_rows(rows, sizes, coming).numpy().tobytes()
+    return dict(_unpack(received, coming))
+
+
+def _pack(thing: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(thing, out)  # pickle alone does not know 8-bit floats
+    return out.getvalue()
+
+
+def _unpack(received: bytes, sizes: list[int]) -> Iterator[tuple[int, Any]]:
+    begin = 0
+    for source, size in enumerate(sizes):
+        if size:
+            yield source, torch.load(io.BytesIO(received[begin : begin + size]), weights_only=False)
+        begin += size

@@ -1,0 +1,144 @@
+"""What operations on emulated ranks are given and give: plain data, shared by all who run the emulator.
+
+Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden size, N rows received, P scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from deepep import _emulator
+
+TOO_MANY_ROWS: int = _emulator.TOO_MANY_ROWS
+DISAGREEMENT: int = _emulator.DISAGREEMENT
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The shape of each rank's GPU, and how a launch uses it.
+
+    num_blocks: blocks of a launch, of which push_blocks write to other ranks and local_blocks work on rows
+    that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
+    blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
+    as the ranks count them, modulo 2^32. engine_chunks: into so many parts the copy engine cuts the rows that
+    a combine returns, each engine_shrink percent of the one before; 0: SMs return them.
+    """
+
+    num_blocks: int = 2
+    num_threads: int = 128
+    push_blocks: int = 1
+    local_blocks: int = 1
+    num_sms: int = 0
+    timeout: float = 1.0
+    reduce_blocks: int = 0
+    calls_before: int = 0
+    engine_chunks: int = 0
+    engine_shrink: int = 100
+
+    def num_actors(self, num_ranks: int) -> int:
+        """Ranks and the copy engines that are used, which are counted behind them."""
+        return num_ranks * 2 if self.engine_chunks else num_ranks
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kernel's fault record (csrc/kernels/common/args.hpp). phase: bits; waited_on: ranks."""
+
+    operation: int
+    phase: int
+    waited_on: tuple[int, ...]
+    expected: int
+    seen: int
+
+
+class HostCounts(NamedTuple):
+    """What a dispatch tells the host (csrc/kernels/common/args.hpp).
+
+    table: R x R rows from each rank to each, row by row. per_expert: L counts, not aligned.
+    """
+
+    phase: int
+    num_rows: int
+    most_rows: int
+    returning: int
+    table: list[int]
+    per_expert: list[int]
+
+
+class LayoutAt(NamedTuple):
+    """Where a rank's dispatch layout lies: int32 [R], [D] (or 0), [E], and bytes [T, R]."""
+
+    per_rank: int
+    per_domain: int
+    per_expert: int
+    in_rank: int
+
+
+class PlanAt(NamedTuple):
+    """Where a handle lies: counts [R, R] and send_row [T, R], int32."""
+
+    counts: int
+    send_row: int
+
+
+@dataclass(frozen=True)
+class DispatchCall:
+    """One rank's arguments. capacity: rows of the slot it lends. live: the ranks that take part.
+
+    num_worst_tokens: 0 lets the host wait for the counts, unless the call is cached or refused.
+    """
+
+    x: Tensor  # [T, H]
+    num_local_experts: int
+    capacity: int
+    live: tuple[int, ...]
+    scales: Tensor | None = None  # [T, P], 4-byte elements, any strides
+    topk_idx: Tensor | None = None  # [T, K]
+    topk_weights: Tensor | None = None  # [T, K] float32
+    num_worst_tokens: int = 0
+    cached: bool = False
+    refused: bool = False  # only tell the others that this rank takes no part
+
+    @property
+    def tells_host(self) -> bool:
+        return not self.cached and not self.refused and self.num_worst_tokens == 0
+
+    @property
+    def slot_offsets(self) -> tuple[int, int, int, int, int]:
+        """Where the arrays behind the rows begin: source, scales, topk_idx, topk_weights; and the end."""
+        source, scales, idx, weights, end = _emulator.slot_offsets(
+            self.capacity,
+            self.x.shape[1] * self.x.element_size(),
+            0 if self.scales is None else self.scales.shape[1],
+            0 if self.topk_idx is None else self.topk_idx.shape[1],
+            8 if self.topk_idx is None else self.topk_idx.element_size(),
+        )
+        return source, scales, idx, weights, end
+
+
+@dataclass(frozen=True)
+class CombineCall:
+    """One rank's arguments. x: rows [N, H] bf16, or the address of those in a slot; topk_weights likewise."""
+
+    x: Tensor | int
+    hidden: int
+    num_tokens: int  # T
+    live: tuple[int, ...]
+    num_topk: int = 0
+    topk_weights: Tensor | int = 0  # [N, K] float32
+    biases: tuple[Tensor, ...] = ()  # [T, H] bf16
+    refused: bool = False  # only tell the others that this rank takes no part
+
+
+@dataclass(frozen=True)
+class Received:
+    """Rows read out of a slot."""
+
+    x: Tensor  # [N, H]
+    source: Tensor | None  # [N] int32; None of a cached dispatch
+    scales: Tensor | None  # [N, P]
+    topk_idx: Tensor | None  # [N, K], or [num_worst_tokens, K]
+    topk_weights: Tensor | None  # [N, K]

@@ -1,0 +1,365 @@
+"""The ranks of an NVLink domain on an emulated machine: their memory, and launches of the kernels on it.
+
+What deepep.backends.cuda.launch is to real memory. Calls name the rank; they enqueue, and the machine's `run`
+carries out. Inputs are CPU tensors, copied into the machine; results are read back as tensors. Every read and
+write of a host is checked by the machine, like any access of a kernel.
+
+Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden size, N rows received, P scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep import _emulator
+from deepep.sim.emulator.calls import (
+    CombineCall,
+    DispatchCall,
+    Fault,
+    Gpu,
+    HostCounts,
+    LayoutAt,
+    PlanAt,
+    Received,
+)
+
+_MARK_BYTES = 256
+
+
+class EmulatedDomain:
+    """All ranks' heaps, each with control words, staging and two receive slots that take turns.
+
+    staging_rows, row_bytes: how many rows return to a rank at most, and how long they are at most, weights
+    included. slot_bytes: of each receive slot. Hosts meet once, when all memory is ready.
+    """
+
+    def __init__(
+        self,
+        machine: Any,
+        kernels: Any,
+        gpu: Gpu,
+        *,
+        num_ranks: int,
+        max_local_experts: int,
+        staging_rows: int,
+        row_bytes: int,
+        slot_bytes: int,
+    ) -> None:
+        self.machine = machine
+        self.gpu = gpu
+        self.num_ranks = num_ranks
+        everyone = range(num_ranks)
+        control = _emulator.control_bytes(num_ranks, max_local_experts, gpu.num_blocks)
+        # A staged row needs its flags' share of the area.
+        staging = (staging_rows + 1) * max(1024, row_bytes) + 4096
+        self._slots_begin = control + staging
+        self._slot_bytes = slot_bytes
+        self._marks = self._slots_begin + 2 * slot_bytes
+        heap_bytes = self._marks + 2 * _MARK_BYTES
+        self._heaps = [self._allocate(f"heap@{r}", "symmetric", r, heap_bytes) for r in everyone]
+        counts_bytes = _emulator.host_counts_bytes(num_ranks, max_local_experts)
+        self._counts = [self._zeros(f"counts@{r}", "host", r, counts_bytes) for r in everyone]
+        flags_end = control + _emulator.staging_rows_begin(staging, row_bytes, 0)
+        self._domains = []
+        for rank in everyone:
+            # Only what holds flags: rows that are read before they are written shall be found out.
+            machine.write(rank, self._heaps[rank], bytes(flags_end))
+            state = self._zeros(f"state@{rank}", "device", rank, _emulator.STATE_BYTES)
+            before = gpu.calls_before.to_bytes(4, "little")
+            machine.write(rank, state, before * _emulator.EPOCHS)
+            for word in _emulator.counting_words(num_ranks, max_local_experts, gpu.num_blocks):
+                machine.write(rank, self._heaps[rank] + word, before)
+            self._domains.append(
+                _emulator.Domain(
+                    machine=machine,
+                    kernels=kernels,
+                    num_threads=gpu.num_threads,
+                    rank=rank,
+                    heaps=self._heaps,
+                    max_local_experts=max_local_experts,
+                    max_blocks=gpu.num_blocks,
+                    staging_bytes=staging,
+                    state=state,
+                    fault=self._zeros(f"fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
+                    timeout_seconds=gpu.timeout,
+                )
+            )
+        machine.meet()
+        self._tickets = [0] * num_ranks
+        self._slots_lent = [0] * num_ranks
+
+    # ---- layout --------------------------------------------------------------------------------------------
+
+    def given_layout(self, rank: int, per_rank: Tensor, per_expert: Tensor, in_rank: Tensor) -> LayoutAt:
+        """A layout as the host hands it in: int32 [R], int32 [E], bool [T, R]."""
+        return LayoutAt(
+            self._put(f"tokens_per_rank@{rank}", rank, per_rank),
+            0,
+            self._put(f"tokens_per_expert@{rank}", rank, per_expert),
+            self._put(f"is_token_in_rank@{rank}", rank, in_rank),
+        )
+
+    def layout(self, rank: int, topk_idx: Tensor, num_experts: int, ranks_per_domain: int) -> LayoutAt:
+        """Launches the layout kernel; returns where its results will be."""
+        tokens, topk = topk_idx.shape
+        ranks = self.num_ranks
+        domains = -(-ranks // ranks_per_domain)
+        at = LayoutAt(
+            self._allocate(f"tokens_per_rank@{rank}", "device", rank, 4 * ranks),
+            self._allocate(f"tokens_per_domain@{rank}", "device", rank, 4 * domains) if domains > 1 else 0,
+            self._allocate(f"tokens_per_expert@{rank}", "device", rank, 4 * num_experts),
+            self._allocate(f"is_token_in_rank@{rank}", "device", rank, tokens * ranks),
+        )
+        workspace = 4 * (num_experts + ranks + domains + 1)
+        self._domains[rank].layout(
+            num_experts=num_experts,
+            ranks_per_node=ranks_per_domain,
+            num_topk=topk,
+            index_bytes=topk_idx.element_size(),
+            num_tokens=tokens,
+            topk_idx=self._put(f"topk_idx@{rank}", rank, topk_idx),
+            tokens_per_rank=at.per_rank,
+            tokens_per_node=at.per_domain,
+            tokens_per_expert=at.per_expert,
+            is_token_in_rank=at.in_rank,
+            workspace=self._zeros(f"workspace@{rank}", "device", rank, workspace),
+            num_blocks=self.gpu.num_blocks,
+            num_threads=32,  # fewer tokens reach a second block, and a thread's second turn
+        )
+        return at
+
+    def read_layout(
+        self, rank: int, at: LayoutAt, num_tokens: int, num_experts: int, ranks_per_domain: int
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(tokens per rank [R], per domain [D] or None, per expert [E], token-in-rank [T, R] bool)."""
+        ranks = self.num_ranks
+        domains = -(-ranks // ranks_per_domain)
+        return (
+            self.read(rank, at.per_rank, torch.int32, (ranks,)),
+            self.read(rank, at.per_domain, torch.int32, (domains,)) if at.per_domain else None,
+            self.read(rank, at.per_expert, torch.int32, (num_experts,)),
+            self.read(rank, at.in_rank, torch.bool, (num_tokens, ranks)),
+        )
+
+    # ---- dispatch ------------------------------------------------------------------------------------------
+
+    def new_plan(self, rank: int, num_tokens: int) -> PlanAt:
+        """Room for a handle; a dispatch that is not cached fills it."""
+        ranks = self.num_ranks
+        return PlanAt(
+            self._allocate(f"handle counts@{rank}", "device", rank, 4 * ranks * ranks),
+            self._allocate(f"send_row@{rank}", "device", rank, 4 * num_tokens * ranks),
+        )
+
+    def given_plan(self, rank: int, counts: Tensor, send_row: Tensor) -> PlanAt:
+        """A handle as an earlier dispatch left it: int32 [R, R] and [T, R]."""
+        return PlanAt(
+            self._put(f"handle counts@{rank}", rank, counts), self._put(f"send_row@{rank}", rank, send_row)
+        )
+
+    def read_plan(self, rank: int, at: PlanAt, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """counts [R, R] and send_row [T, R], int32."""
+        ranks = self.num_ranks
+        return (
+            self.read(rank, at.counts, torch.int32, (ranks, ranks)),
+            self.read(rank, at.send_row, torch.int32, (num_tokens, ranks)),
+        )
+
+    def dispatch(self, rank: int, call: DispatchCall, layout: LayoutAt, plan: PlanAt) -> int:
+        """Launches a dispatch; returns the address of the slot it lends.
+
+        Where it tells the host its counts, the machine's watch of them is set up: run() returns with it.
+        """
+        if call.slot_offsets[-1] > self._slot_bytes:
+            raise ValueError(f"a slot of {call.slot_offsets[-1]} bytes; there are {self._slot_bytes}")
+        slot = self._slots_begin + self._slots_lent[rank] % 2 * self._slot_bytes
+        self._slots_lent[rank] += 1
+        # Whoever used the slot before must be done with it, and no row of it may be read that did not arrive.
+        self.machine.forget(rank, self._heaps[rank] + slot, call.slot_offsets[-1])
+        scales, scales_at = call.scales, 0
+        if scales is not None:
+            # All of the storage, so that the strides the kernel is given are the caller's.
+            storage = torch.empty(0, dtype=scales.dtype).set_(scales.untyped_storage())
+            scales_at = self._put(f"scales@{rank}", rank, storage) + 4 * int(scales.storage_offset())
+        if call.tells_host:
+            self._tickets[rank] += 1
+        self._set_live(rank, call.live)
+        self._domains[rank].dispatch(
+            num_blocks=self.gpu.num_blocks,
+            push_blocks=self.gpu.push_blocks,
+            local_blocks=self.gpu.local_blocks,
+            refused=call.refused,
+            cached=call.cached,
+            num_tokens=call.x.shape[0],
+            num_topk=0 if call.topk_idx is None else call.topk_idx.shape[1],
+            num_local_experts=call.num_local_experts,
+            num_scales=0 if scales is None else scales.shape[1],
+            index_bytes=8 if call.topk_idx is None else call.topk_idx.element_size(),
+            row_bytes=call.x.shape[1] * call.x.element_size(),
+            x=self._put(f"x@{rank}", rank, call.x),
+            scales=scales_at,
+            scale_token_stride=0 if scales is None else scales.stride(0),
+            scale_stride=0 if scales is None else scales.stride(1),
+            topk_idx=self._put_maybe(f"topk_idx@{rank}", rank, call.topk_idx),
+            topk_weights=self._put_maybe(f"topk_weights@{rank}", rank, call.topk_weights),
+            is_token_in_rank=layout.in_rank,
+            tokens_per_rank=layout.per_rank,
+            tokens_per_expert=layout.per_expert,
+            counts=plan.counts,
+            send_row=plan.send_row,
+            slot_offset=slot,
+            slot_capacity=call.capacity,
+            num_worst_tokens=0 if call.cached else call.num_worst_tokens,
+            host=self._counts[rank] if call.tells_host else 0,
+            ticket=self._tickets[rank],
+        )
+        if call.tells_host:
+            self.machine.watch_tags(
+                rank=rank,
+                address=self._counts[rank],
+                count=_emulator.HOST_COUNTS_WORDS + self.num_ranks**2 + call.num_local_experts,
+                tag=self._tickets[rank],
+                timeout_ns=int(10e9 * self.gpu.timeout),
+            )
+        return self._heaps[rank] + slot
+
+    def host_counts(self, words: Sequence[int]) -> HostCounts:
+        """What the watched words of a dispatch say."""
+        values = [word & 0xFFFFFFFF for word in words]
+        phase, num_rows, most_rows, returning = values[:4]
+        lists = values[_emulator.HOST_COUNTS_WORDS :]
+        ends = self.num_ranks**2
+        return HostCounts(phase, num_rows, most_rows, returning, lists[:ends], lists[ends:])
+
+    def read_slot(self, rank: int, slot: int, call: DispatchCall, num_rows: int) -> Received:
+        """The first `num_rows` rows, as the user's kernels would read them right after the dispatch."""
+        source_at, scales_at, idx_at, weights_at, _ = call.slot_offsets
+        scales, topk_idx = call.scales, call.topk_idx
+
+        def rows(offset: int, like: Tensor | None, count: int = num_rows) -> Tensor | None:
+            return (
+                None if like is None else self.read(rank, slot + offset, like.dtype, (count, like.shape[1]))
+            )
+
+        x = rows(0, call.x)
+        assert x is not None
+        return Received(
+            x,
+            None if call.cached else self.read(rank, slot + source_at, torch.int32, (num_rows,)),
+            rows(scales_at, scales),
+            rows(idx_at, topk_idx, call.num_worst_tokens or num_rows),
+            rows(weights_at, call.topk_weights),
+        )
+
+    # ---- combine -------------------------------------------------------------------------------------------
+
+    def combine(self, rank: int, call: CombineCall, plan: PlanAt) -> tuple[int, int]:
+        """Launches a combine; returns where its rows [T, H] bf16 and weights [T, K] (or 0) will be."""
+        tokens, topk = call.num_tokens, call.num_topk
+        x = call.x if isinstance(call.x, int) else self._put(f"returned x@{rank}", rank, call.x)
+        weights = call.topk_weights
+        if not isinstance(weights, int):
+            weights = self._put(f"returned weights@{rank}", rank, weights)
+        biases = [self._put(f"bias{i}@{rank}", rank, bias) for i, bias in enumerate(call.biases)] + [0, 0]
+        out = self._allocate(f"out@{rank}", "device", rank, 2 * tokens * call.hidden)
+        out_weights = self._allocate(f"out weights@{rank}", "device", rank, 4 * tokens * topk) if topk else 0
+        self._set_live(rank, call.live)
+        self._domains[rank].combine(
+            num_blocks=self.gpu.num_blocks,
+            push_blocks=self.gpu.push_blocks,
+            reduce_blocks=self.gpu.reduce_blocks or self.gpu.local_blocks,
+            refused=call.refused,
+            num_tokens=tokens,
+            num_topk=topk,
+            row_bytes=2 * call.hidden,
+            x=x,
+            topk_weights=weights,
+            bias_0=biases[0],
+            bias_1=biases[1],
+            counts=plan.counts,
+            send_row=plan.send_row,
+            out=out,
+            out_weights=out_weights,
+            engine_chunks=self.gpu.engine_chunks,
+            engine_shrink=self.gpu.engine_shrink,
+        )
+        return out, out_weights
+
+    def read_sums(self, rank: int, call: CombineCall, at: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Rows [T, H] bf16 and weights [T, K] float32 or None."""
+        x = self.read(rank, at[0], torch.bfloat16, (call.num_tokens, call.hidden))
+        if at[1] == 0:
+            return x, None
+        return x, self.read(rank, at[1], torch.float32, (call.num_tokens, call.num_topk))
+
+    # ---- barrier and faults --------------------------------------------------------------------------------
+
+    def barrier(self, rank: int, number: int) -> None:
+        """Leaves a mark in the rank's own heap (one of two, in turn) and launches a barrier."""
+        self._put_at(rank, self._mark(rank, number), torch.tensor([number], dtype=torch.int32))
+        self._domains[rank].barrier()
+
+    def read_marks(self, rank: int, number: int) -> list[int]:
+        """All ranks' marks, which the barrier of that number has put behind this rank."""
+        return [int(self.read(rank, self._mark(r, number), torch.int32, (1,))) for r in range(self.num_ranks)]
+
+    def _mark(self, rank: int, number: int) -> int:
+        return int(self._heaps[rank] + self._marks + number % 2 * _MARK_BYTES)
+
+    def watch_fault(self, rank: int) -> None:
+        """The host looks out for a fault record until its stream is idle."""
+        patience = int(100e9 * self.gpu.timeout)
+        self.machine.watch(rank, self._domains[rank].fault_word, 1, patience, True)
+
+    def take_fault(self, rank: int, *, watched: bool = False) -> Fault | None:
+        """The rank's fault record, if there is one. watched: while the kernel runs; the record then stays."""
+        found = self._domains[rank].take_fault(watched)
+        if found is None:
+            return None
+        operation, phase, missing, expected, seen = found
+        waited_on = tuple(r for r in range(self.num_ranks) if missing >> r & 1)
+        return Fault(operation, phase, waited_on, expected, seen)
+
+    def engine_was_let_go(self, rank: int) -> bool:
+        """Whether the rank's copy engine was let go with all it was ordered; its stream is idle."""
+        return bool(self._domains[rank].engine_was_let_go())
+
+    # ---- memory --------------------------------------------------------------------------------------------
+
+    def read(self, rank: int, address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor as the rank's host reads it."""
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        raw = bytearray(self.machine.read(rank, address, size))
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
+
+    def _set_live(self, rank: int, live: tuple[int, ...]) -> None:
+        self._domains[rank].set_live(sum(1 << r for r in live))
+
+    def _allocate(self, name: str, space: str, rank: int, size: int) -> int:
+        return int(self.machine.allocate(name, space, rank, size))
+
+    def _zeros(self, name: str, space: str, rank: int, size: int) -> int:
+        address = self._allocate(name, space, rank, size)
+        self.machine.write(rank, address, bytes(size))
+        return address
+
+    def _put(self, name: str, rank: int, tensor: Tensor) -> int:
+        address = self._allocate(name, "device", rank, tensor.numel() * tensor.element_size())
+        self._put_at(rank, address, tensor)
+        return address
+
+    def _put_maybe(self, name: str, rank: int, tensor: Tensor | None) -> int:
+        return 0 if tensor is None else self._put(name, rank, tensor)
+
+    def _put_at(self, rank: int, address: int, tensor: Tensor) -> None:
+        if tensor.numel():
+            plain = tensor.detach().contiguous().flatten().view(torch.uint8)
+            self.machine.write(rank, address, plain.numpy())

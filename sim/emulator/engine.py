@@ -1,0 +1,79 @@
+"""The emulator backend: the kernels' own source on the CPU, behind the same calls.
+
+High-throughput operations run on emulated machines (deepep.sim.emulator.all_to_all); everything around
+them, and all other operations, are the reference's. For tests: an operation takes milliseconds to seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deepep.backends.reference import high_throughput
+from deepep.backends.reference.engine import RANKS_PER_DOMAIN, ReferenceEngine
+from deepep.errors import ArgumentTypeError
+from deepep.runtime import checks
+from deepep.runtime.completion import Completion
+from deepep.runtime.engine import EngineOptions
+from deepep.runtime.requests import (
+    Combined,
+    CombineRequest,
+    Dispatched,
+    DispatchRequest,
+    Layout,
+    Operation,
+    Route,
+    Schedule,
+)
+from deepep.sim.emulator.all_to_all import EmulatedAllToAll
+
+
+class EmulatorEngine(ReferenceEngine):
+    """See `Engine`."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self.info = replace(self.info, backend="emulator")
+        self._kernels = EmulatedAllToAll()
+
+    def _layout(
+        self, topk_idx: Tensor, num_experts: int, schedule: Schedule
+    ) -> tuple[Layout, Completion | None]:
+        num_ranks = self.info.num_ranks
+        checks.check_topk_idx(topk_idx, self.info.device_type)
+        checks.check_num_experts(num_experts, num_ranks)
+        topk_idx = topk_idx.detach()
+        layout = high_throughput.empty_layout(topk_idx, num_experts, num_ranks)
+
+        def job() -> None:
+            checks.check_index_range(topk_idx, num_experts)
+            made = self._kernels.layout(topk_idx, num_experts, num_ranks, RANKS_PER_DOMAIN)
+            for target, got in zip(high_throughput.layout_tensors(layout), made, strict=True):
+                if target is not None and got is not None:
+                    target.copy_(got)
+
+        tensors = (topk_idx, *high_throughput.layout_tensors(layout))
+        completion = self._conductor.locally(job, schedule, tensors)
+        return layout, self._conductor.finish(schedule, completion)
+
+    def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
+        return high_throughput.dispatch_cached(self._conductor, request, route, schedule, self._kernels)
+
+    def _dispatch_fresh(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
+        assert request.layout is not None
+        in_rank, per_expert = request.layout.is_token_in_rank, request.layout.num_tokens_per_expert
+        route = Route(self, request.x.shape[0], per_expert.numel(), in_rank)
+        return high_throughput.dispatch_fresh(self._conductor, request, route, schedule, self._kernels)
+
+    def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
+        with self._conductor.issuing:
+            with self._issuing(Operation.COMBINE, schedule):
+                self._check_combine(request)
+            return high_throughput.combine(self._conductor, request, schedule, self._kernels)
+
+    def _check_combine(self, request: CombineRequest) -> None:
+        super()._check_combine(request)
+        if request.x.dtype != torch.bfloat16:
+            raise ArgumentTypeError("x", str(request.x.dtype), "torch.bfloat16")

@@ -1,0 +1,223 @@
+"""Exploration: scenarios and schedules drawn from seeds, until something fails or the time is up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.emulator.calls import Gpu
+from deepep.sim.explore.emulated import run
+from deepep.sim.explore.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
+
+FORMAT = "deepep.failing-schedule"
+_PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
+
+#: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks, fewer SMs
+#: than blocks, blocks that do both in a combine where rows are few, copy engines that return the rows.
+GPUS = (
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
+    Gpu(num_blocks=1, num_threads=64, push_blocks=1, local_blocks=1),
+    Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
+    Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
+    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, reduce_blocks=3),
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=2),
+    Gpu(
+        num_blocks=3,
+        num_threads=64,
+        push_blocks=1,
+        local_blocks=2,
+        num_sms=1,
+        engine_chunks=4,
+        engine_shrink=57,
+    ),
+)
+
+LIMITS = Limits(
+    ranks=(2, 3, 4, 1),
+    max_local_experts=4,
+    max_topk=6,
+    max_tokens=8,
+    hidden=(128, 16, 136, 512),
+    fixed={"mode": "ht", "schedule": "sync"},
+)
+
+
+def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None = None) -> Scenario:
+    """One to three cases, a GPU shape, and whether layout and barrier kernels run as well.
+
+    A function of the seed alone, but for the limits.
+    """
+    choices = RandomChoices(seed)
+    first = draw_case(choices, limits)
+    same = replace(limits, ranks=(first.num_ranks,))
+    count = choices.integer(1, 3) if num_cases is None else num_cases
+    cases = [first, *(draw_case(choices, same) for _ in range(count - 1))]
+    # A rank that was left out has missed epochs and cannot come back: only the last case may have masks.
+    cases = [*(replace(case, masked=()) for case in cases[:-1]), cases[-1]]
+    scenario = Scenario(
+        cases=tuple(cases),
+        gpu=replace(
+            GPUS[choices.integer(0, len(GPUS) - 1)],
+            calls_before=choices.pick((0, 0, 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD)),
+        ),
+        use_layout=choices.pick(("no", "yes")),
+        use_barrier=choices.flag(),
+        short_slots=choices.flag(0.3),
+        num_combines=choices.pick((1, 1, 0, 2, 3)),
+        refuses=choices.pick(("", "", "", "dispatch", "combine")),
+    )
+    # Ranks that are masked get new memory, which these do not: nobody waits here for what a rank that was
+    # left out has under way of a combine that was refused.
+    is_out = bool(cases[-1].masked) and scenario.refuses == "combine"
+    return replace(scenario, refuses="") if is_out else scenario
+
+
+def draw_tall_scenario(seed: int) -> Scenario:
+    """One case of many short rows, more than a block has threads. Every second for the layout alone."""
+    choices = RandomChoices(seed)
+    limits = replace(LIMITS, max_tokens=200, max_topk=3, max_local_experts=3, hidden=(16,), masks=False)
+    return Scenario(
+        cases=(draw_case(choices, limits),),
+        gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
+        use_layout="only" if seed % 2 == 0 else "no",
+    )
+
+
+def draw_schedule(seed: int) -> Schedule:
+    """The strategies take turns."""
+    return Schedule(STRATEGIES[seed % len(STRATEGIES)], seed)
+
+
+def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
+    """A rank, or a copy engine, which counts as one, that stops somewhere in a run of `steps`: for good, or
+    for longer than its peers' patience.
+    """
+    choices = RandomChoices(seed)
+    counts_writes = choices.flag()
+    return Stop(
+        rank=choices.integer(0, num_ranks - 1),
+        # A rank makes some hundred ordered writes in a run, most of them small numbers apart.
+        at=choices.integer(1, 400 if counts_writes else max(1, steps)),
+        counts_writes=counts_writes,
+        pause_seconds=choices.pick((0.0, 0.0, 1.5)),
+        loses_writes=choices.flag(),
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What failed, and all it takes to run it again."""
+
+    scenario: Scenario
+    schedule: Schedule
+    stops: tuple[Stop, ...]
+    report: Report
+
+    def replay(self, kernels: Any = None) -> Report:
+        return run(self.scenario, self.schedule, stops=self.stops, kernels=kernels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file (JSON) that runs the same anywhere, also when drawing has changed."""
+        scenario = self.scenario
+        plain = {
+            "format": FORMAT,
+            "cases": [json.loads(case.to_json()) for case in scenario.cases],
+            "scenario": {name: getattr(scenario, name) for name in _PLAIN_FIELDS},
+            "gpu": asdict(scenario.gpu),
+            "schedule": asdict(self.schedule),
+            "stops": [asdict(stop) for stop in self.stops],
+            "kind": self.report.kind,
+            "text": self.report.text.splitlines(),
+        }
+        Path(path).write_text(json.dumps(plain, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Failure:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+            OSError: it cannot be read.
+        """
+        plain = json.loads(Path(path).read_text())
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a {FORMAT} file")
+        scenario = Scenario(
+            cases=tuple(Case.from_json(json.dumps(case)) for case in plain["cases"]),
+            gpu=Gpu(**plain["gpu"]),
+            **plain["scenario"],
+        )
+        stops = tuple(Stop(**stop) for stop in plain["stops"])
+        report = Report(plain["kind"], "\n".join(plain["text"]))
+        return Failure(scenario, Schedule(**plain["schedule"]), stops, report)
+
+
+@dataclass
+class Tally:
+    """What an exploration has seen so far."""
+
+    runs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    failure: Failure | None = None
+
+    def add(self, report: Report, seconds: float) -> None:
+        self.runs += 1
+        self.steps += report.steps
+        self.seconds = seconds
+        self.kinds[report.kind] += 1
+
+
+def explore(
+    *,
+    first_seed: int = 0,
+    stride: int = 1,
+    seconds: float | None = None,
+    runs: int | None = None,
+    schedules_per_scenario: int = 3,
+    with_stops: bool = False,
+    scenarios: Callable[[int], Scenario] = draw_scenario,
+    kernels: Any = None,
+    progress: Callable[[Tally], None] | None = None,
+) -> Tally:
+    """Runs drawn scenarios, each under several schedules, to the first failure or the end of the budget.
+
+    Scenarios are drawn from first_seed, first_seed + stride, ...; schedules from numbers of their own.
+    with_stops: in every run after a scenario's first, a rank stops somewhere.
+    """
+    tally = Tally()
+    begin = time.monotonic()
+    for seed in itertools.count(first_seed, stride):
+        scenario = scenarios(seed)
+        steps = 0
+        for i in range(schedules_per_scenario):
+            number = seed * schedules_per_scenario + i
+            stops: tuple[Stop, ...] = ()
+            if with_stops and i > 0:
+                actors = scenario.gpu.num_actors(scenario.cases[0].num_ranks)
+                stops = (draw_stop(number, actors, steps // i),)
+            schedule = draw_schedule(number)
+            report = run(scenario, schedule, stops=stops, kernels=kernels)
+            steps += report.steps
+            tally.add(report, time.monotonic() - begin)
+            if report.failed:
+                tally.failure = Failure(scenario, schedule, stops, report)
+                return tally
+            if progress is not None:
+                progress(tally)
+            is_over = runs is not None and tally.runs >= runs
+            if is_over or (seconds is not None and tally.seconds >= seconds):
+                return tally
+    raise AssertionError("unreachable: there is always another seed")

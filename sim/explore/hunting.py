@@ -1,0 +1,103 @@
+"""The hunt: each mutant of the kernels is explored until it fails, and what caught it is put in a table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from deepep import _emulator
+from deepep.sim.explore.copy_runs import explore_copies
+from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.explore.kernel_mutants import COPY_FILE, HARMLESS, Mutant, build
+from deepep.sim.explore.scenarios import Report, Scenario
+
+#: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
+HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
+
+
+@lru_cache(maxsize=4096)
+def _scenario(seed: int) -> Scenario:
+    if seed % 4 == 3:
+        return draw_tall_scenario(seed // 4)
+    return draw_scenario(seed, limits=HUNTING_LIMITS)
+
+
+@dataclass(frozen=True)
+class Catch:
+    """How a mutant fared. failure: the report of the run that caught it; None if it escaped."""
+
+    mutant: Mutant
+    failure: Report | None
+    runs: int
+    seconds: float
+    build_seconds: float
+
+    @property
+    def caught_by(self) -> str:
+        return "" if self.failure is None else self.failure.kind
+
+
+def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) -> Catch:
+    """Builds and explores one mutant: in every second run a rank stops somewhere."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder))))
+    built = time.monotonic()
+    if mutant.file == COPY_FILE:
+        copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels)
+        found = None if copies.failure is None else copies.failure.report
+        return Catch(mutant, found, copies.runs, copies.seconds, built - begin)
+    tally = explore(
+        runs=runs,
+        seconds=seconds,
+        schedules_per_scenario=2,
+        with_stops=True,
+        scenarios=_scenario,
+        kernels=kernels,
+    )
+    found = None if tally.failure is None else tally.failure.report
+    return Catch(mutant, found, tally.runs, time.monotonic() - built, built - begin)
+
+
+def hunt_all(
+    wanted: Sequence[Mutant],
+    csrc: Path,
+    *,
+    runs: int = 400,
+    seconds: float = 60.0,
+    workers: int = 2,
+    done: Callable[[Catch], None] | None = None,
+) -> list[Catch]:
+    """All of them, `workers` at a time, in their order; `done` is called as each is finished.
+
+    Those that are known to be harmless get a tenth of the time: to be seen escaping.
+    """
+
+    def one(mutant: Mutant) -> Catch:
+        patience = seconds / 10 if mutant.name in HARMLESS else seconds
+        catch = hunt(mutant, csrc, runs=runs, seconds=patience)
+        if done is not None:
+            done(catch)
+        return catch
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, wanted))
+
+
+def markdown(catches: Sequence[Catch]) -> Iterator[str]:
+    """The table of docs/verification.md: mutation, what caught it, after how many schedules and seconds."""
+    yield "| mutation | caught by | schedules | seconds |"
+    yield "|---|---|---|---|"
+    for catch in catches:
+        name = catch.mutant.name
+        if catch.failure is not None:
+            yield f"| {name} | {catch.caught_by} | {catch.runs} | {catch.seconds:.2f} |"
+        elif name in HARMLESS:
+            yield f"| {name} | harmless: {HARMLESS[name]} | {catch.runs} | {catch.seconds:.2f} |"
+        else:
+            yield f"| {name} | **escaped** | {catch.runs} | {catch.seconds:.2f} |"

@@ -1,0 +1,325 @@
+"""Mutants of the kernels: their own source with one ordering operation weakened, removed or misdirected.
+
+What the explorer is measured by: it must catch them all. Mutants are made from the text of csrc/kernels, so a
+kernel that is new or changed has its own at once. Each is compiled into a library that the emulator loads.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The copies are kernels by themselves: their mutants are hunted with them alone.
+COPY_FILE = "kernels/copy/copy.hpp"
+
+_COMMENT = re.compile(r"//[^\n]*")
+_FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
+_ORDERED = re.compile(
+    r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+|mbarrier_\w+)"
+    r"<(?P<order>relaxed|acquire|release|acq_rel), (?P<scope>\w+)_scope>"
+)
+_FENCE = re.compile(r"\bfence<(?P<order>\w+), (?P<scope>\w+)_scope>\(\);")
+_PROXY_FENCE = re.compile(r"\bfence_async<(?P<space>\w+)>\(\);")
+_BULK_WAIT = re.compile(r"\bbulk_wait(?P<read>_read)?<(?P<pending>[^<>]+)>\(\);")
+_BULK_COMMIT = re.compile(r"\bbulk_commit\(\);")
+_PUT_ORDER = re.compile(r"\bput_(?P<what>fence|quiet)\(\);")
+_PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
+_SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
+_BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
+_WAIT = re.compile(r"\bwait_(?P<what>\w+)<")
+_PLAIN_LOAD = re.compile(r"\b(?P<op>load_streaming|load)\((?!_)")
+_EPOCH = re.compile(r"const uint32_t epoch = (?P<value>next_epoch\([^;]*\));")
+
+_WEAKER = {"acquire": ("relaxed",), "release": ("relaxed",), "acq_rel": ("relaxed", "acquire", "release")}
+_NARROWER = {"sys": "gpu", "gpu": "block"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed file. `name` tells function, operation and change, and stays when lines move."""
+
+    name: str
+    kind: str
+    file: str  # relative to csrc
+    line: int
+    text: str  # of the whole file
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A mutation that no pattern makes: a bug that this field has published, or a rule of the protocol.
+
+    `old` occurs once in the file; `why` says what it removes.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+
+
+#: Mutations by hand. Those whose text is gone fail the test that lists them: a rule has moved or was dropped.
+EDITS = (
+    Edit(
+        "one mailbox for all epochs",
+        "layout/symmetric_layout.hpp",
+        "(2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_",
+        "(2 * s + static_cast<int>(epoch & 0u)) * mailbox_bytes_",
+        "a word is written again while a slower block of its receiver still reads it",
+    ),
+    Edit(
+        "one digest for all epochs",
+        "layout/symmetric_layout.hpp",
+        "(2 * s + static_cast<int>(epoch & 1u)) * kLine32",
+        "(2 * s + static_cast<int>(epoch & 0u)) * kLine32",
+        "the same of what ranks compare before a combine",
+    ),
+    Edit(
+        "staging granted a combine too early",
+        "kernels/combine/combine.hpp",
+        "wait_reached<acquire, sys_scope>(word, epoch - 1, deadline)",
+        "wait_reached<acquire, sys_scope>(word, epoch - 2, deadline)",
+        "rows are written over those of the combine before, which may still be read",
+    ),
+    Edit(
+        "an engine that does not wait for staging",
+        "kernels/combine/combine.hpp",
+        "follow_engine(args, count, await_staging(g, epoch, deadline), parts, epoch)",
+        "follow_engine(args, count, true, parts, epoch)",
+        "rows are carried over those of the combine before",
+    ),
+    Edit(
+        "flags a chunk ahead of the engine",
+        "kernels/combine/copy_engine.hpp",
+        "args.engine.cut.num_chunks - 1 - chunk)",
+        "args.engine.cut.num_chunks - chunk)",
+        "a chunk's flags say that the one before it is there",
+    ),
+    Edit(
+        "a peer that is not told of what is written over",
+        "kernels/combine/copy_engine.hpp",
+        "    if (!lent) tell_overwritten(g, epoch);\n",
+        "",
+        "who was given up sums what lies where its rows were",
+    ),
+    Edit(
+        "an engine that is let go only where all have lent",
+        "kernels/combine/copy_engine.hpp",
+        "    store<release, sys_scope>(&g.state->engine_go,",
+        "    if (lent) store<release, sys_scope>(&g.state->engine_go,",
+        "a stream waits for ever where an owner was given up",
+    ),
+    Edit(
+        "sums that are not looked behind",
+        "kernels/combine/combine.hpp",
+        "role.reduces && is_overwritten(g)",
+        "false",
+        "the same, by the reader",
+    ),
+    Edit(
+        "epochs that come by 0",
+        "kernels/common/group.hpp",
+        "last == 0xffffffffu ? 2 : last + 1",
+        "last + 1",
+        "a word that nobody has written is taken for this call's, once in 2^32",
+    ),
+    Edit(
+        "two odd epochs in a row",
+        "kernels/common/group.hpp",
+        "last == 0xffffffffu ? 2 : last + 1",
+        "last == 0xffffffffu ? 1 : last + 1",
+        "what lies in two places in turn is written over while it is read, once in 2^32",
+    ),
+    Edit(
+        "a mailbox word without its tag",
+        "kernels/dispatch/exchange.hpp",
+        "pack_tagged(value, epoch)",
+        "pack_tagged(value, epoch & 1u)",
+        "a parity instead of a generation",
+    ),
+    Edit(
+        "a stage is filled while it is stored",
+        COPY_FILE,
+        "if (next < count) fill(read_stage, next);",
+        "if (next < count) fill((read_stage + 1) % num_stages, next);",
+        "the stage of a store that nobody has waited for is loaded again: stages - 1 groups are too many",
+    ),
+    Edit(
+        "a ring whose rounds are not counted",
+        COPY_FILE,
+        "      ++round;\n",
+        "",
+        "each round waits for the phase of the first, which is long complete",
+    ),
+    Edit(
+        "half of a chunk expected",
+        COPY_FILE,
+        "static_cast<uint32_t>(bytes_of(i))",
+        "static_cast<uint32_t>(bytes_of(i) / 2)",
+        "a phase that waits for other bytes than come",
+    ),
+    Edit(
+        "mbarriers of one warp over another's",
+        COPY_FILE,
+        "filled(int64_t{8} * warp() * num_stages)",
+        "filled(int64_t{8} * warp() * (num_stages - 1))",
+        "one shared object in two hands",
+    ),
+    Edit(
+        "stages over the mbarriers",
+        COPY_FILE,
+        "core::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
+        "core::align_up(int64_t{8} * num_warps, int64_t{16})",
+        "a copy overwrites the mbarrier that another completes on",
+    ),
+)
+
+
+_ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order before"
+_OWN_ATOMIC = "the notes are atomics themselves, gathered by time and not by order"
+_OWN_ARRIVAL = "the lane that arrives is the one that waits"
+_ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
+
+#: Mutants that nothing can catch, and why they do no harm. What is not here must be caught.
+HARMLESS: dict[str, str] = {
+    "group.hpp hand_over_faults: fetch_add acq_rel -> acquire": _OWN_ATOMIC,
+    "group.hpp hand_over_faults: fetch_add acq_rel -> relaxed": _OWN_ATOMIC,
+    "group.hpp hand_over_faults: fetch_add acq_rel -> release": _OWN_ATOMIC,
+    "layout.hpp layout_kernel: load gpu -> block": _ORDERED_BY_COUNTER,
+    "layout.hpp layout_kernel: store gpu -> block": _ORDERED_BY_COUNTER,
+    "layout.hpp layout_kernel: store gpu -> block (2)": _ORDERED_BY_COUNTER,
+    "dispatch.hpp dispatch: load -> load_once": "no dispatch writes the combine epoch",
+    "exchange.hpp tell_host: wait_tag acquire -> relaxed": "the word is all that is read",
+    "combine.hpp raise_flags: shared acquire -> relaxed": _ONE_OF_TWO,
+    "combine.hpp raise_flags: fence acq_rel -> release": _ONE_OF_TWO,
+    "barrier.hpp barrier_kernel: store release -> relaxed": "the end of the kernel before it is a fence",
+    "copy.hpp bulk_copy_kernel: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
+}
+
+
+def mutants(csrc: Path) -> list[Mutant]:
+    """All of them, in the order of the source."""
+    found: list[Mutant] = []
+    for path in sorted((csrc / "kernels").rglob("*.hpp")):
+        text = path.read_text()
+        names: Counter[str] = Counter()
+        for start, end, replacement, kind, change in sorted(_mutations(text)):
+            where = f"{path.name} {_function_at(text, start)}: {change}"
+            names[where] += 1
+            name = where if names[where] == 1 else f"{where} ({names[where]})"
+            changed = text[:start] + replacement + text[end:]
+            file = path.relative_to(csrc).as_posix()
+            found.append(Mutant(name, kind, file, text.count("\n", 0, start) + 1, changed))
+    found.extend(_edited(csrc, edit) for edit in EDITS)
+    return found
+
+
+def _edited(csrc: Path, edit: Edit) -> Mutant:
+    text = (csrc / edit.file).read_text()
+    if text.count(edit.old) != 1:
+        raise ValueError(f"{edit.name}: {edit.old!r} occurs {text.count(edit.old)} times in {edit.file}")
+    start = text.index(edit.old)
+    name = f"{Path(edit.file).name}: {edit.name}"
+    return Mutant(
+        name, "protocol", edit.file, text.count("\n", 0, start) + 1, text.replace(edit.old, edit.new)
+    )
+
+
+def _mutations(text: str) -> Iterator[tuple[int, int, str, str, str]]:
+    """(begin, end, replacement, kind, change) for everything the patterns find outside of comments."""
+    code = _COMMENT.sub(lambda m: " " * len(m.group()), text)
+    for m in _ORDERED.finditer(code):
+        for order in _WEAKER.get(m["order"], ()):
+            change = f"{m['op']} {m['order']} -> {order}"
+            yield m.start("order"), m.end("order"), order, "order", change
+        if m["scope"] in _NARROWER:
+            scope = _NARROWER[m["scope"]]
+            yield m.start("scope"), m.end("scope"), scope, "scope", f"{m['op']} {m['scope']} -> {scope}"
+    for m in _SHARED_ORDERED.finditer(code):
+        yield m.start("order"), m.end("order"), "relaxed", "order", f"shared {m['order']} -> relaxed"
+    for m in _FENCE.finditer(code):
+        yield m.start(), m.end(), "", "fence", f"fence.{m['scope']} removed"
+        for order in _WEAKER[m["order"]]:
+            if order != "relaxed":
+                yield m.start("order"), m.end("order"), order, "fence", f"fence {m['order']} -> {order}"
+        if m["scope"] in _NARROWER:
+            scope = _NARROWER[m["scope"]]
+            yield m.start("scope"), m.end("scope"), scope, "scope", f"fence {m['scope']} -> {scope}"
+    for m in _PROXY_FENCE.finditer(code):
+        yield m.start(), m.end(), "", "proxy fence", f"fence_async<{m['space']}> removed"
+        other = "global_space" if m["space"] == "shared_space" else "shared_space"
+        yield m.start("space"), m.end("space"), other, "proxy fence", f"fence_async {m['space']} -> {other}"
+    for m in _BULK_WAIT.finditer(code):
+        name = f"bulk_wait{m['read'] or ''}<{m['pending']}>"
+        yield m.start(), m.end(), "", "bulk group", f"{name} removed"
+        more = f"{m['pending']} + 1"
+        yield (
+            m.start("pending"),
+            m.end("pending"),
+            more,
+            "bulk group",
+            f"{name}: one group more may be pending",
+        )
+        if not m["read"]:
+            weaker = f"bulk_wait_read<{m['pending']}>();"
+            yield m.start(), m.end(), weaker, "bulk group", f"{name} -> bulk_wait_read"
+    for m in _BULK_COMMIT.finditer(code):
+        yield m.start(), m.end(), "", "bulk group", "bulk_commit removed"
+    for m in _PUT_ORDER.finditer(code):
+        yield m.start(), m.end(), "", "put order", f"put_{m['what']} removed"
+        if m["what"] == "quiet":
+            yield m.start(), m.end(), "put_fence();", "put order", "put_quiet -> put_fence"
+    for m in _PHASE_WAIT.finditer(code):
+        passing = "emulator_passes_mbarrier<"
+        yield m.start(), m.end(), passing, "wait", "mbarrier_wait does not wait"
+    for m in _BARRIER.finditer(code):
+        yield m.start(), m.end(), "", "barrier", f"{m['op']} removed"
+    for m in _WAIT.finditer(code):
+        # The word is read once, in its order, and taken for what was waited for.
+        yield m.start(), m.start("what"), "emulator_passes_", "wait", f"wait_{m['what']} does not wait"
+    for m in _PLAIN_LOAD.finditer(code):
+        yield m.start("op"), m.end("op"), "load_once", "read-only path", f"{m['op']} -> load_once"
+    for m in _EPOCH.finditer(code):
+        yield m.start("value"), m.end("value"), "1", "epoch", "epoch always 1"
+        yield m.start("value"), m.end("value"), f"(({m['value']}) & 1u)", "epoch", "epoch is a parity"
+
+
+def _function_at(text: str, position: int) -> str:
+    names = [m.group(1) for m in _FUNCTION.finditer(text, 0, position)]
+    return names[-1] if names else "?"
+
+
+#: Flags of a mutant's build: it is compiled once and run for seconds.
+_FLAGS = (
+    "-std=c++20",
+    "-DDEEPEP_MUTANT",
+    "-O1",
+    "-g0",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+)
+
+
+def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Path:
+    """Compiles the kernels, the mutant's file in place of the original, under `folder`; returns the library.
+
+    Raises:
+        ValueError: the mutant does not compile, which is a fault of the pattern that made it.
+    """
+    changed = folder / mutant.file
+    changed.parent.mkdir(parents=True, exist_ok=True)
+    changed.write_text(mutant.text)
+    library = folder / "kernels.so"
+    source = csrc / "emulator" / "kernel_set.cpp"
+    command = [compiler, *_FLAGS, f"-I{folder}", f"-I{csrc}", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{mutant.name} does not compile:\n{done.stderr[:2000]}")
+    return library

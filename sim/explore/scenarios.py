@@ -1,0 +1,99 @@
+"""What the kernels are explored on: scenarios, schedules, ranks that stop, and what a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from deepep.sim.cases.case import Case
+from deepep.sim.emulator.calls import Fault, Gpu
+from deepep.sim.rules import oracle
+from deepep.sim.rules.observed import RankView
+
+STRATEGIES = ("random", "pct", "starve")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every choice of a run: which thread goes next, how late each write arrives.
+
+    strategy: one of STRATEGIES. expected_steps: over how many steps PCT spreads its changes of priority.
+    """
+
+    strategy: str = "random"
+    seed: int = 0
+    expected_steps: int = 50000
+
+    def __str__(self) -> str:
+        return f"{self.strategy}:{self.seed}:{self.expected_steps}"
+
+    @staticmethod
+    def parse(text: str) -> Schedule:
+        """Reads what `str` wrote. Raises ValueError for anything else."""
+        strategy, seed, steps = text.split(":")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy: got {strategy}; allowed: {', '.join(STRATEGIES)}")
+        return Schedule(strategy, int(seed), int(steps))
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A rank stops at a step of the schedule: for good, or for `pause_seconds` of simulated time.
+
+    counts_writes: `at` counts the rank's ordered writes instead: all places where its peers can tell.
+    loses_writes: if it stops for good, what it wrote and nobody has seen by then never arrives.
+    """
+
+    rank: int
+    at: int
+    counts_writes: bool = False
+    pause_seconds: float = 0.0
+    loses_writes: bool = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is run: cases of equally many ranks, in order, on GPUs of one shape.
+
+    use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else.
+    use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
+    short_slots: ranks lend slots with room for one row less than comes, where the host waits for the counts,
+    hear of it with the counts, and lend anew.
+    num_combines: how often each case's combine is run, from the one handle.
+    refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all hear of it.
+    """
+
+    cases: tuple[Case, ...]
+    gpu: Gpu = field(default_factory=Gpu)
+    use_layout: str = "no"
+    use_barrier: bool = False
+    short_slots: bool = False
+    num_combines: int = 1
+    refuses: str = ""
+
+    @cached_property
+    def expected(self) -> list[list[RankView]]:
+        """The oracle's results, by case and rank."""
+        return [oracle.observe(case) for case in self.cases]
+
+
+@dataclass
+class Report:
+    """What a run came to.
+
+    kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), or what failed: "wrong result",
+    "needless fault", "unfinished", "stream that waits for ever", or a kind of the machine's ("data race",
+    "deadlock", ...). text tells the story. faults: by rank, the fault record of the ranks that gave up. now:
+    simulated seconds.
+    """
+
+    kind: str = "ok"
+    text: str = ""
+    steps: int = 0
+    switches: int = 0
+    now: float = 0.0
+    faults: dict[int, Fault] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return self.kind not in ("ok", "fault")

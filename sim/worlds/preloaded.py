@@ -1,0 +1,17 @@
+"""What the fork server imports once, so that no rank has to: worlds are rebuilt after every fault."""
+
+import importlib
+from contextlib import suppress
+
+for _name in (
+    "torch.distributed",
+    "deepep.api.buffer",
+    "deepep.backends.reference.engine",
+    "deepep.sim.fuzz.all_to_all_runs",
+    "deepep.sim.fuzz.buffer_runs",
+    "deepep.sim.faults.runs",
+    "deepep.sim.worlds.rank_process",
+):
+    # A module that cannot be imported says so to whoever uses it; the fork server must not die of it.
+    with suppress(Exception):
+        importlib.import_module(_name)

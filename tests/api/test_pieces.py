@@ -1,0 +1,138 @@
+"""The engine's small parts on their own: errors on the wire, liveness of processes, the lane."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from deepep import errors
+from deepep.runtime.control import liveness
+from deepep.runtime.control.agreement import (
+    compare_statements,
+    decode_error,
+    dtype_code,
+    encode_error,
+    encode_statement,
+)
+from deepep.runtime.control.comm_queue import ThreadLane
+
+
+@pytest.mark.parametrize("text", ["short", "é" * 5000, "'" + '"' * 2000, "\n" * 1000])
+def test_errors_fit_into_their_message(text: str) -> None:
+    error = errors.ShapeError("x", text, text, 3)
+    raw = encode_error(error)
+    assert len(raw) <= 1024
+    back = decode_error(raw)
+    assert type(back) is errors.ShapeError
+    assert (back.argument, back.rank) == ("x", 3)
+    assert text.startswith(back.got)
+    assert back.got == text or len(back.got) > 100
+
+
+def test_every_argument_error_travels_as_itself() -> None:
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.ArgumentError)
+    ]
+    assert len(kinds) > 10
+    for kind in kinds:
+        assert type(decode_error(encode_error(kind("a", "b", "c", 0)))) is kind
+
+
+def test_statements() -> None:
+    same = {"low_latency": True, "masks": False}
+    posts = {r: encode_statement(same, f"process {r}", None).encode() for r in range(3)}
+    assert compare_statements(posts) == {0: "process 0", 1: "process 1", 2: "process 2"}
+    posts[1] = encode_statement({**same, "masks": True}, "process 1", None).encode()
+    with pytest.raises(errors.MismatchError, match="rank 1: masks: got True; allowed: False, as on rank 0"):
+        compare_statements(posts)
+    posts[2] = encode_statement(same, "", errors.RangeError("num_nvl_bytes", "1", "128", 2)).encode()
+    with pytest.raises(errors.RangeError, match="rank 2: num_nvl_bytes"):
+        compare_statements(posts)
+
+
+def test_dtypes_have_codes_of_their_own() -> None:
+    dtypes = [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32, torch.int64, torch.uint8, None]
+    assert len({dtype_code(dtype) for dtype in dtypes}) == len(dtypes)
+    assert dtype_code(torch.complex64) == dtype_code(torch.complex128) == -2
+
+
+@pytest.mark.skipif(not liveness.identity(), reason="needs /proc")
+def test_the_dead_are_known_and_nobody_else() -> None:
+    mine = liveness.identity()
+    assert not liveness.is_dead(mine, mine)
+    code = (
+        "import sys; from deepep.runtime.control import liveness; "
+        "print(liveness.identity(), flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    theirs = child.stdout.readline().strip()
+    assert not liveness.is_dead(theirs, mine)
+    # Somebody else's host, or nothing known: never dead.
+    assert not liveness.is_dead("", mine)
+    assert not liveness.is_dead(theirs, "")
+    assert not liveness.is_dead("elsewhere " + theirs.split(" ", 1)[1], mine)
+    # Their number, given to a later process, is not them.
+    boot, namespace, pid, started = theirs.split()
+    assert liveness.is_dead(f"{boot} {namespace} {pid} {int(started) - 1}", mine)
+    child.kill()
+    # Killed and not yet waited for: a zombie is dead as well.
+    while liveness._start_time(child.pid) != -1:
+        threading.Event().wait(0.001)
+    assert liveness.is_dead(theirs, mine)
+    child.communicate()
+    assert liveness.is_dead(theirs, mine)
+
+
+def test_the_lane_runs_in_order_and_keeps_failures_apart() -> None:
+    lane = ThreadLane("test")
+    gate, order = threading.Event(), []
+
+    def fail() -> None:
+        order.append("fails")
+        raise KeyError("job")
+
+    first = lane.submit(gate.wait)
+    second = lane.submit(fail)
+    third = lane.submit(lambda: order.append("runs"))
+    assert order == []
+    gate.set()
+    third.host_wait()
+    first.host_wait()
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            second.current_stream_wait()
+    assert order == ["fails", "runs"]
+    assert lane.close(10.0)
+    assert lane.close(0.0)
+    with pytest.raises(errors.DestroyedError):
+        lane.submit(lambda: None)
+
+
+def test_a_lane_that_is_busy_is_not_waited_for_for_ever() -> None:
+    lane, gate = ThreadLane("test"), threading.Event()
+    lane.submit(gate.wait)
+    assert not lane.close(0.01)
+    gate.set()
+    assert lane.close(10.0)
+
+
+def test_the_lane_drops_what_its_jobs_held() -> None:
+    import weakref
+
+    lane = ThreadLane("test")
+    tensor = torch.zeros(3)
+    seen = weakref.ref(tensor)
+    lane.submit(lambda tensor=tensor: tensor.add_(1)).host_wait()
+    del tensor
+    lane.submit(lambda: None).host_wait()
+    assert seen() is None
+    lane.close(10.0)

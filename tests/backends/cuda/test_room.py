@@ -1,0 +1,391 @@
+"""What decides where a dispatch receives, as far as it can be asked without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepep._cuda", reason="deepep._cuda is not built")
+
+
+def test_backoff() -> None:
+    """The 1st, 2nd, 4th, 8th ... and at the latest every 64th; from the beginning when it helped."""
+    from deepep.backends.cuda.memory.pool import Backoff
+
+    backoff = Backoff()
+
+    def tried_at(calls: int) -> list[int]:
+        tried = []
+        for call in range(1, calls + 1):
+            if backoff.is_due():
+                backoff.tried()
+                tried.append(call)
+        return tried
+
+    assert tried_at(300) == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
+    backoff.reset()
+    assert tried_at(5) == [1, 2, 4]
+    backoff.reset()
+    assert all(backoff.is_due() for _ in range(10)), "stays due until it is tried"
+
+
+@pytest.fixture(autouse=True)
+def asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams here answer for themselves."""
+    from deepep.runtime import streams
+
+    monkeypatch.setattr(streams, "is_idle", lambda stream: stream.query())
+
+
+class Stream:
+    """As much of a stream as is asked for."""
+
+    def __init__(self, address: int, idle: bool, ours: bool = True) -> None:
+        self.cuda_stream = address
+        self.stream_id = (3 if address else 0) if ours else address
+        self._idle = idle
+
+    def query(self) -> bool:
+        return self._idle
+
+
+@pytest.mark.parametrize(
+    ("others", "idle"),
+    [
+        ([], True),
+        ([Stream(0, True), Stream(48, True)], True),
+        ([Stream(0, True), Stream(48, False)], False),
+        ([Stream(0, False)], False),
+        ([Stream(48, True, ours=False)], False),  # it may be gone: nobody asks it
+    ],
+)
+def test_whether_other_streams_are_idle(
+    monkeypatch: pytest.MonkeyPatch, others: list[Stream], idle: bool
+) -> None:
+    from deepep.runtime import streams
+
+    users = streams.Users(0)
+    for stream in [*others, Stream(16, False)]:  # the call's own, whose state does not count
+        monkeypatch.setattr(streams, "current", lambda index, stream=stream: stream)
+        users.add_current()
+        assert stream.cuda_stream in users.known
+    assert users.are_idle(but=16) is idle
+    assert not users.are_idle(but=17)
+
+
+class Slots:
+    """A pool whose arena gives way after as many steps as is said."""
+
+    num_bytes = 100 << 20
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.calls = steps, []
+
+    def set_aside(self, num_bytes: int) -> object:
+        self.calls.append(num_bytes >> 20)
+        return object() if len(self.calls) > 2 * self.steps else None
+
+    def regain(self, stream: int) -> None:
+        self.calls.append("regain")
+
+    def regain_by_waiting(self) -> None:
+        self.calls.append("wait")
+
+
+def test_the_landing_area_waits_for_the_device_only_where_nothing_else_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepep.backends.cuda.memory.overflow import Landing
+
+    monkeypatch.setattr(torch.cuda, "Event", object)
+
+    def grow(steps: int, num_bytes: int, needed: bool = True) -> tuple[bool, list[Any], int]:
+        slots = Slots(steps)
+        landing = Landing(slots)  # type: ignore[arg-type]
+        grown = landing.grow(num_bytes, 0, needed)
+        return grown, slots.calls, landing.num_bytes >> 20
+
+    assert grow(0, 3 << 20) == (True, [4], 4)
+    assert grow(1, 4 << 20) == (True, [4, "regain", 4], 4)
+    assert grow(2, 99 << 20) == (True, [100, "regain", 100, "wait", 100], 100)
+    assert grow(3, 99 << 20) == (False, [100, "regain", 100, "wait", 100], 0)
+    assert grow(1, 4 << 20, needed=False) == (False, [4], 0)
+    assert grow(0, (100 << 20) + 1) == (False, [], 0), "nothing helps: nothing is done"
+
+
+@pytest.mark.parametrize("capacity", [64, 1, 1001])
+@pytest.mark.parametrize("with_scales", [False, True])
+@pytest.mark.parametrize("with_topk", [False, True])
+@pytest.mark.parametrize("with_source", [False, True])
+def test_carved_arrays_fit_and_are_copied(
+    capacity: int, with_scales: bool, with_topk: bool, with_source: bool
+) -> None:
+    from deepep.backends.cuda.memory.arrays import kind_of
+
+    x = torch.empty((5, 48), dtype=torch.float8_e4m3fn if with_scales else torch.bfloat16)
+    scales = torch.empty((5, 3)) if with_scales else None
+    idx = torch.empty((5, 7), dtype=torch.int64) if with_topk else None
+    kind = kind_of(x, scales, idx, with_source)
+    for spare in (0, 1, 1000):
+        rows = kind.rows_in(kind.num_bytes(capacity) + spare)
+        assert rows >= capacity
+        assert kind.num_bytes(rows) <= kind.num_bytes(capacity) + spare
+    assert kind.rows_in(0) == 0
+    stretch = torch.randint(0, 255, (kind.num_bytes(capacity),), dtype=torch.uint8)
+    received = kind.carve(stretch, capacity)
+    wanted = [
+        ((capacity, 48), x.dtype),
+        ((capacity,), torch.int32) if with_source else None,
+        ((capacity, 3), torch.float32) if with_scales else None,
+        ((capacity, 7), torch.int64) if with_topk else None,
+        ((capacity, 7), torch.float32) if with_topk else None,
+    ]
+
+    def shapes(received: Any) -> list[Any]:
+        return [None if t is None else (tuple(t.shape), t.dtype) for t in received.tensors()]
+
+    assert shapes(received) == wanted
+    made = kind.of([torch.empty_like(t) for t in kind.templates(capacity, x.device)])
+    assert shapes(made) == wanted
+    assert all(t.is_contiguous() for t in made.tensors() if t is not None)
+    made.cut(capacity // 2)
+    assert shapes(made) == [None if w is None else ((capacity // 2, *w[0][1:]), w[1]) for w in wanted]
+    arrays = [t for t in received.tensors() if t is not None]
+    end = 0
+    for t in arrays:
+        begin = t.data_ptr() - stretch.data_ptr()
+        assert begin >= end
+        assert begin % 128 == 0
+        end = begin + t.nbytes
+    assert end <= stretch.numel()
+
+    rows = capacity // 2
+    copy = received.copy(rows)
+    assert copy.landed_on is None
+    for a, b in zip(received.tensors(), copy.tensors(), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert b.is_contiguous()
+            assert torch.equal(a[:rows].view(torch.uint8), b.view(torch.uint8))
+    stretch.zero_()
+    assert copy.x.view(torch.uint8).any() or rows == 0
+
+
+class Pool:
+    """Segments of torch's, each some blocks' states; they go back to the arena when the pool is given up."""
+
+    def __init__(self, *segments: str) -> None:
+        self.segments = segments
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        names = {"i": "inactive", "a": "active_allocated", "p": "active_pending_free"}
+        return [{"total_size": 10 << 20, "blocks": [{"state": names[c]} for c in s]} for s in self.segments]
+
+
+@pytest.mark.parametrize(
+    ("segments", "others_idle", "wanted", "begins_anew"),
+    [
+        (("i", "ii"), True, 20, True),
+        (("i", "ii"), False, 20, False),  # its readers may be queued on the other stream
+        (("i", "ii"), True, 21, False),  # would not do
+        (("i", "ip"), True, 10, False),  # the end of the pool would wait for an event
+        (("i", "ia"), True, 10, True),
+        (("i", "ia", "a"), True, 10, False),  # more would be lost than won
+        (("a",), True, 10, False),
+    ],
+)
+def test_when_a_pool_is_begun_anew(
+    monkeypatch: pytest.MonkeyPatch,
+    segments: tuple[str, ...],
+    others_idle: bool,
+    wanted: int,
+    begins_anew: bool,
+) -> None:
+    """Only when nothing is waited for, and where it helps; at the 1st, 2nd, 4th ... call that lands."""
+    from deepep import _cuda
+    from deepep.backends.cuda.memory import pool as slots
+    from deepep.runtime import streams
+
+    megabyte = 1 << 20
+    size = 10 * len(segments)
+    arena = _cuda.arena_open(1 << 44, size * megabyte)
+    assert _cuda.arena_reserve(arena, size * megabyte) == 1 << 44  # the pool has all of it
+    pool = slots.SlotPool.__new__(slots.SlotPool)
+    pool.num_bytes, pool._arena, pool._aside, pool._settled = size * megabyte, arena, 0, 0
+    pool._backoff, pool._was_full, pool._pool = slots.Backoff(), False, Pool(*segments)  # type: ignore[assignment]
+    pool.users = streams.Users(0)
+    pool.users.known = {0: Stream(0, False), 48: Stream(48, others_idle)}  # type: ignore[dict-item]
+    tries: list[int] = []
+    renewed: list[int] = []
+    settled = False
+
+    def try_to_take(arrays: Any) -> Any:
+        tries.append(len(renewed))
+        return ["made"] if settled else None
+
+    def settle(stream: int) -> bool:
+        nonlocal settled
+        settled = bool(renewed)
+        return settled
+
+    monkeypatch.setattr(pool, "_try", try_to_take)
+    monkeypatch.setattr(pool, "_settle", settle)
+    monkeypatch.setattr(pool, "_let_torch_look", lambda: None)
+    monkeypatch.setattr(pool, "_begin_anew", lambda: renewed.append(1))
+    arrays = [torch.empty((1, 1), dtype=torch.uint8).expand(wanted, megabyte)]
+    assert pool.take(arrays, 0) == (["made"] if begins_anew else None)
+    assert tries == ([0, 0, 1] if begins_anew else [0, 0])
+    assert pool._was_full is not begins_anew
+    tries.clear()
+    pool.take(arrays, 0)
+    assert len(tries) == 1, "the first look is spared where the last was in vain"
+    pool.regain(0)
+    assert len(renewed) == begins_anew + (others_idle and "i" in segments and "ip" not in segments)
+    _cuda.arena_close(arena)
+
+
+def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
+    from deepep import _cuda
+    from deepep.backends.cuda.memory import pool as slots
+    from deepep.runtime import streams
+
+    functions = ctypes.CDLL(_cuda.__file__)
+    functions.deepep_arena_give_back.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    ]
+    arena = _cuda.arena_open(1 << 44, 1024)
+    pool = slots.SlotPool.__new__(slots.SlotPool)
+    pool._arena, pool._settled, pool.users = arena, 0, streams.Users(0)
+    other = Stream(48, False)
+    pool.users.known = {0: Stream(0, False), 48: other}  # type: ignore[dict-item]
+    block = _cuda.arena_reserve(arena, 1024)
+    assert not pool._settle(0), "there is nothing to settle"
+    functions.deepep_arena_give_back(block, 1024, 0, None)
+    assert not pool._settle(0)
+    assert not pool._settle(48)
+    assert _cuda.arena_reserve(arena, 512) == 0
+    other._idle = True
+    assert pool._settle(0)
+    assert not pool._settle(0)
+    assert _cuda.arena_reserve(arena, 1024) == block
+    _cuda.arena_close(arena)
+
+
+def test_kinds_are_told_apart() -> None:
+    """What differs in any way that an array shows is another kind; what does not is the same object."""
+    from deepep.backends.cuda.memory.arrays import kind_of
+
+    x = torch.empty((5, 48), dtype=torch.bfloat16)
+    bytes_ = torch.empty((5, 48), dtype=torch.uint8)
+    scales, idx = torch.empty((5, 3)), torch.empty((5, 7), dtype=torch.int64)
+    kinds = [
+        kind_of(x, None, None, True),
+        kind_of(x, None, None, False),
+        kind_of(x[:, :32], None, None, True),
+        kind_of(x.half(), None, None, True),
+        kind_of(bytes_, scales, None, True),
+        kind_of(bytes_, scales[:, :2], None, True),
+        kind_of(bytes_, scales.int(), None, True),
+        kind_of(x, None, idx, True),
+        kind_of(x, None, idx.int(), True),
+        kind_of(x, None, idx[:, :3], True),
+    ]
+    assert len({id(kind) for kind in kinds}) == len(kinds)
+    assert kind_of(torch.empty((9, 48), dtype=torch.bfloat16), None, idx, True) is kinds[7]
+    # Of no columns, as of scales that are none.
+    none = kind_of(bytes_, scales[:, :0], None, False)
+    assert [tuple(t.shape) for t in none.templates(64, x.device)] == [(64, 48), (64, 0)]
+    # Whatever numbers of rows were seen, templates take no memory.
+    templates = [t for rows in range(1, 300) for t in kinds[7].templates(rows, x.device)]
+    assert len({t.untyped_storage().data_ptr() for t in templates}) == len({t.dtype for t in templates})
+
+
+def test_templates_are_of_their_device() -> None:
+    from deepep.backends.cuda.memory.arrays import kind_of
+
+    kind = kind_of(torch.empty((1, 16), dtype=torch.bfloat16), None, None, True)
+    for device in (torch.device("cpu"), torch.device("meta"), torch.device("cpu")):
+        assert all(t.device == device for t in kind.templates(64, device))
+
+
+#: Bytes of a landing area for 100 rows of `test_who_is_asked_for_memory`.
+FULL = 9456
+
+
+class Heap:
+    """A pool that lends or does not; a landing area that can grow to `room`, to `free` without waiting."""
+
+    def __init__(self, slots: bool, num_bytes: int, free: int, room: int) -> None:
+        self.slots, self.num_bytes, self.free, self.room = slots, num_bytes, free, room
+        self.asked: list[Any] = []
+
+    def take(self, arrays: Any, stream: int) -> Any:
+        self.asked.append("pool")
+        return [torch.empty_like(a) for a in arrays] if self.slots else None
+
+    def grow(self, num_bytes: int, stream: int, needed: bool) -> bool:
+        self.asked.append("waits" if needed else "grows")
+        grown = num_bytes <= (self.room if needed else self.free)
+        self.num_bytes = num_bytes if grown else self.num_bytes
+        return grown
+
+    def lend(self) -> Any:
+        self.asked.append("lands")
+        return torch.empty(self.num_bytes, dtype=torch.uint8), "stream"
+
+
+@pytest.mark.parametrize(
+    ("heap", "is_guess", "rows", "asked"),
+    [
+        # It has the place already, or makes it, before it asks for a slot.
+        (Heap(True, FULL, 0, 0), False, 100, ["pool"]),
+        (Heap(True, 0, FULL, FULL), False, 100, ["grows", "pool"]),
+        (Heap(False, FULL, 0, 0), False, 100, ["pool", "lands"]),
+        # It cannot make it, and takes a slot all the same.
+        (Heap(True, 0, 0, 0), False, 100, ["grows", "pool"]),
+        (Heap(True, 4000, 0, 0), True, 100, ["grows", "pool"]),
+        # Neither: what is needed may wait for the device; of a guess, as much as there is, or a little.
+        (Heap(False, 0, 0, FULL), False, 100, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 0, 0, 0), False, None, ["grows", "pool", "waits"]),
+        (Heap(False, 7000, 0, FULL), True, 73, ["grows", "pool", "lands"]),
+        (Heap(False, 0, 0, FULL), True, 64, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 0, 0, 0), True, None, ["grows", "pool", "waits"]),
+    ],
+)
+def test_who_is_asked_for_memory(heap: Heap, is_guess: bool, rows: int | None, asked: list[Any]) -> None:
+    """100 rows of 88 bytes and 4 for their token, 128 more for each of the two arrays."""
+    from deepep.backends.cuda.memory import heap as symmetric
+    from deepep.backends.cuda.memory.arrays import kind_of
+
+    memory = symmetric.SymmetricMemory.__new__(symmetric.SymmetricMemory)
+    memory.slots = memory.landing = heap  # type: ignore[assignment]
+    memory._device = torch.device("cpu")
+    kind = kind_of(torch.empty((1, 44), dtype=torch.bfloat16), None, None, True)
+    assert kind.num_bytes(100) == FULL
+    received = memory.lend(kind, 100, is_guess, 0)
+    assert heap.asked == asked
+    if rows is None:
+        assert received is None
+    else:
+        assert received is not None
+        assert received.x.shape == (rows, 44)
+        assert received.landed_on == ("stream" if "lands" in asked else None)
+
+
+def test_a_heap_with_readers_that_nobody_can_ask_is_not_let_go() -> None:
+    from deepep.runtime import streams
+
+    recorded: list[Any] = []
+
+    class Tensor:
+        record_stream = recorded.append
+
+    users = streams.Users(0)
+    users.known = {0: "one", 48: "another"}  # type: ignore[dict-item]
+    assert users.hold(Tensor())  # type: ignore[arg-type]
+    assert recorded == ["one", "another"]
+    users.known[64] = None
+    assert not users.hold(Tensor())  # type: ignore[arg-type]

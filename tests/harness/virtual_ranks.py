@@ -1,0 +1,178 @@
+"""Virtual ranks: the ranks of one NVLink domain as streams of one process on one GPU.
+
+Each rank has its own heap, its own stream and a share of the SMs; all ranks' kernels are resident together,
+as they would be on as many GPUs. The kernels cannot tell. What this cannot show is the links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deepep.backends.cuda.launch import (
+    Counts,
+    Endpoint,
+    Plan,
+)
+from deepep.backends.cuda.memory.arrays import Received, kind_of
+from deepep.backends.cuda.sm_split import NO_ENGINE, combine_split, dispatch_split
+
+
+@dataclass
+class RankInputs:
+    """One rank's arguments of a dispatch, as `Endpoint.dispatch` takes them."""
+
+    x: torch.Tensor  # [T, H]
+    is_token_in_rank: torch.Tensor  # [T, R] bool
+    tokens_per_rank: torch.Tensor  # [R] int32
+    tokens_per_expert: torch.Tensor | None = None  # [E] int32
+    scales: torch.Tensor | None = None  # [T, P]
+    topk_idx: torch.Tensor | None = None  # [T, K]
+    topk_weights: torch.Tensor | None = None  # [T, K]
+
+
+@dataclass
+class Arrived:
+    """One rank's results of a dispatch."""
+
+    received: Received
+    plan: Plan
+    counts: Counts | None = None
+
+
+@dataclass
+class VirtualDomain:
+    """`num_ranks` endpoints on one device.
+
+    heap_bytes: symmetric memory per rank, control and staging included. staging_bytes: of it, what rows
+    return to. engine_cut: as `Endpoint.combine` takes it.
+    """
+
+    num_ranks: int
+    num_sms: int = 0
+    heap_bytes: int = 256 << 20
+    staging_bytes: int = 64 << 20
+    timeout: float = 5.0
+    engine_cut: tuple[int, int] = NO_ENGINE
+    device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
+    endpoints: list[Endpoint] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if self.num_sms == 0:
+            self.num_sms = sms // self.num_ranks
+        if self.num_sms * self.num_ranks > sms:
+            raise ValueError(f"{self.num_ranks} ranks of {self.num_sms} SMs do not fit on {sms} SMs together")
+        heaps = [
+            torch.empty(self.heap_bytes, dtype=torch.uint8, device=self.device) for _ in range(self.num_ranks)
+        ]
+        addresses = [heap.data_ptr() for heap in heaps]
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(self.num_ranks)]
+        self.endpoints = [
+            Endpoint(r, heaps[r], addresses, staging_bytes=self.staging_bytes, timeout=self.timeout)
+            for r in range(self.num_ranks)
+        ]
+        torch.cuda.synchronize(self.device)
+
+    def dispatch(
+        self,
+        inputs: Sequence[RankInputs],
+        *,
+        capacity: int,
+        num_worst_tokens: int = 0,
+        num_experts: int = 0,
+        tell_host: bool = True,
+        plans: Sequence[Plan] | None = None,
+        order: Sequence[int] | None = None,
+        skip: frozenset[int] = frozenset(),
+        late: int | None = None,
+    ) -> list[Arrived]:
+        """One dispatch of all ranks, launched in `order`; `skip` do not arrive, `late` comes 100 ms later."""
+        torch.cuda.synchronize(self.device)
+        results: dict[int, Arrived] = {}
+        for r in order if order is not None else range(self.num_ranks):
+            if r in skip:
+                continue
+            self._hold_back(r, late)
+            endpoint, given = self.endpoints[r], inputs[r]
+            stretch = endpoint.heap[endpoint.slots_begin :]
+            split = dispatch_split(self.num_sms, self.num_ranks)
+            stream = self.streams[r].cuda_stream
+            if plans is not None:
+                plan = plans[r]
+                received = kind_of(given.x, given.scales, None, False).carve(stretch, capacity)
+                endpoint.dispatch_cached(given.x, given.scales, received, split, stream, plan)
+            else:
+                plan = endpoint.new_plan(given.x.shape[0], capacity)
+                received = kind_of(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
+                endpoint.dispatch(
+                    given.x,
+                    received,
+                    split,
+                    stream,
+                    plan,
+                    scales=given.scales,
+                    topk_idx=given.topk_idx,
+                    topk_weights=given.topk_weights,
+                    is_token_in_rank=given.is_token_in_rank,
+                    tokens_per_rank=given.tokens_per_rank,
+                    tokens_per_expert=given.tokens_per_expert,
+                    num_worst_tokens=num_worst_tokens,
+                    tell_host=tell_host,
+                )
+            results[r] = Arrived(received, plan)
+        if tell_host and plans is None:
+            for r, arrived in results.items():
+                arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)
+                if arrived.counts is not None:
+                    arrived.plan.num_rows = arrived.counts.num_rows
+                    arrived.plan.known = arrived.counts.table
+        torch.cuda.synchronize(self.device)
+        return [results[r] for r in sorted(results)]
+
+    def _hold_back(self, rank: int, late: int | None) -> None:
+        """What is launched next for rank `late` starts about 100 ms after the others."""
+        if rank == late:
+            with torch.cuda.stream(self.streams[rank]):
+                torch.cuda._sleep(180_000_000)
+
+    def combine(
+        self,
+        rows: Sequence[torch.Tensor],
+        plans: Sequence[Plan],
+        *,
+        hidden: int,
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        biases: Sequence[tuple[torch.Tensor, ...]] | None = None,
+        skip: frozenset[int] = frozenset(),
+        late: int | None = None,
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
+        torch.cuda.synchronize(self.device)
+        results = []
+        for r in range(self.num_ranks):
+            plan = plans[r]
+            out = torch.empty((plan.num_tokens, hidden), dtype=torch.bfloat16, device=self.device)
+            weights = None
+            if topk_weights is not None:
+                columns = topk_weights[r].shape[1]
+                weights = torch.empty((plan.num_tokens, columns), dtype=torch.float32, device=self.device)
+            results.append((out, weights))
+            if r in skip:
+                continue
+            self._hold_back(r, late)
+            self.endpoints[r].combine(
+                rows[r],
+                plan,
+                combine_split(self.num_sms, self.num_ranks),
+                self.streams[r].cuda_stream,
+                topk_weights=None if topk_weights is None else topk_weights[r],
+                biases=() if biases is None else biases[r],
+                out=out,
+                out_weights=weights,
+                engine_cut=self.engine_cut,
+            )
+        torch.cuda.synchronize(self.device)
+        return results
