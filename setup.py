@@ -88,7 +88,7 @@ class BuildExtensions(build_ext):
         folder = OBJECTS / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}" / ext.name
         target = folder / (source.replace("/", "-") + ".o")
         depends = target.with_suffix(".d")
-        includes = [f"-I{d}" for d in [*ext.include_dirs, *self.include_dirs]]
+        includes = [f"-I{d}" for d in [*ext.include_dirs, sysconfig.get_path("include")]]
         if ext.name == CUDA:
             compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, "-x", "cu"]
         else:
