@@ -61,7 +61,7 @@ void dispatch_layout(const Array<Index>& topk_idx, int64_t num_experts, int64_t 
   const host::Group group{num_experts, num_ranks, ranks_per_node};
   const auto topk = matrix(topk_idx, "topk_idx");
   int32_t* to_rank = result(per_rank, {num_ranks}, "num_tokens_per_rank");
-  int32_t* to_node = result(per_node, {host::num_nodes(group)}, "num_tokens_per_node");
+  int32_t* to_node = result(per_node, {host::num_domains(group)}, "num_tokens_per_node");
   int32_t* to_expert = result(per_expert, {num_experts}, "num_tokens_per_expert");
   bool* in_rank = result(is_token_in_rank, {topk.rows, num_ranks}, "is_token_in_rank");
   const py::gil_scoped_release unlocked;
@@ -176,7 +176,7 @@ void node_positions(const Array<bool>& is_token_in_rank, int64_t ranks_per_node,
                     Array<int64_t> masks, Array<int32_t> position, Array<int32_t> counts) {
   const auto in_rank = table(is_token_in_rank);
   const host::Group group{in_rank.cols, in_rank.cols, ranks_per_node};
-  const int64_t num_nodes = host::num_nodes(group);
+  const int64_t num_nodes = host::num_domains(group);
   int64_t* bits = result(masks, {in_rank.rows, num_nodes}, "masks");
   int32_t* positions = result(position, {in_rank.rows, num_nodes}, "position");
   int32_t* sent = result(counts, {num_nodes}, "counts");

@@ -201,7 +201,7 @@ class Domain {
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
       if (!engine_) engine_ = std::make_unique<dk::CopyEngine>();
-      args.engine = engine_->take({engine_chunks, engine_shrink});
+      args.copy_engine = engine_->take({engine_chunks, engine_shrink});
       dk::launch_combine(args, num_blocks, pointer<void>(stream));
       engine_->order(args, known->counts.data());
     });
@@ -378,7 +378,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("FAULT_BYTES") = sizeof(dk::FaultRecord);
   m.attr("MAX_RANKS") = deepep::layout::kMaxRanks;
 
-  m.attr("ENGINE_DONE") = offsetof(dk::LocalState, engine_done) / sizeof(uint32_t);  // a word of the state
+  m.attr("ENGINE_DONE") = offsetof(dk::LocalState, ce_completed) / sizeof(uint32_t);  // a word of the state
 
   py::class_<CachedDispatch>(m, "CachedDispatch").def(py::init(&cached_dispatch));
   py::class_<RowCounts>(m, "RowCounts").def(py::init([](std::vector<int32_t> counts) {

@@ -30,10 +30,10 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   using namespace dev;
   const kernels::CombineArgs& call = args.combine;
   const kernels::Group& g = call.group;
-  const kernels::EngineWork& work = call.engine;
+  const kernels::CopyEngineWork& work = call.copy_engine;
   const layout::StagingLayout& staging = call.staging;
-  const auto first = work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1);
-  const bool goes = lane() == 0 && wait_reached<acquire, sys_scope>(&g.state->engine_go, work.last_ticket,
+  const auto first = work.last_ticket - static_cast<uint32_t>(work.chunks.num_chunks - 1);
+  const bool goes = lane() == 0 && wait_reached<acquire, sys_scope>(&g.state->ce_doorbell, work.last_ticket,
                                                                     Deadline::in(args.patience_ns));
   if (ballot(goes) == 0) return;
   sync_warp();  // lane 0's acquire comes before what the warp reads
@@ -42,10 +42,10 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   for (int owner = 0; owner < g.num_ranks; ++owner)
     if (owner != g.rank && kernels::is_live(g, owner))
       spoils |= load<relaxed, sys_scope>(kernels::at<uint32_t>(g, owner, g.control.overwritten(g.rank))) != 0;
-  for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
+  for (int chunk = 0; chunk < work.chunks.num_chunks; ++chunk) {
     for (int owner = 0; owner < g.num_ranks; ++owner) {
       if (owner == g.rank || !kernels::is_live(g, owner)) continue;
-      const layout::Stretch rows = layout::chunk_of_rows(count, owner, g.rank, chunk, work.cut);
+      const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, work.chunks);
       std::byte* area = g.heap[owner] + g.staging_offset;
       carry(area + staging.row(rows.place), call.x + rows.row * call.row_bytes, rows.rows, call.row_bytes, spoils);
       carry(area + staging.weights(rows.place),
@@ -54,7 +54,7 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
     }
     sync_warp();
     if (lane() == 0)
-      store<release, sys_scope>(&g.state->engine_done, first + static_cast<uint32_t>(chunk));
+      store<release, sys_scope>(&g.state->ce_completed, first + static_cast<uint32_t>(chunk));
   }
 }
 

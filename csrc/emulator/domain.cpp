@@ -115,7 +115,7 @@ class Domain {
     const int64_t shared = dk::CombineShared{group_.num_ranks}.bytes();
     if (engine_chunks == 0 || refused) return launch("combine_kernel", args, num_blocks, shared);
     engine_ticket_ += static_cast<uint32_t>(engine_chunks);
-    args.engine = {{engine_chunks, engine_shrink}, engine_ticket_};
+    args.copy_engine = {{engine_chunks, engine_shrink}, engine_ticket_};
     launch("combine_carried_kernel", args, num_blocks, shared);
     const CopyEngineArgs orders{args, 100 * group_.timeout_ns};
     machine_.launch(group_.num_ranks + group_.rank, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);
@@ -146,7 +146,7 @@ class Domain {
   /// Whether the copy engine was let go with all that it was ordered. The stream must be idle.
   bool engine_was_let_go() {
     uint32_t go = 0;
-    machine_.host_read(group_.rank, reinterpret_cast<uintptr_t>(&group_.state->engine_go), &go, sizeof(go));
+    machine_.host_read(group_.rank, reinterpret_cast<uintptr_t>(&group_.state->ce_doorbell), &go, sizeof(go));
     return static_cast<int32_t>(go - engine_ticket_) >= 0;
   }
 
@@ -158,13 +158,13 @@ class Domain {
     dk::LayoutArgs args{};
     args.num_ranks = group_.num_ranks;
     args.num_experts = num_experts;
-    args.ranks_per_node = ranks_per_node;
+    args.ranks_per_domain = ranks_per_node;
     args.num_topk = num_topk;
     args.index_bytes = index_bytes;
     args.num_tokens = num_tokens;
     args.topk_idx = pointer<const void>(topk_idx);
     args.tokens_per_rank = pointer<int32_t>(tokens_per_rank);
-    args.tokens_per_node = pointer<int32_t>(tokens_per_node);
+    args.tokens_per_domain = pointer<int32_t>(tokens_per_node);
     args.tokens_per_expert = pointer<int32_t>(tokens_per_expert);
     args.is_token_in_rank = pointer<uint8_t>(is_token_in_rank);
     args.workspace = pointer<uint32_t>(workspace);

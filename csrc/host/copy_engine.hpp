@@ -54,8 +54,8 @@ class CopyEngine {
   CopyEngine& operator=(const CopyEngine&) = delete;
 
   /// Tickets for so many chunks.
-  [[nodiscard]] EngineWork take(const layout::Cut& cut) {
-    if (cut.num_chunks > layout::Cut::kMaxChunks || cut.shrink < 1 || cut.shrink > 100)
+  [[nodiscard]] CopyEngineWork take(const layout::ChunkSizes& cut) {
+    if (cut.num_chunks > layout::ChunkSizes::kMaxChunks || cut.shrink < 1 || cut.shrink > 100)
       throw std::invalid_argument("at most 4 chunks, each 1 to 100 percent of the one before");
     ticket_ += static_cast<uint32_t>(cut.num_chunks);
     return {cut, ticket_};
@@ -64,28 +64,28 @@ class CopyEngine {
   /// Orders what the combine that was launched just before leaves to the engine. counts [R, R]: the handle's.
   void order(const CombineArgs& args, const int32_t* counts) {
     const Group& g = args.group;
-    const EngineWork& work = args.engine;
+    const CopyEngineWork& work = args.copy_engine;
     const layout::CountMatrix count{counts, g.num_ranks};
     const layout::StagingLayout& staging = args.staging;
-    words_.wait(stream_, &g.state->engine_go, work.last_ticket);
-    const auto each_owner = [&](int chunk, const layout::Cut& cut, const auto& visit) {
+    words_.wait(stream_, &g.state->ce_doorbell, work.last_ticket);
+    const auto each_owner = [&](int chunk, const layout::ChunkSizes& cut, const auto& visit) {
       for (int d = 1; d < g.num_ranks; ++d) {
         const int owner = (g.rank + d) % g.num_ranks;
-        const layout::Stretch rows = layout::chunk_of_rows(count, owner, g.rank, chunk, cut);
+        const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, cut);
         if (((g.live >> owner) & 1u) != 0 && rows.rows > 0) visit(g.heap[owner] + g.staging_offset, rows);
       }
     };
     if (args.num_topk > 0)
-      each_owner(0, {1, 100}, [&](std::byte* area, const layout::Stretch& rows) {
+      each_owner(0, {1, 100}, [&](std::byte* area, const layout::RowRange& rows) {
         copy(area + staging.weights(rows.place), args.topk_weights + rows.row * args.num_topk,
              rows.rows * staging.weight_bytes());
       });
-    for (int chunk = 0; chunk < work.cut.num_chunks; ++chunk) {
-      each_owner(chunk, work.cut, [&](std::byte* area, const layout::Stretch& rows) {
+    for (int chunk = 0; chunk < work.chunks.num_chunks; ++chunk) {
+      each_owner(chunk, work.chunks, [&](std::byte* area, const layout::RowRange& rows) {
         copy(area + staging.row(rows.place), args.x + rows.row * args.row_bytes, rows.rows * args.row_bytes);
       });
-      words_.write(stream_, &g.state->engine_done,
-                   work.last_ticket - static_cast<uint32_t>(work.cut.num_chunks - 1 - chunk));
+      words_.write(stream_, &g.state->ce_completed,
+                   work.last_ticket - static_cast<uint32_t>(work.chunks.num_chunks - 1 - chunk));
     }
   }
 

@@ -1,4 +1,4 @@
-// What a rank sends: counts per rank, node and expert, token-in-rank, and each token's row at its
+// What a rank sends: counts per rank, domain and expert, token-in-rank, and each token's row at its
 // receivers. All of it works on a token range, so that blocks, warps or threads may each own one: count a
 // range, prefix the counts over the ranges, then number the tokens inside each range from its start.
 #pragma once
@@ -11,7 +11,7 @@ namespace deepep::layout {
 /// Where `count_topk` adds. `per_node` and `is_token_in_rank` may be null.
 struct TopkCounts {
   int32_t* per_rank;          // [R] tokens, each once per rank
-  int32_t* per_node;          // [D] tokens, each once per node
+  int32_t* per_node;          // [D] tokens, each once per domain
   int32_t* per_expert;        // [E] top-k entries, duplicates included
   uint8_t* is_token_in_rank;  // [T, R] bytes 0 or 1; the rows of the range are overwritten
 };
@@ -32,7 +32,7 @@ DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, in
       const int32_t rank = place.rank_of_expert(expert);
       ++counts.per_rank[rank];
       if (in_rank) in_rank[rank] = 1;
-      if (counts.per_node && is_first_of_node(row, k, place)) ++counts.per_node[place.node_of_rank(rank)];
+      if (counts.per_node && is_first_of_domain(row, k, place)) ++counts.per_node[place.domain_of_rank(rank)];
     }
   }
 }

@@ -1,5 +1,5 @@
 // Where experts and ranks live, and which entry of a token's
-// top-k row speaks for a rank, a node or an expert.
+// top-k row speaks for a rank, a domain or an expert.
 #pragma once
 
 #include "layout/arith.hpp"
@@ -9,22 +9,22 @@ namespace deepep::layout {
 /// Top-k rows are at most this wide: sizes that are fixed before the first top-k row is seen reckon with it.
 inline constexpr int kMaxTopk = 32;
 
-/// Contiguous blocks: expert e lives on rank e / experts_per_rank, rank r on node r / ranks_per_node.
-/// num_experts is a multiple of num_ranks; the last node may be smaller than the others.
+/// Contiguous blocks: expert e lives on rank e / experts_per_rank, rank r on domain r / ranks_per_domain.
+/// num_experts is a multiple of num_ranks; the last domain may be smaller than the others.
 struct Placement {
   int32_t num_experts;
   int32_t num_ranks;
-  int32_t ranks_per_node;
+  int32_t ranks_per_domain;
   int32_t experts_per_rank;
 
-  DEEPEP_HD constexpr Placement(int32_t experts, int32_t ranks, int32_t node_size)
+  DEEPEP_HD constexpr Placement(int32_t experts, int32_t ranks, int32_t domain_size)
       : num_experts(experts),
         num_ranks(ranks),
-        ranks_per_node(node_size),
+        ranks_per_domain(domain_size),
         experts_per_rank(experts / ranks) {}
 
-  [[nodiscard]] DEEPEP_HD constexpr int32_t num_nodes() const {
-    return int32_t(ceil_div(num_ranks, ranks_per_node));
+  [[nodiscard]] DEEPEP_HD constexpr int32_t num_domains() const {
+    return int32_t(ceil_div(num_ranks, ranks_per_domain));
   }
   /// False for -1 ("no expert"). Other entries outside [0, num_experts) are refused on the host; on the
   /// device they count nowhere rather than reach outside an array.
@@ -35,12 +35,12 @@ struct Placement {
   [[nodiscard]] DEEPEP_HD constexpr int32_t rank_of_expert(int32_t expert) const {
     return expert / experts_per_rank;
   }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t node_of_rank(int32_t rank) const { return rank / ranks_per_node; }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t first_rank_of_node(int32_t node) const {
-    return node * ranks_per_node;
+  [[nodiscard]] DEEPEP_HD constexpr int32_t domain_of_rank(int32_t rank) const { return rank / ranks_per_domain; }
+  [[nodiscard]] DEEPEP_HD constexpr int32_t first_rank_of_domain(int32_t domain) const {
+    return domain * ranks_per_domain;
   }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t num_ranks_of_node(int32_t node) const {
-    return min_of(ranks_per_node, num_ranks - first_rank_of_node(node));
+  [[nodiscard]] DEEPEP_HD constexpr int32_t num_ranks_of_domain(int32_t domain) const {
+    return min_of(ranks_per_domain, num_ranks - first_rank_of_domain(domain));
   }
   [[nodiscard]] DEEPEP_HD constexpr int32_t first_expert_of_rank(int32_t rank) const {
     return rank * experts_per_rank;
@@ -74,13 +74,13 @@ template <class Index>
   return !any_within(row, k, first, first + place.experts_per_rank);
 }
 
-/// The same for the entry's node.
+/// The same for the entry's domain.
 template <class Index>
-[[nodiscard]] DEEPEP_HD constexpr bool is_first_of_node(const Index* row, int k, const Placement& place) {
+[[nodiscard]] DEEPEP_HD constexpr bool is_first_of_domain(const Index* row, int k, const Placement& place) {
   if (!place.is_expert(row[k])) return false;
-  const int32_t node = place.node_of_rank(place.rank_of_expert(int32_t(row[k])));
-  const int32_t first = place.first_expert_of_rank(place.first_rank_of_node(node));
-  return !any_within(row, k, first, first + place.num_ranks_of_node(node) * place.experts_per_rank);
+  const int32_t domain = place.domain_of_rank(place.rank_of_expert(int32_t(row[k])));
+  const int32_t first = place.first_expert_of_rank(place.first_rank_of_domain(domain));
+  return !any_within(row, k, first, first + place.num_ranks_of_domain(domain) * place.experts_per_rank);
 }
 
 /// The same for the expert itself: duplicates of an expert inside a token share one low-latency row.

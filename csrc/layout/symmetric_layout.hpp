@@ -37,10 +37,10 @@ struct MailboxWords {
   /// How many of the source's blocks will report in rows_done.
   [[nodiscard]] DEEPEP_HD int push_blocks() const { return capacity() + 1; }
   /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
-  [[nodiscard]] DEEPEP_HD int signature() const { return capacity() + 2; }
+  [[nodiscard]] DEEPEP_HD int digest() const { return capacity() + 2; }
   /// Top-k entries of the source that point at the receiver's local expert `l`.
   [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return capacity() + 3 + l; }
-  /// Words from slot(0) to signature(): the same for all receivers.
+  /// Words from slot(0) to digest(): the same for all receivers.
   static constexpr int kCommon = kSlotArrays + 3;
 };
 
@@ -194,14 +194,14 @@ template <class Count>
 }
 
 /// Rows that go back to one owner together.
-struct Stretch {
+struct RowRange {
   int64_t row;    // the first, where they are
   int64_t place;  // the first, in the owner's staging
   int64_t rows;
 };
 
 /// How rows are cut into parts that follow each other: each `shrink` percent of the one before.
-struct Cut {
+struct ChunkSizes {
   static constexpr int kMaxChunks = 4;
   int num_chunks;
   int shrink;
@@ -220,11 +220,11 @@ struct Cut {
 
 /// What `from` returns to `owner` in one of the parts.
 template <class Count>
-[[nodiscard]] DEEPEP_HD Stretch chunk_of_rows(const Count& count, int owner, int from, int chunk, const Cut& cut) {
+[[nodiscard]] DEEPEP_HD RowRange chunk_of_rows(const Count& count, int owner, int from, int chunk, const ChunkSizes& chunks) {
   const int64_t rows = count(owner, from);
-  const int64_t begin = cut.begin(rows, chunk);
+  const int64_t begin = chunks.begin(rows, chunk);
   return {first_row_of_source(count, owner, from) + begin, first_staging_row(count, owner, from) + begin,
-          cut.begin(rows, chunk + 1) - begin};
+          chunks.begin(rows, chunk + 1) - begin};
 }
 
 }  // namespace deepep::layout

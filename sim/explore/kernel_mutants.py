@@ -96,8 +96,8 @@ EDITS = (
     Edit(
         "flags a chunk ahead of the engine",
         "kernels/combine/copy_engine.hpp",
-        "args.engine.cut.num_chunks - 1 - chunk)",
-        "args.engine.cut.num_chunks - chunk)",
+        "args.copy_engine.chunks.num_chunks - 1 - chunk)",
+        "args.copy_engine.chunks.num_chunks - chunk)",
         "a chunk's flags say that the one before it is there",
     ),
     Edit(
@@ -110,8 +110,8 @@ EDITS = (
     Edit(
         "an engine that is let go only where all have lent",
         "kernels/combine/copy_engine.hpp",
-        "    store<release, sys_scope>(&g.state->engine_go,",
-        "    if (lent) store<release, sys_scope>(&g.state->engine_go,",
+        "    store<release, sys_scope>(&g.state->ce_doorbell,",
+        "    if (lent) store<release, sys_scope>(&g.state->ce_doorbell,",
         "a stream waits for ever where an owner was given up",
     ),
     Edit(
@@ -173,8 +173,8 @@ EDITS = (
     Edit(
         "stages over the mbarriers",
         COPY_FILE,
-        "core::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
-        "core::align_up(int64_t{8} * num_warps, int64_t{16})",
+        "layout::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
+        "layout::align_up(int64_t{8} * num_warps, int64_t{16})",
         "a copy overwrites the mbarrier that another completes on",
     ),
 )

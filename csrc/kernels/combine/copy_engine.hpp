@@ -39,15 +39,15 @@ template <class Count>
   const layout::StagingLayout& staging = args.staging;
   if (lane() == 0) {
     if (!lent) tell_overwritten(g, epoch);
-    store<release, sys_scope>(&g.state->engine_go, args.engine.last_ticket);  // what was told comes before
+    store<release, sys_scope>(&g.state->ce_doorbell, args.copy_engine.last_ticket);  // what was told comes before
   }
   // Also if it serves nobody: x may be given to others once this kernel has ended.
   const Deadline deadline = Deadline::in(g.timeout_ns);
 #pragma unroll 1
-  for (int chunk = 0; chunk < args.engine.cut.num_chunks; ++chunk) {
-    const uint32_t ticket = args.engine.last_ticket - static_cast<uint32_t>(args.engine.cut.num_chunks - 1 - chunk);
-    if (!wait_reached<relaxed, sys_scope>(&g.state->engine_done, ticket, deadline)) {
-      note_fault(g, Phase::kEngine, 0, ticket, load<relaxed, sys_scope>(&g.state->engine_done));  // no rank's doing
+  for (int chunk = 0; chunk < args.copy_engine.chunks.num_chunks; ++chunk) {
+    const uint32_t ticket = args.copy_engine.last_ticket - static_cast<uint32_t>(args.copy_engine.chunks.num_chunks - 1 - chunk);
+    if (!wait_reached<relaxed, sys_scope>(&g.state->ce_completed, ticket, deadline)) {
+      note_fault(g, Phase::kCopyEngine, 0, ticket, load<relaxed, sys_scope>(&g.state->ce_completed));  // no rank's doing
       lent = false;
     }
     lent = ballot(!lent) == 0;
@@ -57,7 +57,7 @@ template <class Count>
     for (int d = 1; d < g.num_ranks; ++d) {
       const int owner = (g.rank + d) % g.num_ranks;
       if (!is_live(g, owner)) continue;
-      const layout::Stretch rows = layout::chunk_of_rows(count, owner, g.rank, chunk, args.engine.cut);
+      const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, args.copy_engine.chunks);
       std::byte* flags = g.heap[owner] + g.staging_offset;
       for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts.count; i += kWarpSize)
         store<relaxed, sys_scope>(
@@ -75,10 +75,10 @@ DEEPEP_DEVICE void await_engine(const CombineArgs& args) {
   // It is let go within one time-out, and given another.
   const Deadline deadline = Deadline::in(2 * g.timeout_ns);
   const auto missing = [&] {
-    return static_cast<int32_t>(args.engine.last_ticket - load<relaxed, sys_scope>(&g.state->engine_done)) > 0;
+    return static_cast<int32_t>(args.copy_engine.last_ticket - load<relaxed, sys_scope>(&g.state->ce_completed)) > 0;
   };
   while (missing() && !deadline.passed()) pause();
-  if (missing()) note_fault(g, Phase::kEngine, 0, args.engine.last_ticket, 0);
+  if (missing()) note_fault(g, Phase::kCopyEngine, 0, args.copy_engine.last_ticket, 0);
 }
 
 /// look: whether the staging may have been written while this rank read it; a fault is noted. One warp, behind a block

@@ -21,7 +21,7 @@ enum class Phase : uint32_t {
   kStaging = 4,         // waiting for a peer to have consumed its staging
   kReturn = 8,          // waiting for a row to come back
   kArrival = 16,        // barrier
-  kEngine = 32,         // waiting for this rank's own copy engine
+  kCopyEngine = 32,         // waiting for this rank's own copy engine
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
   kOverwritten = 256,   // not a wait: a peer gave up on this rank, and its copy engine may have written to its staging
@@ -38,19 +38,19 @@ struct FaultRecord {
 };
 
 /// This rank's own words in device memory: they survive graph replays. The host touches them only to clear `phase`
-/// and what follows it, after a fault, behind the kernel that noted it; the copy engine writes `engine_done`.
+/// and what follows it, after a fault, behind the kernel that noted it; the copy engine writes `ce_completed`.
 struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
   uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
-  uint32_t engine_go;       // the copy engine may begin with what it was given up to this ticket
-  uint32_t engine_done;     // the chunks it has carried, a ticket each
+  uint32_t ce_doorbell;       // the copy engine may begin with what it was given up to this ticket
+  uint32_t ce_completed;     // the chunks it has carried, a ticket each
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
   uint32_t seen;
-  uint32_t handed_over;
+  uint32_t fault_reported;
 };
 
 /// What the host wants to know of a dispatch while it runs, in pinned memory: tagged words (device/device.hpp), the
@@ -58,8 +58,8 @@ struct LocalState {
 struct HostCounts {
   uint64_t phase;      // 0, or kTooManyRows, kDisagreement, or a wait's phase
   uint64_t num_rows;   // rows this rank receives
-  uint64_t most_rows;  // the most any rank receives
-  uint64_t returning;  // rows that combine will bring back to this rank from others
+  uint64_t max_rows;  // the most any rank receives
+  uint64_t num_returned;  // rows that combine will bring back to this rank from others
   uint64_t lists[1];   // [R, R] rows from each rank to each, then [L] top-k entries per local expert
 };
 
@@ -105,16 +105,16 @@ struct DispatchArgs {
   HostCounts* host;                  // null: the host does not wait
   uint32_t ticket;
   // What the launch fills in (prepare), so that no warp has to work it out:
-  uint32_t common[layout::MailboxWords::kCommon];  // what it tells all ranks alike
+  uint32_t common_words[layout::MailboxWords::kCommon];  // what it tells all ranks alike
   layout::TokenSplit push_split;                   // the tokens of each push block
   layout::TokenSplit local_split;                  // of each local block
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
-/// waits until engine_go has reached the last chunk's ticket, then carries each chunk to all owners, and notes its
+/// waits until ce_doorbell has reached the last chunk's ticket, then carries each chunk to all owners, and notes its
 /// ticket.
-struct EngineWork {
-  layout::Cut cut;         // no chunks: SMs return the rows
+struct CopyEngineWork {
+  layout::ChunkSizes chunks;         // no chunks: SMs return the rows
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
 };
 
@@ -134,22 +134,22 @@ struct CombineArgs {
   const int32_t* send_row;       // [T, R] of the handle
   std::byte* out;                // [T, row_bytes]
   float* out_weights;            // [T, K]
-  EngineWork engine;
+  CopyEngineWork copy_engine;
 };
 
 struct LayoutArgs {
   int num_ranks;
   int num_experts;
-  int ranks_per_node;
+  int ranks_per_domain;
   int num_topk;
   int index_bytes;
   int64_t num_tokens;
   const void* topk_idx;        // [T, K]
   int32_t* tokens_per_rank;    // [R]
-  int32_t* tokens_per_node;    // [R / ranks_per_node] or null
+  int32_t* tokens_per_domain;    // [R / ranks_per_domain] or null
   int32_t* tokens_per_expert;  // [E]
   uint8_t* is_token_in_rank;   // [T, R]
-  uint32_t* workspace;         // [E + R + nodes + 1] zero before and after
+  uint32_t* workspace;         // [E + R + domains + 1] zero before and after
 };
 
 }  // namespace deepep::kernels

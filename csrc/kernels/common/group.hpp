@@ -69,7 +69,7 @@ DEEPEP_DEVICE void hand_over_faults(const Group& g, Operation operation) {
   LocalState* state = g.state;
   // Nothing noted: the block stopped for a reason that the host learns with the counts.
   if (load<relaxed, gpu_scope>(&state->phase) == 0) return;
-  if (fetch_add<acq_rel, gpu_scope>(&state->handed_over, 1u) != 0) return;
+  if (fetch_add<acq_rel, gpu_scope>(&state->fault_reported, 1u) != 0) return;
   const Deadline gathered = Deadline::in(kGatherNs);
   while (!gathered.passed()) pause();
   FaultRecord* record = g.fault;

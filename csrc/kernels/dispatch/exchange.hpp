@@ -38,7 +38,7 @@ struct ExchangeShared {
 };
 
 /// What ranks must pass alike, in one word; 0 is kept for a rank that refuses.
-[[nodiscard]] DEEPEP_HD uint32_t signature_of(const DispatchArgs& args) {
+[[nodiscard]] DEEPEP_HD uint32_t digest_of_call(const DispatchArgs& args) {
   if (args.refused) return 0;
   Digest digest;
   digest.add(static_cast<uint32_t>(args.row_bytes));
@@ -58,10 +58,10 @@ inline void prepare(DispatchArgs& args) {
   args.push_split = {args.num_tokens, layout::max_of(args.push_blocks, 1)};
   args.local_split = {args.num_tokens, layout::max_of(args.local_blocks, 1)};
   const layout::MailboxWords words{0};
-  for (int i = 0; i < layout::kSlotArrays; ++i) args.common[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
-  args.common[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
-  args.common[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
-  args.common[words.signature()] = signature_of(args);
+  for (int i = 0; i < layout::kSlotArrays; ++i) args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
+  args.common_words[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
+  args.common_words[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
+  args.common_words[words.digest()] = digest_of_call(args);
 }
 
 /// tell: counts, what is lent and shapes to every live rank, this one included. One lane per word.
@@ -81,7 +81,7 @@ DEEPEP_DEVICE void tell(const DispatchArgs& args, uint32_t epoch) {
       value = static_cast<uint32_t>(
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
     else if (word >= g.num_ranks)
-      value = args.common[word - g.num_ranks];
+      value = args.common_words[word - g.num_ranks];
     else if (!kCached && !args.refused && is_live(g, word))  // a cached call's counts are in everybody's handle
       value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     // Relaxed: the word says all it has to, and carries the epoch, so that one of an earlier call is never taken for
@@ -118,7 +118,7 @@ template <bool kCached>
   SharedArray<uint32_t> unheard(shared.unheard());
 
   const int per_source = words_heard(args);
-  const uint32_t own_signature = args.common[words.signature() - ranks];
+  const uint32_t own_digest = args.common_words[words.digest() - ranks];
   for (int i = thread(); i < ranks * per_source; i += num_threads()) {
     const int source = i / per_source;
     const int word = i % per_source;
@@ -130,8 +130,8 @@ template <bool kCached>
       if (!wait_tag<acquire, sys_scope>(p, epoch, deadline, value)) {
         note_fault(g, Phase::kCounts, 1u << source, epoch, unpack_tagged(load<relaxed, sys_scope>(p)).tag);
         unheard.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      } else if (word == words.signature() && (value != own_signature || args.refused)) {
-        note_fault(g, Phase::kDisagreement, 1u << source, own_signature, value);
+      } else if (word == words.digest() && (value != own_digest || args.refused)) {
+        note_fault(g, Phase::kDisagreement, 1u << source, own_digest, value);
         unheard.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
     }
@@ -197,8 +197,8 @@ DEEPEP_DEVICE void tell_host(const DispatchArgs& args, uint32_t why, uint32_t ep
     most = rows > most ? rows : most;
   }
   tell(&args.host->num_rows, layout::first_row_of_source(count, g.num_ranks, g.rank));
-  tell(&args.host->most_rows, most);
-  tell(&args.host->returning, layout::first_staging_row(count, g.rank, g.num_ranks));
+  tell(&args.host->max_rows, most);
+  tell(&args.host->num_returned, layout::first_staging_row(count, g.rank, g.num_ranks));
   tell(&args.host->phase, why | untold.get(0));
 }
 

@@ -7,8 +7,8 @@
 namespace deepep::kernels {
 
 void launch_layout(const LayoutArgs& args, int num_blocks, void* stream) {
-  const int64_t nodes = layout::ceil_div(args.num_ranks, args.ranks_per_node);
-  const int64_t bytes = 4 * (args.num_experts + args.num_ranks + nodes + 4);
+  const int64_t domains = layout::ceil_div(args.num_ranks, args.ranks_per_domain);
+  const int64_t bytes = 4 * (args.num_experts + args.num_ranks + domains + 4);
   launch<LayoutArgs>(layout_kernel, args, num_blocks, kThreads, bytes, stream, "layout");
 }
 

@@ -1,4 +1,4 @@
-// Dispatch layout on the device: counts per rank, node and expert, and which ranks each token goes to.
+// Dispatch layout on the device: counts per rank, domain and expert, and which ranks each token goes to.
 // A thread a token, counters in shared memory, then one global sum; the last block hands the totals out and
 // leaves the workspace zero for the next call.
 #pragma once
@@ -29,10 +29,10 @@ DEEPEP_DEVICE void mark_ranks(const LayoutArgs& args, const layout::Placement& p
 template <class Index>
 DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
   using namespace dev;
-  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_node);
-  const int nodes = args.tokens_per_node != nullptr ? placement.num_nodes() : 0;
-  SharedArray<uint32_t> totals(0);  // [E] experts, [R] ranks, [nodes]
-  const int total = args.num_experts + args.num_ranks + nodes;
+  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_domain);
+  const int domains = args.tokens_per_domain != nullptr ? placement.num_domains() : 0;
+  SharedArray<uint32_t> totals(0);  // [E] experts, [R] ranks, [domains]
+  const int total = args.num_experts + args.num_ranks + domains;
   for (int i = thread(); i < total; i += num_threads()) totals.set(i, 0);
   sync_block();
   const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
@@ -46,8 +46,8 @@ DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
       const int rank = placement.rank_of_expert(expert);
       totals.add(expert, 1u);
       if (layout::is_first_of_rank(row, k, placement)) totals.add(args.num_experts + rank, 1u);
-      if (nodes > 0 && layout::is_first_of_node(row, k, placement))
-        totals.add(args.num_experts + args.num_ranks + placement.node_of_rank(rank), 1u);
+      if (domains > 0 && layout::is_first_of_domain(row, k, placement))
+        totals.add(args.num_experts + args.num_ranks + placement.domain_of_rank(rank), 1u);
     }
   }
   sync_block();
@@ -64,9 +64,9 @@ DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
   else
     count_tokens<int32_t>(args);
 
-  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_node);
-  const int nodes = args.tokens_per_node != nullptr ? placement.num_nodes() : 0;
-  const int total = args.num_experts + args.num_ranks + nodes;
+  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_domain);
+  const int domains = args.tokens_per_domain != nullptr ? placement.num_domains() : 0;
+  const int total = args.num_experts + args.num_ranks + domains;
   SharedArray<uint32_t> last(4 * static_cast<int64_t>(total));
   uint32_t* blocks_done = args.workspace + total;
   sync_block();  // this block's sums come before its arrival
@@ -82,7 +82,7 @@ DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
     else if (i < args.num_experts + args.num_ranks)
       store(args.tokens_per_rank + i - args.num_experts, count);
     else
-      store(args.tokens_per_node + i - args.num_experts - args.num_ranks, count);
+      store(args.tokens_per_domain + i - args.num_experts - args.num_ranks, count);
   }
   if (thread() == 0) store<relaxed, gpu_scope>(blocks_done, 0u);
 }

@@ -70,7 +70,7 @@ std::vector<int64_t> count_then_number(int64_t num_tokens, int64_t num_parts, st
 
 }  // namespace
 
-int64_t num_nodes(const Group& group) { return placement(group).num_nodes(); }
+int64_t num_domains(const Group& group) { return placement(group).num_domains(); }
 
 // ---- high throughput
 
@@ -80,7 +80,7 @@ void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* 
   const layout::Placement place = placement(group);
   expect_experts("topk_idx", topk_idx, group.num_experts);
   std::fill_n(per_rank, place.num_ranks, 0);
-  std::fill_n(per_node, place.num_nodes(), 0);
+  std::fill_n(per_node, place.num_domains(), 0);
   std::fill_n(per_expert, place.num_experts, 0);
   layout::count_topk(topk_idx.data, int(topk_idx.cols), 0, topk_idx.rows, place,
                    {per_rank, per_node, per_expert, is_token_in_rank});
@@ -243,20 +243,20 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
 int64_t forwarding_rank(const Group& group, int64_t source, int64_t node) {
   const layout::Placement place = placement(group);
   expect_index("source", source, place.num_ranks);
-  expect_index("node", node, place.num_nodes());
+  expect_index("node", node, place.num_domains());
   return layout::forwarding_rank(int32_t(source), int32_t(node), place);
 }
 
 void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
                     uint64_t* masks, int32_t* position, int32_t* counts) {
   const layout::Placement place = placement(group);
-  expect(place.num_ranks_of_node(0) <= 64, "ranks_per_node", place.ranks_per_node, "at most 64");
+  expect(place.num_ranks_of_domain(0) <= 64, "ranks_per_node", place.ranks_per_domain, "at most 64");
   const uint8_t* in_rank = is_token_in_rank.data;
   const auto last = count_then_number(
-      is_token_in_rank.rows, num_parts, std::vector<int64_t>(size_t(place.num_nodes()), 0),
+      is_token_in_rank.rows, num_parts, std::vector<int64_t>(size_t(place.num_domains()), 0),
       [&](int64_t begin, int64_t end, int64_t* part) {
-        for (int32_t node = 0; node < place.num_nodes(); ++node) {
-          part[node] = layout::count_sent_to_node(in_rank, node, begin, end, place);
+        for (int32_t node = 0; node < place.num_domains(); ++node) {
+          part[node] = layout::count_sent_to_domain(in_rank, node, begin, end, place);
         }
       },
       [&](int64_t begin, int64_t end, int64_t* next) {

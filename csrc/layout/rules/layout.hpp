@@ -18,7 +18,7 @@ struct Matrix {
   int64_t cols;
 };
 
-/// Experts on ranks, ranks on nodes, as layout::Placement has them.
+/// Experts on ranks, ranks on domains, as layout::Placement has them.
 struct Group {
   int64_t num_experts;
   int64_t num_ranks;
@@ -26,7 +26,7 @@ struct Group {
 };
 
 /// Nodes of the group, after checking it.
-[[nodiscard]] int64_t num_nodes(const Group& group);
+[[nodiscard]] int64_t num_domains(const Group& group);
 
 /// Fills per_rank [R], per_node [D], per_expert [E] and is_token_in_rank [T, R] from topk_idx [T, K].
 template <class Index>
@@ -78,15 +78,15 @@ template <class Index>
 void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert,
                            int64_t source, int64_t num_max_tokens, int64_t num_parts, int64_t* rows);
 
-/// The rank of `node` that takes in what `source` sends there.
-[[nodiscard]] int64_t forwarding_rank(const Group& group, int64_t source, int64_t node);
+/// The rank of `domain` that takes in what `source` sends there.
+[[nodiscard]] int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain);
 
-/// masks [T, D], position [T, D], counts [D] of the tokens a source sends to each node.
+/// masks [T, D], position [T, D], counts [D] of the tokens a source sends to each domain.
 void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
                     uint64_t* masks, int32_t* position, int32_t* counts);
 
 /// rows [n, node_ranks] of the tokens one source sent to a
-/// node; first_rows [node_ranks]: its first row at each rank.
+/// domain; first_rows [node_ranks]: its first row at each rank.
 void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
                     int64_t node_ranks, int64_t* rows);
 
