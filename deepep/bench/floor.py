@@ -69,7 +69,7 @@ class Floor:
     def __init__(self, clock: Clock, group: Any, rank: int, device: torch.device, most_bytes: int) -> None:
         gather = gather_over(group)
         self._kernels: Any = importlib.import_module("deepep._cuda")
-        ranks = len(gather(None))
+        ranks = len(gather(b""))
         self._clock = clock
         self._rank = rank
         self._region = whole_vectors(most_bytes)

@@ -15,7 +15,7 @@ NODE_RANKS = (2, 4, 8)
 def open_deep_ep(group: Any, hidden: int, most_sms: int) -> tuple[Any, str]:
     """(its Buffer for rows of `hidden` bf16 values, or None; why not). Collective, alike on all ranks."""
     kind, why = _buffer_type(group.size())
-    reasons = [reason for reason in gather_over(group)(why) if reason]
+    reasons = [reason.decode() for reason in gather_over(group)(why.encode()) if reason]
     if kind is None or reasons:
         return None, reasons[0]
     kind.set_num_sms(most_sms // 2 * 2)

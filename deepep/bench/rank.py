@@ -130,8 +130,8 @@ class Bench:
         """Compares one result with the oracle's. Raises WrongResultError for ours; notes it for others."""
         if self._oracle is None:
             return
-        mine = self._oracle.complaint(operation, operation.call())
-        complaints = enumerate(gather_over(self._group)(mine))
+        mine = self._oracle.complaint(operation, operation.call()) or ""
+        complaints = enumerate(raw.decode() for raw in gather_over(self._group)(mine.encode()))
         said = next((f"{what}: rank {rank}: {complaint}" for rank, complaint in complaints if complaint), "")
         if said and ours:
             raise WrongResultError(said)

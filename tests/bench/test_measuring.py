@@ -201,5 +201,5 @@ def test_deep_ep_is_opened_with_room_for_its_rows(monkeypatch: pytest.MonkeyPatc
     buffer, why = peers.open_deep_ep(group, 100, 25)
     assert why == ""
     assert buffer.sizes == (2 * 200 * 2 * 24, 0)
-    monkeypatch.setattr(peers, "gather_over", lambda group: lambda mine: [mine, "not there"])
+    monkeypatch.setattr(peers, "gather_over", lambda group: lambda mine: [mine, b"not there"])
     assert peers.open_deep_ep(group, 100, 24) == (None, "not there")

@@ -16,7 +16,7 @@ from deepep.backends.cuda.launch import (
     Endpoint,
     Plan,
 )
-from deepep.backends.cuda.memory.arrays import Received, kind_of
+from deepep.backends.cuda.memory.arrays import ReceiveArrays, receive_spec
 from deepep.backends.cuda.sm_split import NO_ENGINE, combine_split, dispatch_split
 
 
@@ -37,7 +37,7 @@ class RankInputs:
 class Arrived:
     """One rank's results of a dispatch."""
 
-    received: Received
+    received: ReceiveArrays
     plan: Plan
     counts: Counts | None = None
 
@@ -97,16 +97,16 @@ class VirtualDomain:
                 continue
             self._hold_back(r, late)
             endpoint, given = self.endpoints[r], inputs[r]
-            stretch = endpoint.heap[endpoint.slots_begin :]
+            stretch = endpoint.heap[endpoint.pool_begin :]
             split = dispatch_split(self.num_sms, self.num_ranks)
             stream = self.streams[r].cuda_stream
             if plans is not None:
                 plan = plans[r]
-                received = kind_of(given.x, given.scales, None, False).carve(stretch, capacity)
+                received = receive_spec(given.x, given.scales, None, False).carve(stretch, capacity)
                 endpoint.dispatch_cached(given.x, given.scales, received, split, stream, plan)
             else:
                 plan = endpoint.new_plan(given.x.shape[0], capacity)
-                received = kind_of(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
+                received = receive_spec(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
                 endpoint.dispatch(
                     given.x,
                     received,

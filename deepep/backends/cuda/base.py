@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from deepep.backends.cuda.launch import Counts, Phase
-from deepep.backends.cuda.memory.heap import SymmetricMemory
+from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
 from deepep.backends.reference.engine import ReferenceEngine
 from deepep.errors import (
     ArgumentError,
@@ -46,7 +46,9 @@ class CudaBase(ReferenceEngine):
         self._build()
 
     def _build(self) -> None:
-        self._memory = SymmetricMemory(self._conductor.membership, self._device, self.info.options.timeout)
+        self._memory = SymmetricMemory(
+            self._conductor.membership, self._device, self.info.options.timeout, symmetric_bytes()
+        )
         self._endpoint = self._memory.endpoint
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
@@ -102,7 +104,7 @@ class CudaBase(ReferenceEngine):
             return True
         if self._stale:
             self._endpoint.wait()
-            self._memory.outlive()
+            self._memory.leak()
             self._build()
             self._stale, self._fault, self._refused = False, None, False
         if self._refused:  # what this rank refused, all ranks disagree about: it knows

@@ -25,7 +25,7 @@ from deepep.backends.cuda.launch import (
     Phase,
     Plan,
 )
-from deepep.backends.cuda.memory.arrays import Received, kind_of
+from deepep.backends.cuda.memory.arrays import ReceiveArrays, receive_spec
 from deepep.backends.cuda.sm_split import ENGINE_BYTES, NO_ENGINE, combine_split, dispatch_split, engine_cut
 from deepep.backends.cuda.streams import CallersStream, CommStream
 from deepep.backends.reference.engine import RANKS_PER_DOMAIN
@@ -142,10 +142,10 @@ class CudaEngine(CudaBase):
                     num_worst_tokens=worst,
                     tell_host=worst == 0,
                 )
-                if capturing or (worst and received.landed_on):
+                if capturing or (worst and received.overflow_stream):
                     received = self._memory.copy_out(received, worst)
             # All that can be done before the counts are known is done now: small batches wait for the host.
-            if received.landed_on is None:
+            if received.overflow_stream is None:
                 completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
             if worst:
                 rows, per_expert = worst, []
@@ -153,11 +153,11 @@ class CudaEngine(CudaBase):
                 break
             counts = self._learn_counts(experts // ranks)
             if counts.phase == Phase.TOO_MANY_ROWS:
-                capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and lend anew
+                capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and acquire anew
                 continue
             self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
             rows, per_expert = counts.num_rows, counts.per_expert
-            if received.landed_on is None:
+            if received.overflow_stream is None:
                 received.cut(rows)
             else:
                 received = self._memory.copy_out(received, rows)
@@ -196,7 +196,7 @@ class CudaEngine(CudaBase):
             self._endpoint.dispatch_cached(x, scales, received, split, stream, plan)
             if plan.stream != stream:
                 plan.table.record_stream(streams.current(self._index))
-            if capturing or received.landed_on:
+            if capturing or received.overflow_stream:
                 received = self._memory.copy_out(received, plan.num_rows)
             else:
                 if plan.num_rows != capacity:
@@ -208,9 +208,9 @@ class CudaEngine(CudaBase):
     def _remember(self, request: DispatchRequest, plan: NvlinkPlan, capacity: int) -> None:
         """A cached dispatch that went the usual way."""
         x, scales, known = request.x, request.scales, plan.repeat
-        kind = kind_of(x, scales, None, with_source=False)
-        # No shorter way while the landing area has to grow before anything is lent (SymmetricMemory.lend).
-        if kind.num_bytes(capacity) > self._memory.landing.num_bytes:
+        spec = receive_spec(x, scales, None, with_source=False)
+        # No shorter way while the overflow area has to grow before anything is acquired.
+        if spec.num_bytes(capacity) > self._memory.overflow.num_bytes:
             return
         if known is not None and known.memory is self._memory and known.addresses(x, scales, request.num_sms):
             return
@@ -221,7 +221,7 @@ class CudaEngine(CudaBase):
             x.dtype,
             None if scales is None else (scales.dtype, scales.shape, scales.stride()),
             request.num_sms,
-            kind.templates(capacity, self._device),
+            spec.templates(capacity, self._device),
             plan.repeated[1],
             self._memory,
         )
@@ -240,7 +240,7 @@ class CudaEngine(CudaBase):
                 return None
             if torch.cuda.is_current_stream_capturing():
                 return None
-            made = self._memory.slots.take_at_once(like.templates, stream)
+            made = self._memory.pool.acquire_now(like.templates, stream)
             if made is None:
                 return None
             self._endpoint.repeat(like.call, given, made, stream)
@@ -346,16 +346,16 @@ class CudaEngine(CudaBase):
 
     def _lend(
         self, request: DispatchRequest, capacity: int, is_guess: bool, capturing: bool, stream: int
-    ) -> Received:
+    ) -> ReceiveArrays:
         """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
         memory = self._memory
-        kind = kind_of(request.x, request.scales, request.topk_idx, with_source=request.route is None)
+        spec = receive_spec(request.x, request.scales, request.topk_idx, with_source=request.route is None)
         if capturing:
-            received = memory.lend_to_graph(kind, capacity)
+            received = memory.acquire_for_graph(spec, capacity)
         else:
-            received = memory.lend(kind, capacity, is_guess, stream)
+            received = memory.acquire(spec, capacity, is_guess, stream)
         if received is None:
-            size = kind.num_bytes(capacity)
+            size = spec.num_bytes(capacity)
             got = f"{capacity} rows to receive, {size} bytes"
             full = CapacityError("x", got, memory.shortage(size, capturing), self.info.rank)
             self.refuse(Operation.DISPATCH, full, _NOW)
@@ -380,7 +380,7 @@ class CudaEngine(CudaBase):
             if tensor is not None:
                 tensor.record_stream(self._comm)
         if schedule.allocate_on_comm_stream:
-            self._memory.slots.users.add_current()  # it may read them, and torch is not told
+            self._memory.pool.users.add_current()  # it may read them, and torch is not told
         else:
             for tensor in made:
                 if tensor is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from deepep import _cuda
-from deepep.backends.cuda.memory.arrays import Received
+from deepep.backends.cuda.memory.arrays import ReceiveArrays
 from deepep.backends.cuda.sm_split import NO_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
 
@@ -109,9 +109,9 @@ class Endpoint:
         self.live = (1 << self.num_ranks) - 1
         self.timeout = timeout
         self.staging_bytes = staging_bytes
-        #: where the part of the heap begins that is lent out in slots
-        self.slots_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
-        heap[: self.slots_begin].zero_()
+        #: where the part of the heap begins that dispatches receive in
+        self.pool_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
+        heap[: self.pool_begin].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
         self._fault = torch.zeros(_cuda.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
         self._host = torch.zeros(
@@ -186,7 +186,7 @@ class Endpoint:
     def dispatch(
         self,
         x: torch.Tensor,
-        received: Received,
+        received: ReceiveArrays,
         split: BlockSplit,
         stream: int,
         plan: Plan,
@@ -246,7 +246,7 @@ class Endpoint:
         self,
         x: torch.Tensor,
         scales: torch.Tensor | None,
-        received: Received,
+        received: ReceiveArrays,
         split: BlockSplit,
         stream: int,
         plan: Plan,

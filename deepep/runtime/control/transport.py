@@ -109,3 +109,18 @@ def store_of(group: dist.ProcessGroup) -> Store:
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     return dist.distributed_c10d._get_process_group_store(group)  # torch 2.8
+
+
+def gather_bytes(group: dist.ProcessGroup, mine: bytes) -> list[bytes]:
+    """Every rank's bytes, by rank; of any length, which may differ. Collective over the group."""
+    device = torch.device("cuda", torch.cuda.current_device()) if device_type_of(group) == "cuda" else "cpu"
+
+    def gather(values: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(values) for _ in range(group.size())]
+        dist.all_gather(everyone, values, group=group)
+        return [given.cpu() for given in everyone]
+
+    lengths = [int(length) for length in gather(torch.tensor([len(mine)], device=device))]
+    padded = bytearray(mine.ljust(max(max(lengths), 1), b"\0"))
+    everyone = gather(torch.frombuffer(padded, dtype=torch.uint8).to(device))
+    return [bytes(raw.tolist())[:length] for raw, length in zip(everyone, lengths, strict=True)]

@@ -46,7 +46,7 @@ class Arena:
     def give_back(self, unit: int, units: int) -> None:
         self._give_back(BASE + unit * UNIT, units * UNIT - 7, 0, None)
 
-    def set_aside(self, units: int) -> int | None:
+    def reserve_tail(self, units: int) -> int | None:
         return self._unit(_cuda.arena_set_aside(self.id, units * UNIT - 7))
 
     def settle(self) -> None:
@@ -116,7 +116,7 @@ def test_every_operation_does_what_the_model_does(operations: list[tuple[str, in
                 more = max(0, number - aside)
                 begin = UNITS - aside - more
                 fits = memory[begin : begin + more] == ["free"] * more
-                assert arena.set_aside(number) == (UNITS - number if fits else None)
+                assert arena.reserve_tail(number) == (UNITS - number if fits else None)
                 if fits:
                     mark(begin, more, "aside", "free")
                     aside += more
@@ -137,7 +137,7 @@ def test_what_came_back_rests_until_it_is_settled() -> None:
         arena.give_back(0, 4)
         assert _cuda.arena_used(arena.id) == 0
         assert arena.take(1) is None
-        assert arena.set_aside(1) is None
+        assert arena.reserve_tail(1) is None
         seen = _cuda.arena_came_back(arena.id)
         _cuda.arena_settle(arena.id, seen)
         assert arena.take(2) == 0
@@ -150,33 +150,33 @@ def test_what_came_back_rests_until_it_is_settled() -> None:
 
 def test_what_is_set_aside_stays_so() -> None:
     with opened(10) as arena:
-        assert arena.set_aside(3) == 7
-        assert arena.set_aside(2) == 8  # was there before
+        assert arena.reserve_tail(3) == 7
+        assert arena.reserve_tail(2) == 8  # was there before
         assert arena.take(8) is None
         assert arena.take(7) == 0
-        assert arena.set_aside(4) is None
-        assert arena.set_aside(3) == 7
+        assert arena.reserve_tail(4) is None
+        assert arena.reserve_tail(3) == 7
         arena.give_back(0, 7)
         arena.settle()
-        assert arena.set_aside(11) is None
-        assert arena.set_aside(10) == 0
+        assert arena.reserve_tail(11) is None
+        assert arena.reserve_tail(10) == 0
         assert arena.take(1) is None
 
 
 def test_a_graphs_slot_lies_below() -> None:
     """A captured graph's slot is taken as any block is, and never given back."""
     with opened(10) as arena:
-        assert arena.set_aside(4) == 6
+        assert arena.reserve_tail(4) == 6
         assert arena.reserve(3) == 0
         assert arena.reserve(4) is None
         assert arena.reserve(3) == 3
-        assert arena.set_aside(5) is None
+        assert arena.reserve_tail(5) is None
 
 
 def test_a_closed_arena_has_nothing() -> None:
     with opened(10) as arena:
         pass
     assert arena.take(1) is None
-    assert arena.set_aside(1) is None
+    assert arena.reserve_tail(1) is None
     assert _cuda.arena_used(arena.id) == 0
     assert _cuda.arena_came_back(arena.id) == 0

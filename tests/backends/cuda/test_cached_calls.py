@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("deepep._cuda", reason="deepep._cuda is not built")
 
 from deepep.backends.cuda import launch as nvlink
-from deepep.backends.cuda.memory.arrays import kind_of
+from deepep.backends.cuda.memory.arrays import receive_spec
 from deepep.backends.cuda.sm_split import dispatch_split
 
 TOKENS, RANKS, HIDDEN = 6, 2, 128
@@ -47,8 +47,8 @@ def test_nothing_old_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def launch(x: torch.Tensor, s: torch.Tensor | None, capacity: int = 64, sms: int = 24) -> tuple[int, ...]:
         """What the kernel would get that was prepared."""
-        kind = kind_of(x, s, None, False)
-        received = kind.of([torch.empty_like(t) for t in kind.templates(capacity, x.device)])
+        spec = receive_spec(x, s, None, False)
+        received = spec.of([torch.empty_like(t) for t in spec.templates(capacity, x.device)])
         split = dispatch_split(sms, RANKS)
         endpoint.dispatch_cached(x, s, received, split, 7, plan)
         call, x_at, scales_at, slot_at, slot_scales_at, stream = launches.made[-1]

@@ -1,5 +1,5 @@
 """Memory the user owns, between two processes: what `Buffer` hands out may be kept, freed and read on other
-streams as any tensor may. Whether a slot was lent too early is seen in the bits of whoever still reads it.
+streams as any tensor may. Whether memory was reused too early is seen in the bits of whoever still reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepep.sim import World
 
 pytestmark = pytest.mark.gpu
 
-#: Symmetric memory of a rank: some 384 MiB of slots. A dispatch of T = 1024 takes some 37 MB.
+#: Symmetric memory of a rank: some 384 MiB of receive pool. A dispatch of T = 1024 takes some 37 MB.
 SYMMETRIC_BYTES = 512 << 20
 TOKENS = 1024
 #: Cycles of a sleep on the device: about 0.1 s.
@@ -45,7 +45,7 @@ def received(ctx: Any, seed: int, tokens: int = TOKENS, **how: Any) -> torch.Ten
 
 
 def churn(ctx: Any, times: int = 8, tokens: int = TOKENS) -> None:
-    """Dispatches whose results are freed at once: they go wherever slots are free, or wrongly thought so."""
+    """Dispatches whose results are freed at once: they go where the pool is free, or wrongly thought so."""
     for seed in range(times):
         received(ctx, 500 + seed, tokens)
 
@@ -78,7 +78,7 @@ def test_rows_are_right_whatever_is_kept(pair: World) -> None:
 
 
 def test_freed_memory_is_there_again(pair: World) -> None:
-    """Many more dispatches than slots would hold, all freed; nothing accumulates."""
+    """Many more dispatches than the pool would hold, all freed; nothing accumulates."""
 
     def free(ctx: Any) -> None:
         churn(ctx, times=20)
@@ -93,7 +93,7 @@ def test_freed_memory_is_there_again(pair: World) -> None:
 
 @pytest.mark.parametrize("part", ["a slice", "the indices", "the weights", "the scales"])
 def test_a_part_keeps_the_whole(pair: World, part: str) -> None:
-    """Whatever view is left of a dispatch's results, its memory is not lent again."""
+    """Whatever view is left of a dispatch's results, its memory is not handed out again."""
 
     def keep(ctx: Any, part: str) -> None:
         buffer = buffer_of(ctx)

@@ -67,15 +67,15 @@ def test_only_what_is_alike_is_taken_for_it() -> None:
 
 
 class Memory:
-    """Stands for symmetric memory whose slots are ordinary memory. landing: bytes of its landing area."""
+    """Stands for symmetric memory whose pool is ordinary memory. overflow: bytes of its overflow area."""
 
-    def __init__(self, landing: int = 1 << 30) -> None:
-        self.slots, self.landing, self.is_full = self, SimpleNamespace(num_bytes=landing), False
+    def __init__(self, overflow: int = 1 << 30) -> None:
+        self.pool, self.overflow, self.is_full = self, SimpleNamespace(num_bytes=overflow), False
 
-    def lend(self, kind: Any, capacity: int, is_guess: bool, stream: int) -> Any:
-        return kind.of([torch.empty_like(t) for t in kind.templates(capacity, torch.device("cpu"))])
+    def acquire(self, spec: Any, capacity: int, is_guess: bool, stream: int) -> Any:
+        return spec.of([torch.empty_like(t) for t in spec.templates(capacity, torch.device("cpu"))])
 
-    def take_at_once(self, arrays: list[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+    def acquire_now(self, arrays: list[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         return None if self.is_full else [torch.empty_like(t) for t in arrays]
 
 
@@ -118,9 +118,9 @@ def test_what_stands_in_the_shorter_way(monkeypatch: pytest.MonkeyPatch) -> None
         return rows is not None
 
     assert not is_quick()
-    engine._memory = Memory(landing=90 * HIDDEN)
+    engine._memory = Memory(overflow=90 * HIDDEN)
     usual()
-    assert not is_quick(), "the landing area is to grow first"
+    assert not is_quick(), "the overflow area is to grow first"
     engine._memory = Memory()
     usual()
     assert is_quick()
@@ -152,7 +152,7 @@ def pair() -> Iterator[World]:
 
 @pytest.mark.gpu
 def test_repeated_calls_are_right(pair: World) -> None:
-    """Calls of many kinds in random order along two handles, on two streams; some results are kept."""
+    """Calls of many specs in random order along two handles, on two streams; some results are kept."""
 
     def call(ctx: Any) -> tuple[int, int]:
         import deepep

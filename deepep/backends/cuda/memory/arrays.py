@@ -1,4 +1,4 @@
-"""What a dispatch receives into: up to five arrays, of a kind that is worked out once.
+"""Receive arrays: the up to five arrays that a dispatch receives into, by a spec that is worked out once.
 
 A call may spend some 25 us of host time, and torch takes most of it: so what depends on shapes and dtypes
 alone is kept from call to call, and arrays are made like a template: half of what `torch.empty` takes.
@@ -21,10 +21,10 @@ Array = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(slots=True)
-class Received:
+class ReceiveArrays:
     """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
 
-    landed_on: where that is the landing area (overflow.py), the stream to copy them out on.
+    overflow_stream: where that is the overflow area (overflow.py), the stream to copy them out on.
     """
 
     x: torch.Tensor  # [capacity, H]
@@ -32,16 +32,16 @@ class Received:
     scales: torch.Tensor | None  # [capacity, P]
     topk_idx: torch.Tensor | None  # [capacity, K]
     topk_weights: torch.Tensor | None  # [capacity, K] float32
-    landed_on: torch.cuda.Stream | None = None
+    overflow_stream: torch.cuda.Stream | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All of them, in order."""
         return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
 
-    def copy(self, rows: int) -> Received:
+    def copy(self, rows: int) -> ReceiveArrays:
         """The first `rows` rows, in memory of the current stream."""
         copies = (None if t is None else t[:rows].clone() for t in self.tensors())
-        return Received(*copies)  # type: ignore[arg-type]
+        return ReceiveArrays(*copies)  # type: ignore[arg-type]
 
     def cut(self, rows: int) -> None:
         """Keeps the first `rows` rows, in place."""
@@ -53,8 +53,8 @@ class Received:
                     tensor.resize_(rows, tensor.shape[1])
 
 
-class Kind:
-    """Arrays of one kind: what a row has in each, whatever the number of rows.
+class ReceiveSpec:
+    """The arrays of one kind of dispatch: what a row has in each, whatever the number of rows.
 
     scales, topk: columns and dtype; None for what does not travel. with_source: source tokens are wanted.
     """
@@ -96,15 +96,15 @@ class Kind:
             self._templates[capacity] = made
         return made
 
-    def of(self, tensors: list[torch.Tensor]) -> Received:
+    def of(self, tensors: list[torch.Tensor]) -> ReceiveArrays:
         """Of tensors in order."""
         rest = iter(tensors)
         x = next(rest)
         source = next(rest) if self._with_source else None
         scales = next(rest) if self._with_scales else None
-        return Received(x, source, scales, next(rest, None), next(rest, None))
+        return ReceiveArrays(x, source, scales, next(rest, None), next(rest, None))
 
-    def carve(self, stretch: torch.Tensor, capacity: int) -> Received:
+    def carve(self, stretch: torch.Tensor, capacity: int) -> ReceiveArrays:
         """All arrays out of one stretch of the heap, uint8."""
         tensors, begin = [], 0
         for row, dtype in self._rows:
@@ -114,7 +114,7 @@ class Kind:
         return self.of(tensors)
 
 
-_kinds: dict[tuple[object, ...], Kind] = {}
+_specs: dict[tuple[object, ...], ReceiveSpec] = {}
 
 
 @functools.cache
@@ -122,16 +122,16 @@ def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty((), dtype=dtype, device=device)
 
 
-def kind_of(
+def receive_spec(
     x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None, with_source: bool
-) -> Kind:
+) -> ReceiveSpec:
     """For rows like x [*, H] and scales [*, P], and entries like topk_idx [*, K]."""
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
     key = (x.shape[1], x.dtype, of_scales, of_topk, with_source)
-    kind = _kinds.get(key)
-    if kind is None:
-        if len(_kinds) >= _MOST_KEPT:
-            _kinds.clear()
-        kind = _kinds[key] = Kind((x.shape[1], x.dtype), of_scales, of_topk, with_source)
-    return kind
+    spec = _specs.get(key)
+    if spec is None:
+        if len(_specs) >= _MOST_KEPT:
+            _specs.clear()
+        spec = _specs[key] = ReceiveSpec((x.shape[1], x.dtype), of_scales, of_topk, with_source)
+    return spec

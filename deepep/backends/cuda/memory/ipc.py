@@ -1,20 +1,111 @@
 """Symmetric memory between the processes of one node: CUDA IPC, through torch.
 
-Every rank allocates a heap of the same size; every rank maps every other's. torch exports the memory
-(`torch.multiprocessing.reductions.reduce_tensor`) and the group's own object all-gather carries the handles.
+Every rank allocates a heap of the same size and exports it; every rank maps every other's. Handles travel as
+bytes that are parsed field by field: nothing that came from a peer is unpickled.
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
+import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import reduce_tensor
+
+from deepep.runtime.control.transport import gather_bytes
+
+Gather = Callable[[bytes], list[bytes | None]]
+"""Brings every rank's bytes to every rank, by rank; None for a rank that takes no part. Collective."""
+
+_MOST_BYTES = 1 << 12  # of a handle in bytes; CUDA's own take 64 each
+
+
+@dataclass(frozen=True)
+class HeapHandle:
+    """An exported heap: what another process needs to map it, as torch exports a storage.
+
+    num_bytes: of the heap. storage_bytes, offset: of its memory inside the allocation that `memory` names.
+    counter, counter_offset: torch's count of the processes that use it, in shared memory of the exporter.
+    event: of the exporter's stream, waited for if `event_sync`.
+    """
+
+    num_bytes: int
+    storage_bytes: int
+    offset: int
+    memory: bytes
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    event_sync: bool
+
+    @classmethod
+    def export(cls, heap: torch.Tensor) -> HeapHandle:
+        """Exports a tensor that begins its storage."""
+        assert heap.storage_offset() == 0
+        exported = heap.untyped_storage()._share_cuda_()
+        _, memory, storage_bytes, offset, counter, counter_offset, event, event_sync = exported
+        return cls(
+            num_bytes=heap.numel(),
+            storage_bytes=storage_bytes,
+            offset=offset,
+            memory=memory,
+            counter=counter,
+            counter_offset=counter_offset,
+            event=event,
+            event_sync=event_sync,
+        )
+
+    def encode(self) -> bytes:
+        """The handle as text: names and numbers, bytes in hexadecimal."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps({k: v.hex() if isinstance(v, bytes) else v for k, v in values.items()}).encode()
+
+    @classmethod
+    def decode(cls, raw: bytes) -> HeapHandle:
+        """Parses what `encode` made. Raises ValueError for anything else."""
+        try:
+            values = json.loads(raw)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"heap handle: not one ({error})") from None
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise ValueError(f"heap handle: got {str(values)[:200]}; allowed: {', '.join(names)}")
+        return cls(
+            **{field.name: _parse(field.name, str(field.type), values[field.name]) for field in fields(cls)}
+        )
+
+    def map_here(self, device: torch.device) -> torch.Tensor:
+        """The heap, mapped for kernels of `device`: uint8 [num_bytes].
+
+        torch would open the memory on the exporter's device, where kernels of another device cannot reach it;
+        opened on the device that will use it, CUDA enables the peer access along with it.
+        """
+        torch.cuda.init()
+        storage = torch.UntypedStorage._new_shared_cuda(
+            device.index,
+            self.memory,
+            self.storage_bytes,
+            self.offset,
+            self.counter,
+            self.counter_offset,
+            self.event,
+            self.event_sync,
+        )
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (self.num_bytes,))
+
+
+def _parse(name: str, kind: str, value: object) -> int | bool | bytes:
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and type(value) is int and 0 <= value < 1 << 63:
+        return value
+    if kind == "bytes" and isinstance(value, str) and len(value) <= 2 * _MOST_BYTES:
+        return bytes.fromhex(value)  # ValueError for what is not hexadecimal
+    raise ValueError(f"heap handle: {name}: got {str(value)[:200]!r}; allowed: {kind}")
 
 
 @dataclass(frozen=True)
@@ -33,56 +124,34 @@ class SymmetricHeap:
         return [tensor.data_ptr() for tensor in self.mapped]
 
 
-def share_heap(own: torch.Tensor, rank: int, gather: Callable[[Any], list[Any]]) -> SymmetricHeap:
-    """Maps the heaps of all ranks of one node. Collective: `gather` brings every rank's object to every rank.
+def share_heap(own: torch.Tensor, rank: int, gather: Gather) -> SymmetricHeap:
+    """Maps the heaps of all ranks of one node. Collective.
 
-    gather: objects by rank; None for a rank that has no heap: this rank's own stands in, for nobody to use.
-    Raises RuntimeError where a peer's memory cannot be mapped, ValueError where heaps differ in size.
+    For a rank that takes no part this rank's own heap stands in, for nobody to use. Raises RuntimeError where
+    a peer's memory cannot be mapped, ValueError where heaps differ in size.
     """
-    shared = gather((own.numel(), *reduce_tensor(own)))
-    sizes = [None if given is None else given[0] for given in shared]
+    exported = gather(HeapHandle.export(own).encode())
+    handles = [None if raw is None else HeapHandle.decode(raw) for raw in exported]
+    sizes = [None if handle is None else handle.num_bytes for handle in handles]
     if len(set(sizes) - {None}) > 1:
         raise ValueError(
             f"symmetric memory must be of one size on all ranks (DEEPEP_SYMMETRIC_BYTES): {sizes}"
         )
     # A process maps the memory of others only: its own it has.
     mapped = [
-        own if r == rank or given is None else _map_here(own.device, *given[1:])
-        for r, given in enumerate(shared)
+        own if r == rank or handle is None else handle.map_here(own.device)
+        for r, handle in enumerate(handles)
     ]
     torch.cuda.synchronize(own.device)
     return SymmetricHeap(own, mapped)
 
 
-def _map_here(
-    device: torch.device, rebuild: Callable[..., torch.Tensor], args: tuple[Any, ...]
-) -> torch.Tensor:
-    """The exported tensor, mapped for kernels of `device`.
-
-    torch would open the memory on the exporter's device, where kernels of another device cannot reach it;
-    opened on the device that will use it, CUDA enables the peer access along with it.
-    """
-    given = inspect.signature(rebuild).bind(*args)
-    given.arguments["storage_device"] = device.index
-    return rebuild(*given.args, **given.kwargs)
-
-
-def gather_over(group: dist.ProcessGroup) -> Callable[[Any], list[Any]]:
-    """The object all-gather of a process group: objects by rank."""
-
-    def gather(mine: Any) -> list[Any]:
-        everyone: list[Any] = [None] * group.size()
-        dist.all_gather_object(everyone, mine, group=group)
-        return everyone
-
-    return gather
+def gather_over(group: dist.ProcessGroup) -> Callable[[bytes], list[Any]]:
+    """A `Gather` over a process group, of which every rank takes part."""
+    return lambda mine: gather_bytes(group, mine)
 
 
 def why_not_one_node(group: dist.ProcessGroup) -> str:
     """Empty if all ranks of the group share a host, else why they cannot map each other. Collective."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    mine = (socket.gethostname(), str(properties.uuid))
-    everyone = gather_over(group)(mine)
-    if len({host for host, _ in everyone}) > 1:
-        return "the ranks span several hosts"
-    return ""
+    hosts = gather_bytes(group, hashlib.sha256(socket.gethostname().encode()).digest())
+    return "the ranks span several hosts" if len(set(hosts)) > 1 else ""

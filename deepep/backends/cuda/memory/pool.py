@@ -1,15 +1,15 @@
-"""Receive slots: tensors of the symmetric heap that live, and are freed, as any torch tensor is.
+"""The receive pool: tensors of the symmetric heap that live, and are freed, as any torch tensor is.
 
-The slots' part of the heap is a private memory pool of torch's caching allocator. So what a dispatch receives
+The pool's part of the heap is a private memory pool of torch's caching allocator. So what a dispatch receives
 into are plain tensors: whoever holds one (or a view of it) keeps it, `record_stream` defers its reuse until
-that stream has caught up, and what was freed in stream order is lent again in stream order. They belong to
-the stream that was current when they were taken: the one their dispatch runs on.
+that stream has caught up, and what was freed in stream order is reused in stream order. They belong to the
+stream that was current when they were acquired: the one their dispatch runs on.
 
 Memory goes from stream to stream through the arena alone, when torch gives back a whole segment: what was
 freed there was freed in stream order, so readers may still be queued on its stream. Invariant: a segment that
-came back is lent again only after every stream that slots were taken on, but the one of the call that looks,
-was seen idle later than that. The call's own stream is behind its own readers, and it launches a kernel of
-this rank behind them; all later ones, on whatever stream, run behind that one (Turns, bindings_cuda.cpp).
+came back is reused only after every stream that acquired memory, but the one of the call that looks, was seen
+idle later than that. The call's own stream is behind its own readers, and it launches a kernel of this rank
+behind them; all later ones, on whatever stream, run behind that one (Turns, csrc/bindings/cuda.cpp).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from deepep import _cuda
 from deepep.runtime import streams
 
-#: torch takes large blocks in multiples of this, and slots are large
+#: torch takes large blocks in multiples of this, and what dispatches receive is large
 SEGMENT = 2 << 20
 _ARENA_UNIT = 512
 
-#: heaps whose buffer is gone while tensors in them are still held
-_outlived: list[object] = []
+#: kept for good: heaps whose buffer is gone, while tensors in them are held or peers may still write to them
+_leaked: list[object] = []
 
 
 class Backoff:
@@ -52,7 +52,7 @@ class Backoff:
         self._next = self._calls + min(self._calls, 64)
 
 
-class SlotPool:
+class ReceivePool:
     """Tensors out of heap[begin:]; begin > 0, for torch knows memory by its address, and the heap has one."""
 
     def __init__(self, heap: torch.Tensor, begin: int) -> None:
@@ -66,22 +66,22 @@ class SlotPool:
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
             _cuda.__file__, "deepep_arena_take", "deepep_arena_give_back"
         )
-        #: the streams that slots are taken on, or read on without torch being told
+        #: the streams that memory is acquired on, or read on without torch knowing
         self.users = streams.Users(self._index)
         self._backoff = Backoff()
         self._was_full = False
-        self._aside = 0
+        self._tail = 0
         self._settled = 0  # of what has come back to the arena
         self._pool: torch.cuda.MemPool | None = None
-        self._begin_anew()
+        self._reset()
 
-    def take(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+    def acquire(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         """Tensors like these for the current stream, `stream`, each in memory of its own; None if the heap
         has no room for them. Waits for nothing.
         """
         if stream not in self.users.known:
             self.users.add_current()
-        if not self._was_full:  # a try in vain is dear: torch tells at length what it lacks
+        if not self._was_full:  # a try in vain is expensive: torch reports at length what it lacks
             made = self._try(arrays)
             if made is not None:
                 return made
@@ -89,12 +89,12 @@ class SlotPool:
         self._was_full = made is None
         return made
 
-    def take_at_once(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
-        """The same if the pool has them at hand; None: look further with `take`."""
+    def acquire_now(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+        """The same if the pool has them at hand; None: look further with `acquire`."""
         return None if self._was_full or stream not in self.users.known else self._try(arrays)
 
     def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
-        self._let_torch_look()
+        self._poll_freed()
         made = self._try(arrays)
         if made is None and self._settle(stream):
             made = self._try(arrays)
@@ -102,42 +102,42 @@ class SlotPool:
         if made is None and self._backoff.is_due() and self.users.are_idle(but=stream):
             self._backoff.tried()
             idle, held, may_go = self._survey()
-            in_arena = self.num_bytes - self._aside - _cuda.arena_used(self._arena)
+            in_arena = self.num_bytes - self._tail - _cuda.arena_used(self._arena)
             wanted = sum(array.numel() * array.element_size() for array in arrays)
-            # Slots held now come back from a pool that is no more only when torch empties all its caches.
+            # Tensors held now come back from a pool that is no more only when torch empties all its caches.
             if may_go and held <= idle and idle + in_arena >= wanted:
-                self._begin_anew()
+                self._reset()
                 if self._settle(stream):
                     made = self._try(arrays)
             if made is not None:
                 self._backoff.reset()
         return made
 
-    def regain(self, stream: int) -> None:
+    def reclaim(self, stream: int) -> None:
         """Gives back to the arena what can be given back without waiting."""
-        self._let_torch_look()
+        self._poll_freed()
         if self.users.are_idle(but=stream):
             idle, _, may_go = self._survey()
             if idle > 0 and may_go:
-                self._begin_anew()
+                self._reset()
         self._settle(stream)
 
-    def regain_by_waiting(self) -> None:
+    def reclaim_by_waiting(self) -> None:
         """Gives back to the arena all that nobody holds. Waits for all work on the device."""
-        self._begin_anew()
+        self._reset()
         torch.cuda.empty_cache()  # also what tensors of earlier pools left when they were freed
         came_back = _cuda.arena_came_back(self._arena)
         torch.cuda.synchronize(self._device)
-        self._settle_first(came_back)
+        self._settle_up_to(came_back)
 
-    def _let_torch_look(self) -> None:
-        """Only outside of private pools does torch look which freed blocks streams are done with."""
+    def _poll_freed(self) -> None:
+        """Has torch look which freed blocks streams are done with: only outside private pools it does."""
         with contextlib.suppress(torch.OutOfMemoryError):  # it has looked by then
             torch.empty(1, dtype=torch.uint8, device=self._device)
 
     def _survey(self) -> tuple[int, int, bool]:
-        """Bytes of the pool's segments in which no slot is held, and of the others; and whether the pool can
-        go without waiting.
+        """Bytes of the pool's segments in which no tensor is held, and of the others; and whether the pool
+        can go without waiting.
 
         The end of a pool waits for the events of its blocks, and of no others: those that were freed while
         another stream was recorded that has not caught up. All else that nobody holds is given back at once.
@@ -160,14 +160,14 @@ class SlotPool:
         came_back = _cuda.arena_came_back(self._arena)
         if came_back == self._settled or not self.users.are_idle(but=stream):
             return False
-        self._settle_first(came_back)
+        self._settle_up_to(came_back)
         return True
 
-    def _settle_first(self, came_back: int) -> None:
+    def _settle_up_to(self, came_back: int) -> None:
         _cuda.arena_settle(self._arena, came_back)
         self._settled = came_back
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._pool = None
         self._pool = torch.cuda.MemPool(self._allocator.allocator())
         self._pool_id = self._pool.id
@@ -189,13 +189,13 @@ class SlotPool:
         """A stretch of the heap that is never given back: a captured graph will write it again and again."""
         return self._view(_cuda.arena_reserve(self._arena, num_bytes), num_bytes)
 
-    def set_aside(self, num_bytes: int) -> torch.Tensor | None:
+    def reserve_tail(self, num_bytes: int) -> torch.Tensor | None:
         """The last bytes of the heap, never to be taken again, or a longer stretch than before of them; None
-        if slots lie there.
+        if tensors lie there.
         """
         stretch = self._view(_cuda.arena_set_aside(self._arena, num_bytes), num_bytes)
         if stretch is not None:
-            self._aside = num_bytes
+            self._tail = num_bytes
         return stretch
 
     def _view(self, address: int, num_bytes: int) -> torch.Tensor | None:
@@ -205,7 +205,7 @@ class SlotPool:
         return self._heap[begin : begin + num_bytes]
 
     def close(self) -> None:
-        """Lends no more slots. Those that are still held stay valid, and then so does the heap, for good.
+        """Ends the pool. Tensors that are still held stay valid, and then so does the heap, for good.
         Idempotent.
         """
         if self._pool is None:
@@ -214,9 +214,9 @@ class SlotPool:
         if _cuda.arena_used(self._arena) == 0 and self.users.hold(self._heap):
             _cuda.arena_close(self._arena)
         else:
-            _outlived.append((self._heap, self._allocator))
+            self.leak()
 
-    def outlive(self) -> None:
-        """Lends no more slots and keeps the heap for good: a peer that was given up may still write."""
+    def leak(self, *also: object) -> None:
+        """Ends the pool and keeps the heap for good, and `also`: a peer that was given up may still write."""
         self._pool = None
-        _outlived.append((self._heap, self._allocator))
+        _leaked.append((self._heap, self._allocator, *also))

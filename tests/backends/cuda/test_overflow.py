@@ -1,5 +1,6 @@
-"""Kept outputs never block the next call, between two processes: a call that finds no slot receives in the
-landing area, and what it hands out are copies. Whether the area was written too early is seen in their bits.
+"""Kept outputs never block the next call, between two processes: a call that finds no room in the pool
+receives in the overflow area and hands out copies. Whether the area was written too early is seen in their
+bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from deepep.sim import World
 
 pytestmark = pytest.mark.gpu
 
-#: Symmetric memory of a rank: some 384 MiB of slots. A dispatch of T = 1024 takes some 30 MB.
+#: Symmetric memory of a rank: some 384 MiB of receive pool. A dispatch of T = 1024 takes some 30 MB.
 SYMMETRIC_BYTES = 512 << 20
 TOKENS = 1024
 WORST = 3 * TOKENS
@@ -84,10 +85,10 @@ def right(buffer: Any, rank: int, tokens: int, seed: int = 77) -> None:
 
 
 def fill_up(buffer: Any, given: Any) -> list[torch.Tensor]:
-    """Keeps outputs until there is no slot for another dispatch of `given`, fresh or cached, nor for one of
-    WORST rows. As many calls on every rank, whatever they find.
+    """Keeps outputs until the pool has no room for another dispatch of `given`, fresh or cached, nor for one
+    of WORST rows. As many calls on every rank, whatever they find.
     """
-    dispatch(buffer, given, num_worst_tokens=WORST)  # so the landing area is long enough for that as well
+    dispatch(buffer, given, num_worst_tokens=WORST)  # so the overflow area is long enough for that as well
     rows, *_, handle, _ = dispatch(buffer, given)
     kept = [rows]
     for _ in range(13):
@@ -107,12 +108,12 @@ def test_nothing_is_refused(pair: World, keepers: tuple[int, ...]) -> None:
         buffer = buffer_of(ctx)
         sizes = (700, 30, 1500, 1, 256, 999)
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        landed = 0
+        overflowed = 0
         for turn in range(200):
             tokens = sizes[turn % 6]
             given = draw_on_device(turn, ctx.rank, tokens, ctx.device)
             rows, _, _, _, handle, _ = dispatch(buffer, given)
-            landed += not in_heap(buffer, rows)
+            overflowed += not in_heap(buffer, rows)
             if turn % 10 == 0:
                 sums, *_ = buffer.combine(rows, handle)
                 assert sums.shape == given.x.shape
@@ -126,7 +127,7 @@ def test_nothing_is_refused(pair: World, keepers: tuple[int, ...]) -> None:
             assert same_bits(now, then), turn
             assert same_bits(now, rows_for(ctx, turn, sizes[turn % 6])), turn
         if kept:
-            assert 0 < landed < 200
+            assert 0 < overflowed < 200
         # With everything still held; then with all but one; then with nothing.
         right(buffer, ctx.rank, 1500)
         del kept[1:]
@@ -137,17 +138,17 @@ def test_nothing_is_refused(pair: World, keepers: tuple[int, ...]) -> None:
         torch.cuda.synchronize()
         right(buffer, ctx.rank, 1500)
         right(buffer, ctx.rank, 60)
-        # Slots are lent again: at the latest when a pool in pieces may be begun anew.
+        # The pool has room again: at the latest when a pool in pieces may be reset.
         given = draw_on_device(0, ctx.rank, 60, ctx.device)
-        lent = [in_heap(buffer, dispatch(buffer, given)[0]) for _ in range(65)]
-        assert any(lent)
+        acquired = [in_heap(buffer, dispatch(buffer, given)[0]) for _ in range(65)]
+        assert any(acquired)
 
     for _ in range(2):
         pair.run(keep, keepers)
 
 
-def test_all_results_of_a_landed_call(pair: World) -> None:
-    """Rows, indices, weights, scales, counts, and what the handle holds: as from a call with a slot."""
+def test_all_results_of_an_overflowed_call(pair: World) -> None:
+    """Rows, indices, weights, scales, counts, and what the handle holds: as with room in the pool."""
 
     def compare(ctx: Any) -> None:
         buffer = buffer_of(ctx)
@@ -169,7 +170,7 @@ def test_all_results_of_a_landed_call(pair: World) -> None:
         assert not in_heap(buffer, got[0])
         assert not in_heap(buffer, got[3])
         assert not in_heap(buffer, handle[3])
-        for _ in range(3):  # whatever of the handle lay in the landing area would be written over
+        for _ in range(3):  # whatever of the handle lay in the overflow area would be written over
             right(buffer, ctx.rank, 1000)
         assert counts == want_counts
         for number, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -182,7 +183,7 @@ def test_all_results_of_a_landed_call(pair: World) -> None:
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["caller's outputs", "communication stream's outputs"])
-def test_asynchronous_calls_land(pair: World, ours: bool) -> None:
+def test_asynchronous_calls_overflow(pair: World, ours: bool) -> None:
     """Behind a previous event, on the communication stream; the event given back is behind the copies."""
 
     def asynchronous(ctx: Any, ours: bool) -> None:
@@ -219,7 +220,7 @@ def test_asynchronous_calls_land(pair: World, ours: bool) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_worst_case_lands(pair: World, asynchronous: bool) -> None:
+def test_the_worst_case_overflows(pair: World, asynchronous: bool) -> None:
     """All of num_worst_tokens rows are handed out, and the host still does not wait."""
 
     def worst(ctx: Any, worst: int, asynchronous: bool) -> None:
@@ -253,8 +254,8 @@ def test_the_worst_case_lands(pair: World, asynchronous: bool) -> None:
 
 
 @pytest.mark.parametrize("told_by", ["record_stream", "wait_stream"])
-def test_a_landed_output_is_read_late(pair: World, told_by: str) -> None:
-    """On a third stream, after it was freed, while later calls land again."""
+def test_an_overflowed_output_is_read_late(pair: World, told_by: str) -> None:
+    """On a third stream, after it was freed, while later calls overflow again."""
 
     def late(ctx: Any, told_by: str) -> None:
         buffer = buffer_of(ctx)
@@ -275,8 +276,8 @@ def test_a_landed_output_is_read_late(pair: World, told_by: str) -> None:
                 torch.cuda.current_stream().wait_stream(side)
             del rows
             for other in range(4):
-                landed = dispatch(buffer, draw_on_device(50 + other, ctx.rank, TOKENS, ctx.device))[0]
-                assert not in_heap(buffer, landed)
+                overflowed = dispatch(buffer, draw_on_device(50 + other, ctx.rank, TOKENS, ctx.device))[0]
+                assert not in_heap(buffer, overflowed)
             side.synchronize()
             assert same_bits(seen, want)
         del kept
@@ -284,7 +285,7 @@ def test_a_landed_output_is_read_late(pair: World, told_by: str) -> None:
     pair.run(late, told_by)
 
 
-def test_two_streams_land_in_turn(pair: World) -> None:
+def test_two_streams_overflow_in_turn(pair: World) -> None:
     """One call's peers do not write before the copies of the one before, on the other stream, are done. The
     host waits for nothing, so a kernel starts as soon as the kernel before has ended.
     """
@@ -314,10 +315,8 @@ def test_two_streams_land_in_turn(pair: World) -> None:
     pair.run(in_turn)
 
 
-def test_a_pool_in_pieces_is_begun_anew_without_waiting(pair: World) -> None:
-    """What was freed on another stream is lent again once that stream is idle, and not before; nobody waits
-    for it.
-    """
+def test_a_pool_in_pieces_is_reset_without_waiting(pair: World) -> None:
+    """What was freed on another stream is reused once that stream is idle, and not before; nobody waits."""
 
     def anew(ctx: Any) -> None:
         with fresh_buffer(ctx) as buffer:
@@ -326,29 +325,29 @@ def test_a_pool_in_pieces_is_begun_anew_without_waiting(pair: World) -> None:
             del spare  # so that copies need no cudaMalloc, which might wait
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # no slot was ever taken on another stream
+            with torch.cuda.stream(side):  # no memory was ever acquired on another stream
                 kept = fill_up(buffer, given)
                 want = kept[0].clone()
                 torch.cuda._sleep(10 * LONG)
                 last = kept[0].clone()
                 kept.clear()
-            landed = [dispatch(buffer, given)[0] for _ in range(4)]
+            overflowed = [dispatch(buffer, given)[0] for _ in range(4)]
             assert not side.query(), "the host has waited for the other stream"
             side.synchronize()
-            assert not any(in_heap(buffer, rows) for rows in landed)
-            assert all(same_bits(rows, want) for rows in [*landed, last])
-            # Which call may try depends on how many have landed before. As many calls on every rank.
+            assert not any(in_heap(buffer, rows) for rows in overflowed)
+            assert all(same_bits(rows, want) for rows in [*overflowed, last])
+            # Which call may try depends on how many have overflowed before. As many calls on every rank.
             rows = [dispatch(buffer, given)[0] for _ in range(8)]
             assert any(in_heap(buffer, part) for part in rows)
             assert all(same_bits(part, want) for part in rows)
-            del rows, landed, last
+            del rows, overflowed, last
 
     for _ in range(2):
         pair.run(anew)
 
 
 def test_what_an_earlier_pool_left_comes_back(pair: World) -> None:
-    """Slots held while the pool was begun anew come back when torch empties its caches."""
+    """Tensors held while the pool was reset come back when torch empties its caches."""
 
     def left(ctx: Any) -> None:
         with fresh_buffer(ctx) as buffer:
@@ -356,12 +355,12 @@ def test_what_an_earlier_pool_left_comes_back(pair: World) -> None:
             want = dispatch(buffer, given)[0].clone()
             kept = fill_up(buffer, given)
             torch.cuda.synchronize()
-            buffer.runtime._memory.slots.regain_by_waiting()
+            buffer.runtime._memory.pool.reclaim_by_waiting()
             for rows in kept:
                 assert same_bits(rows, want)
             assert not in_heap(buffer, dispatch(buffer, given)[0])
             torch.cuda._sleep(LONG)
-            last = kept[0].clone()  # still to be read when its slot goes back
+            last = kept[0].clone()  # still to be read when its memory goes back
             kept.clear()
             torch.cuda.empty_cache()
             again = [dispatch(buffer, given)[0] for _ in range(5)]
@@ -398,8 +397,8 @@ def test_a_request_larger_than_the_heap_is_refused(pair: World, worst: int) -> N
             assert "free outputs" not in text
 
 
-def test_a_request_larger_than_any_before_needs_free_slots(pair: World) -> None:
-    """The one thing that kept outputs can do: they lie where the landing area would have to grow."""
+def test_a_request_larger_than_any_before_needs_free_memory(pair: World) -> None:
+    """The one thing that kept outputs can do: they lie where the overflow area would have to grow."""
 
     def grow(ctx: Any) -> list[str]:
         from deepep.errors import CapacityError

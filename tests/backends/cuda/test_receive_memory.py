@@ -76,7 +76,7 @@ def test_whether_other_streams_are_idle(
     assert not users.are_idle(but=17)
 
 
-class Slots:
+class Arena:
     """A pool whose arena gives way after as many steps as is said."""
 
     num_bytes = 100 << 20
@@ -84,34 +84,34 @@ class Slots:
     def __init__(self, steps: int) -> None:
         self.steps, self.calls = steps, []
 
-    def set_aside(self, num_bytes: int) -> object:
+    def reserve_tail(self, num_bytes: int) -> object:
         self.calls.append(num_bytes >> 20)
         return object() if len(self.calls) > 2 * self.steps else None
 
-    def regain(self, stream: int) -> None:
-        self.calls.append("regain")
+    def reclaim(self, stream: int) -> None:
+        self.calls.append("reclaim")
 
-    def regain_by_waiting(self) -> None:
+    def reclaim_by_waiting(self) -> None:
         self.calls.append("wait")
 
 
-def test_the_landing_area_waits_for_the_device_only_where_nothing_else_helps(
+def test_the_overflow_area_waits_for_the_device_only_where_nothing_else_helps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from deepep.backends.cuda.memory.overflow import Landing
+    from deepep.backends.cuda.memory.overflow import OverflowArea
 
     monkeypatch.setattr(torch.cuda, "Event", object)
 
     def grow(steps: int, num_bytes: int, needed: bool = True) -> tuple[bool, list[Any], int]:
-        slots = Slots(steps)
-        landing = Landing(slots)  # type: ignore[arg-type]
-        grown = landing.grow(num_bytes, 0, needed)
-        return grown, slots.calls, landing.num_bytes >> 20
+        arena = Arena(steps)
+        overflow = OverflowArea(arena)  # type: ignore[arg-type]
+        grown = overflow.grow(num_bytes, 0, needed)
+        return grown, arena.calls, overflow.num_bytes >> 20
 
     assert grow(0, 3 << 20) == (True, [4], 4)
-    assert grow(1, 4 << 20) == (True, [4, "regain", 4], 4)
-    assert grow(2, 99 << 20) == (True, [100, "regain", 100, "wait", 100], 100)
-    assert grow(3, 99 << 20) == (False, [100, "regain", 100, "wait", 100], 0)
+    assert grow(1, 4 << 20) == (True, [4, "reclaim", 4], 4)
+    assert grow(2, 99 << 20) == (True, [100, "reclaim", 100, "wait", 100], 100)
+    assert grow(3, 99 << 20) == (False, [100, "reclaim", 100, "wait", 100], 0)
     assert grow(1, 4 << 20, needed=False) == (False, [4], 0)
     assert grow(0, (100 << 20) + 1) == (False, [], 0), "nothing helps: nothing is done"
 
@@ -123,19 +123,19 @@ def test_the_landing_area_waits_for_the_device_only_where_nothing_else_helps(
 def test_carved_arrays_fit_and_are_copied(
     capacity: int, with_scales: bool, with_topk: bool, with_source: bool
 ) -> None:
-    from deepep.backends.cuda.memory.arrays import kind_of
+    from deepep.backends.cuda.memory.arrays import receive_spec
 
     x = torch.empty((5, 48), dtype=torch.float8_e4m3fn if with_scales else torch.bfloat16)
     scales = torch.empty((5, 3)) if with_scales else None
     idx = torch.empty((5, 7), dtype=torch.int64) if with_topk else None
-    kind = kind_of(x, scales, idx, with_source)
+    spec = receive_spec(x, scales, idx, with_source)
     for spare in (0, 1, 1000):
-        rows = kind.rows_in(kind.num_bytes(capacity) + spare)
+        rows = spec.rows_in(spec.num_bytes(capacity) + spare)
         assert rows >= capacity
-        assert kind.num_bytes(rows) <= kind.num_bytes(capacity) + spare
-    assert kind.rows_in(0) == 0
-    stretch = torch.randint(0, 255, (kind.num_bytes(capacity),), dtype=torch.uint8)
-    received = kind.carve(stretch, capacity)
+        assert spec.num_bytes(rows) <= spec.num_bytes(capacity) + spare
+    assert spec.rows_in(0) == 0
+    stretch = torch.randint(0, 255, (spec.num_bytes(capacity),), dtype=torch.uint8)
+    received = spec.carve(stretch, capacity)
     wanted = [
         ((capacity, 48), x.dtype),
         ((capacity,), torch.int32) if with_source else None,
@@ -148,7 +148,7 @@ def test_carved_arrays_fit_and_are_copied(
         return [None if t is None else (tuple(t.shape), t.dtype) for t in received.tensors()]
 
     assert shapes(received) == wanted
-    made = kind.of([torch.empty_like(t) for t in kind.templates(capacity, x.device)])
+    made = spec.of([torch.empty_like(t) for t in spec.templates(capacity, x.device)])
     assert shapes(made) == wanted
     assert all(t.is_contiguous() for t in made.tensors() if t is not None)
     made.cut(capacity // 2)
@@ -164,7 +164,7 @@ def test_carved_arrays_fit_and_are_copied(
 
     rows = capacity // 2
     copy = received.copy(rows)
-    assert copy.landed_on is None
+    assert copy.overflow_stream is None
     for a, b in zip(received.tensors(), copy.tensors(), strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
@@ -186,7 +186,7 @@ class Pool:
 
 
 @pytest.mark.parametrize(
-    ("segments", "others_idle", "wanted", "begins_anew"),
+    ("segments", "others_idle", "wanted", "is_reset"),
     [
         (("i", "ii"), True, 20, True),
         (("i", "ii"), False, 20, False),  # its readers may be queued on the other stream
@@ -197,25 +197,25 @@ class Pool:
         (("a",), True, 10, False),
     ],
 )
-def test_when_a_pool_is_begun_anew(
+def test_when_a_pool_is_reset(
     monkeypatch: pytest.MonkeyPatch,
     segments: tuple[str, ...],
     others_idle: bool,
     wanted: int,
-    begins_anew: bool,
+    is_reset: bool,
 ) -> None:
-    """Only when nothing is waited for, and where it helps; at the 1st, 2nd, 4th ... call that lands."""
+    """Only when nothing is waited for, and where it helps; at the 1st, 2nd, 4th ... call that overflows."""
     from deepep import _cuda
-    from deepep.backends.cuda.memory import pool as slots
+    from deepep.backends.cuda.memory import pool as receive_pool
     from deepep.runtime import streams
 
     megabyte = 1 << 20
     size = 10 * len(segments)
     arena = _cuda.arena_open(1 << 44, size * megabyte)
     assert _cuda.arena_reserve(arena, size * megabyte) == 1 << 44  # the pool has all of it
-    pool = slots.SlotPool.__new__(slots.SlotPool)
-    pool.num_bytes, pool._arena, pool._aside, pool._settled = size * megabyte, arena, 0, 0
-    pool._backoff, pool._was_full, pool._pool = slots.Backoff(), False, Pool(*segments)  # type: ignore[assignment]
+    pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
+    pool.num_bytes, pool._arena, pool._tail, pool._settled = size * megabyte, arena, 0, 0
+    pool._backoff, pool._was_full, pool._pool = receive_pool.Backoff(), False, Pool(*segments)  # type: ignore[assignment]
     pool.users = streams.Users(0)
     pool.users.known = {0: Stream(0, False), 48: Stream(48, others_idle)}  # type: ignore[dict-item]
     tries: list[int] = []
@@ -233,23 +233,23 @@ def test_when_a_pool_is_begun_anew(
 
     monkeypatch.setattr(pool, "_try", try_to_take)
     monkeypatch.setattr(pool, "_settle", settle)
-    monkeypatch.setattr(pool, "_let_torch_look", lambda: None)
-    monkeypatch.setattr(pool, "_begin_anew", lambda: renewed.append(1))
+    monkeypatch.setattr(pool, "_poll_freed", lambda: None)
+    monkeypatch.setattr(pool, "_reset", lambda: renewed.append(1))
     arrays = [torch.empty((1, 1), dtype=torch.uint8).expand(wanted, megabyte)]
-    assert pool.take(arrays, 0) == (["made"] if begins_anew else None)
-    assert tries == ([0, 0, 1] if begins_anew else [0, 0])
-    assert pool._was_full is not begins_anew
+    assert pool.acquire(arrays, 0) == (["made"] if is_reset else None)
+    assert tries == ([0, 0, 1] if is_reset else [0, 0])
+    assert pool._was_full is not is_reset
     tries.clear()
-    pool.take(arrays, 0)
+    pool.acquire(arrays, 0)
     assert len(tries) == 1, "the first look is spared where the last was in vain"
-    pool.regain(0)
-    assert len(renewed) == begins_anew + (others_idle and "i" in segments and "ip" not in segments)
+    pool.reclaim(0)
+    assert len(renewed) == is_reset + (others_idle and "i" in segments and "ip" not in segments)
     _cuda.arena_close(arena)
 
 
 def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
     from deepep import _cuda
-    from deepep.backends.cuda.memory import pool as slots
+    from deepep.backends.cuda.memory import pool as receive_pool
     from deepep.runtime import streams
 
     functions = ctypes.CDLL(_cuda.__file__)
@@ -257,7 +257,7 @@ def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
         *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
     ]
     arena = _cuda.arena_open(1 << 44, 1024)
-    pool = slots.SlotPool.__new__(slots.SlotPool)
+    pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
     pool._arena, pool._settled, pool.users = arena, 0, streams.Users(0)
     other = Stream(48, False)
     pool.users.known = {0: Stream(0, False), 48: other}  # type: ignore[dict-item]
@@ -274,57 +274,61 @@ def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
     _cuda.arena_close(arena)
 
 
-def test_kinds_are_told_apart() -> None:
-    """What differs in any way that an array shows is another kind; what does not is the same object."""
-    from deepep.backends.cuda.memory.arrays import kind_of
+def test_specs_are_told_apart() -> None:
+    """What differs in any way that an array shows is another spec; what does not is the same object."""
+    from deepep.backends.cuda.memory.arrays import receive_spec
 
     x = torch.empty((5, 48), dtype=torch.bfloat16)
     bytes_ = torch.empty((5, 48), dtype=torch.uint8)
     scales, idx = torch.empty((5, 3)), torch.empty((5, 7), dtype=torch.int64)
-    kinds = [
-        kind_of(x, None, None, True),
-        kind_of(x, None, None, False),
-        kind_of(x[:, :32], None, None, True),
-        kind_of(x.half(), None, None, True),
-        kind_of(bytes_, scales, None, True),
-        kind_of(bytes_, scales[:, :2], None, True),
-        kind_of(bytes_, scales.int(), None, True),
-        kind_of(x, None, idx, True),
-        kind_of(x, None, idx.int(), True),
-        kind_of(x, None, idx[:, :3], True),
+    specs = [
+        receive_spec(x, None, None, True),
+        receive_spec(x, None, None, False),
+        receive_spec(x[:, :32], None, None, True),
+        receive_spec(x.half(), None, None, True),
+        receive_spec(bytes_, scales, None, True),
+        receive_spec(bytes_, scales[:, :2], None, True),
+        receive_spec(bytes_, scales.int(), None, True),
+        receive_spec(x, None, idx, True),
+        receive_spec(x, None, idx.int(), True),
+        receive_spec(x, None, idx[:, :3], True),
     ]
-    assert len({id(kind) for kind in kinds}) == len(kinds)
-    assert kind_of(torch.empty((9, 48), dtype=torch.bfloat16), None, idx, True) is kinds[7]
+    assert len({id(kind) for kind in specs}) == len(specs)
+    assert receive_spec(torch.empty((9, 48), dtype=torch.bfloat16), None, idx, True) is specs[7]
     # Of no columns, as of scales that are none.
-    none = kind_of(bytes_, scales[:, :0], None, False)
+    none = receive_spec(bytes_, scales[:, :0], None, False)
     assert [tuple(t.shape) for t in none.templates(64, x.device)] == [(64, 48), (64, 0)]
     # Whatever numbers of rows were seen, templates take no memory.
-    templates = [t for rows in range(1, 300) for t in kinds[7].templates(rows, x.device)]
+    templates = [t for rows in range(1, 300) for t in specs[7].templates(rows, x.device)]
     assert len({t.untyped_storage().data_ptr() for t in templates}) == len({t.dtype for t in templates})
 
 
 def test_templates_are_of_their_device() -> None:
-    from deepep.backends.cuda.memory.arrays import kind_of
+    from deepep.backends.cuda.memory.arrays import receive_spec
 
-    kind = kind_of(torch.empty((1, 16), dtype=torch.bfloat16), None, None, True)
+    spec = receive_spec(torch.empty((1, 16), dtype=torch.bfloat16), None, None, True)
     for device in (torch.device("cpu"), torch.device("meta"), torch.device("cpu")):
-        assert all(t.device == device for t in kind.templates(64, device))
+        assert all(t.device == device for t in spec.templates(64, device))
 
 
-#: Bytes of a landing area for 100 rows of `test_who_is_asked_for_memory`.
+#: Bytes of a overflow area for 100 rows of `test_who_is_asked_for_memory`.
 FULL = 9456
 
 
 class Heap:
-    """A pool that lends or does not; a landing area that can grow to `room`, to `free` without waiting."""
+    """A pool that has room or not; an overflow area that can grow to `room`, to `free` without waiting."""
 
-    def __init__(self, slots: bool, num_bytes: int, free: int, room: int) -> None:
-        self.slots, self.num_bytes, self.free, self.room = slots, num_bytes, free, room
+    def __init__(self, has_room: bool, num_bytes: int, free: int, room: int) -> None:
+        self.has_room, self.num_bytes, self.free, self.room = has_room, num_bytes, free, room
         self.asked: list[Any] = []
 
-    def take(self, arrays: Any, stream: int) -> Any:
+    def acquire(self, arrays: Any = None, stream: int = 0) -> Any:
+        """Of the pool with `arrays`, of the overflow area without."""
+        if arrays is None:
+            self.asked.append("overflows")
+            return torch.empty(self.num_bytes, dtype=torch.uint8), "stream"
         self.asked.append("pool")
-        return [torch.empty_like(a) for a in arrays] if self.slots else None
+        return [torch.empty_like(a) for a in arrays] if self.has_room else None
 
     def grow(self, num_bytes: int, stream: int, needed: bool) -> bool:
         self.asked.append("waits" if needed else "grows")
@@ -332,47 +336,43 @@ class Heap:
         self.num_bytes = num_bytes if grown else self.num_bytes
         return grown
 
-    def lend(self) -> Any:
-        self.asked.append("lands")
-        return torch.empty(self.num_bytes, dtype=torch.uint8), "stream"
-
 
 @pytest.mark.parametrize(
     ("heap", "is_guess", "rows", "asked"),
     [
-        # It has the place already, or makes it, before it asks for a slot.
+        # It has the place already, or makes it, before it asks the pool.
         (Heap(True, FULL, 0, 0), False, 100, ["pool"]),
         (Heap(True, 0, FULL, FULL), False, 100, ["grows", "pool"]),
-        (Heap(False, FULL, 0, 0), False, 100, ["pool", "lands"]),
-        # It cannot make it, and takes a slot all the same.
+        (Heap(False, FULL, 0, 0), False, 100, ["pool", "overflows"]),
+        # It cannot make it, and takes of the pool all the same.
         (Heap(True, 0, 0, 0), False, 100, ["grows", "pool"]),
         (Heap(True, 4000, 0, 0), True, 100, ["grows", "pool"]),
         # Neither: what is needed may wait for the device; of a guess, as much as there is, or a little.
-        (Heap(False, 0, 0, FULL), False, 100, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 0, 0, FULL), False, 100, ["grows", "pool", "waits", "overflows"]),
         (Heap(False, 0, 0, 0), False, None, ["grows", "pool", "waits"]),
-        (Heap(False, 7000, 0, FULL), True, 73, ["grows", "pool", "lands"]),
-        (Heap(False, 0, 0, FULL), True, 64, ["grows", "pool", "waits", "lands"]),
+        (Heap(False, 7000, 0, FULL), True, 73, ["grows", "pool", "overflows"]),
+        (Heap(False, 0, 0, FULL), True, 64, ["grows", "pool", "waits", "overflows"]),
         (Heap(False, 0, 0, 0), True, None, ["grows", "pool", "waits"]),
     ],
 )
 def test_who_is_asked_for_memory(heap: Heap, is_guess: bool, rows: int | None, asked: list[Any]) -> None:
     """100 rows of 88 bytes and 4 for their token, 128 more for each of the two arrays."""
     from deepep.backends.cuda.memory import heap as symmetric
-    from deepep.backends.cuda.memory.arrays import kind_of
+    from deepep.backends.cuda.memory.arrays import receive_spec
 
     memory = symmetric.SymmetricMemory.__new__(symmetric.SymmetricMemory)
-    memory.slots = memory.landing = heap  # type: ignore[assignment]
+    memory.pool = memory.overflow = heap  # type: ignore[assignment]
     memory._device = torch.device("cpu")
-    kind = kind_of(torch.empty((1, 44), dtype=torch.bfloat16), None, None, True)
-    assert kind.num_bytes(100) == FULL
-    received = memory.lend(kind, 100, is_guess, 0)
+    spec = receive_spec(torch.empty((1, 44), dtype=torch.bfloat16), None, None, True)
+    assert spec.num_bytes(100) == FULL
+    received = memory.acquire(spec, 100, is_guess, 0)
     assert heap.asked == asked
     if rows is None:
         assert received is None
     else:
         assert received is not None
         assert received.x.shape == (rows, 44)
-        assert received.landed_on == ("stream" if "lands" in asked else None)
+        assert received.overflow_stream == ("stream" if "overflows" in asked else None)
 
 
 def test_a_heap_with_readers_that_nobody_can_ask_is_not_let_go() -> None:
