@@ -45,7 +45,7 @@ def _view(tensor: Array, name: str, *dtypes: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DispatchLayout:
-    """What one rank's top-k choices mean for its peers; int32, as the public interface returns counts."""
+    """Counts of one rank's top-k choices, by peer; int32, as the public interface returns counts."""
 
     num_tokens_per_rank: Tensor  # [R] tokens that go to each rank, each once
     num_tokens_per_node: Tensor | None  # [D] tokens that go to each node, each once; None for one node
@@ -103,7 +103,7 @@ def rank_masks(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
 
 
 class FirstRows(NamedTuple):
-    """Where each source's rows begin at each receiver, and how many rows each receives."""
+    """First rows of each source at each receiver, and how many rows each receives."""
 
     first_row: Tensor  # [R, R] int64: [s, r] is the first row of source s at rank r
     num_received: Tensor  # [R] int64
@@ -131,7 +131,7 @@ def send_rows(is_token_in_rank: Array, first_row: Array, num_parts: int = 1) -> 
 
 
 class ReceivedRows(NamedTuple):
-    """Where each of a receiver's rows comes from."""
+    """Source of each of a receiver's rows."""
 
     src_rank: Tensor  # [N] int32
     src_token: Tensor  # [N] int32
@@ -196,7 +196,7 @@ def low_latency_counts(topk_idx: Array, num_experts: int, num_ranks: int) -> Ten
 
 
 class LowLatencyRanges(NamedTuple):
-    """Which of an expert's rows came from whom."""
+    """Ranges of an expert's rows, by source."""
 
     layout_range: Tensor  # [L, R] int64: (first row << 32) | rows
     recv_count: Tensor  # [L] int32
@@ -236,7 +236,7 @@ def forwarding_rank(source: int, node: int, num_ranks: int, ranks_per_node: int)
 
 
 class NodeRoutes(NamedTuple):
-    """What one source sends to each node."""
+    """Rows that one source sends to each node."""
 
     local_ranks: Tensor  # [T, D] int64: bit j is set where the token goes to the node's j-th rank
     position: Tensor  # [T, D] int32: the token's place among those that go to the node, or -1

@@ -1,4 +1,4 @@
-"""What clients import from `deep_ep.utils`."""
+"""Names that clients import from `deep_ep.utils`."""
 
 from __future__ import annotations
 

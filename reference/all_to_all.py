@@ -25,7 +25,7 @@ from .wire import Wire
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """What one routing decision means for one rank: all that cached dispatches and combines need.
+    """One rank's share of a routing decision: all that cached dispatches and combines need.
 
     Lists indexed by rank hold zero for masked ranks.
     """
@@ -90,11 +90,12 @@ def exchange_counts(
     words = (is_token_in_rank & alive).sum(0)
     if num_tokens_per_expert is not None:
         words = torch.cat([words, num_tokens_per_expert.to(words)])
-    told = {source: row.tolist() for source, row in wire.all_gather(words).items()}
-    counts = [told[source][:num_ranks] if source in told else [0] * num_ranks for source in range(num_ranks)]
+    gathered = {source: row.tolist() for source, row in wire.all_gather(words).items()}
+    nothing = [0] * num_ranks
+    counts = [gathered.get(source, nothing)[:num_ranks] for source in range(num_ranks)]
     num_local = num_experts // num_ranks
     first = num_ranks + wire.rank * num_local
-    columns = zip(*(row[first : first + num_local] for row in told.values()), strict=True)
+    columns = zip(*(row[first : first + num_local] for row in gathered.values()), strict=True)
     plan = restore_plan(wire.rank, is_token_in_rank, counts)
     return replace(plan, num_recv_tokens_per_expert=[sum(column) for column in columns])
 
@@ -135,7 +136,7 @@ def allocate(
 ) -> DispatchTensors:
     """Outputs for a dispatch of these inputs: N rows, or `num_worst_tokens` if that is not zero.
 
-    Whether those are enough, on this rank or another, every rank can tell from `plan.counts`.
+    Whether those are enough, on this rank or another, every rank sees from `plan.counts`.
     """
     rows = num_worst_tokens or plan.num_recv_tokens
 

@@ -7,7 +7,7 @@ Routing is worked out here, on purpose, without layout.py and low_latency.py: th
 its experts there. Two exchanges: how many, then the records. - combine, reduce="token": every (token, expert)
 row returns. One exchange; both sides know what travels. - combine, reduce="rank": the owner sends each
 token's weights to the token's ranks, which return one partial sum. Two exchanges. - LogFMT adds one: the
-metadata goes first, and tells the receiver what the rest takes.
+metadata goes first, and says to the receiver what the rest takes.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def start_dispatch(
     send_counts = torch.bincount(destination, minlength=wire.num_ranks)
     one_each = [int(rank in wire.members) for rank in range(wire.num_ranks)]
     recv_counts = [0] * wire.num_ranks
-    told = wire.all_to_all_rows(send_counts[list(wire.members)], one_each, one_each)
-    for member, count in zip(wire.members, told.tolist(), strict=True):
+    incoming = wire.all_to_all_rows(send_counts[list(wire.members)], one_each, one_each)
+    for member, count in zip(wire.members, incoming.tolist(), strict=True):
         recv_counts[member] = count
     rows = wire.start_all_to_all_rows(pack_records(fields)[token], send_counts.tolist(), recv_counts)
     return DispatchUnderway(wire, rows, fields, recv_counts, num_max_tokens, num_experts)

@@ -204,7 +204,7 @@ def _pad(rows: Tensor, num_rows: int) -> Tensor:
 def _expert_counts(
     inputs: Sequence[DispatchInput], rank: int, num_local: int, alignment: int, masked: Collection[int]
 ) -> list[int]:
-    """What all ranks together count for each expert of `rank`, rounded up; [] where nobody counts."""
+    """Counts of all ranks together for each expert of `rank`, rounded up; [] where nobody counts."""
     counts = [given.num_tokens_per_expert for given in inputs if given.num_tokens_per_expert is not None]
     require(len(counts) in (0, len(inputs)), "num_tokens_per_expert: must be given by all ranks or by none")
     if not counts:

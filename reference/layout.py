@@ -1,4 +1,4 @@
-"""Who receives what, and in which row: the layout rules, seen from above.
+"""The layout rules, seen from above: who receives what, and in which row.
 
 Pure functions of routing decisions; nothing here communicates. `R` ranks own `E` experts in contiguous
 blocks: expert `e` lives on rank `e // L` with `L = E // R`. A `topk_idx` entry of -1 means "no expert" and
@@ -19,7 +19,7 @@ from .checks import require
 
 @dataclass(frozen=True)
 class DispatchLayout:
-    """What one rank's top-k choices mean for ranks, nodes and experts.
+    """Counts of one rank's top-k choices, by rank, by node and by expert.
 
     A token counts once per rank and once per node, however many of its experts live there; it counts once per
     entry for experts, so an expert chosen twice by a token counts twice.
@@ -32,7 +32,7 @@ class DispatchLayout:
 
 
 class ReceivedRows(NamedTuple):
-    """Where a receiver's rows come from. Their order: ascending source rank, then ascending source token."""
+    """Sources of a receiver's rows. Their order: ascending source rank, then ascending source token."""
 
     src_rank: Tensor  # [N] int32
     src_token: Tensor  # [N] int32
@@ -49,7 +49,7 @@ class ExpandedRows(NamedTuple):
 
 
 class ForwardedRows(NamedTuple):
-    """Where the rows of a two-level dispatch's second hop come from."""
+    """Sources of the rows of a two-level dispatch's second hop."""
 
     gateway: Tensor  # [N] int64: the rank that forwards the row
     gateway_row: Tensor  # [N] int64: which of the rows it holds

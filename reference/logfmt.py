@@ -68,7 +68,7 @@ def logfmt_decode(codes: Tensor, meta: Tensor) -> Tensor:
 
 
 def logfmt_qualifies(meta: Tensor) -> Tensor:
-    """Which groups travel encoded, [..., G] bool, from the metadata [..., G, 2] alone."""
+    """The groups that travel encoded, [..., G] bool, from the metadata [..., G, 2] alone."""
     good = _scale(meta)[2]
     num_groups = good.shape[-1]
     per_chunk = 8 if num_groups % 8 == 0 else 4
@@ -79,7 +79,7 @@ def logfmt_qualifies(meta: Tensor) -> Tensor:
 
 
 def logfmt_roundtrip(x: Tensor) -> Tensor:
-    """What arrives of `x` [..., H] bfloat16 when it travels in LogFMT: float32 [..., H]."""
+    """Encodes and decodes: `x` [..., H] bfloat16 as it arrives in LogFMT, float32 [..., H]."""
     codes, meta, qualifies = logfmt_encode(x)
     return torch.where(qualifies.repeat_interleave(GROUP, dim=-1), logfmt_decode(codes, meta), x.float())
 

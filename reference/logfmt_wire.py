@@ -1,7 +1,7 @@
 """Rows that travel in LogFMT: metadata first, then groups of 128 channels, encoded or as they are.
 
-Both sides work out from the metadata which groups are encoded, hence how many bytes follow; nothing else is
-told.
+Both sides work out from the metadata which groups are encoded, hence how many bytes follow; nothing else has
+to be sent.
 """
 
 from __future__ import annotations

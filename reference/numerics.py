@@ -1,4 +1,4 @@
-"""How sums are rounded: the rules that every combine shares with the kernels."""
+"""Rounding of sums: the rules that every combine shares with the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a call is timed: from the call to the point after which the caller may use its outputs.
+"""Timing of a call: from the call to the point after which the caller may use its outputs.
 
 Ranks are aligned before every sample, a sample is the slowest rank's, and samples give a median and a 99th
 percentile. Host time is sampled beside it: how long a call keeps the calling thread, of many in a row.
@@ -124,7 +124,7 @@ class CudaClock(Clock):
         return elapsed / HOST_CALLS
 
     def _cycles(self, microseconds: float) -> int:
-        """What `torch.cuda._sleep` takes for so long, by this device's own clock."""
+        """Cycles that `torch.cuda._sleep` takes for so long, by this device's own clock."""
         trial = 2_000_000
         for _ in range(3):  # the first wakes the device up, and makes the events: that takes 20 us
             self._begin.record()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep.bench.operations import COMBINE, DISPATCH, Inputs, Operation
+from deepep.bench.operations import COMBINE, DISPATCH, Inputs, TimedOperation
 from deepep.bench.sweep import Dtype
 from deepep.bench.workload import expert_stand_in
 from deepep.reference.records import dense
@@ -22,7 +22,7 @@ from deepep.reference.records import dense
 ALONE, PERMUTED, REDUCED = "alone", "with permute", "with reduce"
 
 
-class Exchange:
+class CollectiveExchange:
     """Rows to the ranks that want them, and back.
 
     order [S] int64: this rank's tokens by destination rank, then token. sent, received [R]: rows to and from
@@ -68,17 +68,19 @@ class Exchange:
         return out
 
 
-def collective_operations(group: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[Operation]:
+def collective_operations(group: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[TimedOperation]:
     """Dispatch in each dtype and combine, alone and complete. Alone, a row's scales lie beside its values."""
-    exchange = Exchange(group, inputs)
+    exchange = CollectiveExchange(group, inputs)
     load = inputs.workload
     for dtype in dtypes:
         x, scales = inputs.rows(dtype)
         parts = [x.view(torch.uint8)] + ([] if scales is None else [dense(scales).view(torch.uint8)])
         records = torch.cat(parts, dim=1)[exchange.order]  # [S, bytes]
         traffic = load.dispatched(dtype)
-        yield Operation(DISPATCH, partial(exchange.there, records), _split(x, scales), dtype, traffic, ALONE)
-        yield Operation(
+        yield TimedOperation(
+            DISPATCH, partial(exchange.there, records), _split(x, scales), dtype, traffic, ALONE
+        )
+        yield TimedOperation(
             DISPATCH,
             partial(exchange.dispatch, x, scales),
             lambda made: {"recv_x": made[0], "recv_scales": made[1]},
@@ -89,10 +91,10 @@ def collective_operations(group: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -
         del records
     y = expert_stand_in(exchange.dispatch(inputs.x, None)[0], inputs.rank)
     traffic = load.combined()
-    yield Operation(
+    yield TimedOperation(
         COMBINE, lambda: exchange.back(y), lambda made: {"returned_rows": made}, "bf16", traffic, ALONE
     )
-    yield Operation(
+    yield TimedOperation(
         COMBINE, lambda: exchange.combine(y), lambda made: {"combined_x": made}, "bf16", traffic, REDUCED
     )
 

@@ -1,4 +1,4 @@
-"""What a run found."""
+"""Figures that a run measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from deepep.bench.clock import Timing
 from deepep.bench.floor import Copied
-from deepep.bench.operations import Operation
+from deepep.bench.operations import TimedOperation
 from deepep.bench.sweep import Dtype, Shape
 from deepep.bench.workload import Skew
 
@@ -40,7 +40,12 @@ class Figure:
 
     @staticmethod
     def of(
-        shape: Shape, operation: Operation, by: str, sms: int | None, timing: Timing, floor: Copied | None
+        shape: Shape,
+        operation: TimedOperation,
+        by: str,
+        sms: int | None,
+        timing: Timing,
+        floor: Copied | None,
     ) -> Figure:
         moved = operation.traffic
         return Figure(
@@ -82,7 +87,7 @@ class Figure:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """A run's figures.
 
     skews: of each shape's routing. problems: results that were wrong; the first ends the run. notes: whatever

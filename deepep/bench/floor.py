@@ -33,8 +33,9 @@ class Push:
 
 
 def pushes(pairs: Matrix, rank: int, region: int) -> list[Push]:
-    """What `rank` sends, in order. pairs[s][d]: bytes; region: bytes that each pair has in either memory.
+    """Copies that `rank` sends, in order.
 
+    pairs[s][d]: bytes; region: bytes that each pair has in either memory.
     Sources write to regions of their own, and no two ranks push to the same peer in the same turn.
     """
     ranks = len(pairs)

@@ -20,7 +20,7 @@ LAYOUT, DISPATCH, CACHED, COMBINE = "layout", "dispatch", "cached dispatch", "co
 
 
 @dataclass(frozen=True)
-class Operation:
+class TimedOperation:
     """One thing to time. outputs: what a result of `call` holds. traffic: the bytes it moves, None for none.
 
     variant: which of several ways to do it this is.
@@ -35,7 +35,7 @@ class Operation:
 
 
 class Inputs:
-    """What one rank passes to the operations, on its device."""
+    """One rank's inputs to the operations, on its device."""
 
     def __init__(self, workload: Workload, rank: int, device: torch.device, scales: str) -> None:
         self.workload = workload
@@ -51,7 +51,7 @@ class Inputs:
         return (self.x, None) if dtype == "bf16" else fp8_rows(self.x, self.scales)
 
 
-def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[Operation]:
+def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[TimedOperation]:
     """The operations of a Buffer, in V1's calls. What an operation needs is made when its turn comes, by
     calls that all ranks have to make.
     """
@@ -61,7 +61,7 @@ def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> I
     def layout() -> Any:
         return buffer.get_dispatch_layout(inputs.topk_idx, experts)
 
-    yield Operation(
+    yield TimedOperation(
         LAYOUT,
         layout,
         lambda made: {
@@ -86,9 +86,9 @@ def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> I
         x, scales = inputs.rows(dtype)
         given = x if scales is None else (x, scales)
         traffic = load.dispatched(dtype)
-        yield Operation(DISPATCH, partial(fresh, given), _dispatched, dtype, traffic)
+        yield TimedOperation(DISPATCH, partial(fresh, given), _dispatched, dtype, traffic)
         handle = fresh(given)[4]
-        yield Operation(
+        yield TimedOperation(
             CACHED,
             partial(buffer.dispatch, given, handle=handle),
             lambda made: _rows(made[0]),
@@ -99,7 +99,7 @@ def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> I
     # As the experts leave them: rows in memory of their own, not where they were received.
     y = expert_stand_in(received, inputs.rank)
     del received
-    yield Operation(
+    yield TimedOperation(
         COMBINE,
         lambda: buffer.combine(y, handle),
         lambda made: {"combined_x": made[0]},

@@ -1,11 +1,11 @@
-"""What the operations have to return on this rank, by deepep.reference's global view of all ranks."""
+"""Results that the operations have to return on this rank, by deepep.reference's global view of all ranks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT, Inputs, Operation, Outputs
+from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT, Inputs, Outputs, TimedOperation
 from deepep.bench.sweep import Dtype
 from deepep.bench.workload import expert_stand_in, fp8_rows
 from deepep.reference import high_throughput
@@ -22,7 +22,7 @@ class Oracle:
         self._scales = inputs.scales
         self._known: dict[tuple[str, Dtype | None], Outputs] = {}
 
-    def complaint(self, operation: Operation, result: object) -> str:
+    def complaint(self, operation: TimedOperation, result: object) -> str:
         """Empty if the result is right, bit for bit; else what is wrong with it."""
         key = (DISPATCH if operation.name == CACHED else operation.name, operation.dtype)
         if key not in self._known:

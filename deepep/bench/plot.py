@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 
-from deepep.bench.figures import OURS, Figure, Report
+from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.operations import CACHED, COMBINE, LAYOUT
 
 INK, FAINT, ACCENT = "#1f2933", "#cbd2d9", "#c2410c"
@@ -32,7 +32,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_report(report: Report, path: Path) -> None:
+def draw_report(report: BenchReport, path: Path) -> None:
     """A panel for each shape and operation, written to `path` in the format that its suffix names."""
     panels = panels_of(report.figures)
     shapes = list(dict.fromkeys(figure.shape for figure in report.figures))

@@ -14,9 +14,9 @@ from deepep.api.buffer import Buffer
 from deepep.backends.cuda.memory.ipc import gather_over
 from deepep.bench.clock import Clock, CudaClock, HostClock
 from deepep.bench.collective import collective_operations
-from deepep.bench.figures import OURS, Figure, Report
+from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.floor import Floor
-from deepep.bench.operations import LAYOUT, Inputs, Operation, buffer_operations
+from deepep.bench.operations import LAYOUT, Inputs, TimedOperation, buffer_operations
 from deepep.bench.oracle import Oracle
 from deepep.bench.peers import open_deep_ep
 from deepep.bench.sweep import Shape, Sweep
@@ -35,7 +35,7 @@ class WrongResultError(AssertionError):
     """An operation of ours returned something else than the oracle."""
 
 
-def run_rank(group: Any, device: torch.device, sweep: Sweep, tell: Tell = lambda line: None) -> Report:
+def run_rank(group: Any, device: torch.device, sweep: Sweep, tell: Tell = lambda line: None) -> BenchReport:
     """Measures all of `sweep` on this rank. `tell` hears of progress. Returns the same report on every rank,
     ended early if a result is wrong.
 
@@ -65,7 +65,7 @@ class Bench:
         self._clock = self._make_clock()
         self._floor: Floor | None = None
         self._oracle: Oracle | None = None
-        self.report = Report(environment(device, sweep, buffer))
+        self.report = BenchReport(environment(device, sweep, buffer))
 
     def run(self, loads: Sequence[Workload]) -> None:
         """Fills the report. Raises WrongResultError, on every rank."""
@@ -113,7 +113,7 @@ class Bench:
                 operations = (op for op in operations if op.name != LAYOUT)
             self._measure(by, operations, inputs.workload.shape, sms)
 
-    def _measure(self, by: str, operations: Iterable[Operation], shape: Shape, sms: int | None) -> None:
+    def _measure(self, by: str, operations: Iterable[TimedOperation], shape: Shape, sms: int | None) -> None:
         for operation in operations:
             own = None if operation.name == LAYOUT else sms
             what = _described(by, operation)
@@ -126,7 +126,7 @@ class Bench:
                 floor = self._floor.best(moved.pairs, moved.wire, own or self._floor.all_sms)
             self.report.figures.append(Figure.of(shape, operation, by, own, timing, floor))
 
-    def _check(self, what: str, operation: Operation, *, ours: bool) -> None:
+    def _check(self, what: str, operation: TimedOperation, *, ours: bool) -> None:
         """Compares one result with the oracle's. Raises WrongResultError for ours; notes it for others."""
         if self._oracle is None:
             return
@@ -171,7 +171,7 @@ class Bench:
         return CudaClock(self._group, self._device, sweep.iterations, sweep.warmup, align)
 
 
-def _described(by: str, operation: Operation) -> str:
+def _described(by: str, operation: TimedOperation) -> str:
     return " ".join(filter(None, (by, operation.variant, operation.name, operation.dtype)))
 
 
@@ -180,7 +180,7 @@ def _even(counts: Iterable[int]) -> tuple[int, ...]:
 
 
 def environment(device: torch.device, sweep: Sweep, buffer: Any) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describes the host and software that figures were measured on."""
     on = "CPU"
     transport = "gloo"
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a run measures: shapes, dtypes, SM counts, routing."""
+"""Dimensions of a run: shapes, dtypes, SM counts, routing."""
 
 from __future__ import annotations
 

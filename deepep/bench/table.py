@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deepep.bench.figures import OURS, Figure, Report
+from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT
 
 #: what the widest row takes; files and pipes have no width of their own
@@ -27,7 +27,7 @@ COLUMNS = (
 )
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: BenchReport, console: Console) -> None:
     """A table for each shape, then the notes and what was wrong."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)

@@ -41,7 +41,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Skew:
-    """How uneven a routing is; 1 is even.
+    """Imbalance of a routing; 1 is even.
 
     receiving, sending: rows of the busiest rank over the mean of the ranks, rank-local ones included.
     expert: top-k entries of the busiest expert over the mean of the experts. crossing: the share of rows that
@@ -63,7 +63,7 @@ class Skew:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every rank sends. Lists are indexed by rank; tensors are on the CPU, the same on every rank."""
+    """Rows and routing of every rank. Lists are indexed by rank; tensors lie on the CPU, alike everywhere."""
 
     shape: Shape
     seed: int
@@ -82,7 +82,7 @@ class Workload:
 
     @property
     def skew(self) -> Skew:
-        """How uneven the routing is."""
+        """Measures how uneven the routing is."""
         received, sent = self.rows.sum(0).double(), self.rows.sum(1).double()
         chosen = torch.stack([layout.num_tokens_per_expert for layout in self.layouts]).sum(0).double()
         crossing = float(self.rows.sum() - self.rows.diagonal().sum())

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deepep.bench.figures import Report
+from deepep.bench.figures import BenchReport
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
 from deepep.errors import ArgumentError
@@ -114,7 +114,7 @@ def command(
     _show(report, console, json_file, plot)
 
 
-def _show(report: Report, console: Console, json_file: Path | None, plot: Path | None) -> None:
+def _show(report: BenchReport, console: Console, json_file: Path | None, plot: Path | None) -> None:
     from deepep.bench.table import print_report
 
     launcher = (
@@ -134,7 +134,7 @@ def _show(report: Report, console: Console, json_file: Path | None, plot: Path |
         raise typer.Exit(WRONG)
 
 
-def _run_in_own_processes(sweep: Sweep, cuda: bool) -> Report:
+def _run_in_own_processes(sweep: Sweep, cuda: bool) -> BenchReport:
     from deepep.sim import World, WorldError
 
     with World(sweep.num_ranks, backend="nccl" if cuda else "gloo", timeout=PEER_TIMEOUT) as world:
@@ -146,13 +146,13 @@ def _run_in_own_processes(sweep: Sweep, cuda: bool) -> Report:
             raise
 
 
-def _run_one(context: Any, sweep: Sweep) -> Report | None:
+def _run_one(context: Any, sweep: Sweep) -> BenchReport | None:
     """In a rank process; rank 0 tells of progress on the terminal it shares with the parent."""
     report = run_rank(context.group, context.device, sweep, _progress(context.rank))
     return report if context.rank == 0 else None
 
 
-def _run_under_torchrun(sweep: Sweep, cuda: bool) -> Report | None:
+def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if cuda:

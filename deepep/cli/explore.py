@@ -29,7 +29,7 @@ PASSED, FAILED, MISUSED = 0, 1, 2
 
 
 class Op(str, enum.Enum):
-    """What is run."""
+    """The operations to explore."""
 
     ALL = "all"
     LAYOUT = "layout"

@@ -18,7 +18,7 @@ from deepep.sim.cases.traces import TraceSource
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.drawing import print_finding, save_picture
 from deepep.sim.fuzz.examples import StoredExample
-from deepep.sim.fuzz.fuzzer import Draw, Finding, Fuzzer, Report
+from deepep.sim.fuzz.fuzzer import Draw, Finding, Fuzzer, FuzzReport
 from deepep.sim.fuzz.subjects import Subject
 
 PASSED, FAILED, MISUSED = 0, 1, 2
@@ -131,7 +131,7 @@ def _fuzz(
     return report.finding
 
 
-def _table(report: Report) -> Table:
+def _table(report: FuzzReport) -> Table:
     coverage = report.coverage
     pairs = f"{len(coverage.seen_pairs)} of {coverage.total_pairs}"
     table = Table(box=None, show_header=False)

@@ -33,7 +33,7 @@ class CheckFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a check runs: one rank, with a buffer of its own, and everybody's inputs."""
+    """One rank's place in a check: it comes with a buffer of its own, and everybody's inputs."""
 
     buffer: Buffer
     device: torch.device
@@ -135,7 +135,7 @@ def _dispatch(site: Site, x: Any = None, **options: Any) -> tuple[Any, ...]:
 
 
 def _expected(site: Site, xs: list[Tensor] | None = None, scales: Any = None, **options: Any) -> Any:
-    """What `_dispatch` has to give this rank."""
+    """Results that `_dispatch` has to give this rank."""
     inputs = [
         DispatchInput(
             (xs or site.xs)[r],
@@ -254,7 +254,7 @@ def _events(site: Site) -> str:
 
 
 def _low_latency(site: Site, fp8: bool) -> list[low_latency.LowLatencyOutput]:
-    """What low-latency dispatch has to give every rank."""
+    """Results that low-latency dispatch has to give every rank."""
     return low_latency.dispatch(site.xs, site.topk_idx, MAX_TOKENS, site.num_experts, fp8=fp8)
 
 

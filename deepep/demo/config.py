@@ -1,4 +1,4 @@
-"""What one demo run is."""
+"""Configuration of a demo run."""
 
 from __future__ import annotations
 

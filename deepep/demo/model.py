@@ -91,11 +91,11 @@ class ByteModel(nn.Module):
         return [m for m in self.modules() if isinstance(m, ExpertParallelMoE)]
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """What only this rank holds."""
+        """Parameters that only this rank holds."""
         for moe in self.moe_layers():
             yield from moe.expert_parameters()
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """What every rank holds; gradients have to be summed over ranks."""
+        """Parameters that every rank holds; gradients have to be summed over ranks."""
         mine = set(self.expert_parameters())
         return [p for p in self.parameters() if p not in mine]

@@ -1,4 +1,4 @@
-"""What the demo says at the end: whether the losses are equal, tables, pictures and the routing trace."""
+"""The demo's report: whether the losses are equal, tables, pictures and the routing trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepep.demo.config import DemoConfig
-from deepep.demo.train import Outcome, RankRecord
+from deepep.demo.train import RankRecord, TrainingOutcome
 from deepep.trace import RoutingTrace, TraceWriter
 
 TRACE_NAME = "routing.safetensors"
@@ -36,8 +36,8 @@ PHASES = (
 class Comparison:
     """Both runs, and where they differ. Every difference is bounded by zero: deepep.demo.single says why."""
 
-    parallel: Outcome
-    single: Outcome
+    parallel: TrainingOutcome
+    single: TrainingOutcome
 
     @property
     def worst(self) -> tuple[float, int, int]:
@@ -68,10 +68,10 @@ def _gap(a: float, b: float) -> float:
     return abs(a - b) if math.isfinite(a - b) else math.inf
 
 
-def outcome(records: Sequence[RankRecord]) -> Outcome:
-    """What the run between processes came to."""
+def outcome(records: Sequence[RankRecord]) -> TrainingOutcome:
+    """The outcome of the run between processes."""
     losses = [list(step) for step in zip(*(record.losses for record in records), strict=True)]
-    return Outcome(losses, [record.weights for record in records])
+    return TrainingOutcome(losses, [record.weights for record in records])
 
 
 def routing_trace(records: Sequence[RankRecord], config: DemoConfig) -> RoutingTrace:

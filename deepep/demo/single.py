@@ -22,7 +22,7 @@ from torch import Tensor
 from deepep.demo.config import DemoConfig
 from deepep.demo.model import ByteModel
 from deepep.demo.text import TextShard
-from deepep.demo.train import Outcome, digest, learning_rate, make_optimizer
+from deepep.demo.train import TrainingOutcome, digest, learning_rate, make_optimizer
 from deepep.nn import apply_experts
 from deepep.nn.moe import ExpertParallelMoE
 from deepep.reference.high_throughput import DispatchInput
@@ -33,14 +33,14 @@ from deepep.reference.layout import dispatch_layout
 
 @dataclass(eq=False)
 class LoneRank:
-    """What a layer wants to know of a Buffer, for a rank that has none."""
+    """A stand-in for Buffer, as far as a layer needs one, for a rank that has none."""
 
     rank: int
     group_size: int
     group: Any = None
 
 
-class _Dispatch(torch.autograd.Function):
+class _GlobalDispatch(torch.autograd.Function):
     """(x_0 .. x_R-1, weights_0 .. weights_R-1) -> (received x by rank, received weights by rank); indices
     by `routes`.
     """
@@ -68,7 +68,7 @@ class _Dispatch(torch.autograd.Function):
         return (None, *(s.x for s in sums), *(_present(s.topk_weights) for s in sums))
 
 
-class _Combine(torch.autograd.Function):
+class _GlobalCombine(torch.autograd.Function):
     """(rows by rank) -> (tokens by rank)."""
 
     @staticmethod
@@ -99,12 +99,12 @@ def moe_of_all_ranks(layers: Sequence[ExpertParallelMoE], xs: Sequence[Tensor]) 
     routing = [layer.router(t) for layer, t in zip(layers, tokens, strict=True)]
     tables = [dispatch_layout(r.topk_idx, num_experts, num_ranks).is_token_in_rank for r in routing]
     routes = Routes([r.topk_idx for r in routing], num_experts, tables, [])
-    received = _Dispatch.apply(routes, *tokens, *(r.topk_weights for r in routing))
+    received = _GlobalDispatch.apply(routes, *tokens, *(r.topk_weights for r in routing))
     rows = [
         apply_experts(layer.experts, received[rank], routes.received_idx[rank], received[num_ranks + rank])
         for rank, layer in enumerate(layers)
     ]
-    ys = list(_Combine.apply(routes, *rows))
+    ys = list(_GlobalCombine.apply(routes, *rows))
     for rank, layer in enumerate(layers):
         if layer.shared is not None:
             ys[rank] = ys[rank] + layer.shared(tokens[rank])
@@ -151,7 +151,7 @@ class SingleProcessTrainer:
         return [loss.item() for loss in losses]
 
 
-def train_single(config: DemoConfig, on_step: Callable[[int, float], None] | None = None) -> Outcome:
+def train_single(config: DemoConfig, on_step: Callable[[int, float], None] | None = None) -> TrainingOutcome:
     """The whole run in this process. Uses one thread, and puts the number back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def train_single(config: DemoConfig, on_step: Callable[[int, float], None] | Non
                 on_step(step, sum(history[-1]) / config.num_ranks)
     finally:
         torch.set_num_threads(threads)
-    return Outcome(history, [digest(model) for model in trainer.models])
+    return TrainingOutcome(history, [digest(model) for model in trainer.models])
 
 
 def _present(tensor: Tensor | None) -> Tensor:

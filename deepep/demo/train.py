@@ -37,8 +37,8 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run came to, in a form that two runs can be compared in.
+class TrainingOutcome:
+    """The outcome of a run, in a form that two runs can be compared in.
 
     losses: [steps][R], each rank's mean loss in nats per byte. weights: by rank, the digest of its final
     weights.
@@ -50,7 +50,7 @@ class Outcome:
 
 @dataclass
 class RankRecord:
-    """What one rank saw in a whole run."""
+    """One rank's record of a whole run."""
 
     weights: str = ""  # digest of all this rank's weights after the last step
     losses: list[float] = field(default_factory=list)  # this rank's mean loss, per step

@@ -122,7 +122,7 @@ class Case:
         return replace(self.with_options(**changes), hidden=hidden)
 
     def features(self) -> dict[str, Any]:
-        """What coverage counts: the options, and the traits of the routing."""
+        """The features that coverage counts: the options, and the traits of the routing."""
         tokens = self.num_tokens
         empty = sum(t == 0 for t in tokens)
         return {
@@ -208,7 +208,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large drawn cases may be, and what they may contain.
+    """Bounds of drawn cases: how large they may be, and what they may contain.
 
     Attributes:
         ranks: R is one of these.

@@ -1,4 +1,4 @@
-"""Where a drawn case's decisions come from: a seeded generator, or hypothesis.
+"""Sources of a drawn case's decisions: a seeded generator, or hypothesis.
 
 Cases are drawn by one piece of code (deepep.sim.cases.case). It asks a `Choices` for every decision, so the
 fuzz loop draws thousands of cases a second from a seed, and hypothesis draws, and shrinks, the very same

@@ -105,7 +105,7 @@ assert tuple(SPACE) == tuple(f.name for f in fields(Options))
 
 
 class Coverage:
-    """Which alternatives of the option space, and which pairs of them, some examples have tried.
+    """Coverage of the option space: the alternatives, and the pairs of them, that some examples have tried.
 
     Args:
         space: option names and their alternatives. An example outside the space is not counted.

@@ -1,4 +1,4 @@
-"""What the tensors of a case hold: values that give away a row, a scale or a weight in the wrong place.
+"""Values of a case's tensors, such that they give away a row, a scale or a weight in the wrong place.
 
 Everything is a function of the case's seed, the rank and the tensor's name, so every process makes the
 same tensors by itself and no payload has to travel to set up an example.

@@ -13,7 +13,7 @@ from typing import Any
 from deepep import _emulator
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.explore.explorer import draw_schedule
-from deepep.sim.explore.scenarios import Report, Schedule
+from deepep.sim.explore.scenarios import RunReport, ThreadSchedule
 
 _TIMEOUT_NS = 100_000_000
 
@@ -41,7 +41,7 @@ def draw_copy(seed: int, *, bulk: bool = True) -> CopyCase:
     return CopyCase(num_bytes, num_blocks, num_warps, bulk, stages, stage_bytes, choices.pick((1, 2, 2)))
 
 
-def run_copy(case: CopyCase, schedule: Schedule, kernels: Any = None) -> Report:
+def run_copy(case: CopyCase, schedule: ThreadSchedule, kernels: Any = None) -> RunReport:
     """Copies, and compares with what was sent; twice, the second time other bytes to the same places."""
     machine = _emulator.Machine(
         num_ranks=case.num_ranks,
@@ -57,7 +57,7 @@ def run_copy(case: CopyCase, schedule: Schedule, kernels: Any = None) -> Report:
     ranks = range(case.num_ranks)
     sources = [machine.allocate(f"source@{r}", "device", r, size) for r in ranks]
     targets = [machine.allocate(f"target@{r}", "symmetric", r, size) for r in ranks]
-    report = Report()
+    report = RunReport()
     for turn in range(2):
         try:
             sent = [_pattern(size, 31 * turn + rank) for rank in ranks]
@@ -103,16 +103,16 @@ def _pattern(size: int, salt: int) -> bytes:
 
 @dataclass(frozen=True)
 class CopyFailure:
-    """What failed, and all it takes to run it again."""
+    """A failure, and all it takes to run it again."""
 
     case: CopyCase
-    schedule: Schedule
-    report: Report
+    schedule: ThreadSchedule
+    report: RunReport
 
 
 @dataclass(frozen=True)
 class CopyTally:
-    """What an exploration has seen."""
+    """Counts of what an exploration has seen."""
 
     runs: int
     seconds: float

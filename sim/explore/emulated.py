@@ -20,7 +20,7 @@ from deepep.sim.cases.case import Case
 from deepep.sim.cases.values import RankInputs, inputs
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, HostCounts, LayoutAt, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
-from deepep.sim.explore.scenarios import Report, Scenario, Schedule, Stop
+from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import Array, RankView, bits, first_difference
 
@@ -39,22 +39,27 @@ Program = Generator[str, None, None]
 
 def run(
     scenario: Scenario,
-    schedule: Schedule,
+    schedule: ThreadSchedule,
     *,
     stops: Sequence[Stop] = (),
     kernels: Any = None,
     max_steps: int = 5_000_000,
-) -> Report:
+) -> RunReport:
     """Runs the scenario and judges every rank's results.
 
     kernels: what `_emulator.load_kernels` gave; default the product's own. max_steps: more is a livelock.
     """
-    return _Run(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
+    return _ScenarioRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
 
 
-class _Run:
+class _ScenarioRun:
     def __init__(
-        self, scenario: Scenario, schedule: Schedule, stops: Sequence[Stop], kernels: Any, max_steps: int
+        self,
+        scenario: Scenario,
+        schedule: ThreadSchedule,
+        stops: Sequence[Stop],
+        kernels: Any,
+        max_steps: int,
     ) -> None:
         self.scenario = scenario
         self.stops = stops
@@ -88,11 +93,11 @@ class _Run:
             slot_bytes=max(_call(case, inputs(case, 0)).slot_offsets[-1] for case in cases),
         )
         self.watched: Any = None  # outcome of the watch that ended last
-        self.report = Report()
+        self.report = RunReport()
         self.programs: dict[int, Program] = {}
         self.handles: dict[int, tuple[CombineCall, PlanAt]] = {}  # of each rank's case before
 
-    def run(self) -> Report:
+    def run(self) -> RunReport:
         report = self.report
         self.programs = {rank: self._program(rank) for rank in range(self.num_ranks)}
         try:

@@ -16,7 +16,7 @@ from deepep.sim.cases.case import Case, Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.emulator.calls import Gpu
 from deepep.sim.explore.emulated import run
-from deepep.sim.explore.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
+from deepep.sim.explore.scenarios import STRATEGIES, RunReport, Scenario, Stop, ThreadSchedule
 
 FORMAT = "deepep.failing-schedule"
 _PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
@@ -94,9 +94,9 @@ def draw_tall_scenario(seed: int) -> Scenario:
     )
 
 
-def draw_schedule(seed: int) -> Schedule:
+def draw_schedule(seed: int) -> ThreadSchedule:
     """The strategies take turns."""
-    return Schedule(STRATEGIES[seed % len(STRATEGIES)], seed)
+    return ThreadSchedule(STRATEGIES[seed % len(STRATEGIES)], seed)
 
 
 def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
@@ -117,14 +117,14 @@ def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed, and all it takes to run it again."""
+    """A failure, and all it takes to run it again."""
 
     scenario: Scenario
-    schedule: Schedule
+    schedule: ThreadSchedule
     stops: tuple[Stop, ...]
-    report: Report
+    report: RunReport
 
-    def replay(self, kernels: Any = None) -> Report:
+    def replay(self, kernels: Any = None) -> RunReport:
         return run(self.scenario, self.schedule, stops=self.stops, kernels=kernels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -159,13 +159,13 @@ class Failure:
             **plain["scenario"],
         )
         stops = tuple(Stop(**stop) for stop in plain["stops"])
-        report = Report(plain["kind"], "\n".join(plain["text"]))
-        return Failure(scenario, Schedule(**plain["schedule"]), stops, report)
+        report = RunReport(plain["kind"], "\n".join(plain["text"]))
+        return Failure(scenario, ThreadSchedule(**plain["schedule"]), stops, report)
 
 
 @dataclass
 class Tally:
-    """What an exploration has seen so far."""
+    """Counts of what an exploration has seen so far."""
 
     runs: int = 0
     steps: int = 0
@@ -173,7 +173,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
 
-    def add(self, report: Report, seconds: float) -> None:
+    def add(self, report: RunReport, seconds: float) -> None:
         self.runs += 1
         self.steps += report.steps
         self.seconds = seconds

@@ -14,7 +14,7 @@ from deepep import _emulator
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
 from deepep.sim.explore.kernel_mutants import COPY_FILE, HARMLESS, Mutant, build
-from deepep.sim.explore.scenarios import Report, Scenario
+from deepep.sim.explore.scenarios import RunReport, Scenario
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
@@ -29,10 +29,10 @@ def _scenario(seed: int) -> Scenario:
 
 @dataclass(frozen=True)
 class Catch:
-    """How a mutant fared. failure: the report of the run that caught it; None if it escaped."""
+    """One mutant's outcome. failure: the report of the run that caught it; None if it escaped."""
 
     mutant: Mutant
-    failure: Report | None
+    failure: RunReport | None
     runs: int
     seconds: float
     build_seconds: float

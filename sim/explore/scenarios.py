@@ -1,4 +1,4 @@
-"""What the kernels are explored on: scenarios, schedules, ranks that stop, and what a run came to."""
+"""Inputs and outcome of an exploration: scenarios, schedules, ranks that stop, and a run's report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRATEGIES = ("random", "pct", "starve")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ThreadSchedule:
     """Every choice of a run: which thread goes next, how late each write arrives.
 
     strategy: one of STRATEGIES. expected_steps: over how many steps PCT spreads its changes of priority.
@@ -28,12 +28,12 @@ class Schedule:
         return f"{self.strategy}:{self.seed}:{self.expected_steps}"
 
     @staticmethod
-    def parse(text: str) -> Schedule:
+    def parse(text: str) -> ThreadSchedule:
         """Reads what `str` wrote. Raises ValueError for anything else."""
         strategy, seed, steps = text.split(":")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {strategy}; allowed: {', '.join(STRATEGIES)}")
-        return Schedule(strategy, int(seed), int(steps))
+        return ThreadSchedule(strategy, int(seed), int(steps))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is run: cases of equally many ranks, in order, on GPUs of one shape.
+    """Cases to run: of equally many ranks, in order, on GPUs of one shape.
 
     use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else.
     use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
@@ -78,8 +78,8 @@ class Scenario:
 
 
 @dataclass
-class Report:
-    """What a run came to.
+class RunReport:
+    """The outcome of a run.
 
     kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), or what failed: "wrong result",
     "needless fault", "unfinished", "stream that waits for ever", or a kind of the machine's ("data race",

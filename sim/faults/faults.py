@@ -30,7 +30,7 @@ PHASES: dict[str, tuple[str, ...]] = {
 
 
 class Effect(str, enum.Enum):
-    """What happens."""
+    """The kinds of fault."""
 
     DELAY = "delay"
     STALL = "stall"

@@ -30,7 +30,7 @@ GRACE = 4.0
 
 @dataclass
 class Tale:
-    """What a rank lived through.
+    """One rank's account of a run.
 
     Attributes:
         views: of the examples it finished.
@@ -136,7 +136,7 @@ def judge_fault(world: World, cases: Sequence[Case], fault: Fault, timeout: floa
 
 
 def _tales(outcomes: list[Outcome], fault: Fault, gone: bool) -> dict[int, Tale]:
-    """What the ranks tell; Violation if one that should tell does not."""
+    """The ranks' accounts; Violation if one is missing that should be there."""
     tales = {}
     for outcome in outcomes:
         if outcome.ok:

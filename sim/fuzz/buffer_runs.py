@@ -180,7 +180,7 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
 
 
 def device_of(buffer: Any) -> torch.device:
-    """Where a buffer's tensors live."""
+    """The device of a buffer's tensors."""
     kind = buffer.runtime.info.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 

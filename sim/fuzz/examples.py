@@ -16,7 +16,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class StoredExample:
-    """What a file holds: the cases to run in order, and what failed when it was written."""
+    """A stored example: the cases to run in order, and what failed when it was written."""
 
     subject: str
     rule: str

@@ -71,8 +71,8 @@ class Finding:
 
 
 @dataclass
-class Report:
-    """How a fuzz run went."""
+class FuzzReport:
+    """The outcome of a fuzz run."""
 
     coverage: Coverage
     examples: int = 0
@@ -92,7 +92,7 @@ class Example:
     relation: Property | None = None
 
     def cases(self, subject: Subject) -> list[Case]:
-        """What the subject has to run, the example's own case first."""
+        """The cases that the subject runs, the example's own first."""
         adapted = subject.adapt(self.case)
         relation = self.relation if subject.gives_views else None
         if relation is None or relation.derive is None or not relation.applies(adapted):
@@ -137,16 +137,16 @@ class Fuzzer:
         *,
         examples: int | None = None,
         seconds: float | None = None,
-        progress: Callable[[Report], None] | None = None,
+        progress: Callable[[FuzzReport], None] | None = None,
         shrink: bool = True,
-    ) -> Report:
+    ) -> FuzzReport:
         """Fuzzes until so many examples or seconds are over, or something fails.
 
         With `shrink` a failing example is found out among those run with it, and made small.
         """
         started = time.monotonic()
         space = {**SPACE, **TRAITS, "num_ranks": tuple(sorted(set(self.limits.ranks)))}
-        report = Report(Coverage(space))
+        report = FuzzReport(Coverage(space))
         for batch in self._batches(examples):
             report.finding = self._judge_batch(batch)
             report.examples += len(batch)

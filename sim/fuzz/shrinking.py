@@ -42,7 +42,7 @@ def simpler(case: Case) -> Iterator[Case]:
 
 
 def weight(case: Case) -> tuple[int, ...]:
-    """What shrinking makes smaller, the most important first."""
+    """The quantities that shrinking makes smaller, the most important first."""
     used = sum(int((indices >= 0).sum()) for indices in case.topk_idx)
     plain = case.options.to_json()
     return (

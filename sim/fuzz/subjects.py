@@ -48,7 +48,7 @@ class Subject(ABC):
 
     @abstractmethod
     def finish(self, started: Any) -> list[list[RankView]]:
-        """What each rank got, by case and rank.
+        """Results, by case and rank.
 
         Raises:
             WorldError: a rank raised, died or hung.

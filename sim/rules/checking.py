@@ -1,4 +1,4 @@
-"""What properties are made of: how a violation is told, and the few facts that they start from.
+"""Building blocks of properties: how a violation is reported, and the few facts that they start from.
 
 The facts are worked out here from the routing alone, token by token in plain Python, without the reference
 and without the core: properties judge those, too.
@@ -93,7 +93,7 @@ class SentBits:
 
 @lru_cache(maxsize=64)
 def sent(case: Case, rank: int, again: bool = False) -> SentBits:
-    """What `rank` sends (`again`: by handle). Made afresh: no implementation held these arrays."""
+    """The inputs of `rank` (`again`: by handle). Made afresh: no implementation held these arrays."""
     made = inputs(case, rank, again=again)
     return SentBits(
         x=bits(made.x),

@@ -1,4 +1,4 @@
-"""What high-throughput dispatch and combine promise."""
+"""Properties of high-throughput dispatch and combine."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def layout_counts_are_right(case: Case, views: list[RankView]) -> None:
 
 
 def counts_agree_on_both_sides(case: Case, views: list[RankView]) -> None:
-    """What the senders announce is what the receivers get: rows, and entries per expert, rounded up."""
+    """Receivers get what senders announce: rows, and entries per expert, rounded up."""
     local, alignment = case.num_local_experts, case.options.expert_alignment
     for rank in case.dispatch_members:
         view = views[rank]

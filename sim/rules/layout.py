@@ -1,4 +1,4 @@
-"""What the layout core (csrc/layout, through deepep.layout) promises: rule by rule, what the reference says.
+"""Properties of the layout core (csrc/layout, through deepep.layout): rule by rule, what the reference says.
 
 Each property lays a case out with the core and compares with the global view of `deepep.reference`, which
 shares no code with it. Capacities and slots, which the reference does not have, are held against what they

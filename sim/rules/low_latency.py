@@ -1,4 +1,4 @@
-"""What low-latency dispatch and combine promise."""
+"""Properties of low-latency dispatch and combine."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _terms(case: Case, rank: int, token: int) -> list[tuple[int, Floats]]:
 
 @lru_cache(maxsize=4)
 def _returned(case: Case) -> dict[tuple[int, int, int], Floats]:
-    """What each global expert returns for each token: by (expert, source rank, token)."""
+    """Rows that each global expert returns for each token, by (expert, source rank, token)."""
     returned: dict[tuple[int, int, int], Floats] = {}
     for rank in case.dispatch_members:
         first = rank * case.num_local_experts

@@ -1,4 +1,4 @@
-"""What the operations gave each rank, as arrays of bits, and the first place where two such views differ."""
+"""Views: the results of each rank as arrays of bits, and the first place where two views differ."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ REFERENCE = GlobalView()
 
 
 def observe(case: Case, modules: GlobalView = REFERENCE) -> list[RankView]:
-    """What each rank gets, by rank; a masked rank gets nothing from then on."""
+    """Results of each rank, by rank; a masked rank gets nothing from then on."""
     given = [inputs(case, rank) for rank in range(case.num_ranks)]
     views = [_layout(case, mine, modules.layout) for mine in given]
     if case.options.mode == "ht":
@@ -173,7 +173,7 @@ def _low_latency(case: Case, given: list[RankInputs], views: list[RankView], ll:
 
 
 def returned_rows(case: Case, rank: int, recv_x: Tensor) -> Tensor:
-    """What `rank` hands to a high-throughput combine: the rows it received, or others."""
+    """Rows that `rank` hands to a high-throughput combine: the rows it received, or others."""
     if case.options.combine_rows == "same":
         return recv_x
     return other_rows(case, rank, len(recv_x)).to(recv_x.device)

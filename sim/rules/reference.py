@@ -1,4 +1,4 @@
-"""What the reference's rules promise that no operation shows: expanded rows, two-level routes, formats.
+"""Properties of the reference's rules that no operation shows: expanded rows, two-level routes, formats.
 
 The core is compared with these rules and the kernels with the core, so they are judged here from the case
 alone.

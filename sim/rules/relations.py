@@ -178,7 +178,7 @@ def index_type_changes_nothing(case: Case, views: list[RankView], others: list[l
 
 
 def _same_rows_return(case: Case) -> bool:
-    """What is combined is what was dispatched, so it follows a token wherever it is renamed to."""
+    """Combined rows are dispatched rows, so a row follows a token wherever it is renamed to."""
     return case.options.combine_rows == "same"
 
 

@@ -1,4 +1,4 @@
-"""Which GPU a rank process uses, and how NCCL puts up with ranks that share one.
+"""Assignment of GPUs to rank processes, and how NCCL puts up with ranks that share one.
 
 NCCL refuses two ranks on one GPU of one host, and talks to other hosts over sockets. So ranks that share a
 GPU call themselves hosts of their own, and are linked by sockets: slow, and good enough for what tests do

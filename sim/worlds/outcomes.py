@@ -1,4 +1,4 @@
-"""How a run ended on each rank, and the errors that tell of it."""
+"""Outcomes of a run, rank by rank, and the errors that report them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Status(str, enum.Enum):
-    """How a rank ended a run."""
+    """The ways in which a rank ends a run."""
 
     RETURNED = "returned"
     RAISED = "raised"
@@ -20,7 +20,7 @@ class Status(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank did in one run.
+    """The outcome of one rank in one run.
 
     Attributes:
         rank: which rank.

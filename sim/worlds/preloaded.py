@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that no rank has to: worlds are rebuilt after every fault."""
+"""Modules that the fork server imports once, so that no rank has to: worlds are rebuilt after every fault."""
 
 import importlib
 from contextlib import suppress

@@ -50,7 +50,7 @@ class RankHandle:
             self.connection.send_bytes(message)
 
     def receive(self, seconds: float) -> Outcome:
-        """What the rank sent; if it sent nothing and its end is closed, how its process ended."""
+        """The rank's message; if it sent nothing and its end is closed, how its process ended."""
         with suppress(EOFError, ConnectionResetError):
             if self.connection.poll():
                 return unpack_outcome(self.connection.recv_bytes(), self.rank, seconds)

@@ -1,4 +1,4 @@
-"""What runs inside one rank process of a World."""
+"""The program of one rank process of a World."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deepep.sim.worlds.travel import pack, unpack
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a rank process has to know to join its world. store: "file:<path>" or "tcp:<port>"."""
+    """Facts that a rank process needs to join its world. store: "file:<path>" or "tcp:<port>"."""
 
     rank: int
     num_ranks: int
@@ -37,7 +37,7 @@ class RankSpec:
 
 @dataclass
 class RankContext:
-    """What a function run by a world gets as its first argument.
+    """The first argument of a function that a world runs.
 
     Attributes:
         rank, num_ranks: this rank, and R.

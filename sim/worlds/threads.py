@@ -17,7 +17,7 @@ from deepep.sim.worlds.rank_process import RankContext
 
 @dataclass
 class _Meeting:
-    """What the ranks of one virtual group share."""
+    """State that the ranks of one virtual group share."""
 
     barrier: threading.Barrier
     objects: list[Any]

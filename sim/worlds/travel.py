@@ -1,4 +1,4 @@
-"""How functions, arguments and results travel between the parent and the ranks: by cloudpickle."""
+"""Transport of functions, arguments and results between the parent and the ranks: by cloudpickle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pack(message: tuple[Any, ...]) -> bytes:
 
 
 def unpack(message: bytes) -> Any:
-    """What `pack` was given."""
+    """Restores what `pack` was given."""
     return cloudpickle.loads(message)
 
 
@@ -80,7 +80,7 @@ def _items(message: tuple[Any, ...]) -> Iterator[Any]:
 
 @cache
 def _installed(file: str | None) -> bool:
-    """Whether a rank can import this file's module by name: standard library, site-packages, deepep."""
+    """True if a rank can import this file's module by name: standard library, site-packages, deepep."""
     if file is None:
         return True  # built in
     path = Path(file).resolve()

@@ -105,12 +105,12 @@ class World:
 
     @property
     def healthy(self) -> bool:
-        """Whether every rank process is there and between runs."""
+        """True if every rank process is there and between runs."""
         return bool(self._ranks) and self._pending is None and all(r.alive for r in self._ranks)
 
     @property
     def busy(self) -> bool:
-        """Whether a run is in progress whose results have not been taken."""
+        """True if a run is in progress whose results have not been taken."""
         return self._pending is not None
 
     def ensure_started(self) -> None:

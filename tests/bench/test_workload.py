@@ -1,4 +1,4 @@
-"""What is sent: bytes by hand, routing drawn and replayed."""
+"""Workloads: bytes by hand, routing drawn and replayed."""
 
 from __future__ import annotations
 

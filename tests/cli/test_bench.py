@@ -14,7 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from deepep.bench.figures import Figure, Report
+from deepep.bench.figures import BenchReport, Figure
 from deepep.bench.plot import draw_report, panels_of
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
@@ -91,7 +91,7 @@ def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
 
 
 def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
-    """What `demo` records, `bench` replays, and says how skewed it is."""
+    """Replays in `bench` what `demo` recorded, and reports how skewed it is."""
     demo = run("deepep", "demo", "--ranks", "2", "--steps", "2", "--experts", "6", "--topk", "1",
                "--out", str(tmp_path))  # fmt: skip
     assert demo.returncode == 0, demo.stdout + demo.stderr
@@ -186,14 +186,14 @@ def test_rates_and_ratio() -> None:
 # what was wrong is told
 
 
-def measured_with_defect(context: Any, defect: str) -> Report:
+def measured_with_defect(context: Any, defect: str) -> BenchReport:
     """A small run on a rank, with one bit wrong on rank 1 in what `defect` names."""
     from deepep import Buffer
     from deepep.bench import rank as rank_module
-    from deepep.bench.collective import Exchange
+    from deepep.bench.collective import CollectiveExchange
 
     owner, _, name = defect.partition(".")
-    target: Any = {"Buffer": Buffer, "Exchange": Exchange}[owner]
+    target: Any = {"Buffer": Buffer, "CollectiveExchange": CollectiveExchange}[owner]
     real = getattr(target, name)
 
     def spoiled(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ def test_a_wrong_result_ends_the_run(world_of: Any, name: str) -> None:
     ],
 )
 def test_a_wrong_result_of_a_peer_is_noted(world_of: Any, name: str, what: str) -> None:
-    report = world_of(2).run(measured_with_defect, f"Exchange.{name}")[0]
+    report = world_of(2).run(measured_with_defect, f"CollectiveExchange.{name}")[0]
     assert report.problems == []
     assert len(report.figures) == len([o for o in OPERATIONS if o[2] != "fp8"])
     assert any(what in note for note in report.notes)
@@ -244,7 +244,7 @@ def test_a_wrong_result_of_a_peer_is_noted(world_of: Any, name: str, what: str) 
 def test_lists_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     swept: list[Sweep] = []
 
-    def refuse(sweep: Sweep, cuda: bool) -> Report:
+    def refuse(sweep: Sweep, cuda: bool) -> BenchReport:
         swept.append(sweep)
         raise ArgumentError("enough", "seen", "nothing")
 
@@ -259,7 +259,7 @@ def test_lists_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("ranks", "device", "backend", "transport", "routing", "iterations", "date")
-    wrong = Report(dict.fromkeys(names, "x"), problems=["deepep combine: rank 1: off"])
+    wrong = BenchReport(dict.fromkeys(names, "x"), problems=["deepep combine: rank 1: off"])
     monkeypatch.setattr("deepep.cli.bench._run_in_own_processes", lambda sweep, cuda: wrong)
     done = invoke("--device", "cpu")
     assert done.exit_code == 1
@@ -283,7 +283,7 @@ def test_table_plot_and_json_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFi
     figures.append(figure("dispatch", "nccl alone", None, floor=150.0, floor_sms=132))
     told = {"ranks": 2, "device": "2 x GPU", "backend": "cuda", "transport": "NCCL", "routing": "uniform",
             "iterations": 60, "date": "now", "functional_only": False}  # fmt: skip
-    report = Report(told, figures, notes=["[a] note"])
+    report = BenchReport(told, figures, notes=["[a] note"])
     print_report(report, Console(file=sys.stdout))
     shown = capsys.readouterr().out
     assert "160.0 (8 SMs)" in shown

@@ -21,7 +21,7 @@ from deepep.demo.config import DemoConfig
 from deepep.demo.report import Comparison, outcome
 from deepep.demo.single import train_single
 from deepep.demo.text import TextShard, library_text
-from deepep.demo.train import Outcome
+from deepep.demo.train import TrainingOutcome
 from deepep.trace import RoutingTrace
 
 SMALL = replace(
@@ -139,13 +139,13 @@ def test_every_rank_reads_its_own_part_of_the_same_text() -> None:
     ],
 )
 def test_any_difference_is_a_difference(parallel: Any, single: Any, worst: Any) -> None:
-    comparison = Comparison(Outcome(parallel, ["w"]), Outcome(single, ["w"]))
+    comparison = Comparison(TrainingOutcome(parallel, ["w"]), TrainingOutcome(single, ["w"]))
     assert comparison.worst == worst
     assert comparison.equal == (worst[0] == 0.0)
-    assert not Comparison(Outcome(parallel, ["w"]), Outcome(single, ["v"])).equal
+    assert not Comparison(TrainingOutcome(parallel, ["w"]), TrainingOutcome(single, ["v"])).equal
 
 
-def train_with_defect(context: Any, config: DemoConfig, defect: str) -> Outcome | None:
+def train_with_defect(context: Any, config: DemoConfig, defect: str) -> TrainingOutcome | None:
     """The ranks' run with something wrong in it; what it came to, on rank 0."""
     import deepep.demo.train as train
     import deepep.nn.exchange as exchange

@@ -63,7 +63,7 @@ def test_it_is_not_chosen_unless_asked_for(world_of: Callable[[int], World]) -> 
 
 
 def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]) -> None:
-    """Where the kernels fail, all ranks hear the story."""
+    """All ranks get the story when kernels fail."""
 
     def fail(ctx: RankContext) -> None:
         from deepep.reference.wire import Wire

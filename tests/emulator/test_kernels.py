@@ -26,7 +26,7 @@ from deepep.sim.explore.explorer import (
     draw_tall_scenario,
     explore,
 )
-from deepep.sim.explore.scenarios import STRATEGIES, Report, Scenario, Schedule, Stop
+from deepep.sim.explore.scenarios import STRATEGIES, RunReport, Scenario, Stop, ThreadSchedule
 
 
 def even_case(ranks: int, tokens: int, topk: int, hidden: int = 128) -> Case:
@@ -69,7 +69,7 @@ def test_a_rank_that_stops_ends_in_fault_records_or_not_at_all() -> None:
     gpu=st.sampled_from(GPUS),
 )
 def test_shapes_and_schedules_by_hypothesis(case: Case, seed: int, strategy: str, gpu: Gpu) -> None:
-    report = run(Scenario((case,), gpu), Schedule(strategy, seed))
+    report = run(Scenario((case,), gpu), ThreadSchedule(strategy, seed))
     assert report.kind == "ok", report.text
 
 
@@ -106,7 +106,7 @@ def test_survivors_give_up_at_their_deadline() -> None:
     ended = set()
     for at in range(1, 120, 7):
         stop = Stop(rank=1, at=at, counts_writes=True)
-        report = run(scenario, Schedule("random", at), stops=(stop,))
+        report = run(scenario, ThreadSchedule("random", at), stops=(stop,))
         assert report.kind in ("ok", "fault"), report.text
         assert report.now < 2.0
         if report.kind == "fault":
@@ -129,14 +129,14 @@ def test_a_failure_is_saved_and_replayed(tmp_path: Path) -> None:
 
 
 def test_a_schedule_reads_what_it_writes() -> None:
-    schedule = Schedule("pct", 17, 999)
-    assert Schedule.parse(str(schedule)) == schedule
+    schedule = ThreadSchedule("pct", 17, 999)
+    assert ThreadSchedule.parse(str(schedule)) == schedule
     with pytest.raises(ValueError, match="strategy"):
-        Schedule.parse("fair:1:2")
+        ThreadSchedule.parse("fair:1:2")
 
 
 def test_blocks_of_one_warp_are_refused() -> None:
-    """Who asks for staging and raises flags in a combine may be a warp that does not push."""
+    """The warp that waits for credits and raises flags may be one that does not push: one warp is too few."""
     with pytest.raises(ValueError, match="two warps"):
         run(replace(draw_scenario(0), gpu=replace(GPUS[0], num_threads=32)), draw_schedule(0))
 
@@ -148,6 +148,6 @@ def test_a_wrong_result_is_told() -> None:
     lying = Scenario(scenario.cases, scenario.gpu)
     lying.__dict__["expected"] = Scenario((other,), scenario.gpu).expected
     report = run(lying, draw_schedule(0))
-    assert isinstance(report, Report)
+    assert isinstance(report, RunReport)
     assert report.kind == "wrong result"
     assert "expected" in report.text

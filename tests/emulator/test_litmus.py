@@ -240,7 +240,7 @@ def test_a_seed_replays_exactly(litmus: Any) -> None:
 
 
 def test_a_race_is_told_from_both_sides(litmus: Any) -> None:
-    """Who, where, what, and the ordered operations that lie between."""
+    """Both accesses are reported: who, where, what, and the ordered operations that lie between."""
     text = litmus("mp_kernel", writer=ORDERED, reader=RELAXED).run(0).text
     assert "rank 1 mp#1 block 0 thread 0: plain load of 4 bytes, words@0+0, at litmus.hpp" in text
     assert "after rank 0 mp#1 block 0 thread 0: plain store at litmus.hpp" in text

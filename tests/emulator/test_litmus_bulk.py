@@ -204,7 +204,7 @@ def test_an_mbarrier_lives_and_lives_again(litmus: Any) -> None:
 
 
 def test_a_race_with_a_copy_is_told(litmus: Any) -> None:
-    """Which copy, from where to where, and what was missing."""
+    """The copy is named, from where to where, and what was missing."""
     text = litmus("relay_kernel", ranks=1, shared=SHARED, writer=2).run(3).text
     assert "bulk store of 128 bytes, shared memory of rank 0 block 0+0x40 to words@0+0x400" in text
     assert "nobody had waited for that copy" in text

@@ -1,4 +1,4 @@
-"""What travels with rows: shapes in which a warp writes it for many tokens, for few, for one, or for none."""
+"""Metadata of rows: shapes in which a warp writes it for many tokens, for few, for one, or for none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepep.sim.cases.options import Options
 from deepep.sim.emulator.calls import Gpu
 from deepep.sim.explore.emulated import run
 from deepep.sim.explore.explorer import GPUS, draw_schedule
-from deepep.sim.explore.scenarios import Report, Scenario
+from deepep.sim.explore.scenarios import RunReport, Scenario
 
 #: Two warps for all tokens, roles apart, and so many warps that several share a token.
 FEW_WARPS, APART = GPUS[1], GPUS[3]
@@ -74,7 +74,7 @@ def test_metadata_agrees_with_the_oracle(shape: Shape, gpu: Gpu) -> None:
         assert report.kind == "ok", report.text
 
 
-def run_lying(scenario: Scenario, source: int, destination: int, missing: int, seed: int) -> Report:
+def run_lying(scenario: Scenario, source: int, destination: int, missing: int, seed: int) -> RunReport:
     """`source` tells `destination` of `missing` rows fewer than its tokens make."""
     views = scenario.expected[0]
     counts = np.array(views[source].num_tokens_per_rank)

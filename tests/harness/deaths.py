@@ -47,7 +47,7 @@ SYMMETRIC_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Death:
-    """Where a rank is killed.
+    """A death: the place where a rank is killed.
 
     Attributes:
         point: before this point of the step.
@@ -83,7 +83,7 @@ def deaths(*, graphs: bool) -> list[Death]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where ranks run: on GPUs with NCCL, or on CPUs with gloo.
+    """Placement of ranks: on GPUs with NCCL, or on CPUs with gloo.
 
     Attributes:
         num_tokens: T by rank, of the steps.
@@ -123,7 +123,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Survived:
-    """What the survivor tells.
+    """The survivor's account.
 
     Attributes:
         operation, phase, rank, waited_on: of the fault record.

@@ -230,7 +230,7 @@ def check_own(case: Case, rank: int, view: RankView, when: str) -> None:
 
 
 def expected_views(case: Case) -> list[RankView]:
-    """What the oracle gives each rank; kept for the cases of late, which runs repeat."""
+    """The oracle's results for each rank; kept for the cases of late, which runs repeat."""
     key = f"{case!r} {case.seed}"
     if key not in _expected:
         _expected[key] = oracle.observe(case)

@@ -133,7 +133,7 @@ class VirtualDomain:
         return [results[r] for r in sorted(results)]
 
     def _hold_back(self, rank: int, late: int | None) -> None:
-        """What is launched next for rank `late` starts about 100 ms after the others."""
+        """Delays rank `late`: what is launched next for it starts about 100 ms after the others."""
         if rank == late:
             with torch.cuda.stream(self.streams[rank]):
                 torch.cuda._sleep(180_000_000)

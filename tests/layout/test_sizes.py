@@ -60,7 +60,7 @@ def test_the_flags_do_not_move_with_the_shape() -> None:
 
 
 def test_the_expanded_capacity_is_reached() -> None:
-    """What full layouts need, next to what is said to suffice."""
+    """Compares what full layouts need with what is said to suffice."""
     num_ranks, num_max_tokens, local, alignment = 2, 9, 2, 8
     # Every token of both ranks names both experts; 18 rows each, 2 rows past a multiple of 8.
     topk_idx = torch.tensor([[0, 1]]).repeat(num_ranks * num_max_tokens, 1)

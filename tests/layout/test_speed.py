@@ -1,4 +1,4 @@
-"""How fast the core lays out, and how many cases a second it is compared with the oracle; prints figures.
+"""Speed of the core: of its layouts, and of its comparison with the oracle; prints figures.
 
 Processor time of this thread alone, the best of several goes: the machine may be shared.
 """

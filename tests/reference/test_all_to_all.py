@@ -317,7 +317,7 @@ def test_agrees_over_nccl(
 
 
 def refusals(ctx: Any) -> list[str]:
-    """What dispatch and combine say to malformed arguments; a rank alone, nothing is sent."""
+    """Refusals of malformed arguments by dispatch and combine; a rank alone, nothing is sent."""
     from deepep.reference import all_to_all
     from deepep.reference.wire import Wire
 

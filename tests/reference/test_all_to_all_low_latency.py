@@ -300,7 +300,7 @@ def test_halves_may_lie_apart(world_of: Callable[[int], World]) -> None:
 
 
 def refusals(ctx: Any) -> list[str]:
-    """What is said to malformed arguments; a rank alone, nothing is sent."""
+    """Refusals of malformed arguments; a rank alone, nothing is sent."""
     from deepep.reference.all_to_all_low_latency import start_combine, start_dispatch
     from deepep.reference.wire import Wire
 

@@ -29,5 +29,6 @@ def test_every_command_and_file_named_exists():
     root = DOCS.parents[1]
     for path in re.findall(r"`?\b((?:tests|docs)/[\w./]+\.(?:py|md))\b", text):
         assert (root / path).exists(), path
-    for module in set(re.findall(r"\bdeepep\.sim\.(\w+)", text)):
-        assert (root / "sim" / f"{module}.py").exists() or module in ("World",), module
+    for name in set(re.findall(r"\bdeepep\.sim\.([a-z_]+(?:\.[a-z_]+)*)", text)):
+        path = root / "sim" / name.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), name

@@ -1,4 +1,4 @@
-"""What GPUs are shown to do, shown without: the same runs on the reference and on the kernels' source."""
+"""The GPUs' steadiness runs, without GPUs: the same runs on the reference and on the kernels' source."""
 
 from __future__ import annotations
 

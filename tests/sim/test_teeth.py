@@ -22,7 +22,7 @@ from deepep.sim import World
 from deepep.sim.cases.case import Limits
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.all_to_all_runs import Implementation, run_all_to_all
-from deepep.sim.fuzz.fuzzer import Fuzzer, Report
+from deepep.sim.fuzz.fuzzer import Fuzzer, FuzzReport
 from deepep.sim.rules.oracle import GlobalView
 
 EXAMPLES = 320
@@ -207,7 +207,7 @@ def module_of(folder: str, name: str, module: str):
 
 
 def exchange_with(folder: str, name: str):
-    """What one rank does: the all_to_all implementation of package `name`."""
+    """One rank's program: the all_to_all implementation of package `name`."""
 
     def run_rank(ctx, case):
         files = ("wire", "layout", "all_to_all", "all_to_all_low_latency")
@@ -221,7 +221,7 @@ def global_view_of(folder: str, name: str) -> GlobalView:
     return GlobalView(*(module_of(folder, name, file) for file in files))
 
 
-def caught(defect: Defect | None, kind: str, number: int, folder: Path, world_of) -> Report:
+def caught(defect: Defect | None, kind: str, number: int, folder: Path, world_of) -> FuzzReport:
     """Fuzzes the reference with a defect."""
     name = f"defective_{kind}_{number}"
     with_defect(defect, folder, name)
