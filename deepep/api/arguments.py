@@ -12,6 +12,7 @@ from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.checks import check_int
 from deepep.runtime.completion import Completion
+from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import Layout, Schedule
 
 DEFAULT_TIMEOUT = 100.0
@@ -27,6 +28,15 @@ def timeout(given: float | None) -> float:
     if not seconds > 0:
         raise RangeError("timeout", str(seconds), "more than 0 seconds")
     return seconds
+
+
+def reduction(given: str | None) -> Reduction:
+    """Where a low-latency combine sums: as given, else by DEEPEP_REDUCE_ON_EXPERT_RANK, else "exact"."""
+    if given is None:
+        return "expert_rank" if os.environ.get("DEEPEP_REDUCE_ON_EXPERT_RANK", "0") == "1" else "exact"
+    if given == "exact" or given == "expert_rank":
+        return given
+    raise RangeError("reduction", repr(given), "'exact' or 'expert_rank'")
 
 
 def constructor_problem(num_nvl_bytes: int, num_rdma_bytes: int) -> ArgumentError | None:

@@ -85,7 +85,7 @@ class Buffer(LowLatencyCalls):
             low_latency=low_latency_mode,
             masks=enable_shrink,
             low_latency_bytes=num_rdma_bytes,
-            reduce_on_expert_rank=os.environ.get("DEEPEP_REDUCE_ON_EXPERT_RANK", "0") == "1",
+            reduction=arguments.reduction(None),
             problem=problem,
         )
         self._engine = registry.choose(backend, group).create(options)

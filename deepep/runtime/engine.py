@@ -6,9 +6,9 @@ Requests and results: deepep.runtime.requests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -34,16 +34,23 @@ Observer = Callable[[str, str], None]
 """Called with (operation, phase) where the communication runs, on entering each phase."""
 
 
+Reduction = Literal["exact", "expert_rank"]
+"""Where a low-latency combine sums a token's rows. "exact": every row returns to the token's owner, who sums
+them and rounds once. "expert_rank": a rank sums its own experts' rows first and returns one, rounded to bf16:
+fewer bytes, one more rounding."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine is made.
 
-    problem: what is wrong with this rank's arguments, to be told to the others. group: a torch ProcessGroup,
-        or whatever a backend's `supports` accepts. timeout: seconds that a rank waits
-    for its peers before it reports them. low_latency: low-latency operations will be used. masks: ranks may
-    be masked. low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
-    reduce_on_expert_rank: low-latency combine returns one bf16 partial sum per rank instead of one row per
-        expert.
+    group: a torch ProcessGroup, or whatever a backend's `supports` accepts.
+    timeout: seconds that a rank waits for its peers before it reports them.
+    low_latency: low-latency operations will be used. masks: ranks may be masked.
+    low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
+    symmetric_bytes: symmetric memory per rank, for backends that have it; 0: the backend's own default.
+    reduction: where a low-latency combine sums.
+    problem: refuses this rank's arguments; construction fails with it on every rank.
     """
 
     group: Any
@@ -51,19 +58,36 @@ class EngineOptions:
     low_latency: bool = False
     masks: bool = False
     low_latency_bytes: int = 0
-    reduce_on_expert_rank: bool = False
+    symmetric_bytes: int = 0
+    reduction: Reduction = "exact"
     problem: ArgumentError | None = None
+
+    def statement(self) -> dict[str, int | str]:
+        """The options that have to be the same on all ranks."""
+        return {
+            "low_latency": self.low_latency,
+            "masks": self.masks,
+            "symmetric_bytes": self.symmetric_bytes,
+            "reduction": self.reduction,
+        }
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says about itself."""
+    """A description of an engine at work.
+
+    operations: of each operation, in users' words, what runs it: "layout", "dispatch", "cached dispatch",
+        "combine", "low-latency dispatch", "low-latency combine", "barrier".
+    ranks_per_domain: ranks that reach each other's memory directly, as layouts count them.
+    """
 
     backend: str
     rank: int
     num_ranks: int
     device_type: str
     options: EngineOptions = field(repr=False)
+    operations: Mapping[str, str] = field(default_factory=dict)
+    ranks_per_domain: int = 8
 
 
 class Engine(ABC):
@@ -76,6 +100,10 @@ class Engine(ABC):
     """
 
     info: EngineInfo
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds at present for the engine, by what they are for."""
+        return {}
 
     @abstractmethod
     def layout(

@@ -35,7 +35,9 @@ class EmulatorEngine(ReferenceEngine):
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        self.info = replace(self.info, backend="emulator")
+        kernels = dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "emulated kernels")
+        operations = {**self.info.operations, **kernels}
+        self.info = replace(self.info, backend="emulator", operations=operations)
         self._kernels = EmulatedAllToAll()
 
     def _layout(

@@ -38,6 +38,10 @@ from deepep.runtime.requests import (
 )
 
 RANKS_PER_DOMAIN = high_throughput.RANKS_PER_DOMAIN
+COLLECTIVES = (
+    *("dispatch", "cached dispatch", "combine"),
+    *("low-latency dispatch", "low-latency combine", "barrier"),
+)
 
 
 class ReferenceEngine(Engine):
@@ -47,16 +51,20 @@ class ReferenceEngine(Engine):
         group = options.group
         device_type = device_type_of(group)
         self._conductor = Conductor(group, options.timeout, device_type)
-        self.info = EngineInfo("reference", group.rank(), group.size(), device_type, options)
+        transport = f"all_to_all over {'NCCL' if device_type == 'cuda' else 'gloo'}"
+        self.info = EngineInfo(
+            "reference",
+            group.rank(),
+            group.size(),
+            device_type,
+            options,
+            operations={"layout": "torch", **dict.fromkeys(COLLECTIVES, transport)},
+            ranks_per_domain=RANKS_PER_DOMAIN,
+        )
         self._masked: frozenset[int] = frozenset()
         self._staged: Tensor | None = None
-        statement = {
-            "low_latency": options.low_latency,
-            "masks": options.masks,
-            "reduce_on_expert_rank": options.reduce_on_expert_rank,
-        }
         try:
-            self._conductor.agree(statement, options.problem)
+            self._conductor.agree(options.statement(), options.problem)
         except DeepEPError:
             self._conductor.close(0.0)
             raise

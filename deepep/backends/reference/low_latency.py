@@ -194,7 +194,7 @@ def combine(
                 num_max_tokens=route.num_max_tokens,
                 num_experts=route.num_experts,
                 logfmt=request.use_logfmt,
-                reduce="rank" if info.options.reduce_on_expert_rank else "token",
+                reduce="rank" if info.options.reduction == "expert_rank" else "token",
             )
         )
 

@@ -122,9 +122,12 @@ def _check_agreed(header: Header, rank: int, words: list[int], first: int, refer
             raise _mismatch(name, mine, words[position], reference[position], rank, first)
 
 
-def _mismatch(name: str, mine: int, theirs: int, reference: int, rank: int, first: int) -> MismatchError:
-    def text(value: int) -> str:
+def _mismatch(
+    name: str, mine: int | str, theirs: int | str, reference: int | str, rank: int, first: int
+) -> MismatchError:
+    def text(value: int | str) -> str:
         if name.endswith("dtype"):
+            assert isinstance(value, int)
             return str(_DTYPES[value]).removeprefix("torch.") if value >= 0 else "none"
         return str(bool(value) if isinstance(mine, bool) else value)
 
@@ -150,7 +153,7 @@ def decode_error(raw: bytes) -> ArgumentError:
     return kind(argument, got, allowed, rank)
 
 
-def encode_statement(statement: Mapping[str, int], identity: str, problem: ArgumentError | None) -> str:
+def encode_statement(statement: Mapping[str, int | str], identity: str, problem: ArgumentError | None) -> str:
     """What a rank constructs and which process it is, or why it cannot, for the first meeting."""
     return json.dumps([dict(statement), identity]) if problem is None else encode_error(problem).decode()
 

@@ -45,7 +45,7 @@ class Conductor:
 
     # construction
 
-    def agree(self, statement: Mapping[str, int], problem: ArgumentError | None) -> None:
+    def agree(self, statement: Mapping[str, int | str], problem: ArgumentError | None) -> None:
         """The first meeting: every rank is there and constructs the same thing, or all raise."""
         membership = self.membership
         everyone = tuple(range(self.num_ranks))
