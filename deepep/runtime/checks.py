@@ -73,11 +73,16 @@ def check_tensor(
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """An integer in [low, high]; numpy's count, booleans do not."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ArgumentTypeError(name, type(value).__name__, "an integer")
-    number = operator.index(value)
+    if isinstance(value, bool):
+        raise ArgumentTypeError(name, "bool", "an integer")
+    try:
+        number = operator.index(value)  # type: ignore[call-overload]
+    except TypeError:  # also of arrays and tensors of more than one element
+        raise ArgumentTypeError(name, type(value).__name__, "an integer") from None
     if number < low or (high is not None and number > high):
-        raise RangeError(name, str(number), f"{low} or more" if high is None else f"{low} to {high}")
+        # Python refuses to print a number of thousands of digits.
+        got = str(number) if abs(number) < 1 << 128 else f"a number of {number.bit_length()} bits"
+        raise RangeError(name, got, f"{low} or more" if high is None else f"{low} to {high}")
     return number
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
 from deepep.trace import RoutingTrace, TraceError, TraceWriter
 
 RANKS, LAYERS, EXPERTS, TOPK = 3, 2, 12, 4
@@ -103,6 +107,14 @@ def test_the_file_is_what_its_page_says(tmp_path: Path) -> None:
     assert all(f"`{name}`" in page for name in [*tensors, "format", "version", "num_steps", "num_topk"])
 
 
+def none_of(metadata: dict[str, str], tensors: dict[str, torch.Tensor], **sizes: str) -> None:
+    """A trace whose sizes multiply to nothing, so that its splits are those of no batch."""
+    metadata.update(sizes)
+    for name in ("topk_idx", "topk_weights"):
+        tensors[name] = tensors[name][:0].clone()
+    tensors["row_splits"] = torch.zeros(1, dtype=torch.int64)
+
+
 def adding(*calls: tuple[int, int]) -> Callable[[], object]:
     def run() -> object:
         writer = TraceWriter(num_layers=LAYERS, num_ranks=RANKS, num_experts=EXPERTS, num_topk=TOPK)
@@ -163,6 +175,27 @@ def test_a_malformed_batch_is_refused(idx: list, weights: list) -> None:
         (lambda m, t: t["row_splits"][-1].add_(1), "row_splits does not run"),
         (lambda m, t: t["row_splits"][1].add_(100), "descends"),
         (lambda m, t: t["step"][0].add_(9), "ascend"),
+        (lambda m, t: t.update(topk_idx=torch.zeros((), dtype=torch.int16)), "topk_idx is .*2 dimensions"),
+        (lambda m, t: t.update(topk_idx=t["topk_idx"][:, :, None].clone()), "topk_idx is .*2 dimensions"),
+        (lambda m, t: t.update(topk_idx=t["topk_idx"].float()), "topk_idx is torch.float32"),
+        (lambda m, t: t.update(step=torch.zeros((), dtype=torch.int64)), "step is .*1 dimensions"),
+        (lambda m, t: t.update(step=t["step"].view(1, 3)), "step is .*1 dimensions"),
+        (lambda m, t: t.update(step=t["step"].bool()), "step is BOOL"),
+        (lambda m, t: t.update(row_splits=torch.zeros((), dtype=torch.int64)), "row_splits is .*1 dim"),
+        (lambda m, t: t["row_splits"][1:4].copy_(torch.tensor([2**63 - 1, -2, 5])), "descends"),
+        (lambda m, t: t["step"].copy_(torch.tensor([2**62, -(2**63), 2**62])), "ascend"),
+        (lambda m, t: m.update(num_ranks="9" * 5000), "lacks num_ranks"),
+        (lambda m, t: m.update(num_ranks=str(2**63)), "num_ranks is 9223372036854775808"),
+        (lambda m, t: m.update(num_experts=str(2**31)), "num_experts is 2147483648"),
+        (lambda m, t: m.update(num_experts="0"), "num_experts is 0"),
+        (lambda m, t: m.update(num_layers=str(2**31 - 1), num_ranks=str(2**31 - 1)), "row_splits"),
+        (lambda m, t: none_of(m, t, num_ranks="0"), "num_ranks is 0"),
+        (lambda m, t: none_of(m, t, num_layers="0"), "num_layers is 0"),
+        (
+            lambda m, t: t.update({n: t[n][:, :0].clone() for n in ("topk_idx", "topk_weights")})
+            or m.update(num_topk="0"),
+            "num_topk is 0",
+        ),
     ],
 )  # fmt: skip
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, change, complaint: str) -> None:
@@ -185,3 +218,219 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         RoutingTrace.load(tmp_path / "u")
     with pytest.raises(OSError):
         RoutingTrace.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("command", ["load", "save"])
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, command: str) -> None:
+    """A FIFO that nobody writes to would never return; it and a directory stay what they are."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for name in ("fifo", "folder", "link", "/dev/zero"):
+        with pytest.raises(TraceError, match="not a regular file"):
+            RoutingTrace.load(tmp_path / name) if command == "load" else written().save(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "folder", "link"]
+
+
+@pytest.mark.parametrize("path", [3, None, b"t", "a\0b", [Path("t")]])
+def test_a_path_is_a_path(path: Any) -> None:
+    """An integer would be taken for a file descriptor."""
+    for call in (RoutingTrace.load, written().save):
+        with pytest.raises(ArgumentError) as caught:
+            call(path)
+        assert caught.value.argument == "path"
+
+
+def test_an_unwritable_path_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        written().save(tmp_path / "missing" / "t")
+
+
+def test_a_contradictory_head_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """No tensor is made of a file whose sizes say something else."""
+    import safetensors
+
+    path = tmp_path / "t.safetensors"
+    written().save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"num_topk": "5"})
+    read = []
+
+    class Recorder:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = safe_open(*args, **options)
+
+        def __enter__(self) -> Recorder:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *raised: Any) -> None:
+            self.file.__exit__(*raised)
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "get_tensor":
+                read.append(name)
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Recorder)
+    with pytest.raises(TraceError, match="num_topk"):
+        RoutingTrace.load(path)
+    assert read == []
+    save_file(tensors, path, metadata)
+    RoutingTrace.load(path)
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts", "entries"),
+    [
+        (torch.uint8, 8, [0, 1]),
+        (torch.uint8, 256, [0, 255]),
+        (torch.int8, 256, [100, -1]),
+        (torch.uint16, 512, [0, 300]),
+        (torch.int16, 40000, [0, -1]),
+        (torch.uint32, 70000, [1, 69999]),
+        (torch.uint64, 8, [7, 0]),
+        (torch.int32, 1, [0, -1]),
+    ],
+)
+def test_indices_of_every_integer_dtype_are_recorded(
+    dtype: torch.dtype, experts: int, entries: list[int]
+) -> None:
+    writer = TraceWriter(num_layers=1, num_ranks=1, num_experts=experts, num_topk=2)
+    writer.add(0, 0, [torch.tensor([entries], dtype=dtype)], [torch.ones(1, 2)])
+    assert writer.finish().topk_idx.tolist() == [entries]
+
+
+def one(idx: Any = None, weights: Any = None, step: Any = 1, layer: Any = 0) -> tuple[Any, ...]:
+    return (
+        step,
+        layer,
+        [torch.tensor([[0]])] if idx is None else idx,
+        [torch.tensor([[1.0]])] if weights is None else weights,
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (one(idx=[torch.tensor([[0.5]])]), "topk_idx is torch.float32"),
+        (one(idx=[torch.tensor([[True]])]), "topk_idx is torch.bool"),
+        (one(idx=[torch.tensor([[2**64 - 1]], dtype=torch.uint64)]), "names an expert"),
+        (one(idx=[torch.tensor([[255]], dtype=torch.uint8)]), "names an expert"),
+        (one(idx=[torch.tensor(0)], weights=[torch.tensor(1.0)]), "topk_idx is \\[\\]"),
+        (one(idx=[torch.tensor([0])], weights=[torch.tensor([1.0])]), "topk_idx is \\[1\\]"),
+        (one(idx=[torch.tensor([[[0]]])], weights=[torch.tensor([[[1.0]]])]), "topk_idx is"),
+        (one(idx=[[[0]]]), "topk_idx holds"),
+        (one(weights=[np.ones((1, 1))]), "topk_weights holds ndarray"),
+        (one(weights=[torch.ones(1, 1, dtype=torch.int64)]), "topk_weights is torch.int64"),
+        (one(weights=[torch.ones(1, 1, device="meta")]), "topk_weights holds no values"),
+        (one(idx=torch.tensor([[[0]]])), "topk_idx is Tensor"),
+        (one(weights=3), "topk_weights is int"),
+        (one(step=1.0), "step is float"),
+        (one(step=2**63), "step is int"),
+        (one(step=np.arange(3)), "step is ndarray"),
+        (one(layer="0"), "layer is str"),
+        (one(layer=10**5000), "layer is int"),
+    ],
+)
+def test_a_refused_batch_leaves_the_recording_as_it_was(call: tuple[Any, ...], complaint: str) -> None:
+    writer = TraceWriter(num_layers=1, num_ranks=1, num_experts=4, num_topk=1)
+    writer.add(*one(step=0))
+    with pytest.raises(TraceError, match=complaint):
+        writer.add(*call)
+    assert writer.finish().step.tolist() == [0]
+    writer.add(*one(step=1))
+    assert writer.finish().step.tolist() == [0, 1]
+
+
+def test_a_batch_that_is_refused_at_its_last_rank_is_not_kept_in_part() -> None:
+    writer = TraceWriter(num_layers=1, num_ranks=2, num_experts=4, num_topk=1)
+    good, bad = torch.tensor([[0]]), torch.tensor([[4]])
+    with pytest.raises(TraceError):
+        writer.add(0, 0, [good, bad], [torch.ones(1, 1)] * 2)
+    writer.add(0, 0, [good, good], [torch.ones(1, 1)] * 2)
+    assert len(writer.finish()) == 1
+
+
+def test_weights_that_are_a_negated_view_are_kept_with_their_sign(tmp_path: Path) -> None:
+    negated = torch.complex(torch.zeros(1, 1), torch.ones(1, 1)).conj().imag
+    assert negated.is_neg()
+    writer = TraceWriter(num_layers=1, num_ranks=1, num_experts=4, num_topk=1)
+    writer.add(0, 0, [torch.tensor([[0]])], [negated])
+    trace = writer.finish()
+    assert trace.topk_weights.tolist() == [[-1.0]]
+    RoutingTrace(1, 1, 4, trace.step, trace.topk_idx, negated, trace.row_splits).save(tmp_path / "t")
+    assert RoutingTrace.load(tmp_path / "t").topk_weights.tolist() == [[-1.0]]
+
+
+@pytest.mark.parametrize("ambient", ["meta device", "default dtype", "inference", "no grad"])
+def test_torchs_ambient_modes_change_nothing(tmp_path: Path, ambient: str) -> None:
+    written().save(tmp_path / "a")
+    before = torch.get_default_dtype()
+    try:
+        if ambient == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        modes = {
+            "meta device": torch.device("meta"),
+            "inference": torch.inference_mode(),
+            "no grad": torch.no_grad(),
+        }
+        batches = {(s, y): batch(s, y) for s in STEPS for y in range(LAYERS)}
+        batches = {k: (i, [w.float() for w in ws]) for k, (i, ws) in batches.items()}
+        with modes.get(ambient, torch.enable_grad()):
+            writer = TraceWriter(num_layers=LAYERS, num_ranks=RANKS, num_experts=EXPERTS, num_topk=TOPK)
+            for (step, layer), (idx, weights) in batches.items():
+                writer.add(step, layer, idx, weights)
+            writer.finish().save(tmp_path / "b")
+            loaded = RoutingTrace.load(tmp_path / "b")
+    finally:
+        torch.set_default_dtype(before)
+    assert loaded.topk_weights.dtype == torch.float32
+    assert torch.equal(loaded.topk_idx, written().topk_idx)
+    assert torch.equal(loaded.row_splits, written().row_splits)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_ranks", "num_experts", "num_topk"])
+def test_a_writers_sizes_are_checked(name: str) -> None:
+    sizes: dict[str, Any] = {"num_layers": 1, "num_ranks": 1, "num_experts": 4, "num_topk": 1}
+    for value, error in (
+        (0, RangeError),
+        (-1, RangeError),
+        (2**31, RangeError),
+        (10**5000, RangeError),
+        (True, ArgumentTypeError),
+        (1.0, ArgumentTypeError),
+        ("1", ArgumentTypeError),
+        (None, ArgumentTypeError),
+        (np.array([1, 2]), ArgumentTypeError),
+        (torch.tensor([1, 2]), ArgumentTypeError),
+    ):
+        with pytest.raises(error) as caught:
+            TraceWriter(**(sizes | {name: value}))
+        assert caught.value.argument == name
+    TraceWriter(**(sizes | {name: np.int64(2)}))
+
+
+@pytest.mark.parametrize(
+    "notes", [{"a": 1}, {1: "a"}, {"format": "x"}, {"num_steps": "9"}, "text", [("a", "b")]]
+)
+def test_notes_are_text_under_names_of_their_own(notes: Any) -> None:
+    with pytest.raises(TraceError, match="notes"):
+        TraceWriter(num_layers=1, num_ranks=1, num_experts=4, num_topk=1, notes=notes)
+
+
+def test_batches_and_parts_that_are_not_there() -> None:
+    trace = written()
+    for step, layer in ((-1, 0), (3, 0), (0, 2), (0, -1)):
+        with pytest.raises(TraceError) as caught:
+            trace.batch(step, layer)
+        assert isinstance(caught.value, IndexError)
+    for index in (0.0, None, np.arange(2)):
+        with pytest.raises(ArgumentTypeError):
+            trace.batch(index, 0)
+    for parts in (0, -1, 1 << 40, 1.5, torch.tensor([1, 2])):
+        with pytest.raises(ArgumentError) as refused:
+            trace.batch(0, 0).reshard(parts)
+        assert refused.value.argument == "num_ranks"
