@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
-from deepep.errors import RangeError, ShapeError
+from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.gate import (
     Routing,
     group_limited_topk,
@@ -148,6 +149,42 @@ def test_nodes_per_token_counts_distinct_nodes_and_ignores_no_expert() -> None:
     assert nodes_per_token(idx[:0], 16, 4).tolist() == []
 
 
+def test_narrow_indices_are_not_compared_in_their_own_dtype() -> None:
+    """256 does not fit into uint8, nor does -1."""
+    idx = torch.tensor([[0, 255], [128, 129]], dtype=torch.uint8)
+    assert nodes_per_token(idx, 256, 2).tolist() == [2, 1]
+    assert nodes_per_token(torch.tensor([[-1, 100]], dtype=torch.int8), 256, 2).tolist() == [1]
+
+
+@pytest.mark.parametrize("gate", [sigmoid_topk, softmax_topk])
+def test_torchs_ambient_modes_change_nothing(gate) -> None:
+    logits, bias = coarse_logits(20, 16, seed=1), coarse_logits(1, 16, seed=2)[0]
+    expected = gate(logits, 4, bias=bias)
+    before = torch.get_default_dtype()
+
+    def again() -> None:
+        for got, wanted in zip(gate(logits, 4, bias=bias), expected, strict=True):
+            assert got.dtype == wanted.dtype
+            assert torch.equal(got, wanted)
+        assert nodes_per_token(expected.topk_idx, 16, 2).device.type == "cpu"
+
+    for mode in (
+        torch.device("meta"),
+        torch.inference_mode(),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        with mode:
+            again()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.use_deterministic_algorithms(True)
+        again()
+    finally:
+        torch.set_default_dtype(before)
+        torch.use_deterministic_algorithms(False)
+
+
 def test_no_tokens() -> None:
     routing = group_limited_topk(torch.empty(0, 16), 4, num_groups=4, num_kept_groups=2)
     assert routing.topk_idx.shape == routing.topk_weights.shape == (0, 4)
@@ -194,6 +231,39 @@ def test_stable_topk_on_more_dimensions() -> None:
         (lambda: grouped(4, 5, 1), RangeError, "num_kept_groups"),
         (lambda: grouped(4, 1, 3), RangeError, "num_topk"),
         (lambda: nodes_per_token(torch.zeros(1, 2).long(), 8, 3), RangeError, "num_nodes"),
+        (lambda: nodes_per_token(torch.zeros(1, 2).long(), 8, 0), RangeError, "num_nodes"),
+        (lambda: nodes_per_token(torch.zeros(1, 2).long(), 8, 2.0), ArgumentTypeError, "num_nodes"),
+        (lambda: nodes_per_token(torch.zeros(1, 2).long(), 1 << 70, 2), RangeError, "num_experts"),
+        (lambda: nodes_per_token(torch.full((1, 2), 8), 8, 2), RangeError, "topk_idx"),
+        (lambda: nodes_per_token(torch.full((1, 2), -2), 8, 2), RangeError, "topk_idx"),
+        (lambda: nodes_per_token(torch.zeros(1, 2), 8, 2), ArgumentTypeError, "topk_idx"),
+        (lambda: nodes_per_token(torch.zeros(2).long(), 8, 2), ShapeError, "topk_idx"),
+        (lambda: nodes_per_token([[0, 1]], 8, 2), ArgumentTypeError, "topk_idx"),
+        (lambda: stable_topk(torch.zeros(3), 4), RangeError, "k"),
+        (lambda: stable_topk(torch.zeros(3), -1), RangeError, "k"),
+        (lambda: stable_topk(torch.tensor(1.0), 1), ShapeError, "values"),
+        (lambda: stable_topk([1.0], 1), ArgumentTypeError, "values"),
+        (lambda: sigmoid_topk([[0.0] * 8], 2), ArgumentTypeError, "logits"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8).long(), 2), ArgumentTypeError, "logits"),
+        (lambda: softmax_topk(torch.zeros(1, 8, dtype=torch.complex64), 2), ArgumentTypeError, "logits"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2.0), ArgumentTypeError, "num_topk"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), True), ArgumentTypeError, "num_topk"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), np.array([2, 2])), ArgumentTypeError, "num_topk"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), torch.tensor([2, 2])), ArgumentTypeError, "num_topk"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 10**5000), RangeError, "num_topk"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2, bias=[0.0] * 8), ArgumentTypeError, "bias"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2, bias=torch.zeros(8).long()), ArgumentTypeError, "bias"),
+        (
+            lambda: sigmoid_topk(torch.zeros(1, 8), 2, normalize=np.array([1, 0])),
+            ArgumentTypeError,
+            "normalize",
+        ),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2, normalize="no"), ArgumentTypeError, "normalize"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2, scale=torch.ones(2)), ArgumentTypeError, "scale"),
+        (lambda: sigmoid_topk(torch.zeros(1, 8), 2, scale=float("nan")), RangeError, "scale"),
+        (lambda: softmax_topk(torch.zeros(1, 8), 2, scale=float("inf")), RangeError, "scale"),
+        (lambda: grouped(np.array([4, 4]), 1, 1), ArgumentTypeError, "num_groups"),
+        (lambda: grouped(4, "1", 1), ArgumentTypeError, "num_kept_groups"),
     ],
 )
 def test_bad_arguments_are_named(call, error, argument) -> None:
