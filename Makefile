@@ -1,35 +1,83 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# Commands that do everything, set-up included: `make demo`, `make test-quick`, `make test`.
 # On a machine with Hopper GPUs: `make test-gpu`, `make test-gpu-sanitize`; docs/verification.md.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-BUILT  := build/.installed
-SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
+# Without byte code, which Python makes of what is imported: compiling all of torch takes longer than the demo.
+PIP    := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 
-.PHONY: all demo test test-emulator check-style check-types unit install format clean test-gpu test-gpu-sanitize
+# What is installed is noted in files: the packages to build with; what the demo needs; what the quick tests
+# need; all of it. They are out of date without an environment.
+TOOLS := build/.tools
+DEMO  := build/.demo
+QUICK := build/.quick
+BUILT := build/.installed
+ifeq ($(wildcard $(PY)),)
+  $(shell rm -f $(TOOLS) $(DEMO) $(QUICK) $(BUILT))
+endif
+
+PROJECT := setup.py pyproject.toml constraints.txt
+CORE    := $(shell find csrc/layout csrc/bindings/core.cpp -type f) $(PROJECT)
+SOURCES := $(shell find csrc -type f) $(PROJECT)
+
+# Kernels are left out where there is no GPU, and the emulator, unless they were built before.
+LEAVE_OUT = $(if $(shell nvidia-smi -L 2>/dev/null)$(wildcard deepep/_cuda*.so),,DEEPEP_CUDA=0) \
+            $(if $(wildcard deepep/_emulator*.so),,DEEPEP_EMULATOR=0)
+
+# $(call set_up,EXTRA,WHAT TO LEAVE OUT): pip unpacks torch while the compiler runs, and finds its objects.
+define set_up
+@$(PIP) -r constraints.txt & packages=$$!; status=0; \
+  env $(2) $(PY) setup.py -q build_ext --inplace || status=1; \
+  wait $$packages || status=1; exit $$status
+@echo "== deepep and the other packages of '$(1)'"
+@env $(2) $(PIP) --no-build-isolation -e '.[$(1)]'
+endef
+
+.NOTPARALLEL:
+.PHONY: all install demo test test-quick check-style check-types test-emulator unit format clean
+.PHONY: test-gpu test-gpu-sanitize
 all: install
-
-$(PY):
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
-
-$(BUILT): $(PY) $(SOURCES)
-	$(PY) -m pip install -q -c constraints.txt -e '.[test]'
-	@mkdir -p build && touch $@
-
 install: $(BUILT)
 
-demo: install
-	$(PY) -m deepep demo --ranks 4 --out demo-output
+$(TOOLS): pyproject.toml
+	@echo "== a Python environment in $(VENV)"
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $$(sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	@mkdir -p build && touch $@
 
-test: check-style check-types test-emulator unit
+$(DEMO): $(CORE) | $(TOOLS)
+	@echo "== torch, and the layout rules compiled"
+	$(call set_up,cli,$(LEAVE_OUT))
+	@touch $@
 
-check-style: install
+$(QUICK): $(CORE) | $(TOOLS)
+	@echo "== torch, and the layout rules compiled"
+	$(call set_up,test,$(LEAVE_OUT))
+	@touch $(DEMO) $@
+
+$(BUILT): $(SOURCES) | $(TOOLS)
+	@echo "== torch, and everything compiled: layout rules, emulator and, where nvcc is, kernels; minutes"
+	$(call set_up,test,)
+	@touch $(DEMO) $(QUICK) $@
+
+demo: $(DEMO)
+	@echo "== the demo"
+	@$(PY) -m deepep demo --ranks 4 --out demo-output
+
+test: install check-style check-types test-emulator unit
+
+# A part that says within two minutes whether something obvious broke: style, the layout rules against the
+# oracle, the house's rules, Buffer on few ranks, the oracle itself. Needs neither the emulator nor nvcc.
+QUICK_TESTS := tests/layout tests/reference tests/test_readme.py tests/api
+test-quick: $(QUICK) check-style
+	$(PY) -m pytest -q -m "not slow" $(QUICK_TESTS)
+
+check-style: | $(QUICK)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 # The package as users import it, laid out by links, because mypy does not follow package_dir.
-check-types: install
+check-types: | $(QUICK)
 	rm -rf build/types && mkdir -p build/types/deepep
 	ln -s $(CURDIR)/deepep/* build/types/deepep/
 	ln -s $(CURDIR)/reference build/types/deepep/reference
@@ -59,7 +107,7 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 	    $(GPU_PY) -m pytest -q tests/backends/cuda/test_virtual_ranks.py -k "$(SANITIZED)"; \
 	done
 
-format: install
+format: | $(QUICK)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 

@@ -5,7 +5,8 @@ deepep._emulator  the kernels' own source over csrc/emulator, for machines witho
 deepep._cuda      the kernels for sm_90a; built where nvcc is found, left out (with a message) elsewhere.
 
 Files of all modules are compiled side by side, and objects are kept in build/objects: a file is compiled
-again only if it, a header that it includes or its command line has changed.
+again only if it, a header of this tree that it includes, its flags, the compiler, Python or pybind11 has
+changed. Where pybind11 lies does not matter: pip puts it into a folder of another name for every build.
 
     DEEPEP_CUDA=0        leave the CUDA part out; DEEPEP_CUDA=1: its absence is an error
     DEEPEP_EMULATOR=0    leave the emulator out
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pybind11
@@ -94,12 +96,13 @@ class BuildExtensions(build_ext):
         else:
             compiler = [*find_cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         command = [*compiler, *includes, "-c", source, "-o", str(target), "-MD", "-MF", str(depends)]
+        made_by = [*compiler, version_of(compiler[0]), sys.version, f"pybind11 {pybind11.__version__}"]
         state = target.with_suffix(".json")
-        if not is_up_to_date(state, command):
+        if not is_up_to_date(state, made_by):
             folder.mkdir(parents=True, exist_ok=True)
             print(f"deepep: {ext.name.rpartition('.')[2]}: compiling {source}", flush=True)
             run(command, f"compiling {source}")
-            state.write_text(json.dumps({"command": command, "files": digests(depends)}))
+            state.write_text(json.dumps({"made_by": made_by, "files": digests(depends)}))
         return target
 
     def link(self, ext: Extension, objects: list[Path]) -> None:
@@ -107,7 +110,14 @@ class BuildExtensions(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         linker = [find_nvcc() or "nvcc", "--cudart=static"] if ext.name == CUDA else find_cxx()
-        run([*linker, "-shared", *map(str, objects), "-o", str(target)], f"linking {ext.name}")
+        strip = ["-Xlinker", "--strip-all"] if sys.platform == "linux" else []
+        run([*linker, "-shared", *strip, *map(str, objects), "-o", str(target)], f"linking {ext.name}")
+
+
+@cache
+def version_of(compiler: str) -> str:
+    """The words of `compiler --version`."""
+    return subprocess.run([compiler, "--version"], text=True, capture_output=True).stdout
 
 
 def run(command: list[str], what: str) -> None:
@@ -119,9 +129,9 @@ def run(command: list[str], what: str) -> None:
 
 
 def digests(depends: Path) -> dict[str, str]:
-    """The files that a compiler has read, of its rule for make, and a digest of each."""
+    """The files of this tree that a compiler has read, of its rule for make, and a digest of each."""
     words = depends.read_text().replace("\\\n", " ").partition(": ")[2].split()
-    return {name: digest_of(name) for name in words}
+    return {name: digest_of(name) for name in words if not Path(name).is_absolute()}
 
 
 def digest_of(name: str) -> str:
@@ -130,12 +140,12 @@ def digest_of(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def is_up_to_date(state: Path, command: list[str]) -> bool:
-    """Whether an object was made by this command of these very files."""
+def is_up_to_date(state: Path, made_by: list[str]) -> bool:
+    """Whether an object was made by these tools of these very files."""
     if not state.exists() or not state.with_suffix(".o").exists():
         return False
     known = json.loads(state.read_text())
-    return known["command"] == command and all(digest_of(n) == d for n, d in known["files"].items())
+    return known.get("made_by") == made_by and all(digest_of(n) == d for n, d in known["files"].items())
 
 
 def extension(name: str, binding: str, *folders: str, suffix: str = ".cpp") -> Extension:

@@ -80,10 +80,10 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, flat."""
-        told = asdict(self)
-        shape = told.pop("shape")
+        plain = asdict(self)
+        shape = plain.pop("shape")
         rates = {"wire_gbs": self.wire_gbs, "logical_gbs": self.logical_gbs, "floor_ratio": self.ratio}
-        return {**shape, **told, **rates}
+        return {**shape, **plain, **rates}
 
 
 @dataclass
@@ -103,7 +103,7 @@ class BenchReport:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON. Times in microseconds, rates in GB/s (1e9 bytes)."""
-        told = {
+        plain = {
             "environment": self.environment,
             "notes": self.notes,
             "problems": self.problems,
@@ -111,4 +111,4 @@ class BenchReport:
             "figures": [figure.as_dict() for figure in self.figures],
             "copies": [{"wire_bytes": c.wire_bytes, "sms": c.sms, **asdict(c.timing)} for c in self.copies],
         }
-        path.write_text(json.dumps(told, indent=1) + "\n")
+        path.write_text(json.dumps(plain, indent=1) + "\n")

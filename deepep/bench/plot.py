@@ -47,10 +47,11 @@ def draw_report(report: BenchReport, path: Path) -> None:
             axes.set_axis_on()
             _draw_panel(axes, figures)
             axes.set_title(f"{title}, {shape}", fontsize=8)
-        told = report.environment
-        warning = ": functional figures only" if told["functional_only"] else ""
+        facts = report.environment
+        warning = ": functional figures only" if facts["functional_only"] else ""
         figure.suptitle(
-            f"{told['device']}{warning}; {told['ranks']} ranks, {told['routing']} routing", fontsize=9
+            f"{facts['device']}{warning}; {facts['ranks']} ranks, {facts['routing']} routing",
+            fontsize=9,
         )
         figure.savefig(path, dpi=150)
         plt.close(figure)

@@ -28,23 +28,26 @@ from deepep.version import __version__
 TIMEOUT = 60.0
 FUNCTIONAL = "These are functional figures: CPU tensors over gloo. They say nothing about any GPU."
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 class WrongResultError(AssertionError):
     """An operation of ours returned something else than the oracle."""
 
 
-def run_rank(group: Any, device: torch.device, sweep: Sweep, tell: Tell = lambda line: None) -> BenchReport:
-    """Measures all of `sweep` on this rank. `tell` hears of progress. Returns the same report on every rank,
-    ended early if a result is wrong.
+def run_rank(
+    group: Any, device: torch.device, sweep: Sweep, say: Progress = lambda line: None
+) -> BenchReport:
+    """Measures all of `sweep` on this rank; `say` is called with a line of progress now and then.
+
+    Returns the same report on every rank, ended early if a result is wrong.
 
     Raises what Buffer and `draw` raise, and RangeError if the device has none of the SM counts.
     """
     loads = [draw(sweep, shape) for shape in sweep.shapes]
     buffer = Buffer(group, backend=sweep.backend, timeout=TIMEOUT)
     num_sms = Buffer.num_sms
-    bench = Bench(group, device, sweep, buffer, tell)
+    bench = Bench(group, device, sweep, buffer, say)
     try:
         bench.run(loads)
     except WrongResultError as wrong:
@@ -58,8 +61,9 @@ def run_rank(group: Any, device: torch.device, sweep: Sweep, tell: Tell = lambda
 class Bench:
     """See `run_rank`."""
 
-    def __init__(self, group: Any, device: torch.device, sweep: Sweep, buffer: Any, tell: Tell) -> None:
-        self._group, self._device, self._sweep, self._buffer, self._tell = group, device, sweep, buffer, tell
+    def __init__(self, group: Any, device: torch.device, sweep: Sweep, buffer: Any, say: Progress) -> None:
+        self._group, self._device, self._sweep = group, device, sweep
+        self._buffer, self._say = buffer, say
         self._rank = buffer.rank
         self._kernels = buffer.runtime.info.backend == "cuda"
         self._clock = self._make_clock()
@@ -117,7 +121,7 @@ class Bench:
         for operation in operations:
             own = None if operation.name == LAYOUT else sms
             what = _described(by, operation)
-            self._tell(f"{shape} {what}" + (f" {own} SMs" if own else ""))
+            self._say(f"{shape} {what}" + (f" {own} SMs" if own else ""))
             self._check(what, operation, ours=by == OURS)
             timing = self._clock.measure(operation.call)
             floor = None

@@ -31,10 +31,10 @@ def print_report(report: BenchReport, console: Console) -> None:
     """A table for each shape, then the notes and what was wrong."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
-    told = report.environment
+    facts = report.environment
     console.print(
-        f"{told['ranks']} ranks, {told['device']}; backend {told['backend']}, {told['transport']}, "
-        f"{told['routing']} routing, {told['iterations']} samples, {told['date']}",
+        f"{facts['ranks']} ranks, {facts['device']}; backend {facts['backend']}, {facts['transport']}, "
+        f"{facts['routing']} routing, {facts['iterations']} samples, {facts['date']}",
         highlight=False,
     )
     for shape, figures in groupby(report.figures, key=lambda figure: figure.shape):

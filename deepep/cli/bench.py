@@ -147,7 +147,7 @@ def _run_in_own_processes(sweep: Sweep, cuda: bool) -> BenchReport:
 
 
 def _run_one(context: Any, sweep: Sweep) -> BenchReport | None:
-    """In a rank process; rank 0 tells of progress on the terminal it shares with the parent."""
+    """In a rank process; rank 0 prints progress on the terminal it shares with the parent."""
     report = run_rank(context.group, context.device, sweep, _progress(context.rank))
     return report if context.rank == 0 else None
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepep.errors import ArgumentError
-from deepep.runtime import backends as registry
+from deepep.runtime.backends import backends
 
 
 def command(
@@ -76,7 +76,7 @@ def _refuse_what_cannot_be(console: Console, backend: str | None, device: str) -
     elif device == "cuda" and not torch.cuda.is_available():
         problem = "device: got cuda; this machine's torch sees no CUDA device"
     elif backend is not None:
-        known = {b.name: b for b in registry.backends()}
+        known = {b.name: b for b in backends()}
         if backend not in known:
             problem = str(ArgumentError("backend", repr(backend), " or ".join(known)))
         else:

@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.table import Table
 
 from deepep.sim.explore.explorer import LIMITS, Failure, Tally, draw_scenario, draw_tall_scenario, explore
-from deepep.sim.explore.hunting import Catch, hunt_all, markdown
 from deepep.sim.explore.kernel_mutants import HARMLESS, mutants
+from deepep.sim.explore.mutant_hunt import Catch, hunt_all, markdown
 from deepep.sim.explore.scenarios import Scenario
 
 PASSED, FAILED, MISUSED = 0, 1, 2

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from deepep.runtime import backends as registry
+from deepep.runtime.backends import backends
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.traces import TraceSource
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.drawing import print_finding, save_picture
-from deepep.sim.fuzz.examples import StoredExample
 from deepep.sim.fuzz.fuzzer import Draw, Finding, Fuzzer, FuzzReport
+from deepep.sim.fuzz.stored import StoredExample
 from deepep.sim.fuzz.subjects import Subject
 
 PASSED, FAILED, MISUSED = 0, 1, 2
@@ -42,7 +42,7 @@ def subjects_of(backend: str) -> list[Subject]:
         return [*(make() for make in IMPLEMENTATIONS.values()), subjects.buffer(backend="reference")]
     if backend in IMPLEMENTATIONS:
         return [IMPLEMENTATIONS[backend]()]
-    engines = {engine.name: engine for engine in registry.backends()}
+    engines = {engine.name: engine for engine in backends()}
     if backend not in engines:
         raise ValueError(f"got {backend}; allowed: {', '.join(['all', *IMPLEMENTATIONS, *engines])}")
     able, why = engines[backend].available()

@@ -1,8 +1,7 @@
 """Checks of the installed library, each run on every rank of a world: what `python -m deepep check` shows.
 
-Every rank draws the inputs of all ranks from the same seed, so that it can ask deepep.reference's global
-view what its own outputs have to be, and compares bits. A check returns a few words of what it saw, or
-raises.
+Every rank draws the inputs of all ranks from the same seed, so that deepep.reference's global view
+can work out its own outputs, and compares bits. A check returns a few words of what it saw, or raises.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Examples as plain data, and the sources they are drawn from."""

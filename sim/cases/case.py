@@ -107,7 +107,7 @@ class Case:
         changes: dict[str, Any] = {}
         if options.mode == "ht":
             if options.worst != "off" or options.combine_weights:
-                changes["topk"] = True  # the rows past the last are told by their index; weights need K
+                changes["topk"] = True  # rows past the last are recognised by their index; weights need K
             if options.payload != "bf16":
                 changes["combine_rows"] = "other"  # combine takes bf16 alone
             row = 8 if options.payload == "bf16" else 16  # rows are multiples of 16 bytes
@@ -145,7 +145,7 @@ class Case:
             "format": FORMAT,
             "version": VERSION,
             "num_experts": self.num_experts,
-            "num_topk": self.num_topk,  # a matrix without tokens does not tell
+            "num_topk": self.num_topk,  # a matrix without tokens does not say
             "hidden": self.hidden,
             "seed": self.seed,
             "masked": list(self.masked),
@@ -196,12 +196,12 @@ class Case:
 
     def __repr__(self) -> str:
         changed = {n: v for n, v in self.options.to_json().items() if v != SPACE[n][0]}
-        told = ", ".join(f"{n}={v!r}" for n, v in changed.items())
+        options = ", ".join(f"{n}={v!r}" for n, v in changed.items())
         return (
             f"Case(R={self.num_ranks}, E={self.num_experts}, K={self.num_topk}, H={self.hidden}, "
             f"T={list(self.num_tokens)}, {self.origin}, seed={self.seed}"
             + (f", masked={list(self.masked)}" if self.masked else "")
-            + (f", {told}" if told else "")
+            + (f", {options}" if options else "")
             + ")"
         )
 

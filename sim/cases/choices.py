@@ -1,6 +1,6 @@
 """Sources of a drawn case's decisions: a seeded generator, or hypothesis.
 
-Cases are drawn by one piece of code (deepep.sim.cases.case). It asks a `Choices` for every decision, so the
+Cases are drawn by one piece of code (deepep.sim.cases.case). Every decision is taken by a `Choices`, so the
 fuzz loop draws thousands of cases a second from a seed, and hypothesis draws, and shrinks, the very same
 ones. By convention the first or smallest alternative is the simplest: that is where shrinking goes.
 """

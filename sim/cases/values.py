@@ -135,7 +135,7 @@ def _bf16_rows(case: Case, rank: int, num_rows: int, name: str) -> Tensor:
 
 
 def _id_bits(case: Case, rank: int, num_rows: int, name: str) -> npt.NDArray[np.uint16]:
-    """Numbers between 2 and 4 (sums of a few are exact in float32), each row told by its first three."""
+    """Numbers between 2 and 4 (sums of a few are exact in float32), a row known by its first three."""
     row = np.arange(num_rows, dtype=np.uint64)[:, None]
     channel = np.arange(case.hidden, dtype=np.uint64)[None, :]
     key = np.uint64(zlib.crc32(name.encode()) ^ case.seed)

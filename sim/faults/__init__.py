@@ -1,0 +1,1 @@
+"""Faults that befall one rank of a run of Buffer, and the judge of what follows."""

@@ -27,7 +27,7 @@ def expected_origins(case: Case, rank: int) -> list[Origin]:
 
 
 def received_origins(case: Case, rank: int, views: list[RankView]) -> list[Origin | None] | None:
-    """The tokens whose contents the rows received have; None if rows do not tell (casts, or nothing came)."""
+    """The tokens whose contents the rows received have; None if that cannot be seen (casts, or no rows)."""
     rows = views[rank].recv_x if case.options.mode == "ht" else views[rank].recv_rows
     if rows is None or (case.options.mode == "ll" and case.options.low_latency != "bf16"):
         return None
@@ -94,8 +94,8 @@ def _routing_table(case: Case) -> Any:
         for token, choices in enumerate(indices.tolist()):
             if shown < LONGEST:
                 ranks = sorted({e // local for e in choices if e >= 0})
-                told = ", ".join(f"{r} (masked)" if r in case.masked else str(r) for r in ranks)
-                table.add_row(f"{rank}{masked}", str(token), " ".join(map(str, choices)), told or "none")
+                targets = ", ".join(f"{r} (masked)" if r in case.masked else str(r) for r in ranks)
+                table.add_row(f"{rank}{masked}", str(token), " ".join(map(str, choices)), targets or "none")
             shown += 1
     if shown > LONGEST:
         table.add_row("...", f"{shown - LONGEST} more", "", "")

@@ -16,8 +16,8 @@ from deepep.sim.cases.routing import Indices
 def shrink(case: Case, fails: Callable[[Case], bool], *, seconds: float = 20.0) -> Case:
     """The smallest case found that still fails, in at most about `seconds`.
 
-    `fails(candidate)` runs a candidate and tells whether it fails in the way that matters. Greedy: the first
-    simpler candidate that fails is taken, and the search starts again from there.
+    `fails(candidate)` runs a candidate: whether it fails in the way that matters. Greedy: the first simpler
+    candidate that fails is taken, and the search starts again from there.
     """
     deadline = time.monotonic() + seconds
     improved = True
@@ -36,7 +36,7 @@ def simpler(case: Case) -> Iterator[Case]:
     """Legal cases that are simpler than this one, the boldest first."""
     for candidate in _candidates(case):
         candidate = replace(candidate.legal(), origin=case.origin)
-        # legal() may have undone the only change: offering the same case again would loop for ever.
+        # legal() may have undone the only change: offering the same case again would loop indefinitely.
         if weight(candidate) < weight(case):
             yield candidate
 

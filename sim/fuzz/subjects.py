@@ -1,4 +1,4 @@
-"""Implementations under test: each takes cases and tells what every rank got.
+"""Implementations under test: each takes cases and returns what every rank got.
 
 core         the layout rules of csrc/layout, against the reference's, in this process
 oracle       the reference's global view, in this process
@@ -20,7 +20,7 @@ from deepep.sim.rules import oracle
 from deepep.sim.rules.checking import Violation
 from deepep.sim.rules.observed import RankView
 from deepep.sim.rules.oracle import GlobalView
-from deepep.sim.rules.reference import check_rules
+from deepep.sim.rules.reference_rules import check_rules
 from deepep.sim.worlds.rank_process import RankContext
 from deepep.sim.worlds.world import PendingRun, World
 
@@ -88,8 +88,8 @@ class InProcess(Subject):
         except Violation:
             raise
         except Exception as error:  # a case is a legal call: whatever it raises is a finding
-            told = "".join(traceback.format_exception(error))
-            raise Violation(told, rule=type(error).__name__) from error
+            trace = "".join(traceback.format_exception(error))
+            raise Violation(trace, rule=type(error).__name__) from error
 
 
 class InWorld(Subject):
@@ -216,6 +216,6 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
         run_rank,
         world_of,
         adapt=as_buffer_call,
-        may_lack=("src_rank", "src_token"),  # V1's interface does not tell where a row comes from
+        may_lack=("src_rank", "src_token"),  # V1's interface does not say where a row comes from
         transport="nccl" if backend == "cuda" else "gloo",
     )

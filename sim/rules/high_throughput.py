@@ -48,11 +48,11 @@ def rows_are_in_source_order(case: Case, views: list[RankView]) -> None:
             raise Violation(f"rank {rank}: expected {len(pairs)} rows, got {len(got)}", rank)
         for row, (source, token) in enumerate(pairs):
             if not np.array_equal(got[row], sent(case, source).x[token]):
-                told = ""
+                seen = ""
                 if case.options.values == "ids" and case.options.payload == "bf16":
-                    told = ", got token {1} of rank {0}".format(*decode_id(got[row]))
+                    seen = ", got token {1} of rank {0}".format(*decode_id(got[row]))
                 raise Violation(
-                    f"rank {rank}: row {row}: expected token {token} of rank {source}{told}", rank, (row,)
+                    f"rank {rank}: row {row}: expected token {token} of rank {source}{seen}", rank, (row,)
                 )
         if views[rank].src_rank is not None:
             check_equal("src_rank", rank, [source for source, _ in pairs], views[rank].src_rank)

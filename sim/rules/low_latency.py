@@ -149,8 +149,8 @@ def logfmt_stays_within_its_bound(case: Case, views: list[RankView]) -> None:
             sound = np.isfinite(bound)
             if (off > bound)[sound].any():
                 worst = int(np.argmax(np.where(sound, off - bound, -1)))
-                told = f"token {token}: channel {worst}: off by {off[worst]}, allowed {bound[worst]}"
-                raise Violation(f"rank {rank}: {told}", rank, (token, worst))
+                worst_seen = f"token {token}: channel {worst}: off by {off[worst]}, allowed {bound[worst]}"
+                raise Violation(f"rank {rank}: {worst_seen}", rank, (token, worst))
 
 
 def _terms(case: Case, rank: int, token: int) -> list[tuple[int, Floats]]:

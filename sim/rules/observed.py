@@ -161,8 +161,8 @@ def first_difference(
             if b is None and (a is None or may_lack is None or field.name in may_lack):
                 continue
             if a is None or b is None:
-                told = ["nothing" if side is None else "something" for side in (a, b)]
-                return Difference(rank, field.name, (), *told)
+                sides = ["nothing" if side is None else "something" for side in (a, b)]
+                return Difference(rank, field.name, (), *sides)
             difference = _compare(rank, field.name, a, b)
             if difference is not None:
                 return difference

@@ -1,0 +1,1 @@
+"""Rank processes and rank threads that run functions, and how each rank ended."""

@@ -90,22 +90,22 @@ class WorldTimeout(WorldError, TimeoutError):
 def failure_of(outcomes: Sequence[Outcome], what: str) -> WorldError:
     """The error for a run that not all ranks returned from.
 
-    A death is told before an exception, and an exception before a hang: the later ones usually follow
-    from the earlier ones.
+    A death is reported before an exception, and an exception before a hang: the later ones usually
+    follow from the earlier ones.
     """
     kinds = {Status.DIED: RankDied, Status.RAISED: WorldError, Status.HUNG: WorldTimeout}
     status = next(s for s in kinds if any(o.status is s for o in outcomes))
-    told = [o for o in outcomes if o.status is status]
-    lines = [f"{what}:", told[0].describe()]
-    seen = {_signature(told[0])}
+    first = [o for o in outcomes if o.status is status]
+    lines = [f"{what}:", first[0].describe()]
+    seen = {_signature(first[0])}
     for outcome in outcomes:
-        if outcome is told[0] or outcome.ok:
+        if outcome is first[0] or outcome.ok:
             continue
         short = _signature(outcome) in seen
         seen.add(_signature(outcome))
         lines.append(f"rank {outcome.rank} likewise" if short else outcome.describe())
     error = kinds[status]("\n".join(lines), outcomes)
-    error.__cause__ = told[0].error
+    error.__cause__ = first[0].error
     return error
 
 

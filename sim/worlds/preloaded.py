@@ -9,7 +9,7 @@ for _name in (
     "deepep.backends.reference.engine",
     "deepep.sim.fuzz.all_to_all_runs",
     "deepep.sim.fuzz.buffer_runs",
-    "deepep.sim.faults.runs",
+    "deepep.sim.faults.judge",
     "deepep.sim.worlds.rank_process",
 ):
     # A module that cannot be imported says so to whoever uses it; the fork server must not die of it.

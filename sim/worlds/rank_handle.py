@@ -30,7 +30,7 @@ class RankHandle:
         self.rank = spec.rank
         self._stack_file = Path(spec.stack_file)
         self.connection, theirs = multiprocessing.Pipe()
-        # Nothing is ever written to it: its end tells a rank, wherever it is, that its parent is gone.
+        # Nothing is ever written to it: its end shows a rank, wherever it is, that its parent is gone.
         lifeline, self._lifeline = multiprocessing.Pipe(duplex=False)
         self.process = _start(theirs, lifeline, spec)
         theirs.close()
@@ -87,7 +87,7 @@ class RankHandle:
 
 
 def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
-    """The outcome a rank's reply tells of."""
+    """The outcome in a rank's reply."""
     kind, value, trace = unpack(reply)
     if isinstance(value, BareException):
         value = value.rebuild()

@@ -143,7 +143,7 @@ def _guarded(connection: Connection, call: Any, *, keep_value: bool = False) -> 
     try:
         value = call()
         reply = _packed("returned", value if keep_value else None, "")
-    except BaseException as error:  # whatever it is, the parent has to hear of it
+    except BaseException as error:  # whatever it is, the parent has to learn of it
         reply = _packed("raised", error, _trace(error))
     try:
         connection.send_bytes(reply)

@@ -113,7 +113,7 @@ class ThreadWorld:
         per_rank: Sequence[tuple[Any, ...]] | None = None,
         **kwargs: Any,
     ) -> list[Outcome]:
-        """As `run`, but tells how each rank did instead of raising."""
+        """As `run`, but returns how each rank ended instead of raising."""
         if not self._contexts:
             groups = VirtualGroup.create(self.num_ranks)
             self._contexts = [RankContext(group.rank, self.num_ranks, group, self.device) for group in groups]
@@ -124,7 +124,7 @@ class ThreadWorld:
             own = per_rank[context.rank] if per_rank is not None else ()
             try:
                 value = fn(context, *args, *own, **kwargs)
-            except BaseException as error:  # whatever it is, the caller has to hear of it
+            except BaseException as error:  # whatever it is, the caller has to learn of it
                 context.group.abort()
                 seconds = time.monotonic() - started
                 trace = traceback.format_exc()
@@ -144,11 +144,11 @@ class ThreadWorld:
         deadline = started + (self.timeout if timeout is None else timeout)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        told = [
+        ended = [
             o if o is not None else Outcome(rank, Status.HUNG, seconds=time.monotonic() - started)
             for rank, o in enumerate(outcomes)
         ]
-        if not all(o.ok for o in told):
+        if not all(o.ok for o in ended):
             self._contexts[0].group.abort()
             self._contexts = []  # the next run gets a new group and empty scratch
-        return told
+        return ended

@@ -195,7 +195,7 @@ class World:
         not_awaited: Collection[int] = (),
         **kwargs: Any,
     ) -> list[Outcome]:
-        """As `run`, but waits for every rank to end somehow, and tells how each did instead of raising.
+        """As `run`, but waits for every rank to end somehow, and returns how each did instead of raising.
 
         For fault tests: the rank that is killed has the status "died", the others what they returned or
         raised. Ranks in `not_awaited` count as hung if they still run when all others have ended.
@@ -266,7 +266,7 @@ class PendingRun:
         return [o.value for o in outcomes]
 
     def outcomes(self, *, fail_fast: bool = False, not_awaited: Collection[int] = ()) -> list[Outcome]:
-        """Waits until every rank has returned, raised or died, or time is up, and tells which did what.
+        """Waits until every rank has returned, raised or died, or time is up; returns which did what.
 
         With `fail_fast` the ranks that still run when one has failed get only the world's grace. Ranks in
         `not_awaited` count as hung if they still run when all others have ended.

@@ -71,15 +71,15 @@ def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "functional figures" in done.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    told = json.loads((tmp_path / "b.json").read_text())
+    written = json.loads((tmp_path / "b.json").read_text())
     expected = [o for o in OPERATIONS if o[2] != "bf16" or o[0] == "combine"]
-    assert [(f["operation"], f["by"], f["dtype"]) for f in told["figures"]] == expected
-    assert told["problems"] == []
-    environment = told["environment"]
+    assert [(f["operation"], f["by"], f["dtype"]) for f in written["figures"]] == expected
+    assert written["problems"] == []
+    environment = written["environment"]
     assert environment["functional_only"]
     assert environment["checked"]
     assert environment["command"].startswith("python -m deepep bench --device cpu --ranks 3")
-    for figure in told["figures"]:
+    for figure in written["figures"]:
         assert 0 < figure["median"] <= figure["p99"]
         assert figure["host"] > 0
         assert figure["sms"] is figure["floor"] is figure["floor_ratio"] is None
@@ -103,13 +103,13 @@ def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "busiest over mean: rows received" in done.stdout
-    told = json.loads((tmp_path / "b.json").read_text())
-    (skew,) = told["skew"]
+    written = json.loads((tmp_path / "b.json").read_text())
+    (skew,) = written["skew"]
     assert (skew["tokens"], skew["topk"], skew["experts"]) == (300, 1, 6)
     assert skew["sending"] == 1  # with one expert a token, every rank sends each token once
     assert skew["receiving"] >= 1
     assert skew["expert"] > 1
-    assert (told["environment"]["trace"], told["environment"]["layer"]) == ("routing.safetensors", 1)
+    assert (written["environment"]["trace"], written["environment"]["layer"]) == ("routing.safetensors", 1)
 
 
 def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
@@ -121,9 +121,10 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("2 ranks, CPU") == 1
-    told = json.loads((tmp_path / "b.json").read_text())
-    assert told["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m deepep bench")
-    assert [f["operation"] for f in told["figures"]] == ["layout", "dispatch", "cached dispatch", "combine"]
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m deepep bench")
+    operations = [figure["operation"] for figure in written["figures"]]
+    assert operations == ["layout", "dispatch", "cached dispatch", "combine"]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def test_the_command_on_two_gpus(tmp_path: Path) -> None:
 
 
 def figure(operation: str, by: str, sms: int | None, **given: Any) -> Figure:
-    told = {"dtype": "bf16", "median": 200.0, "p99": 210.0, "host": 12.0, "wire_bytes": 58_000_000, **given}
-    return Figure(SHAPE, operation, by, sms=sms, **told)
+    fields = {"dtype": "bf16", "median": 200.0, "p99": 210.0, "host": 12.0, "wire_bytes": 58_000_000, **given}
+    return Figure(SHAPE, operation, by, sms=sms, **fields)
 
 
 def test_rates_and_ratio() -> None:
@@ -183,7 +184,7 @@ def test_rates_and_ratio() -> None:
     assert (none.wire_gbs, none.logical_gbs, none.ratio) == (None, None, None)
 
 
-# what was wrong is told
+# what was wrong is reported
 
 
 def measured_with_defect(context: Any, defect: str) -> BenchReport:
@@ -281,9 +282,9 @@ def test_table_plot_and_json_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFi
             figure("combine", "deepep", sms, median=time, floor=160.0, floor_sms=8),
         ]
     figures.append(figure("dispatch", "nccl alone", None, floor=150.0, floor_sms=132))
-    told = {"ranks": 2, "device": "2 x GPU", "backend": "cuda", "transport": "NCCL", "routing": "uniform",
+    facts = {"ranks": 2, "device": "2 x GPU", "backend": "cuda", "transport": "NCCL", "routing": "uniform",
             "iterations": 60, "date": "now", "functional_only": False}  # fmt: skip
-    report = BenchReport(told, figures, notes=["[a] note"])
+    report = BenchReport(facts, figures, notes=["[a] note"])
     print_report(report, Console(file=sys.stdout))
     shown = capsys.readouterr().out
     assert "160.0 (8 SMs)" in shown

@@ -69,16 +69,16 @@ def test_the_command_trains_compares_and_writes(tmp_path: Path) -> None:
     assert files == {"loss.png", "expert_load.png", "traffic.png", "routing.safetensors", "run.json"}
     for name in ("loss.png", "expert_load.png", "traffic.png"):
         assert (tmp_path / "o" / name).read_bytes().startswith(b"\x89PNG")
-    told = json.loads((tmp_path / "o" / "run.json").read_text())
-    losses = [sum(step) / ranks for step in told["between_processes"]["losses"]]
-    assert told["between_processes"] == told["one_process"]
+    written = json.loads((tmp_path / "o" / "run.json").read_text())
+    losses = [sum(step) / ranks for step in written["between_processes"]["losses"]]
+    assert written["between_processes"] == written["one_process"]
     assert losses[-1] < losses[0] - 0.5, "the loss falls"
-    check_trace(RoutingTrace.load(tmp_path / "o" / "routing.safetensors"), told, done.stdout)
+    check_trace(RoutingTrace.load(tmp_path / "o" / "routing.safetensors"), written, done.stdout)
 
 
-def check_trace(trace: RoutingTrace, told: Any, output: str) -> None:
+def check_trace(trace: RoutingTrace, written: Any, output: str) -> None:
     """The trace is that of the run: its rows, de-duplicated, are the rows the table shows."""
-    config = told["config"]
+    config = written["config"]
     assert (trace.num_ranks, trace.num_layers) == (config["num_ranks"], config["layers"])
     assert (trace.num_experts, trace.num_topk, trace.num_steps) == (config["num_experts"], 4, config["steps"])
     local = trace.num_experts // trace.num_ranks

@@ -32,20 +32,20 @@ def in_this_process(command: Any, *args: str) -> Any:
 def test_info_names_everything_it_should() -> None:
     done = deepep_command("info", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["software"]["deepep"] == deepep.__version__
-    assert told["software"]["torch"] == torch.__version__
-    assert "gloo" in told["software"]["torch.distributed"]
-    assert told["extensions"]["deepep._core"].startswith("built, loads")
-    assert set(told["extensions"]) == {"deepep._core", "deepep._emulator", "deepep._cuda"}
-    assert told["backends"]["reference"].startswith("yes")
+    shown = json.loads(done.stdout)
+    assert shown["software"]["deepep"] == deepep.__version__
+    assert shown["software"]["torch"] == torch.__version__
+    assert "gloo" in shown["software"]["torch.distributed"]
+    assert shown["extensions"]["deepep._core"].startswith("built, loads")
+    assert set(shown["extensions"]) == {"deepep._core", "deepep._emulator", "deepep._cuda"}
+    assert shown["backends"]["reference"].startswith("yes")
     assert all(
-        value.startswith(("yes: ", "no: ")) for name, value in told["backends"].items() if name.islower()
+        value.startswith(("yes: ", "no: ")) for name, value in shown["backends"].items() if name.islower()
     )
-    assert {"cuda", "emulator", "reference"} <= set(told["backends"])
-    assert told["nvshmem"]
+    assert {"cuda", "emulator", "reference"} <= set(shown["backends"])
+    assert shown["nvshmem"]
     has_gpu = torch.cuda.is_available()
-    assert ("GPU 0" in told["cuda"]) == has_gpu
+    assert ("GPU 0" in shown["cuda"]) == has_gpu
 
 
 def test_info_for_people() -> None:

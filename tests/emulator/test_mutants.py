@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepep.sim.explore.hunting import Catch, hunt_all, markdown
 from deepep.sim.explore.kernel_mutants import HARMLESS, Mutant, mutants
+from deepep.sim.explore.mutant_hunt import Catch, hunt_all, markdown
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 

@@ -7,7 +7,7 @@ without it. One process survives all deaths, each in a buffer of its own; every 
 Or the rank is frozen for longer than its peer's patience, and comes back when the other works without it: it
 gets an error, too, and does the other no harm.
 
-Only public calls of Buffer: any backend. tests/kernels runs this on two GPUs, tests/sim without.
+Only public calls of Buffer: any backend. tests/backends/cuda runs this on two GPUs, tests/sim without.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Survived:
 
 
 def play(survivor: World, victim: World, death: Death, setting: Setting) -> Survived:
-    """Kills the process of `victim`, a world of one rank, and returns what `survivor`'s, another, tells.
+    """Kills the process of `victim`, a world of one rank, and returns the report of `survivor`, another.
 
     Raises AssertionError where a promise was not kept.
     """
@@ -153,12 +153,12 @@ def play(survivor: World, victim: World, death: Death, setting: Setting) -> Surv
         (end,) = victim.try_run(die, death, setting, folder, timeout=PATIENCE)
         Path(folder, "dead").touch()
         (outcome,) = pending.outcomes()
-    # Who failed first tells more.
+    # The first failure says more.
     _demand_death(end, outcome)
     assert outcome.ok, f"{death}: {outcome.describe()}"
-    told: Survived = outcome.value
-    judge(death, setting, told)
-    return told
+    report: Survived = outcome.value
+    judge(death, setting, report)
+    return report
 
 
 def play_return(survivor: World, victim: World, death: Death, setting: Setting) -> Survived:
@@ -177,13 +177,13 @@ def play_return(survivor: World, victim: World, death: Death, setting: Setting) 
         Path(folder, "back").touch()
         (outcome,) = pending.outcomes()
     assert outcome.ok, f"{death}: {outcome.describe()}"
-    told: Survived = outcome.value
-    judge(death, setting, told)
+    report: Survived = outcome.value
+    judge(death, setting, report)
     assert end.ok, f"{death}: {end.describe()}"
     # Everything that it had queued may have to run out of time, and what it calls then.
     assert seconds < 5 * setting.timeout + setting.grace, f"{death}: the frozen rank took {seconds:.1f} s"
     assert end.value in ("PeerTimeoutError", "MismatchError"), f"{death}: the frozen rank: {end.value}"
-    return told
+    return report
 
 
 def _demand_death(end: Outcome, other: Outcome) -> None:
@@ -192,16 +192,16 @@ def _demand_death(end: Outcome, other: Outcome) -> None:
         raise AssertionError(f"the victim was not killed: {end.describe()}{also}")
 
 
-def judge(death: Death, setting: Setting, told: Survived) -> None:
+def judge(death: Death, setting: Setting, report: Survived) -> None:
     """Raises AssertionError where a promise was not kept."""
-    assert told.waited_on == (death.victim,), f"{death}: {told}"
-    assert told.rank == 1 - death.victim, f"{death}: {told}"
+    assert report.waited_on == (death.victim,), f"{death}: {report}"
+    assert report.rank == 1 - death.victim, f"{death}: {report}"
     # Queued calls run out of time one after the other; a replay holds a dispatch and a combine.
-    waits = (1 if death.settles else told.made) * (2 if death.point == REPLAY else 1)
-    assert told.seconds < setting.timeout * waits + setting.grace, f"{death}: {told}"
-    if told.operation in ("dispatch", "combine"):
-        assert told.again < 1.0, f"{death}: {told}"
-    assert told.leaving < setting.timeout + setting.grace, f"{death}: {told}"
+    waits = (1 if death.settles else report.made) * (2 if death.point == REPLAY else 1)
+    assert report.seconds < setting.timeout * waits + setting.grace, f"{death}: {report}"
+    if report.operation in ("dispatch", "combine"):
+        assert report.again < 1.0, f"{death}: {report}"
+    assert report.leaving < setting.timeout + setting.grace, f"{death}: {report}"
 
 
 # What the two ranks do

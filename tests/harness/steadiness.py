@@ -1,7 +1,7 @@
 """Runs of `deepep.Buffer` that must give the same bits whatever changes around them: the number of SMs, which
 rank is late, and how many operations went before. Every result is compared with the oracle.
 
-What one rank does; any backend. tests/kernels runs these on GPUs, tests/sim without.
+What one rank does; any backend. tests/backends/cuda runs these on GPUs, tests/sim without.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def long_run(
 
 
 def drawn_cases(seed: int, num_ranks: int, limits: Limits | None = None) -> Iterator[Case]:
-    """Cases of high-throughput calls, for ever: most of them small, every tenth with hundreds of tokens."""
+    """High-throughput cases without end: most of them small, every tenth with hundreds of tokens."""
     choices = RandomChoices(seed)
     fixed: dict[str, Any] = {"mode": "ht", "skew": "none"}
     small = limits or Limits(ranks=(num_ranks,), max_tokens=48, masks=0.0, fixed=fixed)
@@ -224,7 +224,7 @@ def drawn_cases(seed: int, num_ranks: int, limits: Limits | None = None) -> Iter
 def check_own(case: Case, rank: int, view: RankView, when: str) -> None:
     """Raises AssertionError where this rank's results differ from the oracle's."""
     expected = expected_views(case)[rank]
-    # What the oracle has and Buffer does not tell (where a row is from) is left out.
+    # What the oracle has and Buffer does not say (where a row is from) is left out.
     difference = first_difference([expected], [view])
     assert difference is None, f"{when}: {case}: {str(difference).replace('rank 0', f'rank {rank}', 1)}"
 

@@ -1,7 +1,7 @@
 """Virtual ranks: the ranks of one NVLink domain as streams of one process on one GPU.
 
 Each rank has its own heap, its own stream and a share of the SMs; all ranks' kernels are resident together,
-as they would be on as many GPUs. The kernels cannot tell. What this cannot show is the links.
+as they would be on as many GPUs. The kernels cannot see the difference. What this cannot show is the links.
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ def compare(name: str, library: Path, count: int) -> Verdict:
             try:
                 holds(laid)
             except (AssertionError, ValueError, IndexError, RuntimeError, OverflowError) as error:
-                told = f"{type(error).__name__}: {error}".splitlines()[0]
-                return Verdict(name, holds.__name__, time.perf_counter() - began, done, told)
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                return Verdict(name, holds.__name__, time.perf_counter() - began, done, message)
     return Verdict(name, None, time.perf_counter() - began, done, "")
 
 
@@ -146,17 +146,17 @@ def judge(name: str, library: Path, count: int) -> Verdict:
         try:
             os.write(send, json.dumps(asdict(compare(name, library, count))).encode())
         finally:
-            os._exit(1)  # seen only if nothing was told: an error of this script, not a verdict
+            os._exit(1)  # seen only if nothing was written: an error of this script, not a verdict
     os.close(send)
     with selectors.DefaultSelector() as selector, os.fdopen(receive, "rb") as pipe:
         selector.register(pipe, selectors.EVENT_READ)
         in_time = bool(selector.select(SECONDS))
         if not in_time:
             os.kill(child, signal.SIGKILL)
-        told = pipe.read()
+        line = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if told:
-        return Verdict(**json.loads(told))
+    if line:
+        return Verdict(**json.loads(line))
     if status >= 0:
         raise SystemExit(f"{name}: the comparison itself failed")
     caught_by = f"a crash ({signal.Signals(-status).name})" if in_time else "a hang"

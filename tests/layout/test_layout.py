@@ -1,4 +1,4 @@
-"""deepep.layout as an interface: memory is lent, not copied; bad arguments are named; the GIL is free."""
+"""deepep.layout as an interface: memory is not copied; bad arguments are named; the GIL is free."""
 
 from __future__ import annotations
 

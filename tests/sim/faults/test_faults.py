@@ -11,8 +11,8 @@ import pytest
 from deepep.sim import Status, World
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.faults.faults import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, calls_of, draw_fault
-from deepep.sim.faults.runs import draw_faulty_examples, judge_fault
+from deepep.sim.faults.fault import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, calls_of, draw_fault
+from deepep.sim.faults.judge import draw_faulty_examples, judge_fault
 from deepep.sim.rules.checking import Violation
 
 RANKS = 3
@@ -23,7 +23,7 @@ TIMEOUT = 3.0
 
 
 class Recorder:
-    """Stands for a buffer: tells what was called with what."""
+    """Stands for a buffer: notes what was called with what."""
 
     def __init__(self):
         self.calls = []
@@ -169,7 +169,7 @@ def test_a_hundred_faults_in_a_row_end_as_promised(capsys):
     effects = sum((e for _, e in results), Counter())
     assert effects.total() == RUNS
     with capsys.disabled():
-        told = ", ".join(f"{count} {effect}" for effect, count in sorted(effects.items()))
+        counts = ", ".join(f"{count} {effect}" for effect, count in sorted(effects.items()))
         longest = max(seconds for seconds, _ in results)
         seconds = time.monotonic() - begun
-        print(f"\n{RUNS} faults ({told}) in {seconds:.1f} s, the longest {longest:.1f} s")
+        print(f"\n{RUNS} faults ({counts}) in {seconds:.1f} s, the longest {longest:.1f} s")

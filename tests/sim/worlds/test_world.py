@@ -90,7 +90,7 @@ def test_an_exception_comes_back_with_its_type_rank_and_traceback(world_of):
     assert [r.item() for r in world.run(rank_sum, 0)] == [6] * 4
 
 
-def test_what_cannot_travel_is_told(world_of):
+def test_what_cannot_travel_is_reported(world_of):
     with pytest.raises(WorldError, match="could not be sent"):
         world_of(1).run(lambda ctx: threading.Lock())
 

@@ -40,7 +40,7 @@ def test_a_rank_that_comes_back_late_does_no_harm(
     play_with(play_return, survivors, death, backend)
 
 
-def test_a_victim_that_lives_is_told(survivors: dict[str, World]) -> None:
+def test_a_victim_that_lives_is_reported(survivors: dict[str, World]) -> None:
     with pytest.raises(AssertionError, match="was not killed"):
         play_with(play, survivors, Death("nowhere"), "reference")
 

@@ -2,7 +2,7 @@
 
 Every one is a mistake that code of this kind has had or invites. It is applied to a copy of the reference,
 which is imported under a name of its own, in this process (GLOBAL_VIEW) or in the ranks of a world
-(EXCHANGE), and fuzzed with a fixed seed until something fails. The core's defects are in tests/core.
+(EXCHANGE), and fuzzed with a fixed seed until something fails. The core's defects are in tests/layout.
 """
 
 from __future__ import annotations

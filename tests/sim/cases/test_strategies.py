@@ -63,7 +63,7 @@ def test_unknown_options_are_refused():
 
 
 def test_failing_cases_shrink_to_the_point():
-    """A defect that needs a duplicate inside a token is told with little else around it."""
+    """A defect that needs a duplicate inside a token is shown with little else around it."""
 
     def has_duplicate(case):
         return any(
@@ -85,7 +85,7 @@ def trace_file(tmp_path_factory):
     rng = np.random.default_rng(0)
     for step in range(3):
         for layer in range(2):
-            # The first choice tells step and layer, so that windows can be recognised.
+            # The first choice holds step and layer, so that windows can be recognised.
             chosen = [
                 torch.from_numpy(np.stack([np.full(9, 2 * step + layer), rng.integers(0, 8, 9)], axis=1))
                 for _ in range(2)

@@ -13,16 +13,16 @@ from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.cases.options import SPACE, Options
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.drawing import as_text, expected_origins, received_origins, save_picture
-from deepep.sim.fuzz.examples import StoredExample
 from deepep.sim.fuzz.fuzzer import DIFFERS, Finding, Fuzzer
 from deepep.sim.fuzz.shrinking import shrink, simpler, weight
+from deepep.sim.fuzz.stored import StoredExample
 from deepep.sim.rules.checking import Property, Violation, always
 from deepep.sim.rules.oracle import observe
 from deepep.sim.rules.properties import PROPERTIES, check
 
 SEED = 20
 EXAMPLES = 160
-#: Examples a second that a world of four ranks has to reach here. docs/simulator.md tells what it does reach
+#: Examples a second that a world of four ranks has to reach here. docs/simulator.md has what it does reach
 #: on two idle cores; a machine that runs other things beside has to pass as well.
 FLOOR = 12.0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from deepep.sim.cases.case import Case, Limits, draw_case
 from deepep.sim.cases.choices import Choices
-from deepep.sim.faults.faults import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, draw_fault
+from deepep.sim.faults.fault import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, draw_fault
 from deepep.sim.fuzz.buffer_runs import as_buffer_call, run_on_buffer
 from deepep.sim.rules import oracle
 from deepep.sim.rules.checking import Violation
