@@ -16,7 +16,7 @@ class DemoConfig:
     """
 
     num_ranks: int = 4
-    steps: int = 160
+    steps: int = 120
     num_experts: int = 16
     num_topk: int = 4
     layers: int = 2

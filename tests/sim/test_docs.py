@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import deepep.sim
+
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulator.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
 
@@ -31,4 +33,4 @@ def test_every_command_and_file_named_exists():
         assert (root / path).exists(), path
     for name in set(re.findall(r"\bdeepep\.sim\.([a-z_]+(?:\.[a-z_]+)*)", text)):
         path = root / "sim" / name.replace(".", "/")
-        assert path.is_dir() or path.with_suffix(".py").exists(), name
+        assert name in deepep.sim.__all__ or path.is_dir() or path.with_suffix(".py").exists(), name
