@@ -111,15 +111,15 @@ _COMBINE_TABLE: dict[int, tuple[int, int, int, int]] = {
 
 
 def dispatch_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default for dispatch; a rank count between two entries takes the larger, beyond the last the
-    last.
+    """V1's default for dispatch; a rank count between two entries takes the
+    larger, beyond the last the last.
     """
     return Config(num_sms, *_nearest(_DISPATCH_TABLE, num_ranks))
 
 
 def combine_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default for combine; a rank count between two entries takes the larger, beyond the last the
-    last.
+    """V1's default for combine; a rank count between two entries takes the
+    larger, beyond the last the last.
     """
     return Config(num_sms, *_nearest(_COMBINE_TABLE, num_ranks))
 

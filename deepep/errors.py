@@ -1,8 +1,7 @@
 """Everything deepep raises on purpose.
 
 Bad input is refused before any payload moves, and on every rank: the rank that was given it raises, and so do
-    the
-others, the same type with the same message, because all ranks compare notes before each operation
+the others, the same type with the same message, because all ranks compare notes before each operation
 (runtime/control/agreement.py). `rank` always names the rank where the cause lies, not the one that raises.
 """
 
@@ -17,8 +16,9 @@ class DeepEPError(RuntimeError):
 
 
 class ArgumentError(DeepEPError, ValueError):
-    """An argument was refused. `argument` names it, `got` and `allowed` say what was wrong, `rank` says
-    where.
+    """An argument was refused.
+
+    `argument` names it, `got` and `allowed` say what was wrong, `rank` says where.
     """
 
     def __init__(self, argument: str, got: str, allowed: str, rank: int | None = None) -> None:

@@ -1,5 +1,5 @@
-"""The demo's model: a small byte-level transformer whose feed-forward layers are expert-parallel MoE
-layers.
+"""The demo's model: a small byte-level transformer whose feed-forward
+layers are expert-parallel MoE layers.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Block(nn.Module):
 
 
 class ByteModel(nn.Module):
-    """Bytes to next-byte logits. Draws its weights from config.seed: replicated ones are equal on all
-    ranks.
+    """Bytes to next-byte logits.
+
+    Draws its weights from config.seed: replicated ones are equal on all ranks.
     """
 
     def __init__(self, buffer: BufferLike, config: DemoConfig) -> None:

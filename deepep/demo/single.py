@@ -41,8 +41,8 @@ class LoneRank:
 
 
 class _GlobalDispatch(torch.autograd.Function):
-    """(x_0 .. x_R-1, weights_0 .. weights_R-1) -> (received x by rank, received weights by rank); indices
-    by `routes`.
+    """(x_0 .. x_R-1, weights_0 .. weights_R-1) -> (received x by rank,
+    received weights by rank); indices by `routes`.
     """
 
     @staticmethod

@@ -1,5 +1,5 @@
-"""The demo's text: the Python standard library's own sources, as bytes, a different part of it for every
-rank.
+"""The demo's text: the Python standard library's own sources, as bytes,
+a different part of it for every rank.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ MAX_BYTES = 8 << 20
 
 @lru_cache(maxsize=1)
 def library_text() -> bytes:
-    """The standard library's .py files, sorted by path and joined. Raises FileNotFoundError if there are
-    next to none.
+    """The standard library's .py files, sorted by path and joined.
+
+    Raises FileNotFoundError if there are next to none.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(f for f in root.rglob("*.py") if not SKIPPED & set(f.relative_to(root).parts))

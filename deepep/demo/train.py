@@ -1,10 +1,9 @@
-"""One rank's training: what a user's own training loop with deepep.nn looks like, and the numbers the demo
-shows of it.
-"""
+"""One rank's training, as a user's own loop with deepep.nn would do it, and the numbers shown of it."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import time
 from collections import defaultdict
@@ -23,6 +22,7 @@ from deepep.demo.model import ByteModel
 from deepep.demo.text import TextShard
 from deepep.gate import Routing
 from deepep.nn import Exchange, observe
+from deepep.runtime.control.transport import gather_bytes
 
 
 def learning_rate(config: DemoConfig, step: int) -> float:
@@ -50,24 +50,33 @@ class TrainingOutcome:
 
 @dataclass
 class RankRecord:
-    """One rank's record of a whole run."""
+    """One rank's record of a whole run.
 
-    weights: str = ""  # digest of all this rank's weights after the last step
-    losses: list[float] = field(default_factory=list)  # this rank's mean loss, per step
-    loads: list[Tensor] = field(
-        default_factory=list
-    )  # [layers, E] int64 per step: top-k entries per expert, all ranks
-    routing: list[list[tuple[Tensor, Tensor]]] = field(
-        default_factory=list
-    )  # per step, per layer: indices, weights
-    rows_sent: dict[str, Tensor] = field(default_factory=dict)  # exchange -> [R] int64 rows to each rank
-    bytes_sent: dict[str, Tensor] = field(default_factory=dict)  # exchange -> [R] int64 bytes to each rank
-    entries_sent: Tensor | None = (
-        None  # [R] int64: top-k entries of this rank's tokens that live on each rank
-    )
-    seconds: dict[str, float] = field(
-        default_factory=lambda: defaultdict(float)
-    )  # phase -> seconds, all steps
+    weights: digest of all this rank's weights after the last step. losses: this rank's mean loss, per step.
+    loads: [layers, E] int64 per step, top-k entries per expert of all ranks. routing: indices and weights,
+    per step and layer. rows_sent, bytes_sent: by exchange, [R] int64 to each rank. entries_sent: [R] int64,
+    top-k entries of this rank's tokens that live on each rank. seconds: by phase, all steps.
+    """
+
+    weights: str = ""
+    losses: list[float] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)
+    routing: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    rows_sent: dict[str, Tensor] = field(default_factory=dict)
+    bytes_sent: dict[str, Tensor] = field(default_factory=dict)
+    entries_sent: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def pack(self) -> bytes:
+        """The record as bytes that need no trust to be read: tensors, lists and numbers."""
+        raw = io.BytesIO()
+        torch.save(vars(self), raw)
+        return raw.getvalue()
+
+    @staticmethod
+    def unpack(raw: bytes) -> RankRecord:
+        """The record that `pack` wrote."""
+        return RankRecord(**torch.load(io.BytesIO(raw), weights_only=True))
 
 
 class Trainer:
@@ -185,7 +194,6 @@ def train_rank(
             on_step(step, float(sum(losses)) / config.num_ranks)
     trainer.record.seconds = dict(trainer.record.seconds)
     trainer.record.weights = digest(trainer.model)
-    records: list[RankRecord] | None = [RankRecord()] * config.num_ranks if buffer.rank == 0 else None
-    dist.gather_object(trainer.record, records, group=group, group_dst=0)
+    everyone = gather_bytes(group, trainer.record.pack())
     buffer.destroy()
-    return records
+    return [RankRecord.unpack(raw) for raw in everyone] if buffer.rank == 0 else None

@@ -298,8 +298,8 @@ class _ScenarioRun:
         return self.domain.host_counts(self.watched.words)
 
     def _hear_refusal(self, rank: int) -> Program:
-        """Waits for the stream: the kernel must have found a disagreement and nothing else, or the rank gives
-        up.
+        """Waits for the stream: the kernel must have found a disagreement and
+        nothing else, or the rank gives up.
         """
         yield "stream"
         fault = self.domain.take_fault(rank)

@@ -57,8 +57,8 @@ def draw_on_device(
 
 
 def laid_out(scales: Tensor, layout: str) -> Tensor:
-    """The same [T, P] on the same device, with other strides: "column", "padded" or "every other"; for any
-    other name as they are.
+    """The same [T, P] on the same device, with other strides: "column",
+    "padded" or "every other"; for any other name as they are.
     """
     tokens, columns = scales.shape
     if layout == "column":
