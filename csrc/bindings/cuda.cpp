@@ -116,6 +116,8 @@ class Domain {
     group_.state = pointer<dk::LocalState>(state);
     group_.fault = pointer<dk::FaultRecord>(fault);
     dk::check(cudaGetDevice(&device_), "cudaGetDevice");
+    dk::load_dispatch();
+    dk::load_combine();
   }
 
   void set_live(uint32_t live) { group_.live = live; }
@@ -130,10 +132,9 @@ class Domain {
                 int64_t slot_capacity, int64_t num_worst_tokens, uintptr_t host, uint32_t ticket, uintptr_t stream) {
     check_roles(num_blocks, push_blocks, local_blocks);
     const dk::DispatchArgs args{group_,
+                                refused ? dk::DispatchMode::kRefused : dk::DispatchMode::kFresh,
                                 push_blocks,
                                 local_blocks,
-                                refused,
-                                false,
                                 num_tokens,
                                 num_topk,
                                 num_local_experts,
@@ -179,9 +180,9 @@ class Domain {
     // All blocks may sum, whichever push.
     if (reduce_blocks != num_blocks) check_roles(num_blocks, push_blocks, reduce_blocks);
     dk::CombineArgs args{group_,
+                               refused ? dk::CombineMode::kRefused
+                                       : dk::combine_mode(num_blocks, push_blocks, reduce_blocks),
                                push_blocks,
-                               reduce_blocks,
-                               refused,
                                num_tokens,
                                num_topk,
                                row_bytes,
@@ -201,6 +202,7 @@ class Domain {
     in_turn(stream, [&] {
       if (!carries) return dk::launch_combine(args, num_blocks, pointer<void>(stream));
       if (!engine_) engine_ = std::make_unique<dk::CopyEngine>();
+      args.mode = dk::CombineMode::kCopyEngine;
       args.copy_engine = engine_->take({engine_chunks, engine_shrink});
       dk::launch_combine(args, num_blocks, pointer<void>(stream));
       engine_->order(args, known->counts.data());
@@ -306,7 +308,7 @@ CachedDispatch cached_dispatch(int num_blocks, int push_blocks, int local_blocks
   CachedDispatch call{num_blocks, {}};
   call.args.push_blocks = push_blocks;
   call.args.local_blocks = local_blocks;
-  call.args.cached = true;
+  call.args.mode = dk::DispatchMode::kCached;
   call.args.num_tokens = num_tokens;
   call.args.num_scales = num_scales;
   call.args.index_bytes = 8;

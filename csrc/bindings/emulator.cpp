@@ -8,6 +8,7 @@
 #include "emulator/domain.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/run/simulation.hpp"
+#include "kernels/copy/bulk_copy.hpp"
 #include "kernels/copy/copy.hpp"
 
 namespace py = pybind11;

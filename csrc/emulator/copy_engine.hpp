@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "kernels/combine/combine.hpp"
+#include "kernels/common/group.hpp"
 
 namespace deepep::emu {
 

@@ -5,9 +5,8 @@
 #include "emulator/copy_engine.hpp"
 #include "emulator/run/simulation.hpp"
 #include "kernels/barrier/barrier.hpp"
-#include "kernels/combine/combine.hpp"
-#include "kernels/dispatch/dispatch.hpp"
-#include "kernels/layout/layout.hpp"
+#include "kernels/combine/call.hpp"
+#include "kernels/dispatch/metadata.hpp"
 
 namespace py = pybind11;
 namespace dk = deepep::kernels;
@@ -56,10 +55,12 @@ class Domain {
                 int64_t slot_capacity, int64_t num_worst_tokens, uintptr_t host, uint32_t ticket) {
     dk::DispatchArgs args{};
     args.group = group_;
+    args.mode = refused  ? dk::DispatchMode::kRefused
+                : cached ? dk::DispatchMode::kCached
+                         : dk::DispatchMode::kFresh;
+    if (refused) num_blocks = push_blocks = local_blocks = 1;
     args.push_blocks = push_blocks;
     args.local_blocks = local_blocks;
-    args.refused = refused;
-    args.cached = cached;
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
     args.num_local_experts = num_local_experts;
@@ -88,7 +89,10 @@ class Domain {
     args.host = pointer<dk::HostCounts>(host);
     args.ticket = ticket;
     dk::prepare(args);
-    launch(cached ? "dispatch_cached_kernel" : "dispatch_kernel", args, num_blocks,
+    launch(refused  ? "dispatch_refused_kernel"
+           : cached ? "dispatch_cached_kernel"
+                    : "dispatch_kernel",
+           args, num_blocks,
            dk::DispatchShared{group_.num_ranks, num_threads_ / 32}.bytes());
   }
 
@@ -97,9 +101,10 @@ class Domain {
                uintptr_t send_row, uintptr_t out, uintptr_t out_weights, int engine_chunks, int engine_shrink) {
     dk::CombineArgs args{};
     args.group = group_;
+    args.mode = refused             ? dk::CombineMode::kRefused
+                : engine_chunks > 0 ? dk::CombineMode::kCopyEngine
+                                    : dk::combine_mode(num_blocks, push_blocks, reduce_blocks);
     args.push_blocks = push_blocks;
-    args.reduce_blocks = reduce_blocks;
-    args.refused = refused;
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
     args.row_bytes = row_bytes;
@@ -113,10 +118,11 @@ class Domain {
     args.out = pointer<std::byte>(out);
     args.out_weights = pointer<float>(out_weights);
     const int64_t shared = dk::CombineShared{group_.num_ranks}.bytes();
-    if (engine_chunks == 0 || refused) return launch("combine_kernel", args, num_blocks, shared);
+    if (refused) return launch("combine_refused_kernel", args, 1, shared);
+    if (engine_chunks == 0) return launch("combine_kernel", args, num_blocks, shared);
     engine_ticket_ += static_cast<uint32_t>(engine_chunks);
     args.copy_engine = {{engine_chunks, engine_shrink}, engine_ticket_};
-    launch("combine_carried_kernel", args, num_blocks, shared);
+    launch("combine_copy_engine_kernel", args, num_blocks, shared);
     const CopyEngineArgs orders{args, 100 * group_.timeout_ns};
     machine_.launch(group_.num_ranks + group_.rank, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);
   }

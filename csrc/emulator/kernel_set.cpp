@@ -10,8 +10,13 @@
 #include "emulator/copy_engine.hpp"
 #include "kernels/barrier/barrier.hpp"
 #include "kernels/combine/combine.hpp"
+#include "kernels/combine/copy_engine.hpp"
+#include "kernels/combine/refused.hpp"
+#include "kernels/copy/bulk_copy.hpp"
 #include "kernels/copy/copy.hpp"
+#include "kernels/dispatch/cached.hpp"
 #include "kernels/dispatch/dispatch.hpp"
+#include "kernels/dispatch/refused.hpp"
 #include "kernels/layout/layout.hpp"
 
 extern "C" __attribute__((visibility("default"))) const deepep::emu::KernelSet* deepep_emulator_kernels() {

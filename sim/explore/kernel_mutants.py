@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: The copies are kernels by themselves: their mutants are hunted with them alone.
-COPY_FILE = "kernels/copy/copy.hpp"
+COPY_FILE = "kernels/copy/bulk_copy.hpp"
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
@@ -30,7 +30,7 @@ _PUT_ORDER = re.compile(r"\bput_(?P<what>fence|quiet)\(\);")
 _PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
 _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
 _BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
-_WAIT = re.compile(r"\bwait_(?P<what>\w+)<")
+_WAIT = re.compile(r"\bwait_(?P<what>\w+)<(?=relaxed|acquire)")
 _PLAIN_LOAD = re.compile(r"\b(?P<op>load_streaming|load)\((?!_)")
 _EPOCH = re.compile(r"const uint32_t epoch = (?P<value>next_epoch\([^;]*\));")
 
@@ -81,43 +81,43 @@ EDITS = (
     ),
     Edit(
         "staging granted a combine too early",
-        "kernels/combine/combine.hpp",
-        "wait_reached<acquire, sys_scope>(word, epoch - 1, deadline)",
-        "wait_reached<acquire, sys_scope>(word, epoch - 2, deadline)",
+        "kernels/combine/credit.hpp",
+        "wait_reached<acquire, sys_scope>(word, call.epoch - 1, call.deadline)",
+        "wait_reached<acquire, sys_scope>(word, call.epoch - 2, call.deadline)",
         "rows are written over those of the combine before, which may still be read",
     ),
     Edit(
-        "an engine that does not wait for staging",
-        "kernels/combine/combine.hpp",
-        "follow_engine(args, count, await_staging(g, epoch, deadline), parts, epoch)",
-        "follow_engine(args, count, true, parts, epoch)",
-        "rows are carried over those of the combine before",
+        "a copy engine that does not wait for credit",
+        "kernels/combine/drive.hpp",
+        "bool granted = wait_owners(call);",
+        "bool granted = true;",
+        "rows are copied over those of the combine before",
     ),
     Edit(
-        "flags a chunk ahead of the engine",
-        "kernels/combine/copy_engine.hpp",
+        "flags a chunk ahead of the copy engine",
+        "kernels/combine/drive.hpp",
         "args.copy_engine.chunks.num_chunks - 1 - chunk)",
         "args.copy_engine.chunks.num_chunks - chunk)",
         "a chunk's flags say that the one before it is there",
     ),
     Edit(
-        "a peer that is not told of what is written over",
-        "kernels/combine/copy_engine.hpp",
-        "    if (!lent) tell_overwritten(g, epoch);\n",
+        "a peer that is not warned of what is written over",
+        "kernels/combine/drive.hpp",
+        "    if (!granted) post_overwrite_warning(g, call.epoch);\n",
         "",
         "who was given up sums what lies where its rows were",
     ),
     Edit(
-        "an engine that is let go only where all have lent",
-        "kernels/combine/copy_engine.hpp",
+        "a doorbell that rings only where all have granted credit",
+        "kernels/combine/drive.hpp",
         "    store<release, sys_scope>(&g.state->ce_doorbell,",
-        "    if (lent) store<release, sys_scope>(&g.state->ce_doorbell,",
-        "a stream waits for ever where an owner was given up",
+        "    if (granted) store<release, sys_scope>(&g.state->ce_doorbell,",
+        "a stream waits indefinitely where an owner was given up",
     ),
     Edit(
-        "sums that are not looked behind",
-        "kernels/combine/combine.hpp",
-        "role.reduces && is_overwritten(g)",
+        "sums without a look for warnings behind them",
+        "kernels/combine/finish.hpp",
+        "has_reduced && is_overwritten(call.g)",
         "false",
         "the same, by the reader",
     ),
@@ -137,16 +137,16 @@ EDITS = (
     ),
     Edit(
         "a mailbox word without its tag",
-        "kernels/dispatch/exchange.hpp",
-        "pack_tagged(value, epoch)",
-        "pack_tagged(value, epoch & 1u)",
+        "kernels/dispatch/metadata.hpp",
+        "pack_tagged(value, call.epoch)",
+        "pack_tagged(value, call.epoch & 1u)",
         "a parity instead of a generation",
     ),
     Edit(
         "a stage is filled while it is stored",
         COPY_FILE,
-        "if (next < count) fill(read_stage, next);",
-        "if (next < count) fill((read_stage + 1) % num_stages, next);",
+        "if (next < ring.count) ring.fill(read_stage, next);",
+        "if (next < ring.count) ring.fill((read_stage + 1) % num_stages, next);",
         "the stage of a store that nobody has waited for is loaded again: stages - 1 groups are too many",
     ),
     Edit(
@@ -166,8 +166,8 @@ EDITS = (
     Edit(
         "mbarriers of one warp over another's",
         COPY_FILE,
-        "filled(int64_t{8} * warp() * num_stages)",
-        "filled(int64_t{8} * warp() * (num_stages - 1))",
+        "SharedArray<uint64_t>(int64_t{8} * warp() * num_stages)",
+        "SharedArray<uint64_t>(int64_t{8} * warp() * (num_stages - 1))",
         "one shared object in two hands",
     ),
     Edit(
@@ -187,18 +187,18 @@ _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushin
 
 #: Mutants that nothing can catch, and why they do no harm. What is not here must be caught.
 HARMLESS: dict[str, str] = {
-    "group.hpp hand_over_faults: fetch_add acq_rel -> acquire": _OWN_ATOMIC,
-    "group.hpp hand_over_faults: fetch_add acq_rel -> relaxed": _OWN_ATOMIC,
-    "group.hpp hand_over_faults: fetch_add acq_rel -> release": _OWN_ATOMIC,
-    "layout.hpp layout_kernel: load gpu -> block": _ORDERED_BY_COUNTER,
-    "layout.hpp layout_kernel: store gpu -> block": _ORDERED_BY_COUNTER,
-    "layout.hpp layout_kernel: store gpu -> block (2)": _ORDERED_BY_COUNTER,
-    "dispatch.hpp dispatch: load -> load_once": "no dispatch writes the combine epoch",
-    "exchange.hpp tell_host: wait_tag acquire -> relaxed": "the word is all that is read",
-    "combine.hpp raise_flags: shared acquire -> relaxed": _ONE_OF_TWO,
-    "combine.hpp raise_flags: fence acq_rel -> release": _ONE_OF_TWO,
-    "barrier.hpp barrier_kernel: store release -> relaxed": "the end of the kernel before it is a fence",
-    "copy.hpp bulk_copy_kernel: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
+    "common/fault.hpp report_fault: fetch_add acq_rel -> acquire": _OWN_ATOMIC,
+    "common/fault.hpp report_fault: fetch_add acq_rel -> relaxed": _OWN_ATOMIC,
+    "common/fault.hpp report_fault: fetch_add acq_rel -> release": _OWN_ATOMIC,
+    "layout/layout.hpp write_totals: load gpu -> block": _ORDERED_BY_COUNTER,
+    "layout/layout.hpp write_totals: store gpu -> block": _ORDERED_BY_COUNTER,
+    "layout/layout.hpp write_totals: store gpu -> block (2)": _ORDERED_BY_COUNTER,
+    "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
+    "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": "the word is all that is read",
+    "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
+    "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
+    "barrier/barrier.hpp signal_arrival: store release -> relaxed": "the end of the kernel before it is a fence",
+    "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
 }
 
 
@@ -208,15 +208,20 @@ def mutants(csrc: Path) -> list[Mutant]:
     for path in sorted((csrc / "kernels").rglob("*.hpp")):
         text = path.read_text()
         names: Counter[str] = Counter()
+        file = path.relative_to(csrc).as_posix()
         for start, end, replacement, kind, change in sorted(_mutations(text)):
-            where = f"{path.name} {_function_at(text, start)}: {change}"
+            where = f"{name_of(file)} {_function_at(text, start)}: {change}"
             names[where] += 1
             name = where if names[where] == 1 else f"{where} ({names[where]})"
             changed = text[:start] + replacement + text[end:]
-            file = path.relative_to(csrc).as_posix()
             found.append(Mutant(name, kind, file, text.count("\n", 0, start) + 1, changed))
     found.extend(_edited(csrc, edit) for edit in EDITS)
     return found
+
+
+def name_of(file: str) -> str:
+    """A file as the names of its mutants have it: folder and file, since several folders have a call.hpp."""
+    return "/".join(file.split("/")[-2:])
 
 
 def _edited(csrc: Path, edit: Edit) -> Mutant:
@@ -224,7 +229,7 @@ def _edited(csrc: Path, edit: Edit) -> Mutant:
     if text.count(edit.old) != 1:
         raise ValueError(f"{edit.name}: {edit.old!r} occurs {text.count(edit.old)} times in {edit.file}")
     start = text.index(edit.old)
-    name = f"{Path(edit.file).name}: {edit.name}"
+    name = f"{name_of(edit.file)}: {edit.name}"
     return Mutant(
         name, "protocol", edit.file, text.count("\n", 0, start) + 1, text.replace(edit.old, edit.new)
     )

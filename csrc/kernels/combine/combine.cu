@@ -1,14 +1,32 @@
 #include "kernels/combine/combine.hpp"
 
+#include "kernels/combine/copy_engine.hpp"
+#include "kernels/combine/refused.hpp"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
 
 namespace deepep::kernels {
 
+namespace {
+
+Kernel<CombineArgs> kernel_of(CombineMode mode) {
+  switch (mode) {
+    case CombineMode::kCopyEngine: return combine_copy_engine_kernel;
+    case CombineMode::kRefused: return combine_refused_kernel;
+    default: return combine_kernel;
+  }
+}
+
+}  // namespace
+
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream) {
   const CombineShared shared{args.group.num_ranks};
-  const auto kernel = args.copy_engine.chunks.num_chunks > 0 ? combine_carried_kernel : combine_kernel;
-  launch<CombineArgs>(kernel, args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
+  launch(kernel_of(args.mode), args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
+}
+
+void load_combine() {
+  for (const CombineMode mode : {CombineMode::kSplit, CombineMode::kCopyEngine, CombineMode::kRefused})
+    load(kernel_of(mode), "combine");
 }
 
 }  // namespace deepep::kernels

@@ -1,4 +1,4 @@
-// What the kernels are told: plain structs, filled by the host and passed by value.
+// The kernels' arguments: plain structs, filled by the host and passed by value.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ inline constexpr int kThreads = 1024;
 
 enum class Operation : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
 
-/// Why a kernel gave up; bits, since several may be noted at once.
+/// The reason for which a kernel gave up; bits, since several may be noted at once.
 enum class Phase : uint32_t {
   kNone = 0,
   kCounts = 1,          // waiting for a peer's counts and slot
@@ -21,13 +21,13 @@ enum class Phase : uint32_t {
   kStaging = 4,         // waiting for a peer to have consumed its staging
   kReturn = 8,          // waiting for a row to come back
   kArrival = 16,        // barrier
-  kCopyEngine = 32,         // waiting for this rank's own copy engine
+  kCopyEngine = 32,     // waiting for this rank's own copy engine
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
   kOverwritten = 256,   // not a wait: a peer gave up on this rank, and its copy engine may have written to its staging
 };
 
-/// What went wrong on this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
+/// A fault of this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
 struct FaultRecord {
   uint32_t operation;
   uint32_t phase;    // of the first wait in vain; bits of several Phases if several were noted at once
@@ -44,8 +44,8 @@ struct LocalState {
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
   uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
-  uint32_t ce_doorbell;       // the copy engine may begin with what it was given up to this ticket
-  uint32_t ce_completed;     // the chunks it has carried, a ticket each
+  uint32_t ce_doorbell;     // the copy engine may begin with its chunks up to this ticket
+  uint32_t ce_completed;    // the chunks it has copied, a ticket each
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -53,14 +53,14 @@ struct LocalState {
   uint32_t fault_reported;
 };
 
-/// What the host wants to know of a dispatch while it runs, in pinned memory: tagged words (device/device.hpp), the
-/// tag is the call's ticket.
+/// The counts of a dispatch for the host while it runs, in pinned memory: tagged words (device/device.hpp), the tag is
+/// the call's ticket.
 struct HostCounts {
-  uint64_t phase;      // 0, or kTooManyRows, kDisagreement, or a wait's phase
-  uint64_t num_rows;   // rows this rank receives
-  uint64_t max_rows;  // the most any rank receives
+  uint64_t phase;         // 0, or kTooManyRows, kDisagreement, or a wait's phase
+  uint64_t num_rows;      // rows this rank receives
+  uint64_t max_rows;      // the most any rank receives
   uint64_t num_returned;  // rows that combine will bring back to this rank from others
-  uint64_t lists[1];   // [R, R] rows from each rank to each, then [L] top-k entries per local expert
+  uint64_t lists[1];      // [R, R] rows from each rank to each, then [L] top-k entries per local expert
 };
 
 /// The group as a kernel sees it.
@@ -76,12 +76,18 @@ struct Group {
   FaultRecord* fault;  // pinned host memory
 };
 
+/// A kernel each, chosen by the host.
+enum class DispatchMode : int32_t {
+  kFresh,    // dispatch/dispatch.hpp: counts and rows are found out, and fill a handle
+  kCached,   // dispatch/cached.hpp: counts and rows come from the handle
+  kRefused,  // dispatch/refused.hpp: posts to the others that this rank takes no part in this call; one block
+};
+
 struct DispatchArgs {
   Group group;
+  DispatchMode mode;
   int push_blocks;   // the last push_blocks blocks write to other ranks
   int local_blocks;  // blocks [0, local_blocks) write the rows that stay; the two are disjoint, or both all blocks
-  bool refused;      // only tell the others that this rank does not take part in this call
-  bool cached;       // counts and rows come from the handle
   int64_t num_tokens;
   int num_topk;           // 0: no top-k travels, as in a cached call, where source tokens do not either
   int num_local_experts;  // L
@@ -99,30 +105,45 @@ struct DispatchArgs {
   const int32_t* tokens_per_expert;  // [E] or null; not used when cached
   int32_t* counts;                   // [R, R] of the handle: read when cached, else written
   int32_t* send_row;                 // [T, R] of the handle: final row at each rank, or -1; likewise
-  int64_t slot[layout::kSlotArrays];   // what this rank lends, offsets in its heap; 0: it does not want that
-  int64_t slot_capacity;             // rows
-  int64_t num_worst_tokens;          // 0, or rows whose index is set to -1 past the last received
-  HostCounts* host;                  // null: the host does not wait
+  int64_t slot[layout::kSlotArrays];  // where this rank receives, offsets in its heap; 0: it does not want that
+  int64_t slot_capacity;              // rows
+  int64_t num_worst_tokens;           // 0, or rows whose index is set to -1 past the last received
+  HostCounts* host;                   // null: the host does not wait
   uint32_t ticket;
   // What the launch fills in (prepare), so that no warp has to work it out:
-  uint32_t common_words[layout::MailboxWords::kCommon];  // what it tells all ranks alike
+  uint32_t common_words[layout::MailboxWords::kCommon];  // posted to all ranks alike
   layout::TokenSplit push_split;                   // the tokens of each push block
   layout::TokenSplit local_split;                  // of each local block
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
-/// waits until ce_doorbell has reached the last chunk's ticket, then carries each chunk to all owners, and notes its
-/// ticket.
+/// waits until ce_doorbell has reached the last chunk's ticket, then copies each chunk to all owners, and stores its
+/// ticket in ce_completed.
 struct CopyEngineWork {
-  layout::ChunkSizes chunks;         // no chunks: SMs return the rows
+  layout::ChunkSizes chunks;
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
 };
 
+/// Who returns rows and who sums them; chosen by the host.
+enum class CombineMode : int32_t {
+  kSplit,       // combine/combine.hpp: the first push_blocks blocks return rows, the others sum
+  kResident,    // the same, but all blocks are resident together: few rows are returned and summed by all warps
+  kMixed,       // the same of blocks that each do both
+  kCopyEngine,  // combine/copy_engine.hpp: the copy engine returns the rows, all warps sum
+  kRefused,     // combine/refused.hpp: posts to the others that this rank takes no part in this call; one block
+};
+
+/// The mode of a combine in which SMs return the rows: the first `push_blocks` blocks, while the last `reduce_blocks`
+/// sum. If that is all of them, they must be resident together.
+[[nodiscard]] constexpr CombineMode combine_mode(int num_blocks, int push_blocks, int reduce_blocks) {
+  if (reduce_blocks != num_blocks) return CombineMode::kSplit;
+  return push_blocks == num_blocks ? CombineMode::kMixed : CombineMode::kResident;
+}
+
 struct CombineArgs {
   Group group;
-  int push_blocks;    // blocks [0, push_blocks) return rows
-  int reduce_blocks;  // the last reduce_blocks blocks sum; if that is all of them, all must be resident together
-  bool refused;       // only tell the others that this rank does not take part in this call
+  CombineMode mode;
+  int push_blocks;     // blocks [0, push_blocks) return rows, unless the copy engine does
   int64_t num_tokens;  // T of this rank
   int num_topk;        // 0: no weights travel
   int64_t row_bytes;   // bf16 rows, a multiple of 16
@@ -134,7 +155,7 @@ struct CombineArgs {
   const int32_t* send_row;       // [T, R] of the handle
   std::byte* out;                // [T, row_bytes]
   float* out_weights;            // [T, K]
-  CopyEngineWork copy_engine;
+  CopyEngineWork copy_engine;    // in its mode
 };
 
 struct LayoutArgs {
@@ -146,7 +167,7 @@ struct LayoutArgs {
   int64_t num_tokens;
   const void* topk_idx;        // [T, K]
   int32_t* tokens_per_rank;    // [R]
-  int32_t* tokens_per_domain;    // [R / ranks_per_domain] or null
+  int32_t* tokens_per_domain;  // [R / ranks_per_domain] or null
   int32_t* tokens_per_expert;  // [E]
   uint8_t* is_token_in_rank;   // [T, R]
   uint32_t* workspace;         // [E + R + domains + 1] zero before and after

@@ -13,9 +13,19 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
+template <class Args>
+using Kernel = void (*)(Args);
+
+/// Loads a kernel onto the current device: at its first launch that might have to wait for kernels which run.
+template <class Args>
+void load(Kernel<Args> kernel, const char* name) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+}
+
 /// Launches `kernel(args)`; raises its dynamic shared memory limit when it needs more than the default 48 KiB.
 template <class Args>
-void launch(void (*kernel)(Args), const Args& args, int num_blocks, int threads, int64_t shared_bytes, void* stream,
+void launch(Kernel<Args> kernel, const Args& args, int num_blocks, int threads, int64_t shared_bytes, void* stream,
             const char* name) {
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),

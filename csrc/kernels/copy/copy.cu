@@ -1,5 +1,6 @@
 #include "kernels/copy/copy.hpp"
 
+#include "kernels/copy/bulk_copy.hpp"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
 

@@ -1,185 +1,148 @@
-// What travels with a row besides its bytes: scales, source token, top-k indices and weights.
+// How ranks agree on a dispatch before a row moves: words from every rank to every rank. They fix every row of every rank.
 //
-// Scales are many: a row's own are written right after it. Of the rest a row has a few bytes, and a store for each would
-// leave most of a warp's lanes idle. At one destination the rows of a warp's tokens follow each other; so they are
-// written for up to 32 tokens together, and what is stored is one stretch of each array.
+// Why no opening barrier is needed: a peer writes only into the arrays that were posted to it in this call, and they are
+// granted in stream order after their earlier readers. Why the mailbox may be written again: a peer that is one call
+// ahead writes the other of two, and it gets two calls ahead only on our words of the next call, which we post when
+// this kernel has ended.
 #pragma once
 
-#include "layout/placement.hpp"
-#include "kernels/dispatch/exchange.hpp"
+#include "kernels/dispatch/call.hpp"
 
 namespace deepep::kernels {
 
-/// A row's scales, a piece in each lane's hands: two neighbours, so that they are stored at once, or where rows may
-/// begin between two 8-byte words, two that are a warp's width apart.
-struct Scales {
-  static constexpr int kHeld = 2;  // further ones are read when they are written
-  uint32_t scale[kHeld];
-};
-
-[[nodiscard]] DEEPEP_DEVICE bool has_paired_scales(const DispatchArgs& args) { return args.num_scales % 2 == 0; }
-
-[[nodiscard]] DEEPEP_DEVICE uint32_t scale_of(const DispatchArgs& args, int64_t t, int i) {
-  return dev::load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride);
+/// What all ranks must pass alike, in one word.
+[[nodiscard]] DEEPEP_HD uint32_t digest_of(const DispatchArgs& args) {
+  if (args.mode == DispatchMode::kRefused) return kRefusal;
+  Digest digest;
+  digest.add(static_cast<uint32_t>(args.row_bytes));
+  digest.add(static_cast<uint32_t>(args.num_topk));
+  digest.add(static_cast<uint32_t>(args.num_scales));
+  digest.add(static_cast<uint32_t>(args.index_bytes));
+  digest.add(static_cast<uint32_t>(args.num_local_experts));
+  digest.add(args.group.live);
+  digest.add(args.mode == DispatchMode::kCached ? 1u : 0u);
+  digest.add(args.host != nullptr ? 1u : 0u);
+  digest.add(args.tokens_per_expert != nullptr ? 1u : 0u);
+  return digest.value | 1u;
 }
 
-/// Of token t, asked for before the row so that they arrive with it. One warp.
-[[nodiscard]] DEEPEP_DEVICE Scales read_scales(const DispatchArgs& args, int64_t t) {
+/// Before a launch, by the host: what follows from the rest.
+inline void prepare(DispatchArgs& args) {
+  args.push_split = {args.num_tokens, layout::max_of(args.push_blocks, 1)};
+  args.local_split = {args.num_tokens, layout::max_of(args.local_blocks, 1)};
+  const layout::MailboxWords words{0};
+  for (int i = 0; i < layout::kSlotArrays; ++i) args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
+  args.common_words[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
+  args.common_words[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
+  args.common_words[words.digest()] = digest_of(args);
+}
+
+/// Block 0: counts, receive arrays and shapes to every live rank, this one included. One lane per word.
+template <DispatchMode kMode>
+DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   using namespace dev;
-  Scales s{};
-  const bool paired = has_paired_scales(args);
-  const int first = paired ? 2 * lane() : lane();
-  const int second = first + (paired ? 1 : kWarpSize);
-  if (first < args.num_scales) s.scale[0] = scale_of(args, t, first);
-  if (second < args.num_scales) s.scale[1] = scale_of(args, t, second);
-  return s;
-}
-
-/// The same to row `row` at rank d.
-DEEPEP_DEVICE void write_scales(const DispatchArgs& args, const Scales& s, int64_t t, int d, int64_t row) {
-  using namespace dev;
-  uint32_t* to = lent<uint32_t>(args, d, layout::kSlotScales) + row * args.num_scales;
-  if (has_paired_scales(args)) {
-    const uint64_t pair = static_cast<uint64_t>(s.scale[1]) << 32 | s.scale[0];
-    if (2 * lane() < args.num_scales) store(reinterpret_cast<uint64_t*>(to) + lane(), pair);
-  } else {
-    if (lane() < args.num_scales) store(to + lane(), s.scale[0]);
-    if (lane() + kWarpSize < args.num_scales) store(to + lane() + kWarpSize, s.scale[1]);
-  }
-#pragma unroll 1
-  for (int i = lane() + Scales::kHeld * kWarpSize; i < args.num_scales; i += kWarpSize)
-    store(to + i, scale_of(args, t, i));
-}
-
-/// Up to 32 tokens of a warp that follow each other; lane r holds what concerns rank r.
-struct TokenGroup {
-  int64_t begin;  // tokens [begin, begin + size)
-  int size;
-  uint32_t going;     // bit i: token begin + i goes there
-  int32_t first_row;  // of the first that goes; the rows of the others follow
-};
-
-/// The lowest `count` of the bits set.
-[[nodiscard]] DEEPEP_DEVICE uint32_t first_bits(uint32_t bits, int count) {
-  if (dev::popcount(bits) <= count) return bits;
-  uint32_t rest = bits;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) rest &= rest - 1;
-  return bits & ~rest;
-}
-
-/// How many tokens of the group that go, by the bits of a rank, come before its i-th. i < 32.
-[[nodiscard]] DEEPEP_DEVICE int going_before(uint32_t going, int i) { return dev::popcount(going & ((1u << i) - 1)); }
-
-/// Walks the rows of a [group.size, width] array, 32 elements of it at a time, one a lane; without a division a step.
-/// width <= 32.
-struct LaneInRows {
-  int width;
-  int row;
-  int column;
-  int rows_a_step;
-  int columns_a_step;
-
-  [[nodiscard]] DEEPEP_DEVICE static LaneInRows at_start(int width, int rows) {
-    using dev::kWarpSize;
-    // One row: where few tokens are dealt to many warps, it is what stands behind the row's bytes.
-    if (rows == 1) return {width, dev::lane() < width ? 0 : 1, dev::lane(), 1, 0};
-    return {width, dev::lane() / width, dev::lane() % width, kWarpSize / width, kWarpSize % width};
-  }
-  DEEPEP_DEVICE void advance() {
-    row += rows_a_step;
-    column += columns_a_step;
-    if (column < width) return;
-    column -= width;
-    ++row;
-  }
-};
-
-/// The group's rows at every rank into the handle, -1 for none; `keeps`: lane r, whether rank r concerns this warp.
-DEEPEP_DEVICE void keep_rows(const DispatchArgs& args, const TokenGroup& group, bool keeps) {
-  using namespace dev;
-  const int ranks = args.group.num_ranks;
-  const uint32_t kept = ballot(keeps);
-  int32_t* to = args.send_row + group.begin * ranks;
-  LaneInRows at = LaneInRows::at_start(ranks, group.size);
-#pragma unroll 1
-  for (int begin = 0; begin < group.size * ranks; begin += kWarpSize, at.advance()) {
-    const uint32_t going = shuffle(group.going, at.column);
-    const int32_t first_row = shuffle(group.first_row, at.column);
-    if (at.row >= group.size || !((kept >> at.column) & 1u)) continue;
-    const bool goes = (going >> at.row) & 1u;
-    store(to + begin + lane(), goes ? first_row + going_before(going, at.row) : -1);
+  if (!is_leader_block()) return;
+  const DispatchArgs& args = call.args;
+  const Group& g = call.g;
+  constexpr bool kCached = kMode == DispatchMode::kCached;
+  const layout::MailboxWords words{g.num_ranks};
+  const int experts = !kCached && args.tokens_per_expert != nullptr ? args.num_local_experts : 0;
+  const int per_peer = words.expert_count(experts);
+  for (int i = thread(); i < per_peer * g.num_ranks; i += num_threads()) {
+    const int peer = i / per_peer;
+    const int word = i % per_peer;
+    if (!is_live(g, peer)) continue;
+    uint32_t value = 0;
+    if (!kCached && word >= words.expert_count(0))
+      value = static_cast<uint32_t>(
+          load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
+    else if (word >= g.num_ranks)
+      value = args.common_words[word - g.num_ranks];
+    else if (kMode == DispatchMode::kFresh && is_live(g, word))  // a cached call's counts are in everybody's handle
+      value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
+    // Relaxed: the word needs no other, and carries the epoch, so that one of an earlier call is never taken for
+    // this one's. What read the slot before were kernels that have ended: no write can reach them any more.
+    store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, call.epoch) + 8 * word),
+                              pack_tagged(value, call.epoch));
   }
 }
 
-/// Which token each of the group's rows is, to every rank of `destinations`.
-DEEPEP_DEVICE void write_sources(const DispatchArgs& args, const TokenGroup& group, uint32_t destinations) {
-  using namespace dev;
-#pragma unroll 1
-  for (uint32_t left = destinations; left != 0; left &= left - 1) {
-    const int d = lowest_bit(left);
-    const uint32_t going = shuffle(group.going, d);
-    const int32_t row = shuffle(group.first_row, d) + going_before(going, lane());
-    int32_t* to = lent<int32_t>(args, d, layout::kSlotSource);
-    if (((going >> lane()) & 1u)) store(to + row, static_cast<int32_t>(group.begin + lane()));
-  }
+/// Words of each source that every block polls, one thread each.
+[[nodiscard]] DEEPEP_DEVICE int num_metadata_words(const DispatchArgs& args) {
+  return layout::MailboxWords{args.group.num_ranks}.expert_count(0);
 }
 
-/// A top-k entry. An index of four bytes has no sign here, since to extend it one has to wait for it; -1 is no expert
-/// either way.
-struct Entry {
-  int64_t index;
-  uint32_t weight;
-};
-
-/// Entry i of the tokens [begin, begin + size), one token's behind the other's; -1 past the last.
-[[nodiscard]] DEEPEP_DEVICE Entry read_entry(const DispatchArgs& args, int64_t begin, int size, int i) {
-  using namespace dev;
-  if (i >= size * args.num_topk) return {-1, 0};
-  const int64_t from = begin * args.num_topk + i;
-  const int64_t index = args.index_bytes == 8 ? load_once(static_cast<const int64_t*>(args.topk_idx) + from)
-                                              : load_once(static_cast<const uint32_t*>(args.topk_idx) + from);
-  return {index, load_once(args.topk_weights + from)};
+/// The first warps of a block, those that poll in wait_metadata.
+[[nodiscard]] DEEPEP_DEVICE int polling_warps(const DispatchArgs& args) {
+  return (args.group.num_ranks * num_metadata_words(args) + dev::kWarpSize - 1) / dev::kWarpSize;
 }
 
-/// Indices and weights to every rank of `destinations`, as it sees them: its own experts', -1 and 0 for others'.
-/// `entry`: this lane's first.
-DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& group, uint32_t destinations,
-                                 Entry entry) {
+/// Every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases of why not,
+/// as bits: ranks never agree where one refuses. The same on all threads. Whole block, with one barrier; a fault is noted.
+template <DispatchMode kMode>
+[[nodiscard]] DEEPEP_DEVICE uint32_t wait_metadata(const DispatchCall& call) {
   using namespace dev;
-  if (args.num_topk == 0 || destinations == 0) return;
-  const layout::Placement placement(args.num_local_experts * args.group.num_ranks, args.group.num_ranks,
-                                  args.group.num_ranks);
-  LaneInRows at = LaneInRows::at_start(args.num_topk, group.size);
-#pragma unroll 1
-  for (int begin = 0; begin < group.size * args.num_topk; begin += kWarpSize, at.advance()) {
-    const Entry next = read_entry(args, group.begin, group.size, begin + kWarpSize + lane());
-    const int32_t expert = static_cast<int32_t>(entry.index);
-    const int owner = placement.is_expert(entry.index) ? placement.rank_of_expert(expert) : -1;
-    const int32_t local = expert - placement.first_expert_of_rank(owner);  // at its owner
-#pragma unroll 1
-    for (uint32_t left = destinations; left != 0; left &= left - 1) {
-      const int d = lowest_bit(left);
-      const uint32_t going = shuffle(group.going, d);
-      const int32_t first_row = shuffle(group.first_row, d);
-      if (at.row >= group.size || !((going >> at.row) & 1u)) continue;
-      const int64_t to = static_cast<int64_t>(first_row + going_before(going, at.row)) * args.num_topk + at.column;
-      const int32_t seen = owner == d ? local : -1;
-      if (args.index_bytes == 8)
-        store(lent<int64_t>(args, d, layout::kSlotIndices) + to, static_cast<int64_t>(seen));
-      else
-        store(lent<int32_t>(args, d, layout::kSlotIndices) + to, seen);
-      store(lent<uint32_t>(args, d, layout::kSlotWeights) + to, owner == d ? entry.weight : 0u);
+  constexpr bool kCached = kMode == DispatchMode::kCached;
+  const DispatchArgs& args = call.args;
+  const Group& g = call.g;
+  const int ranks = g.num_ranks;
+  const layout::MailboxWords words{ranks};
+  const MetadataShared shared{ranks};
+  SharedArray<int32_t> counts(shared.counts());
+  SharedArray<uint32_t> slot(shared.slot());
+  SharedArray<uint32_t> capacity(shared.capacity());
+  SharedArray<uint32_t> push_blocks(shared.push_blocks());
+  SharedArray<uint32_t> failed(shared.failed());
+  SharedArray<uint32_t> recv_failed(shared.recv_failed());
+
+  const int per_source = num_metadata_words(args);
+  const uint32_t own_digest = args.common_words[words.digest() - ranks];
+  for (int i = thread(); i < ranks * per_source; i += num_threads()) {
+    const int source = i / per_source;
+    const int word = i % per_source;
+    int32_t kept = 0;  // loaded before the wait
+    if (kCached && word < ranks) kept = load_once(args.counts + source * ranks + word);
+    uint32_t value = 0;
+    if (is_live(g, source)) {
+      const uint64_t* p = at<uint64_t>(g, g.rank, g.control.mailbox(source, call.epoch) + 8 * word);
+      if (!wait_tag<acquire, sys_scope>(p, call.epoch, call.deadline, value)) {
+        note_fault(g, Phase::kCounts, 1u << source, call.epoch, unpack_tagged(load<relaxed, sys_scope>(p)).tag);
+        recv_failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
+      } else if (word == words.digest() && (value != own_digest || own_digest == kRefusal)) {
+        note_fault(g, Phase::kDisagreement, 1u << source, own_digest, value);
+        recv_failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+      }
     }
-    entry = next;
+    if (word < ranks) counts.set(source * ranks + word, kCached ? kept : static_cast<int32_t>(value));
+    if (word >= words.slot(0) && word < words.slot(layout::kSlotArrays))
+      slot.set(source * layout::kSlotArrays + word - words.slot(0), value);
+    if (word == words.capacity()) capacity.set(source, value);
+    if (word == words.push_blocks()) push_blocks.set(source, value);
   }
+  sync_block();
+  uint32_t why = recv_failed.get(0);
+  if (why == 0) {
+    // Every warp comes to the same, without another barrier: lane d sees whether what goes to rank d fits there.
+    // Every rank sees every capacity, so all of them stop here, before a row has moved.
+    // A host that waits learns it with the counts and provides longer arrays; for another it is a fault.
+    const auto count = [&](int s, int d) { return counts.get(s * ranks + d); };
+    const bool handles = lane() < ranks && is_live(g, lane());
+    const int64_t rows = handles ? layout::first_row_of_source(count, ranks, lane()) : 0;
+    const bool too_many = handles && rows > capacity.get(lane());
+    if (too_many && block() == 0 && warp() == 0 && args.host == nullptr)
+      note_fault(g, Phase::kTooManyRows, 1u << lane(), capacity.get(lane()), static_cast<uint32_t>(rows));
+    if (ballot(too_many) != 0) why = static_cast<uint32_t>(Phase::kTooManyRows);
+  }
+  if (why != 0 && lane() == 0) failed.bit_or(0, why);
+  return why;
 }
 
-/// Source tokens, indices and weights of all the group's rows. `entry`: this lane's first.
-DEEPEP_DEVICE void write_metadata(const DispatchArgs& args, const TokenGroup& group, const Entry& entry) {
-  const uint32_t destinations = dev::ballot(group.going != 0);
-  write_sources(args, group, destinations);
-  write_entries(args, group, destinations, entry);
+/// An array in which rank `d` receives, as this rank writes it; null if `d` does not want it.
+template <class T>
+[[nodiscard]] DEEPEP_DEVICE T* recv_array(const DispatchArgs& args, int d, layout::SlotArray array) {
+  dev::SharedArray<uint32_t> slot(MetadataShared{args.group.num_ranks}.slot());
+  const uint32_t at = slot.get(d * layout::kSlotArrays + array);
+  return at == 0 ? nullptr : reinterpret_cast<T*>(args.group.heap[d] + 16 * static_cast<int64_t>(at));
 }
 
 }  // namespace deepep::kernels

@@ -1,6 +1,9 @@
 // Dispatch layout on the device: counts per rank, domain and expert, and which ranks each token goes to.
-// A thread a token, counters in shared memory, then one global sum; the last block hands the totals out and
-// leaves the workspace zero for the next call.
+//
+// Phases:
+//   count_tokens   a thread a token: marks its ranks, counts in shared memory; each block adds its sums to the workspace
+//   is_last_block  each block takes a ticket
+//   write_totals   the block with the last ticket, and leaves the workspace zero for the next call
 #pragma once
 
 #include "layout/placement.hpp"
@@ -26,18 +29,29 @@ DEEPEP_DEVICE void mark_ranks(const LayoutArgs& args, const layout::Placement& p
   }
 }
 
+/// Those that are counted: domains only if there are several.
+[[nodiscard]] DEEPEP_DEVICE int num_domains(const LayoutArgs& args, const layout::Placement& placement) {
+  return args.tokens_per_domain != nullptr ? placement.num_domains() : 0;
+}
+
+/// Experts, ranks and domains: so many counts.
+[[nodiscard]] DEEPEP_DEVICE int num_counts(const LayoutArgs& args) {
+  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_domain);
+  return args.num_experts + args.num_ranks + num_domains(args, placement);
+}
+
 template <class Index>
-DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
+DEEPEP_DEVICE void count_tokens(const LayoutArgs& args, const Index* topk_idx) {
   using namespace dev;
   const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_domain);
-  const int domains = args.tokens_per_domain != nullptr ? placement.num_domains() : 0;
+  const int domains = num_domains(args, placement);
   SharedArray<uint32_t> totals(0);  // [E] experts, [R] ranks, [domains]
   const int total = args.num_experts + args.num_ranks + domains;
   for (int i = thread(); i < total; i += num_threads()) totals.set(i, 0);
   sync_block();
   const int64_t step = static_cast<int64_t>(num_blocks()) * num_threads();
   for (int64_t t = static_cast<int64_t>(block()) * num_threads() + thread(); t < args.num_tokens; t += step) {
-    const Index* row = static_cast<const Index*>(args.topk_idx) + t * args.num_topk;
+    const Index* row = topk_idx + t * args.num_topk;
     mark_ranks(args, placement, row, t);
     for (int k = 0; k < args.num_topk; ++k) {
       const Index entry = load_once(row + k);
@@ -57,23 +71,28 @@ DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
   }
 }
 
-DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
-  using namespace dev;
+DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
   if (args.index_bytes == 8)
-    count_tokens<int64_t>(args);
+    count_tokens(args, static_cast<const int64_t*>(args.topk_idx));
   else
-    count_tokens<int32_t>(args);
+    count_tokens(args, static_cast<const int32_t*>(args.topk_idx));
+}
 
-  const layout::Placement placement(args.num_experts, args.num_ranks, args.ranks_per_domain);
-  const int domains = args.tokens_per_domain != nullptr ? placement.num_domains() : 0;
-  const int total = args.num_experts + args.num_ranks + domains;
+/// Whether all other blocks have added their sums. Whole block.
+[[nodiscard]] DEEPEP_DEVICE bool is_last_block(const LayoutArgs& args) {
+  using namespace dev;
+  const int total = num_counts(args);
   SharedArray<uint32_t> last(4 * static_cast<int64_t>(total));
-  uint32_t* blocks_done = args.workspace + total;
   sync_block();  // this block's sums come before its arrival
   if (thread() == 0)
-    last.set(0, fetch_add<acq_rel, gpu_scope>(blocks_done, 1u) + 1 == static_cast<uint32_t>(num_blocks()));
+    last.set(0, fetch_add<acq_rel, gpu_scope>(args.workspace + total, 1u) + 1 == static_cast<uint32_t>(num_blocks()));
   sync_block();
-  if (last.get(0) == 0) return;
+  return last.get(0) != 0;
+}
+
+DEEPEP_DEVICE void write_totals(const LayoutArgs& args) {
+  using namespace dev;
+  const int total = num_counts(args);
   for (int i = thread(); i < total; i += num_threads()) {
     const int32_t count = static_cast<int32_t>(load<relaxed, gpu_scope>(args.workspace + i));
     store<relaxed, gpu_scope>(args.workspace + i, 0u);
@@ -84,7 +103,12 @@ DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
     else
       store(args.tokens_per_domain + i - args.num_experts - args.num_ranks, count);
   }
-  if (thread() == 0) store<relaxed, gpu_scope>(blocks_done, 0u);
+  if (thread() == 0) store<relaxed, gpu_scope>(args.workspace + total, 0u);  // the tickets
+}
+
+DEEPEP_KERNEL(layout_kernel, LayoutArgs, kThreads) {
+  count_tokens(args);
+  if (is_last_block(args)) write_totals(args);
 }
 
 }  // namespace deepep::kernels

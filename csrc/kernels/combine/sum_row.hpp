@@ -1,4 +1,4 @@
-// The sum of one token's rows, or of a part of them, by one warp: combine.hpp says when, and which rows.
+// The sum of one token's rows, or of a part of them, by one warp; reduce.hpp chooses the rows.
 //
 // In fp32, in one order (biases, then rows by rank), with one rounding: the same bits whoever sums.
 #pragma once
@@ -71,18 +71,18 @@ struct Pair {
           reinterpret_cast<const dev::Vec16*>(others != 0 ? b : 0)};
 }
 
-/// What changes no sum: -0.
-inline constexpr uint32_t kNothing = 0x80008000u;
+/// A bf16 pair that changes no sum.
+inline constexpr uint32_t kNegativeZeros = 0x80008000u;
 
 template <int kPieces>
-DEEPEP_DEVICE void set_to_nothing(dev::Vec16 (&v)[kPieces]) {
+DEEPEP_DEVICE void set_to_negative_zero(dev::Vec16 (&v)[kPieces]) {
 #pragma unroll
   for (int u = 0; u < kPieces; ++u)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[u].w[i] = kNothing;
+    for (int i = 0; i < 4; ++i) v[u].w[i] = kNegativeZeros;
 }
 
-/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here, or nothing.
+/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here, or -0.
 DEEPEP_DEVICE void reduce_pair(dev::Vec16* out, const Pair& pair, int from, int end,
                                dev::Vec16 (&here)[kPairUnroll]) {
   using namespace dev;
@@ -90,7 +90,7 @@ DEEPEP_DEVICE void reduce_pair(dev::Vec16* out, const Pair& pair, int from, int 
   for (int begin = from + lane();;) {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
     Vec16 last[kPairUnroll];
-    set_to_nothing(last);
+    set_to_negative_zero(last);
     if (pair.last != nullptr) read_pieces(pair.last + begin, left, last);
 #pragma unroll
     for (int u = 0; u < kPairUnroll; ++u) {
@@ -134,7 +134,7 @@ DEEPEP_DEVICE void reduce_many(dev::Vec16* out, const Addends& addends, int from
   }
 }
 
-/// One token's rows; lane r speaks for rank r.
+/// One token's rows; lane r handles rank r.
 struct TokenRows {
   int32_t at_rank;  // its number in rank r's output, or -1
   int32_t place;    // of rank r's row in the staging here, if that is a peer
@@ -144,7 +144,7 @@ struct TokenRows {
   [[nodiscard]] DEEPEP_DEVICE bool is_remote() const { return (remote >> dev::lane()) & 1u; }
 };
 
-/// Where rank r's row lies here.
+/// The address of rank r's row here.
 [[nodiscard]] DEEPEP_DEVICE uint64_t address_of_row(const CombineArgs& args, const TokenRows& rows) {
   const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
   return reinterpret_cast<uint64_t>(rows.is_remote() ? area + args.staging.row(rows.place)
