@@ -182,6 +182,8 @@ EDITS = (
 
 _ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order before"
 _OWN_ATOMIC = "the notes are atomics themselves, gathered by time and not by order"
+_WORD_ALONE = "the word is all that is read"
+_KERNEL_END = "the end of the kernel before it is a fence"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
@@ -194,10 +196,10 @@ HARMLESS: dict[str, str] = {
     "layout/layout.hpp write_totals: store gpu -> block": _ORDERED_BY_COUNTER,
     "layout/layout.hpp write_totals: store gpu -> block (2)": _ORDERED_BY_COUNTER,
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
-    "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": "the word is all that is read",
+    "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
-    "barrier/barrier.hpp signal_arrival: store release -> relaxed": "the end of the kernel before it is a fence",
+    "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,
     "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
 }
 
