@@ -76,7 +76,7 @@ def test_shapes_and_schedules_by_hypothesis(case: Case, seed: int, strategy: str
 @pytest.mark.parametrize("rows", [90, 120, 300, 530])
 @pytest.mark.parametrize("gpu", [GPUS[2], GPUS[3], GPUS[-1]], ids=["mixed", "apart", "may mix"])
 def test_rows_return_in_as_many_parts_as_they_are_few(rows: int, gpu: Gpu) -> None:
-    """In four, three, two and one: kernels/combine/combine.hpp decides by the most rows between two ranks."""
+    """In four, three, two and one: kernels/combine/call.hpp decides by the most rows between two ranks."""
     scenario = Scenario((even_case(ranks=2, tokens=rows, topk=4, hidden=136),), gpu)
     for seed in range(3):
         report = run(scenario, draw_schedule(seed))
