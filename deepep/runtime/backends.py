@@ -1,8 +1,7 @@
-"""Which backends there are, which of them can serve a group, and which is chosen.
+"""The registry of backends: which of them can serve a group, and which is chosen.
 
 A backend announces itself with `register`; its modules are imported only when it is asked. On groups of CUDA
-devices
-the order of preference is that of registration: the fastest first, the reference last.
+devices the order of preference is that of registration: the fastest first, the reference last.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ def test_inputs_live_as_long_as_the_work(world_of: Any, buffer_of: Any, same_bit
 
 
 def asynchronous_refusals(ctx: Any, buffer_of: Any, routing: Any) -> Any:
-    """The offender raises at the call, the others when they wait; then a failed event spoils what depends on
-    it.
+    """The offender raises at the call, the others when they wait;
+    then a failed event spoils what depends on it.
     """
     buffer = buffer_of(ctx)
     good = arguments_of(buffer, routing, ctx.rank)

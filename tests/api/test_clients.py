@@ -29,7 +29,7 @@ def expert(rows: torch.Tensor, number: torch.Tensor | int) -> torch.Tensor:
 
 
 def mixture(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What a layer of these experts gives, without any communication."""
+    """The output of a layer of these experts, without any communication."""
     return (weights.unsqueeze(-1) * (idx + 1).unsqueeze(-1) * x.float().unsqueeze(1)).sum(1).bfloat16()
 
 

@@ -1,5 +1,5 @@
-"""Bad input on one rank: the same typed error on every rank, naming the rank and the argument; then work goes
-on.
+"""Bad input on one rank: the same typed error on every rank,
+naming the rank and the argument; then work goes on.
 """
 
 from __future__ import annotations

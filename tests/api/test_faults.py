@@ -1,5 +1,5 @@
-"""Ranks that die, stall or are masked: who is named, how soon, and that the rest carry on with right
-results.
+"""Ranks that die, stall or are masked: who is named, how soon,
+and that the rest carry on with right results.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Buffer.get_dispatch_layout, dispatch and combine against the global-view oracle, bit for bit, edge by
-edge.
+"""Buffer.get_dispatch_layout, dispatch and combine against the global-view
+oracle, bit for bit, edge by edge.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ PATTERNS: dict[str, Callable[[Any, int], tuple[int, list[torch.Tensor]]]] = {
 def everyones_inputs(
     seed: int, topk: list[torch.Tensor], kind: str, index_dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Arguments of all ranks. Values identify their rank and token; with some that arithmetic would not
-    keep.
+    """Arguments of all ranks.
+
+    Values identify their rank and token; with some that arithmetic would not keep.
     """
     inputs = []
     for rank, idx in enumerate(topk):

@@ -39,7 +39,7 @@ assert [b.available()[0] for b in registry.backends() if b.name == "reference"] 
 
 @pytest.fixture
 def no_deep_ep(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What the test makes of deep_ep's modules is undone afterwards."""
+    """Undoes afterwards what the test makes of deep_ep's modules."""
     for name in ("deep_ep", "deep_ep.utils", "deep_ep.buffer", "deep_ep_cpp"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.delitem(sys.modules, name)

@@ -1,5 +1,5 @@
-"""Several buffers, subgroups, other groups than torch's, destruction, and processes that leave without a
-word.
+"""Several buffers, subgroups, other groups than torch's, destruction,
+and processes that leave without a word.
 """
 
 from __future__ import annotations

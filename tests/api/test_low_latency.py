@@ -1,5 +1,5 @@
-"""low_latency_dispatch and low_latency_combine against the global-view oracle, bit for bit, with every
-option.
+"""low_latency_dispatch and low_latency_combine against the global-view
+oracle, bit for bit, with every option.
 """
 
 from __future__ import annotations

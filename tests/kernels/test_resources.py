@@ -1,4 +1,4 @@
-"""What the kernels cost and what they are written in; no GPU is needed.
+"""Resources of the kernels, and the vocabulary they are written in; no GPU is needed.
 
 ptxas is asked for every kernel, with the flags of setup.py: no spills, no stack, registers for a whole block,
 shared memory from the launch alone. The sources are read for the rule that lets the emulator run them:
@@ -38,7 +38,7 @@ def read_code(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one kernel; bytes, but for the registers of a thread."""
+    """Resources of one kernel, by ptxas; bytes, but for the registers of a thread."""
 
     registers: int
     stack: int
@@ -48,7 +48,7 @@ class Usage:
     local: int
 
     def problems(self, threads: int) -> list[str]:
-        """Why a kernel of `threads` threads a block may not be so."""
+        """Reasons why a kernel of `threads` threads a block may not be so."""
         granted = -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT
         checks = {
             f"stores {self.spill_stores} bytes of spilled registers": self.spill_stores,

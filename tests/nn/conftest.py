@@ -1,4 +1,4 @@
-"""What the tests of layers share."""
+"""Fixtures that the tests of layers share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def with_buffer(ctx: Any, body: Callable[..., Any], *args: Any) -> Any:
 
 @pytest.fixture
 def on_ranks(world_of: Callable[[int], Any]) -> Callable[..., list[Any]]:
-    """`on_ranks(n, body, *args, per_rank=None)`: `body(buffer, *args)` on every rank of a world of n;
-    results by rank.
+    """`on_ranks(n, body, *args, per_rank=None)`: `body(buffer, *args)` on every rank
+    of a world of n; results by rank.
     """
 
     def run(num_ranks: int, body: Callable[..., Any], *args: Any, per_rank: Any = None) -> list[Any]:

@@ -45,8 +45,8 @@ def inputs(num_ranks: int, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
 
 
 def forward_and_backward(buffer: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """y_row = tanh(x_row) * (sum of its local weights) on every rank that gets the row; loss = sum(c *
-    combined).
+    """y_row = tanh(x_row) * (sum of its local weights)
+    on every rank that gets the row; loss = sum(c * combined).
     """
     x, weights = given["x"].requires_grad_(), given["weights"].requires_grad_()
     received = dnn.dispatch(buffer, x, given["idx"], weights, EXPERTS)
@@ -171,8 +171,8 @@ def test_checkpointing_repeats_the_exchange_and_changes_nothing(on_ranks: Any) -
 
 
 def test_saved_tensors_may_be_moved_and_copied(on_ranks: Any) -> None:
-    """Routes are plain tensors: what packs and unpacks saved tensors (offloading) needs to know nothing of
-    them.
+    """Routes are plain tensors: what packs and unpacks saved tensors
+    (offloading) needs to know nothing of them.
     """
 
     def body(buffer: Any, given: dict[str, torch.Tensor]) -> None:
@@ -260,8 +260,9 @@ def test_nothing_is_kept_and_a_lost_buffer_is_named(on_ranks: Any) -> None:
 
 
 def test_operators_keep_their_promises_to_torch(on_ranks: Any) -> None:
-    """Schemas, fake implementations and autograd registration. One rank: the check runs operators as it
-    likes.
+    """Schemas, fake implementations and autograd registration.
+
+    One rank: the check runs operators as it likes.
     """
 
     def body(buffer: Any) -> None:

@@ -128,8 +128,8 @@ def test_precision_is_at_least_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4, 8])
 def test_a_token_visits_at_most_the_kept_groups_of_nodes(num_nodes: int) -> None:
-    """The contract that bounds traffic between nodes: DeepSeek-V3's numbers, 256 experts in 8 groups, 4
-    kept, top 8.
+    """The contract that bounds traffic between nodes: DeepSeek-V3's numbers,
+    256 experts in 8 groups, 4 kept, top 8.
     """
     generator = torch.Generator().manual_seed(1)
     for bias in (None, torch.randn(256, generator=generator) * 3):

@@ -51,8 +51,9 @@ class Lone:
 
 
 def plain(layer: dnn.ExpertParallelMoE, x: torch.Tensor) -> torch.Tensor:
-    """What the layer means: every token through its experts, one after the other. `layer` holds all
-    experts.
+    """The layer by definition: every token through its experts, one after the other.
+
+    `layer` holds all experts.
     """
     routing = layer.router.gate(x @ layer.router.weight.t(), TOPK, bias=layer.router.bias)
     out = []

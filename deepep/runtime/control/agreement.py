@@ -51,12 +51,11 @@ def dtype_code(dtype: torch.dtype | None) -> int:
 
 @dataclass(frozen=True)
 class Header:
-    """What a rank says about the operation that it enters.
+    """A rank's statement about the operation that it enters.
 
     sequence: how many operations this rank has started on the present link. agreed: arguments that must be
-        the same
-    on all ranks, in an order that depends on the operation alone. num_tokens and limit may differ: T, and how
-    many rows this rank is able to receive (NO_LIMIT when it does not matter).
+    the same on all ranks, in an order that depends on the operation alone. num_tokens and limit may differ:
+    T, and how many rows this rank is able to receive (NO_LIMIT when it does not matter).
     """
 
     operation: Operation
@@ -154,7 +153,7 @@ def decode_error(raw: bytes) -> ArgumentError:
 
 
 def encode_statement(statement: Mapping[str, int | str], identity: str, problem: ArgumentError | None) -> str:
-    """What a rank constructs and which process it is, or why it cannot, for the first meeting."""
+    """Packs what a rank constructs and which process it is, or why it cannot, for the first meeting."""
     return json.dumps([dict(statement), identity]) if problem is None else encode_error(problem).decode()
 
 

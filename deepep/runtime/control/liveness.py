@@ -1,4 +1,4 @@
-"""Whether another rank's process is known to be dead: only on the same host, only on Linux, never by
+"""Detection of dead processes: only on the same host, only on Linux, never by
 guessing.
 
 It saves waiting for a deadline when there is nobody left to wait for.
@@ -13,8 +13,9 @@ _PROC = Path("/proc")
 
 
 def identity() -> str:
-    """This process, for its peers: host boot, process id namespace, process id, start time. Empty if
-    unknown.
+    """This process, for its peers: host boot, process id namespace, process id, start time.
+
+    Empty if unknown.
     """
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
@@ -26,7 +27,7 @@ def identity() -> str:
 
 
 def is_dead(theirs: str, mine: str) -> bool:
-    """Whether the process `theirs` is gone. False if it runs on another host, or nothing is known."""
+    """True if the process `theirs` is gone. False if it runs on another host, or nothing is known."""
     if not theirs or not mine or theirs.split()[:2] != mine.split()[:2]:
         return False
     pid, started = (int(word) for word in theirs.split()[2:])
@@ -37,8 +38,8 @@ def is_dead(theirs: str, mine: str) -> bool:
 
 
 def _start_time(pid: int) -> int:
-    """Clock ticks since boot at which a process started, so that a reused id is not taken for it; -1: a
-    zombie.
+    """Clock ticks since boot at which a process started,
+    so that a reused id is not taken for it; -1: a zombie.
     """
     # Fields after the command's name, which is in parentheses and may contain anything.
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

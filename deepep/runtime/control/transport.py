@@ -16,8 +16,9 @@ _NOBODY_SENDS = 0x0DEE  # a message tag
 
 
 class LinkError(Exception):
-    """The transport failed: a peer is gone, or did not answer in time. Internal; users see
-    PeerTimeoutError.
+    """The transport failed: a peer is gone, or did not answer in time.
+
+    Internal; users see PeerTimeoutError.
     """
 
 
@@ -80,8 +81,8 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
 
 
 def hang_up(group: dist.ProcessGroup) -> None:
-    """Closes a private group's connections now, whoever still refers to it: peers that wait on them fail at
-    once.
+    """Closes a private group's connections now, whoever still refers to it:
+    peers that wait on them fail at once.
     """
     if device_type_of(group) == "cuda":
         with contextlib.suppress(RuntimeError):  # one that has failed may refuse; it is closed then
@@ -96,7 +97,7 @@ def hang_up(group: dist.ProcessGroup) -> None:
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
-    """Where a group's tensors lie: "cuda" for NCCL, "cpu" for everything else."""
+    """The device type of a group's tensors: "cuda" for NCCL, "cpu" for everything else."""
     try:
         name: str = dist.get_backend(group)
     except ValueError:  # a group outside torch's registry, such as ours

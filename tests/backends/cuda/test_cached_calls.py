@@ -1,4 +1,4 @@
-"""What cached dispatches pass alike is prepared once along a handle, and anew whenever any of it differs."""
+"""Arguments of cached dispatches are prepared once along a handle, and anew whenever any differs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_nothing_old_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_ = torch.zeros((TOKENS, HIDDEN), dtype=torch.uint8)
 
     def launch(x: torch.Tensor, s: torch.Tensor | None, capacity: int = 64, sms: int = 24) -> tuple[int, ...]:
-        """What the kernel would get that was prepared."""
+        """Captures the prepared arguments that the kernel would get."""
         spec = receive_spec(x, s, None, False)
         received = spec.of([torch.empty_like(t) for t in spec.templates(capacity, x.device)])
         split = dispatch_split(sms, RANKS)

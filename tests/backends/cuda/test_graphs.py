@@ -73,7 +73,7 @@ def there_and_back(buffer: Any, given: Given) -> list[torch.Tensor]:
 
 
 def with_a_second_layer(buffer: Any, given: Given) -> list[torch.Tensor]:
-    """What training does: forward, then the backward's cached dispatch and its combine, asynchronous."""
+    """A training step: forward, then the backward's cached dispatch and its combine, asynchronous."""
     rows, _, _, _, handle, event = dispatch(buffer, given, num_worst_tokens=2 * TOKENS, async_finish=True)
     event.current_stream_wait()
     sums, _, event = buffer.combine(rows * 2, handle, bias=given.x, async_finish=True)
@@ -148,8 +148,8 @@ def test_a_replay_gives_what_the_oracle_gives(pair: World) -> None:
 
 
 def test_asking_a_stream_that_is_captured_spoils_nothing() -> None:
-    """A dispatch that looks for memory asks the streams that read its slots, also while another thread
-    captures.
+    """A dispatch that looks for memory asks the streams that read its slots,
+    also while another thread captures.
     """
     from deepep.runtime import streams
 

@@ -1,4 +1,4 @@
-"""What names a heap to another process: bytes that are parsed field by field; no GPU is needed."""
+"""Handles that name a heap to another process: bytes that are parsed field by field; no GPU is needed."""
 
 from __future__ import annotations
 

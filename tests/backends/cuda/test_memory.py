@@ -239,7 +239,7 @@ def test_outputs_of_several_streams(pair: World) -> None:
 
 
 def test_inputs_may_be_freed_at_once(pair: World) -> None:
-    """What an asynchronous call still reads is not given to others when the caller lets go of it."""
+    """Inputs that an asynchronous call still reads are not reused when the caller lets go of them."""
 
     def free(ctx: Any) -> None:
         buffer = buffer_of(ctx)

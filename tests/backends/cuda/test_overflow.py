@@ -62,7 +62,7 @@ def in_heap(buffer: Any, rows: torch.Tensor) -> bool:
 
 
 def rows_for(ctx: Any, seed: int, tokens: int) -> torch.Tensor:
-    """What arrives here of `draw_on_device`'s arguments, from what dispatch promises."""
+    """Rows of `draw_on_device`'s arguments that arrive here, from what dispatch promises."""
     parts = []
     for source in range(2):
         given = draw_on_device(seed, source, tokens, ctx.device)
@@ -316,7 +316,7 @@ def test_two_streams_overflow_in_turn(pair: World) -> None:
 
 
 def test_a_pool_in_pieces_is_reset_without_waiting(pair: World) -> None:
-    """What was freed on another stream is reused once that stream is idle, and not before; nobody waits."""
+    """Memory freed on another stream is reused once that stream is idle, and not before; nobody waits."""
 
     def anew(ctx: Any) -> None:
         with fresh_buffer(ctx) as buffer:

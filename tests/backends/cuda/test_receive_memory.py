@@ -1,4 +1,4 @@
-"""What decides where a dispatch receives, as far as it can be asked without a GPU."""
+"""Choice of the place where a dispatch receives, as far as it can be asked without a GPU."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
 
 
 def test_specs_are_told_apart() -> None:
-    """What differs in any way that an array shows is another spec; what does not is the same object."""
+    """Specs that differ in any way that an array shows are two objects; others are one."""
     from deepep.backends.cuda.memory.arrays import receive_spec
 
     x = torch.empty((5, 48), dtype=torch.bfloat16)

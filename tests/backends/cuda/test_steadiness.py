@@ -1,5 +1,5 @@
-"""Buffer between two processes: the same bits for any number of SMs, whoever is late, and after 10,000
-operations.
+"""Buffer between two processes: the same bits for any number of SMs,
+whoever is late, and after 10,000 operations.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a round trip takes and what it must give, by rank; on the CPU."""
+    """Inputs of a round trip and what it must give, by rank; on the CPU."""
 
     inputs: list[oracle.DispatchInput]
     expected: list[oracle.DispatchOutput]
