@@ -355,7 +355,7 @@ DEEPEP_DEVICE void fence_async() {
   fence_async_impl(Space{});
 }
 
-// ---- other nodes -------------------------------------------------------------------------------------------
+// ---- other domains -----------------------------------------------------------------------------------------
 
 /// NVSHMEM's signals count in 64 bits; an epoch is the lower half.
 template <class Order, class Scope>

@@ -27,7 +27,7 @@
 //                bulk_wait<N>()        until they have written, too, and this thread sees it
 //                fence_async<Space>()  the proxy fence: orders generic accesses before bulk copies, a read or write of
 //                                      either; also between mbarrier_init and the first copy. The other way round,
-//                                      whoever has waited for a copy needs none
+//                                      a thread that has waited for a copy needs none
 //   mbarriers    8 bytes of shared memory, one phase after the other, numbered from 0; a phase is complete when `count`
 //                threads have arrived and all bytes expected of copies are there
 //                mbarrier_init(b, count) mbarrier_invalidate(b)
@@ -36,7 +36,7 @@
 //                mbarrier_wait<Order, Scope>(b, phase, deadline)  until that phase is complete. Hardware looks at its
 //                                      parity: it must be the running phase or the one before (-1 before phase 0)
 //
-//   other nodes  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are symmetric memory of
+//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are symmetric memory of
 //                this rank; what is written is the same place of `rank`. One thread each. A put carries no more than its
 //                bytes, and is a relaxed operation: what else a signal is to carry stands before a fence of system scope
 //                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet

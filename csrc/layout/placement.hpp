@@ -1,5 +1,5 @@
 // Where experts and ranks live, and which entry of a token's
-// top-k row speaks for a rank, a domain or an expert.
+// top-k row counts for a rank, a domain or an expert.
 #pragma once
 
 #include "layout/arith.hpp"
@@ -9,7 +9,7 @@ namespace deepep::layout {
 /// Top-k rows are at most this wide: sizes that are fixed before the first top-k row is seen reckon with it.
 inline constexpr int kMaxTopk = 32;
 
-/// Contiguous blocks: expert e lives on rank e / experts_per_rank, rank r on domain r / ranks_per_domain.
+/// Contiguous blocks: expert e lives on rank e / experts_per_rank, rank r in domain r / ranks_per_domain.
 /// num_experts is a multiple of num_ranks; the last domain may be smaller than the others.
 struct Placement {
   int32_t num_experts;

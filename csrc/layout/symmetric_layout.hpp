@@ -1,7 +1,7 @@
-// Where things lie in the symmetric heap of a rank, and in what a receiver lends to its senders.
+// Layout of a rank's symmetric heap, and of the arrays in which a dispatch receives.
 //
-// Every rank's heap is laid out alike: the control area first, the combine staging after it, the rest is
-// lent out in receive slots. Offsets are bytes from the heap's base unless a name says otherwise.
+// Every rank's heap is laid out alike: the control area first, the combine staging after it, the rest is a pool of
+// receive arrays. Offsets are bytes from the heap's base unless a name says otherwise.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace deepep::layout {
 inline constexpr int kMaxRanks = 32;
 inline constexpr int64_t kLine = 128;
 
-/// What a rank lends in a dispatch: arrays of `capacity` rows each, at places of their own in its heap.
+/// The arrays in which a rank receives a dispatch, of `capacity` rows each, at places of their own in its heap.
 enum SlotArray : int {
   kSlotRows,     // [capacity, row bytes]
   kSlotSource,   // int32 [capacity]: the token of its rank that a row is
@@ -30,11 +30,11 @@ struct MailboxWords {
 
   /// Rows the source sends to rank `r`. Every rank gets the source's whole row, so each can sum any column.
   [[nodiscard]] DEEPEP_HD int count(int r) const { return r; }
-  /// Where the source receives: offsets in its heap, in units of 16 bytes; 0: it does not want that array.
+  /// The place at which the source receives: offsets in its heap, in units of 16 bytes; 0: it does not want that array.
   [[nodiscard]] DEEPEP_HD int slot(int array) const { return num_ranks + array; }
   /// Rows the arrays have room for.
   [[nodiscard]] DEEPEP_HD int capacity() const { return slot(kSlotArrays); }
-  /// How many of the source's blocks will report in rows_done.
+  /// The number of the source's blocks that will report in rows_done.
   [[nodiscard]] DEEPEP_HD int push_blocks() const { return capacity() + 1; }
   /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
   [[nodiscard]] DEEPEP_HD int digest() const { return capacity() + 2; }
@@ -63,7 +63,7 @@ struct ControlLayout {
         arrived_(staging_free_ + ranks * kLine32),
         digest_(arrived_ + ranks * kLine32) {}
 
-  /// What source `s` tells this rank before it sends: tagged 8-byte words, see MailboxWords. Two in turn: a peer
+  /// The metadata that source `s` posts to this rank before it sends: tagged 8-byte words, see MailboxWords. Two in turn: a peer
   /// may be done with one call and into the next while this rank's slower blocks still read; it cannot be two ahead.
   [[nodiscard]] DEEPEP_HD int64_t mailbox(int s, uint32_t epoch) const {
     return (2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_;
@@ -75,7 +75,7 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return staging_free_ + o * kLine32; }
   /// Rank `r` has entered the barrier with this epoch: a 4-byte word.
   [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return arrived_ + r * kLine32; }
-  /// What source `s` has begun to combine: a tagged 8-byte word, a digest of what all ranks must pass alike. Two in
+  /// The combine that source `s` has begun: a tagged 8-byte word, a digest of what all ranks must pass alike. Two in
   /// turn, as mailboxes.
   [[nodiscard]] DEEPEP_HD int64_t combine_digest(int s, uint32_t epoch) const {
     return digest_ + (2 * s + static_cast<int>(epoch & 1u)) * kLine32;
@@ -98,7 +98,7 @@ struct ControlLayout {
   int digest_;
 };
 
-/// The same arrays one after the other in one stretch, where nobody asks for more: five arrays of `capacity` rows.
+/// The same arrays one after the other in one piece of memory: five arrays of `capacity` rows.
 struct SlotLayout {
   int64_t capacity;
   int64_t row_bytes;
@@ -160,7 +160,7 @@ struct StagingLayout {
   int64_t capacity_;
 };
 
-/// How rows are cut to travel and to be summed: into 1 to StagingLayout::kParts parts. Parts of rows that follow each
+/// The cut of rows that travel and are summed: into 1 to StagingLayout::kParts parts. Parts of rows that follow each
 /// other are items. Kernels divide by their number all the time, so that is done by a multiplication.
 class Parts {
  public:
@@ -200,7 +200,7 @@ struct RowRange {
   int64_t rows;
 };
 
-/// How rows are cut into parts that follow each other: each `shrink` percent of the one before.
+/// The cut of rows into chunks that follow each other: each `shrink` percent of the one before.
 struct ChunkSizes {
   static constexpr int kMaxChunks = 4;
   int num_chunks;
@@ -218,7 +218,7 @@ struct ChunkSizes {
   }
 };
 
-/// What `from` returns to `owner` in one of the parts.
+/// The rows that `from` returns to `owner` in one of the chunks.
 template <class Count>
 [[nodiscard]] DEEPEP_HD RowRange chunk_of_rows(const Count& count, int owner, int from, int chunk, const ChunkSizes& chunks) {
   const int64_t rows = count(owner, from);

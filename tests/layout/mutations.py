@@ -27,16 +27,16 @@ MUTATIONS = [
         "return expert % num_ranks;",
     ),
     Mutation(
-        "nodes dealt out in turn, not in blocks",
+        "domains dealt out in turn, not in blocks",
         "placement.hpp",
-        "return rank / ranks_per_node;",
-        "return rank % num_nodes();",
+        "return rank / ranks_per_domain;",
+        "return rank % num_domains();",
     ),
     Mutation(
-        "a last, smaller node taken for a whole one",
+        "a last, smaller domain taken for a whole one",
         "placement.hpp",
-        "return min_of(ranks_per_node, num_ranks - first_rank_of_node(node));",
-        "return ranks_per_node;",
+        "return min_of(ranks_per_domain, num_ranks - first_rank_of_domain(domain));",
+        "return ranks_per_domain;",
     ),
     Mutation(
         "received index stays global",
@@ -44,7 +44,7 @@ MUTATIONS = [
         "? int32_t(entry) - first_expert_of_rank(rank)",
         "? int32_t(entry)",
     ),
-    # Once per rank, node, expert.
+    # Once per rank, domain, expert.
     Mutation(
         "compared with the entry before only",
         "placement.hpp",
@@ -84,9 +84,9 @@ MUTATIONS = [
         "if (is_first_of_expert(row, k, place)) ++counts.per_expert[expert];",
     ),
     Mutation(
-        "node counted once per rank",
+        "domain counted once per rank",
         "counts.hpp",
-        "counts.per_node && is_first_of_node(row, k, place)",
+        "counts.per_node && is_first_of_domain(row, k, place)",
         "counts.per_node",
     ),
     Mutation(
@@ -223,17 +223,17 @@ MUTATIONS = [
     ),
     # Two levels.
     Mutation(
-        "everything forwarded by a node's first rank",
+        "everything forwarded by a domain's first rank",
         "rules/two_level.hpp",
-        "first_rank_of_node(node) + local % place.num_ranks_of_node(node);",
-        "first_rank_of_node(node) + 0 * local;",
+        "first_rank_of_domain(domain) + local % place.num_ranks_of_domain(domain);",
+        "first_rank_of_domain(domain) + 0 * local;",
     ),
     Mutation(
-        "token crosses to a node once per rank",
+        "token crosses to a domain once per rank",
         "rules/two_level.hpp",
-        "position[at] = int32_t(take_next(masks[at] != 0, next[node]));",
-        "position[at] = int32_t(take_next(masks[at] != 0, next[node]));\n"
-        "      next[node] += (masks[at] & (masks[at] - 1)) != 0;",
+        "position[at] = int32_t(take_next(masks[at] != 0, next[domain]));",
+        "position[at] = int32_t(take_next(masks[at] != 0, next[domain]));\n"
+        "      next[domain] += (masks[at] & (masks[at] - 1)) != 0;",
     ),
     Mutation(
         "forwarded rows counted over all ranks together",

@@ -33,7 +33,7 @@ int main(int, char** argv) {
       const int64_t box = control.mailbox(s, epoch);
       for (int r = 0; r < ranks; ++r) piece("control", box + 8 * words.count(r), 8);
       for (int i = 0; i < kSlotArrays; ++i) piece("control", box + 8 * words.slot(i), 8);
-      for (int w : {words.capacity(), words.push_blocks(), words.signature()}) {
+      for (int w : {words.capacity(), words.push_blocks(), words.digest()}) {
         piece("control", box + 8 * w, 8);
       }
       for (int l = 0; l < local; ++l) piece("control", box + 8 * words.expert_count(l), 8);

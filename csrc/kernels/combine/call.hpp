@@ -1,5 +1,6 @@
-// A combine as its blocks see it: the call, its shared memory, and who does what. What depends on counts that only the
-// device knows is decided once, in choose_plan; the rest is the launch's mode.
+// A combine as its blocks see it: the call, its shared memory, and who does what. The launch's mode says who may push
+// and who may sum. What depends on the counts, parts and is_single, is decided once, in choose_plan: the host does not
+// always know them, as after a dispatch with num_worst_tokens or in a graph.
 #pragma once
 
 #include "kernels/common/fault.hpp"
@@ -82,7 +83,7 @@ DEEPEP_DEVICE void advance_epoch(const CombineCall& call) {
   if (posts_digest() && dev::lane() == 0) advance_epoch(call.g, &call.g.state->combine_epoch, call.epoch);
 }
 
-/// Who does what in a block of a combine.
+/// The roles of a block's warps.
 struct CombineRole {
   int push_warps;   // this block's first `push_warps` warps push
   int credit_warp;  // the warp that waits for the owners' credit; -1: none, for nothing is pushed
@@ -100,7 +101,7 @@ struct ReturnRows {
   int32_t first_place;  // its place in the owner's staging
 };
 
-/// What follows from the mode and the counts.
+/// The decisions that follow from the mode and the counts.
 struct CombinePlan {
   layout::Parts parts;  // of a row
   ReturnRows returns;
@@ -108,7 +109,7 @@ struct CombinePlan {
   CombineRole role;
 };
 
-/// Into how many parts a row is cut to travel and to be summed: few rows keep all warps busy only in parts. Every rank
+/// The number of parts into which a row is cut to travel and to be summed: few rows keep all warps busy only in parts. Every rank
 /// comes to the same from the same counts. Whole warps.
 [[nodiscard]] DEEPEP_DEVICE layout::Parts choose_parts(const CombineCall& call) {
   const CombineCounts count = call.counts();

@@ -5,7 +5,7 @@
 
 namespace deepep::kernels {
 
-/// What all ranks must pass alike, in one word: row size, top-k, live ranks, and the counts of the handle. Whole warps.
+/// The digest of what all ranks must pass alike: row size, top-k, live ranks, and the counts of the handle. Whole warps.
 [[nodiscard]] DEEPEP_DEVICE uint32_t digest_of(const CombineCall& call) {
   using namespace dev;
   const CombineArgs& args = call.args;

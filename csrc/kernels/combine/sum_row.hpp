@@ -1,6 +1,6 @@
 // The sum of one token's rows, or of a part of them, by one warp; reduce.hpp chooses the rows.
 //
-// In fp32, in one order (biases, then rows by rank), with one rounding: the same bits whoever sums.
+// In fp32, in one order (biases, then rows by rank), with one rounding: the same bits from any warp.
 #pragma once
 
 #include "kernels/common/group.hpp"

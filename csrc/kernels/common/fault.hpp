@@ -16,7 +16,7 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
   fetch_or<relaxed, gpu_scope>(&g.state->missing, missing);
 }
 
-/// How long a block that failed waits for the others' faults before it reports: their deadlines are the same.
+/// The time for which a block that failed waits for the others' faults before it reports: their deadlines are the same.
 inline constexpr uint64_t kGatherNs = 1000000;
 
 /// The end of a block in which a wait was in vain: the first such block reports what has been noted to the host. One

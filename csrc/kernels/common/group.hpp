@@ -13,7 +13,7 @@ template <class T>
   return reinterpret_cast<T*>(g.heap[rank] + offset);
 }
 
-/// What all ranks must pass alike, in one word (FNV-1a over 32-bit values).
+/// A digest of what all ranks must pass alike, in one word (FNV-1a over 32-bit values).
 struct Digest {
   uint32_t value = 2166136261u;
   DEEPEP_HD void add(uint32_t part) { value = (value ^ part) * 16777619u; }

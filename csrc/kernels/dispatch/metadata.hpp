@@ -1,4 +1,5 @@
-// How ranks agree on a dispatch before a row moves: words from every rank to every rank. They fix every row of every rank.
+// Agreement of all ranks on a dispatch before a row moves: words from every rank to every rank. They fix every row of
+// every rank.
 //
 // Why no opening barrier is needed: a peer writes only into the arrays that were posted to it in this call, and they are
 // granted in stream order after their earlier readers. Why the mailbox may be written again: a peer that is one call
@@ -10,7 +11,7 @@
 
 namespace deepep::kernels {
 
-/// What all ranks must pass alike, in one word.
+/// The digest of what all ranks must pass alike.
 [[nodiscard]] DEEPEP_HD uint32_t digest_of(const DispatchArgs& args) {
   if (args.mode == DispatchMode::kRefused) return kRefusal;
   Digest digest;

@@ -68,7 +68,7 @@ struct TokenGroup {
   return bits & ~rest;
 }
 
-/// How many tokens of the group that go, by the bits of a rank, come before its i-th. i < 32.
+/// The number of tokens before the group's i-th that go, by the bits of a rank. i < 32.
 [[nodiscard]] DEEPEP_DEVICE int going_before(uint32_t going, int i) { return dev::popcount(going & ((1u << i) - 1)); }
 
 /// Walks the rows of a [group.size, width] array, 32 elements of it at a time, one a lane; without a division a step.
@@ -83,8 +83,11 @@ struct LaneInRows {
   [[nodiscard]] DEEPEP_DEVICE static LaneInRows at_start(int width, int rows) {
     using dev::kWarpSize;
     // One row: where few tokens are dealt to many warps, it is what stands behind the row's bytes.
-    if (rows == 1) return {width, dev::lane() < width ? 0 : 1, dev::lane(), 1, 0};
-    return {width, dev::lane() / width, dev::lane() % width, kWarpSize / width, kWarpSize % width};
+    if (rows == 1)
+      return {.width = width, .row = dev::lane() < width ? 0 : 1, .column = dev::lane(), .rows_a_step = 1,
+              .columns_a_step = 0};
+    return {.width = width, .row = dev::lane() / width, .column = dev::lane() % width,
+            .rows_a_step = kWarpSize / width, .columns_a_step = kWarpSize % width};
   }
   DEEPEP_DEVICE void advance() {
     row += rows_a_step;

@@ -1,6 +1,6 @@
 """Sums of any bits that a row may hold: subnormals, infinities, ties, cancellation, zeros of either sign.
 
-Two addends are summed in bf16, more in fp32 (combine/sum.hpp): the oracle's fp32, rounded once, says
+Two addends are summed in bf16, more in fp32 (combine/sum_row.hpp): the oracle's fp32, rounded once, says
 what either must be.
 """
 
