@@ -23,7 +23,7 @@ __global__ void lay_out(const int* topk, const unsigned char* in_rank, const int
   const TokenSplit split{1000, gridDim.x};
   const long long begin = split.begin(blockIdx.x), end = split.end(blockIdx.x);
   int next = count_sent(in_rank, 8, 3, begin + threadIdx.x, end, blockDim.x);
-  out[0] = is_first_of_rank(topk, 2, place) + is_first_of_node(topk, 2, place) + take_next(true, next);
+  out[0] = is_first_of_rank(topk, 2, place) + is_first_of_domain(topk, 2, place) + take_next(true, next);
   out[1] = int(rank_mask(topk, 8, place)) + place.local_expert(topk[0], 1);
   rows[0] = first_row_of_source(CountMatrix{counts, 8}, 3, 1) + pack_range(1, 2);
   rows[1] = LowLatencyBuffer<int64_t>{8, 128, 7168, 8}.combine_slot(1, 2, 3);
