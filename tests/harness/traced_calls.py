@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import threading
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -22,10 +23,18 @@ def roots() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
+@dataclass(frozen=True)
+class Definition:
+    """A function of a file: `Class.method` or `function.inner`, and how many lines it takes."""
+
+    name: str
+    lines: int
+
+
 @cache
-def definitions(file: str) -> dict[int, str]:
-    """The functions of a file by the line where each begins, as `Class.method` or `function.inner`."""
-    found: dict[int, str] = {}
+def definitions(file: str) -> dict[int, Definition]:
+    """The functions of a file, by the line where each begins."""
+    found: dict[int, Definition] = {}
 
     def visit(node: ast.AST, outer: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -33,7 +42,8 @@ def definitions(file: str) -> dict[int, str]:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{outer}.{child.name}" if outer else child.name
                 if not isinstance(child, ast.ClassDef):
-                    found[min([child.lineno, *(d.lineno for d in child.decorator_list)])] = name
+                    begin = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                    found[begin] = Definition(name, (child.end_lineno or begin) - child.lineno + 1)
             visit(child, name)
 
     visit(ast.parse(Path(file).read_text()), "")
@@ -75,6 +85,7 @@ class CallLog:
         for folder, name in self._roots.items():
             if code.co_filename.startswith(folder + "/"):
                 function = definitions(code.co_filename).get(code.co_firstlineno)
-                known = function and function.rpartition(".")[2] == code.co_name
-                return f"{name}{code.co_filename[len(folder) :]}: {function}" if known else ""
+                if function is None or function.name.rpartition(".")[2] != code.co_name:
+                    return ""
+                return f"{name}{code.co_filename[len(folder) :]}: {function.name}"
         return ""

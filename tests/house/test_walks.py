@@ -18,6 +18,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 STEP = re.compile(r"^\d+\. (?P<where>(?:\(rank\) )?)`(?P<file>[\w/.]+): (?P<name>[\w.]+)`", re.MULTILINE)
 WALKS = ("A low-latency call with a hook", "One fuzz example")
 
+MANY_LINES = 80
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,15 +44,18 @@ def walk(page: str, title: str) -> list[Step]:
 
 
 def missing(steps: Sequence[Step], root: Path = ROOT) -> list[str]:
-    """Steps whose file is not there, or does not define the function."""
+    """Steps whose file is not there, or does not define the function, or takes too many lines for it."""
     problems = []
     for step in steps:
         path = root / step.file
         if not path.exists():
             problems.append(f"{step}: no such file")
         elif step.is_python:
-            if step.name not in definitions(str(path)).values():
+            lengths = {made.name: made.lines for made in definitions(str(path)).values()}
+            if step.name not in lengths:
                 problems.append(f"{step}: no such function")
+            elif lengths[step.name] > MANY_LINES:
+                problems.append(f"{step}: {lengths[step.name]} lines")
         elif not re.search(rf"\b{re.escape(step.name)}\b\s*[(<{{]", path.read_text()):
             problems.append(f"{step}: no such function")
     return problems
@@ -133,6 +138,8 @@ def test_a_lost_step_is_seen(tmp_path: Path) -> None:
     assert steps == [Step("a.py", "f"), Step("a.py", "K.g", on_rank=True)]
     assert walk(page, "B") == [Step("a.py", "h")]
     (tmp_path / "a.py").write_text("def f(): ...\nclass K:\n    @x\n    def h(self): ...\n")
+    (tmp_path / "d.py").write_text("def f():\n" + "    ...\n" * 80)
+    assert missing([Step("d.py", "f")], tmp_path) == ["d.py: f: 81 lines"]
     (tmp_path / "b.hpp").write_text("void load(int);\n")
     assert missing([*steps, Step("b.hpp", "load"), Step("b.hpp", "store"), Step("c.py", "f")], tmp_path) == [
         "a.py: K.g: no such function",
