@@ -241,8 +241,8 @@ class SharedArray {
   }
   [[nodiscard]] DEEPEP_DEVICE T get(int i) const { return data_[i]; }
   DEEPEP_DEVICE void set(int i, T v) { data_[i] = v; }
-  /// Ordered within the block: what the writer did before `set<release>` comes before what the reader does after a
-  /// `get<acquire>` that saw it. Atomics both, or the sanitizer would take them for a race.
+  /// Ordered within the block: what the writer did before `set<release>` comes before what the reader does
+  /// after a `get<acquire>` that saw it. Atomics both, or the sanitizer would take them for a race.
   template <class Order>
   [[nodiscard]] DEEPEP_DEVICE T get(int i) const {
     static_assert(sizeof(T) == 4 && std::is_same_v<Order, acquire>);

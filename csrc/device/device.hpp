@@ -20,36 +20,39 @@
 //   time         clock_ns()  Deadline  pause()
 //   shared       SharedArray<T>: the block's dynamic shared memory, carved by byte offset; get set add bit_or,
 //                and get<acquire> set<release>, ordered within the block; at(i): an address, for bulk copies
-//   bulk copies  carried out later, in the async proxy; 16-byte addresses and sizes; one end is the block's shared memory
+//   bulk copies  carried out later, in the async proxy; 16-byte addresses and sizes; one end is the block's
+//                shared memory
 //                bulk_load(stage, from, bytes, barrier)  complete when a phase of the mbarrier is
 //                bulk_store(to, stage, bytes) bulk_commit()  in groups of the thread, which complete in order
 //                bulk_wait_read<N>()   until all groups of this thread but the last N have read their stages
 //                bulk_wait<N>()        until they have written, too, and this thread sees it
-//                fence_async<Space>()  the proxy fence: orders generic accesses before bulk copies, a read or write of
-//                                      either; also between mbarrier_init and the first copy. The other way round,
-//                                      a thread that has waited for a copy needs none
-//   mbarriers    8 bytes of shared memory, one phase after the other, numbered from 0; a phase is complete when `count`
-//                threads have arrived and all bytes expected of copies are there
+//                fence_async<Space>()  the proxy fence: orders generic accesses before bulk copies, a read or
+//                                      write of either; also between mbarrier_init and the first copy. The
+//                                      other way round, a thread that has waited for a copy needs none
+//   mbarriers    8 bytes of shared memory, one phase after the other, numbered from 0; a phase is complete when
+//                `count` threads have arrived and all bytes expected of copies are there
 //                mbarrier_init(b, count) mbarrier_invalidate(b)
 //                mbarrier_arrive<Order, Scope>(b)
-//                mbarrier_expect<Order, Scope>(b, bytes)          arrive, and have the phase wait for so many bytes
-//                mbarrier_wait<Order, Scope>(b, phase, deadline)  until that phase is complete. Hardware looks at its
-//                                      parity: it must be the running phase or the one before (-1 before phase 0)
+//                mbarrier_expect<Order, Scope>(b, bytes)  arrive, and have the phase wait for so many bytes
+//                mbarrier_wait<Order, Scope>(b, phase, deadline)  until that phase is complete. Hardware looks
+//                                      at its parity: it must be the running phase or the one before (-1
+//                                      before phase 0)
 //
-//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are symmetric memory of
-//                this rank; what is written is the same place of `rank`. One thread each. A put carries no more than its
-//                bytes, and is a relaxed operation: what else a signal is to carry stands before a fence of system scope
+//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are
+//                symmetric memory of this rank; what is written is the same place of `rank`. One thread each. A
+//                put carries no more than its bytes, and is a relaxed operation: what else a signal is to carry
+//                stands before a fence of system scope
 //                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet
-//                put_signal<Update>(to, from, bytes, signal, value, rank)  the signal behind these bytes. Update:
-//                                      signal_set, signal_add
-//                put_fence()           this thread's puts to a rank so far are delivered before those that follow
+//                put_signal<Update>(to, from, bytes, signal, value, rank)  the signal behind these bytes.
+//                                      Update: signal_set, signal_add
+//                put_fence()           this thread's puts to a rank so far are delivered before later ones
 //                put_quiet()           this thread's puts so far, and all it knows of its rank's, are delivered
 //                wait_signal<Order, Scope>(signal, epoch, deadline)  until *signal has reached it
 //
 // Orders: relaxed, acquire, release, acq_rel. Scopes: block_scope, gpu_scope, sys_scope. They are template
-// arguments, spelled at the call, because they are what a reader has to check and a mutation has to break. Spaces of
-// the proxy fence: shared_space, global_space, all_spaces.
-// T is 1, 2, 4, 8 or 16 bytes wide for plain accesses; 4 or 8 for ordered ones.
+// arguments, spelled at the call, because they are what a reader has to check and a mutation has to break.
+// Spaces of the proxy fence: shared_space, global_space, all_spaces. T is 1, 2, 4, 8 or 16 bytes wide for plain
+// accesses; 4 or 8 for ordered ones.
 #pragma once
 
 #include <cstdint>

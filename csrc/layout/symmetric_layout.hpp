@@ -1,7 +1,7 @@
 // Layout of a rank's symmetric heap, and of the arrays in which a dispatch receives.
 //
-// Every rank's heap is laid out alike: the control area first, the combine staging after it, the rest is a pool of
-// receive arrays. Offsets are bytes from the heap's base unless a name says otherwise.
+// Every rank's heap is laid out alike: the control area first, the combine staging after it, the rest is a pool
+// of receive arrays. Offsets are bytes from the heap's base unless a name says otherwise.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,8 @@ struct MailboxWords {
 
   /// Rows the source sends to rank `r`. Every rank gets the source's whole row, so each can sum any column.
   [[nodiscard]] DEEPEP_HD int count(int r) const { return r; }
-  /// The place at which the source receives: offsets in its heap, in units of 16 bytes; 0: it does not want that array.
+  /// The place at which the source receives: offsets in its heap, in units of 16 bytes; 0: it does not want
+  /// that array.
   [[nodiscard]] DEEPEP_HD int slot(int array) const { return num_ranks + array; }
   /// Rows the arrays have room for.
   [[nodiscard]] DEEPEP_HD int capacity() const { return slot(kSlotArrays); }
@@ -44,8 +45,8 @@ struct MailboxWords {
   static constexpr int kCommon = kSlotArrays + 3;
 };
 
-/// The words ranks signal each other with. Each word has one writer: the rank its index names. Made by the host: the
-/// places are worked out once, not by every warp of every kernel.
+/// The words ranks signal each other with. Each word has one writer: the rank its index names. Made by the
+/// host: the places are worked out once, not by every warp of every kernel.
 struct ControlLayout {
   int num_ranks;
   int max_local_experts;
@@ -63,8 +64,9 @@ struct ControlLayout {
         arrived_(staging_free_ + ranks * kLine32),
         digest_(arrived_ + ranks * kLine32) {}
 
-  /// The metadata that source `s` posts to this rank before it sends: tagged 8-byte words, see MailboxWords. Two in turn: a peer
-  /// may be done with one call and into the next while this rank's slower blocks still read; it cannot be two ahead.
+  /// The metadata that source `s` posts to this rank before it sends: tagged 8-byte words, see MailboxWords.
+  /// Two in turn: a peer may be done with one call and into the next while this rank's slower blocks still
+  /// read; it cannot be two ahead.
   [[nodiscard]] DEEPEP_HD int64_t mailbox(int s, uint32_t epoch) const {
     return (2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_;
   }
@@ -75,13 +77,14 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t staging_free(int o) const { return staging_free_ + o * kLine32; }
   /// Rank `r` has entered the barrier with this epoch: a 4-byte word.
   [[nodiscard]] DEEPEP_HD int64_t arrived(int r) const { return arrived_ + r * kLine32; }
-  /// The combine that source `s` has begun: a tagged 8-byte word, a digest of what all ranks must pass alike. Two in
-  /// turn, as mailboxes.
+  /// The combine that source `s` has begun: a tagged 8-byte word, a digest of what all ranks must pass alike.
+  /// Two in turn, as mailboxes.
   [[nodiscard]] DEEPEP_HD int64_t combine_digest(int s, uint32_t epoch) const {
     return digest_ + (2 * s + static_cast<int>(epoch & 1u)) * kLine32;
   }
-  /// The combine in which source `s` gave up waiting for this rank's staging, so that its copy engine may have written
-  /// there all the same: a 4-byte word, 0 if there is none. On the line of a digest, which is at hand by then.
+  /// The combine in which source `s` gave up waiting for this rank's staging, so that its copy engine may have
+  /// written there all the same: a 4-byte word, 0 if there is none. On the line of a digest, which is at hand
+  /// by then.
   [[nodiscard]] DEEPEP_HD int64_t overwritten(int s) const { return combine_digest(s, 0) + 8; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
 
@@ -124,8 +127,9 @@ struct SlotLayout {
   }
 };
 
-/// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there. Rows that
-/// follow each other lie one behind the other, and so do their weights. Made by the host, as the places of the words.
+/// Rows on their way back to their tokens' owner, with a flag for each part: flag == epoch says it is there.
+/// Rows that follow each other lie one behind the other, and so do their weights. Made by the host, as the
+/// places of the words.
 struct StagingLayout {
   static constexpr int kParts = 4;
 
@@ -134,8 +138,8 @@ struct StagingLayout {
   DEEPEP_HD StagingLayout(int64_t area_bytes, int64_t row_bytes, int num_topk)
       : row_bytes_(row_bytes),
         weight_bytes_(4 * num_topk),
-        // Flags sit first, at a place that does not depend on the row size, so that a flag is never overwritten by a
-        // row of an operation with other shapes. Weights sit last.
+        // Flags sit first, at a place that does not depend on the row size, so that a flag is never overwritten
+        // by a row of an operation with other shapes. Weights sit last.
         rows_begin_(align_up(4 * kParts * max_rows(area_bytes), kLine)),
         weights_begin_((area_bytes - max_rows(area_bytes) * weight_bytes_) & -kLine),
         capacity_(rows_begin_ > weights_begin_
@@ -160,8 +164,8 @@ struct StagingLayout {
   int64_t capacity_;
 };
 
-/// The cut of rows that travel and are summed: into 1 to StagingLayout::kParts parts. Parts of rows that follow each
-/// other are items. Kernels divide by their number all the time, so that is done by a multiplication.
+/// The cut of rows that travel and are summed: into 1 to StagingLayout::kParts parts. Parts of rows that follow
+/// each other are items. Kernels divide by their number all the time, so that is done by a multiplication.
 class Parts {
  public:
   DEEPEP_HD explicit Parts(uint32_t parts) : count(parts), inverse_((0x80000000u + parts - 1) / parts) {}

@@ -1,6 +1,6 @@
-// A combine as its blocks see it: the call, its shared memory, and who does what. The launch's mode says who may push
-// and who may sum. What depends on the counts, parts and is_single, is decided once, in choose_plan: the host does not
-// always know them, as after a dispatch with num_worst_tokens or in a graph.
+// A combine as its blocks see it: the call, its shared memory, and who does what. The launch's mode says who
+// may push and who may sum. What depends on the counts, parts and is_single, is decided once, in choose_plan:
+// the host does not always know them, as after a dispatch with num_worst_tokens or in a graph.
 #pragma once
 
 #include "kernels/common/fault.hpp"
@@ -8,9 +8,9 @@
 namespace deepep::kernels {
 
 inline constexpr int kCombineThreads = 512;
-inline constexpr int kFewRows = 512;      // up to so many rows from any rank to any other, rows travel in parts
-inline constexpr int kFewItems = 360;     // as many parts as 24 SMs have warps, but for one a block that signals
-inline constexpr int kMixedPushing = 4;   // warps that push first, in a block of 16 whose other warps sum meanwhile
+inline constexpr int kFewRows = 512;     // up to so many rows from any rank to any other, they travel in parts
+inline constexpr int kFewItems = 360;    // as many parts as 24 SMs have warps, but for one a block that signals
+inline constexpr int kMixedPushing = 4;  // warps that push first, in a block of 16 whose others sum meanwhile
 
 /// The block's dynamic shared memory.
 struct CombineShared {
@@ -75,8 +75,8 @@ DEEPEP_DEVICE void grant_credit(const CombineCall& call) {
   if (dev::block() == 0) grant_credit(call.g, call.epoch - 1);
 }
 
-/// The warp of a block that posts the digest and advances the epoch: it does neither behind rows of its own, or it would
-/// wait for them.
+/// The warp of a block that posts the digest and advances the epoch: it does neither behind rows of its own, or
+/// it would wait for them.
 [[nodiscard]] DEEPEP_DEVICE bool posts_digest() { return dev::warp() == dev::num_warps() / 2; }
 
 DEEPEP_DEVICE void advance_epoch(const CombineCall& call) {
@@ -109,8 +109,8 @@ struct CombinePlan {
   CombineRole role;
 };
 
-/// The number of parts into which a row is cut to travel and to be summed: few rows keep all warps busy only in parts. Every rank
-/// comes to the same from the same counts. Whole warps.
+/// The number of parts into which a row is cut to travel and to be summed: few rows keep all warps busy only in
+/// parts. Every rank comes to the same from the same counts. Whole warps.
 [[nodiscard]] DEEPEP_DEVICE layout::Parts choose_parts(const CombineCall& call) {
   const CombineCounts count = call.counts();
   const int ranks = call.g.num_ranks;
@@ -128,7 +128,8 @@ struct CombinePlan {
   const Group& g = call.g;
   const CombineCounts count = call.counts();
   if (lane() >= g.num_ranks || lane() == g.rank || !is_live(g, lane())) return {0, 0, 0};
-  // Never past the owner's staging: a rank with another handle learns of it by the digests, and must do no harm before.
+  // Never past the owner's staging: a rank with another handle learns of it by the digests, and must do no harm
+  // before.
   const int64_t place = layout::first_staging_row(count, lane(), g.rank);
   const int64_t room = layout::max_of(call.args.staging.capacity() - place, int64_t{0});
   return {static_cast<int32_t>(layout::min_of(static_cast<int64_t>(count(lane(), g.rank)), room)),
@@ -153,8 +154,8 @@ struct CombinePlan {
     if (num_items <= static_cast<uint32_t>(blocks * (warps - 1)))
       return {.push_warps = warps - 1, .credit_warp = any ? warps - 1 : -1, .signal_warp = any ? warps - 1 : -1,
               .is_single = true, .reduces = true, .push_blocks = blocks, .reduce_blocks = blocks};
-    // Else not by one warp: what pushes behind a wait for credit comes late, and what signals is to be done with its
-    // own before the others are.
+    // Else not by one warp: what pushes behind a wait for credit comes late, and what signals is to be done
+    // with its own before the others are.
     return {.push_warps = warps, .credit_warp = 0, .signal_warp = warps - 1,
             .is_single = true, .reduces = true, .push_blocks = blocks, .reduce_blocks = blocks};
   }

@@ -1,5 +1,5 @@
-// High-throughput combine: SMs return rows to their tokens' owner, which sums them as they arrive. Modes kSplit,
-// kResident and kMixed (common/args.hpp): they differ in who does what, which choose_plan decides once.
+// High-throughput combine: SMs return rows to their tokens' owner, which sums them as they arrive. Modes
+// kSplit, kResident and kMixed (common/args.hpp): they differ in who does what, which choose_plan decides once.
 //
 // Phases:
 //   start            reads the epoch and the handle's counts
@@ -11,15 +11,15 @@
 //   wait_credit      one warp of a pushing block waits until the owners' staging is free
 //   push_rows        push warps store each received row in its owner's staging
 //   signal_rows      one warp raises the flags behind the rows
-//   reduce_rows      the other warps, and push warps that are done, take tokens in order: for each, wait for the flags
-//                    of its remote rows, sum bias and rows in rank order in fp32, round once, write. A rank's own row
-//                    is read where it lies, and while its peers' are still on their way
+//   reduce_rows      the other warps, and push warps that are done, take tokens in order: for each, wait for the
+//                    flags of its remote rows, sum bias and rows in rank order in fp32, round once, write. A
+//                    rank's own row is read where it lies, and while its peers' are still on their way
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
-// Who waits for whom: a credit warp until the owner has granted credit (normally in the dispatch in between, so long
-// ago); a reduce warp for digests and flags. Pushing waits for no sum of the same call, so there is no circle. Flags
-// carry the epoch; nobody clears them.
+// Who waits for whom: a credit warp until the owner has granted credit (normally in the dispatch in between, so
+// long ago); a reduce warp for digests and flags. Pushing waits for no sum of the same call, so there is no
+// circle. Flags carry the epoch; nobody clears them.
 #pragma once
 
 #include "kernels/combine/finish.hpp"

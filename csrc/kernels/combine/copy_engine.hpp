@@ -1,5 +1,5 @@
-// Combine in which the copy engine returns the rows, and all SMs sum: for few SMs and many rows (docs/kernels.md).
-// Receivers cannot tell: the flags are the same, and each rank decides for itself.
+// Combine in which the copy engine returns the rows, and all SMs sum: for few SMs and many rows
+// (docs/kernels.md). Receivers cannot tell: the flags are the same, and each rank decides for itself.
 //
 // Phases:
 //   start              reads the epoch and the handle's counts
@@ -7,15 +7,15 @@
 //   choose_sums_alone  how rows are cut; nothing is pushed, all warps sum
 //   post_digest        block 0: what all ranks must pass alike, to all of them
 //   advance_epoch      each block has read it; the last one advances it
-//   drive_copy_engine  one warp waits until the owners' staging is free, rings the engine's doorbell, and raises the
-//                      flags of each chunk's rows when the engine has copied it
+//   drive_copy_engine  one warp waits until the owners' staging is free, rings the engine's doorbell, and raises
+//                      the flags of each chunk's rows when the engine has copied it
 //   reduce_rows        all warps but that one from the start: see combine.hpp
 //   finish             looks for what went wrong
 //   wait_copy_engine   no fault is reported while copies are under way
 //   report_fault       one thread, if something went wrong
 //
-// Who waits for whom: the driving warp for the owners' credit and for its own engine; the engine for that warp; sums as
-// ever. No circle, and no block needs another to be resident.
+// Who waits for whom: the driving warp for the owners' credit and for its own engine; the engine for that warp;
+// sums as ever. No circle, and no block needs another to be resident.
 #pragma once
 
 #include "kernels/combine/drive.hpp"

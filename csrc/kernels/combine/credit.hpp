@@ -9,8 +9,8 @@ namespace deepep::kernels {
 inline constexpr uint32_t kGranted = 1;
 inline constexpr uint32_t kNoCredit = 0xffffffffu;
 
-/// Waits until every owner's staging is free, a lane an owner. Whole warps: the lanes' acquires come before the whole
-/// warp's stores.
+/// Waits until every owner's staging is free, a lane an owner. Whole warps: the lanes' acquires come before the
+/// whole warp's stores.
 [[nodiscard]] DEEPEP_DEVICE bool wait_owners(const CombineCall& call) {
   using namespace dev;
   const Group& g = call.g;
@@ -25,8 +25,8 @@ inline constexpr uint32_t kNoCredit = 0xffffffffu;
   return ballot(!free) == 0;
 }
 
-/// The credit warp: waits for the owners' credit, and shares it with its block. While it waits the block's rows come to
-/// the registers of those that push them. False if an owner has not granted it.
+/// The credit warp: waits for the owners' credit, and shares it with its block. While it waits the block's rows
+/// come to the registers of those that push them. False if an owner has not granted it.
 [[nodiscard]] DEEPEP_DEVICE bool wait_credit(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (warp() != plan.role.credit_warp) return true;

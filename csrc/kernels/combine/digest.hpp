@@ -5,7 +5,8 @@
 
 namespace deepep::kernels {
 
-/// The digest of what all ranks must pass alike: row size, top-k, live ranks, and the counts of the handle. Whole warps.
+/// The digest of what all ranks must pass alike: row size, top-k, live ranks, and the counts of the handle.
+/// Whole warps.
 [[nodiscard]] DEEPEP_DEVICE uint32_t digest_of(const CombineCall& call) {
   using namespace dev;
   const CombineArgs& args = call.args;
@@ -38,8 +39,8 @@ DEEPEP_DEVICE void post_refusal(const CombineCall& call) {
   if (posts_digest() && dev::block() == 0) post_digest(call, kRefusal);
 }
 
-/// Whether all live ranks combine the same as this one, whose digest is given; nobody does if that is a refusal. Whole
-/// warps.
+/// Whether all live ranks combine the same as this one, whose digest is given; nobody does if that is a
+/// refusal. Whole warps.
 [[nodiscard]] DEEPEP_DEVICE bool wait_digests(const CombineCall& call, uint32_t digest) {
   using namespace dev;
   const Group& g = call.g;

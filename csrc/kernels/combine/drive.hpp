@@ -6,8 +6,8 @@
 
 namespace deepep::kernels {
 
-/// Block 0, warp 0: waits for the owners' credit and lets the engine begin; then raises the flags of a chunk's rows when
-/// the engine has copied it. False without credit, or if the engine does not get on.
+/// Block 0, warp 0: waits for the owners' credit and lets the engine begin; then raises the flags of a chunk's
+/// rows when the engine has copied it. False without credit, or if the engine does not get on.
 [[nodiscard]] DEEPEP_DEVICE bool drive_copy_engine(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (block() != 0 || warp() != 0) return true;
@@ -50,8 +50,8 @@ namespace deepep::kernels {
   return granted;
 }
 
-/// Before a fault is reported: one thread waits until the engine is done, or notes that it does not get on. No record may
-/// leave without that: a rank that goes on, as after a disagreement, must have no copies under way.
+/// Before a fault is reported: one thread waits until the engine is done, or notes that it does not get on. No
+/// record may leave without that: a rank that goes on, as after a disagreement, must have no copies under way.
 DEEPEP_DEVICE void wait_copy_engine(const CombineArgs& args) {
   using namespace dev;
   const Group& g = args.group;

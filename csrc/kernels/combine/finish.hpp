@@ -5,8 +5,8 @@
 
 namespace deepep::kernels {
 
-/// True on one thread of a block in which something was waited for in vain, or which has summed (`has_reduced`) what a
-/// peer may have written over: it has a fault to report. `succeeded`: of each warp.
+/// True on one thread of a block in which something was waited for in vain, or which has summed (`has_reduced`)
+/// what a peer may have written over: it has a fault to report. `succeeded`: of each warp.
 [[nodiscard]] DEEPEP_DEVICE bool finish(const CombineCall& call, bool has_reduced, bool succeeded) {
   using namespace dev;
   SharedArray<uint32_t> failed(CombineShared{call.g.num_ranks}.failed());

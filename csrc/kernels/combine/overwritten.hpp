@@ -1,6 +1,7 @@
-// Staging that was written without credit. What a copy engine is to do stands on a stream, and nobody can take it back:
-// where an owner has not granted credit in time, the engine writes there all the same, and the owner is warned before it
-// does. It looks for the warning behind its sums: if there is none, all that it read was there before the engine began.
+// Staging that was written without credit. What a copy engine is to do stands on a stream, and nobody can take
+// it back: where an owner has not granted credit in time, the engine writes there all the same, and the owner
+// is warned before it does. It looks for the warning behind its sums: if there is none, all that it read was
+// there before the engine began.
 #pragma once
 
 #include "kernels/combine/call.hpp"
@@ -23,8 +24,8 @@ DEEPEP_DEVICE void post_overwrite_warning(const Group& g, uint32_t epoch) {
       store<relaxed, sys_scope>(at<uint32_t>(g, owner, g.control.overwritten(g.rank)), epoch);
 }
 
-/// Whether the staging may have been written while this rank read it; a fault is noted. One warp, behind a block barrier
-/// that follows the block's sums.
+/// Whether the staging may have been written while this rank read it; a fault is noted. One warp, behind a
+/// block barrier that follows the block's sums.
 [[nodiscard]] DEEPEP_DEVICE bool is_overwritten(const Group& g) {
   using namespace dev;
   uint32_t since = 0;
@@ -33,7 +34,7 @@ DEEPEP_DEVICE void post_overwrite_warning(const Group& g, uint32_t epoch) {
   const uint32_t who = ballot(since != 0);
   if (who == 0) return false;
   since = shuffle(since, lowest_bit(who));
-  if (lane() == 0) note_fault(g, Phase::kOverwritten, who, 0, since);  // by the thread that reports what was noted
+  if (lane() == 0) note_fault(g, Phase::kOverwritten, who, 0, since);  // by the thread that reports it
   return true;
 }
 

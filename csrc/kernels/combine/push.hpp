@@ -1,4 +1,5 @@
-// The way back of rows whose token belongs to another rank, by push warps; and the flags behind them, by one warp.
+// The way back of rows whose token belongs to another rank, by push warps; and the flags behind them, by one
+// warp.
 #pragma once
 
 #include "kernels/combine/credit.hpp"
@@ -7,8 +8,8 @@ namespace deepep::kernels {
 
 inline constexpr int kReturnUnroll = 14;  // 16-byte accesses a lane has in flight when it pushes
 
-/// Calls visit(owner, row here, row in the owner's staging) for every owner that has an n-th row; `nth` may be a lane's
-/// own, all lanes come along. Whole warps.
+/// Calls visit(owner, row here, row in the owner's staging) for every owner that has an n-th row; `nth` may be
+/// a lane's own, all lanes come along. Whole warps.
 template <class Visit>
 DEEPEP_DEVICE void for_each_owner(const Group& g, const ReturnRows& returns, uint32_t nth, const Visit& visit) {
   using namespace dev;
@@ -22,8 +23,8 @@ DEEPEP_DEVICE void for_each_owner(const Group& g, const ReturnRows& returns, uin
   }
 }
 
-/// A push warp's items: first, first + step, ... below `end`. Each is a part of every owner's n-th row: all owners' rows
-/// side by side and in order, so that no owner's sums wait for another's.
+/// A push warp's items: first, first + step, ... below `end`. Each is a part of every owner's n-th row: all
+/// owners' rows side by side and in order, so that no owner's sums wait for another's.
 struct ReturnItems {
   uint32_t first;
   uint32_t step;
@@ -37,8 +38,9 @@ struct ReturnItems {
           static_cast<uint32_t>(plan.role.push_blocks * plan.role.push_warps), plan.num_items};
 }
 
-/// One part of a received row to its place in the owner's staging. One warp. The weights travel with the last part.
-/// `credit`: whether it may be stored; if that is not known yet, it is waited for between the loads and the stores.
+/// One part of a received row to its place in the owner's staging. One warp. The weights travel with the last
+/// part. `credit`: whether it may be stored; if that is not known yet, it is waited for between the loads and
+/// the stores.
 DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int64_t place, uint32_t part,
                             layout::Parts parts, uint32_t& credit) {
   using namespace dev;
@@ -69,8 +71,8 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
     store(reinterpret_cast<float*>(area + args.staging.weights(place)) + lane(), weight);
 }
 
-/// A push warp's share of the rows. False if an owner has not granted credit. Where it has several items the signal warp
-/// follows its progress.
+/// A push warp's share of the rows. False if an owner has not granted credit. Where it has several items the
+/// signal warp follows its progress.
 [[nodiscard]] DEEPEP_DEVICE bool push_rows(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (warp() >= plan.role.push_warps) return true;
@@ -91,10 +93,10 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
   return credit != kNoCredit;
 }
 
-/// The signal warp: raises the block's flags, lane w those of warp w. A fence makes its thread wait until the peers have
-/// what was stored before it. One of a warp that pushes nothing else meanwhile costs nobody anything, and serves the
-/// items of all: where they are many it follows the others' progress, else it comes behind all of them, and a block
-/// barrier.
+/// The signal warp: raises the block's flags, lane w those of warp w. A fence makes its thread wait until the
+/// peers have what was stored before it. One of a warp that pushes nothing else meanwhile costs nobody
+/// anything, and serves the items of all: where they are many it follows the others' progress, else it comes
+/// behind all of them, and a block barrier.
 DEEPEP_DEVICE void signal_rows(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (plan.role.is_single && plan.role.signal_warp >= 0) sync_block();

@@ -31,8 +31,8 @@ struct Turn {
   return turn;
 }
 
-/// Whether the warp has a single item to push: then it takes its first turn before, so that what it needs for its sum is
-/// on the way meanwhile. All others take it when they are done with what comes before their sums.
+/// Whether the warp has a single item to push: then it takes its first turn before, so that what it needs for
+/// its sum is on the way meanwhile. All others take it when they are done with what comes before their sums.
 [[nodiscard]] DEEPEP_DEVICE bool takes_turn_early(const CombineRole& role) {
   return role.is_single && dev::warp() < role.push_warps;
 }
@@ -41,8 +41,8 @@ struct Turn {
   return takes_turn_early(plan.role) ? take_turn(call, plan, true) : Turn{0, -1};
 }
 
-/// This warp's turns; `turn`: the first, if it was taken early. Waits for the digests, too: rows of a rank that disagrees
-/// are not where they belong. False if a rank disagrees or a row did not come.
+/// This warp's turns; `turn`: the first, if it was taken early. Waits for the digests, too: rows of a rank that
+/// disagrees are not where they belong. False if a rank disagrees or a row did not come.
 [[nodiscard]] DEEPEP_DEVICE bool reduce_rows(const CombineCall& call, const CombinePlan& plan, Turn turn) {
   using namespace dev;
   if (!plan.role.reduces) return true;

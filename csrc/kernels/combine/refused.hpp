@@ -1,5 +1,5 @@
-// A combine that this rank refuses: it takes no part, but the others must not wait for it, and learn that it refused.
-// One block.
+// A combine that this rank refuses: it takes no part, but the others must not wait for it, and learn that it
+// refused. One block.
 //
 // Phases:
 //   start          reads the epoch

@@ -10,16 +10,16 @@ namespace deepep::kernels {
 inline constexpr int kPairUnroll = 10;  // 16-byte accesses of each of two addends that a lane has in flight
 inline constexpr int kManyUnroll = 4;   // the same where sums of more are kept
 
-/// The addends of a token in the order of their addition: biases, then rows by rank. Lane i holds the i-th one's
-/// address. A peer's row was written while this kernel ran: all are read plainly, behind the flags.
+/// The addends of a token in the order of their addition: biases, then rows by rank. Lane i holds the i-th
+/// one's address. A peer's row was written while this kernel ran: all are read plainly, behind the flags.
 struct Addends {
   uint64_t address;
   int count;
   uint32_t remote;  // those that peers send, as bits
 };
 
-/// Reads this lane's pieces, those u with u * kWarpSize < left. `v` is set before: ptxas takes what a predicated load
-/// writes for alive since the kernel's start otherwise, and spills.
+/// Reads this lane's pieces, those u with u * kWarpSize < left. `v` is set before: ptxas takes what a
+/// predicated load writes for alive since the kernel's start otherwise, and spills.
 template <int kPieces>
 DEEPEP_DEVICE void read_pieces(const dev::Vec16* source, int left, dev::Vec16 (&v)[kPieces]) {
   using namespace dev;
@@ -52,9 +52,9 @@ DEEPEP_DEVICE void accumulate(float (&sum)[8], const dev::Vec16& v) {
   return packed;
 }
 
-/// One part of one token, for one or two addends of which at most one is a peer's: all that is in flight is rows, so
-/// more of them. Two sum to the same bits in either order, and in bf16 to the same as in fp32: that has more than twice
-/// the digits and two to spare, so to round to it first changes nothing.
+/// One part of one token, for one or two addends of which at most one is a peer's: all that is in flight is
+/// rows, so more of them. Two sum to the same bits in either order, and in bf16 to the same as in fp32: that
+/// has more than twice the digits and two to spare, so to round to it first changes nothing.
 struct Pair {
   const dev::Vec16* here;  // a bias or the rank's own row, or null
   const dev::Vec16* last;  // the peer's row, or another that is here, or null
@@ -82,7 +82,8 @@ DEEPEP_DEVICE void set_to_negative_zero(dev::Vec16 (&v)[kPieces]) {
     for (int i = 0; i < 4; ++i) v[u].w[i] = kNegativeZeros;
 }
 
-/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here, or -0.
+/// Its sum, by one warp. The part's 16-byte pieces are [from, end) of the row; `here`: the first of pair.here,
+/// or -0.
 DEEPEP_DEVICE void reduce_pair(dev::Vec16* out, const Pair& pair, int from, int end,
                                dev::Vec16 (&here)[kPairUnroll]) {
   using namespace dev;

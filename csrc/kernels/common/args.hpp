@@ -24,7 +24,7 @@ enum class Phase : uint32_t {
   kCopyEngine = 32,     // waiting for this rank's own copy engine
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
-  kOverwritten = 256,   // not a wait: a peer gave up on this rank, and its copy engine may have written to its staging
+  kOverwritten = 256,   // not a wait: a peer gave this rank up, and its copy engine may have written here
 };
 
 /// A fault of this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.
@@ -37,8 +37,9 @@ struct FaultRecord {
   uint32_t pending;  // written last: 1 when the rest is there
 };
 
-/// This rank's own words in device memory: they survive graph replays. The host touches them only to clear `phase`
-/// and what follows it, after a fault, behind the kernel that noted it; the copy engine writes `ce_completed`.
+/// This rank's own words in device memory: they survive graph replays. The host touches them only to clear
+/// `phase` and what follows it, after a fault, behind the kernel that noted it; the copy engine writes
+/// `ce_completed`.
 struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
@@ -53,8 +54,8 @@ struct LocalState {
   uint32_t fault_reported;
 };
 
-/// The counts of a dispatch for the host while it runs, in pinned memory: tagged words (device/device.hpp), the tag is
-/// the call's ticket.
+/// The counts of a dispatch for the host while it runs, in pinned memory: tagged words (device/device.hpp), the
+/// tag is the call's ticket.
 struct HostCounts {
   uint64_t phase;         // 0, or kTooManyRows, kDisagreement, or a wait's phase
   uint64_t num_rows;      // rows this rank receives
@@ -87,7 +88,7 @@ struct DispatchArgs {
   Group group;
   DispatchMode mode;
   int push_blocks;   // the last push_blocks blocks write to other ranks
-  int local_blocks;  // blocks [0, local_blocks) write the rows that stay; the two are disjoint, or both all blocks
+  int local_blocks;  // blocks [0, local_blocks) write rows that stay; both are all blocks, or disjoint
   int64_t num_tokens;
   int num_topk;           // 0: no top-k travels, as in a cached call, where source tokens do not either
   int num_local_experts;  // L
@@ -116,9 +117,9 @@ struct DispatchArgs {
   layout::TokenSplit local_split;                  // of each local block
 };
 
-/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a stream:
-/// waits until ce_doorbell has reached the last chunk's ticket, then copies each chunk to all owners, and stores its
-/// ticket in ce_completed.
+/// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a
+/// stream: waits until ce_doorbell has reached the last chunk's ticket, then copies each chunk to all owners,
+/// and stores its ticket in ce_completed.
 struct CopyEngineWork {
   layout::ChunkSizes chunks;
   uint32_t last_ticket;  // of the last chunk; those before it have the numbers before
@@ -133,8 +134,8 @@ enum class CombineMode : int32_t {
   kRefused,     // combine/refused.hpp: posts to the others that this rank takes no part in this call; one block
 };
 
-/// The mode of a combine in which SMs return the rows: the first `push_blocks` blocks, while the last `reduce_blocks`
-/// sum. If that is all of them, they must be resident together.
+/// The mode of a combine in which SMs return the rows: the first `push_blocks` blocks, while the last
+/// `reduce_blocks` sum. If that is all of them, they must be resident together.
 [[nodiscard]] constexpr CombineMode combine_mode(int num_blocks, int push_blocks, int reduce_blocks) {
   if (reduce_blocks != num_blocks) return CombineMode::kSplit;
   return push_blocks == num_blocks ? CombineMode::kMixed : CombineMode::kResident;

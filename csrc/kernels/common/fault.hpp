@@ -1,12 +1,13 @@
-// Faults: a wait that ended in vain is noted in device memory; one block of the launch reports the notes to the host.
+// Faults: a wait that ended in vain is noted in device memory; one block of the launch reports the notes to the
+// host.
 #pragma once
 
 #include "kernels/common/group.hpp"
 
 namespace deepep::kernels {
 
-/// Notes a wait that ended without what it waited for, before the block reports its faults. The first note's numbers
-/// stay; ranks add up.
+/// Notes a wait that ended without what it waited for, before the block reports its faults. The first note's
+/// numbers stay; ranks add up.
 DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uint32_t expected, uint32_t seen) {
   using namespace dev;
   if (fetch_or<relaxed, gpu_scope>(&g.state->phase, static_cast<uint32_t>(phase)) == 0) {
@@ -16,11 +17,12 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
   fetch_or<relaxed, gpu_scope>(&g.state->missing, missing);
 }
 
-/// The time for which a block that failed waits for the others' faults before it reports: their deadlines are the same.
+/// The time for which a block that failed waits for the others' faults before it reports: their deadlines are
+/// the same.
 inline constexpr uint64_t kGatherNs = 1000000;
 
-/// The end of a block in which a wait was in vain: the first such block reports what has been noted to the host. One
-/// thread, behind a block barrier. The host clears the notes before it launches again.
+/// The end of a block in which a wait was in vain: the first such block reports what has been noted to the
+/// host. One thread, behind a block barrier. The host clears the notes before it launches again.
 DEEPEP_DEVICE void report_fault(const Group& g, Operation operation) {
   using namespace dev;
   LocalState* state = g.state;

@@ -21,16 +21,17 @@ struct Digest {
 /// In place of a digest, the word of a rank that refuses the call; no digest has it.
 inline constexpr uint32_t kRefusal = 0;
 
-/// The number of this call, read by every block at its start. All threads. Never 0, which is what words hold that
-/// nobody has written yet; nor 1 after 2^32 - 1, for what lies in two places in turn goes by the lowest bit.
+/// The number of this call, read by every block at its start. All threads. Never 0, which is what words hold
+/// that nobody has written yet; nor 1 after 2^32 - 1, for what lies in two places in turn goes by the lowest
+/// bit.
 [[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) {
   const uint32_t last = dev::load(epoch);
   return last == 0xffffffffu ? 2 : last + 1;
 }
 
-/// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and without a
-/// wait, so that no block needs another one to be resident. One thread of every block, behind a block barrier that
-/// follows the block's own reads.
+/// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and
+/// without a wait, so that no block needs another one to be resident. One thread of every block, behind a block
+/// barrier that follows the block's own reads.
 DEEPEP_DEVICE void advance_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
   using namespace dev;
   const uint32_t before = fetch_add<acq_rel, gpu_scope>(&g.state->blocks_started, 1u);
@@ -39,9 +40,9 @@ DEEPEP_DEVICE void advance_epoch(const Group& g, uint32_t* epoch, uint32_t value
   store(epoch, value);
 }
 
-/// Grants the peers credit for this rank's staging: all its combines up to `epoch` have read it. Granted at the start
-/// of a kernel, not at the end of the one that read: that one's end has waited for the reads, so that no write can
-/// reach them any more and the word needs no order. Some of one block's threads.
+/// Grants the peers credit for this rank's staging: all its combines up to `epoch` have read it. Granted at the
+/// start of a kernel, not at the end of the one that read: that one's end has waited for the reads, so that no
+/// write can reach them any more and the word needs no order. Some of one block's threads.
 DEEPEP_DEVICE void grant_credit(const Group& g, uint32_t epoch) {
   using namespace dev;
   DEEPEP_ROLLED

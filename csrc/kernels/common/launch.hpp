@@ -11,12 +11,12 @@ void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
 void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
 void launch_barrier(const Group& group, void* stream);
 void launch_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_blocks, void* stream);
-/// Loads the kernels of all modes onto the current device, before any runs: those of rare ones might else be loaded while
-/// a peer's kernel waits for them.
+/// Loads the kernels of all modes onto the current device, before any runs: those of rare ones might else be
+/// loaded while a peer's kernel waits for them.
 void load_dispatch();
 void load_combine();
-/// Through bulk copies: `num_stages` of `stage_bytes` for each of a block's `num_warps`. Throws std::invalid_argument if
-/// they do not fit.
+/// Through bulk copies: `num_stages` of `stage_bytes` for each of a block's `num_warps`. Throws
+/// std::invalid_argument if they do not fit.
 void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_warps, int num_stages,
                       int64_t stage_bytes, int num_blocks, void* stream);
 

@@ -1,6 +1,6 @@
-// A plain contiguous copy through bulk copies, which need no registers for what is in flight. One lane of each warp
-// drives a ring of stages: chunks of a stage's size come in and go out, and nothing but the copies ever touches a stage,
-// so no proxy fence is needed between them. `launch_bulk_copy` checks the arguments.
+// A plain contiguous copy through bulk copies, which need no registers for what is in flight. One lane of each
+// warp drives a ring of stages: chunks of a stage's size come in and go out, and nothing but the copies ever
+// touches a stage, so no proxy fence is needed between them. `launch_bulk_copy` checks the arguments.
 //
 // Phases:
 //   start_ring   the ring's mbarriers, and loads into all its stages
@@ -12,8 +12,8 @@
 
 namespace deepep::kernels {
 
-/// Stages of a ring that are stored and whose reading nobody has waited for. A stage is loaded again when it is no
-/// longer one of them, so a ring has more.
+/// Stages of a ring that are stored and whose reading nobody has waited for. A stage is loaded again when it is
+/// no longer one of them, so a ring has more.
 inline constexpr int kUnreadStages = 2;
 inline constexpr int kMinStages = kUnreadStages + 1;
 

@@ -1,5 +1,5 @@
-// A plain contiguous copy through registers, by a given number of SMs: a floor that dispatch and combine are measured
-// against. bulk_copy.hpp is another.
+// A plain contiguous copy through registers, by a given number of SMs: a floor that dispatch and combine are
+// measured against. bulk_copy.hpp is another.
 //
 // Phases:
 //   copy_pieces  16 bytes a lane at a time, several in flight

@@ -1,5 +1,5 @@
-// Dispatch along the routing of a handle: mode kCached. Counts and rows come from the handle, and the host knows them;
-// receive arrays are new, so metadata goes round all the same.
+// Dispatch along the routing of a handle: mode kCached. Counts and rows come from the handle, and the host
+// knows them; receive arrays are new, so metadata goes round all the same.
 //
 // Phases:
 //   start           reads the epoch

@@ -1,4 +1,5 @@
-// A dispatch as its blocks see it: the call, its shared memory, and which rows of which tokens each warp writes.
+// A dispatch as its blocks see it: the call, its shared memory, and which rows of which tokens each warp
+// writes.
 #pragma once
 
 #include "layout/counts.hpp"
@@ -21,10 +22,12 @@ struct MetadataShared {
     return slot() + layout::kSlotArrays * per_rank();
   }
   [[nodiscard]] DEEPEP_HD int64_t push_blocks() const { return capacity() + per_rank(); }  // uint32 [R]
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return push_blocks() + per_rank(); }    // uint32: bits of Phases
+  /// uint32: bits of Phases
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return push_blocks() + per_rank(); }
   /// uint32: bits of those Phases in which wait_metadata failed; nobody adds to it afterwards.
   [[nodiscard]] DEEPEP_HD int64_t recv_failed() const { return failed() + 4; }
-  [[nodiscard]] DEEPEP_HD int64_t post_failed() const { return failed() + 8; }  // uint32: the same of post_counts_to_host
+  /// uint32: the same of post_counts_to_host
+  [[nodiscard]] DEEPEP_HD int64_t post_failed() const { return failed() + 8; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return failed() + 16; }
 
  private:
@@ -102,8 +105,8 @@ struct DispatchRole {
   return g.live & ((role.local ? self : 0u) | (role.push ? ~self : 0u));
 }
 
-/// The tokens of one warp: those of its block are dealt out in stretches. Where there are fewer than warps, several
-/// warps share a token, each a part of its row.
+/// The tokens of one warp: those of its block are dealt out in stretches. Where there are fewer than warps,
+/// several warps share a token, each a part of its row.
 struct WarpTokens {
   int64_t begin;  // tokens [begin, end)
   int64_t end;
@@ -125,7 +128,8 @@ struct WarpTokens {
   return {role.begin + split.begin(team), role.begin + split.end(team), dev::warp() - team * parts, parts};
 }
 
-/// Local blocks come first: block 0 posts metadata, and has time to. The push blocks' flags are numbered from 0.
+/// Local blocks come first: block 0 posts metadata, and has time to. The push blocks' flags are numbered from
+/// 0.
 [[nodiscard]] DEEPEP_DEVICE int first_push_block(const DispatchArgs& args) {
   return dev::num_blocks() - args.push_blocks;
 }

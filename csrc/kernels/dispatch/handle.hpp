@@ -14,8 +14,8 @@ DEEPEP_DEVICE void save_counts(const DispatchCall& call) {
   for (int i = dev::thread(); i < ranks * ranks; i += dev::num_threads()) dev::store(args.counts + i, counts.get(i));
 }
 
-/// A dispatch that was given up leaves a handle that sends nothing anywhere: a combine queued behind it does no harm.
-/// Each block its own part of it; block 0 the counts.
+/// A dispatch that was given up leaves a handle that sends nothing anywhere: a combine queued behind it does no
+/// harm. Each block its own part of it; block 0 the counts.
 DEEPEP_DEVICE void clear_handle(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
   const DispatchArgs& args = call.args;

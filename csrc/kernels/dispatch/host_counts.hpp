@@ -5,8 +5,8 @@
 
 namespace deepep::kernels {
 
-/// Posts to a host that waits how many rows come and for which experts, or with `why` that they do not. One block, all
-/// threads. Tagged words, so that no word waits for another.
+/// Posts to a host that waits how many rows come and for which experts, or with `why` that they do not. One
+/// block, all threads. Tagged words, so that no word waits for another.
 DEEPEP_DEVICE void post_counts_to_host(const DispatchCall& call, uint32_t why) {
   using namespace dev;
   const DispatchArgs& args = call.args;

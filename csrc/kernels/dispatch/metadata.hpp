@@ -1,10 +1,10 @@
-// Agreement of all ranks on a dispatch before a row moves: words from every rank to every rank. They fix every row of
-// every rank.
+// Agreement of all ranks on a dispatch before a row moves: words from every rank to every rank. They fix every
+// row of every rank.
 //
-// Why no opening barrier is needed: a peer writes only into the arrays that were posted to it in this call, and they are
-// granted in stream order after their earlier readers. Why the mailbox may be written again: a peer that is one call
-// ahead writes the other of two, and it gets two calls ahead only on our words of the next call, which we post when
-// this kernel has ended.
+// Why no opening barrier is needed: a peer writes only into the arrays that were posted to it in this call, and
+// they are granted in stream order after their earlier readers. Why the mailbox may be written again: a peer
+// that is one call ahead writes the other of two, and it gets two calls ahead only on our words of the next
+// call, which we post when this kernel has ended.
 #pragma once
 
 #include "kernels/dispatch/call.hpp"
@@ -59,10 +59,10 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
     else if (word >= g.num_ranks)
       value = args.common_words[word - g.num_ranks];
-    else if (kMode == DispatchMode::kFresh && is_live(g, word))  // a cached call's counts are in everybody's handle
+    else if (kMode == DispatchMode::kFresh && is_live(g, word))  // a cached call's are in everybody's handle
       value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
-    // Relaxed: the word needs no other, and carries the epoch, so that one of an earlier call is never taken for
-    // this one's. What read the slot before were kernels that have ended: no write can reach them any more.
+    // Relaxed: the word needs no other, and carries the epoch, so that one of an earlier call is never taken
+    // for this one's. What read the slot before were kernels that have ended: no write can reach them any more.
     store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, call.epoch) + 8 * word),
                               pack_tagged(value, call.epoch));
   }
@@ -78,8 +78,9 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   return (args.group.num_ranks * num_metadata_words(args) + dev::kWarpSize - 1) / dev::kWarpSize;
 }
 
-/// Every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases of why not,
-/// as bits: ranks never agree where one refuses. The same on all threads. Whole block, with one barrier; a fault is noted.
+/// Every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases of
+/// why not, as bits: ranks never agree where one refuses. The same on all threads. Whole block, with one
+/// barrier; a fault is noted.
 template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE uint32_t wait_metadata(const DispatchCall& call) {
   using namespace dev;
@@ -123,9 +124,9 @@ template <DispatchMode kMode>
   sync_block();
   uint32_t why = recv_failed.get(0);
   if (why == 0) {
-    // Every warp comes to the same, without another barrier: lane d sees whether what goes to rank d fits there.
-    // Every rank sees every capacity, so all of them stop here, before a row has moved.
-    // A host that waits learns it with the counts and provides longer arrays; for another it is a fault.
+    // Every warp comes to the same, without another barrier: lane d sees whether what goes to rank d fits
+    // there. Every rank sees every capacity, so all of them stop here, before a row has moved. A host that
+    // waits learns it with the counts and provides longer arrays; for another it is a fault.
     const auto count = [&](int s, int d) { return counts.get(s * ranks + d); };
     const bool handles = lane() < ranks && is_live(g, lane());
     const int64_t rows = handles ? layout::first_row_of_source(count, ranks, lane()) : 0;

@@ -1,4 +1,5 @@
-// What does not depend on the peers' counts, while those travel: where tokens go, and how many go there before them.
+// What does not depend on the peers' counts, while those travel: where tokens go, and how many go there before
+// them.
 #pragma once
 
 #include "kernels/dispatch/call.hpp"
@@ -16,7 +17,8 @@ inline constexpr int kPlaceBatch = 8;  // tokens a thread looks at together
   return mask & wanted;
 }
 
-/// Lane r gets how many of the tokens first, first + step, ... of all lanes, below `end`, go to rank r. One warp.
+/// Lane r gets how many of the tokens first, first + step, ... of all lanes, below `end`, go to rank r. One
+/// warp.
 template <int kBatch>
 [[nodiscard]] DEEPEP_DEVICE int count_tokens(const DispatchArgs& args, int64_t first, int64_t step, int64_t end,
                                              uint32_t wanted) {
@@ -52,8 +54,8 @@ DEEPEP_DEVICE void count_earlier_tokens(const DispatchArgs& args, const Dispatch
   if (lane() < ranks) before.set(warp() * ranks + lane(), earlier);
 }
 
-/// Lane r: the first of this warp's tokens for rank r has so many of this rank's before it. One warp, behind a block
-/// barrier.
+/// Lane r: the first of this warp's tokens for rank r has so many of this rank's before it. One warp, behind a
+/// block barrier.
 [[nodiscard]] DEEPEP_DEVICE int tokens_before(const DispatchArgs& args, const WarpTokens& mine) {
   using namespace dev;
   const int ranks = args.group.num_ranks;
@@ -74,8 +76,8 @@ DEEPEP_DEVICE void count_earlier_tokens(const DispatchArgs& args, const Dispatch
   return result;
 }
 
-/// The destinations of a token, as far as they are known before its turn: for a cached call its row at rank r in lane r, or -1; else whether
-/// it goes there.
+/// The destinations of a token, as far as they are known before its turn: for a cached call its row at rank r
+/// in lane r, or -1; else whether it goes there.
 template <bool kCached>
 [[nodiscard]] DEEPEP_DEVICE int32_t look_up_route(const DispatchArgs& args, int64_t t, bool mine) {
   if (!mine) return kCached ? -1 : 0;
@@ -92,13 +94,15 @@ DEEPEP_DEVICE void prefetch_row(const DispatchArgs& args, const WarpTokens& mine
     dev::prefetch(args.x + mine.begin * args.row_bytes + line * layout::kLine);
 }
 
-/// The way of a warp's first token, of which lane r has what concerns rank r; more tokens are looked up as they come.
+/// The way of a warp's first token, of which lane r has what concerns rank r; more tokens are looked up as they
+/// come.
 struct FirstToken {
   int32_t route;  // see look_up_route
   int before;     // so many tokens of this rank go there before it; of a cached call it is in the route
 };
 
-/// Of what does not depend on the counts, what is slow: first rows, where their tokens go, and what goes before them.
+/// Of what does not depend on the counts, what is slow: first rows, where their tokens go, and what goes before
+/// them.
 template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE FirstToken place_tokens(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;

@@ -1,8 +1,8 @@
 // The fields of a row, which travel with its bytes: scales, source token, top-k indices and weights.
 //
-// Scales are many: a row's own are written right after it. Of the rest a row has a few bytes, and a store for each would
-// leave most of a warp's lanes idle. At one destination the rows of a warp's tokens follow each other; so they are
-// written for up to 32 tokens together, and what is stored is one stretch of each array.
+// Scales are many: a row's own are written right after it. Of the rest a row has a few bytes, and a store for
+// each would leave most of a warp's lanes idle. At one destination the rows of a warp's tokens follow each
+// other; so they are written for up to 32 tokens together, and what is stored is one stretch of each array.
 #pragma once
 
 #include "layout/placement.hpp"
@@ -10,8 +10,8 @@
 
 namespace deepep::kernels {
 
-/// A row's scales, a piece in each lane's hands: two neighbours, so that they are stored at once, or where rows may
-/// begin between two 8-byte words, two that are a warp's width apart.
+/// A row's scales, a piece in each lane's hands: two neighbours, so that they are stored at once, or where rows
+/// may begin between two 8-byte words, two that are a warp's width apart.
 struct Scales {
   static constexpr int kHeld = 2;  // further ones are read when they are written
   uint32_t scale[kHeld];
@@ -71,8 +71,8 @@ struct TokenGroup {
 /// The number of tokens before the group's i-th that go, by the bits of a rank. i < 32.
 [[nodiscard]] DEEPEP_DEVICE int going_before(uint32_t going, int i) { return dev::popcount(going & ((1u << i) - 1)); }
 
-/// Walks the rows of a [group.size, width] array, 32 elements of it at a time, one a lane; without a division a step.
-/// width <= 32.
+/// Walks the rows of a [group.size, width] array, 32 elements of it at a time, one a lane; without a division a
+/// step. width <= 32.
 struct LaneInRows {
   int width;
   int row;
@@ -98,7 +98,8 @@ struct LaneInRows {
   }
 };
 
-/// The group's rows at every rank into the handle, -1 for none; `saves`: lane r, whether rank r concerns this warp.
+/// The group's rows at every rank into the handle, -1 for none; `saves`: lane r, whether rank r concerns this
+/// warp.
 DEEPEP_DEVICE void save_send_rows(const DispatchArgs& args, const TokenGroup& group, bool saves) {
   using namespace dev;
   const int ranks = args.group.num_ranks;
@@ -128,8 +129,8 @@ DEEPEP_DEVICE void write_sources(const DispatchArgs& args, const TokenGroup& gro
   }
 }
 
-/// A top-k entry. An index of four bytes has no sign here, since to extend it one has to wait for it; -1 is no expert
-/// either way.
+/// A top-k entry. An index of four bytes has no sign here, since to extend it one has to wait for it; -1 is no
+/// expert either way.
 struct Entry {
   int64_t index;
   uint32_t weight;
@@ -145,8 +146,8 @@ struct Entry {
   return {index, load_once(args.topk_weights + from)};
 }
 
-/// Indices and weights to every rank of `destinations`, as it sees them: its own experts', -1 and 0 for others'.
-/// `entry`: this lane's first.
+/// Indices and weights to every rank of `destinations`, as it sees them: its own experts', -1 and 0 for
+/// others'. `entry`: this lane's first.
 DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& group, uint32_t destinations,
                                  Entry entry) {
   using namespace dev;

@@ -5,8 +5,8 @@
 
 namespace deepep::kernels {
 
-/// This push block's rows are at every peer. Its threads' stores come before its flags: the block barrier orders them
-/// before the releasing thread, and the release carries them along.
+/// This push block's rows are at every peer. Its threads' stores come before its flags: the block barrier
+/// orders them before the releasing thread, and the release carries them along.
 DEEPEP_DEVICE void signal_rows(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
   if (!share.role.push) return;

@@ -49,8 +49,9 @@ struct HeldRow {
   return first;
 }
 
-/// A warp's tokens, or its part of one; a row is read once and stored to every destination of the role. What is known of
-/// the `first_token` was found while the metadata travelled, and the beginning of its row may be `held`.
+/// A warp's tokens, or its part of one; a row is read once and stored to every destination of the role. What is
+/// known of the `first_token` was found while the metadata travelled, and the beginning of its row may be
+/// `held`.
 template <DispatchMode kMode>
 DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, const FirstToken& first_token,
                               HeldRow& held) {

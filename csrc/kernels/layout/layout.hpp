@@ -1,7 +1,8 @@
 // Dispatch layout on the device: counts per rank, domain and expert, and which ranks each token goes to.
 //
 // Phases:
-//   count_tokens   a thread a token: marks its ranks, counts in shared memory; each block adds its sums to the workspace
+//   count_tokens   a thread a token: marks its ranks, counts in shared memory; each block adds its sums to the
+//                  workspace
 //   is_last_block  each block takes a ticket
 //   write_totals   the block with the last ticket, and leaves the workspace zero for the next call
 #pragma once
