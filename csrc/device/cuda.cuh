@@ -93,27 +93,27 @@ DEEPEP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%
 // ---- ordered memory ----------------------------------------------------------------------------------------
 
 // One asm statement for each (operation, order, scope, width): `.order.scope.type` are part of the opcode.
-#define DEEPEP_LOAD(ORDER, SCOPE, PTX, T, TYPE, REG)                                              \
-  DEEPEP_DEVICE T load_impl(ORDER, SCOPE, const T* p) {                                           \
-    T v;                                                                                          \
-    asm volatile("ld." PTX ".global." TYPE " %0, [%1];" : "=" REG(v) : "l"(p) : "memory");        \
-    return v;                                                                                     \
+#define DEEPEP_LOAD(ORDER, SCOPE, PTX, T, TYPE, REG)                                       \
+  DEEPEP_DEVICE T load_impl(ORDER, SCOPE, const T* p) {                                    \
+    T v;                                                                                   \
+    asm volatile("ld." PTX ".global." TYPE " %0, [%1];" : "=" REG(v) : "l"(p) : "memory"); \
+    return v;                                                                              \
   }
-#define DEEPEP_STORE(ORDER, SCOPE, PTX, T, TYPE, REG)                                             \
-  DEEPEP_DEVICE void store_impl(ORDER, SCOPE, T* p, T v) {                                        \
-    asm volatile("st." PTX ".global." TYPE " [%0], %1;" ::"l"(p), REG(v) : "memory");             \
+#define DEEPEP_STORE(ORDER, SCOPE, PTX, T, TYPE, REG)                                 \
+  DEEPEP_DEVICE void store_impl(ORDER, SCOPE, T* p, T v) {                            \
+    asm volatile("st." PTX ".global." TYPE " [%0], %1;" ::"l"(p), REG(v) : "memory"); \
   }
-#define DEEPEP_FETCH(NAME, OP, ORDER, SCOPE, PTX, T, TYPE, REG)                                   \
-  DEEPEP_DEVICE T NAME##_impl(ORDER, SCOPE, T* p, T v) {                                          \
-    T old;                                                                                        \
-    asm volatile("atom." PTX ".global." OP "." TYPE " %0, [%1], %2;"                              \
-                 : "=" REG(old)                                                                   \
-                 : "l"(p), REG(v)                                                                 \
-                 : "memory");                                                                     \
-    return old;                                                                                   \
+#define DEEPEP_FETCH(NAME, OP, ORDER, SCOPE, PTX, T, TYPE, REG)      \
+  DEEPEP_DEVICE T NAME##_impl(ORDER, SCOPE, T* p, T v) {             \
+    T old;                                                           \
+    asm volatile("atom." PTX ".global." OP "." TYPE " %0, [%1], %2;" \
+                 : "=" REG(old)                                      \
+                 : "l"(p), REG(v)                                    \
+                 : "memory");                                        \
+    return old;                                                      \
   }
-#define DEEPEP_WIDTHS(MACRO, ...)           \
-  MACRO(__VA_ARGS__, uint32_t, "b32", "r")  \
+#define DEEPEP_WIDTHS(MACRO, ...)          \
+  MACRO(__VA_ARGS__, uint32_t, "b32", "r") \
   MACRO(__VA_ARGS__, uint64_t, "b64", "l")
 
 DEEPEP_WIDTHS(DEEPEP_LOAD, relaxed, gpu_scope, "relaxed.gpu")
@@ -125,10 +125,10 @@ DEEPEP_WIDTHS(DEEPEP_STORE, relaxed, sys_scope, "relaxed.sys")
 DEEPEP_WIDTHS(DEEPEP_STORE, release, gpu_scope, "release.gpu")
 DEEPEP_WIDTHS(DEEPEP_STORE, release, sys_scope, "release.sys")
 
-#define DEEPEP_ADD_WIDTHS(ORDER, SCOPE, PTX)                                \
-  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint32_t, "u32", "r")   \
-  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint64_t, "u64", "l")   \
-  DEEPEP_FETCH(fetch_or, "or", ORDER, SCOPE, PTX, uint32_t, "b32", "r")     \
+#define DEEPEP_ADD_WIDTHS(ORDER, SCOPE, PTX)                              \
+  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint32_t, "u32", "r") \
+  DEEPEP_FETCH(fetch_add, "add", ORDER, SCOPE, PTX, uint64_t, "u64", "l") \
+  DEEPEP_FETCH(fetch_or, "or", ORDER, SCOPE, PTX, uint32_t, "b32", "r")   \
   DEEPEP_FETCH(fetch_or, "or", ORDER, SCOPE, PTX, uint64_t, "b64", "l")
 DEEPEP_ADD_WIDTHS(relaxed, gpu_scope, "relaxed.gpu")
 DEEPEP_ADD_WIDTHS(release, gpu_scope, "release.gpu")
@@ -205,13 +205,14 @@ template <class Order, class Scope>
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool wait_reached(const uint32_t* p, uint32_t epoch, Deadline deadline) {
   // Epochs wrap around: the sign of the difference tells which is later.
-  return wait_until<Order, Scope>(p, [=](uint32_t seen) { return static_cast<int32_t>(seen - epoch) >= 0; }, deadline);
+  return wait_until<Order, Scope>(
+      p, [=](uint32_t seen) { return static_cast<int32_t>(seen - epoch) >= 0; }, deadline);
 }
 
 /// What was read last goes to `seen`, also if the deadline passed.
 template <class Order, class Scope>
-[[nodiscard]] DEEPEP_DEVICE bool wait_masked(const uint32_t* p, uint32_t mask, uint32_t value, Deadline deadline,
-                                             uint32_t& seen) {
+[[nodiscard]] DEEPEP_DEVICE bool wait_masked(const uint32_t* p, uint32_t mask, uint32_t value,
+                                             Deadline deadline, uint32_t& seen) {
   const auto matches = [&](uint32_t word) {
     seen = word;
     return (word & mask) == value;
@@ -254,7 +255,10 @@ class SharedArray {
   DEEPEP_DEVICE void set(int i, T v) {
     static_assert(sizeof(T) == 4 && std::is_same_v<Order, release>);
     T old;
-    asm volatile("atom.release.cta.shared.exch.b32 %0, [%1], %2;" : "=r"(old) : "r"(address(i)), "r"(v) : "memory");
+    asm volatile("atom.release.cta.shared.exch.b32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "r"(address(i)), "r"(v)
+                 : "memory");
   }
   /// Atomic within the block; returns what was there before.
   DEEPEP_DEVICE T add(int i, T v) { return atomicAdd_block(data_ + i, v); }
@@ -272,7 +276,9 @@ class SharedArray {
 
 // ---- mbarriers ---------------------------------------------------------------------------------------------
 
-DEEPEP_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEEPEP_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 DEEPEP_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -282,7 +288,8 @@ DEEPEP_DEVICE void mbarrier_invalidate(uint64_t* barrier) {
 }
 
 DEEPEP_DEVICE void mbarrier_arrive_impl(release, block_scope, uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 template <class Order, class Scope>
 DEEPEP_DEVICE void mbarrier_arrive(uint64_t* barrier) {
@@ -290,9 +297,10 @@ DEEPEP_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 }
 
 DEEPEP_DEVICE void mbarrier_expect_impl(release, block_scope, uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 template <class Order, class Scope>
 DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
@@ -300,7 +308,8 @@ DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
 }
 
 /// One look, in which the hardware may suspend the thread for a while.
-[[nodiscard]] DEEPEP_DEVICE bool mbarrier_try_impl(acquire, block_scope, const uint64_t* barrier, uint32_t phase) {
+[[nodiscard]] DEEPEP_DEVICE bool mbarrier_try_impl(acquire, block_scope, const uint64_t* barrier,
+                                                   uint32_t phase) {
   uint32_t complete;
   asm volatile(
       "{\n"
@@ -329,13 +338,15 @@ DEEPEP_DEVICE void bulk_load(void* stage, const void* from, int64_t bytes, uint6
   // .shared::cluster with an address of this block: the form that every PTX version with bulk copies has.
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(stage)),
-               "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(bytes)), "r"(shared_address(barrier))
+               "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(bytes)),
+               "r"(shared_address(barrier))
                : "memory");
 }
 DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
-               "r"(shared_address(stage)), "r"(static_cast<uint32_t>(bytes))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(stage)), "r"(static_cast<uint32_t>(bytes))
+      : "memory");
 }
 DEEPEP_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -347,7 +358,9 @@ DEEPEP_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-DEEPEP_DEVICE void fence_async_impl(shared_space) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEEPEP_DEVICE void fence_async_impl(shared_space) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 DEEPEP_DEVICE void fence_async_impl(global_space) { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DEEPEP_DEVICE void fence_async_impl(all_spaces) { asm volatile("fence.proxy.async;" ::: "memory"); }
 template <class Space>
@@ -360,7 +373,9 @@ DEEPEP_DEVICE void fence_async() {
 /// NVSHMEM's signals count in 64 bits; an epoch is the lower half.
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* signal, uint32_t epoch, Deadline deadline) {
-  const auto reached = [=](uint64_t seen) { return static_cast<int32_t>(static_cast<uint32_t>(seen) - epoch) >= 0; };
+  const auto reached = [=](uint64_t seen) {
+    return static_cast<int32_t>(static_cast<uint32_t>(seen) - epoch) >= 0;
+  };
   return wait_until<Order, Scope>(signal, reached, deadline);
 }
 
@@ -369,7 +384,8 @@ DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank) {
   nvshmem_putmem_nbi(to, from, static_cast<size_t>(bytes), rank);
 }
 template <class Update>
-DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value, int rank) {
+DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value,
+                              int rank) {
   constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
   nvshmem_putmem_signal_nbi(to, from, static_cast<size_t>(bytes), signal, value, update, rank);
 }

@@ -35,7 +35,9 @@ struct Placement {
   [[nodiscard]] DEEPEP_HD constexpr int32_t rank_of_expert(int32_t expert) const {
     return expert / experts_per_rank;
   }
-  [[nodiscard]] DEEPEP_HD constexpr int32_t domain_of_rank(int32_t rank) const { return rank / ranks_per_domain; }
+  [[nodiscard]] DEEPEP_HD constexpr int32_t domain_of_rank(int32_t rank) const {
+    return rank / ranks_per_domain;
+  }
   [[nodiscard]] DEEPEP_HD constexpr int32_t first_rank_of_domain(int32_t domain) const {
     return domain * ranks_per_domain;
   }

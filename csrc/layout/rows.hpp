@@ -31,8 +31,7 @@ template <class Count>
 /// The source of a received row: the last one whose rows begin at or before
 /// it. Sources without rows begin where the next does, so "last" passes over
 /// them. bases [R]: one receiver's row bases; 0 <= row < rows received.
-[[nodiscard]] DEEPEP_HD constexpr int32_t source_of_row(const int64_t* bases, int32_t num_ranks,
-                                                        int64_t row) {
+[[nodiscard]] DEEPEP_HD constexpr int32_t source_of_row(const int64_t* bases, int32_t num_ranks, int64_t row) {
   int32_t low = 0, high = num_ranks;  // bases[low] <= row, and bases[high] > row or past the end
   while (high - low > 1) {
     const int32_t middle = low + (high - low) / 2;

@@ -224,7 +224,8 @@ struct ChunkSizes {
 
 /// The rows that `from` returns to `owner` in one of the chunks.
 template <class Count>
-[[nodiscard]] DEEPEP_HD RowRange chunk_of_rows(const Count& count, int owner, int from, int chunk, const ChunkSizes& chunks) {
+[[nodiscard]] DEEPEP_HD RowRange chunk_of_rows(const Count& count, int owner, int from, int chunk,
+                                               const ChunkSizes& chunks) {
   const int64_t rows = count(owner, from);
   const int64_t begin = chunks.begin(rows, chunk);
   return {first_row_of_source(count, owner, from) + begin, first_staging_row(count, owner, from) + begin,

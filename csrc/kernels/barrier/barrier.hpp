@@ -43,7 +43,8 @@ DEEPEP_DEVICE void signal_arrival(const BarrierCall& call) {
   using namespace dev;
   const Group& g = call.g;
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
-    if (is_live(g, peer)) store<release, sys_scope>(at<uint32_t>(g, peer, g.control.arrived(g.rank)), call.epoch);
+    if (is_live(g, peer))
+      store<release, sys_scope>(at<uint32_t>(g, peer, g.control.arrived(g.rank)), call.epoch);
 }
 
 DEEPEP_DEVICE void wait_arrivals(const BarrierCall& call) {

@@ -60,7 +60,8 @@ struct CombineCall {
   SharedArray<uint32_t> taken(shared.taken());
   SharedArray<uint32_t> credit(shared.credit());
   SharedArray<uint32_t> progress(shared.progress());
-  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) counts.set(i, load_once(args.counts + i));
+  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads())
+    counts.set(i, load_once(args.counts + i));
   if (thread() == 0) {
     failed.set(0, 0);
     taken.set(0, 0);
@@ -120,7 +121,10 @@ struct CombinePlan {
     if (dev::lane() < ranks && d != dev::lane() && count(dev::lane(), d) > most) most = count(dev::lane(), d);
   const auto any_above = [&](int rows) { return dev::ballot(most > rows) != 0; };
   static_assert(layout::StagingLayout::kParts == 4);
-  return layout::Parts(any_above(kFewRows) ? 1 : any_above(kFewItems / 3) ? 2 : any_above(kFewItems / 4) ? 3 : 4);
+  return layout::Parts(any_above(kFewRows)        ? 1
+                       : any_above(kFewItems / 3) ? 2
+                       : any_above(kFewItems / 4) ? 3
+                                                  : 4);
 }
 
 [[nodiscard]] DEEPEP_DEVICE ReturnRows returns_of(const CombineCall& call) {
@@ -133,14 +137,17 @@ struct CombinePlan {
   const int64_t place = layout::first_staging_row(count, lane(), g.rank);
   const int64_t room = layout::max_of(call.args.staging.capacity() - place, int64_t{0});
   return {static_cast<int32_t>(layout::min_of(static_cast<int64_t>(count(lane(), g.rank)), room)),
-          static_cast<int32_t>(layout::first_row_of_source(count, lane(), g.rank)), static_cast<int32_t>(place)};
+          static_cast<int32_t>(layout::first_row_of_source(count, lane(), g.rank)),
+          static_cast<int32_t>(place)};
 }
 
 /// Whole warps.
-[[nodiscard]] DEEPEP_DEVICE uint32_t num_return_items(const Group& g, const ReturnRows& returns, layout::Parts parts) {
+[[nodiscard]] DEEPEP_DEVICE uint32_t num_return_items(const Group& g, const ReturnRows& returns,
+                                                      layout::Parts parts) {
   int32_t most = 0;
   DEEPEP_ROLLED
-  for (int owner = 0; owner < g.num_ranks; ++owner) most = layout::max_of(most, dev::shuffle(returns.rows, owner));
+  for (int owner = 0; owner < g.num_ranks; ++owner)
+    most = layout::max_of(most, dev::shuffle(returns.rows, owner));
   return static_cast<uint32_t>(most) * parts.count;
 }
 
@@ -152,22 +159,41 @@ struct CombinePlan {
   if (args.mode != CombineMode::kSplit && num_items <= static_cast<uint32_t>(blocks * warps)) {
     // If there are enough without it, one warp waits for credit and signals.
     if (num_items <= static_cast<uint32_t>(blocks * (warps - 1)))
-      return {.push_warps = warps - 1, .credit_warp = any ? warps - 1 : -1, .signal_warp = any ? warps - 1 : -1,
-              .is_single = true, .reduces = true, .push_blocks = blocks, .reduce_blocks = blocks};
+      return {.push_warps = warps - 1,
+              .credit_warp = any ? warps - 1 : -1,
+              .signal_warp = any ? warps - 1 : -1,
+              .is_single = true,
+              .reduces = true,
+              .push_blocks = blocks,
+              .reduce_blocks = blocks};
     // Else not by one warp: what pushes behind a wait for credit comes late, and what signals is to be done
     // with its own before the others are.
-    return {.push_warps = warps, .credit_warp = 0, .signal_warp = warps - 1,
-            .is_single = true, .reduces = true, .push_blocks = blocks, .reduce_blocks = blocks};
+    return {.push_warps = warps,
+            .credit_warp = 0,
+            .signal_warp = warps - 1,
+            .is_single = true,
+            .reduces = true,
+            .push_blocks = blocks,
+            .reduce_blocks = blocks};
   }
   if (args.mode == CombineMode::kMixed) {
     const int mixed = (warps * kMixedPushing + 15) / 16;
-    return {.push_warps = mixed, .credit_warp = mixed, .signal_warp = mixed,
-            .is_single = false, .reduces = true, .push_blocks = blocks, .reduce_blocks = blocks};
+    return {.push_warps = mixed,
+            .credit_warp = mixed,
+            .signal_warp = mixed,
+            .is_single = false,
+            .reduces = true,
+            .push_blocks = blocks,
+            .reduce_blocks = blocks};
   }
   const bool pushes = block() < args.push_blocks;
   const int behind = pushes && any ? warps - 1 : -1;
-  return {.push_warps = pushes ? warps - 1 : 0, .credit_warp = behind, .signal_warp = behind,
-          .is_single = false, .reduces = !pushes, .push_blocks = args.push_blocks,
+  return {.push_warps = pushes ? warps - 1 : 0,
+          .credit_warp = behind,
+          .signal_warp = behind,
+          .is_single = false,
+          .reduces = !pushes,
+          .push_blocks = args.push_blocks,
           .reduce_blocks = blocks - args.push_blocks};
 }
 
@@ -182,8 +208,13 @@ struct CombinePlan {
 /// The same where the copy engine returns the rows: all warps sum.
 [[nodiscard]] DEEPEP_DEVICE CombinePlan choose_sums_alone(const CombineCall& call) {
   return {choose_parts(call), ReturnRows{}, 0,
-          CombineRole{.push_warps = 0, .credit_warp = -1, .signal_warp = -1, .is_single = false, .reduces = true,
-                      .push_blocks = 0, .reduce_blocks = dev::num_blocks()}};
+          CombineRole{.push_warps = 0,
+                      .credit_warp = -1,
+                      .signal_warp = -1,
+                      .is_single = false,
+                      .reduces = true,
+                      .push_blocks = 0,
+                      .reduce_blocks = dev::num_blocks()}};
 }
 
 }  // namespace deepep::kernels

@@ -11,9 +11,9 @@
 //   wait_credit      one warp of a pushing block waits until the owners' staging is free
 //   push_rows        push warps store each received row in its owner's staging
 //   signal_rows      one warp raises the flags behind the rows
-//   reduce_rows      the other warps, and push warps that are done, take tokens in order: for each, wait for the
-//                    flags of its remote rows, sum bias and rows in rank order in fp32, round once, write. A
-//                    rank's own row is read where it lies, and while its peers' are still on their way
+//   reduce_rows      the other warps, and push warps that are done, take tokens in order: for each, wait for
+//                    the flags of its remote rows, sum bias and rows in rank order in fp32, round once, write.
+//                    A rank's own row is read where it lies, and while its peers' are still on their way
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //

@@ -7,8 +7,8 @@
 //   choose_sums_alone  how rows are cut; nothing is pushed, all warps sum
 //   post_digest        block 0: what all ranks must pass alike, to all of them
 //   advance_epoch      each block has read it; the last one advances it
-//   drive_copy_engine  one warp waits until the owners' staging is free, rings the engine's doorbell, and raises
-//                      the flags of each chunk's rows when the engine has copied it
+//   drive_copy_engine  one warp waits until the owners' staging is free, rings the engine's doorbell, and
+//                      raises the flags of each chunk's rows when the engine has copied it
 //   reduce_rows        all warps but that one from the start: see combine.hpp
 //   finish             looks for what went wrong
 //   wait_copy_engine   no fault is reported while copies are under way

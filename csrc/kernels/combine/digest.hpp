@@ -49,7 +49,8 @@ DEEPEP_DEVICE void post_refusal(const CombineCall& call) {
     const uint64_t* word = at<uint64_t>(g, g.rank, g.control.combine_digest(lane(), call.epoch));
     uint32_t seen = 0;
     if (!wait_tag<relaxed, sys_scope>(word, call.epoch, call.deadline, seen)) {
-      note_fault(g, Phase::kReturn, 1u << lane(), call.epoch, unpack_tagged(load<relaxed, sys_scope>(word)).tag);
+      note_fault(g, Phase::kReturn, 1u << lane(), call.epoch,
+                 unpack_tagged(load<relaxed, sys_scope>(word)).tag);
       agrees = false;
     } else if (seen != digest || digest == kRefusal) {
       note_fault(g, Phase::kDisagreement, 1u << lane(), digest, seen);

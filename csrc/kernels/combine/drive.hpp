@@ -41,7 +41,8 @@ namespace deepep::kernels {
       if (!is_live(g, owner)) continue;
       const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, args.copy_engine.chunks);
       std::byte* flags = g.heap[owner] + g.staging_offset;
-      for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts.count; i += kWarpSize)
+      for (uint32_t i = static_cast<uint32_t>(lane()); i < static_cast<uint32_t>(rows.rows) * parts.count;
+           i += kWarpSize)
         store<relaxed, sys_scope>(
             reinterpret_cast<uint32_t*>(flags + staging.flag(rows.place + parts.row_of(i), parts.part_of(i))),
             call.epoch);
@@ -58,7 +59,8 @@ DEEPEP_DEVICE void wait_copy_engine(const CombineArgs& args) {
   // The doorbell rings within one time-out, and the engine has another.
   const Deadline deadline = Deadline::in(2 * g.timeout_ns);
   const auto missing = [&] {
-    return static_cast<int32_t>(args.copy_engine.last_ticket - load<relaxed, sys_scope>(&g.state->ce_completed)) > 0;
+    return static_cast<int32_t>(args.copy_engine.last_ticket -
+                                load<relaxed, sys_scope>(&g.state->ce_completed)) > 0;
   };
   while (missing() && !deadline.passed()) pause();
   if (missing()) note_fault(g, Phase::kCopyEngine, 0, args.copy_engine.last_ticket, 0);

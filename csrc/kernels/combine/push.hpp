@@ -30,7 +30,9 @@ struct ReturnItems {
   uint32_t step;
   uint32_t end;
 
-  [[nodiscard]] DEEPEP_DEVICE uint32_t count() const { return first < end ? (end - first + step - 1) / step : 0; }
+  [[nodiscard]] DEEPEP_DEVICE uint32_t count() const {
+    return first < end ? (end - first + step - 1) / step : 0;
+  }
 };
 
 [[nodiscard]] DEEPEP_DEVICE ReturnItems items_of_warp(const CombinePlan& plan, int warp) {
@@ -51,10 +53,12 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int end = parts.begin(chunks, part + 1);
   float weight = 0.0f;
-  if (parts.is_last(part) && lane() < args.num_topk) weight = load_once(args.topk_weights + row * args.num_topk + lane());
+  if (parts.is_last(part) && lane() < args.num_topk)
+    weight = load_once(args.topk_weights + row * args.num_topk + lane());
   int begin = parts.begin(chunks, part) + lane();
+  // Once for a part that is empty, too: it has a flag as any other.
 #pragma unroll 1
-  do {  // once for a part that is empty, too: it has a flag as any other
+  do {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
     Vec16 v[kReturnUnroll];
 #pragma unroll
@@ -122,7 +126,8 @@ DEEPEP_DEVICE void signal_rows(const CombineCall& call, const CombinePlan& plan)
       const uint32_t item = items.first + raised * items.step;
       const uint32_t nth = raised < done ? plan.parts.row_of(item) : 0xffffffffu;  // no owner has that
       for_each_owner(g, plan.returns, nth, [&](int owner, int64_t, int64_t place) {
-        std::byte* flag = g.heap[owner] + g.staging_offset + call.args.staging.flag(place, plan.parts.part_of(item));
+        std::byte* flag =
+            g.heap[owner] + g.staging_offset + call.args.staging.flag(place, plan.parts.part_of(item));
         store<relaxed, sys_scope>(reinterpret_cast<uint32_t*>(flag), call.epoch);
       });
     }

@@ -85,7 +85,8 @@ struct Turn {
     }
     fails = ballot(!came) != 0;
     if (fails) break;  // the deadline has passed: what is still missing will not be waited for again
-    sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
+    // The lanes' acquires come before the whole warp's reads; a ballot orders no memory.
+    sync_warp();
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * args.row_bytes);
     if (is_pair)
       reduce_pair(out, pair_of(addends), from, end, here);

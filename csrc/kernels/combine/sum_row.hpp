@@ -158,7 +158,8 @@ struct TokenRows {
   Addends addends{0, 0, 0};
   for (int b = 0; b < 2; ++b) {
     if (args.bias[b] == nullptr) continue;
-    if (lane() == addends.count) addends.address = reinterpret_cast<uint64_t>(args.bias[b] + t * args.row_bytes);
+    if (lane() == addends.count)
+      addends.address = reinterpret_cast<uint64_t>(args.bias[b] + t * args.row_bytes);
     ++addends.count;
   }
   const uint64_t row = address_of_row(args, rows);
@@ -176,7 +177,8 @@ struct TokenRows {
 DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const TokenRows& rows) {
   using namespace dev;
   const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
-  const std::byte* here = reinterpret_cast<const std::byte*>(args.topk_weights + rows.at_rank * int64_t{args.num_topk});
+  const std::byte* here =
+      reinterpret_cast<const std::byte*>(args.topk_weights + rows.at_rank * int64_t{args.num_topk});
   const uint64_t weights =
       reinterpret_cast<uint64_t>(rows.is_remote() ? area + args.staging.weights(rows.place) : here);
   float weight = 0.0f;

@@ -90,22 +90,22 @@ struct DispatchArgs {
   int push_blocks;   // the last push_blocks blocks write to other ranks
   int local_blocks;  // blocks [0, local_blocks) write rows that stay; both are all blocks, or disjoint
   int64_t num_tokens;
-  int num_topk;           // 0: no top-k travels, as in a cached call, where source tokens do not either
-  int num_local_experts;  // L
-  int num_scales;         // 4-byte scales per row; 0: none
-  int index_bytes;        // 4 or 8
-  int64_t row_bytes;      // a multiple of 16
-  const std::byte* x;                // [T, row_bytes]
-  const uint32_t* scales;            // [T, num_scales], any strides
-  int64_t scale_token_stride;        // in elements
-  int64_t scale_stride;              // in elements
-  const void* topk_idx;              // [T, K] int32 or int64
-  const uint32_t* topk_weights;      // [T, K] float32 bits
-  const uint8_t* is_token_in_rank;   // [T, R]
-  const int32_t* tokens_per_rank;    // [R]; not used when cached
-  const int32_t* tokens_per_expert;  // [E] or null; not used when cached
-  int32_t* counts;                   // [R, R] of the handle: read when cached, else written
-  int32_t* send_row;                 // [T, R] of the handle: final row at each rank, or -1; likewise
+  int num_topk;                  // 0: no top-k travels, as in a cached call, where source tokens do not either
+  int num_local_experts;         // L
+  int num_scales;                // 4-byte scales per row; 0: none
+  int index_bytes;               // 4 or 8
+  int64_t row_bytes;             // a multiple of 16
+  const std::byte* x;            // [T, row_bytes]
+  const uint32_t* scales;        // [T, num_scales], any strides
+  int64_t scale_token_stride;    // in elements
+  int64_t scale_stride;          // in elements
+  const void* topk_idx;          // [T, K] int32 or int64
+  const uint32_t* topk_weights;  // [T, K] float32 bits
+  const uint8_t* is_token_in_rank;    // [T, R]
+  const int32_t* tokens_per_rank;     // [R]; not used when cached
+  const int32_t* tokens_per_expert;   // [E] or null; not used when cached
+  int32_t* counts;                    // [R, R] of the handle: read when cached, else written
+  int32_t* send_row;                  // [T, R] of the handle: final row at each rank, or -1; likewise
   int64_t slot[layout::kSlotArrays];  // where this rank receives, offsets in its heap; 0: it does not want that
   int64_t slot_capacity;              // rows
   int64_t num_worst_tokens;           // 0, or rows whose index is set to -1 past the last received
@@ -113,8 +113,8 @@ struct DispatchArgs {
   uint32_t ticket;
   // What the launch fills in (prepare), so that no warp has to work it out:
   uint32_t common_words[layout::MailboxWords::kCommon];  // posted to all ranks alike
-  layout::TokenSplit push_split;                   // the tokens of each push block
-  layout::TokenSplit local_split;                  // of each local block
+  layout::TokenSplit push_split;                         // the tokens of each push block
+  layout::TokenSplit local_split;                        // of each local block
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a
@@ -144,19 +144,19 @@ enum class CombineMode : int32_t {
 struct CombineArgs {
   Group group;
   CombineMode mode;
-  int push_blocks;     // blocks [0, push_blocks) return rows, unless the copy engine does
-  int64_t num_tokens;  // T of this rank
-  int num_topk;        // 0: no weights travel
-  int64_t row_bytes;   // bf16 rows, a multiple of 16
-  layout::StagingLayout staging;   // of rows of this kind
-  const std::byte* x;            // [N, row_bytes]
-  const float* topk_weights;     // [N, K]
-  const std::byte* bias[2];      // [T, row_bytes] or null
-  const int32_t* counts;         // [R, R] of the handle
-  const int32_t* send_row;       // [T, R] of the handle
-  std::byte* out;                // [T, row_bytes]
-  float* out_weights;            // [T, K]
-  CopyEngineWork copy_engine;    // in its mode
+  int push_blocks;                // blocks [0, push_blocks) return rows, unless the copy engine does
+  int64_t num_tokens;             // T of this rank
+  int num_topk;                   // 0: no weights travel
+  int64_t row_bytes;              // bf16 rows, a multiple of 16
+  layout::StagingLayout staging;  // of rows of this kind
+  const std::byte* x;             // [N, row_bytes]
+  const float* topk_weights;      // [N, K]
+  const std::byte* bias[2];       // [T, row_bytes] or null
+  const int32_t* counts;          // [R, R] of the handle
+  const int32_t* send_row;        // [T, R] of the handle
+  std::byte* out;                 // [T, row_bytes]
+  float* out_weights;             // [T, K]
+  CopyEngineWork copy_engine;     // in its mode
 };
 
 struct LayoutArgs {

@@ -10,7 +10,8 @@ namespace deepep::kernels {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " +
+                             cudaGetErrorString(status));
 }
 
 template <class Args>
@@ -25,10 +26,11 @@ void load(Kernel<Args> kernel, const char* name) {
 
 /// Launches `kernel(args)`; raises its dynamic shared memory limit when it needs more than the default 48 KiB.
 template <class Args>
-void launch(Kernel<Args> kernel, const Args& args, int num_blocks, int threads, int64_t shared_bytes, void* stream,
-            const char* name) {
+void launch(Kernel<Args> kernel, const Args& args, int num_blocks, int threads, int64_t shared_bytes,
+            void* stream, const char* name) {
   if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
           name);
   kernel<<<num_blocks, threads, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(args);
   check(cudaGetLastError(), name);

@@ -53,7 +53,9 @@ struct BulkRing {
   [[nodiscard]] DEEPEP_DEVICE dev::Vec16* stage_at(int stage) const {
     return dev::SharedArray<dev::Vec16>(shared.stage(dev::warp(), stage)).at(0);
   }
-  [[nodiscard]] DEEPEP_DEVICE int64_t begin_of(int64_t i) const { return (first + i * step) * args.stage_bytes; }
+  [[nodiscard]] DEEPEP_DEVICE int64_t begin_of(int64_t i) const {
+    return (first + i * step) * args.stage_bytes;
+  }
   [[nodiscard]] DEEPEP_DEVICE int64_t bytes_of(int64_t i) const {
     const int64_t left = args.bytes - begin_of(i);
     return left < args.stage_bytes ? left : args.stage_bytes;
@@ -88,9 +90,9 @@ DEEPEP_DEVICE void turn_ring(const BulkRing& ring) {
   const BulkCopyArgs& args = ring.args;
   const int num_stages = args.num_stages;
   const Deadline deadline = Deadline::in(args.timeout_ns);
-  int stage = 0;         // of chunk i
-  uint32_t round = 0;    // how often the ring has gone round before it
-  int read_stage = 0;    // of chunk i - kUnreadStages
+  int stage = 0;       // of chunk i
+  uint32_t round = 0;  // how often the ring has gone round before it
+  int read_stage = 0;  // of chunk i - kUnreadStages
   for (int64_t i = 0; i < ring.count; ++i) {
     // What does not come in time comes from a peer that is gone: its memory is not this kernel's to report.
     if (!mbarrier_wait<acquire, block_scope>(ring.filled.at(stage), round, deadline)) break;

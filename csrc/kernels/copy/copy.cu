@@ -1,8 +1,8 @@
 #include "kernels/copy/copy.hpp"
 
-#include "kernels/copy/bulk_copy.hpp"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
+#include "kernels/copy/bulk_copy.hpp"
 
 namespace deepep::kernels {
 
@@ -24,8 +24,12 @@ void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int n
   if (bytes < 0 || bytes % 16 != 0) refuse("bytes: a multiple of 16");
   const int64_t shared = BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
   if (shared > kMaxSharedBytes) refuse("the stages of a block do not fit into its shared memory");
-  const BulkCopyArgs args{.from = from, .to = to, .bytes = bytes, .stage_bytes = stage_bytes,
-                          .num_stages = num_stages, .timeout_ns = kTimeoutNs};
+  const BulkCopyArgs args{.from = from,
+                          .to = to,
+                          .bytes = bytes,
+                          .stage_bytes = stage_bytes,
+                          .num_stages = num_stages,
+                          .timeout_ns = kTimeoutNs};
   launch<BulkCopyArgs>(bulk_copy_kernel, args, num_blocks, 32 * num_warps, shared, stream, "bulk copy");
 }
 

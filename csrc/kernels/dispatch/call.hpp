@@ -2,8 +2,8 @@
 // writes.
 #pragma once
 
-#include "layout/counts.hpp"
 #include "kernels/common/fault.hpp"
+#include "layout/counts.hpp"
 
 namespace deepep::kernels {
 
@@ -31,7 +31,9 @@ struct MetadataShared {
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return failed() + 16; }
 
  private:
-  [[nodiscard]] DEEPEP_HD int64_t per_rank() const { return layout::align_up(4 * static_cast<int64_t>(num_ranks), 16); }
+  [[nodiscard]] DEEPEP_HD int64_t per_rank() const {
+    return layout::align_up(4 * static_cast<int64_t>(num_ranks), 16);
+  }
 };
 
 /// The block's dynamic shared memory: metadata, and what place_tokens counts.
@@ -40,10 +42,14 @@ struct DispatchShared {
   int warps;
 
   /// Tokens of each warp's own that go to each rank: int32 [warps, R].
-  [[nodiscard]] DEEPEP_HD int64_t own() const { return layout::align_up(MetadataShared{num_ranks}.bytes(), 16); }
+  [[nodiscard]] DEEPEP_HD int64_t own() const {
+    return layout::align_up(MetadataShared{num_ranks}.bytes(), 16);
+  }
   /// The same of each warp's share of the tokens before the block's: int32 [warps, R].
   [[nodiscard]] DEEPEP_HD int64_t before() const { return own() + 4 * static_cast<int64_t>(warps) * num_ranks; }
-  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return before() + 4 * static_cast<int64_t>(warps) * num_ranks; }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const {
+    return before() + 4 * static_cast<int64_t>(warps) * num_ranks;
+  }
 };
 
 struct DispatchCall {

@@ -11,7 +11,8 @@ DEEPEP_DEVICE void save_counts(const DispatchCall& call) {
   const DispatchArgs& args = call.args;
   const int ranks = call.g.num_ranks;
   dev::SharedArray<int32_t> counts(MetadataShared{ranks}.counts());
-  for (int i = dev::thread(); i < ranks * ranks; i += dev::num_threads()) dev::store(args.counts + i, counts.get(i));
+  for (int i = dev::thread(); i < ranks * ranks; i += dev::num_threads())
+    dev::store(args.counts + i, counts.get(i));
 }
 
 /// A dispatch that was given up leaves a handle that sends nothing anywhere: a combine queued behind it does no
@@ -41,7 +42,8 @@ DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share)
   const int64_t received = layout::first_row_of_source(count, g.num_ranks, g.rank);
   std::byte* idx = recv_array<std::byte>(args, g.rank, layout::kSlotIndices);
   const int64_t end = args.num_worst_tokens * args.num_topk;
-  for (int64_t i = received * args.num_topk + part * num_threads() + thread(); i < end; i += parts * num_threads()) {
+  for (int64_t i = received * args.num_topk + part * num_threads() + thread(); i < end;
+       i += parts * num_threads()) {
     if (args.index_bytes == 8)
       store(reinterpret_cast<int64_t*>(idx) + i, static_cast<int64_t>(-1));
     else

@@ -36,7 +36,8 @@ DEEPEP_DEVICE void post_counts_to_host(const DispatchCall& call, uint32_t why) {
     }
     post(&args.host->lists[g.num_ranks * g.num_ranks + l], total);
   }
-  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads()) post(&args.host->lists[i], counts.get(i));
+  for (int i = thread(); i < g.num_ranks * g.num_ranks; i += num_threads())
+    post(&args.host->lists[i], counts.get(i));
   sync_block();
   if (thread() != 0) return;
   int64_t most = 0;

@@ -32,7 +32,8 @@ inline void prepare(DispatchArgs& args) {
   args.push_split = {args.num_tokens, layout::max_of(args.push_blocks, 1)};
   args.local_split = {args.num_tokens, layout::max_of(args.local_blocks, 1)};
   const layout::MailboxWords words{0};
-  for (int i = 0; i < layout::kSlotArrays; ++i) args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
+  for (int i = 0; i < layout::kSlotArrays; ++i)
+    args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
   args.common_words[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
   args.common_words[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
   args.common_words[words.digest()] = digest_of(args);

@@ -41,7 +41,8 @@ template <int kBatch>
 }
 
 /// Into shared memory: how many tokens of this warp, and of its share of those before the block, go where.
-DEEPEP_DEVICE void count_earlier_tokens(const DispatchArgs& args, const DispatchRole& role, const WarpTokens& mine) {
+DEEPEP_DEVICE void count_earlier_tokens(const DispatchArgs& args, const DispatchRole& role,
+                                        const WarpTokens& mine) {
   using namespace dev;
   const int ranks = args.group.num_ranks;
   const DispatchShared shared{ranks, num_warps()};
@@ -108,8 +109,7 @@ template <DispatchMode kMode>
   using namespace dev;
   constexpr bool kCached = kMode == DispatchMode::kCached;
   prefetch_row(call.args, share.mine);
-  const bool handles =
-      share.mine.begin < share.mine.end && ((wanted_ranks(share.role, call.g) >> lane()) & 1u);
+  const bool handles = share.mine.begin < share.mine.end && ((wanted_ranks(share.role, call.g) >> lane()) & 1u);
   FirstToken first{look_up_route<kCached>(call.args, share.mine.begin, handles), 0};
   if (!kCached) {
     count_earlier_tokens(call.args, share.role, share.mine);

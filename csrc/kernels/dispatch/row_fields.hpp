@@ -5,8 +5,8 @@
 // other; so they are written for up to 32 tokens together, and what is stored is one stretch of each array.
 #pragma once
 
-#include "layout/placement.hpp"
 #include "kernels/dispatch/metadata.hpp"
+#include "layout/placement.hpp"
 
 namespace deepep::kernels {
 
@@ -17,7 +17,9 @@ struct Scales {
   uint32_t scale[kHeld];
 };
 
-[[nodiscard]] DEEPEP_DEVICE bool has_paired_scales(const DispatchArgs& args) { return args.num_scales % 2 == 0; }
+[[nodiscard]] DEEPEP_DEVICE bool has_paired_scales(const DispatchArgs& args) {
+  return args.num_scales % 2 == 0;
+}
 
 [[nodiscard]] DEEPEP_DEVICE uint32_t scale_of(const DispatchArgs& args, int64_t t, int i) {
   return dev::load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride);
@@ -69,7 +71,9 @@ struct TokenGroup {
 }
 
 /// The number of tokens before the group's i-th that go, by the bits of a rank. i < 32.
-[[nodiscard]] DEEPEP_DEVICE int going_before(uint32_t going, int i) { return dev::popcount(going & ((1u << i) - 1)); }
+[[nodiscard]] DEEPEP_DEVICE int going_before(uint32_t going, int i) {
+  return dev::popcount(going & ((1u << i) - 1));
+}
 
 /// Walks the rows of a [group.size, width] array, 32 elements of it at a time, one a lane; without a division a
 /// step. width <= 32.
@@ -84,10 +88,16 @@ struct LaneInRows {
     using dev::kWarpSize;
     // One row: where few tokens are dealt to many warps, it is what stands behind the row's bytes.
     if (rows == 1)
-      return {.width = width, .row = dev::lane() < width ? 0 : 1, .column = dev::lane(), .rows_a_step = 1,
+      return {.width = width,
+              .row = dev::lane() < width ? 0 : 1,
+              .column = dev::lane(),
+              .rows_a_step = 1,
               .columns_a_step = 0};
-    return {.width = width, .row = dev::lane() / width, .column = dev::lane() % width,
-            .rows_a_step = kWarpSize / width, .columns_a_step = kWarpSize % width};
+    return {.width = width,
+            .row = dev::lane() / width,
+            .column = dev::lane() % width,
+            .rows_a_step = kWarpSize / width,
+            .columns_a_step = kWarpSize % width};
   }
   DEEPEP_DEVICE void advance() {
     row += rows_a_step;
@@ -153,7 +163,7 @@ DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& gro
   using namespace dev;
   if (args.num_topk == 0 || destinations == 0) return;
   const layout::Placement placement(args.num_local_experts * args.group.num_ranks, args.group.num_ranks,
-                                  args.group.num_ranks);
+                                    args.group.num_ranks);
   LaneInRows at = LaneInRows::at_start(args.num_topk, group.size);
 #pragma unroll 1
   for (int begin = 0; begin < group.size * args.num_topk; begin += kWarpSize, at.advance()) {
@@ -167,7 +177,8 @@ DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& gro
       const uint32_t going = shuffle(group.going, d);
       const int32_t first_row = shuffle(group.first_row, d);
       if (at.row >= group.size || !((going >> at.row) & 1u)) continue;
-      const int64_t to = static_cast<int64_t>(first_row + going_before(going, at.row)) * args.num_topk + at.column;
+      const int64_t to =
+          static_cast<int64_t>(first_row + going_before(going, at.row)) * args.num_topk + at.column;
       const int32_t seen = owner == d ? local : -1;
       if (args.index_bytes == 8)
         store(recv_array<int64_t>(args, d, layout::kSlotIndices) + to, static_cast<int64_t>(seen));

@@ -9,7 +9,8 @@ namespace deepep::kernels {
 inline constexpr int kUnroll = 14;  // 16-byte accesses a lane has in flight: 7 KiB of a row a warp
 
 /// Lane r: which of the tokens [begin, begin + size) go to rank r, as bits. One warp.
-[[nodiscard]] DEEPEP_DEVICE uint32_t going_of(const DispatchArgs& args, int64_t begin, int size, uint32_t wanted) {
+[[nodiscard]] DEEPEP_DEVICE uint32_t going_of(const DispatchArgs& args, int64_t begin, int size,
+                                              uint32_t wanted) {
   using namespace dev;
   const uint32_t goes = lane() < size ? destinations_of(args, begin + lane(), wanted) : 0;
   uint32_t going = 0;
@@ -69,9 +70,11 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
 
   // Lane r handles rank r.
   const bool handles = (wanted_ranks(role, g) >> lane()) & 1u;
-  const int32_t first_row = handles ? static_cast<int32_t>(layout::first_row_of_source(count, g.rank, lane())) : 0;
+  const int32_t first_row =
+      handles ? static_cast<int32_t>(layout::first_row_of_source(count, g.rank, lane())) : 0;
   const int32_t end_row = handles ? first_row + count(g.rank, lane()) : 0;
-  const uint64_t slot_x = handles ? reinterpret_cast<uint64_t>(recv_array<Vec16>(args, lane(), layout::kSlotRows)) : 0;
+  const uint64_t slot_x =
+      handles ? reinterpret_cast<uint64_t>(recv_array<Vec16>(args, lane(), layout::kSlotRows)) : 0;
   int32_t next_row = first_row + first_token.before;
   const bool trails = mine.part == 0 && args.num_scales > 0;  // what is written row by row
   const bool has_fields = !kCached && mine.part == 0;         // what is written for a group of rows
@@ -97,7 +100,8 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
       // More tokens for a rank than was posted would run into another source's rows, or out of the slot.
       const bool excess = row >= end_row && row >= 0;
       if (excess)
-        note_fault(g, Phase::kDisagreement, 1u << g.rank, static_cast<uint32_t>(end_row), static_cast<uint32_t>(row));
+        note_fault(g, Phase::kDisagreement, 1u << g.rank, static_cast<uint32_t>(end_row),
+                   static_cast<uint32_t>(row));
       if (ballot(excess) != 0 && lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       const uint32_t destinations = ballot(row >= 0 && !excess);
       const bool is_turn = has_fields && i == turn;

@@ -7,14 +7,15 @@
 //   write_totals   the block with the last ticket, and leaves the workspace zero for the next call
 #pragma once
 
-#include "layout/placement.hpp"
 #include "kernels/common/group.hpp"
+#include "layout/placement.hpp"
 
 namespace deepep::kernels {
 
 /// Tokens are marked rank by rank through a 64-bit mask, a window of ranks at a time.
 template <class Index>
-DEEPEP_DEVICE void mark_ranks(const LayoutArgs& args, const layout::Placement& placement, const Index* row, int64_t t) {
+DEEPEP_DEVICE void mark_ranks(const LayoutArgs& args, const layout::Placement& placement, const Index* row,
+                              int64_t t) {
   using namespace dev;
   for (int first = 0; first < args.num_ranks; first += 64) {
     uint64_t mask = 0;
@@ -86,7 +87,8 @@ DEEPEP_DEVICE void count_tokens(const LayoutArgs& args) {
   SharedArray<uint32_t> last(4 * static_cast<int64_t>(total));
   sync_block();  // this block's sums come before its arrival
   if (thread() == 0)
-    last.set(0, fetch_add<acq_rel, gpu_scope>(args.workspace + total, 1u) + 1 == static_cast<uint32_t>(num_blocks()));
+    last.set(0, fetch_add<acq_rel, gpu_scope>(args.workspace + total, 1u) + 1 ==
+                    static_cast<uint32_t>(num_blocks()));
   sync_block();
   return last.get(0) != 0;
 }

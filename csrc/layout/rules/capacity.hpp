@@ -32,9 +32,7 @@ struct QueueSizes {
 
   static constexpr int kNodeRanks = 8;
 
-  [[nodiscard]] static constexpr wide_t num_nodes(wide_t num_ranks) {
-    return ceil_div(num_ranks, kNodeRanks);
-  }
+  [[nodiscard]] static constexpr wide_t num_nodes(wide_t num_ranks) { return ceil_div(num_ranks, kNodeRanks); }
 
   /// One queued token: its row, 8 bytes of source, and room for
   /// 128 indices (8 bytes), weights and scales (4 each).

@@ -18,8 +18,8 @@ DEEPEP_HD constexpr void count_expanded(const Index* recv_topk_idx, int64_t num_
 
 /// begins[l], the first row of expert l: where expert l - 1 ends, rounded up to `alignment`. Expert l ends at
 /// begins[l] + counts[l], and the rows from there to begins[l + 1] are padding. Returns the aligned total.
-DEEPEP_HD constexpr int64_t expanded_begins(const int64_t* counts, int64_t num_local_experts,
-                                            int64_t alignment, int64_t* begins) {
+DEEPEP_HD constexpr int64_t expanded_begins(const int64_t* counts, int64_t num_local_experts, int64_t alignment,
+                                            int64_t* begins) {
   int64_t row = 0;
   for (int64_t expert = 0; expert < num_local_experts; ++expert) {
     begins[expert] = row;

@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "layout/counts.hpp"
+#include "layout/rows.hpp"
+#include "layout/rules/check.hpp"
 #include "layout/rules/expanded.hpp"
 #include "layout/rules/low_latency.hpp"
-#include "layout/rows.hpp"
 #include "layout/rules/two_level.hpp"
-#include "layout/rules/check.hpp"
 
 namespace deepep::host {
 
@@ -83,7 +83,7 @@ void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* 
   std::fill_n(per_node, place.num_domains(), 0);
   std::fill_n(per_expert, place.num_experts, 0);
   layout::count_topk(topk_idx.data, int(topk_idx.cols), 0, topk_idx.rows, place,
-                   {per_rank, per_node, per_expert, is_token_in_rank});
+                     {per_rank, per_node, per_expert, is_token_in_rank});
 }
 
 template <class Index>
@@ -136,7 +136,7 @@ void send_rows(Matrix<const uint8_t> is_token_in_rank, const int64_t* first_rows
 int64_t count_sent(Matrix<const uint8_t> is_token_in_rank, int64_t rank) {
   expect_index("rank", rank, is_token_in_rank.cols);
   return layout::count_sent(is_token_in_rank.data, is_token_in_rank.cols, int32_t(rank), 0,
-                          is_token_in_rank.rows);
+                            is_token_in_rank.rows);
 }
 
 void mark_rows(Matrix<const uint8_t> is_token_in_rank, int64_t source, int64_t rank, int64_t first_row,
@@ -200,15 +200,14 @@ void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int
     const int32_t* rows_from = rows_per_expert.data + place.first_expert_of_rank(int32_t(rank)) + local;
     const int64_t rows =
         layout::fill_ranges(rows_from, num_ranks, place.num_experts, ranges + local * num_ranks);
-    if (rows > kInt32)
-      throw std::overflow_error("rows_per_expert: more rows than 32 bits count at one expert");
+    if (rows > kInt32) throw std::overflow_error("rows_per_expert: more rows than 32 bits count at one expert");
     recv_count[local] = int32_t(rows);
   }
 }
 
 template <class Index>
-void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert,
-                           int64_t source, int64_t num_max_tokens, int64_t num_parts, int64_t* rows) {
+void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert, int64_t source,
+                           int64_t num_max_tokens, int64_t num_parts, int64_t* rows) {
   const int64_t num_ranks = rows_per_expert.rows;
   const layout::Placement place = placement({rows_per_expert.cols, num_ranks, num_ranks});
   expect_index("source", source, num_ranks);
@@ -265,8 +264,8 @@ void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, 
   std::copy(last.begin(), last.end(), counts);
 }
 
-void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
-                    int64_t node_ranks, int64_t* rows) {
+void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows, int64_t node_ranks,
+                    int64_t* rows) {
   expect(node_ranks <= 64, "first_rows", node_ranks, "at most 64 ranks of a node");
   std::vector<int64_t> next(first_rows, first_rows + node_ranks);
   layout::fill_forwarded_rows(masks, num_forwarded, int32_t(node_ranks), next.data(), rows);

@@ -75,8 +75,8 @@ void low_latency_ranges(Matrix<const int32_t> rows_per_expert, int64_t rank, int
 /// rows [T, K]: where each entry of `source`'s tokens lies in
 /// the flattened output [L * R * M] of its expert's rank.
 template <class Index>
-void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert,
-                           int64_t source, int64_t num_max_tokens, int64_t num_parts, int64_t* rows);
+void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> rows_per_expert, int64_t source,
+                           int64_t num_max_tokens, int64_t num_parts, int64_t* rows);
 
 /// The rank of `domain` that takes in what `source` sends there.
 [[nodiscard]] int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain);
@@ -87,7 +87,7 @@ void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, 
 
 /// rows [n, node_ranks] of the tokens one source sent to a
 /// domain; first_rows [node_ranks]: its first row at each rank.
-void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
-                    int64_t node_ranks, int64_t* rows);
+void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows, int64_t node_ranks,
+                    int64_t* rows);
 
 }  // namespace deepep::host

@@ -10,9 +10,7 @@ namespace deepep::layout {
 [[nodiscard]] DEEPEP_HD constexpr int64_t pack_range(int64_t begin, int64_t count) {
   return int64_t(uint64_t(begin) << 32 | uint64_t(uint32_t(count)));
 }
-[[nodiscard]] DEEPEP_HD constexpr int64_t range_begin(int64_t range) {
-  return int64_t(uint64_t(range) >> 32);
-}
+[[nodiscard]] DEEPEP_HD constexpr int64_t range_begin(int64_t range) { return int64_t(uint64_t(range) >> 32); }
 [[nodiscard]] DEEPEP_HD constexpr int64_t range_count(int64_t range) { return int64_t(uint32_t(range)); }
 
 /// Row of the flattened output [L * R * M] that is number `index` of a local expert.

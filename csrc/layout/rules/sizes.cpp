@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "layout/rules/capacity.hpp"
+#include "layout/rules/check.hpp"
 #include "layout/rules/low_latency_buffer.hpp"
 #include "layout/symmetric_layout.hpp"
-#include "layout/rules/check.hpp"
 
 namespace deepep::host {
 
@@ -41,7 +41,7 @@ int64_t max_rows_expanded(int64_t num_ranks, int64_t num_max_tokens, int64_t num
                   {"alignment", alignment}});
   expect_at_least(1, "alignment", alignment);
   return as_size(layout::max_rows_expanded(num_ranks, num_max_tokens, num_topk, num_local_experts, alignment,
-                                         has_duplicates),
+                                           has_duplicates),
                  "max_rows_expanded");
 }
 
@@ -80,8 +80,7 @@ int64_t queue_rdma_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidd
                  "rdma_buffer_size");
 }
 
-LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden,
-                                   int64_t num_topk)
+LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden, int64_t num_topk)
     : num_ranks_(num_ranks), num_max_tokens_(num_max_tokens), hidden_(hidden), num_topk_(num_topk) {
   expect_factors({{"num_ranks", num_ranks},
                   {"num_max_tokens", num_max_tokens},

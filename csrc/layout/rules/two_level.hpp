@@ -28,8 +28,8 @@ namespace deepep::layout {
 
 /// Tokens of [begin, end) that go to `domain`.
 [[nodiscard]] DEEPEP_HD constexpr int32_t count_sent_to_domain(const uint8_t* is_token_in_rank, int32_t domain,
-                                                             int64_t begin, int64_t end,
-                                                             const Placement& place) {
+                                                               int64_t begin, int64_t end,
+                                                               const Placement& place) {
   int32_t count = 0;
   for (int64_t token = begin; token < end; ++token) {
     count += local_ranks_of_token(is_token_in_rank + token * place.num_ranks, domain, place) != 0;
