@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT
@@ -30,16 +30,17 @@ COLUMNS = (
 def print_report(report: BenchReport, console: Console) -> None:
     """A table for each shape, then the notes and what was wrong."""
     if not console.is_terminal:
-        console = Console(file=console.file, width=WIDTH)
+        console = Console(file=console.file, width=WIDTH, markup=False)
     facts = report.environment
     console.print(
         f"{facts['ranks']} ranks, {facts['device']}; backend {facts['backend']}, {facts['transport']}, "
         f"{facts['routing']} routing, {facts['iterations']} samples, {facts['date']}",
         highlight=False,
+        markup=False,
     )
     for shape, figures in groupby(report.figures, key=lambda figure: figure.shape):
         skew = report.skews.get(shape)
-        title = f"{shape}\n[not bold]{skew}[/not bold]" if skew else str(shape)
+        title = Text.assemble(str(shape), *([("\n" + str(skew), "not bold")] if skew else []))
         table = Table(title=title, title_justify="left", title_style="bold")
         for name in ("operation", "by"):
             table.add_column(name, no_wrap=True)
@@ -52,9 +53,9 @@ def print_report(report: BenchReport, console: Console) -> None:
             table.add_section()
         console.print(table)
     for note in report.notes:
-        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+        console.print(Text(note, "yellow"))
     for problem in report.problems:
-        console.print(f"[bold red]WRONG[/bold red] {escape(problem)}", highlight=False)
+        console.print(Text.assemble(("WRONG", "bold red"), " ", problem))
 
 
 def _cells(figure: Figure) -> list[str]:

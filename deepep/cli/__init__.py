@@ -21,12 +21,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `deepep <command> ...`; exits with the command's status."""
+    """Runs `deepep <command> ...`; exits with the command's status: 2 for misuse, 130 for Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
-    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
+    if not args or args[0] in ("-h", "--help"):
         usage = "\n".join(f"  {name:8} {line}" for name, (_, line) in COMMANDS.items())
         print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help: its options")
-        raise SystemExit(0 if args and args[0] in ("-h", "--help") else 2)
+        raise SystemExit(0 if args else 2)
+    if args[0] not in COMMANDS:
+        print(f"command: got {args[0]!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
     module, _ = COMMANDS[args[0]]
     try:
         command = importlib.import_module(module).command
@@ -39,4 +42,14 @@ def main(argv: list[str] | None = None) -> None:
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name=args[0])(command)
-    app(args=args[1:], prog_name=f"python -m deepep {args[0]}")
+    try:
+        status = app(args=args[1:], prog_name=f"python -m deepep {args[0]}", standalone_mode=False)
+    except typer.Abort:
+        status = 130
+    except Exception as error:
+        # typer's complaints about options: one line instead of its box.
+        if not hasattr(error, "format_message"):
+            raise
+        print(" ".join(error.format_message().split()), file=sys.stderr)
+        status = 2
+    raise SystemExit(status if isinstance(status, int) else 0)

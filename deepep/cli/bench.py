@@ -14,18 +14,17 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from deepep.bench.figures import BenchReport
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
+from deepep.cli.terminal import FAILED, demand_file, make_console, misused
 from deepep.errors import ArgumentError
 from deepep.trace import RoutingTrace, TraceError
 
 #: Longest a run may take, and longest a rank waits for another, in seconds.
 RUN_TIMEOUT = 3600.0
 PEER_TIMEOUT = 300.0
-WRONG, MISUSED = 1, 2
 
 
 def command(
@@ -63,7 +62,11 @@ def command(
     Numbers may be lists ("4096,128"). Under torchrun (RANK set) the ranks are torchrun's. Exit status 1 if a
     result is wrong, 2 for misuse.
     """
-    console = Console()
+    console = make_console()
+    if json_file is not None:
+        demand_file("--json", json_file)
+    if plot is not None:
+        demand_file("--plot", plot, (".png", ".svg", ".pdf"))
     under_torchrun = "RANK" in os.environ
     try:
         cuda = _on_cuda(device)
@@ -102,13 +105,13 @@ def command(
         if cuda and not under_torchrun and num_ranks > torch.cuda.device_count():
             raise ArgumentError("ranks", str(num_ranks), f"at most the {torch.cuda.device_count()} GPUs")
     except (ArgumentError, TraceError, OSError) as error:
-        raise _misused(console, error) from error
+        misused(error)
     # All-to-all does not use NVLink multicast, and NCCL need not set up what a host may not permit.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     try:
         report = _run_under_torchrun(sweep, cuda) if under_torchrun else _run_in_own_processes(sweep, cuda)
     except (ArgumentError, TraceError) as error:
-        raise _misused(console, error) from error
+        misused(error)
     if report is None:  # a rank of torchrun's other than 0
         return
     _show(report, console, json_file, plot)
@@ -124,14 +127,14 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
     print_report(report, console)
     if json_file is not None:
         report.save(json_file)
-        console.print(f"wrote {json_file}", highlight=False)
+        console.print(f"wrote {json_file}", soft_wrap=True)
     if plot is not None:
         from deepep.bench.plot import draw_report
 
         draw_report(report, plot)
-        console.print(f"wrote {plot}", highlight=False)
+        console.print(f"wrote {plot}", soft_wrap=True)
     if report.problems:
-        raise typer.Exit(WRONG)
+        raise typer.Exit(FAILED)
 
 
 def _run_in_own_processes(sweep: Sweep, cuda: bool) -> BenchReport:
@@ -170,13 +173,8 @@ def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
 def _progress(rank: int) -> Callable[[str], None]:
     if rank != 0:
         return lambda line: None
-    console = Console(stderr=True)
-    return lambda line: console.print(line, style="dim", highlight=False)
-
-
-def _misused(console: Console, error: Exception) -> typer.Exit:
-    console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
-    return typer.Exit(MISUSED)
+    console = make_console(stderr=True)
+    return lambda line: console.print(line, style="dim")
 
 
 def _on_cuda(device: str | None) -> bool:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import ArgumentError
 from deepep.runtime.backends import backends
 
@@ -30,8 +31,8 @@ def command(
     from deepep.cli.selftest import CHECKS, run_check
     from deepep.sim import World
 
-    console = Console()
-    _refuse_what_cannot_be(console, backend, device)
+    _refuse_what_cannot_be(backend, device)
+    console = make_console()
     table = Table(
         title=f"deepep on {ranks} ranks, {device}, backend {backend or 'by choice'}", title_justify="left"
     )
@@ -40,7 +41,7 @@ def command(
     table.add_column("ms", justify="right")
     table.add_column("seen on rank 0")
     started = time.perf_counter()
-    failures: list[str] = []
+    failures: list[Text] = []
     missing = 0
     with (
         World(ranks, backend="nccl" if device == "cuda" else "gloo", timeout=60.0) as world,
@@ -52,24 +53,24 @@ def command(
             bad = [o for o in outcomes if not o.ok]
             if not bad:
                 seen, seconds = outcomes[0].value
-                table.add_row(name, "[green]yes[/green]", f"{seconds * 1e3:.0f}", seen)
+                table.add_row(name, Text("yes", "green"), f"{seconds * 1e3:.0f}", seen)
             elif all(isinstance(o.error, NotImplementedError) for o in bad):
                 missing += 1
-                table.add_row(name, "[yellow]missing[/yellow]", "", "not part of this backend yet")
+                table.add_row(name, Text("missing", "yellow"), "", "not part of this backend yet")
             else:
-                table.add_row(name, "[bold red]NO[/bold red]", "", f"see below ({len(bad)} ranks)")
-                failures.append(f"[bold]{name}[/bold]\n" + "\n".join(o.describe() for o in bad))
+                table.add_row(name, Text("NO", "bold red"), "", f"see below ({len(bad)} ranks)")
+                failures.append(Text.assemble((name, "bold"), *("\n" + o.describe() for o in bad)))
     console.print(table)
     for failure in failures:
-        console.print(failure, highlight=False, markup=True)
+        console.print(failure, soft_wrap=True)
     held = len(CHECKS) - len(failures) - missing
     words = f"{held} of {len(CHECKS)} hold" + (f", {missing} missing" if missing else "")
     console.print(f"{words}; {time.perf_counter() - started:.1f} s")
     if failures:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
-def _refuse_what_cannot_be(console: Console, backend: str | None, device: str) -> None:
+def _refuse_what_cannot_be(backend: str | None, device: str) -> None:
     problem = ""
     if device not in ("cpu", "cuda"):
         problem = f"device: got {device}; allowed: cpu or cuda"
@@ -83,5 +84,4 @@ def _refuse_what_cannot_be(console: Console, backend: str | None, device: str) -
             able, why = known[backend].available()
             problem = "" if able else f"backend {backend}: {why}"
     if problem:
-        console.print(f"[red]{problem}[/red]")
-        raise typer.Exit(2)
+        misused(problem)

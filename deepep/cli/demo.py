@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from deepep.cli.terminal import FAILED, demand_folder, make_console, misused
 from deepep.demo.config import DemoConfig
 from deepep.demo.report import Comparison, outcome, print_tables, write_outputs
 from deepep.demo.single import train_single
@@ -43,13 +45,13 @@ def command(
     Then trains the same model in one process, and fails unless every loss is equal, bit for bit. Under
     torchrun (RANK set) the ranks are torchrun's.
     """
-    console = Console()
+    console = make_console()
+    demand_folder("--out", out)
     try:
         num_ranks = int(os.environ.get("WORLD_SIZE", ranks))
         config = DemoConfig.for_ranks(num_ranks, steps, seed, num_experts=experts, num_topk=topk)
     except ArgumentError as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(2) from error
+        misused(error)
     started = time.perf_counter()
     records = _train_under_torchrun(config) if "RANK" in os.environ else _train_in_own_processes(config)
     if records is None:  # a rank of torchrun's other than 0
@@ -59,9 +61,9 @@ def command(
     comparison = Comparison(outcome(records), single)
     console.print()
     print_tables(console, records, config)
-    console.print("\n[bold]Written[/bold]")
+    console.print("\nWritten", style="bold")
     for path in write_outputs(out, records, config, comparison):
-        console.print(f"  {path}", highlight=False)
+        console.print(f"  {path}", soft_wrap=True)
     first, last = comparison.first_and_last
     seconds = time.perf_counter() - started
     console.print(
@@ -70,12 +72,16 @@ def command(
     if not comparison.equal:
         gap, step, rank = comparison.worst
         where = f"losses by {gap:.3g} on rank {rank} in step {step}" if gap else "the final weights"
-        console.print(f"[bold red]The runs differ[/bold red]: {where}; allowed: not at all")
-        raise typer.Exit(1)
+        console.print(Text.assemble(("The runs differ", "bold red"), f": {where}; allowed: not at all"))
+        raise typer.Exit(FAILED)
     console.print(
-        f"[bold green]Equal[/bold green]: all {config.steps * config.num_ranks} losses and all final weights "
-        f"of {_processes(config)} have the bits of the run in one process."
+        Text.assemble(
+            ("Equal", "bold green"),
+            f": all {config.steps * config.num_ranks} losses and all final weights of {_processes(config)} "
+            "have the bits of the run in one process.",
+        )
     )
+    console.print(f"Pictures: {out}/loss.png, expert_load.png, traffic.png", soft_wrap=True)
 
 
 def _train_in_own_processes(config: DemoConfig) -> list[RankRecord]:
@@ -103,7 +109,7 @@ def _train_under_torchrun(config: DemoConfig) -> list[RankRecord] | None:
 def _train(group: Any, config: DemoConfig) -> list[RankRecord] | None:
     if group.rank() != 0:
         return train_rank(group, config)
-    with _progress(Console(), _processes(config), config.steps) as on_step:
+    with _progress(make_console(), _processes(config), config.steps) as on_step:
         return train_rank(group, config, on_step)
 
 
@@ -120,6 +126,8 @@ def _progress(console: Console, label: str, steps: int) -> Iterator[Callable[[in
         TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(),
     )
+    if not console.is_terminal:  # where the bar appears at the end alone
+        console.print(f"training: {label}, {steps} steps")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=steps, loss="")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,13 +20,14 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from deepep.sim.explore.explorer import LIMITS, Failure, Tally, draw_scenario, draw_tall_scenario, explore
+from deepep.cli.terminal import FAILED, PASSED, demand_folder, make_console, misused
+from deepep.sim.explore.explorer import LIMITS, Tally, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.explore.failures import Failure
 from deepep.sim.explore.kernel_mutants import HARMLESS, mutants
 from deepep.sim.explore.mutant_hunt import Catch, hunt_all, markdown
 from deepep.sim.explore.scenarios import Scenario
-
-PASSED, FAILED, MISUSED = 0, 1, 2
 
 
 class Op(str, enum.Enum):
@@ -83,16 +85,17 @@ def command(
     Exit status: 0 nothing failed (with --mutations: every mutant was caught), 1 something did, 2 misuse.
     """
     torch.set_num_threads(1)
-    console = Console()
+    console = make_console()
     workers = workers or os.cpu_count() or 1
     if replay is not None:
         raise typer.Exit(_replay(console, replay))
     if mutations:
         raise typer.Exit(_hunt(console, match, minutes, workers))
+    demand_folder("--out", out)
     tally = _explore(console, scenarios_of(op, ranks), seed, 60.0 * minutes, stops, workers)
     if tally.failure is None:
         raise typer.Exit(PASSED)
-    _tell(console, tally.failure, out)
+    _report(console, tally.failure, out)
     raise typer.Exit(FAILED)
 
 
@@ -106,7 +109,7 @@ def _explore(
 ) -> Tally:
     """All workers' tallies in one, with the failure of the lowest seed if there are several."""
     begin = time.monotonic()
-    lock, failed = Lock(), Event()
+    lock, over = Lock(), Event()
     total = Tally()
 
     def work(number: int) -> Tally:
@@ -119,7 +122,7 @@ def _explore(
                 total.kinds.update(now.kinds - mine.kinds)
                 total.seconds = time.monotonic() - begin
             mine.runs, mine.steps, mine.kinds = now.runs, now.steps, Counter(now.kinds)
-            if failed.is_set():
+            if over.is_set():
                 raise _Over
 
         try:
@@ -134,15 +137,19 @@ def _explore(
         except _Over:
             return mine
         if tally.failure is not None:
-            failed.set()
+            over.set()
         return tally
 
     console.print(f"exploring schedules from seed {seed} with {workers} workers")
     with ThreadPoolExecutor(workers) as pool, Live(console=console, transient=True) as live:
         pending = [pool.submit(work, number) for number in range(workers)]
-        while not all(p.done() for p in pending):
-            live.update(_table(total))
-            time.sleep(0.2)
+        try:
+            while not all(p.done() for p in pending):
+                live.update(_table(total))
+                time.sleep(0.2)
+        except BaseException:  # Ctrl-C: the pool waits for its workers, which look at this between two runs
+            over.set()
+            raise
         tallies = [p.result() for p in pending]
     failures = [t.failure for t in tallies if t.failure is not None]
     total.failure = min(failures, key=lambda f: f.schedule.seed, default=None)
@@ -153,7 +160,7 @@ def _explore(
 
 
 class _Over(Exception):
-    """Another worker has found a failure."""
+    """Another worker has found a failure, or the user has had enough."""
 
 
 def _table(tally: Tally) -> Table:
@@ -167,30 +174,26 @@ def _table(tally: Tally) -> Table:
     return table
 
 
-def _tell(console: Console, failure: Failure, out: Path) -> None:
+def _report(console: Console, failure: Failure, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{failure.schedule.strategy}-{failure.schedule.seed}.json"
     failure.save(path)
-    console.print(f"[red]{failure.report.kind}[/] under schedule {failure.schedule}")
-    for case in failure.scenario.cases:
-        console.print(f"  {case!r}", highlight=False)
-    console.print(f"  {failure.scenario.gpu!r}", highlight=False)
-    for stop in failure.stops:
-        console.print(f"  {stop!r}", highlight=False)
-    console.print(failure.report.text, highlight=False, markup=False)
-    console.print(f"again: python -m deepep explore --replay {path}", highlight=False)
+    console.print(Text.assemble((failure.report.kind, "red"), f" under schedule {failure.schedule}"))
+    for part in (*failure.scenario.cases, failure.scenario.gpu, *failure.stops):
+        console.print(f"  {part!r}")
+    console.print(failure.report.text)
+    console.print(f"again: python -m deepep explore --replay {shlex.quote(str(path))}", soft_wrap=True)
 
 
 def _replay(console: Console, path: Path) -> int:
     try:
         failure = Failure.load(path)
     except (OSError, ValueError) as error:
-        console.print(f"[red]--replay: {error}[/]")
-        return MISUSED
+        misused(f"--replay: {error}")
     report = failure.replay()
-    console.print(report.kind, report.text, highlight=False, markup=False, sep="\n")
+    console.print(report.kind, report.text, sep="\n")
     if report.kind != failure.report.kind:
-        console.print(f"(when it was saved: {failure.report.kind})", markup=False)
+        console.print(f"(when it was saved: {failure.report.kind})")
     return FAILED if report.failed else PASSED
 
 
@@ -198,15 +201,15 @@ def _hunt(console: Console, match: str, minutes: float, workers: int) -> int:
     """At most `minutes` for each mutant."""
     csrc = Path(__file__).resolve().parents[2] / "csrc"
     if not (csrc / "emulator" / "kernel_set.cpp").exists():
-        console.print("[red]--mutations needs a checkout: the kernels' source is mutated[/]")
-        return MISUSED
+        misused("--mutations needs a checkout: the kernels' source is mutated")
     wanted = [mutant for mutant in mutants(csrc) if match in mutant.name]
+    if not wanted:
+        misused(f"--match: no mutant's name contains {match!r}")
 
     def done(catch: Catch) -> None:
-        verdict = catch.caught_by or ("harmless" if catch.mutant.name in HARMLESS else "[red]escaped[/]")
-        console.print(
-            f"{verdict:30} {catch.runs:5} {catch.seconds:6.2f} s  {catch.mutant.name}", highlight=False
-        )
+        verdict = catch.caught_by or ("harmless" if catch.mutant.name in HARMLESS else "escaped")
+        line = f"{verdict:30} {catch.runs:5} {catch.seconds:6.2f} s  {catch.mutant.name}"
+        console.print(line, style="red" if verdict == "escaped" else None)
 
     catches = hunt_all(wanted, csrc, seconds=60.0 * minutes, runs=10**6, workers=workers, done=done)
     typer.echo("\n".join(markdown(catches)))  # not to be wrapped: it is for docs/verification.md

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from deepep.cli.terminal import FAILED, PASSED, demand_folder, make_console, misused
 from deepep.runtime.backends import backends
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.traces import TraceSource
@@ -20,9 +23,6 @@ from deepep.sim.fuzz.drawing import print_finding, save_picture
 from deepep.sim.fuzz.fuzzer import Draw, Finding, Fuzzer, FuzzReport
 from deepep.sim.fuzz.stored import StoredExample
 from deepep.sim.fuzz.subjects import Subject
-
-PASSED, FAILED, MISUSED = 0, 1, 2
-
 
 #: What can be fuzzed besides Buffer.
 IMPLEMENTATIONS: dict[str, Callable[[], Subject]] = {
@@ -70,11 +70,13 @@ def command(
     Exit status: 0 nothing failed, 1 something did, 2 misuse.
     """
     torch.set_num_threads(1)
-    console = Console()
+    if replay is None:
+        demand_folder("--out", out)
+    console = make_console()
     try:
         chosen = subjects_of(backend)
     except ValueError as error:
-        _misused(console, f"--backend: {error}")
+        misused(f"--backend: {error}")
     try:
         if replay is not None:
             finding = _replay(console, chosen, replay)
@@ -82,7 +84,7 @@ def command(
             finding = _fuzz(console, chosen, ranks, minutes, examples, seed, trace)
         if finding is None:
             raise typer.Exit(PASSED)
-        _tell(console, finding, out, save=replay is None)
+        _report(console, finding, out, save=replay is None)
         raise typer.Exit(FAILED)
     finally:
         for subject in chosen:
@@ -106,10 +108,10 @@ def _fuzz(
         try:
             source = TraceSource.load(trace)
         except (OSError, ValueError) as error:
-            _misused(console, f"--trace: {error}")
+            misused(f"--trace: {error}")
         fitting = tuple(r for r in limits.ranks if source.trace.num_experts % r == 0)
         if len(source.trace) == 0:
-            _misused(console, "--trace: the trace is empty")
+            misused("--trace: the trace is empty")
         limits = Limits(ranks=fitting)
         draw = source.draw
     seconds = (
@@ -138,7 +140,7 @@ def _table(report: FuzzReport) -> Table:
     table.add_row("examples", f"{report.examples}")
     table.add_row("examples a second", f"{report.examples_per_second:.1f}")
     table.add_row("option space", f"{len(coverage.seen)} of {coverage.total} alternatives, {pairs} pairs")
-    table.add_row("failed", "[red]1[/]" if report.finding else "0")
+    table.add_row("failed", Text("1", "red") if report.finding else "0")
     return table
 
 
@@ -146,16 +148,16 @@ def _replay(console: Console, chosen: list[Subject], path: Path) -> Finding | No
     try:
         stored = StoredExample.load(path)
     except (OSError, ValueError) as error:
-        _misused(console, f"--replay: {error}")
+        misused(f"--replay: {error}")
     if stored.subject:
-        console.print(f"{path}: {stored.subject}: {stored.rule}")
+        console.print(f"{path}: {stored.subject}: {stored.rule}", soft_wrap=True)
     finding = Fuzzer(chosen).replay(stored.cases, stored.rule)
     if finding is None:
         console.print("nothing fails")
     return finding
 
 
-def _tell(console: Console, finding: Finding, out: Path, *, save: bool) -> None:
+def _report(console: Console, finding: Finding, out: Path, *, save: bool) -> None:
     print_finding(console, finding)
     if save:
         out.mkdir(parents=True, exist_ok=True)
@@ -163,10 +165,5 @@ def _tell(console: Console, finding: Finding, out: Path, *, save: bool) -> None:
         file = out / f"{slug}.json"
         StoredExample.of(finding).save(file)
         save_picture(finding, file.with_suffix(".png"))
-        console.print(f"saved {file} and {file.with_suffix('.png')}")
-        console.print(f"replay: python -m deepep fuzz --replay {file}")
-
-
-def _misused(console: Console, message: str) -> NoReturn:
-    console.print(f"[red]{message}[/]")
-    raise typer.Exit(MISUSED)
+        console.print(f"saved {file} and {file.with_suffix('.png')}", soft_wrap=True)
+        console.print(f"replay: python -m deepep fuzz --replay {shlex.quote(str(file))}", soft_wrap=True)

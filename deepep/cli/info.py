@@ -15,9 +15,10 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deepep.cli.terminal import make_console
+from deepep.runtime.backends import backends as registered_backends
 from deepep.version import __version__
 
 #: Extension module -> what it is for.
@@ -26,9 +27,6 @@ EXTENSIONS = {
     "_emulator": "the kernels' source, run on the CPU",
     "_cuda": "the kernels, sm_90a",
 }
-#: Backends by name, also those that this version may not have.
-BACKENDS = ("cuda", "emulator", "reference")
-
 Section = dict[str, str]
 
 
@@ -44,7 +42,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Machine-readab
     if as_json:
         print(json.dumps(sections, indent=2))
         return
-    console = Console()
+    console = make_console()
     for title, section in sections.items():
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         table.add_column(style="cyan", no_wrap=True)
@@ -145,16 +143,10 @@ def nvshmem() -> Section:
 
 def backends() -> Section:
     """Each backend: usable or why not."""
-    from deepep.runtime import backends as registry
-
-    known = {backend.name: backend for backend in registry.backends()}
     found: Section = {}
-    for name in dict.fromkeys([*known, *BACKENDS]):
-        if name not in known:
-            found[name] = "no: not part of this version"
-        else:
-            able, why = known[name].available()
-            found[name] = f"{'yes' if able else 'no'}: {why}"
+    for backend in registered_backends():
+        able, why = backend.available()
+        found[backend.name] = f"{'yes' if able else 'no'}: {why}"
     wanted = os.environ.get("DEEPEP_BACKEND")
     if wanted:
         found["DEEPEP_BACKEND"] = f"{wanted} (set: it overrides the choice)"

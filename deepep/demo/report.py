@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deepep.demo.config import DemoConfig
 from deepep.demo.train import RankRecord, TrainingOutcome
@@ -123,8 +124,8 @@ def print_tables(console: Console, records: Sequence[RankRecord], config: DemoCo
     )
     console.print(traffic)
     console.print(
-        "[dim]MB: payload between different ranks, forward and backward. "
-        "Choices and rows: forward dispatch.[/dim]\n"
+        "MB: payload between different ranks, forward and backward. Choices and rows: forward dispatch.\n",
+        style="dim",
     )
 
     times = Table(title="Time per step", title_justify="left", title_style="bold")
@@ -133,7 +134,7 @@ def print_tables(console: Console, records: Sequence[RankRecord], config: DemoCo
     times.add_column("slowest rank, ms", justify="right")
     for name, level in PHASES:
         per_rank = [record.seconds.get(name, 0.0) / config.steps * 1e3 for record in records]
-        label = f"[dim]  {name}[/dim]" if level else name
+        label = Text(f"  {name}", "dim") if level else Text(name)
         times.add_row(label, f"{sum(per_rank) / len(per_rank):.1f}", f"{max(per_rank):.1f}")
     console.print(times)
 

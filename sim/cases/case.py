@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from deepep.sim.cases.choices import Choices
-from deepep.sim.cases.options import SPACE, Options
+from deepep.sim.cases.files import CaseError, Fields, check_integer, make_dataclass, parse_json
+from deepep.sim.cases.options import SPACE, WORDS, Options
 from deepep.sim.cases.routing import PATTERNS, TWISTS, Indices, RoutingShape
 
 FORMAT = "deepep.case"
 VERSION = 1
+#: Bounds of what a file may ask for.
+MAX_RANKS, MAX_TOPK, MAX_HIDDEN, MAX_ELEMENTS = 256, 256, 1 << 16, 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +142,11 @@ class Case:
         }
 
     def to_json(self) -> str:
-        """The case as JSON text. Cases that properties derive from others have no file of their own."""
-        assert self.parent is None
+        """The case as JSON text."""
+        return json.dumps(self.to_plain())
+
+    def to_plain(self) -> dict[str, Any]:
+        """The case as values that JSON has; a parent, whose tensors it takes, goes along."""
         plain = {
             "format": FORMAT,
             "version": VERSION,
@@ -153,46 +159,64 @@ class Case:
             "options": self.options.to_json(),
             "topk_idx": [indices.tolist() for indices in self.topk_idx],
         }
-        return json.dumps(plain)
+        if self.parent is not None:
+            plain["parent"] = {
+                "case": self.parent.case.to_plain(),
+                "ranks": list(self.parent.ranks),
+                "tokens": [tokens.indices(2**31)[:2] for tokens in self.parent.tokens],
+            }
+        return plain
 
     @staticmethod
     def from_json(text: str) -> Case:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: the text is not a case, or not one of a known version.
+            CaseError: the text is not a case, or not one of a known version. It is a ValueError.
         """
-        plain = json.loads(text)
-        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-            raise ValueError(f"not a {FORMAT} file")
-        if plain["version"] != VERSION:
-            raise ValueError(f"version: got {plain['version']}; allowed: {VERSION}")
-        num_topk = plain["num_topk"]
-        matrices = (np.array(rows, dtype=np.int64).reshape(-1, num_topk) for rows in plain["topk_idx"])
+        return Case.from_plain(parse_json(text, "the case"))
+
+    @staticmethod
+    def from_plain(plain: Any) -> Case:
+        """Reads what `to_plain` gave, and checks every field. Raises CaseError."""
+        given = Fields(plain, "case")
+        if plain.get("format") != FORMAT:
+            raise CaseError(f"not a {FORMAT} file")
+        given.integer("version", VERSION, VERSION)
+        num_topk = given.integer("num_topk", 1, MAX_TOPK)
+        rows = given.items("topk_idx", MAX_RANKS)
+        hidden = given.integer("hidden", 1, MAX_HIDDEN)
+        matrices = tuple(_matrix(part, num_topk, f"rank {rank}: topk_idx") for rank, part in enumerate(rows))
+        if sum(map(len, matrices)) * hidden > MAX_ELEMENTS:
+            raise CaseError(f"hidden: got {hidden}; allowed: tensors of at most {MAX_ELEMENTS} elements")
+        masked = tuple(
+            check_integer(rank, 0, len(rows) - 1, "masked") for rank in given.items("masked", len(rows) - 1)
+        )
         case = Case(
-            num_experts=plain["num_experts"],
-            topk_idx=tuple(matrices),
-            hidden=plain["hidden"],
-            seed=plain["seed"],
-            options=Options(**plain["options"]),
-            masked=tuple(plain["masked"]),
-            origin=plain["origin"],
+            num_experts=given.integer("num_experts", 1, 2**31 - 1),
+            topk_idx=matrices,
+            hidden=hidden,
+            seed=given.integer("seed", 0, 2**64 - 1),
+            options=make_dataclass(Options, given.get("options"), "options", words=WORDS),
+            masked=masked,
+            origin=given.text("origin", 200),
+            parent=_parent(given.get("parent"), matrices) if "parent" in given else None,
         )
         case.validate()
         return case
 
     def validate(self) -> None:
-        """Raises ValueError if the case is not a valid call."""
+        """Raises CaseError, a ValueError, if the case is not a valid call."""
         if not self.topk_idx or self.num_experts < 1 or self.num_experts % self.num_ranks:
-            raise ValueError(f"num_experts: got {self.num_experts} for {self.num_ranks} ranks")
+            raise CaseError(f"num_experts: got {self.num_experts} for {self.num_ranks} ranks")
         for rank, indices in enumerate(self.topk_idx):
             if indices.ndim != 2 or indices.shape[1] != self.num_topk or self.num_topk < 1:
-                raise ValueError(f"rank {rank}: topk_idx: got {indices.shape}; allowed: [T, {self.num_topk}]")
+                raise CaseError(f"rank {rank}: topk_idx: got {indices.shape}; allowed: [T, {self.num_topk}]")
             if indices.size and not (indices.min() >= -1 and indices.max() < self.num_experts):
-                raise ValueError(f"rank {rank}: topk_idx: entries outside [-1, {self.num_experts})")
+                raise CaseError(f"rank {rank}: topk_idx: entries outside [-1, {self.num_experts})")
         for name, value in self.options.to_json().items():
             if not isinstance(value, type(SPACE[name][0])):
-                raise ValueError(f"options: {name}: got {value!r}; allowed: like {SPACE[name][0]!r}")
+                raise CaseError(f"options: {name}: got {value!r}; allowed: like {SPACE[name][0]!r}")
 
     def __repr__(self) -> str:
         changed = {n: v for n, v in self.options.to_json().items() if v != SPACE[n][0]}
@@ -204,6 +228,37 @@ class Case:
             + (f", {options}" if options else "")
             + ")"
         )
+
+
+def _matrix(rows: Any, num_topk: int, what: str) -> Indices:
+    """[T, K] int64 of lists of integers; a float or a truth value is refused, not converted."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == num_topk for row in rows):
+        raise CaseError(f"{what}: allowed: a list of lists of {num_topk}")
+    for row in rows:
+        for expert in row:
+            check_integer(expert, -1, 2**31 - 1, f"{what}: entries outside")
+    return np.array(rows, dtype=np.int64).reshape(-1, num_topk)
+
+
+def _parent(plain: Any, matrices: tuple[Indices, ...]) -> Window:
+    """The window of another case that the tokens of `matrices` are."""
+    given = Fields(plain, "parent")
+    case = Case.from_plain(given.get("case"))
+    ranks = given.items("ranks", len(matrices))
+    bounds = given.items("tokens", len(matrices))
+    if not len(ranks) == len(bounds) == len(matrices):
+        raise CaseError(f"parent: {len(ranks)} ranks and {len(bounds)} windows for {len(matrices)} ranks")
+    tokens = []
+    for rank, pair, matrix in zip(ranks, bounds, matrices, strict=True):
+        check_integer(rank, 0, case.num_ranks - 1, "parent: ranks")
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise CaseError("parent: tokens: allowed: pairs of a first token and the one past the last")
+        first = check_integer(pair[0], 0, 2**31, "parent: tokens")
+        last = check_integer(pair[1], 0, 2**31, "parent: tokens")
+        if len(range(*slice(first, last).indices(case.num_tokens[rank]))) != len(matrix):
+            raise CaseError(f"parent: tokens {first} to {last} of rank {rank} are not {len(matrix)}")
+        tokens.append(slice(first, last))
+    return Window(case, tuple(ranks), tuple(tokens))
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,9 @@ SPACE: dict[str, tuple[Any, ...]] = {
 
 assert tuple(SPACE) == tuple(f.name for f in fields(Options))
 
+#: The options that hold a word, and the words.
+WORDS: dict[str, tuple[str, ...]] = {n: words for n, words in SPACE.items() if isinstance(words[0], str)}
+
 
 class Coverage:
     """Coverage of the option space: the alternatives, and the pairs of them, that some examples have tried.

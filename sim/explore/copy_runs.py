@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,19 @@ class CopyTally:
 
 
 def explore_copies(
-    *, runs: int | None = None, seconds: float | None = None, kernels: Any = None
+    *,
+    runs: int | None = None,
+    seconds: float | None = None,
+    kernels: Any = None,
+    progress: Callable[[int], None] = lambda run: None,
 ) -> CopyTally:
-    """Drawn copies, every fourth through registers, to the first failure or the end of the budget."""
+    """Drawn copies, every fourth through registers, to the first failure or the end of the budget.
+
+    `progress` is called with each run's number before it.
+    """
     begin = time.monotonic()
     for seed in itertools.count():
+        progress(seed)
         case, schedule = draw_copy(seed, bulk=seed % 4 != 3), draw_schedule(seed)
         report = run_copy(case, schedule, kernels)
         took = time.monotonic() - begin

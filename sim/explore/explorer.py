@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.emulator.calls import Gpu
 from deepep.sim.explore.emulated import run
+from deepep.sim.explore.failures import Failure
 from deepep.sim.explore.scenarios import STRATEGIES, RunReport, Scenario, Stop, ThreadSchedule
-
-FORMAT = "deepep.failing-schedule"
-_PLAIN_FIELDS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
 
 #: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks, fewer SMs
 #: than blocks, blocks that do both in a combine where rows are few, copy engines that return the rows.
@@ -113,54 +108,6 @@ def draw_stop(seed: int, num_ranks: int, steps: int) -> Stop:
         pause_seconds=choices.pick((0.0, 0.0, 1.5)),
         loses_writes=choices.flag(),
     )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A failure, and all it takes to run it again."""
-
-    scenario: Scenario
-    schedule: ThreadSchedule
-    stops: tuple[Stop, ...]
-    report: RunReport
-
-    def replay(self, kernels: Any = None) -> RunReport:
-        return run(self.scenario, self.schedule, stops=self.stops, kernels=kernels)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file (JSON) that runs the same anywhere, also when drawing has changed."""
-        scenario = self.scenario
-        plain = {
-            "format": FORMAT,
-            "cases": [json.loads(case.to_json()) for case in scenario.cases],
-            "scenario": {name: getattr(scenario, name) for name in _PLAIN_FIELDS},
-            "gpu": asdict(scenario.gpu),
-            "schedule": asdict(self.schedule),
-            "stops": [asdict(stop) for stop in self.stops],
-            "kind": self.report.kind,
-            "text": self.report.text.splitlines(),
-        }
-        Path(path).write_text(json.dumps(plain, indent=1) + "\n")
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> Failure:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: the file is something else.
-            OSError: it cannot be read.
-        """
-        plain = json.loads(Path(path).read_text())
-        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a {FORMAT} file")
-        scenario = Scenario(
-            cases=tuple(Case.from_json(json.dumps(case)) for case in plain["cases"]),
-            gpu=Gpu(**plain["gpu"]),
-            **plain["scenario"],
-        )
-        stops = tuple(Stop(**stop) for stop in plain["stops"])
-        report = RunReport(plain["kind"], "\n".join(plain["text"]))
-        return Failure(scenario, ThreadSchedule(**plain["schedule"]), stops, report)
 
 
 @dataclass

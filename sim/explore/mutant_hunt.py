@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 
 from deepep import _emulator
 from deepep.sim.explore.copy_runs import explore_copies
@@ -42,14 +43,29 @@ class Catch:
         return "" if self.failure is None else self.failure.kind
 
 
-def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) -> Catch:
-    """Builds and explores one mutant: in every second run a rank stops somewhere."""
+class HuntOver(Exception):
+    """The hunt is given up."""
+
+
+def hunt(
+    mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0, over: Event | None = None
+) -> Catch:
+    """Builds and explores one mutant: in every second run a rank stops somewhere.
+
+    Raises HuntOver once `over` is set.
+    """
+
+    def progress(_: object) -> None:
+        if over is not None and over.is_set():
+            raise HuntOver
+
+    progress(None)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder))))
     built = time.monotonic()
     if mutant.file == COPY_FILE:
-        copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels)
+        copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if copies.failure is None else copies.failure.report
         return Catch(mutant, found, copies.runs, copies.seconds, built - begin)
     tally = explore(
@@ -59,6 +75,7 @@ def hunt(mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0) 
         with_stops=True,
         scenarios=_scenario,
         kernels=kernels,
+        progress=progress,
     )
     found = None if tally.failure is None else tally.failure.report
     return Catch(mutant, found, tally.runs, time.monotonic() - built, built - begin)
@@ -78,15 +95,21 @@ def hunt_all(
     Those that are known to be harmless get a tenth of the time: to be seen escaping.
     """
 
+    over = Event()
+
     def one(mutant: Mutant) -> Catch:
         patience = seconds / 10 if mutant.name in HARMLESS else seconds
-        catch = hunt(mutant, csrc, runs=runs, seconds=patience)
+        catch = hunt(mutant, csrc, runs=runs, seconds=patience, over=over)
         if done is not None:
             done(catch)
         return catch
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, wanted))
+        try:
+            return list(pool.map(one, wanted))
+        except BaseException:  # Ctrl-C: the pool waits for its workers, which look at this between two runs
+            over.set()
+            raise
 
 
 def markdown(catches: Sequence[Catch]) -> Iterator[str]:

@@ -62,11 +62,13 @@ def as_text(finding: Finding, width: int = 100) -> str:
 
 def print_finding(console: Any, finding: Finding) -> None:
     """Prints the finding to a rich console."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    console.print(f"[bold red]{escape(finding.subject)}[/]: [bold]{escape(finding.rule)}[/] does not hold")
-    console.print(escape(_short(finding.message)))
-    console.print(escape(repr(finding.case)))
+    console.print(
+        Text.assemble((finding.subject, "bold red"), ": ", (finding.rule, "bold"), " does not hold")
+    )
+    console.print(_short(finding.message), markup=False)
+    console.print(repr(finding.case), markup=False)
     if len(finding.cases) > 1:
         console.print(f"(only after the {len(finding.cases) - 1} examples before it)")
     console.print(_routing_table(finding.case))
@@ -113,13 +115,13 @@ def _rows_table(case: Case, rank: int, views: list[RankView]) -> Any | None:
     for column in ("row", "expected", "got"):
         table.add_column(column)
     for row in range(min(LONGEST, max(len(expected), len(got)))):
-        want = _told(expected[row]) if row < len(expected) else "no row"
-        have = _told(got[row]) if row < len(got) else "no row"
+        want = _origin(expected[row]) if row < len(expected) else "no row"
+        have = _origin(got[row]) if row < len(got) else "no row"
         table.add_row(str(row), want, have, style="red" if want != have else None)
     return table
 
 
-def _told(origin: Origin | None) -> str:
+def _origin(origin: Origin | None) -> str:
     return "contents of no token" if origin is None else f"token {origin[1]} of rank {origin[0]}"
 
 

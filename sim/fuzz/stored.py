@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepep.sim.cases.case import Case
+from deepep.sim.cases.files import CaseError, Fields, read_json
 from deepep.sim.fuzz.fuzzer import Finding
 
 FORMAT = "deepep.failing-example"
 VERSION = 1
+#: Most cases of a file.
+MAX_CASES = 4096
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class StoredExample:
             "subject": self.subject,
             "rule": self.rule,
             "message": self.message,
-            "cases": [json.loads(case.to_json()) for case in self.cases],
+            "cases": [case.to_plain() for case in self.cases],
         }
         Path(path).write_text(json.dumps(plain, indent=1) + "\n")
 
@@ -44,14 +47,15 @@ class StoredExample:
         """Reads a failing example, or a file with a single case.
 
         Raises:
-            ValueError: the file is neither, or of another version.
+            CaseError: the file is neither, or of another version. It is a ValueError.
             OSError: it cannot be read.
         """
-        text = Path(path).read_text()
-        plain = json.loads(text)
+        plain = read_json(path)
         if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-            return StoredExample("", "", "", (Case.from_json(text),))
-        if plain.get("version") != VERSION:
-            raise ValueError(f"{path}: version: got {plain.get('version')}; allowed: {VERSION}")
-        cases = tuple(Case.from_json(json.dumps(case)) for case in plain["cases"])
-        return StoredExample(plain["subject"], plain["rule"], plain["message"], cases)
+            return StoredExample("", "", "", (Case.from_plain(plain),))
+        given = Fields(plain, str(path))
+        given.integer("version", VERSION, VERSION)
+        cases = tuple(Case.from_plain(case) for case in given.items("cases", MAX_CASES))
+        if not cases:
+            raise CaseError(f"{path}: cases: got none; allowed: 1 or more")
+        return StoredExample(given.text("subject"), given.text("rule"), given.text("message", 1 << 20), cases)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepep.sim.explore.explorer import Failure
+from deepep.sim.explore.failures import Failure
 
 SAVED = sorted((Path(__file__).parent / "schedules").glob("*.json"))
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from deepep.sim.cases.case import Case, Limits, draw_case
+from deepep.sim.cases.case import Case, Limits, Window, draw_case
 from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.cases.files import CaseError
 from deepep.sim.cases.options import SPACE, Coverage, Options
 from deepep.sim.cases.routing import PATTERNS, TWISTS, RoutingShape
 from deepep.sim.cases.values import decode_id, inputs, other_rows
@@ -96,12 +97,57 @@ def test_json_round_trip_to_the_same_bits():
         ({"num_experts": 7}, "num_experts"),
         ({"topk_idx": [[[99]], [[0]]]}, "rank 0: topk_idx: entries outside"),
         ({"options": {"topk": "yes"}}, "options: topk"),
+        ({"options": {"topk": 1}}, "options: topk"),
+        ({"options": {"mode": "[x]"}}, r"options: mode: got '\[x\]'; allowed: ht, ll"),
+        ({"options": {"speed": 1}}, "options: got 'speed'"),
+        ({"options": {"biases": True}}, "options: biases"),
+        ({"options": {"spare_slots": -1}}, "options: spare_slots"),
+        ({"options": [1]}, "options: got"),
+        ({"topk_idx": [[[0.5]], [[0]]]}, "rank 0: topk_idx"),
+        ({"topk_idx": [[[True]], [[0]]]}, "rank 0: topk_idx"),
+        ({"topk_idx": [[[0, 1]], [[0]]]}, "rank 0: topk_idx"),
+        ({"topk_idx": [[[2**63]], [[0]]]}, "rank 0: topk_idx"),
+        ({"topk_idx": [7, [[0]]]}, "rank 0: topk_idx"),
+        ({"topk_idx": {}}, "topk_idx: got"),
+        ({"num_topk": 0}, "num_topk"),
+        ({"num_experts": 4.0}, "num_experts"),
+        ({"hidden": 2**40}, "hidden"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"masked": [5]}, "masked"),
+        ({"masked": [0, 1]}, "masked"),
+        ({"origin": None}, "origin"),
+        ({"origin": "x" * 10_000}, "origin"),
+        ({"parent": {"case": {}}}, "not a deepep.case"),
     ],
 )
 def test_files_that_are_no_cases_are_refused(change, complaint):
     case = Case(4, (np.array([[1]]), np.array([[0]])))
     plain = {**json.loads(case.to_json()), **change}
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(CaseError, match=complaint):
+        Case.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize("name", json.loads(Case(1, (np.array([[0]]),)).to_json()))
+def test_a_file_that_lacks_a_field_is_refused(name):
+    plain = json.loads(Case(1, (np.array([[0]]),)).to_json())
+    del plain[name]
+    with pytest.raises(CaseError, match=name if name != "format" else "not a deepep.case"):
+        Case.from_json(json.dumps(plain))
+
+
+def test_a_window_of_another_case_round_trips():
+    """Relations derive such cases; a finding of one can be saved."""
+    whole = Case(4, (np.array([[1], [2], [3]]), np.array([[0], [1]])), seed=5)
+    window = Window(whole, (1, 0), (slice(0, 1), slice(1, None)))
+    case = Case(4, (np.array([[0]]), np.array([[2], [3]])), parent=window)
+    again = Case.from_json(case.to_json())
+    assert again.to_json() == case.to_json()
+    for rank in range(2):
+        assert np.array_equal(bits(inputs(case, rank).x), bits(inputs(again, rank).x))
+    plain = json.loads(case.to_json())
+    plain["parent"]["tokens"][0] = [0, 2]
+    with pytest.raises(CaseError, match="parent: tokens 0 to 2 of rank 1 are not 1"):
         Case.from_json(json.dumps(plain))
 
 

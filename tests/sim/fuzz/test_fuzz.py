@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 
 from deepep.sim.cases.case import Case, Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
+from deepep.sim.cases.files import CaseError
 from deepep.sim.cases.options import SPACE, Options
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.drawing import as_text, expected_origins, received_origins, save_picture
@@ -106,7 +108,8 @@ def backwards(world_of):
 
 def hunt(subject, **kwargs):
     limits = Limits(ranks=(2, 3), masks=0, fixed={"mode": "ht", "values": "ids", "payload": "bf16"})
-    return Fuzzer([subject], limits=limits, **kwargs).run(examples=64).finding
+    # Shrinking ends by itself; a busy machine is not to end it earlier.
+    return Fuzzer([subject], limits=limits, shrink_seconds=600, **kwargs).run(examples=64).finding
 
 
 def test_a_failure_is_shrunk_saved_drawn_and_replayed(backwards, tmp_path):
@@ -199,7 +202,8 @@ def test_a_property_of_ones_own_is_checked():
                 raise Violation(f"rank {rank}: {len(view.recv_x)} rows", rank)
 
     rule = Property("nobody gets five rows", always, nobody_gets_five_rows)
-    finding = Fuzzer([subjects.reference()], rules=[rule], limits=Limits(ranks=(1, 2))).run().finding
+    fuzzer = Fuzzer([subjects.reference()], rules=[rule], limits=Limits(ranks=(1, 2)), shrink_seconds=600)
+    finding = fuzzer.run().finding
     assert finding is not None
     assert finding.rule == "nobody gets five rows"
     assert sum(finding.case.num_tokens) == 5
@@ -258,3 +262,22 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     case = Case(1, (np.array([[0]]),))
     file.write_text(case.to_json())
     assert StoredExample.load(file).cases[0].to_json() == case.to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"cases": []}, "cases"),
+        ({"cases": {}}, "cases"),
+        ({"cases": [1]}, "case: got 1"),
+        ({"subject": 3}, "subject"),
+        ({"version": "1"}, "version"),
+    ],
+)
+def test_mangled_examples_are_refused(tmp_path, change, complaint):
+    file = tmp_path / "x.json"
+    StoredExample("oracle", "rule", "message", (Case(1, (np.array([[0]]),)),)).save(file)
+    assert StoredExample.load(file).subject == "oracle"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CaseError, match=complaint):
+        StoredExample.load(file)

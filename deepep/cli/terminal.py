@@ -1,0 +1,49 @@
+"""Terminal conventions of the commands: text of the user's is never markup, misuse is one line, and outputs
+are checked before the work begins.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+PASSED, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that prints strings as they are, "[brackets]" included; styles are given as rich's Text."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def misused(message: object) -> NoReturn:
+    """Prints one line to standard error and leaves with the status of misuse."""
+    line = " ".join(str(message).split())
+    make_console(stderr=True).print(line, style="red", soft_wrap=True)
+    raise typer.Exit(MISUSED)
+
+
+def demand_folder(option: str, path: Path) -> None:
+    """Misuse unless `path` is a folder that can be written to, or can be made."""
+    present = path
+    while not present.exists() and present != present.parent:
+        present = present.parent
+    if not present.is_dir():
+        misused(f"{option}: {present} is not a folder")
+    if not os.access(present, os.W_OK | os.X_OK):
+        misused(f"{option}: {present} cannot be written to")
+
+
+def demand_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
+    """Misuse unless a file can be written at `path`, whose name ends in one of `endings` if there are any."""
+    if endings and path.suffix.lower() not in endings:
+        misused(f"{option}: got {path}; allowed: a name that ends in {', '.join(endings)}")
+    if path.is_dir():
+        misused(f"{option}: {path} is a folder")
+    if not path.parent.is_dir():
+        misused(f"{option}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        misused(f"{option}: {path} cannot be written")

@@ -1,0 +1,149 @@
+"""Conventions of all commands: text of the user's is never markup, misuse is one line, outputs are checked
+before the work, Ctrl-C ends a command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deepep.cli import COMMANDS, main
+
+NAMES = ["run[lr=0.1]/x.json", "seed[/3].json", "[red]x[/red].json", "[/x]", ":smile:.json"]
+
+
+def misuse(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a misused command prints."""
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fuzz", "--backend", "oracle", "--trace"),
+        ("fuzz", "--backend", "oracle", "--replay"),
+        ("fuzz", "--backend"),
+        ("check", "--backend"),
+        ("check", "--device"),
+        ("bench", "--device", "cpu", "--trace"),
+        ("bench", "--device"),
+        ("bench", "--plot"),
+    ],
+    ids=" ".join,
+)
+def test_brackets_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], name: str
+) -> None:
+    assert name in misuse(capsys, *words, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_explore_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    pytest.importorskip("deepep._emulator")
+    assert name in misuse(capsys, "explore", "--replay", name)
+
+
+def test_brackets_in_the_folder_of_an_output(tmp_path: Path) -> None:
+    """The demo used to train first, and to fail at the name of its pictures."""
+    out = tmp_path / "run[/b]"
+    words = ["demo", "--ranks", "1", "--steps", "2", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepep", *words], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"Pictures: {out}/loss.png, expert_load.png, traffic.png"
+    assert (out / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("demo", "--out", "{file}"), "--out"),
+        (("demo", "--out", "{file}/below"), "--out"),
+        (("fuzz", "--backend", "oracle", "--out", "{file}"), "--out"),
+        (("bench", "--device", "cpu", "--json", "{folder}"), "--json"),
+        (("bench", "--device", "cpu", "--json", "{folder}/none/x.json"), "--json"),
+        (("bench", "--device", "cpu", "--plot", "{folder}/x.gif"), "--plot"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...], named: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    given = [word.format(file=file, folder=tmp_path) for word in words]
+    assert misuse(capsys, *given).startswith(named)
+
+
+@pytest.mark.parametrize(
+    "words", [("demo", "--ranks", "many"), ("fuzz", "--rank", "4"), ("check", "--ranks", "0"), ("dmeo",)]
+)
+def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    assert misuse(capsys, *words)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "large", "no text", "deep", "number"])
+@pytest.mark.parametrize("command", ["fuzz", "explore"])
+def test_what_is_no_file_to_replay_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, kind: str
+) -> None:
+    if command == "explore":
+        pytest.importorskip("deepep._emulator")
+    path = tmp_path / "x.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "large":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    elif kind == "no text":
+        path.write_bytes(b"\xff\xfe{")
+    elif kind == "deep":
+        path.write_text("[" * 200_000)
+    else:
+        path.write_text("9" * 5000)
+    assert misuse(capsys, command, "--replay", str(path)).startswith("--replay: ")
+
+
+@pytest.mark.parametrize("words", [("--minutes", "5"), ("--minutes", "5", "--mutations")])
+def test_ctrl_c_ends_an_exploration(tmp_path: Path, words: tuple[str, ...]) -> None:
+    pytest.importorskip("deepep._emulator")
+    command = [sys.executable, "-m", "deepep", "explore", "--workers", "2", *words]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        time.sleep(8.0)  # somewhere in its work; before that it is the interpreter that ends
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            status = process.wait(60.0)  # of the five minutes
+        finally:
+            process.kill()
+    assert status in (130, -signal.SIGINT), (tmp_path / "out").read_text()
