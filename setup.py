@@ -75,8 +75,8 @@ class BuildExtensions(build_ext):
     def build_extensions(self) -> None:
         jobs = int(os.environ.get("DEEPEP_BUILD_JOBS") or os.cpu_count() or 1)
         sources = [(ext, source) for ext in self.extensions for source in ext.sources]
-        # nvcc takes longest, so it begins.
-        sources.sort(key=lambda job: not job[1].endswith(".cu"))
+        # What takes longest begins: kernels, then bindings.
+        sources.sort(key=lambda job: (not job[1].endswith(".cu"), "/bindings/" not in job[1]))
         names = [(ext.name, source) for ext, source in sources]
         with ThreadPoolExecutor(jobs) as pool:
             made = dict(zip(names, pool.map(lambda job: self.compile(*job), sources), strict=True))
