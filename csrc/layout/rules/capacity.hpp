@@ -1,5 +1,6 @@
 // How much can arrive at worst, and the size hints of the public interface. Computed in 128 bits; the caller
 // refuses what does not fit 64 (fits_int64).
+// For the CPU alone: kernels are given sizes.
 #pragma once
 
 #include "layout/arith.hpp"

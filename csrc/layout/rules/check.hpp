@@ -1,4 +1,5 @@
 // Refusals of the host layer, as the standard exceptions Python knows.
+// For the CPU alone: kernels raise nothing.
 #pragma once
 
 #include <cstdint>

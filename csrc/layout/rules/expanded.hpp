@@ -1,6 +1,7 @@
 // The expanded layout: one row for each top-k entry that names a local expert,
 // grouped by expert, each group starting on a multiple of the alignment, as a
 // grouped GEMM wants it. Inside an expert: ascending received row, then k.
+// For the CPU alone: no kernel writes this layout.
 #pragma once
 
 #include "layout/arith.hpp"

@@ -1,3 +1,4 @@
+// For the CPU alone: the rules over whole arrays.
 #include "layout/rules/layout.hpp"
 
 #include <algorithm>

@@ -4,6 +4,7 @@
 // Shapes are the caller's to check; values are checked here: std::invalid_argument names the argument.
 // `num_parts`: the tokens are split into that many ranges, each counted and numbered apart, as blocks and
 // warps of a kernel do it. The result does not depend on it.
+// For the CPU alone.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // Rows of the low-latency output [L, R * M, H]: one for each distinct (token, expert), those of an expert
 // packed from the front of its R * M rows in (source rank, source token) order.
+// For the CPU alone, as what the kernels of the low-latency mode are compared with.
 #pragma once
 
 #include "layout/placement.hpp"

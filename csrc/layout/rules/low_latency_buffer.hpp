@@ -2,6 +2,7 @@
 // receiver, emulator and host cannot disagree. Bytes, from the start of the buffer.
 // Templates over the integer: the device uses int64_t, the host first evaluates
 // total_bytes() in 128 bits (fits_int64), after which no offset inside can overflow.
+// For the CPU alone: it answers how much memory the public interface asks for.
 #pragma once
 
 #include "layout/placement.hpp"

@@ -1,3 +1,4 @@
+// For the CPU alone: sizes in 128 bits.
 #include "layout/rules/sizes.hpp"
 
 #include <initializer_list>

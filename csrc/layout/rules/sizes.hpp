@@ -1,5 +1,6 @@
 // Capacities and buffer sizes, evaluated in 128 bits: std::overflow_error where 64 cannot hold the result,
 // std::invalid_argument where an argument makes no sense.
+// For the CPU alone.
 #pragma once
 
 #include <cstdint>
