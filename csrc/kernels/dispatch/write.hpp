@@ -50,6 +50,28 @@ struct HeldRow {
   return first;
 }
 
+/// The 16-byte pieces [from, end) of the row at `source`, read once and stored at every destination; `target`:
+/// of lane r, the row's place at rank r. One warp.
+DEEPEP_DEVICE void store_row(uint64_t source, uint64_t target, int from, int end, uint32_t destinations,
+                             HeldRow& held) {
+  using namespace dev;
+#pragma unroll 1
+  for (int begin = from + lane(); begin < end + lane(); begin += kUnroll * kWarpSize) {
+    const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
+    const uint64_t offset = sizeof(Vec16) * static_cast<uint32_t>(begin);
+    const Vec16* from_row = reinterpret_cast<const Vec16*>(source + offset);
+    if (!held.is_here) read_row(from_row, pieces, held.pieces);
+    held.is_here = false;
+#pragma unroll 1
+    for (uint32_t left = destinations; left != 0; left &= left - 1) {
+      Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left)) + offset);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, held.pieces[u]);
+    }
+  }
+}
+
 /// A warp's tokens, or its part of one; a row is read once and stored to every destination of the role. What is
 /// known of the `first_token` was found while the metadata travelled, and the beginning of its row may be
 /// `held`.
@@ -111,21 +133,7 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
         if (trails && !held.is_here) held.scales = read_scales(args, t);
         const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
         const uint64_t source = reinterpret_cast<uint64_t>(args.x + t * args.row_bytes);
-#pragma unroll 1
-        for (int begin = from + lane(); begin < end + lane(); begin += kUnroll * kWarpSize) {
-          const int pieces = end - begin;  // this lane's are those u with u * kWarpSize < pieces
-          const uint64_t offset = sizeof(Vec16) * static_cast<uint32_t>(begin);
-          const Vec16* from_row = reinterpret_cast<const Vec16*>(source + offset);
-          if (!held.is_here) read_row(from_row, pieces, held.pieces);
-          held.is_here = false;
-#pragma unroll 1
-          for (uint32_t left = destinations; left != 0; left &= left - 1) {
-            Vec16* to = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(left)) + offset);
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u)
-              if (u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, held.pieces[u]);
-          }
-        }
+        store_row(source, target, from, end, destinations, held);
         for (uint32_t left = trails ? destinations : 0; left != 0; left &= left - 1) {
           const int d = lowest_bit(left);
           write_scales(args, held.scales, t, d, shuffle(row, d));
