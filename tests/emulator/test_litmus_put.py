@@ -1,4 +1,4 @@
-"""Puts to other nodes, by small kernels (csrc/emulator/litmus/put.hpp): NVSHMEM's ordering, no more."""
+"""Puts to other domains, by small kernels (csrc/emulator/litmus/put.hpp): NVSHMEM's ordering, no more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RACE = "data race"
 
 @pytest.fixture
 def litmus(litmus: Any) -> Any:
-    """Each rank on a node of its own, unless told; with patience for the network."""
+    """Each rank on a node of its own, unless given one; with patience for the network."""
 
     def run(kernel: str, **how: Any) -> Any:
         return litmus(kernel, **{"ranks_per_node": 1, "timeout_ns": 100_000_000, "shared": 4096, **how})

@@ -102,7 +102,7 @@ RIGHT = """// A kernel for this test.
 //
 // Phases:
 //   start      reads the epoch
-//   post       block 0 tells the others; where that takes
+//   post       block 0 posts to the others; where that takes
 //              two lines
 //   wait_rows  the last block
 //   finish

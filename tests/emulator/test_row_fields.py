@@ -75,7 +75,7 @@ def test_metadata_agrees_with_the_oracle(shape: Shape, gpu: Gpu) -> None:
 
 
 def run_lying(scenario: Scenario, source: int, destination: int, missing: int, seed: int) -> RunReport:
-    """`source` tells `destination` of `missing` rows fewer than its tokens make."""
+    """`source` posts to `destination` `missing` rows fewer than its tokens make."""
     views = scenario.expected[0]
     counts = np.array(views[source].num_tokens_per_rank)
     counts[destination] -= missing
@@ -88,12 +88,12 @@ def run_lying(scenario: Scenario, source: int, destination: int, missing: int, s
 
 @pytest.mark.parametrize("missing", [1, 20, 50])
 @pytest.mark.parametrize("gpu", [FEW_WARPS, APART], ids=["few warps", "apart"])
-def test_no_more_rows_are_written_than_were_told(gpu: Gpu, missing: int) -> None:
+def test_no_more_rows_are_written_than_were_posted(gpu: Gpu, missing: int) -> None:
     """Neither they nor what travels with them: the next source's lie there, and it would be a race."""
     case = Shape((90, 80, 5), topk=4).case()
     assert case.is_token_in_rank(0)[:, 1].sum() > 50
     for seed in range(3):
         report = run_lying(Scenario((case,), gpu), 0, 1, missing, seed)
-        # The lines that were told of and left out: rank 1's host is first to find that they did not come.
+        # The lines that were posted and left out: rank 1's host is first to find that they did not come.
         assert report.kind == "read of memory never written", f"{report.kind}: {report.text}"
         assert report.text.startswith("rank 1's host")
