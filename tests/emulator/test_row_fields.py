@@ -1,4 +1,4 @@
-"""Metadata of rows: shapes in which a warp writes it for many tokens, for few, for one, or for none."""
+"""Fields of rows: shapes in which a warp writes it for many tokens, for few, for one, or for none."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("gpu", [FEW_WARPS, APART, MANY_WARPS], ids=["few warps", "apart", "many warps"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_metadata_agrees_with_the_oracle(shape: Shape, gpu: Gpu) -> None:
+def test_row_fields_agree_with_the_oracle(shape: Shape, gpu: Gpu) -> None:
     scenario = Scenario((shape.case(),), gpu)
     for seed in range(2):
         report = run(scenario, draw_schedule(seed))
