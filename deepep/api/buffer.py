@@ -277,7 +277,8 @@ class Buffer(LowLatencyCalls):
         has_defaults = config is None and topk_idx is None and topk_weights is None
         if type(handle) is DispatchHandle and is_at_once and has_defaults:  # it may be like one before
             rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-            again = self._engine.dispatch_again(rows, scales, handle.route, Buffer.num_sms)
+            prepared = handle.route.cached
+            again = None if prepared is None else prepared.launch(rows, scales, Buffer.num_sms)
             if again is not None:
                 return again, None, None, None, None, EventOverlap()
 

@@ -168,7 +168,7 @@ class Bench:
 
         def align() -> None:
             if self._kernels:
-                self._buffer.runtime._endpoint.barrier(torch.cuda.current_stream().cuda_stream)
+                self._buffer.runtime.endpoint().barrier(torch.cuda.current_stream().cuda_stream)
             else:
                 dist.all_reduce(token, group=self._group)
 

@@ -1,14 +1,15 @@
-"""What inputs must look like: pure functions that raise the typed error for the first thing that is wrong.
+"""Checks of inputs: pure functions that raise the typed error for the first thing that is wrong.
 
-None of them communicates or knows a rank; the engine adds the rank and tells the others. Those in the first
-part look at descriptions alone (dtype, device, shape), those in the second read values and may wait for the
-device.
+None of them communicates or knows a rank; the engine adds the rank and refuses the call on all ranks. Those
+in the first two parts look at descriptions alone (dtype, device, shape), those in the last read values and
+may wait for the device.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +18,15 @@ from deepep.errors import (
     ArgumentTypeError,
     CapacityError,
     DeviceError,
+    HandleError,
     LayoutError,
     RangeError,
     ShapeError,
 )
+
+if TYPE_CHECKING:
+    from deepep.runtime.engine import Engine
+    from deepep.runtime.requests import CombineRequest, DispatchRequest, LowLatencyRoute, Route
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -52,9 +58,7 @@ def check_tensor(
     shape: Sequence[int | str],
     contiguous: bool = True,
 ) -> torch.Tensor:
-    """A tensor of one of `dtypes`, on `device_type`, of `shape` (a string stands for any size, and names
-    it).
-    """
+    """A tensor of one of `dtypes`, on `device_type`, of `shape` (a string: of any size, its name)."""
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(name, type(value).__name__, "a tensor")
     if value.dtype not in dtypes:
@@ -159,6 +163,60 @@ def check_max_tokens(num_tokens: int, num_max_tokens: object) -> int:
             "x", f"{num_tokens} tokens", f"at most num_max_dispatch_tokens_per_rank = {most} tokens"
         )
     return most
+
+
+# Requests
+
+
+def check_own(route: Route | LowLatencyRoute, engine: Engine) -> None:
+    """The route is one of this engine's."""
+    if route.engine is not engine:
+        raise HandleError("handle", "the handle of another buffer", "a handle of this buffer")
+
+
+def check_dispatch(request: DispatchRequest, device_type: str, num_ranks: int) -> None:
+    """A high-throughput dispatch: shapes, dtypes, devices and what goes with what."""
+    check_rows(request.x, device_type, request.scales is not None)
+    num_tokens = request.x.shape[0]
+    if request.scales is not None:
+        check_scales(request.scales, num_tokens, device_type)
+    check_int("expert_alignment", request.expert_alignment, 1)
+    check_int("num_worst_tokens", request.num_worst_tokens, 0)
+    if request.route is not None:
+        if num_tokens != request.route.num_tokens:
+            allowed = f"[{request.route.num_tokens}, H], the tokens of the handle"
+            raise ShapeError("x", shape_text(request.x.shape), allowed)
+        return
+    assert request.layout is not None
+    for name, dtype, shape in (
+        ("num_tokens_per_rank", torch.int32, (num_ranks,)),
+        ("is_token_in_rank", torch.bool, (num_tokens, num_ranks)),
+        ("num_tokens_per_expert", torch.int32, ("E",)),
+    ):
+        tensor = getattr(request.layout, name)
+        check_tensor(name, tensor, dtypes=(dtype,), device_type=device_type, shape=shape)
+    check_num_experts(request.layout.num_tokens_per_expert.numel(), num_ranks, "num_tokens_per_expert")
+    check_together(topk_idx=request.topk_idx, topk_weights=request.topk_weights)
+    if request.topk_idx is not None:
+        check_topk_idx(request.topk_idx, device_type, num_tokens)
+        check_topk_weights(request.topk_weights, request.topk_idx.shape, device_type)
+    elif request.num_worst_tokens > 0:
+        raise ArgumentError("topk_idx", "None, with num_worst_tokens", "topk_idx and topk_weights given")
+
+
+def check_combine(request: CombineRequest, device_type: str) -> None:
+    """A high-throughput combine: shapes, dtypes and devices."""
+    route = request.route
+    rows = route.num_rows
+    assert rows is not None
+    x = check_tensor("x", request.x, dtypes=SUM_DTYPES, device_type=device_type, shape=(rows, "H"))
+    check_row_bytes(x)
+    if request.topk_weights is not None:
+        check_topk_weights(request.topk_weights, (rows, "K"), device_type)
+    for bias in request.biases:
+        check_tensor(
+            "bias", bias, dtypes=(x.dtype,), device_type=device_type, shape=(route.num_tokens, x.shape[1])
+        )
 
 
 # Values

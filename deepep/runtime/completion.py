@@ -1,4 +1,4 @@
-"""When work will be done: a future of the host's lane, or an event on a CUDA stream."""
+"""When work will be done: a future of a host thread, or an event on a CUDA stream."""
 
 from __future__ import annotations
 

@@ -94,8 +94,7 @@ class Engine(ABC):
     """A backend at work for one rank. Every operation is collective over the ranks that are not masked.
 
     Errors: an operation that is refused raises the same ArgumentError on every rank, at the call, or, where
-        the
-    cause lies on another rank and the call did not wait, at the completion or the hook. A peer that is
+    the cause lies on another rank and the call did not wait, at the completion or the hook. A peer that is
     missing raises PeerTimeoutError. After `close`, DestroyedError.
     """
 
@@ -114,15 +113,6 @@ class Engine(ABC):
     @abstractmethod
     def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         """High-throughput dispatch."""
-
-    def dispatch_again(
-        self, x: object, scales: object, route: Route, num_sms: int
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
-        """A cached dispatch without a schedule, for engines that are quicker at one like they have made along
-        `route` before. x, scales: as of `dispatch`, unchecked. Returns the rows received, and their scales.
-        None: it is to be made by `dispatch`, which also says what is wrong with it, if anything is.
-        """
-        return None
 
     @abstractmethod
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
@@ -168,7 +158,7 @@ class Engine(ABC):
 
     @abstractmethod
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
-        """Takes part in `operation` only to tell the others that this rank was given bad input; raises it."""
+        """Takes part in `operation` only to say that this rank was given bad input; raises `problem`."""
 
     @abstractmethod
     def mask(self, rank: int, masked: bool) -> None:

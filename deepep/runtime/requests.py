@@ -4,8 +4,7 @@ A facade (deepep.api.buffer.Buffer, and others later) turns its calls into these
 into its tuples. A backend implements `deepep.runtime.engine.Engine`. Neither side knows the other.
 
 Shapes: R ranks, E experts, L = E / R local experts, K top-k, T tokens here, H hidden size, M maximum tokens
-    per rank,
-N rows received, P scales per token, D scale-up domains.
+per rank, N rows received, P scales per token, D scale-up domains.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     from deepep.runtime.engine import Engine
 
 Hook = Callable[[], None]
+
+RANKS_PER_DOMAIN = 8
+"""Ranks of a scale-up domain, as layouts count them (V1's NVLink ranks of a node)."""
 
 
 class Operation(IntEnum):
@@ -71,13 +73,26 @@ class Layout:
     is_token_in_rank: torch.Tensor
 
 
+class PreparedDispatch(Protocol):
+    """A cached dispatch that is prepared but for the addresses of its rows."""
+
+    def launch(
+        self, x: object, scales: object, num_sms: int
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """Makes it now, on the current stream, with rows like those it was prepared for; x, scales: as of
+        `Engine.dispatch`, unchecked. Returns the rows received, and their scales.
+
+        None: it was not made. `Engine.dispatch` makes it, and says what is wrong with it, if anything is.
+        """
+
+
 @dataclass(eq=False)
 class Route:
     """What a dispatch leaves for the operations that reuse it: cached dispatches and combine.
 
     engine: the engine that made it. num_tokens: T. num_rows: rows of the tensors handed out (N, or the worst
-        case
-    asked for). is_token_in_rank [T, R] bool. plan: the backend's own, None until the dispatch has run.
+        case asked for). is_token_in_rank [T, R] bool. plan: the backend's own, None until the dispatch has
+        run. cached: the last cached dispatch along it, for backends that prepare those.
     """
 
     engine: Engine
@@ -86,6 +101,7 @@ class Route:
     is_token_in_rank: torch.Tensor
     num_rows: int | None = None
     plan: Any = None
+    cached: PreparedDispatch | None = None
 
 
 @dataclass(slots=True)

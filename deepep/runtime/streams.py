@@ -6,6 +6,7 @@ GPU host, torch 2.11), a third of what a whole call may take. What they call the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ _stream_id = Any  # (stream id, device index, device type), as torch hands it ou
 _known: dict[_stream_id, torch.cuda.Stream] = {}
 
 
-def current_address(device: int) -> int:
-    """The current stream of a device, as CUDA names it."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
+def _no_cuda(device: int) -> int:
+    raise RuntimeError(f"this torch has no CUDA: device {device} has no streams")
+
+
+#: The current stream of a device (its index), as CUDA names it: torch's own function, without another on top.
+current_address: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_cuda)
 
 
 def current(device: int) -> torch.cuda.Stream:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from deepep.backends.reference import high_throughput
-from deepep.backends.reference.engine import RANKS_PER_DOMAIN, ReferenceEngine
+from deepep.backends.reference.engine import ReferenceEngine
 from deepep.errors import ArgumentTypeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.engine import EngineOptions
 from deepep.runtime.requests import (
+    RANKS_PER_DOMAIN,
     Combined,
     CombineRequest,
     Dispatched,
@@ -57,23 +58,23 @@ class EmulatorEngine(ReferenceEngine):
                     target.copy_(got)
 
         tensors = (topk_idx, *high_throughput.layout_tensors(layout))
-        completion = self._conductor.locally(job, schedule, tensors)
-        return layout, self._conductor.finish(schedule, completion)
+        completion = self._control.locally(job, schedule, tensors)
+        return layout, self._control.finish(schedule, completion)
 
     def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
-        return high_throughput.dispatch_cached(self._conductor, request, route, schedule, self._kernels)
+        return high_throughput.dispatch_cached(self._control, request, route, schedule, self._kernels)
 
     def _dispatch_fresh(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         assert request.layout is not None
         in_rank, per_expert = request.layout.is_token_in_rank, request.layout.num_tokens_per_expert
         route = Route(self, request.x.shape[0], per_expert.numel(), in_rank)
-        return high_throughput.dispatch_fresh(self._conductor, request, route, schedule, self._kernels)
+        return high_throughput.dispatch_fresh(self._control, request, route, schedule, self._kernels)
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
-        with self._conductor.issuing:
+        with self._control.issuing:
             with self._issuing(Operation.COMBINE, schedule):
                 self._check_combine(request)
-            return high_throughput.combine(self._conductor, request, schedule, self._kernels)
+            return high_throughput.combine(self._control, request, schedule, self._kernels)
 
     def _check_combine(self, request: CombineRequest) -> None:
         super()._check_combine(request)

@@ -64,7 +64,7 @@ def inputs_after_the_event(ctx: Any, buffer_of: Any, same_bits: Any, routing: An
     rows.copy_(received)
     row_weights.copy_(weights)
     release()
-    summed[2].current_stream_wait()  # the lane is in order: the last is done, so all are
+    summed[2].current_stream_wait()  # the queue is in order: the last is done, so all are
     assert not any(running(result[-1]) for result in (layout, worst, cached, summed))
     n = received.shape[0]
     assert same_bits(layout[0], good["num_tokens_per_rank"])
@@ -96,7 +96,7 @@ def counts_are_waited_for(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any
     expected = buffer.dispatch(**good)
     release, event = pending()
     entered = threading.Event()
-    buffer.runtime._conductor.observer = lambda operation, phase: entered.set()
+    buffer.runtime.observe(lambda operation, phase: entered.set())
     try:
         # Whoever is at "control" has passed the event: nothing may be entered before it is released.
         helper = threading.Thread(target=lambda: release() if not entered.is_set() else None)
@@ -106,7 +106,7 @@ def counts_are_waited_for(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any
         got = buffer.dispatch(**good, previous_event=layout_event, async_finish=True)
         helper.join()
     finally:
-        buffer.runtime._conductor.observer = None
+        buffer.runtime.observe(None)
     got[5].current_stream_wait()
     assert got[3] == expected[3]
     assert same_bits(got[0], expected[0])
@@ -185,7 +185,7 @@ def asynchronous_refusals(ctx: Any, buffer_of: Any, routing: Any) -> Any:
             event.current_stream_wait()
         except deepep.ShapeError as error:
             seen.append(("wait", str(error)))
-    # num_worst_tokens too small on rank 2: found out in the lane by all.
+    # num_worst_tokens too small on rank 2: found out in the queue by all.
     room = 1 if ctx.rank == 2 else RANKS * MOST
     *_, lost, event = buffer.dispatch(**good, num_worst_tokens=room, async_finish=True)
     try:

@@ -1,4 +1,4 @@
-"""The engine's small parts on their own: errors on the wire, liveness of processes, the lane."""
+"""The engine's small parts on their own: errors on the wire, liveness of processes, the queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepep.runtime.control.agreement import (
     encode_error,
     encode_statement,
 )
-from deepep.runtime.control.comm_queue import ThreadLane
+from deepep.runtime.control.comm_queue import ThreadQueue
 
 
 @pytest.mark.parametrize("text", ["short", "é" * 5000, "'" + '"' * 2000, "\n" * 1000])
@@ -92,17 +92,17 @@ def test_the_dead_are_known_and_nobody_else() -> None:
     assert liveness.is_dead(theirs, mine)
 
 
-def test_the_lane_runs_in_order_and_keeps_failures_apart() -> None:
-    lane = ThreadLane("test")
+def test_the_queue_runs_in_order_and_keeps_failures_apart() -> None:
+    queue = ThreadQueue("test")
     gate, order = threading.Event(), []
 
     def fail() -> None:
         order.append("fails")
         raise KeyError("job")
 
-    first = lane.submit(gate.wait)
-    second = lane.submit(fail)
-    third = lane.submit(lambda: order.append("runs"))
+    first = queue.submit(gate.wait)
+    second = queue.submit(fail)
+    third = queue.submit(lambda: order.append("runs"))
     assert order == []
     gate.set()
     third.host_wait()
@@ -111,28 +111,28 @@ def test_the_lane_runs_in_order_and_keeps_failures_apart() -> None:
         with pytest.raises(KeyError):
             second.current_stream_wait()
     assert order == ["fails", "runs"]
-    assert lane.close(10.0)
-    assert lane.close(0.0)
+    assert queue.close(10.0)
+    assert queue.close(0.0)
     with pytest.raises(errors.DestroyedError):
-        lane.submit(lambda: None)
+        queue.submit(lambda: None)
 
 
-def test_a_lane_that_is_busy_is_not_waited_for_for_ever() -> None:
-    lane, gate = ThreadLane("test"), threading.Event()
-    lane.submit(gate.wait)
-    assert not lane.close(0.01)
+def test_a_queue_that_is_busy_is_not_waited_for_indefinitely() -> None:
+    queue, gate = ThreadQueue("test"), threading.Event()
+    queue.submit(gate.wait)
+    assert not queue.close(0.01)
     gate.set()
-    assert lane.close(10.0)
+    assert queue.close(10.0)
 
 
-def test_the_lane_drops_what_its_jobs_held() -> None:
+def test_the_queue_drops_what_its_jobs_held() -> None:
     import weakref
 
-    lane = ThreadLane("test")
+    queue = ThreadQueue("test")
     tensor = torch.zeros(3)
     seen = weakref.ref(tensor)
-    lane.submit(lambda tensor=tensor: tensor.add_(1)).host_wait()
+    queue.submit(lambda tensor=tensor: tensor.add_(1)).host_wait()
     del tensor
-    lane.submit(lambda: None).host_wait()
+    queue.submit(lambda: None).host_wait()
     assert seen() is None
-    lane.close(10.0)
+    queue.close(10.0)

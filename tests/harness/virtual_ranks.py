@@ -103,7 +103,12 @@ class VirtualDomain:
             if plans is not None:
                 plan = plans[r]
                 received = receive_spec(given.x, given.scales, None, False).carve(stretch, capacity)
-                endpoint.dispatch_cached(given.x, given.scales, received, split, stream, plan)
+                call = endpoint.prepare_cached(given.x, given.scales, split, capacity, plan)
+                of_scales = 0 if given.scales is None else given.scales.data_ptr()
+                to_scales = 0 if received.scales is None else received.scales.data_ptr()
+                endpoint.domain.dispatch_cached(
+                    call, given.x.data_ptr(), of_scales, received.x.data_ptr(), to_scales, stream
+                )
             else:
                 plan = endpoint.new_plan(given.x.shape[0], capacity)
                 received = receive_spec(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)

@@ -1,393 +1,357 @@
 """The CUDA backend: high-throughput operations by kernels over NVLink, inside one node.
 
-What the kernels do not do yet (low-latency operations) goes through the reference engine underneath, over
-NCCL, as do barriers and the exchange of refusals.
-
-Streams: a call that waits (no event asked for, none given) has its kernel on the caller's own stream, where
-all order is given: no events, nothing to record. Any other runs on the communication stream, between events;
-what it reads is recorded there, what it makes belongs to it and is recorded on the caller's stream.
-Operations run in the order of the calls on whatever streams they are (csrc/bindings/cuda.cpp, Turns).
-
-A call takes some 20 us of the host, most of it torch's: so the usual calls get by with a glance
-(deepep.backends.cuda.checks), and a cached dispatch like one before with less (deepep.backends.cuda.cached).
+One file an operation: dispatch.py, cached.py, combine.py, layout.py; low_latency.py has what NCCL carries
+while there are no kernels for it. This file is the engine around them: its control plane, its symmetric
+memory, what it refuses, and what kernels have reported.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda import checks as cuda_checks
-from deepep.backends.cuda.base import CudaBase
-from deepep.backends.cuda.cached import Repeat
-from deepep.backends.cuda.launch import (
-    Phase,
-    Plan,
-)
-from deepep.backends.cuda.memory.arrays import ReceiveArrays, receive_spec
-from deepep.backends.cuda.sm_split import ENGINE_BYTES, NO_ENGINE, combine_split, dispatch_split, engine_cut
-from deepep.backends.cuda.streams import CallersStream, CommStream
-from deepep.backends.reference.engine import RANKS_PER_DOMAIN
+from deepep.backends.cuda import combine, dispatch
+from deepep.backends.cuda.cached import cached
+from deepep.backends.cuda.launch import Counts, Endpoint, Phase, Plan
+from deepep.backends.cuda.layout import LayoutKernel
+from deepep.backends.cuda.low_latency import NcclLowLatency
+from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
+from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
     ArgumentError,
     CapacityError,
+    DeepEPError,
+    FaultRecord,
     HandleError,
+    MismatchError,
+    PeerTimeoutError,
 )
 from deepep.runtime import checks, streams
-from deepep.runtime.completion import Completion, CudaCompletion
-from deepep.runtime.engine import EngineOptions
+from deepep.runtime.completion import Completion
+from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Observer
 from deepep.runtime.requests import (
+    RANKS_PER_DOMAIN,
     Combined,
     CombineRequest,
     Dispatched,
     DispatchRequest,
     Layout,
+    LowLatencyCombined,
+    LowLatencyCombineRequest,
+    LowLatencyDispatched,
+    LowLatencyDispatchRequest,
+    LowLatencyRoute,
     Operation,
     Route,
     Schedule,
 )
+from deepep.runtime.session import Session
 
-DEFAULT_NUM_SMS = 24
-_NOW = Schedule()
+OPERATIONS = {
+    **dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "CUDA kernels"),
+    **dict.fromkeys(("low-latency dispatch", "low-latency combine"), NcclLowLatency.runs_on),
+    "barrier": "all_gather over gloo",
+}
 
 
-class NvlinkPlan(Plan):
-    """A plan, and what the host knows of it if it waited.
+class CudaEngine(Engine):
+    """See `Engine`.
 
-    source [N] int32: source token of each received row. most_rows: the most that any rank receives.
-    returning: the rows that combine brings back from other ranks. stream: that its memory belongs to.
-    repeat: a cached dispatch along it.
+    symmetric: symmetric memory, there from the first dispatch or combine on. unsettled: something is to be
+    done or raised before the next operation (`_settle`). has_fault: whether a kernel has reported one since.
+    last_layout: a layout of ours and its indices, kept until the next: only of tensors that live is it
+    certain which they are. rows_seen: the most rows of recent dispatches.
     """
 
-    __slots__ = ("most_rows", "repeat", "returning", "source", "stream")
-
-    def __init__(self, plan: Plan, num_rows: int, source: Tensor | None, stream: int) -> None:
-        super().__init__(plan.table, plan.num_tokens, num_rows, plan.live)
-        self.source = source
-        self.stream = stream
-        self.most_rows: int | None = None
-        self.returning: int | None = None
-        self.repeat: Repeat | None = None
-
-
-class CudaEngine(CudaBase):
-    """See `Engine`."""
+    symmetric: SymmetricMemory
+    has_fault: Callable[[], bool]
 
     def __init__(self, options: EngineOptions) -> None:
-        super().__init__(options)
-        self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._rows_seen = 0
-        self._glance = cuda_checks.Glance(self, self._device)
+        session = Session.of(options.group)
+        assert session.stream is not None
+        self.comm, self.device, self.index = session.stream, session.device, session.stream.device_index
+        self._control = ControlPlane(session, options.timeout)
+        self.issuing = self._control.issuing
+        self.info = EngineInfo(
+            "cuda",
+            session.rank,
+            session.num_ranks,
+            "cuda",
+            options,
+            operations=OPERATIONS,
+            ranks_per_domain=RANKS_PER_DOMAIN,
+        )
+        self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.last_layout: tuple[Tensor, Layout] | None = None
+        self.rows_seen = 0
+        self._num_bytes = symmetric_bytes(options.symmetric_bytes)
+        self._low_latency = NcclLowLatency(self._control, self)
+        self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
+        self._live = (1 << session.num_ranks) - 1
+        self._is_built = False
+        self._must_build = self.unsettled = True
+        self._refused = False
+        self._fault: FaultRecord | None = None
+        try:
+            statement = {**options.statement(), "symmetric_bytes": self._num_bytes}
+            self._control.agree(statement, options.problem)
+        except DeepEPError:
+            self._control.close(0.0)
+            raise
 
-    # layout
+    # operations
 
-    def _layout(
+    def layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
-        checks.check_topk_idx(topk_idx, self.info.device_type)
-        checks.check_num_experts(num_experts, self.info.num_ranks)
-        with self._stream_for(schedule) as stream:
-            made = self._endpoint.layout(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
-        layout = Layout(*made)
-        self._glance.remember(topk_idx, layout)
-        return layout, self._hand_out(schedule, (topk_idx,), made)
-
-    # high throughput
+        with self.issuing:
+            try:
+                checks.check_topk_idx(topk_idx, self.info.device_type)
+                checks.check_num_experts(num_experts, self.info.num_ranks)
+            except ArgumentError as problem:
+                # A dispatch would have come next: there the others, who call it, learn why not.
+                self.refuse(Operation.DISPATCH, problem, schedule)
+            kernel, completion = self._layout_kernel, None
+            if schedule.after is None and not schedule.asynchronous:
+                stream = streams.current_address(self.index)
+                made = kernel.launch(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
+            else:
+                with CommStream(self.comm, kernel.domain, schedule.after) as stream:
+                    made = kernel.launch(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
+                completion = hand_out(self.comm, None, schedule, (topk_idx,), made)
+            layout = Layout(*made)
+            self.last_layout = topk_idx, layout
+            return layout, completion
 
     def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
-        with self._conductor.issuing:
+        route = request.route
+        with self.issuing:
             try:
-                self._check_dispatch(request)
-                plan = None if request.route is None else self._cached_plan(request.route)
+                if not dispatch.is_usual(self, request):
+                    self._check_dispatch(request)
+                if route is not None and self._plan_of(route).live != self._live:
+                    got = "one made while other ranks were masked"
+                    raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:
                 self.refuse(Operation.DISPATCH, problem, schedule)
-            capturing = self._get_ready(Operation.DISPATCH)
-            if plan is None:
-                return self._fresh(request, schedule, capturing)
-            assert request.route is not None
-            return self._cached(request, request.route, plan, schedule, capturing)
-
-    def _fresh(self, request: DispatchRequest, schedule: Schedule, capturing: bool) -> Dispatched:
-        layout = request.layout
-        assert layout is not None
-        x, scales, topk_idx, weights = request.x, request.scales, request.topk_idx, request.topk_weights
-        ranks, tokens, worst = self.info.num_ranks, x.shape[0], request.num_worst_tokens
-        experts = layout.num_tokens_per_expert.shape[0]
-        if worst == 0 and capturing:
-            allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
-            raise ArgumentError("num_worst_tokens", "0", allowed, self.info.rank)
-        capacity = worst or max(64, self._rows_seen * 5 // 4 or ranks * tokens)
-        is_guess = worst == 0
-        given = (
-            *(x, scales, topk_idx, weights),
-            *(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank),
-        )
-        while True:
-            with self._stream_for(schedule) as stream:
-                plan = self._endpoint.new_plan(tokens, capacity)
-                received = self._lend(request, capacity, is_guess, capturing, stream)
-                self._endpoint.dispatch(
-                    x,
-                    received,
-                    dispatch_split(self._num_sms(request.num_sms), ranks),
-                    stream,
-                    plan,
-                    scales=scales,
-                    topk_idx=topk_idx,
-                    topk_weights=weights,
-                    is_token_in_rank=layout.is_token_in_rank,
-                    tokens_per_rank=layout.num_tokens_per_rank,
-                    tokens_per_expert=layout.num_tokens_per_expert,
-                    num_worst_tokens=worst,
-                    tell_host=worst == 0,
-                )
-                if capturing or (worst and received.overflow_stream):
-                    received = self._memory.copy_out(received, worst)
-            # All that can be done before the counts are known is done now: small batches wait for the host.
-            if received.overflow_stream is None:
-                completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
-            if worst:
-                rows, per_expert = worst, []
-                known = NvlinkPlan(plan, rows, received.source, stream)
-                break
-            counts = self._learn_counts(experts // ranks)
-            if counts.phase == Phase.TOO_MANY_ROWS:
-                capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and acquire anew
-                continue
-            self._rows_seen = max(counts.most_rows, self._rows_seen * 15 // 16)
-            rows, per_expert = counts.num_rows, counts.per_expert
-            if received.overflow_stream is None:
-                received.cut(rows)
-            else:
-                received = self._memory.copy_out(received, rows)
-                completion = self._hand_out(schedule, given, (*received.tensors(), plan.table))
-            known = NvlinkPlan(plan, rows, received.source, stream)
-            known.most_rows, known.returning = counts.most_rows, counts.returning
-            known.known = counts.table
-            alignment = request.expert_alignment
-            if alignment > 1:
-                per_expert = [-(-n // alignment) * alignment for n in per_expert]
-            break
-        route = Route(self, tokens, experts, layout.is_token_in_rank, rows, known)
-        return Dispatched(
-            received.x,
-            received.scales,
-            received.topk_idx,
-            received.topk_weights,
-            per_expert,
-            route,
-            completion,
-        )
-
-    def _cached(
-        self,
-        request: DispatchRequest,
-        route: Route,
-        plan: NvlinkPlan,
-        schedule: Schedule,
-        capturing: bool,
-    ) -> Dispatched:
-        x, scales = request.x, request.scales
-        capacity = max(64, plan.num_rows if plan.most_rows is None else plan.most_rows)
-        with self._stream_for(schedule) as stream:
-            received = self._lend(request, capacity, False, capturing, stream)
-            split = dispatch_split(self._num_sms(request.num_sms), self.info.num_ranks)
-            self._endpoint.dispatch_cached(x, scales, received, split, stream, plan)
-            if plan.stream != stream:
-                plan.table.record_stream(streams.current(self._index))
-            if capturing or received.overflow_stream:
-                received = self._memory.copy_out(received, plan.num_rows)
-            else:
-                if plan.num_rows != capacity:
-                    received.cut(plan.num_rows)
-                self._remember(request, plan, capacity)
-        completion = self._hand_out(schedule, (x, scales), received.tensors())
-        return Dispatched(received.x, received.scales, None, None, [], route, completion)
-
-    def _remember(self, request: DispatchRequest, plan: NvlinkPlan, capacity: int) -> None:
-        """A cached dispatch that went the usual way."""
-        x, scales, known = request.x, request.scales, plan.repeat
-        spec = receive_spec(x, scales, None, with_source=False)
-        # No shorter way while the overflow area has to grow before anything is acquired.
-        if spec.num_bytes(capacity) > self._memory.overflow.num_bytes:
-            return
-        if known is not None and known.memory is self._memory and known.addresses(x, scales, request.num_sms):
-            return
-        assert plan.repeated is not None
-        plan.repeat = Repeat(
-            self._index,
-            x.shape,
-            x.dtype,
-            None if scales is None else (scales.dtype, scales.shape, scales.stride()),
-            request.num_sms,
-            spec.templates(capacity, self._device),
-            plan.repeated[1],
-            self._memory,
-        )
-
-    def dispatch_again(
-        self, x: object, scales: object, route: Route, num_sms: int
-    ) -> Tensor | tuple[Tensor, Tensor] | None:
-        plan = route.plan
-        like = plan.repeat if type(plan) is NvlinkPlan else None
-        given = like.addresses(x, scales, num_sms) if like is not None else None
-        if like is None or given is None:
-            return None
-        with self._conductor.issuing:
-            stream = streams.current_address(self._index)
-            if like.memory is not self._memory or plan.stream != stream or self._is_held_up():
-                return None
-            if torch.cuda.is_current_stream_capturing():
-                return None
-            made = self._memory.pool.acquire_now(like.templates, stream)
-            if made is None:
-                return None
-            self._endpoint.repeat(like.call, given, made, stream)
-            rows = plan.num_rows
-            if rows != made[0].shape[0]:
-                for tensor in made:
-                    tensor.resize_(rows, tensor.shape[1])
-            return made[0] if like.scales is None else (made[0], made[1])
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self.unsettled or self.has_fault():
+                self._settle(Operation.DISPATCH, capturing)
+            if route is not None:
+                return cached(self, request, route, schedule, capturing)
+            return dispatch.fresh(self, request, schedule, capturing)
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
-        with self._conductor.issuing:
+        with self.issuing:
             try:
-                self._check_combine(request)
-                plan = self._nvlink_plan(request.route)
-                self._check_staging(request, plan)
+                if not combine.is_usual(self, request):
+                    checks.check_own(request.route, self)
+                    checks.check_combine(request, self.info.device_type)
+                    cuda_checks.check_combine(request, self.device)
+                plan = self._plan_of(request.route)
+                combine.check_staging(self, request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
-            self._get_ready(Operation.COMBINE)
-            x, weights, biases = request.x, request.topk_weights, request.biases
-            tokens = plan.num_tokens
-            sms, ranks = self._num_sms(request.num_sms), self.info.num_ranks
-            leaves_it = x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
-            with self._stream_for(schedule) as stream:
-                out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=self._device)
-                out_weights = None
-                if weights is not None:
-                    columns = weights.shape[1]
-                    out_weights = torch.empty((tokens, columns), dtype=torch.float32, device=self._device)
-                self._endpoint.combine(
-                    x,
-                    plan,
-                    combine_split(sms, ranks),
-                    stream,
-                    topk_weights=weights,
-                    biases=biases,
-                    out=out,
-                    out_weights=out_weights,
-                    engine_cut=engine_cut(sms, ranks) if leaves_it else NO_ENGINE,
-                )
-                if plan.stream != stream:
-                    plan.table.record_stream(streams.current(self._index))
-            completion = self._hand_out(schedule, (x, weights, *biases), (out, out_weights))
-            return Combined(out, out_weights, completion)
+            if self.unsettled or self.has_fault():
+                self._settle(Operation.COMBINE, torch.cuda.is_current_stream_capturing())
+            return combine.combine(self, request, plan, schedule)
+
+    def low_latency_dispatch(
+        self, request: LowLatencyDispatchRequest, schedule: Schedule
+    ) -> LowLatencyDispatched:
+        return self._low_latency.dispatch(request, schedule)
+
+    def low_latency_combine(
+        self, request: LowLatencyCombineRequest, schedule: Schedule
+    ) -> LowLatencyCombined:
+        return self._low_latency.combine(request, schedule)
+
+    def low_latency_combine_buffer(self, route: LowLatencyRoute) -> Tensor:
+        return self._low_latency.combine_buffer(route)
+
+    def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
+        self._control.barrier(schedule, arguments)
+
+    # routes
 
     def route_counts(self, route: Route) -> Tensor:
-        return self._nvlink_plan(route).counts.to("cpu", torch.int64)
+        return self._plan_of(route).counts.to("cpu", torch.int64)
 
     def route_sources(self, route: Route) -> Tensor | None:
-        return self._nvlink_plan(route).source
+        return self._plan_of(route).source
 
     def restore_route(self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
         rank, table = self.info.rank, counts.to(torch.int64)
         tokens = is_token_in_rank.shape[0]
-        first_row = (table.cumsum(0) - table)[rank].to(self._device)  # [R]
+        first_row = (table.cumsum(0) - table)[rank].to(self.device)  # [R]
         position = is_token_in_rank.to(torch.int32).cumsum(0) - 1 + first_row
         send_row = torch.where(is_token_in_rank, position, -1).to(torch.int32)
         received = table.sum(0)
         rows = int(received[rank])
-        both = torch.cat([send_row, table.to(self._device, torch.int32)])
-        made = Plan(both, tokens, rows, self._endpoint.live)
-        plan = NvlinkPlan(made, rows, None, streams.current_address(self._index))
+        both = torch.cat([send_row, table.to(self.device, torch.int32)])
+        plan = Plan(both, tokens, rows, self._live, streams.current_address(self.index))
         plan.most_rows = int(received.max())
         plan.known = _cuda.RowCounts(table.flatten().tolist())
         return Route(self, tokens, num_experts, is_token_in_rank, rows, plan)
 
-    # pieces
-
-    def _check_dispatch(self, request: DispatchRequest) -> None:
-        if not self._glance.sees_nothing_wrong(request):
-            super()._check_dispatch(request)
-            cuda_checks.check_dispatch(request, self._device, self.info.num_ranks)
-
-    def _check_combine(self, request: CombineRequest) -> None:
-        if not self._glance.sees_nothing_wrong(request):
-            super()._check_combine(request)
-            cuda_checks.check_combine(request, self._device)
-
-    def _num_sms(self, wanted: int) -> int:
-        return max(1, min(wanted or DEFAULT_NUM_SMS, self._sms))
-
-    def _nvlink_plan(self, route: Route) -> NvlinkPlan:
-        if not isinstance(route.plan, NvlinkPlan):
+    def _plan_of(self, route: Route) -> Plan:
+        if not isinstance(route.plan, Plan):
             raise HandleError("handle", "one whose dispatch did not finish", "a handle of a dispatch here")
         return route.plan
 
-    def _cached_plan(self, route: Route) -> NvlinkPlan:
-        plan = self._nvlink_plan(route)
-        live = self._endpoint.live
-        if self._stale:
-            live = sum(1 << r for r in self._conductor.membership.members)
-        if plan.live != live:
-            raise HandleError("handle", "one made while other ranks were masked", "a new dispatch")
-        return plan
+    # refusals, faults, memory
 
-    def _check_staging(self, request: CombineRequest, plan: NvlinkPlan) -> None:
-        topk = 0 if request.topk_weights is None else request.topk_weights.shape[1]
-        room = self._endpoint.staging_capacity(request.x.shape[1] * 2, topk)
-        coming = plan.num_tokens * (self.info.num_ranks - 1) if plan.returning is None else plan.returning
-        if coming > room:
-            raise CapacityError(
-                "x", f"{coming} rows coming back", f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
-            )
+    def _check_dispatch(self, request: DispatchRequest) -> None:
+        if request.route is not None:
+            checks.check_own(request.route, self)
+        checks.check_dispatch(request, self.info.device_type, self.info.num_ranks)
+        cuda_checks.check_dispatch(request, self.device, self.info.num_ranks)
 
-    def _lend(
-        self, request: DispatchRequest, capacity: int, is_guess: bool, capturing: bool, stream: int
-    ) -> ReceiveArrays:
-        """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
-        memory = self._memory
-        spec = receive_spec(request.x, request.scales, request.topk_idx, with_source=request.route is None)
-        if capturing:
-            received = memory.acquire_for_graph(spec, capacity)
-        else:
-            received = memory.acquire(spec, capacity, is_guess, stream)
-        if received is None:
-            size = spec.num_bytes(capacity)
-            got = f"{capacity} rows to receive, {size} bytes"
-            full = CapacityError("x", got, memory.shortage(size, capturing), self.info.rank)
-            self.refuse(Operation.DISPATCH, full, _NOW)
-        return received
-
-    def _stream_for(self, schedule: Schedule) -> CallersStream | CommStream:
-        """Where an operation runs; inside, that is the current stream. Gives its address."""
-        if schedule.after is None and not schedule.asynchronous:
-            return CallersStream(self._index)
-        return CommStream(self._comm, self._endpoint, schedule.after)
-
-    def _hand_out(
-        self, schedule: Schedule, given: tuple[Tensor | None, ...], made: tuple[Tensor | None, ...]
-    ) -> Completion | None:
-        """Of what ran on the communication stream: records what was read and made where it was; waits, or
-        gives back the completion.
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """The kernels of the others hear of it in their own call: they raise MismatchError, at the latest in
+        their next.
         """
-        if schedule.after is None and not schedule.asynchronous:
-            return None
-        caller = streams.current(self._index)
-        for tensor in given:
-            if tensor is not None:
-                tensor.record_stream(self._comm)
-        if schedule.allocate_on_comm_stream:
-            self._memory.pool.users.add_current()  # it may read them, and torch is not told
+        if operation not in (Operation.DISPATCH, Operation.COMBINE):
+            self._control.refuse(operation, problem, schedule)
+        if self.unsettled or self.has_fault():
+            self._settle(operation, torch.cuda.is_current_stream_capturing())
+        self._launch_refusal(operation)
+        self.symmetric.endpoint.wait()
+        with contextlib.suppress(MismatchError):  # that is this rank's own doing
+            self._raise_fault()
+        raise problem.at(self.info.rank)
+
+    def _launch_refusal(self, operation: Operation) -> None:
+        stream = streams.current_address(self.index)
+        if operation is Operation.DISPATCH:
+            self.symmetric.endpoint.refuse_dispatch(stream)
         else:
-            for tensor in made:
-                if tensor is not None:
-                    tensor.record_stream(caller)
-        done = torch.cuda.Event()
-        done.record(self._comm)
-        if schedule.asynchronous:
-            return CudaCompletion(done)
-        caller.wait_event(done)
-        return None
+            self.symmetric.endpoint.refuse_combine(stream)
+
+    def _settle(self, operation: Operation, capturing: bool) -> None:
+        """Before an operation is issued: raises what stands in its way; builds memory if there is none, or if
+        the ranks have changed. While a graph is captured nothing of this can be done.
+
+        After a time-out the ranks' kernels no longer count alike, and a rank that comes late may still write
+        to this one's memory. So nothing runs until the missing ranks are masked; and then on other memory,
+        while the old is kept for whoever still writes there.
+        """
+        if capturing:
+            if not self._is_built:
+                allowed = "after one outside of a graph, which makes symmetric memory"
+                raise ArgumentError(operation.label, "captured, the first of its buffer", allowed)
+            return
+        if self._fault is not None:
+            raise PeerTimeoutError(self._fault)
+        if self._must_build:
+            self._build()
+        if self._refused:  # what this rank refused, all ranks disagree about: it knows
+            self.symmetric.endpoint.wait()
+            self._refused = self.unsettled = False
+            with contextlib.suppress(MismatchError):
+                self._raise_fault()
+        if not self.has_fault():
+            return
+        try:
+            self._raise_fault()
+        except ArgumentError:
+            # The call is not made here, so it must not be made anywhere: the ranks stay in step.
+            self._launch_refusal(operation)
+            self._refused = self.unsettled = True
+            raise
+
+    def _build(self) -> None:
+        """Symmetric memory over the ranks that take part; collective. Of what was built before nothing is
+        freed: a peer that was given up may still write there.
+        """
+        if self._is_built:
+            self.symmetric.endpoint.wait()
+            self.symmetric.leak()
+            self._is_built = False
+        timeout = self.info.options.timeout
+        try:
+            self.symmetric = SymmetricMemory(self._control.membership, self.device, timeout, self._num_bytes)
+        except PeerTimeoutError as error:
+            self._fault = error.record
+            raise
+        self.has_fault = self.symmetric.endpoint.domain.has_fault
+        self._is_built = True
+        self._must_build = self._refused = self.unsettled = False
+
+    def wait_counts(self, num_local: int) -> Counts:
+        """What the host learns of the dispatch launched last. Raises what kernels have reported."""
+        counts = self.symmetric.endpoint.wait_counts(num_local)
+        if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
+            return counts
+        self.symmetric.endpoint.wait()
+        self._raise_fault()
+        raise RuntimeError("deepep: a dispatch neither finished nor left a fault record")
+
+    def _raise_fault(self) -> None:
+        """Raises what a kernel has reported since the last look."""
+        fault = self.symmetric.endpoint.take_fault(streams.current_address(self.index))
+        if fault is None:
+            return
+        if fault.phase == "disagreement":
+            ranks = ", ".join(map(str, fault.waited_on))
+            raise MismatchError(
+                fault.operation,
+                f"other shapes, options, masks or handles than on rank {ranks}, or a refusal there",
+                "the same on all ranks",
+                self.info.rank,
+            )
+        if fault.phase == "too_many_rows":
+            got = f"{fault.seen} rows for rank {', '.join(map(str, fault.waited_on))}"
+            raise CapacityError("num_worst_tokens", str(fault.expected), f"at least {got}", self.info.rank)
+        self._fault, self.unsettled = fault, True
+        raise PeerTimeoutError(fault)
+
+    # masks, the end, the rest
+
+    def mask(self, rank: int, masked: bool) -> None:
+        self._control.mask(rank, masked)
+        self._live = sum(1 << r for r in range(self.info.num_ranks) if r not in self._control.masked)
+        self._fault = None
+        self._must_build = self.unsettled = True
+
+    @property
+    def masked(self) -> frozenset[int]:
+        return self._control.masked
+
+    def memory(self) -> dict[str, int]:
+        symmetric = self._num_bytes if self._is_built else 0
+        return {"symmetric memory": symmetric, "staged rows": self._low_latency.staged_bytes}
+
+    def endpoint(self) -> Endpoint:
+        """The kernels' launcher, for measurements. Collective if there is no memory yet."""
+        with self.issuing:
+            if self._must_build:
+                self._build()
+            return self.symmetric.endpoint
+
+    def comm_stream(self) -> torch.cuda.Stream | None:
+        return self.comm
+
+    def observe(self, observer: Observer | None) -> None:
+        self._control.observer = observer
+
+    def leave(self) -> None:
+        if self._is_built:
+            self.symmetric.endpoint.wait()
+        self._control.leave()  # no rank leaves before all have come to this, so nobody writes here any more
+        self._close_memory()
+
+    def close(self) -> None:
+        self._control.close(self.info.options.timeout)
+        self._close_memory()
+
+    def _close_memory(self) -> None:
+        if self._is_built:
+            self.symmetric.close()

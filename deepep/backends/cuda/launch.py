@@ -21,7 +21,6 @@ from deepep.errors import FaultRecord
 
 MAX_LOCAL_EXPERTS = 1024
 MAX_BLOCKS = 256
-MAX_TOPK = 32
 MAX_RANKS: int = _cuda.MAX_RANKS
 
 
@@ -46,19 +45,33 @@ class Plan:
     """What combine and cached dispatches need of a dispatch.
 
     table [T + R, R] int32: send_row, then counts; one block, of the stream that the dispatch ran on.
-    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. known: the counts, if the host
-    knows them. repeated: the last cached dispatch along it: for what, and what such calls pass alike.
+    num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. counts_address,
+    send_row_address: of the table's two parts.
+
+    known: the counts, if the host knows them; with it most_rows, the most that any rank receives, and
+    returning, the rows that combine brings back from other ranks. source [N] int32: source token of each
+    received row; None where it was not kept. stream: that the table belongs to.
     """
 
-    __slots__ = ("known", "live", "num_rows", "num_tokens", "repeated", "table")
+    __slots__ = (
+        *("counts_address", "known", "live", "most_rows", "num_rows", "num_tokens", "returning"),
+        *("send_row_address", "source", "stream", "table"),
+    )
 
-    def __init__(self, table: torch.Tensor, num_tokens: int, num_rows: int, live: int) -> None:
+    def __init__(
+        self, table: torch.Tensor, num_tokens: int, num_rows: int, live: int, stream: int = 0
+    ) -> None:
         self.table = table
         self.num_tokens = num_tokens
         self.num_rows = num_rows
         self.live = live
+        self.stream = stream
+        self.send_row_address = table.data_ptr()
+        self.counts_address = self.send_row_address + 4 * table.shape[1] * num_tokens
         self.known: _cuda.RowCounts | None = None
-        self.repeated: tuple[tuple[object, ...], _cuda.CachedDispatch] | None = None
+        self.most_rows: int | None = None
+        self.returning: int | None = None
+        self.source: torch.Tensor | None = None
 
     @property
     def send_row(self) -> torch.Tensor:
@@ -69,11 +82,6 @@ class Plan:
     def counts(self) -> torch.Tensor:
         """[R, R] int32: rows from rank s to rank d."""
         return self.table[self.num_tokens :]
-
-    def addresses(self) -> tuple[int, int]:
-        """Of counts and of send_row."""
-        begin, ranks = self.table.data_ptr(), self.table.shape[1]
-        return begin + 4 * ranks * self.num_tokens, begin
 
 
 class Counts(NamedTuple):
@@ -119,12 +127,8 @@ class Endpoint:
         )
         self._host_address = self._host.data_ptr()
         self._ticket = 0
-        # Experts, ranks, domains, a counter: made here, for its zeros must not be part of a captured graph.
-        self._workspace = torch.zeros(
-            (MAX_LOCAL_EXPERTS + 2) * self.num_ranks + 1, dtype=torch.int32, device=self.device
-        )
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
-        self._domain = _cuda.Domain(
+        self.domain = _cuda.Domain(
             rank,
             addresses,
             MAX_LOCAL_EXPERTS,
@@ -139,49 +143,16 @@ class Endpoint:
     def set_live(self, live: int) -> None:
         """Ranks that take part in the calls to come, as bits. All live ranks must set the same."""
         self.live = live
-        self._domain.set_live(live)
+        self.domain.set_live(live)
 
     # Operations run in the order of their launches, also on different streams: Turns, in
     # csrc/bindings/cuda.cpp.
 
-    def layout(
-        self, topk_idx: torch.Tensor, num_experts: int, ranks_per_domain: int, stream: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Launches a layout of topk_idx [T, K].
-
-        Returns tokens per rank [R] int32, per domain [D] int32 or None, per expert [E] int32, and
-        token-in-rank [T, R] bool.
-        """
-        tokens, topk = topk_idx.shape
-        ranks = self.num_ranks
-        domains = -(-ranks // ranks_per_domain)
-        ints = torch.empty(ranks + domains + num_experts, dtype=torch.int32, device=self.device)
-        per_rank, per_domain, per_expert = ints.split([ranks, domains, num_experts])
-        in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=self.device)
-        wide = domains > 1
-        self._domain.layout(
-            ranks,
-            num_experts,
-            ranks_per_domain,
-            topk,
-            topk_idx.element_size(),
-            tokens,
-            topk_idx.data_ptr(),
-            per_rank.data_ptr(),
-            per_domain.data_ptr() if wide else 0,
-            per_expert.data_ptr(),
-            in_rank.data_ptr(),
-            self._workspace.data_ptr(),
-            max(1, min(8, tokens // 1024)),
-            stream,
-        )
-        return per_rank, per_domain if wide else None, per_expert, in_rank
-
-    def new_plan(self, num_tokens: int, num_rows: int) -> Plan:
-        """An empty plan for a fresh dispatch, in memory of the current stream."""
+    def new_plan(self, num_tokens: int, num_rows: int, stream: int = 0) -> Plan:
+        """An empty plan for a fresh dispatch, in memory of the current stream, `stream`."""
         ranks = self.num_ranks
         table = torch.empty((num_tokens + ranks, ranks), dtype=torch.int32, device=self.device)
-        return Plan(table, num_tokens, num_rows, self.live)
+        return Plan(table, num_tokens, num_rows, self.live, stream)
 
     def dispatch(
         self,
@@ -209,7 +180,7 @@ class Endpoint:
             stride_token, stride_scale = scales.stride()
         if tell_host:
             self._ticket = self._ticket % 0xFFFFFFFF + 1
-        self._domain.dispatch(
+        self.domain.dispatch(
             split.total,
             split.remote,
             split.local,
@@ -229,7 +200,7 @@ class Endpoint:
             is_token_in_rank.data_ptr(),
             tokens_per_rank.data_ptr(),
             _address(tokens_per_expert),
-            *plan.addresses(),
+            *(plan.counts_address, plan.send_row_address),
             received.x.data_ptr(),
             _address(received.source),
             _address(received.scales),
@@ -242,39 +213,18 @@ class Endpoint:
             stream,
         )
 
-    def dispatch_cached(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        received: ReceiveArrays,
-        split: BlockSplit,
-        stream: int,
-        plan: Plan,
-    ) -> None:
-        """Launches a dispatch along the plan's routing."""
-        num_scales, strides = (0, (0, 0)) if scales is None else (scales.shape[1], scales.stride())
-        # Splits are made once: the same is the same object.
-        kind = (x.shape[1], x.dtype, num_scales, strides, split, received.x.shape[0])
-        if plan.repeated is None or plan.repeated[0] != kind:
-            call = _cuda.CachedDispatch(
-                *(split.total, split.remote, split.local, plan.num_tokens),
-                *(num_scales, x.shape[1] * x.element_size(), *strides),
-                *plan.addresses(),
-                received.x.shape[0],
-            )
-            plan.repeated = kind, call
-        made = [received.x] if received.scales is None else [received.x, received.scales]
-        self.repeat(plan.repeated[1], (x.data_ptr(), _address(scales)), made, stream)
-
-    def repeat(
-        self, call: _cuda.CachedDispatch, given: tuple[int, int], made: list[torch.Tensor], stream: int
-    ) -> None:
-        """Launches a cached dispatch that tells the kernel the same as an earlier one, but for addresses.
-
-        given: of x and of scales, 0 for none. made: what is received into, rows and then scales.
+    def prepare_cached(
+        self, x: torch.Tensor, scales: torch.Tensor | None, split: BlockSplit, capacity: int, plan: Plan
+    ) -> _cuda.CachedDispatch:
+        """A dispatch along the plan's routing of rows like x and scales, into arrays for `capacity` rows:
+        all but the addresses, which `domain.dispatch_cached` takes with it.
         """
-        recv_scales = made[1].data_ptr() if len(made) > 1 else 0
-        self._domain.dispatch_cached(call, *given, made[0].data_ptr(), recv_scales, stream)
+        num_scales, strides = (0, (0, 0)) if scales is None else (scales.shape[1], scales.stride())
+        return _cuda.CachedDispatch(
+            *(split.total, split.remote, split.local, plan.num_tokens),
+            *(num_scales, x.shape[1] * x.element_size(), *strides),
+            *(plan.counts_address, plan.send_row_address, capacity),
+        )
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:
         """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.
@@ -290,7 +240,7 @@ class Endpoint:
     def refuse_dispatch(self, stream: int) -> None:
         """Launches a dispatch that only tells the others that this rank takes no part."""
         nothing = self.heap[:0]
-        self._domain.dispatch(
+        self.domain.dispatch(
             *(1, 1, 1, True, 0, 0, 0, 0, 8, 16),
             *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
             *(self._no_counts.data_ptr(), self._no_counts.data_ptr()),
@@ -299,7 +249,7 @@ class Endpoint:
 
     def refuse_combine(self, stream: int) -> None:
         """The same for a combine."""
-        self._domain.combine(
+        self.domain.combine(
             *(1, 1, 1, True, 0, 0, 16, 0, 0, 0, 0),
             *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, None, 0, 100, stream),
         )
@@ -326,7 +276,7 @@ class Endpoint:
         engine_cut: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
         so many parts, each so many percent of the one before, and SMs only sum. Not so in a captured call.
         """
-        self._domain.combine(
+        self.domain.combine(
             split.total,
             split.remote,
             split.local,
@@ -338,7 +288,7 @@ class Endpoint:
             _address(topk_weights),
             _address(biases[0] if biases else None),
             _address(biases[1] if len(biases) > 1 else None),
-            *plan.addresses(),
+            *(plan.counts_address, plan.send_row_address),
             out.data_ptr(),
             _address(out_weights),
             plan.known,
@@ -348,26 +298,26 @@ class Endpoint:
 
     def barrier(self, stream: int) -> None:
         """Launches a barrier of all live ranks."""
-        self._domain.barrier(stream)
+        self.domain.barrier(stream)
 
     def follow(self, before: int, stream: int) -> None:
         """What `stream` gets from now on runs after what the stream `before` holds now."""
-        self._domain.follow(before, stream)
+        self.domain.follow(before, stream)
 
     def wait(self) -> None:
         """Blocks the host, without the GIL, until the operation launched last has ended."""
-        self._domain.wait()
+        self.domain.wait()
 
     @property
     def has_fault(self) -> bool:
         """Whether a kernel has recorded a fault that was not taken."""
-        return self._domain.has_fault()
+        return self.domain.has_fault()
 
     def take_fault(self, stream: int) -> FaultRecord | None:
         """The fault that a kernel has recorded since the last call, if one has; its notes on the device are
         cleared on `stream`, behind the operations launched so far.
         """
-        found = self._domain.take_fault(stream)
+        found = self.domain.take_fault(stream)
         if found is None:
             return None
         operation, phase, missing, expected, seen = found

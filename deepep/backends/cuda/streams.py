@@ -1,27 +1,28 @@
-"""Where an operation of the CUDA backend runs."""
+"""Streams of the CUDA backend: where an operation runs, and what torch has to know of it.
+
+A call that waits (no event asked for, none given) has its kernel on the caller's own stream, where all order
+is given: no events, nothing to record. Any other runs on the communication stream, between events; what it
+reads is recorded there, what it makes belongs to it and is recorded on the caller's stream. Operations run in
+the order of the calls on whatever streams they are (csrc/bindings/cuda.cpp, Turns).
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
-from deepep.backends.cuda.launch import Endpoint
 from deepep.runtime import streams
-from deepep.runtime.completion import Completion
+from deepep.runtime.completion import Completion, CudaCompletion
+from deepep.runtime.requests import Schedule
 
 
-class CallersStream:
-    """The operation runs where the caller is. Entering gives that stream's address."""
+class Fork(Protocol):
+    """As much of a domain as streams need."""
 
-    __slots__ = ("_index",)
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __enter__(self) -> int:
-        return streams.current_address(self._index)
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    def follow(self, before: int, stream: int, /) -> None:
+        """What `stream` gets from now on runs after what the stream `before` holds now."""
 
 
 class CommStream:
@@ -30,16 +31,16 @@ class CommStream:
     Inside, that is the current stream. Entering gives its address.
     """
 
-    __slots__ = ("_after", "_endpoint", "_stream", "_switch")
+    __slots__ = ("_after", "_fork", "_stream", "_switch")
 
-    def __init__(self, stream: torch.cuda.Stream, endpoint: Endpoint, after: Completion | None) -> None:
-        self._stream, self._endpoint, self._after = stream, endpoint, after
+    def __init__(self, stream: torch.cuda.Stream, fork: Fork, after: Completion | None) -> None:
+        self._stream, self._fork, self._after = stream, fork, after
         self._switch = streams.switched(stream)
 
     def __enter__(self) -> int:
         address = self._stream.cuda_stream
         if self._after is None:
-            self._endpoint.follow(streams.current_address(self._stream.device_index), address)
+            self._fork.follow(streams.current_address(self._stream.device_index), address)
         self._switch.__enter__()
         if self._after is not None:
             self._after.current_stream_wait()
@@ -47,3 +48,32 @@ class CommStream:
 
     def __exit__(self, *error: object) -> None:
         self._switch.__exit__()
+
+
+def hand_out(
+    comm: torch.cuda.Stream,
+    users: streams.Users | None,
+    schedule: Schedule,
+    given: tuple[Tensor | None, ...],
+    made: tuple[Tensor | None, ...],
+) -> Completion | None:
+    """After what ran on the communication stream: records what was read and made where it was; waits, or
+    gives back the completion. users: of the memory of the outputs, if torch does not know who reads it.
+    """
+    caller = streams.current(comm.device_index)
+    for tensor in given:
+        if tensor is not None:
+            tensor.record_stream(comm)
+    if schedule.allocate_on_comm_stream:
+        if users is not None:
+            users.add_current()
+    else:
+        for tensor in made:
+            if tensor is not None:
+                tensor.record_stream(caller)
+    done = torch.cuda.Event()
+    done.record(comm)
+    if schedule.asynchronous:
+        return CudaCompletion(done)
+    caller.wait_event(done)
+    return None

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deepep.errors import ArgumentError, HandleError, ShapeError
+from deepep.errors import HandleError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.wire import Wire
 from deepep.runtime import checks
 from deepep.runtime.control.agreement import dtype_code
-from deepep.runtime.control.issue import Conductor
+from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
-from deepep.runtime.engine import Engine, EngineInfo
 from deepep.runtime.requests import (
+    RANKS_PER_DOMAIN,
     Combined,
     CombineRequest,
     Dispatched,
@@ -62,8 +62,6 @@ class Exchange(Protocol):
 
 # Layout
 
-RANKS_PER_DOMAIN = 8
-
 
 def empty_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Layout:
     """A layout's tensors, to be filled."""
@@ -102,58 +100,6 @@ def layout_tensors(layout: Layout) -> tuple[Tensor | None, ...]:
         layout.num_tokens_per_expert,
         layout.is_token_in_rank,
     )
-
-
-# Checks of what needs no values
-
-
-def check_dispatch(request: DispatchRequest, info: EngineInfo) -> None:
-    """Shapes, dtypes, devices and what goes with what."""
-    checks.check_rows(request.x, info.device_type, request.scales is not None)
-    num_tokens = request.x.shape[0]
-    if request.scales is not None:
-        checks.check_scales(request.scales, num_tokens, info.device_type)
-    checks.check_int("expert_alignment", request.expert_alignment, 1)
-    checks.check_int("num_worst_tokens", request.num_worst_tokens, 0)
-    if request.route is not None:
-        if num_tokens != request.route.num_tokens:
-            allowed = f"[{request.route.num_tokens}, H], the tokens of the handle"
-            raise ShapeError("x", checks.shape_text(request.x.shape), allowed)
-        return
-    assert request.layout is not None
-    _check_layout(request.layout, num_tokens, info)
-    checks.check_together(topk_idx=request.topk_idx, topk_weights=request.topk_weights)
-    if request.topk_idx is not None:
-        checks.check_topk_idx(request.topk_idx, info.device_type, num_tokens)
-        checks.check_topk_weights(request.topk_weights, request.topk_idx.shape, info.device_type)
-    elif request.num_worst_tokens > 0:
-        raise ArgumentError("topk_idx", "None, with num_worst_tokens", "topk_idx and topk_weights given")
-
-
-def _check_layout(layout: Layout, num_tokens: int, info: EngineInfo) -> None:
-    for name, dtype, shape in (
-        ("num_tokens_per_rank", torch.int32, (info.num_ranks,)),
-        ("is_token_in_rank", torch.bool, (num_tokens, info.num_ranks)),
-        ("num_tokens_per_expert", torch.int32, ("E",)),
-    ):
-        tensor = getattr(layout, name)
-        checks.check_tensor(name, tensor, dtypes=(dtype,), device_type=info.device_type, shape=shape)
-    checks.check_num_experts(layout.num_tokens_per_expert.numel(), info.num_ranks, "num_tokens_per_expert")
-
-
-def check_combine(request: CombineRequest, info: EngineInfo) -> None:
-    """Shapes, dtypes and devices."""
-    device, route = info.device_type, request.route
-    rows = route.num_rows
-    assert rows is not None
-    x = checks.check_tensor("x", request.x, dtypes=checks.SUM_DTYPES, device_type=device, shape=(rows, "H"))
-    checks.check_row_bytes(x)
-    if request.topk_weights is not None:
-        checks.check_topk_weights(request.topk_weights, (rows, "K"), device)
-    for bias in request.biases:
-        checks.check_tensor(
-            "bias", bias, dtypes=(x.dtype,), device_type=device, shape=(route.num_tokens, x.shape[1])
-        )
 
 
 # Operations, on checked requests
@@ -201,7 +147,7 @@ class _Rows:
 
 
 def dispatch_cached(
-    conductor: Conductor,
+    control: ControlPlane,
     request: DispatchRequest,
     route: Route,
     schedule: Schedule,
@@ -210,21 +156,21 @@ def dispatch_cached(
     """Along the routes of an earlier dispatch: sizes are known, nothing is waited for."""
     assert route.num_rows is not None
     rows = _Rows.of(request)
-    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+    with control.queue.allocating(schedule.allocate_on_comm_stream):
         out = rows.empty(route.num_rows)
 
     def inspect() -> None:
-        plan, rank = plan_of(route), conductor.rank
-        for masked in sorted(conductor.membership.masked):
+        plan, rank = plan_of(route), control.rank
+        for masked in sorted(control.membership.masked):
             if plan.counts[masked][rank] or plan.counts[rank][masked]:
                 got = f"one with rows of rank {masked}, masked since"
                 raise HandleError("handle", got, "one of a dispatch with the ranks there are")
 
     def body(link: Link, limits: dict[int, int]) -> None:
-        conductor.enter("payload")
+        control.enter("payload")
         rows.send(link, route, out, exchange)
 
-    completion = conductor.perform(
+    completion = control.perform(
         Operation.DISPATCH,
         schedule,
         body,
@@ -233,11 +179,11 @@ def dispatch_cached(
         num_tokens=route.num_tokens,
         tensors=(*rows.tensors, out.x, out.scales),
     )
-    return Dispatched(out.x, out.scales, None, None, [], route, conductor.finish(schedule, completion))
+    return Dispatched(out.x, out.scales, None, None, [], route, control.finish(schedule, completion))
 
 
 def dispatch_fresh(
-    conductor: Conductor,
+    control: ControlPlane,
     request: DispatchRequest,
     route: Route,
     schedule: Schedule,
@@ -259,18 +205,18 @@ def dispatch_fresh(
             checks.check_index_range(rows.topk_idx, route.num_experts)
 
     def count(link: Link, limits: dict[int, int]) -> None:
-        conductor.enter("counts")
+        control.enter("counts")
         plan = exchange.exchange_counts(link, layout.is_token_in_rank, layout.num_tokens_per_expert)
         checks.check_capacity(plan.counts, limits)
         route.plan = plan
 
     def allocate(num_rows: int) -> DispatchTensors:
         route.num_rows = num_rows
-        with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+        with control.queue.allocating(schedule.allocate_on_comm_stream):
             return rows.empty(num_rows)
 
     if worst == 0:
-        counted = conductor.perform(
+        counted = control.perform(
             Operation.DISPATCH,
             schedule,
             count,
@@ -282,7 +228,7 @@ def dispatch_fresh(
         counted.host_wait()
         plan = plan_of(route)
         out = allocate(plan.num_recv_tokens)
-        completion = conductor.proceed(
+        completion = control.proceed(
             "payload", schedule, lambda link: rows.send(link, route, out, exchange), (*inputs, *_all(out))
         )
         alignment = request.expert_alignment
@@ -292,10 +238,10 @@ def dispatch_fresh(
 
         def count_and_send(link: Link, limits: dict[int, int]) -> None:
             count(link, limits)
-            conductor.enter("payload")
+            control.enter("payload")
             rows.send(link, route, out, exchange)
 
-        completion = conductor.perform(
+        completion = control.perform(
             Operation.DISPATCH,
             schedule,
             count_and_send,
@@ -306,30 +252,30 @@ def dispatch_fresh(
             tensors=(*inputs, *_all(out)),
         )
         expert_counts = []
-    finished = conductor.finish(schedule, completion)
+    finished = control.finish(schedule, completion)
     return Dispatched(*_all(out), expert_counts, route, finished)
 
 
 def combine(
-    conductor: Conductor, request: CombineRequest, schedule: Schedule, exchange: Exchange = all_to_all
+    control: ControlPlane, request: CombineRequest, schedule: Schedule, exchange: Exchange = all_to_all
 ) -> Combined:
     """Back along a dispatch's routes."""
     route, x = request.route, request.x.detach()
     weights = None if request.topk_weights is None else request.topk_weights.detach()
     biases = tuple(b.detach() for b in request.biases)
     num_topk = 0 if weights is None else weights.shape[1]
-    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+    with control.queue.allocating(schedule.allocate_on_comm_stream):
         out = x.new_empty(route.num_tokens, x.shape[1])
         out_weights = None if weights is None else weights.new_empty(route.num_tokens, num_topk)
 
     def body(link: Link, limits: dict[int, int]) -> None:
-        conductor.enter("payload")
+        control.enter("payload")
         done = exchange.combine(link, plan_of(route), x, topk_weights=weights, biases=biases)
         out.copy_(done.x)
         if out_weights is not None and done.topk_weights is not None:
             out_weights.copy_(done.topk_weights)
 
-    completion = conductor.perform(
+    completion = control.perform(
         Operation.COMBINE,
         schedule,
         body,
@@ -338,18 +284,7 @@ def combine(
         num_tokens=route.num_tokens,
         tensors=(x, weights, *biases, out, out_weights),
     )
-    return Combined(out, out_weights, conductor.finish(schedule, completion))
-
-
-def route_counts(route: Route) -> Tensor:
-    """[R, R] int64: rows from each source to each destination."""
-    return torch.tensor(plan_of(route).counts, dtype=torch.int64)
-
-
-def restore_route(engine: Engine, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
-    """The route of a dispatch by this table [T, R], from its `route_counts`."""
-    plan = all_to_all.restore_plan(engine.info.rank, is_token_in_rank, counts.tolist())
-    return Route(engine, plan.num_tokens, num_experts, is_token_in_rank, plan.num_recv_tokens, plan)
+    return Combined(out, out_weights, control.finish(schedule, completion))
 
 
 def _check_ran(route: Route) -> None:

@@ -1,9 +1,11 @@
-"""The reference backend's low-latency operations: send and receive halves, joined by a hook or run in one."""
+"""Low-latency operations over all_to_all: send and receive halves, joined by a hook or run in one."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,9 +17,9 @@ from deepep.reference.wire import Wire
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.agreement import dtype_code
-from deepep.runtime.control.issue import Conductor
+from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
-from deepep.runtime.engine import EngineInfo
+from deepep.runtime.engine import Engine, EngineInfo
 from deepep.runtime.requests import (
     Hook,
     LowLatencyCombined,
@@ -96,12 +98,77 @@ def check_combine(request: LowLatencyCombineRequest, info: EngineInfo) -> None:
     _check_wait_stats("combine_wait_recv_cost_stats", request.wait_nanoseconds, info)
 
 
-def dispatch(
-    conductor: Conductor, info: EngineInfo, request: LowLatencyDispatchRequest, schedule: Schedule
+class LowLatencyOperations:
+    """The low-latency operations of one engine, over the links of its control plane."""
+
+    def __init__(self, control: ControlPlane, engine: Engine) -> None:
+        self._control = control
+        # Weak, or the engine would be freed late: it owns this.
+        self._owner = weakref.ref(engine)
+        self._staged: Tensor | None = None
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._owner()
+        assert engine is not None
+        return engine
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the rows that the next zero-copy combine reads from."""
+        return 0 if self._staged is None else self._staged.nbytes
+
+    def dispatch(self, request: LowLatencyDispatchRequest, schedule: Schedule) -> LowLatencyDispatched:
+        """Checks and issues a dispatch."""
+        engine = self._engine
+        with self._control.issuing:
+            try:
+                check_dispatch(request, engine.info)
+            except ArgumentError as problem:
+                engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
+            self._staged = None
+            done = _dispatch(self._control, engine.info, request, schedule)
+            done.route = replace(done.route, engine=engine)
+            return done
+
+    def combine(self, request: LowLatencyCombineRequest, schedule: Schedule) -> LowLatencyCombined:
+        """Checks and issues a combine."""
+        engine = self._engine
+        with self._control.issuing:
+            try:
+                checks.check_own(request.route, engine)
+                check_combine(request, engine.info)
+                if request.zero_copy:
+                    request = replace(request, x=self._staged_rows(request.route))
+            except ArgumentError as problem:
+                engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, schedule)
+            self._staged = None
+            return _combine(self._control, engine.info, request, schedule)
+
+    def combine_buffer(self, route: LowLatencyRoute) -> Tensor:
+        """[L, R*M, H] bf16: where the next zero-copy combine reads from."""
+        checks.check_own(route, self._engine)
+        # Fresh memory each time: an earlier combine may still be reading from what it was given.
+        self._staged = route.ranges.new_empty(self._slot_shape(route), dtype=torch.bfloat16)
+        return self._staged
+
+    def _staged_rows(self, route: LowLatencyRoute) -> Tensor:
+        if self._staged is None or self._staged.shape != self._slot_shape(route):
+            allowed = "get_next_low_latency_combine_buffer called since the last low-latency operation"
+            raise ArgumentError("zero_copy", "True, with no buffer filled for it", allowed)
+        return self._staged
+
+    def _slot_shape(self, route: LowLatencyRoute) -> tuple[int, int, int]:
+        num_ranks = self._control.num_ranks
+        return route.num_experts // num_ranks, num_ranks * route.num_max_tokens, route.hidden
+
+
+def _dispatch(
+    control: ControlPlane, info: EngineInfo, request: LowLatencyDispatchRequest, schedule: Schedule
 ) -> LowLatencyDispatched:
     """A checked request, issued."""
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
-    with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+    with control.queue.allocating(schedule.allocate_on_comm_stream):
         out = low_latency.allocate(
             info.num_ranks,
             request.num_max_tokens,
@@ -114,7 +181,7 @@ def dispatch(
     underway: list[DispatchUnderway] = []
 
     def send(link: Link) -> None:
-        conductor.enter("send")
+        control.enter("send")
         underway.append(
             low_latency.start_dispatch(
                 link,
@@ -129,7 +196,6 @@ def dispatch(
         )
 
     def receive() -> None:
-        conductor.enter("receive")
         started = underway.pop()
         waited = _timed(started.rows.wait)
         started.finish(out)
@@ -152,7 +218,7 @@ def dispatch(
         *(out.recv_x, out.recv_scales, out.recv_count, out.recv_src_info, out.layout_range),
     )
     completion, hook = _issue(
-        conductor,
+        control,
         Operation.LOW_LATENCY_DISPATCH,
         schedule,
         send,
@@ -168,21 +234,21 @@ def dispatch(
     return LowLatencyDispatched(out.recv_x, out.recv_scales, out.recv_count, route, completion, hook)
 
 
-def combine(
-    conductor: Conductor, info: EngineInfo, request: LowLatencyCombineRequest, schedule: Schedule
+def _combine(
+    control: ControlPlane, info: EngineInfo, request: LowLatencyCombineRequest, schedule: Schedule
 ) -> LowLatencyCombined:
     """A checked request, issued; of a zero-copy one, `x` is the staged rows already."""
     route, x = request.route, request.x.detach()
     topk_idx, topk_weights = request.topk_idx.detach(), request.topk_weights.detach()
     out = request.out
     if out is None:
-        with conductor.lane.allocating(schedule.allocate_on_comm_stream):
+        with control.queue.allocating(schedule.allocate_on_comm_stream):
             out = x.new_empty(topk_idx.shape[0], route.hidden)
     result = out
     underway: list[CombineUnderway] = []
 
     def send(link: Link) -> None:
-        conductor.enter("send")
+        control.enter("send")
         underway.append(
             low_latency.start_combine(
                 link,
@@ -199,7 +265,6 @@ def combine(
         )
 
     def receive() -> None:
-        conductor.enter("receive")
         started = underway.pop()
         rows = getattr(started.rows, "payload", started.rows)  # of rows in LogFMT, what is under way
         waited = _timed(rows.wait)
@@ -215,7 +280,7 @@ def combine(
         "use_logfmt": request.use_logfmt,
     }
     completion, hook = _issue(
-        conductor,
+        control,
         Operation.LOW_LATENCY_COMBINE,
         schedule,
         send,
@@ -229,7 +294,7 @@ def combine(
 
 
 def _issue(
-    conductor: Conductor,
+    control: ControlPlane,
     operation: Operation,
     schedule: Schedule,
     send: Callable[[Link], None],
@@ -245,9 +310,10 @@ def _issue(
     def body(link: Link, limits: dict[int, int]) -> None:
         send(link)
         if not schedule.hook:
+            control.enter("receive")
             receive()
 
-    completion = conductor.perform(
+    completion = control.perform(
         operation,
         schedule,
         body,
@@ -257,8 +323,8 @@ def _issue(
         tensors=tensors,
     )
     if schedule.hook:
-        return None, conductor.hook(operation, completion, receive, tensors)
-    return conductor.finish(schedule, completion), None
+        return None, control.hook(operation, completion, receive, tensors)
+    return control.finish(schedule, completion), None
 
 
 def _check_groups(x: Tensor, group: int, option: str) -> None:

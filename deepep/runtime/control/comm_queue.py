@@ -1,5 +1,4 @@
-"""The lane: where an engine's communication runs, one operation after the other, beside the caller's own
-work.
+"""Communication queues: an engine's operations run on one, in order, beside the caller's own work.
 
 On CPU it is a thread, on CUDA a stream. Jobs run in the order in which they were submitted, on every rank.
 """
@@ -21,7 +20,7 @@ from deepep.runtime.completion import Completion, CudaCompletion, HostCompletion
 Job = Callable[[], None]
 
 
-class Lane(ABC):
+class CommQueue(ABC):
     """Runs jobs in order."""
 
     @abstractmethod
@@ -33,26 +32,26 @@ class Lane(ABC):
         """Inside a job: what follows happens after `after`, or after what the caller's stream held at submit.
 
         Outputs that the caller's stream owns may lie in memory that work queued there still reads; then that
-        work is waited for in any case. owns_outputs: they belong to the lane.
+        work is waited for in any case. owns_outputs: they belong to the queue.
         """
 
     @abstractmethod
-    def allocating(self, on_lane: bool) -> contextlib.AbstractContextManager[object]:
-        """Where tensors made inside belong: to the lane, or to the caller's stream."""
+    def allocating(self, on_queue: bool) -> contextlib.AbstractContextManager[object]:
+        """Where tensors made inside belong: to the queue, or to the caller's stream."""
 
     @abstractmethod
     def close(self, seconds: float) -> bool:
         """Takes no more jobs and waits up to `seconds` for those it has; whether they all ended."""
 
 
-class ThreadLane(Lane):
+class ThreadQueue(CommQueue):
     """A worker thread; a daemon, so it never keeps a process alive."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, Future[None]] | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
-        # The thread knows the queue alone, not the lane: a lane that nobody holds can be collected.
+        # The thread knows the jobs alone: a queue that nobody holds can be collected.
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
 
@@ -68,7 +67,7 @@ class ThreadLane(Lane):
         if after is not None:
             after.host_wait()
 
-    def allocating(self, on_lane: bool) -> contextlib.AbstractContextManager[object]:
+    def allocating(self, on_queue: bool) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def close(self, seconds: float) -> bool:
@@ -96,13 +95,11 @@ def _work(jobs: queue.SimpleQueue[tuple[Job, Future[None]] | None]) -> None:
         del item, job, future  # or the last job's tensors would live until the next job
 
 
-class StreamLane(Lane):
-    """A high-priority CUDA stream. Jobs are issued by the caller's thread at once; their kernels run in
-    order.
-    """
+class StreamQueue(CommQueue):
+    """A CUDA stream. Jobs are issued by the caller's thread at once; their kernels run in order."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device=device, priority=-1)
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
         self._entry = torch.cuda.Event()
         self._closed = False
 
@@ -129,8 +126,8 @@ class StreamLane(Lane):
         if after is None or not owns_outputs:
             self.stream.wait_event(self._entry)
 
-    def allocating(self, on_lane: bool) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.stream(self.stream) if on_lane else contextlib.nullcontext()
+    def allocating(self, on_queue: bool) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream) if on_queue else contextlib.nullcontext()
 
     def close(self, seconds: float) -> bool:
         if not self._closed:

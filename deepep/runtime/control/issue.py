@@ -1,6 +1,6 @@
-"""The conductor: runs one rank's operations in order, each behind its control exchange.
+"""The control plane: issues one rank's operations in order, each behind its control exchange.
 
-It owns the lane (where communication runs), the membership (between whom) and the bookkeeping between calls:
+It owns the queue (where communication runs), the membership (between whom) and the bookkeeping between calls:
 sequence numbers, an un-called hook, the end. A backend gives it the body of each operation.
 """
 
@@ -12,31 +12,32 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
 from deepep.runtime.completion import Completion
-from deepep.runtime.control import agreement as control
-from deepep.runtime.control import liveness
+from deepep.runtime.control import agreement, liveness
 from deepep.runtime.control.agreement import NO_LIMIT, Header
-from deepep.runtime.control.comm_queue import Lane, StreamLane, ThreadLane
-from deepep.runtime.control.membership import Absent, Membership, Progress
-from deepep.runtime.control.transport import Link, LinkError, store_of
+from deepep.runtime.control.comm_queue import CommQueue, StreamQueue, ThreadQueue
+from deepep.runtime.control.membership import Absent, Progress
+from deepep.runtime.control.transport import Link, LinkError
 from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Hook, Operation, Schedule
+from deepep.runtime.session import Session
 
 
-class Conductor:
+class ControlPlane:
     """One per engine. Calls may come from several threads; each operation is issued as a whole."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float, device_type: str) -> None:
-        self.rank, self.num_ranks, self.timeout = group.rank(), group.size(), timeout
-        self.membership = Membership(store_of(group), self.rank, self.num_ranks, timeout, device_type)
-        self.lane: Lane
-        if device_type == "cuda":
-            self.lane = StreamLane(torch.device("cuda", torch.cuda.current_device()))
+    def __init__(self, session: Session, timeout: float) -> None:
+        self.session = session
+        self.rank, self.num_ranks, self.timeout = session.rank, session.num_ranks, timeout
+        self.membership = session.membership(timeout)
+        self.queue: CommQueue
+        if session.stream is not None:
+            self.queue = StreamQueue(session.stream)
         else:
-            self.lane = ThreadLane(f"deepep-rank-{self.rank}")
+            self.queue = ThreadQueue(f"deepep-rank-{self.rank}")
+        self._masked: frozenset[int] = frozenset()
         self.observer: Observer | None = None
         self.issuing = threading.RLock()
         self._unreceived: str | None = None
@@ -49,12 +50,12 @@ class Conductor:
         """The first meeting: every rank is there and constructs the same thing, or all raise."""
         membership = self.membership
         everyone = tuple(range(self.num_ranks))
-        post = control.encode_statement(statement, liveness.identity(), problem and problem.at(self.rank))
+        post = agreement.encode_statement(statement, liveness.identity(), problem and problem.at(self.rank))
         try:
             met = membership.meet("construct", post, everyone)
         except Absent as absent:
             raise membership.blame(absent.missing, len(absent.seen), "they did not construct") from None
-        membership.introduce(control.compare_statements(met))
+        membership.introduce(agreement.compare_statements(met))
         membership.control()
 
     # operations
@@ -84,8 +85,7 @@ class Conductor:
     ) -> Completion:
         """Issues an operation: control exchange, then `body(payload link, limits by rank)`.
 
-        inspect: checks of values, run once `schedule.after` has passed; an ArgumentError from it is told to
-            all.
+        inspect: checks of values, run once `schedule.after` has passed; what it refuses, all ranks refuse.
         """
         self._check_alive()
         pending = self._pending_hook()
@@ -97,7 +97,7 @@ class Conductor:
             limits = self._control(operation, problem, agreed, num_tokens, limit)
             body(self.membership.payload(), limits)
 
-        return self.lane.submit(self._guarded(job), tensors)
+        return self.queue.submit(self._guarded(job), tensors)
 
     def proceed(
         self,
@@ -110,12 +110,12 @@ class Conductor:
         self._check_alive()
 
         def job() -> None:
-            self.lane.wait_for(None, schedule.allocate_on_comm_stream)
+            self.queue.wait_for(None, schedule.allocate_on_comm_stream)
             self.progress.restart()
             self.enter(phase)
             body(self.membership.payload())
 
-        return self.lane.submit(self._guarded(job), tensors)
+        return self.queue.submit(self._guarded(job), tensors)
 
     def locally(
         self,
@@ -127,10 +127,10 @@ class Conductor:
         self._check_alive()
 
         def waiting() -> None:
-            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
+            self.queue.wait_for(schedule.after, schedule.allocate_on_comm_stream)
             job()
 
-        return self.lane.submit(self._guarded(waiting), tensors)
+        return self.queue.submit(self._guarded(waiting), tensors)
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
         """Takes part in `operation` only to say that it cannot; raises what all raise, or `problem` at
@@ -142,7 +142,7 @@ class Conductor:
         def job() -> None:
             self._control(operation, problem, {}, 0, NO_LIMIT)
 
-        completion = self.lane.submit(self._guarded(job))
+        completion = self.queue.submit(self._guarded(job))
         if not (schedule.asynchronous or schedule.hook):
             try:
                 completion.host_wait()
@@ -151,6 +151,26 @@ class Conductor:
             except DeepEPError as unheard:
                 raise problem from unheard
         raise problem
+
+    def barrier(self, schedule: Schedule, arguments: Mapping[str, int] | None = None) -> None:
+        """Returns once every rank has called it; `arguments` must agree."""
+        with self.issuing:
+            completion = self.perform(
+                Operation.BARRIER, schedule, lambda link, limits: None, agreed=arguments or {}
+            )
+            self.finish(schedule, completion)
+
+    def mask(self, rank: int, masked: bool) -> None:
+        """Leaves a rank out from the next operation on, or takes it in again."""
+        change = self.membership.mask if masked else self.membership.unmask
+        with self.issuing:
+            self._masked = self._masked | {rank} if masked else self._masked - {rank}
+            self.locally(lambda: change(rank), Schedule()).host_wait()
+
+    @property
+    def masked(self) -> frozenset[int]:
+        """The ranks that are left out."""
+        return self._masked
 
     def finish(self, schedule: Schedule, completion: Completion) -> Completion | None:
         """Waits for a synchronous operation; gives back the completion of an asynchronous one."""
@@ -218,10 +238,10 @@ class Conductor:
         """Ends after what was issued, or after `seconds`. Idempotent."""
         with self.issuing:
             self._closed = True
-            if self.lane.close(seconds):
+            if self.queue.close(seconds):
                 self.membership.disconnect()
 
-    # inside the lane
+    # inside the queue
 
     def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:
@@ -244,7 +264,7 @@ class Conductor:
 
     def _inspect(self, schedule: Schedule, inspect: Callable[[], None] | None) -> ArgumentError | None:
         try:
-            self.lane.wait_for(schedule.after, schedule.allocate_on_comm_stream)
+            self.queue.wait_for(schedule.after, schedule.allocate_on_comm_stream)
         except ArgumentError as error:
             return error.at(self.rank)  # the layout's, say: its cause is the cause here
         except DeepEPError as error:
@@ -284,4 +304,4 @@ class Conductor:
         self.enter("control")
         self.progress.sequence += 1
         header = Header(operation, self.progress.sequence, agreed, num_tokens, limit)
-        return control.exchange(link, header, problem)
+        return agreement.exchange(link, header, problem)

@@ -57,7 +57,7 @@ class Absent(Exception):
 class Membership:
     """The ranks of one buffer and the link between those that are not masked.
 
-    Used by the lane alone, after construction.
+    Used by the communication queue alone, after construction.
     """
 
     def __init__(

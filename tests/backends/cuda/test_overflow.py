@@ -57,7 +57,7 @@ def fresh_buffer(ctx: Any) -> Iterator[Any]:
 
 
 def in_heap(buffer: Any, rows: torch.Tensor) -> bool:
-    heap = buffer.runtime._endpoint.heap
+    heap = buffer.runtime.endpoint().heap
     return bool(heap.data_ptr() <= rows.data_ptr() < heap.data_ptr() + heap.numel())
 
 
@@ -355,7 +355,7 @@ def test_what_an_earlier_pool_left_comes_back(pair: World) -> None:
             want = dispatch(buffer, given)[0].clone()
             kept = fill_up(buffer, given)
             torch.cuda.synchronize()
-            buffer.runtime._memory.pool.reclaim_by_waiting()
+            buffer.runtime.symmetric.pool.reclaim_by_waiting()
             for rows in kept:
                 assert same_bits(rows, want)
             assert not in_heap(buffer, dispatch(buffer, given)[0])

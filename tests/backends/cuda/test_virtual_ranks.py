@@ -376,7 +376,9 @@ def test_num_worst_tokens_marks_the_rest(domains) -> None:  # type: ignore[no-un
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_layout(domains, index_dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_layout(index_dtype: torch.dtype) -> None:
+    from deepep.backends.cuda.layout import LayoutKernel
+
     for ranks, tokens, topk, local in [(1, 9, 1, 1), (2, 4096, 8, 128), (8, 777, 32, 7), (3, 0, 4, 2)]:
         shape = Shape(
             (tokens,) * ranks, topk=topk, local_experts=local, pattern="holes", index_dtype=index_dtype
@@ -384,9 +386,9 @@ def test_layout(domains, index_dtype: torch.dtype) -> None:  # type: ignore[no-u
         idx = draw_indices(shape, 0, torch.Generator().manual_seed(tokens))
         for per_domain in (8, 2):
             want = dispatch_layout(idx, local * ranks, ranks, ranks_per_node=per_domain)
-            endpoint = domains(ranks).endpoints[0]
+            kernel = LayoutKernel(ranks, torch.device("cuda", torch.cuda.current_device()))
             stream = torch.cuda.current_stream().cuda_stream
-            rank_counts, domain_counts, expert_counts, in_rank = endpoint.layout(
+            rank_counts, domain_counts, expert_counts, in_rank = kernel.launch(
                 idx.cuda(), local * ranks, per_domain, stream
             )
             assert same_bits(rank_counts, want.num_tokens_per_rank)

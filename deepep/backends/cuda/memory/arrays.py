@@ -57,6 +57,9 @@ class ReceiveSpec:
     """The arrays of one kind of dispatch: what a row has in each, whatever the number of rows.
 
     scales, topk: columns and dtype; None for what does not travel. with_source: source tokens are wanted.
+
+    order: for each array of `ReceiveArrays`, its position among those there are, or None. kept: templates by
+    capacity (`templates`). row_bytes, spare_bytes: a stretch for n rows takes n times the one, and the other.
     """
 
     def __init__(
@@ -66,8 +69,6 @@ class ReceiveSpec:
         topk: tuple[int, torch.dtype] | None,
         with_source: bool,
     ) -> None:
-        self._with_source = with_source
-        self._with_scales = scales is not None
         self._rows: list[Array] = [((x[0],), x[1])]
         if with_source:
             self._rows.append(((), torch.int32))
@@ -76,33 +77,32 @@ class ReceiveSpec:
         if topk is not None:
             self._rows += [((topk[0],), topk[1]), ((topk[0],), torch.float32)]
         self.row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._rows)
-        self._templates: dict[int, list[torch.Tensor]] = {}
+        self.spare_bytes = len(self._rows) * _ALIGNMENT
+        self.kept: dict[int, list[torch.Tensor]] = {}
+        there = (True, with_source, scales is not None, topk is not None, topk is not None)
+        self.order = tuple(sum(there[:i]) if is_there else None for i, is_there in enumerate(there))
 
     def num_bytes(self, capacity: int) -> int:
         """Bytes that a stretch to carve needs at most."""
-        return capacity * self.row_bytes + len(self._rows) * _ALIGNMENT
+        return capacity * self.row_bytes + self.spare_bytes
 
     def rows_in(self, num_bytes: int) -> int:
         """Rows for which so many bytes are enough."""
-        return max(0, num_bytes - len(self._rows) * _ALIGNMENT) // self.row_bytes
+        return max(0, num_bytes - self.spare_bytes) // self.row_bytes
 
     def templates(self, capacity: int, device: torch.device) -> list[torch.Tensor]:
         """Tensors of the arrays' shapes, in order, with no memory of their own: for `torch.empty_like`."""
-        made = self._templates.get(capacity)
+        made = self.kept.get(capacity)
         if made is None or made[0].device != device:
             made = [_element(dtype, device).expand(capacity, *row) for row, dtype in self._rows]
-            if len(self._templates) >= _MOST_KEPT:
-                self._templates.clear()
-            self._templates[capacity] = made
+            if len(self.kept) >= _MOST_KEPT:
+                self.kept.clear()
+            self.kept[capacity] = made
         return made
 
     def of(self, tensors: list[torch.Tensor]) -> ReceiveArrays:
         """Of tensors in order."""
-        rest = iter(tensors)
-        x = next(rest)
-        source = next(rest) if self._with_source else None
-        scales = next(rest) if self._with_scales else None
-        return ReceiveArrays(x, source, scales, next(rest, None), next(rest, None))
+        return ReceiveArrays(*[None if i is None else tensors[i] for i in self.order])  # type: ignore[arg-type]
 
     def carve(self, stretch: torch.Tensor, capacity: int) -> ReceiveArrays:
         """All arrays out of one stretch of the heap, uint8."""

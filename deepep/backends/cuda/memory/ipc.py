@@ -74,9 +74,8 @@ class HeapHandle:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
             raise ValueError(f"heap handle: got {str(values)[:200]}; allowed: {', '.join(names)}")
-        return cls(
-            **{field.name: _parse(field.name, str(field.type), values[field.name]) for field in fields(cls)}
-        )
+        parsed: dict[str, Any] = {f.name: _parse(f.name, str(f.type), values[f.name]) for f in fields(cls)}
+        return cls(**parsed)
 
     def map_here(self, device: torch.device) -> torch.Tensor:
         """The heap, mapped for kernels of `device`: uint8 [num_bytes].
@@ -95,7 +94,7 @@ class HeapHandle:
             self.event,
             self.event_sync,
         )
-        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (self.num_bytes,))
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[: self.num_bytes]
 
 
 def _parse(name: str, kind: str, value: object) -> int | bool | bytes:

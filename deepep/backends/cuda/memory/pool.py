@@ -91,7 +91,9 @@ class ReceivePool:
 
     def acquire_now(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         """The same if the pool has them at hand; None: look further with `acquire`."""
-        return None if self._was_full or stream not in self.users.known else self._try(arrays)
+        if self._was_full or stream not in self.users.known:
+            return None
+        return self._try(arrays)
 
     def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         self._poll_freed()

@@ -1,0 +1,95 @@
+"""Combines: rows travel back to their tokens' owners and are summed there as they arrive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepep.backends.cuda.launch import Plan
+from deepep.backends.cuda.sm_split import (
+    DEFAULT_NUM_SMS,
+    ENGINE_BYTES,
+    NO_ENGINE,
+    combine_split,
+    engine_cut,
+)
+from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.errors import CapacityError
+from deepep.runtime import streams
+from deepep.runtime.requests import Combined, CombineRequest, Schedule
+
+if TYPE_CHECKING:
+    from deepep.backends.cuda.engine import CudaEngine
+
+
+def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
+    """Whether all checks would pass, as far as that can be said without them; False says nothing."""
+    x, route = request.x, request.route
+    if (
+        route.engine is not engine
+        or request.topk_weights is not None
+        or request.biases
+        or type(x) is not Tensor
+        or x.dtype is not torch.bfloat16
+        or x.device != engine.device
+        or x.dim() != 2
+    ):
+        return False
+    row_bytes = x.shape[1] * 2
+    return (
+        x.shape[0] == route.num_rows
+        and row_bytes > 0
+        and row_bytes % 16 == 0
+        and x.is_contiguous()
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def check_staging(engine: CudaEngine, request: CombineRequest, plan: Plan) -> None:
+    """The rows that come back have room. Raises CapacityError."""
+    topk = 0 if request.topk_weights is None else request.topk_weights.shape[1]
+    room = engine.symmetric.endpoint.staging_capacity(request.x.shape[1] * 2, topk)
+    coming = plan.num_tokens * (engine.info.num_ranks - 1) if plan.returning is None else plan.returning
+    if coming > room:
+        allowed = f"at most {room}: set DEEPEP_SYMMETRIC_BYTES higher"
+        raise CapacityError("x", f"{coming} rows coming back", allowed)
+
+
+def combine(engine: CudaEngine, request: CombineRequest, plan: Plan, schedule: Schedule) -> Combined:
+    """A combine of a checked request, under the engine's lock."""
+    if schedule.after is None and not schedule.asynchronous:
+        return Combined(*_launch(engine, request, plan, streams.current_address(engine.index)))
+    with CommStream(engine.comm, engine.symmetric.endpoint.domain, schedule.after) as stream:
+        made = _launch(engine, request, plan, stream)
+    given = (request.x, request.topk_weights, *request.biases)
+    completion = hand_out(engine.comm, engine.symmetric.pool.users, schedule, given, made)
+    return Combined(*made, completion)
+
+
+def _launch(
+    engine: CudaEngine, request: CombineRequest, plan: Plan, stream: int
+) -> tuple[Tensor, Tensor | None]:
+    """The launch on the current stream, `stream`."""
+    x, weights, tokens, device = request.x, request.topk_weights, plan.num_tokens, engine.device
+    sms, ranks = max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks
+    out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=device)
+    out_weights = None
+    if weights is not None:
+        out_weights = torch.empty((tokens, weights.shape[1]), dtype=torch.float32, device=device)
+    by_copy_engine = x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
+    engine.symmetric.endpoint.combine(
+        x,
+        plan,
+        combine_split(sms, ranks),
+        stream,
+        topk_weights=weights,
+        biases=request.biases,
+        out=out,
+        out_weights=out_weights,
+        engine_cut=engine_cut(sms, ranks) if by_copy_engine else NO_ENGINE,
+    )
+    if plan.stream != stream:
+        plan.table.record_stream(streams.current(engine.index))
+    return out, out_weights

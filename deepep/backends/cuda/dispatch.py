@@ -1,0 +1,211 @@
+"""Fresh dispatches: counts travel first, rows arrive at their final place in memory of the receive pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS, Phase, Plan
+from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec, receive_spec
+from deepep.backends.cuda.sm_split import DEFAULT_NUM_SMS, dispatch_split
+from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.errors import ArgumentError, CapacityError
+from deepep.runtime import checks, streams
+from deepep.runtime.completion import Completion
+from deepep.runtime.requests import Dispatched, DispatchRequest, Operation, Route, Schedule
+
+if TYPE_CHECKING:
+    from deepep.backends.cuda.engine import CudaEngine
+
+_ROW_DTYPES = frozenset(checks.ROW_DTYPES)
+_BYTE_DTYPES = frozenset(checks.BYTE_DTYPES)
+_MOST_SPECS = 256
+_specs: dict[tuple[object, ...], ReceiveSpec] = {}
+
+
+def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
+    """Whether all checks would pass, as far as that can be said without them; False says nothing.
+
+    The checks that can say what is wrong take the better part of a call's host time. The usual call is known
+    by the very tensors of this engine's last layout, or by its handle.
+    """
+    x, scales, route = request.x, request.scales, request.route
+    if type(x) is not Tensor or x.device != engine.device or x.dim() != 2:
+        return False
+    tokens, hidden = x.shape
+    row_bytes = hidden * x.element_size()
+    if not (row_bytes > 0 and row_bytes % 16 == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0):
+        return False
+    if scales is None:
+        if x.dtype not in _ROW_DTYPES:
+            return False
+    elif not (
+        x.dtype in _BYTE_DTYPES
+        and type(scales) is Tensor
+        and scales.dtype in checks.SCALE_DTYPES
+        and scales.device == engine.device
+        and scales.dim() == 2
+        and scales.shape[0] == tokens
+    ):
+        return False
+    if route is not None:
+        return route.engine is engine and tokens == route.num_tokens
+    layout, weights = request.layout, request.topk_weights
+    if layout is None or engine.last_layout is None:
+        return False
+    topk_idx, made = engine.last_layout
+    return (
+        request.topk_idx is topk_idx
+        and layout.is_token_in_rank is made.is_token_in_rank
+        and layout.num_tokens_per_rank is made.num_tokens_per_rank
+        and layout.num_tokens_per_expert is made.num_tokens_per_expert
+        and made.num_tokens_per_expert.shape[0] <= MAX_LOCAL_EXPERTS
+        and tokens == topk_idx.shape[0]
+        and type(weights) is Tensor
+        and weights.dtype is torch.float32
+        and weights.device == engine.device
+        and weights.shape == topk_idx.shape
+        and weights.is_contiguous()
+        and type(request.expert_alignment) is int
+        and request.expert_alignment >= 1
+        and type(request.num_worst_tokens) is int
+        and request.num_worst_tokens >= 0
+    )
+
+
+def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capturing: bool) -> Dispatched:
+    """A dispatch along a new route, of a checked request, under the engine's lock."""
+    layout, worst = request.layout, request.num_worst_tokens
+    assert layout is not None
+    ranks, tokens = engine.info.num_ranks, request.x.shape[0]
+    experts = layout.num_tokens_per_expert.shape[0]
+    if worst == 0 and capturing:
+        allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
+        raise ArgumentError("num_worst_tokens", "0", allowed, engine.info.rank)
+    capacity = worst or max(64, engine.rows_seen * 5 // 4 or ranks * tokens)
+    is_guess = worst == 0
+    on_caller = schedule.after is None and not schedule.asynchronous
+    completion = None
+    while True:
+        if on_caller:
+            stream = streams.current_address(engine.index)
+            plan, received = _launch(engine, request, capacity, is_guess, capturing, stream)
+        else:
+            with CommStream(engine.comm, engine.symmetric.endpoint.domain, schedule.after) as stream:
+                plan, received = _launch(engine, request, capacity, is_guess, capturing, stream)
+        # All that can be done before the counts are known is done now: small batches wait for the host.
+        if not on_caller and received.overflow_stream is None:
+            completion = _hand_out(engine, request, schedule, received, plan)
+        if worst:
+            plan.num_rows, per_expert = worst, []
+            break
+        counts = engine.wait_counts(experts // ranks)
+        if counts.phase == Phase.TOO_MANY_ROWS:
+            capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and acquire anew
+            continue
+        engine.rows_seen = max(counts.most_rows, engine.rows_seen * 15 // 16)
+        if received.overflow_stream is None:
+            received.cut(counts.num_rows)
+        else:
+            received = engine.symmetric.copy_out(received, counts.num_rows)
+            if not on_caller:
+                completion = _hand_out(engine, request, schedule, received, plan)
+        plan.num_rows, plan.known = counts.num_rows, counts.table
+        plan.most_rows, plan.returning = counts.most_rows, counts.returning
+        per_expert, alignment = counts.per_expert, request.expert_alignment
+        if alignment > 1:
+            per_expert = [-(-n // alignment) * alignment for n in per_expert]
+        break
+    plan.source = received.source
+    route = Route(engine, tokens, experts, layout.is_token_in_rank, plan.num_rows, plan)
+    arrays = (received.x, received.scales, received.topk_idx, received.topk_weights)
+    return Dispatched(*arrays, per_expert, route, completion)
+
+
+def _launch(
+    engine: CudaEngine,
+    request: DispatchRequest,
+    capacity: int,
+    is_guess: bool,
+    capturing: bool,
+    stream: int,
+) -> tuple[Plan, ReceiveArrays]:
+    """One attempt, on the current stream, `stream`: into arrays for `capacity` rows, or fewer if that is a
+    guess.
+    """
+    x, scales, topk_idx, layout = request.x, request.scales, request.topk_idx, request.layout
+    assert layout is not None
+    memory, worst = engine.symmetric, request.num_worst_tokens
+    endpoint = memory.endpoint
+    plan = endpoint.new_plan(x.shape[0], capacity, stream)
+    of_scales = None if scales is None else (scales.shape[1], scales.dtype)
+    of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
+    key = (x.shape[1], x.dtype, of_scales, of_topk)
+    spec = _specs.get(key)
+    if spec is None:
+        if len(_specs) >= _MOST_SPECS:
+            _specs.clear()
+        spec = _specs[key] = receive_spec(x, scales, topk_idx, with_source=True)
+    made, templates = None, spec.kept.get(capacity)
+    # At once where the pool has room, if the overflow area need not grow first, nor anything else be done.
+    fits = capacity * spec.row_bytes + spec.spare_bytes <= memory.overflow.num_bytes
+    if fits and templates is not None and templates[0].device == engine.device and not capturing:
+        made = memory.pool.acquire_now(templates, stream)
+    if made is not None:
+        received = ReceiveArrays(*[None if i is None else made[i] for i in spec.order])  # type: ignore[arg-type]
+    else:
+        received = acquire(engine, spec, capacity, is_guess, capturing, stream)
+    endpoint.dispatch(
+        x,
+        received,
+        dispatch_split(max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks),
+        stream,
+        plan,
+        scales=scales,
+        topk_idx=topk_idx,
+        topk_weights=request.topk_weights,
+        is_token_in_rank=layout.is_token_in_rank,
+        tokens_per_rank=layout.num_tokens_per_rank,
+        tokens_per_expert=layout.num_tokens_per_expert,
+        num_worst_tokens=worst,
+        tell_host=worst == 0,
+    )
+    if capturing or (worst and received.overflow_stream):
+        received = memory.copy_out(received, worst)
+    return plan, received
+
+
+def acquire(
+    engine: CudaEngine, spec: ReceiveSpec, capacity: int, is_guess: bool, capturing: bool, stream: int
+) -> ReceiveArrays:
+    """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
+    memory = engine.symmetric
+    if capturing:
+        received = memory.acquire_for_graph(spec, capacity)
+    else:
+        received = memory.acquire(spec, capacity, is_guess, stream)
+    if received is None:
+        size = spec.num_bytes(capacity)
+        got = f"{capacity} rows to receive, {size} bytes"
+        full = CapacityError("x", got, memory.shortage(size, capturing), engine.info.rank)
+        engine.refuse(Operation.DISPATCH, full, Schedule())
+    return received
+
+
+def _hand_out(
+    engine: CudaEngine, request: DispatchRequest, schedule: Schedule, received: ReceiveArrays, plan: Plan
+) -> Completion | None:
+    layout = request.layout
+    assert layout is not None
+    return hand_out(
+        engine.comm,
+        engine.symmetric.pool.users,
+        schedule,
+        (
+            *(request.x, request.scales, request.topk_idx, request.topk_weights),
+            *(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank),
+        ),
+        (*received.tensors(), plan.table),
+    )

@@ -1,0 +1,68 @@
+"""Session: what all that works on one process group in this process has in common, owned once.
+
+`Session.of(group)` gives every Buffer of a group (and whatever else communicates over it) the same object,
+which lives as long as its last user. It has the facts of the group (ranks, device, store), the stream that
+communication runs on, and it makes memberships.
+
+Not shared, because Buffers on one group promise to be independent of each other:
+- the membership. Masks are a Buffer's own, as in V1, and so is the fault that a mask settles: a Buffer whose
+  rank is missing says so until it is masked there, and the end of one Buffer is nothing to another.
+- links and queues. Two Buffers may be used by two threads, in another order on every rank; operations on one
+  link have one order. For the same reason every membership has a store connection of its own: a link that is
+  being built blocks its connection until the peers come.
+- symmetric memory. Its control words count the calls of one engine. It is built by the first dispatch or
+  combine, so a Buffer that only does other things takes none.
+
+Operations with events of all Buffers of a group do share the communication stream: all ranks issue those in
+the same order, as for any communicator.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from deepep.runtime.control.membership import Membership
+from deepep.runtime.control.transport import device_type_of, store_of
+
+
+class Session:
+    """One process's part in a process group. `of` makes it, or finds the one there is.
+
+    device: where the group's tensors lie: the current CUDA device at the first use, or the CPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group  # kept: while it is, nothing else has its id
+        self.rank, self.num_ranks = group.rank(), group.size()
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Session:
+        """The session of a group on the current device. Not collective."""
+        is_cuda = device_type_of(group) == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+        with _opening:
+            session = _open.get((id(group), device))
+            if session is None:
+                session = _open[id(group), device] = cls(group, device)
+            return session
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The communication stream, of high priority; made when first needed. None on CPU."""
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(device=self.device, priority=-1)
+        return self._stream
+
+    def membership(self, timeout: float) -> Membership:
+        """A membership of all ranks; every rank makes its memberships of a group in the same order."""
+        return Membership(store_of(self.group), self.rank, self.num_ranks, timeout, self.device.type)
+
+
+_open: weakref.WeakValueDictionary[tuple[int, torch.device], Session] = weakref.WeakValueDictionary()
+_opening = threading.Lock()

@@ -1,0 +1,170 @@
+"""The CUDA backend on a machine without CUDA: its Python runs, its extension and torch.cuda are stubs.
+
+For counting what a call does on the host: one rank, CPU tensors in the place of device memory, launches that
+do nothing. `install` is for a process of its own: it replaces `deepep._cuda` and parts of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+ADDRESS = 7
+"""Of the one stream there is."""
+
+
+class Stream:
+    """The one stream, as torch shows streams."""
+
+    cuda_stream, stream_id, device_index, device_type = ADDRESS, 0, -1, 1
+    device = torch.device("cpu")
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    """An event that has always passed."""
+
+    def __init__(self, *args: object, **options: object) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Domain:
+    """Launches nothing. Each launch is announced to `launched`, by the name of its binding."""
+
+    launched = staticmethod(lambda name: None)
+
+    def __init__(self, *args: object, **named: object) -> None: ...
+
+    def has_fault(self) -> bool:
+        return False
+
+    def take_fault(self, *args: object, **named: object) -> None: ...
+
+    def set_live(self, *args: object, **named: object) -> None: ...
+
+    def follow(self, *args: object, **named: object) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def refuse_dispatch(self, *args: object, **named: object) -> None:
+        self.launched("refuse dispatch")
+
+    def refuse_combine(self, *args: object, **named: object) -> None:
+        self.launched("refuse combine")
+
+    def layout(self, *args: object, **named: object) -> None:
+        self.launched("layout")
+
+    def dispatch(self, *args: object, **named: object) -> None:
+        self.launched("refuse dispatch" if args[3:4] == (True,) else "dispatch")
+
+    def dispatch_cached(self, *args: object, **named: object) -> None:
+        self.launched("dispatch_cached")
+
+    def combine(self, *args: object, **named: object) -> None:
+        self.launched("refuse combine" if args[3:4] == (True,) else "combine")
+
+
+def fault(**fields: int) -> tuple[int, ...]:
+    """A fault record, as `Domain.take_fault` gives it."""
+    return tuple(fields[name] for name in ("operation", "phase", "missing", "expected", "seen"))
+
+
+class Opaque:
+    """Stands for a class of the extension that Python only passes on."""
+
+    def __init__(self, *args: object, **named: object) -> None: ...
+
+
+def extension(num_rows: int) -> ModuleType:
+    """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
+    stub: Any = ModuleType("deepep._cuda")
+    stub.__file__ = __file__
+    stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
+    stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
+    stub.wait_counts = lambda *args, **named: (0, num_rows, num_rows, 0, Opaque(), [num_rows])
+    stub.control_bytes = lambda *args: 1 << 12
+    stub.host_counts_bytes = lambda *args: 1 << 12
+    stub.staging_capacity = lambda *args: 1 << 20
+    stub.stream_is_idle = lambda stream: True
+    stub.arena_open = lambda base, num_bytes: 1
+    for name in ("select", "close", "settle"):
+        setattr(stub, f"arena_{name}", lambda *args: None)
+    stub.arena_came_back = lambda arena: 0
+    stub.arena_used = lambda arena: 1  # so the pool's end leaves the heap to whoever holds it
+    for name in ("set_aside", "reserve"):
+        setattr(stub, f"arena_{name}", lambda arena, num_bytes: torch.empty(num_bytes).data_ptr())
+    return stub
+
+
+def install(num_rows: int) -> None:
+    """Puts the stubs in their places, for the rest of the process."""
+    sys.modules["deepep._cuda"] = extension(num_rows)
+    zeros = torch.zeros
+
+    def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return zeros(*args, **options)
+
+    torch.zeros = unpinned
+    cuda: Any = torch.cuda
+    stream = Stream()
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_device = lambda: 0
+    cuda.current_stream = lambda device=None: stream
+    cuda.stream = contextlib.nullcontext
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    cuda.synchronize = lambda device=None: None
+    cuda.MemPool = lambda allocator: SimpleNamespace(id=(0, 1), snapshot=list)
+    cuda.memory.CUDAPluggableAllocator = lambda *args: SimpleNamespace(allocator=lambda: None)
+    internals: Any = torch._C
+    internals._cuda_getCurrentRawStream = _address
+    for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        setattr(internals, name, lambda *args: None)
+
+
+def _address(device: int) -> int:
+    return ADDRESS
+
+
+@contextlib.contextmanager
+def stub_buffer(**options: Any) -> Iterator[Any]:
+    """A Buffer of one rank on the CUDA backend, after `install`."""
+    import deepep
+    from deepep.backends.cuda.engine import CudaEngine
+    from deepep.backends.cuda.memory import heap
+    from deepep.backends.cuda.memory.ipc import SymmetricHeap
+    from deepep.runtime import backends, streams
+    from deepep.runtime.control.transport import private_group
+    from deepep.runtime.session import Session
+
+    streams.current = lambda device: Stream()  # type: ignore[assignment]
+    heap.share_heap = lambda own, rank, gather: SymmetricHeap(own, [own])  # type: ignore[assignment]
+    group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
+    session = Session(group, torch.device("cpu"))
+    session._stream = Stream()  # type: ignore[assignment]
+    Session.of = classmethod(lambda cls, group: session)  # type: ignore[assignment]
+
+    def create(how: Any) -> CudaEngine:
+        engine = CudaEngine(how)
+        engine.info = type(engine.info)(**{**vars(engine.info), "device_type": "cpu"})
+        return engine
+
+    can = (True, "stubs")
+    backends.register(backends.Backend("stub", lambda: can, lambda group: can, create, by_name_only=True))
+    buffer = deepep.Buffer(group, backend="stub", low_latency_mode=True, timeout=30.0, **options)
+    try:
+        yield buffer
+    finally:
+        buffer.destroy()
