@@ -84,12 +84,15 @@ def _installed(file: str | None) -> bool:
     if file is None:
         return True  # built in
     path = Path(file).resolve()
+    # Of this environment, the user's own, or the one that this environment was made of.
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return True
     paths = sysconfig.get_paths()
     roots = [Path(paths[key]).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     package = sys.modules.get("deepep")
     if package is not None and package.__file__ is not None:
         roots.append(Path(package.__file__).resolve().parent)
-    roots.append(Path(__file__).resolve().parent)
+    roots.append(Path(__file__).resolve().parents[1])  # deepep.sim
     reference = sys.modules.get("deepep.reference")
     if reference is not None and reference.__file__ is not None:
         roots.append(Path(reference.__file__).resolve().parent)
