@@ -1,9 +1,8 @@
-"""Config: DeepEP V1's tuning parameters, their constraints, the buffer sizes they imply, and the default
-tables.
+"""Config: DeepEP V1's tuning parameters, their constraints, the buffer sizes they imply, the default tables.
 
-The kernels of this library choose for themselves; a Config is checked, its sizes are computed, and the rest
-of it is accepted for compatibility. Formulas and tables: the V1 interface (chunked queues, num_sms / 2
-channels).
+Of a Config, this library's kernels follow `num_sms`. The chunk sizes have no effect, because rows are written
+where they belong, without queues: they are checked, and V1's size hints are computed from them. Formulas and
+tables: the V1 interface (chunked queues, num_sms / 2 channels).
 """
 
 from __future__ import annotations
@@ -12,6 +11,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from deepep.errors import RangeError
+
+DEFAULT_NUM_SMS = 24
+"""SMs of high-throughput kernels where nobody says how many: measured best for this library's kernels on H200
+(docs/performance.md). V1's own default, 20, remains that of a `Config()` made without arguments."""
+
+_TOKEN_META_BYTES = 8 + 128 * 8 + 128 * 4 + 128 * 4
+"""Bytes beside a token's row in V1's queues: its source; 128 top-k indices, weights and scales."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,23 @@ class Config:
 
         hidden_bytes: bytes of a token's row (V1's recipe: H * max(element size, 2)).
         """
-        from deepep.layout import nvl_buffer_size_hint
-
         _check_size_arguments(hidden_bytes, num_ranks)
-        recv_tokens = self.num_max_nvl_chunked_recv_tokens
-        return nvl_buffer_size_hint(self.num_sms, recv_tokens, hidden_bytes, num_ranks)
+        channels, peers, nodes = self.num_sms // 2, min(num_ranks, 8), -(-num_ranks // 8)
+        tokens = self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _TOKEN_META_BYTES)
+        return _aligned(channels * peers * ((2 * nodes + 3) * 4 + tokens))
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes of V1's RDMA queues, a multiple of 128; 0 inside one node (num_ranks <= 8)."""
-        from deepep.layout import rdma_buffer_size_hint
-
         _check_size_arguments(hidden_bytes, num_ranks)
-        recv_tokens = self.num_max_rdma_chunked_recv_tokens
-        return rdma_buffer_size_hint(self.num_sms, recv_tokens, hidden_bytes, num_ranks)
+        if num_ranks <= 8:
+            return 0
+        channels, nodes = self.num_sms // 2, -(-num_ranks // 8)
+        tokens = self.num_max_rdma_chunked_recv_tokens * (hidden_bytes + _TOKEN_META_BYTES + 16)
+        return _aligned(channels * nodes * ((8 * 2 + 2) * 2 * 4 + 2 * tokens))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 128) * 128
 
 
 def _check_size_arguments(hidden_bytes: int, num_ranks: int) -> None:
@@ -111,16 +121,12 @@ _COMBINE_TABLE: dict[int, tuple[int, int, int, int]] = {
 
 
 def dispatch_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default for dispatch; a rank count between two entries takes the
-    larger, beyond the last the last.
-    """
+    """V1's default for dispatch; between two entries of the table the larger, beyond the last the last."""
     return Config(num_sms, *_nearest(_DISPATCH_TABLE, num_ranks))
 
 
 def combine_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default for combine; a rank count between two entries takes the
-    larger, beyond the last the last.
-    """
+    """V1's default for combine; between two entries of the table the larger, beyond the last the last."""
     return Config(num_sms, *_nearest(_COMBINE_TABLE, num_ranks))
 
 

@@ -1,8 +1,9 @@
 """Everything deepep raises on purpose.
 
 Bad input is refused before any payload moves, and on every rank: the rank that was given it raises, and so do
-the others, the same type with the same message, because all ranks compare notes before each operation
-(runtime/control/agreement.py). `rank` always names the rank where the cause lies, not the one that raises.
+the others, the same type with the same message, because all ranks compare their arguments before each
+operation (runtime/control/agreement.py). `rank` always names the rank where the cause lies, not the one that
+raises.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ class DeepEPError(RuntimeError):
 
 
 class ArgumentError(DeepEPError, ValueError):
-    """An argument was refused.
-
-    `argument` names it, `got` and `allowed` say what was wrong, `rank` says where.
-    """
+    """An argument was refused: `argument` names it, `got` and `allowed` say what was wrong, `rank` where."""
 
     def __init__(self, argument: str, got: str, allowed: str, rank: int | None = None) -> None:
         self.argument, self.got, self.allowed, self.rank = argument, got, allowed, rank
@@ -78,13 +76,19 @@ class DestroyedError(DeepEPError):
     """The buffer was destroyed."""
 
 
+class EventError(DeepEPError, AssertionError):
+    """An EventOverlap was used as it cannot be: no event to wait for, or a second hook.
+
+    An AssertionError as well, because that is what V1 raises here.
+    """
+
+
 @dataclass(frozen=True)
 class FaultRecord:
     """What is known about a wait that was not answered.
 
     operation, phase: where this rank was, e.g. "dispatch" and "payload".
-    rank: the rank that reports.            waited_on: the ranks held responsible; empty when it cannot be
-        told.
+    rank: the rank that reports. waited_on: the ranks held responsible; empty when they cannot be named.
     expected, seen: numbers of ranks that should have reported within the deadline, and that did.
     seconds: how long this rank waited, from the start of the operation.
     """

@@ -7,10 +7,12 @@ blocks, and raises the error of the operation if it failed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 
+from deepep.errors import EventError
 from deepep.runtime.completion import Completion, now
 
 
@@ -26,14 +28,15 @@ class EventHandle:
 
     @property
     def completion(self) -> Completion:
-        """What is waited for."""
+        """The work that is waited for."""
         return self._completion
 
     def current_stream_wait(self) -> None:
-        """Makes the current stream (on CPU: the caller) wait. Raises the operation's error, if it failed."""
+        """Make the current stream (on CPU: the caller) wait. Raises the operation's error, if it failed."""
         self._completion.current_stream_wait()
 
 
+@dataclass(eq=False)
 class EventOverlap:
     """An event, or none, with what must live until it has passed; usable as a context manager.
 
@@ -44,20 +47,20 @@ class EventOverlap:
             ...                     # on leaving, the current stream waits for it
     """
 
-    def __init__(
-        self, event: EventHandle | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None
-    ) -> None:
-        self.event = event
-        self.extra_tensors = extra_tensors
-        self._hook: Callable[[], None] | None = None
-        self._release_on_exit = False
+    event: EventHandle | None = None
+    extra_tensors: tuple[torch.Tensor, ...] | None = None
+    _hook: Callable[[], None] | None = field(default=None, init=False, repr=False)
+    _release_on_exit: bool = field(default=False, init=False, repr=False)
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
-        """Waits for the event, then runs and forgets the registered hook.
+        """Wait for the event, then run and forget the registered hook.
 
         release_handle: drop the event and the tensors kept for it afterwards.
+
+        Raises EventError where there is no event, because the operation was synchronous.
         """
-        assert self.event is not None, "this operation was synchronous: there is no event to wait for"
+        if self.event is None:
+            raise EventError("this operation was synchronous: there is no event to wait for")
         self.event.current_stream_wait()
         hook, self._hook = self._hook, None
         if hook is not None:
@@ -67,8 +70,9 @@ class EventOverlap:
             self.extra_tensors = None
 
     def register_hook_after_wait(self, hook: Callable[[], None]) -> None:
-        """Has `hook` called once, after the wait. At most one may be registered."""
-        assert self._hook is None, "a hook is registered already"
+        """Have `hook` called once, after the wait. Raises EventError if one is registered already."""
+        if self._hook is not None:
+            raise EventError("a hook is registered already")
         self._hook = hook
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:

@@ -305,24 +305,6 @@ def receive_slot_bytes(
     return size
 
 
-def nvl_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num_ranks: int) -> int:
-    """Bytes of the scale-up buffer that `Config.get_nvl_buffer_size_hint` names; a multiple of 128.
-
-    `recv_tokens` is the config's num_max_nvl_chunked_recv_tokens, `hidden_bytes` those of one row.
-    """
-    size: int = _core.queue_nvl_bytes(num_sms // 2, recv_tokens, hidden_bytes, num_ranks)
-    return size
-
-
-def rdma_buffer_size_hint(num_sms: int, recv_tokens: int, hidden_bytes: int, num_ranks: int) -> int:
-    """Bytes of the scale-out buffer that `Config.get_rdma_buffer_size_hint` names; 0 within 8 ranks.
-
-    `recv_tokens` is the config's num_max_rdma_chunked_recv_tokens, `hidden_bytes` those of one row.
-    """
-    size: int = _core.queue_rdma_bytes(num_sms // 2, recv_tokens, hidden_bytes, num_ranks)
-    return size
-
-
 def low_latency_rdma_size_hint(
     num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = MAX_TOPK
 ) -> int:

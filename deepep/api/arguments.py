@@ -1,57 +1,109 @@
-"""From V1's arguments to the engine's requests: what a call of Buffer means, before any engine sees it."""
+"""Arguments of Buffer's calls: checked as far as no engine is needed, and made into the engine's requests."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast, get_args
 
 import torch
 
+from deepep.api.handles import (
+    AnyLowLatencyHandle,
+    DispatchHandle,
+    OwnedLowLatencyHandle,
+    low_latency_route_of,
+    route_of,
+)
 from deepep.config import Config
 from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
-from deepep.events import EventHandle, EventOverlap
+from deepep.events import EventOverlap
 from deepep.runtime.checks import check_int
-from deepep.runtime.completion import Completion
-from deepep.runtime.engine import Reduction
-from deepep.runtime.requests import Layout, Schedule
+from deepep.runtime.engine import Engine, EngineOptions, Reduction
+from deepep.runtime.requests import (
+    CombineRequest,
+    DispatchRequest,
+    Layout,
+    LowLatencyCombineRequest,
+    Schedule,
+)
 
 DEFAULT_TIMEOUT = 100.0
 """Seconds a rank waits for its peers; the constructor's `timeout` or DEEPEP_TIMEOUT set another."""
 
-Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+AT_ONCE = Schedule()
+"""The schedule of a call that neither waits for an event nor returns one."""
+
 _BYTES_ALIGNMENT = 128
 
+# The constructor: its arguments first, the environment second.
 
-def timeout(given: float | None) -> float:
-    """Seconds to wait for peers: as given, else DEEPEP_TIMEOUT, else DEFAULT_TIMEOUT."""
+
+def engine_options(
+    group: Any,
+    *,
+    num_nvl_bytes: int,
+    num_rdma_bytes: int,
+    low_latency: bool,
+    masks: bool,
+    timeout: float | None,
+    symmetric_bytes: int | None,
+    reduction: str | None,
+) -> EngineOptions:
+    """The constructor's arguments as the engine's options.
+
+    Bad ones are not raised but handed on as `problem`, for all ranks to raise; only a bad time-out is raised
+    here, because no rank could wait with it.
+    """
+    options = EngineOptions(group, _timeout(timeout), low_latency, masks)
+    try:
+        _check_bytes("num_nvl_bytes", num_nvl_bytes)
+        low_latency_bytes = _check_bytes("num_rdma_bytes", num_rdma_bytes)
+        return replace(
+            options,
+            low_latency_bytes=low_latency_bytes,
+            symmetric_bytes=_symmetric_bytes(symmetric_bytes),
+            reduction=_reduction(reduction),
+        )
+    except ArgumentError as problem:
+        return replace(options, problem=problem)
+
+
+def _timeout(given: float | None) -> float:
     seconds = float(os.environ.get("DEEPEP_TIMEOUT", DEFAULT_TIMEOUT)) if given is None else float(given)
     if not seconds > 0:
         raise RangeError("timeout", str(seconds), "more than 0 seconds")
     return seconds
 
 
-def reduction(given: str | None) -> Reduction:
-    """Where a low-latency combine sums: as given, else by DEEPEP_REDUCE_ON_EXPERT_RANK, else "exact"."""
+def _symmetric_bytes(given: int | None) -> int:
+    """The size of the symmetric memory; 0 leaves it to the backend."""
+    if given is not None:
+        return _check_bytes("symmetric_bytes", given, 1)
+    text = os.environ.get("DEEPEP_SYMMETRIC_BYTES", "")
+    if not text:
+        return 0
+    if not text.isdecimal():
+        raise RangeError("DEEPEP_SYMMETRIC_BYTES", repr(text), "a number of bytes")
+    return _check_bytes("DEEPEP_SYMMETRIC_BYTES", int(text), 1)
+
+
+def _reduction(given: str | None) -> Reduction:
     if given is None:
         return "expert_rank" if os.environ.get("DEEPEP_REDUCE_ON_EXPERT_RANK", "0") == "1" else "exact"
-    if given == "exact" or given == "expert_rank":
-        return given
-    raise RangeError("reduction", repr(given), "'exact' or 'expert_rank'")
+    if given not in get_args(Reduction):
+        raise RangeError("reduction", repr(given), "'exact' or 'expert_rank'")
+    return cast(Reduction, given)
 
 
-def constructor_problem(num_nvl_bytes: int, num_rdma_bytes: int) -> ArgumentError | None:
-    """What is wrong with the constructor's sizes. The other ranks have to hear of it, so it is not raised."""
-    try:
-        for name, size in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
-            check_int(name, size, 0)
-            if size % _BYTES_ALIGNMENT:
-                raise RangeError(name, str(size), f"a multiple of {_BYTES_ALIGNMENT}")
-    except ArgumentError as problem:
-        return problem
-    return None
+def _check_bytes(name: str, size: object, least: int = 0) -> int:
+    number = check_int(name, size, least)
+    if number % _BYTES_ALIGNMENT:
+        raise RangeError(name, str(number), f"a multiple of {_BYTES_ALIGNMENT}")
+    return number
 
 
-_AT_ONCE = Schedule()
+# Schedules and SMs
 
 
 def schedule(
@@ -59,7 +111,7 @@ def schedule(
 ) -> Schedule:
     """V1's three scheduling options; outputs on the communication stream need an event and no wait."""
     if previous_event is None and not async_finish and not allocate_on_comm_stream:
-        return _AT_ONCE
+        return AT_ONCE
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
         raise ArgumentTypeError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
     event = None if previous_event is None else previous_event.event
@@ -72,58 +124,113 @@ def schedule(
 
 
 def low_latency_schedule(async_finish: bool, return_recv_hook: bool) -> Schedule:
-    """Return early with an event or with a hook, not both."""
+    """The options of low-latency calls: return early with an event or with a hook, not both."""
+    if not async_finish and not return_recv_hook:
+        return AT_ONCE
     if async_finish and return_recv_hook:
         raise ArgumentError("return_recv_hook", "True, with async_finish", "one of the two")
     return Schedule(asynchronous=bool(async_finish), hook=bool(return_recv_hook))
 
 
-def overlap(completion: Completion | None) -> EventOverlap:
-    """What calls return as their event: without one where the call was synchronous."""
-    return EventOverlap(None if completion is None else EventHandle(completion))
-
-
-def num_sms(config: Config | None, default: int) -> int:
-    """SMs that a call may use: its config's, else the class-wide default."""
-    if config is None:
-        return default
+def num_sms_of(config: object) -> int:
+    """SMs that a call may use by its config."""
     if not isinstance(config, Config):
         raise ArgumentTypeError("config", type(config).__name__, "a Config or None")
     return config.num_sms
 
 
-def split_rows(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x, or (x, scales)."""
-    if isinstance(x, tuple):
-        if len(x) != 2:
-            raise ArgumentTypeError("x", f"a tuple of {len(x)}", "a tensor or (x, scales)")
-        return x
-    return x, None
+# Requests
 
 
-def layout(
-    num_tokens_per_rank: torch.Tensor | None,
-    num_tokens_per_rdma_rank: torch.Tensor | None,
-    is_token_in_rank: torch.Tensor | None,
-    num_tokens_per_expert: torch.Tensor | None,
-) -> Layout:
-    """The layout tensors, all of which a fresh dispatch needs."""
-    if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
-        needed = {
-            "num_tokens_per_rank": num_tokens_per_rank,
-            "is_token_in_rank": is_token_in_rank,
-            "num_tokens_per_expert": num_tokens_per_expert,
-        }
-        missing = next(name for name, tensor in needed.items() if tensor is None)
+def dispatch_request(
+    x: Any,
+    handle: DispatchHandle | None,
+    layout: tuple[
+        torch.Tensor | None,  # num_tokens_per_rank
+        torch.Tensor | None,  # num_tokens_per_rdma_rank
+        torch.Tensor | None,  # num_tokens_per_expert
+        torch.Tensor | None,  # is_token_in_rank
+    ],
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    *,
+    expert_alignment: int,
+    num_worst_tokens: int,
+    num_sms: int,
+) -> DispatchRequest:
+    """A dispatch along the routes of `handle`, or of `layout`, all tensors of which a fresh one needs."""
+    if not isinstance(x, tuple):
+        rows, scales = x, None
+    elif len(x) == 2:
+        rows, scales = x
+    else:
+        raise ArgumentTypeError("x", f"a tuple of {len(x)}", "a tensor or (x, scales)")
+    if handle is not None:
+        if topk_idx is not None or topk_weights is not None:
+            name = "topk_idx" if topk_idx is not None else "topk_weights"
+            raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
+        route = handle.route if type(handle) is DispatchHandle else route_of(handle)
+        return DispatchRequest(rows, scales, route=route, num_sms=num_sms)
+    per_rank, per_domain, per_expert, in_rank = layout
+    if per_rank is None or in_rank is None or per_expert is None:
+        needed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
+        missing = next((name for name, tensor in needed.items() if tensor is None), "num_tokens_per_expert")
         raise ArgumentError(missing, "None, without a handle", "the tensor of get_dispatch_layout")
-    return Layout(num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank)
+    return DispatchRequest(
+        rows,
+        scales,
+        layout=Layout(per_rank, per_domain, per_expert, in_rank),
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        expert_alignment=expert_alignment,
+        num_worst_tokens=num_worst_tokens,
+        num_sms=num_sms,
+    )
 
 
-def biases(bias: Any) -> tuple[torch.Tensor, ...]:
-    """None, one or two tensors, as a tuple."""
+def combine_request(
+    x: torch.Tensor,
+    handle: DispatchHandle,
+    topk_weights: torch.Tensor | None,
+    bias: Any,
+    num_sms: int,
+) -> CombineRequest:
+    """A combine along the routes of `handle`, with no, one or two biases."""
+    route = handle.route if type(handle) is DispatchHandle else route_of(handle)
     if bias is None:
-        return ()
+        return CombineRequest(x, route, topk_weights, (), num_sms)
     biases = bias if isinstance(bias, tuple) else (bias,)
     if len(biases) > 2:
         raise ArgumentTypeError("bias", f"{len(biases)} tensors", "at most two")
-    return biases
+    return CombineRequest(x, route, topk_weights, biases, num_sms)
+
+
+def low_latency_combine_request(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    handle: AnyLowLatencyHandle,
+    engine: Engine,
+    *,
+    use_logfmt: bool,
+    zero_copy: bool,
+    out: torch.Tensor | None,
+    wait_nanoseconds: torch.Tensor | None,
+) -> LowLatencyCombineRequest:
+    """A low-latency combine of what `handle`'s dispatch brought."""
+    if use_logfmt and zero_copy:
+        raise ArgumentError("use_logfmt", "True, with zero_copy", "one of the two")
+    if type(handle) is OwnedLowLatencyHandle:
+        route = handle.route
+    else:
+        route = low_latency_route_of(handle, engine)
+    return LowLatencyCombineRequest(
+        x,
+        topk_idx,
+        topk_weights,
+        route,
+        use_logfmt=bool(use_logfmt),
+        zero_copy=bool(zero_copy),
+        out=out,
+        wait_nanoseconds=wait_nanoseconds,
+    )

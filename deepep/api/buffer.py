@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import os
 import weakref
+from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 from deepep.api import arguments
-from deepep.api.arguments import Rows
-from deepep.api.handles import DispatchHandle, route_of
+from deepep.api.handles import DispatchHandle
+from deepep.api.info import BufferInfo
 from deepep.api.low_latency import LowLatencyCalls
-from deepep.config import Config, combine_config, dispatch_config
+from deepep.api.results import CombineResult, DispatchLayoutResult, DispatchResult, Rows
+from deepep.config import DEFAULT_NUM_SMS, Config, combine_config, dispatch_config
 from deepep.errors import ArgumentError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import backends as registry
 from deepep.runtime.checks import check_int
-from deepep.runtime.engine import EngineOptions
-from deepep.runtime.requests import CombineRequest, DispatchRequest, Operation, Schedule
+from deepep.runtime.requests import Operation, Schedule
 
 
 class Buffer(LowLatencyCalls):
@@ -35,26 +36,44 @@ class Buffer(LowLatencyCalls):
     High-throughput operations (`dispatch`, `combine`) for training and prefill, low-latency operations
     (`low_latency_dispatch`, `low_latency_combine`) for decode. All of them are collective.
 
+        with Buffer(group) as buffer:   # destroyed on leaving; after an exception without waiting for peers
+            print(buffer.info)          # backend, what each operation runs on, memory, settings
+
     group: any torch.distributed process group; gloo serves CPU tensors, NCCL CUDA tensors. Or None, with
         `comm` an mpi4py communicator.
-    num_nvl_bytes, num_rdma_bytes: sizes of the scale-up and scale-out buffers, multiples of 128. Backends
-        that need no staging allocate them only when `get_local_buffer_tensor` asks.
+    num_nvl_bytes, num_rdma_bytes: sizes of the scale-up and scale-out buffers, multiples of 128. Staging is
+        the backend's own affair, so these only size what `get_local_buffer_tensor` gives, and num_rdma_bytes
+        the low-latency buffer of backends that have one.
     low_latency_mode: low-latency operations will be used.
-    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted for compatibility.
-    explicitly_destroy: `destroy()` will be called. It may be called in any case, and more than once.
     enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode.
+
     backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
     timeout: seconds to wait for peers; None: DEEPEP_TIMEOUT, else 100.
+    symmetric_bytes: symmetric memory per rank that outputs and returning rows take (CUDA backend), a multiple
+        of 128; None: DEEPEP_SYMMETRIC_BYTES, else the backend's default.
+    reduction: where low-latency combine sums. "exact": all at the token's rank, one rounding. "expert_rank":
+        an expert's rank sums its own rows first, fewer bytes and one more rounding. None: "expert_rank" if
+        DEEPEP_REDUCE_ON_EXPERT_RANK is 1, else "exact".
+
+    Without effect, accepted because V1's clients pass them:
+    num_qps_per_rank: no backend opens queue pairs of its own.
+    allow_nvlink_for_low_latency_mode: inside a node, rows always take the fastest link there is.
+    allow_mnnvl: fabric handles are not used; a scale-up domain is one node.
+    explicitly_destroy: `destroy()` may be called in any case, and more than once; without it, the buffer ends
+        when it is collected, or with the process.
 
     The group's store must outlive every rank for faults to be settled: torchrun's agent holds it, or whatever
-    process started the ranks. DEEPEP_REDUCE_ON_EXPERT_RANK=1: low-latency combine sums on the experts' ranks
-    first (fewer bytes, one more rounding).
+    process started the ranks. `runtime` is V1's attribute and holds the internal engine; it promises nothing:
+    read `info`.
 
-    Raises ValueError without group and comm, RangeError for sizes, MismatchError if the ranks construct
-    different buffers, PeerTimeoutError if not all of them come.
+    Raises ValueError without group and comm; RangeError or ArgumentTypeError for sizes, `reduction` and
+    `timeout`, on all ranks (a bad time-out: on its own); MismatchError if the ranks construct different
+    buffers; PeerTimeoutError if not all of them come.
     """
 
-    num_sms: ClassVar[int] = 20
+    num_sms: ClassVar[int] = DEFAULT_NUM_SMS
+    """SMs of high-throughput calls without a config: 24, what this library's kernels were measured best with
+    (V1: 20). `set_num_sms` changes it for all buffers."""
 
     def __init__(
         self,
@@ -71,6 +90,8 @@ class Buffer(LowLatencyCalls):
         *,
         backend: str | None = None,
         timeout: float | None = None,
+        symmetric_bytes: int | None = None,
+        reduction: str | None = None,
     ) -> None:
         if group is None:
             if comm is None:
@@ -78,15 +99,15 @@ class Buffer(LowLatencyCalls):
             from deepep.runtime.control.mpi import group_of_communicator
 
             group = group_of_communicator(comm)
-        problem = arguments.constructor_problem(num_nvl_bytes, num_rdma_bytes)
-        options = EngineOptions(
-            group=group,
-            timeout=arguments.timeout(timeout),
+        options = arguments.engine_options(
+            group,
+            num_nvl_bytes=num_nvl_bytes,
+            num_rdma_bytes=num_rdma_bytes,
             low_latency=low_latency_mode,
             masks=enable_shrink,
-            low_latency_bytes=num_rdma_bytes,
-            reduction=arguments.reduction(None),
-            problem=problem,
+            timeout=timeout,
+            symmetric_bytes=symmetric_bytes,
+            reduction=reduction,
         )
         self._engine = registry.choose(backend, group).create(options)
         self.group = group
@@ -101,16 +122,14 @@ class Buffer(LowLatencyCalls):
         self.runtime = self._engine
         self._destroyed = False
         self._scratch: dict[bool, torch.Tensor] = {}
-        # Also at interpreter exit: what was issued gets its chance to reach the peers, and nothing waits for
-        # ever.
+        # Also at interpreter exit: what was issued may still reach the peers, and no wait is without end.
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     def destroy(self) -> None:
-        """Releases the buffer; its operations raise DestroyedError from then on. Idempotent.
+        """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
 
         Collective: waits, up to the time-out, for the other ranks to come to the same point, so that none of
-            them
-        loses a message under way. A peer that does not come is not an error here.
+        them loses a message under way. A peer that does not come is not an error here.
         """
         if not self._destroyed:
             self._destroyed = True
@@ -118,18 +137,63 @@ class Buffer(LowLatencyCalls):
             self._finalizer.detach()
             self._scratch.clear()
 
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.destroy()
+        elif not self._destroyed:
+            # The others may be in another operation, or gone: nothing collective any more.
+            self._destroyed = True
+            self._finalizer.detach()
+            self._engine.abandon()
+            self._scratch.clear()
+
+    def __repr__(self) -> str:
+        info = self._engine.info
+        state = ", destroyed" if self._destroyed else ""
+        return f"<deepep.Buffer: rank {info.rank} of {info.num_ranks}, backend {info.backend}{state}>"
+
+    @property
+    def info(self) -> BufferInfo:
+        """Backend, what each operation runs on, memory and settings, as they are now; printable."""
+        self._check_alive()
+        engine = self._engine
+        about, options, stream = engine.info, engine.info.options, engine.comm_stream()
+        memory = engine.memory()
+        if self._scratch:
+            memory["get_local_buffer_tensor"] = sum(tensor.numel() for tensor in self._scratch.values())
+        return BufferInfo(
+            backend=about.backend,
+            device=torch.device(about.device_type) if stream is None else stream.device,
+            rank=about.rank,
+            num_ranks=about.num_ranks,
+            ranks_per_domain=about.ranks_per_domain,
+            operations=about.operations,
+            memory=memory,
+            timeout=options.timeout,
+            num_sms=Buffer.num_sms,
+            low_latency_mode=options.low_latency,
+            enable_shrink=options.masks,
+            reduction=options.reduction,
+            masked_ranks=tuple(sorted(engine.masked)),
+        )
+
     # small things
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the CUDA kernels (sm_90a) are part of this installation."""
+        """Say whether the CUDA kernels (sm_90a) are part of this installation."""
         from importlib.util import find_spec
 
         return find_spec("deepep._cuda") is not None
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """SMs that high-throughput kernels may use from now on; any number from 1 (V1: even numbers)."""
+        """Set the SMs of all high-throughput calls without a config; any number from 1 (V1: even numbers)."""
         Buffer.num_sms = check_int("new_num_sms", new_num_sms, 1)
 
     @staticmethod
@@ -160,9 +224,11 @@ class Buffer(LowLatencyCalls):
     ) -> torch.Tensor:
         """A view of this rank's own buffer memory, as `dtype`.
 
-        size: shape, or None for all that follows `offset`, one-dimensional. offset: BYTES, as V1 computes
-            (its
-        documentation says elements). use_rdma_buffer: of the RDMA buffer, else the NVLink one.
+        size: shape, or None for all that follows `offset`, one-dimensional.
+        offset: BYTES, as V1 computes (its documentation says elements).
+        use_rdma_buffer: of the RDMA buffer, else the NVLink one.
+
+        The memory is set aside when it is first asked for; no operation uses it.
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
@@ -181,16 +247,12 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """V1's tuned default for dispatch, with `Buffer.num_sms`; any rank count (the table's next larger
-        entry).
-        """
+        """V1's default for dispatch, with `Buffer.num_sms`; between two entries of its table, the larger."""
         return dispatch_config(num_ranks, Buffer.num_sms)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """V1's tuned default for combine, with `Buffer.num_sms`; any rank count (the table's next larger
-        entry).
-        """
+        """V1's default for combine, with `Buffer.num_sms`; between two entries of its table, the larger."""
         return combine_config(num_ranks, Buffer.num_sms)
 
     # high throughput
@@ -202,9 +264,11 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
-        """Where this rank's tokens go. Does not communicate; but if it refuses its arguments, this rank's
-        next dispatch counts as refused with them, so that the others, who call it, raise as well.
+    ) -> DispatchLayoutResult:
+        """Count where this rank's tokens go.
+
+        Does not communicate; but if it refuses its arguments, this rank's next dispatch counts as refused
+        with them, so that the others, who call it, raise as well.
 
         topk_idx: [T, K] int32 or int64, contiguous, -1 for "no expert".
 
@@ -215,25 +279,25 @@ class Buffer(LowLatencyCalls):
         Raises ArgumentTypeError, ShapeError, LayoutError, DeviceError, and RangeError for indices outside
         -1 .. E-1 or E not a multiple of R.
         """
-        self._check_alive()
-        schedule = self._prepared(
-            Operation.DISPATCH,
-            lambda: arguments.schedule(previous_event, async_finish, allocate_on_comm_stream),
-            True,
-        )
-        layout, completion = self._engine.layout(topk_idx, num_experts, schedule)
-        return (
-            layout.num_tokens_per_rank,
-            layout.num_tokens_per_domain,
-            layout.num_tokens_per_expert,
-            layout.is_token_in_rank,
-            arguments.overlap(completion),
+        if self._destroyed:
+            self._check_alive()
+        try:
+            schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.DISPATCH, problem, Schedule(asynchronous=True))
+        made, completion = self._engine.layout(topk_idx, num_experts, schedule)
+        return DispatchLayoutResult(
+            made.num_tokens_per_rank,
+            made.num_tokens_per_domain,
+            made.num_tokens_per_expert,
+            made.is_token_in_rank,
+            EventOverlap() if completion is None else EventOverlap(EventHandle(completion)),
         )
 
     def dispatch(
         self,
         x: Rows,
-        handle: Any = None,
+        handle: DispatchHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -246,21 +310,21 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[
-        Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, DispatchHandle | None, EventOverlap
-    ]:
-        """Sends every token to the ranks that want it, once per rank.
+    ) -> DispatchResult:
+        """Send every token to the ranks that want it, once per rank.
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
-            of one byte per element, scales [T, P] float32 or int32, any strides).
+            of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`.
         handle: of an earlier dispatch: repeat its routing for new rows, without host waits. Then no top-k
-            tensors.
+            tensors; layout tensors, expert_alignment and num_worst_tokens are the handle's, and ignored here.
         num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`; needed without
-            handle.
+            handle. num_tokens_per_rdma_rank: of the same; may be left out, it follows from is_token_in_rank.
         topk_idx, topk_weights: [T, K] int32/int64 and float32, both or none.
         expert_alignment: rounds up the returned counts; the rows are not affected.
         num_worst_tokens: > 0: exactly so many rows come back, those past N with index -1 and unspecified
             contents; the host does not wait, the list is empty. Needs top-k tensors.
+        config: its num_sms, instead of `Buffer.num_sms`. Its chunk sizes have no effect: rows are written
+            where they belong, without queues.
         previous_event, async_finish, allocate_on_comm_stream: when inputs may be read, whether to return
             early with an event, and (only with both) whether outputs belong to the communication stream.
 
@@ -269,68 +333,56 @@ class Buffer(LowLatencyCalls):
         With `handle` the middle four are None.
 
         Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
-            arrive,
-        MismatchError, HandleError, HookPendingError, PeerTimeoutError.
+        arrive, MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
-        self._check_alive()
-        is_at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
+        if self._destroyed:
+            self._check_alive()
+        at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
         has_defaults = config is None and topk_idx is None and topk_weights is None
-        if type(handle) is DispatchHandle and is_at_once and has_defaults:  # it may be like one before
+        if type(handle) is DispatchHandle and at_once and has_defaults:  # it may be like one before
             rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
             prepared = handle.route.cached
             again = None if prepared is None else prepared.launch(rows, scales, Buffer.num_sms)
             if again is not None:
-                return again, None, None, None, None, EventOverlap()
-
-        def request() -> tuple[DispatchRequest, Schedule]:
+                return DispatchResult(again, None, None, None, None, EventOverlap())
+        try:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
-            sms = arguments.num_sms(config, Buffer.num_sms)
-            rows, scales = arguments.split_rows(x)
-            if handle is not None:
-                if topk_idx is not None or topk_weights is not None:
-                    name = "topk_idx" if topk_idx is not None else "topk_weights"
-                    raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
-                return DispatchRequest(rows, scales, route=route_of(handle), num_sms=sms), schedule
-            layout = arguments.layout(
-                num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert
-            )
-            fresh = DispatchRequest(
-                rows,
-                scales,
-                layout=layout,
-                topk_idx=topk_idx,
-                topk_weights=topk_weights,
+            request = arguments.dispatch_request(
+                x,
+                handle,
+                (num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank),
+                topk_idx,
+                topk_weights,
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
-                num_sms=sms,
+                num_sms=Buffer.num_sms if config is None else arguments.num_sms_of(config),
             )
-            return fresh, schedule
-
-        wanted, schedule = self._prepared(Operation.DISPATCH, request, async_finish)
-        done = self._engine.dispatch(wanted, schedule)
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.DISPATCH, problem, Schedule(asynchronous=bool(async_finish)))
+        done = self._engine.dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
-        event = arguments.overlap(done.completion)
+        event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         if handle is not None:
-            return recv_x, None, None, None, None, event
-        counts = done.num_tokens_per_expert
-        return recv_x, done.topk_idx, done.topk_weights, counts, DispatchHandle(done.route), event
+            return DispatchResult(recv_x, None, None, None, None, event)
+        counts, returned = done.num_tokens_per_expert, DispatchHandle(done.route)
+        return DispatchResult(recv_x, done.topk_idx, done.topk_weights, counts, returned, event)
 
     def combine(
         self,
         x: torch.Tensor,
-        handle: Any,
+        handle: DispatchHandle,
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         config: Config | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """Brings the rows back to their tokens' ranks and sums them there, without weights.
+    ) -> CombineResult:
+        """Bring the rows back to their tokens' ranks and sum them there, without weights.
 
         x: [N, H] bf16 (float32 and float64 where the backend takes them), one row per row received.
-        handle: of the dispatch.   topk_weights: [N, K] float32, returned to their sources by a plain sum.
-        bias: None, [T, H], or two of them.
+        handle: of the dispatch. topk_weights: [N, K] float32, returned to their sources by a plain sum.
+        bias: None, [T, H], or two of them. config and the rest: as for `dispatch`.
 
         Returns (combined_x [T, H], combined_topk_weights [T, K] or None, event). combined_x[t] = bias_0 +
         bias_1 + the rows of the ranks that t went to, ascending; in fp32, rounded once. A token sent nowhere:
@@ -338,21 +390,22 @@ class Buffer(LowLatencyCalls):
 
         Raises as `dispatch` does.
         """
-        self._check_alive()
-
-        def request() -> tuple[CombineRequest, Schedule]:
+        if self._destroyed:
+            self._check_alive()
+        try:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
-            sms = arguments.num_sms(config, Buffer.num_sms)
-            return CombineRequest(x, route_of(handle), topk_weights, arguments.biases(bias), sms), schedule
-
-        wanted, schedule = self._prepared(Operation.COMBINE, request, async_finish)
-        done = self._engine.combine(wanted, schedule)
-        return done.x, done.topk_weights, arguments.overlap(done.completion)
+            sms = Buffer.num_sms if config is None else arguments.num_sms_of(config)
+            request = arguments.combine_request(x, handle, topk_weights, bias, sms)
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.COMBINE, problem, Schedule(asynchronous=bool(async_finish)))
+        done = self._engine.combine(request, schedule)
+        event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
+        return CombineResult(done.x, done.topk_weights, event)
 
     def internode_dispatch(
         self,
         x: Rows,
-        handle: Any = None,
+        handle: DispatchHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -364,10 +417,8 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[
-        Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, DispatchHandle | None, EventOverlap
-    ]:
-        """`dispatch` under the name V1 uses between nodes."""
+    ) -> DispatchResult:
+        """`dispatch`, under the name V1 uses between nodes."""
         return self.dispatch(
             x,
             handle,
@@ -388,15 +439,15 @@ class Buffer(LowLatencyCalls):
     def internode_combine(
         self,
         x: torch.Tensor,
-        handle: Any,
+        handle: DispatchHandle,
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         config: Config | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """`combine` under the name V1 uses between nodes."""
+    ) -> CombineResult:
+        """`combine`, under the name V1 uses between nodes."""
         return self.combine(
             x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
         )

@@ -1,9 +1,10 @@
-"""What a dispatch hands out so that later calls can follow the same routes back."""
+"""Handles: what a dispatch hands out so that later calls can follow the same routes back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,18 +13,16 @@ from deepep.runtime.engine import Engine
 from deepep.runtime.requests import LowLatencyRoute, Route
 
 
+@dataclass(eq=False, repr=False)
 class DispatchHandle:
-    """The handle of a high-throughput dispatch: opaque, valid for any number of cached dispatches and
-    combines.
+    """Handle of a high-throughput dispatch, valid for any number of cached dispatches and combines.
 
     Indexing gives V1's intranode tuple where this library has its entries, None where it has not:
     0: rank_prefix_matrix [R, R] int32, of which column `rank` is meaningful (inclusive sums of rows received,
-        by
-    source rank); 3: recv_src_idx [N] int32, the source token of each row; 4: is_token_in_rank [T, R] bool.
+    by source rank); 3: recv_src_idx [N] int32, the source token of each row; 4: is_token_in_rank [T, R] bool.
     """
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
+    route: Route
 
     def __len__(self) -> int:
         return 6
@@ -45,12 +44,17 @@ class DispatchHandle:
         counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
         return counts.cumsum(dim=0, dtype=torch.int32)
 
+    def __repr__(self) -> str:
+        rows = "unknown" if self.route.num_rows is None else self.route.num_rows
+        return f"DispatchHandle({self.route.num_tokens} tokens sent, {rows} rows received)"
+
 
 class LowLatencyHandle(NamedTuple):
     """V1's 5-tuple of a low-latency dispatch.
 
-    recv_src_info [L, R*M] int32: source token of each row. layout_range [L, R] int64: (begin << 32) | count
-    of each source rank's rows. Then M, H and E.
+    recv_src_info: [L, R*M] int32, source token of each row.
+    layout_range: [L, R] int64, (begin << 32) | count of each source rank's rows.
+    num_max_dispatch_tokens_per_rank, hidden, num_experts: M, H and E.
     """
 
     recv_src_info: torch.Tensor
@@ -61,21 +65,16 @@ class LowLatencyHandle(NamedTuple):
 
 
 class OwnedLowLatencyHandle(LowLatencyHandle):
-    """A LowLatencyHandle that knows where it came from; it unpacks, compares and indexes as the plain
-    tuple.
-    """
+    """A LowLatencyHandle with the route behind it; unpacks, compares and indexes as the plain tuple."""
 
     route: LowLatencyRoute
 
-    @classmethod
-    def of(cls, route: LowLatencyRoute) -> OwnedLowLatencyHandle:
-        """The handle of a route."""
-        handle = cls(route.source_index, route.ranges, route.num_max_tokens, route.hidden, route.num_experts)
-        handle.route = route
-        return handle
+
+AnyLowLatencyHandle = LowLatencyHandle | tuple[torch.Tensor, torch.Tensor, int, int, int]
+"""The handle of a low-latency dispatch, or its five entries put together again."""
 
 
-def route_of(handle: Any) -> Route:
+def route_of(handle: object) -> Route:
     """The route behind a high-throughput handle. Raises ArgumentTypeError or HandleError."""
     if isinstance(handle, LowLatencyHandle):
         raise HandleError("handle", "the handle of a low-latency dispatch", "the handle of Buffer.dispatch")
@@ -84,7 +83,7 @@ def route_of(handle: Any) -> Route:
     return handle.route
 
 
-def low_latency_route_of(handle: Any, engine: Engine) -> LowLatencyRoute:
+def low_latency_route_of(handle: object, engine: Engine) -> LowLatencyRoute:
     """The route behind a low-latency handle, or behind five values put together by the caller."""
     if isinstance(handle, DispatchHandle):
         raise HandleError("handle", "the handle of Buffer.dispatch", "the handle of low_latency_dispatch")

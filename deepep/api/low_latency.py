@@ -1,26 +1,22 @@
-"""The low-latency half of Buffer: decode operations with receive hooks, and masks."""
+"""Low-latency half of Buffer: decode operations with receive hooks, and masks."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 
 from deepep.api import arguments
-from deepep.api.arguments import Rows
-from deepep.api.handles import OwnedLowLatencyHandle, low_latency_route_of
+from deepep.api.arguments import AT_ONCE
+from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
+from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
 from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, ModeError, RangeError
-from deepep.events import EventOverlap
+from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.checks import check_int
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Operation, Schedule
-
-_Prepared = TypeVar("_Prepared")
+from deepep.runtime.requests import LowLatencyDispatchRequest, Operation, Schedule
 
 
 class LowLatencyCalls:
-    """What Buffer offers for decode. Shapes and terms: deepep.api.buffer."""
+    """Buffer's calls for decode. Shapes and terms: deepep.api.buffer."""
 
     rank: int
     group_size: int
@@ -32,22 +28,23 @@ class LowLatencyCalls:
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
-        """Nothing needs cleaning here: flags carry their epoch. Checks that all ranks mean the same, and
-        waits.
+        """Check that all ranks pass the same sizes, and wait for them.
+
+        Nothing needs cleaning here: flags carry their epoch.
         """
         self._check_alive()
-
-        def request() -> tuple[dict[str, int], Schedule]:
+        try:
             self._check_low_latency()
             sizes = {
-                "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
-                "hidden": hidden,
-                "num_experts": num_experts,
+                "num_max_dispatch_tokens_per_rank": check_int(
+                    "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1
+                ),
+                "hidden": check_int("hidden", hidden, 1),
+                "num_experts": check_int("num_experts", num_experts, 1),
             }
-            return {name: check_int(name, size, 1) for name, size in sizes.items()}, Schedule()
-
-        sizes, schedule = self._prepared(Operation.BARRIER, request, False)
-        self._engine.barrier(schedule, sizes)
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.BARRIER, problem, AT_ONCE)
+        self._engine.barrier(AT_ONCE, sizes)
 
     def low_latency_dispatch(
         self,
@@ -62,18 +59,18 @@ class LowLatencyCalls:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> tuple[Rows, torch.Tensor, OwnedLowLatencyHandle, EventOverlap, Callable[[], None] | None]:
-        """Sends every token to its experts' slots. Fixed shapes, no host wait.
+    ) -> LowLatencyDispatchResult:
+        """Send every token to its experts' slots. Fixed shapes, no host wait.
 
-        x: [T, H] bf16, T <= M.   topk_idx: [T, K] int32 or int64, -1 for "no expert".
+        x: [T, H] bf16, T <= M. topk_idx: [T, K] int32 or int64, -1 for "no expert".
         num_max_dispatch_tokens_per_rank: M, the same on all ranks.
         cumulative_local_expert_recv_stats: [L] int32, the rows received are added.
         dispatch_wait_recv_cost_stats: [R] int64, the time waited per source rank is added (CPU: nanoseconds).
-        use_fp8: rows are cast to e4m3 per 128 channels (H % 128 == 0). round_scale: scales become powers of
-            two.
+        use_fp8: rows are cast to e4m3 per 128 channels (H % 128 == 0), as `deepep.formats.fp8_cast` does it.
+        round_scale: scales become powers of two.
         use_ue8m0: with round_scale: scales come as packed exponents (H % 512 == 0).
-        async_finish: return early with an event. return_recv_hook: only send now; the hook receives. Not
-            both.
+        async_finish: return early with an event.
+        return_recv_hook: only send now; the hook receives. Not with async_finish.
 
         Returns (recv_x [L, R*M, H], or with FP8 (recv_x, scales [L, R*M, H/128] float32 or [L, R*M, H/512]
         int32, column-major); recv_count [L] int32: rows of each expert that are valid, by source rank, then
@@ -81,103 +78,104 @@ class LowLatencyCalls:
 
         Raises ModeError without low_latency_mode, CapacityError for T > M, and as `dispatch` does.
         """
-        self._check_alive()
-
-        def request() -> tuple[LowLatencyDispatchRequest, Schedule]:
-            self._check_low_latency()
+        if self._destroyed:
+            self._check_alive()
+        try:
+            if not self.low_latency_mode:
+                self._check_low_latency()
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
-            return (
-                LowLatencyDispatchRequest(
-                    x,
-                    topk_idx,
-                    num_max_dispatch_tokens_per_rank,
-                    num_experts,
-                    use_fp8=bool(use_fp8),
-                    round_scale=bool(round_scale),
-                    use_ue8m0=bool(use_ue8m0),
-                    expert_counts=cumulative_local_expert_recv_stats,
-                    wait_nanoseconds=dispatch_wait_recv_cost_stats,
-                ),
-                schedule,
-            )
-
-        early = async_finish or return_recv_hook
-        wanted, schedule = self._prepared(Operation.LOW_LATENCY_DISPATCH, request, early)
-        done = self._engine.low_latency_dispatch(wanted, schedule)
+        except ArgumentError as problem:
+            early = Schedule(asynchronous=bool(async_finish or return_recv_hook))
+            self._engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, early)
+        request = LowLatencyDispatchRequest(
+            x,
+            topk_idx,
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            use_fp8=bool(use_fp8),
+            round_scale=bool(round_scale),
+            use_ue8m0=bool(use_ue8m0),
+            expert_counts=cumulative_local_expert_recv_stats,
+            wait_nanoseconds=dispatch_wait_recv_cost_stats,
+        )
+        done = self._engine.low_latency_dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
-        handle = OwnedLowLatencyHandle.of(done.route)
-        return recv_x, done.counts, handle, arguments.overlap(done.completion), done.hook
+        route = done.route
+        handle = OwnedLowLatencyHandle(
+            route.source_index, route.ranges, route.num_max_tokens, route.hidden, route.num_experts
+        )
+        handle.route = route
+        event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
+        return LowLatencyDispatchResult(recv_x, done.counts, handle, event, done.hook)
 
     def low_latency_combine(
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
-        handle: Any,
+        handle: AnyLowLatencyHandle,
         use_logfmt: bool = False,
         zero_copy: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
         out: torch.Tensor | None = None,
         combine_wait_recv_cost_stats: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, EventOverlap, Callable[[], None] | None]:
-        """Brings the experts' rows back and sums them with their weights.
+    ) -> LowLatencyCombineResult:
+        """Bring the experts' rows back and sum them with their weights.
 
-        x: [L, R*M, H] bf16, the rows where dispatch put their inputs.   topk_idx, topk_weights: [T, K].
-        handle: of the dispatch.   use_logfmt: 10-bit LogFMT on the wire where it qualifies; not with
-            zero_copy.
+        x: [L, R*M, H] bf16, the rows where dispatch put their inputs. topk_idx, topk_weights: [T, K].
+        handle: of the dispatch.
+        use_logfmt: 10-bit LogFMT on the wire where it qualifies; not with zero_copy.
         zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)`; x only gives the shape.
-        out: [T, H] bf16 to write to.   combine_wait_recv_cost_stats: [R] int64, as for dispatch.
+        out: [T, H] bf16 to write to. combine_wait_recv_cost_stats: [R] int64, as for dispatch.
 
         Returns (combined_x [T, H] bf16, event, hook or None): sum over k ascending of topk_weights[t, k]
-        times the row of expert topk_idx[t, k], in fp32, each product rounded, one rounding to bf16. -1 is
-        skipped; so are experts of masked ranks, without renormalising.
+        times the row of expert topk_idx[t, k], in fp32, each product rounded, one rounding to bf16 (with
+        reduction="expert_rank": one per rank and one at the end). -1 is skipped; so are experts of masked
+        ranks, without renormalising.
 
         Raises as `low_latency_dispatch` does, and HandleError.
         """
-        self._check_alive()
-
-        def request() -> tuple[LowLatencyCombineRequest, Schedule]:
-            self._check_low_latency()
+        if self._destroyed:
+            self._check_alive()
+        try:
+            if not self.low_latency_mode:
+                self._check_low_latency()
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
-            if use_logfmt and zero_copy:
-                raise ArgumentError("use_logfmt", "True, with zero_copy", "one of the two")
-            return (
-                LowLatencyCombineRequest(
-                    x,
-                    topk_idx,
-                    topk_weights,
-                    low_latency_route_of(handle, self._engine),
-                    use_logfmt=bool(use_logfmt),
-                    zero_copy=bool(zero_copy),
-                    out=out,
-                    wait_nanoseconds=combine_wait_recv_cost_stats,
-                ),
-                schedule,
+            request = arguments.low_latency_combine_request(
+                x,
+                topk_idx,
+                topk_weights,
+                handle,
+                self._engine,
+                use_logfmt=use_logfmt,
+                zero_copy=zero_copy,
+                out=out,
+                wait_nanoseconds=combine_wait_recv_cost_stats,
             )
+        except ArgumentError as problem:
+            early = Schedule(asynchronous=bool(async_finish or return_recv_hook))
+            self._engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, early)
+        done = self._engine.low_latency_combine(request, schedule)
+        event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
+        return LowLatencyCombineResult(done.x, event, done.hook)
 
-        early = async_finish or return_recv_hook
-        wanted, schedule = self._prepared(Operation.LOW_LATENCY_COMBINE, request, early)
-        done = self._engine.low_latency_combine(wanted, schedule)
-        return done.x, arguments.overlap(done.completion), done.hook
-
-    def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: AnyLowLatencyHandle) -> torch.Tensor:
         """[L, R*M, H] bf16, to be filled for the next operation: `low_latency_combine(..., zero_copy=True)`.
 
         If the handle is refused, so is this rank's part in that operation.
         """
         self._check_alive()
-
-        def staged() -> torch.Tensor:
+        try:
             self._check_low_latency()
             return self._engine.low_latency_combine_buffer(low_latency_route_of(handle, self._engine))
-
-        return self._prepared(Operation.LOW_LATENCY_COMBINE, staged, True)
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, Schedule(asynchronous=True))
 
     # masks
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leaves a rank out of all following operations of either mode (mask=True), or takes it in again.
+        """Leave a rank out of all following operations of either mode (mask=True), or take it in again.
 
         All remaining ranks must do the same before their next operation. Needs enable_shrink.
         """
@@ -188,7 +186,7 @@ class LowLatencyCalls:
         self._engine.mask(rank, bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Writes 1 for masked ranks, 0 for others, to mask_status [R] int32. Needs enable_shrink."""
+        """Write 1 for masked ranks, 0 for others, to mask_status [R] int32. Needs enable_shrink."""
         self._check_masks()
         if mask_status.dtype != torch.int32 or mask_status.shape != (self.group_size,):
             got = f"{mask_status.dtype} {list(mask_status.shape)}"
@@ -197,7 +195,7 @@ class LowLatencyCalls:
         mask_status.copy_(torch.tensor([int(r in masked) for r in range(self.group_size)], dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Takes all ranks in again, and forgets earlier faults. Needs enable_shrink."""
+        """Take all ranks in again, and forget earlier faults. Needs enable_shrink."""
         self._check_masks()
         for rank in range(self.group_size):
             self._engine.mask(rank, False)
@@ -218,10 +216,3 @@ class LowLatencyCalls:
             raise ModeError(
                 "enable_shrink", "False", "a buffer constructed with enable_shrink=True", self.rank
             )
-
-    def _prepared(self, operation: Operation, request: Callable[[], _Prepared], early: bool) -> _Prepared:
-        """The request; or, if its arguments are bad, the other ranks are told and the error is raised."""
-        try:
-            return request()
-        except ArgumentError as problem:
-            self._engine.refuse(operation, problem, Schedule(asynchronous=bool(early)))

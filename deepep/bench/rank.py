@@ -65,7 +65,7 @@ class Bench:
         self._group, self._device, self._sweep = group, device, sweep
         self._buffer, self._say = buffer, say
         self._rank = buffer.rank
-        self._kernels = buffer.runtime.info.backend == "cuda"
+        self._kernels = buffer.info.backend == "cuda"
         self._clock = self._make_clock()
         self._floor: Floor | None = None
         self._oracle: Oracle | None = None
@@ -196,7 +196,7 @@ def environment(device: torch.device, sweep: Sweep, buffer: Any) -> dict[str, An
         "device": on,
         "functional_only": device.type == "cpu",
         "ranks": sweep.num_ranks,
-        "backend": buffer.runtime.info.backend,
+        "backend": buffer.info.backend,
         "deepep": __version__,
         "torch": torch.__version__,
         "transport": transport,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepep.bench.sweep import Dtype, Shape, Sweep
 from deepep.errors import ArgumentError
-from deepep.reference.formats import column_major_scales, fp8_cast
+from deepep.formats import column_major_scales, fp8_cast
 from deepep.reference.layout import DispatchLayout, dispatch_layout
 from deepep.sim.cases.routing import PATTERNS, RoutingShape
 from deepep.trace import RoutingTrace

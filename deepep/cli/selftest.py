@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deepep.api.buffer import Buffer
 from deepep.errors import ArgumentError, PeerTimeoutError
+from deepep.formats import fp8_cast
 from deepep.reference import high_throughput, low_latency
-from deepep.reference.formats import fp8_cast
 from deepep.reference.high_throughput import DispatchInput
 from deepep.reference.layout import DispatchLayout, dispatch_layout
 
@@ -179,9 +179,9 @@ def _dispatch_bf16(site: Site) -> str:
 def _dispatch_fp8(site: Site) -> str:
     cast = [fp8_cast(x) for x in site.xs]
     mine = cast[site.rank]
-    strided = mine.scale_inv.t().contiguous().t().to(site.device)
+    strided = mine.scales.t().contiguous().t().to(site.device)
     (recv_x, recv_scales), *_ = _dispatch(site, (mine.values.to(site.device), strided))
-    expected = _expected(site, [c.values for c in cast], [c.scale_inv for c in cast])
+    expected = _expected(site, [c.values for c in cast], [c.scales for c in cast])
     demand_same("recv_x", recv_x, expected.recv_x)
     demand_same("recv_scales", recv_scales, expected.recv_scales)
     return "column-major scales"

@@ -181,6 +181,13 @@ class Engine(ABC):
     def leave(self) -> None:
         """Waits until all ranks leave, or the time-out, then closes. Never raises for a missing peer."""
 
+    def abandon(self) -> None:
+        """Leaves because this rank failed, without waiting for peers; not collective.
+
+        Peers that wait for it learn of it before their deadline, where the backend has a way.
+        """
+        self.close()
+
     @abstractmethod
     def close(self) -> None:
         """Waits for what was issued, then lets go of all resources. Idempotent, not collective."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepep import layout
+from deepep.config import Config
 from deepep.reference import high_throughput, low_latency
 from deepep.reference import layout as reference
 from deepep.sim.cases.case import Case
@@ -272,14 +273,15 @@ def sizes_hold_at_scale(laid: Laid) -> None:
         check_equal("max_rows_expanded", 0, want, got)
     check_equal("max_rows_received", 0, num_ranks * tokens, layout.max_rows_received(num_ranks, tokens))
 
-    sms, queue = rng.randrange(2, 133), rng.randrange(1, 2**20)
+    sms, queue = rng.randrange(2, 133), rng.randrange(2, 2**20)
+    config = Config(sms, 1, queue, 1, queue)
     channels, nodes = sms // 2, -(-num_ranks // 8)
     record = 2 * hidden + 8 + 128 * (8 + 4 + 4)
     nvl = channels * min(num_ranks, 8) * ((2 * nodes + 3) * 4 + queue * record)
     rdma = channels * nodes * ((8 * 2 + 2) * 2 * 4 + 2 * queue * (record + 16)) if num_ranks > 8 else 0
     for name, bytes_, hint in (
-        ("nvl", nvl, layout.nvl_buffer_size_hint(sms, queue, 2 * hidden, num_ranks)),
-        ("rdma", rdma, layout.rdma_buffer_size_hint(sms, queue, 2 * hidden, num_ranks)),
+        ("nvl", nvl, config.get_nvl_buffer_size_hint(2 * hidden, num_ranks)),
+        ("rdma", rdma, config.get_rdma_buffer_size_hint(2 * hidden, num_ranks)),
     ):
         check_equal(f"{name}_buffer_size_hint", 0, reference.align_up(bytes_, 128), hint)
 

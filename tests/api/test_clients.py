@@ -122,7 +122,7 @@ def training(ctx: Any) -> None:
         grad_weights = (idx + 1) * x.detach().float().sum(1, keepdim=True)
         assert torch.equal(weights.grad, grad_weights)
         assert int(weights.grad.count_nonzero()) > 0
-    Buffer.set_num_sms(20)
+    Buffer.set_num_sms(24)
 
 
 def test_training_forward_and_backward(fresh_world: Any) -> None:

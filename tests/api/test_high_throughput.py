@@ -252,7 +252,7 @@ def without_topk(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any) -> None
         assert weights is None
         assert len(counts) == 2
         assert received.dtype == dtype
-        if dtype != torch.bfloat16 and buffer.runtime.info.backend != "reference":
+        if dtype != torch.bfloat16 and buffer.info.backend != "reference":
             continue  # kernels sum bf16 alone
         summed, summed_weights, _ = buffer.combine(received, handle)
         assert summed_weights is None

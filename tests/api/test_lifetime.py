@@ -131,8 +131,8 @@ def backends(ctx: Any) -> None:
 
     for backend in ("reference", None):
         buffer = deepep.Buffer(ctx.group, backend=backend, timeout=30.0)
-        assert buffer.runtime.info.backend == "reference"
-        assert buffer.runtime.info.device_type == "cpu"
+        assert buffer.info.backend == "reference"
+        assert buffer.info.device == torch.device("cpu")
         buffer.destroy()
     with pytest.raises(deepep.RangeError, match="backend: got 'quick'"):
         deepep.Buffer(ctx.group, backend="quick")
@@ -140,7 +140,7 @@ def backends(ctx: Any) -> None:
     os.environ["DEEPEP_TIMEOUT"] = "12.5"
     try:
         buffer = deepep.Buffer(ctx.group)
-        assert buffer.runtime.info.options.timeout == 12.5
+        assert buffer.info.timeout == 12.5
         buffer.destroy()
     finally:
         del os.environ["DEEPEP_BACKEND"], os.environ["DEEPEP_TIMEOUT"]

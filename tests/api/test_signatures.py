@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deepep
+from deepep import config
 
 REQUIRED = inspect.Parameter.empty
 
@@ -167,13 +168,13 @@ def parameters(function: Any, keyword_only: bool = False) -> dict[str, Any]:
 def test_buffers_methods(name: str) -> None:
     method = getattr(deepep.Buffer, name)
     assert list(parameters(method).items()) == list(BUFFER[name].items())
-    extra = {"backend": None, "timeout": None} if name == "__init__" else {}
-    assert parameters(method, keyword_only=True) == extra
+    ours = ("backend", "timeout", "symmetric_bytes", "reduction") if name == "__init__" else ()
+    assert parameters(method, keyword_only=True) == dict.fromkeys(ours)
 
 
 def test_nothing_public_beside_it() -> None:
     public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
-    assert public - {"num_sms"} == set(BUFFER) - {"__init__"}
+    assert public - {"num_sms", "info"} == set(BUFFER) - {"__init__"}
 
 
 @pytest.mark.parametrize("thing", OTHERS, ids=lambda thing: thing.__qualname__)
@@ -195,7 +196,9 @@ def test_static_methods() -> None:
 
 def test_values() -> None:
     assert deepep.topk_idx_t == torch.int64
-    assert deepep.Buffer.num_sms == 20
+    assert deepep.Buffer.num_sms == config.DEFAULT_NUM_SMS == 24  # V1 has 20; ours was measured best with 24
+    assert deepep.Config().num_sms == 20
+    assert deepep.Buffer.get_dispatch_config(8).num_sms == deepep.Buffer.get_combine_config(8).num_sms == 24
     assert isinstance(deepep.Buffer.is_sm90_compiled(), bool)
 
 
@@ -235,4 +238,4 @@ def test_num_sms_from_one_upwards() -> None:
         with pytest.raises(deepep.ArgumentTypeError):
             deepep.Buffer.set_num_sms(2.0)
     finally:
-        deepep.Buffer.set_num_sms(20)
+        deepep.Buffer.set_num_sms(config.DEFAULT_NUM_SMS)

@@ -7,28 +7,29 @@ import itertools
 import pytest
 import torch
 
-from deepep import layout
+from deepep import Config, layout
 
 MEBI = 1 << 20
 
 
 def test_queue_hints_give_the_known_numbers() -> None:
     """Published for 20 SMs, 256 tokens a queue, 7168 bf16 channels: 336 MB at 8 ranks, 84 MB at 2."""
-    assert round(layout.nvl_buffer_size_hint(20, 256, 14336, 8) / 1e6) == 336
-    assert round(layout.nvl_buffer_size_hint(20, 256, 14336, 2) / 1e6) == 84
-    assert layout.rdma_buffer_size_hint(20, 128, 14336, 8) == 0
+    config = Config(20, 6, 256, 8, 128)
+    assert round(config.get_nvl_buffer_size_hint(14336, 8) / 1e6) == 336
+    assert round(config.get_nvl_buffer_size_hint(14336, 2) / 1e6) == 84
+    assert config.get_rdma_buffer_size_hint(14336, 8) == 0
     # 10 channels x 2 nodes x (18 words sent and received + 2 queues of 128 records), rounded up to 128.
-    assert layout.rdma_buffer_size_hint(20, 128, 14336, 16) - 10 * 2 * (18 * 2 * 4 + 2 * 128 * 16408) == 64
+    assert config.get_rdma_buffer_size_hint(14336, 16) - 10 * 2 * (18 * 2 * 4 + 2 * 128 * 16408) == 64
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 16, 24, 160, 2048])
 def test_hints_are_multiples_of_128_and_positive(num_ranks: int) -> None:
     sizes = [
-        layout.nvl_buffer_size_hint(24, 720, 14336, num_ranks),
+        Config(24, 6, 720, 8, 128).get_nvl_buffer_size_hint(14336, num_ranks),
         layout.low_latency_rdma_size_hint(128, 7168, num_ranks, num_ranks),
     ]
     if num_ranks > 8:
-        sizes.append(layout.rdma_buffer_size_hint(24, 128, 14336, num_ranks))
+        sizes.append(Config(24, 6, 720, 8, 128).get_rdma_buffer_size_hint(14336, num_ranks))
     assert all(size > 0 and size % 128 == 0 for size in sizes)
 
 

@@ -188,5 +188,9 @@ class ReferenceEngine(Engine):
     def leave(self) -> None:
         self._control.leave()
 
+    def abandon(self) -> None:
+        self._conductor.abandon()
+        self.close()
+
     def close(self) -> None:
         self._control.close(self.info.options.timeout)

@@ -24,6 +24,8 @@ from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Hook, Operation, Schedule
 from deepep.runtime.session import Session
 
+_LAST_MOMENT = 0.5  # seconds that an abandoned operation has for reaching its peers
+
 
 class ControlPlane:
     """One per engine. Calls may come from several threads; each operation is issued as a whole."""
@@ -233,6 +235,19 @@ class ControlPlane:
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
                     farewell.host_wait()
             self.close(self.timeout)
+
+    def abandon(self) -> None:
+        """Leaves after a failure of this rank alone: peers learn that it will not come, and nothing is waited
+        for but a moment for what is under way.
+        """
+        with self.issuing:
+            if self._closed:
+                return
+            self._unreceived = self._hook = None
+            self.membership.depart()
+            self._closed = True
+            self.lane.close(min(self.timeout, _LAST_MOMENT))
+            self.membership.disconnect()
 
     def close(self, seconds: float) -> None:
         """Ends after what was issued, or after `seconds`. Idempotent."""

@@ -14,6 +14,7 @@ left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable
@@ -154,7 +155,14 @@ class Membership:
         """What the ranks' processes are, by `liveness.identity`."""
         self._identities = identities
 
+    def depart(self) -> None:
+        """Posts that this rank takes part in nothing from now on, so that nobody waits for it."""
+        with contextlib.suppress(dist.DistError):  # without a store, peers learn when their connections end
+            self._store.set(f"departed/{self.rank}", "")
+
     def _is_dead(self, rank: int) -> bool:
+        if self._store.check([f"departed/{rank}"]):
+            return True
         return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
 
     # links
