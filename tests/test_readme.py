@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,13 +17,22 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
-def test_the_readme_shows_the_examples_as_they_are() -> None:
+PROGRAMS = {
+    "train": ["--steps", "12", "--tokens", "64"],
+    "prefill": ["--steps", "1", "--tokens", "24"],
+    "decode": ["--steps", "2", "--tokens", "5"],
+}
+
+
+def test_the_readme_shows_pieces_of_the_examples_as_they_are() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    files = {name: text.split('"""\n\n', 1)[1] for name, text in EXAMPLES.items()}
-    assert sorted(blocks) == sorted(files.values())
-    assert set(files) == {"train", "prefill", "decode", "property"}
-    for name, text in files.items():
-        assert len(text.splitlines()) <= 28, f"{name} is meant to be read at a glance"
+    assert set(EXAMPLES) == {*PROGRAMS, "property"}
+    shown = {name for name, text in EXAMPLES.items() for block in blocks if block in text}
+    assert shown == set(EXAMPLES)
+    assert len(blocks) == len(shown), "each block is of one example"
+    for name, text in EXAMPLES.items():
+        assert len(text.splitlines()) <= 80, f"{name} is meant to be read at a glance"
+        assert f"examples/{name}.py" in text.splitlines()[0], "the first line says how to start it"
 
 
 def test_the_property_holds() -> None:
@@ -31,33 +41,56 @@ def test_the_property_holds() -> None:
     assert done.stdout == "holds for 50 drawn cases\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "prefill", "decode"])
-def test_the_examples_run(
-    world_of: Callable[[int], Any], name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_examples_run(world_of: Callable[[int], Any], name: str) -> None:
     """As torchrun would run them, but for the process group, which the world has made."""
 
-    def body(context: Any, source: str) -> list[str]:
+    def body(context: Any, source: str, arguments: list[str]) -> tuple[list[str], int]:
         import builtins
+        import sys
+        import threading
         from unittest import mock
 
         import torch.distributed as dist
 
-        printed: list[str] = []
+        def threads() -> int:
+            return sum(thread.name.startswith("deepep-rank") for thread in threading.enumerate())
+
+        printed, before = [], threads()
         with (
-            mock.patch.object(dist, "init_process_group"),
-            mock.patch.object(dist, "destroy_process_group"),
-            mock.patch.object(builtins, "print", lambda *a: printed.append(" ".join(map(str, a)))),
+            mock.patch.object(sys, "argv", ["example", *arguments]),
+            mock.patch.object(dist, "init_process_group") as begin,
+            mock.patch.object(dist, "destroy_process_group") as end,
+            mock.patch.object(builtins, "print", lambda *a, **how: printed.append(" ".join(map(str, a)))),
         ):
             exec(compile(source, "example", "exec"), {"__name__": "__main__"})
-        return printed
+        begin.assert_called_once_with("gloo")
+        end.assert_called_once_with()
+        return printed, threads() - before
 
-    printed = world_of(4).run(body, EXAMPLES[name])
-    expected = {"train": "step 9: loss", "prefill": "rows came", "decode": "rows per expert"}[name]
-    assert any(expected in line for line in printed[0])
+    outcomes = world_of(4).run(body, EXAMPLES[name], PROGRAMS[name])
+    for printed, left in outcomes:
+        assert any(re.search(r"[\d,]+ tokens/s", line) for line in printed)
+        assert left == 0, "no buffer is left behind"
     if name == "train":
-        losses = [float(re.findall(r"loss ([\d.]+)", line)[0]) for line in printed[0]]
-        assert losses[-1] < losses[0]
+        losses = [float(found) for found in re.findall(r"loss ([\d.]+)", "\n".join(outcomes[0][0]))]
+        assert len(losses) == 12
+        assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_an_example_runs_under_torchrun() -> None:
+    path, arguments = ROOT / "examples" / "decode.py", PROGRAMS["decode"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^rank [01]: out \[5, 256\]", done.stdout, flags=re.MULTILINE)) == 2, done.stdout
 
 
 def test_links_and_commands_lead_somewhere() -> None:
