@@ -9,6 +9,7 @@ size, M maximum tokens per rank, N rows received. "Current stream" on CPU means 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from types import TracebackType
@@ -146,10 +147,12 @@ class Buffer(LowLatencyCalls):
         if error is None:
             self.destroy()
         elif not self._destroyed:
-            # The others may be in another operation, or gone: nothing collective any more.
+            # The others may be in another operation, or gone: nothing collective any more. And whatever goes
+            # wrong here as well, the caller's error is the one to see.
             self._destroyed = True
             self._finalizer.detach()
-            self._engine.abandon()
+            with contextlib.suppress(Exception):
+                self._engine.abandon()
             self._scratch.clear()
 
     def __repr__(self) -> str:

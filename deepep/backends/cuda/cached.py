@@ -18,8 +18,9 @@ from deepep.backends.cuda.dispatch import acquire
 from deepep.backends.cuda.launch import Plan
 from deepep.backends.cuda.memory.arrays import receive_spec
 from deepep.backends.cuda.memory.heap import SymmetricMemory
-from deepep.backends.cuda.sm_split import DEFAULT_NUM_SMS, dispatch_split
+from deepep.backends.cuda.sm_split import dispatch_split
 from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.config import DEFAULT_NUM_SMS
 from deepep.runtime import streams
 from deepep.runtime.requests import Dispatched, DispatchRequest, Route, Schedule
 

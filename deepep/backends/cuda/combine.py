@@ -9,13 +9,13 @@ from torch import Tensor
 
 from deepep.backends.cuda.launch import Plan
 from deepep.backends.cuda.sm_split import (
-    DEFAULT_NUM_SMS,
     ENGINE_BYTES,
     NO_ENGINE,
     combine_split,
     engine_cut,
 )
 from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.config import DEFAULT_NUM_SMS
 from deepep.errors import CapacityError
 from deepep.runtime import streams
 from deepep.runtime.requests import Combined, CombineRequest, Schedule

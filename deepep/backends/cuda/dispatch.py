@@ -9,8 +9,9 @@ from torch import Tensor
 
 from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS, Phase, Plan
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec, receive_spec
-from deepep.backends.cuda.sm_split import DEFAULT_NUM_SMS, dispatch_split
+from deepep.backends.cuda.sm_split import dispatch_split
 from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.config import DEFAULT_NUM_SMS
 from deepep.errors import ArgumentError, CapacityError
 from deepep.runtime import checks, streams
 from deepep.runtime.completion import Completion

@@ -348,6 +348,10 @@ class CudaEngine(Engine):
         self._control.leave()  # no rank leaves before all have come to this, so nobody writes here any more
         self._close_memory()
 
+    def abandon(self) -> None:
+        self._control.abandon()
+        self._close_memory()
+
     def close(self) -> None:
         self._control.close(self.info.options.timeout)
         self._close_memory()

@@ -19,8 +19,6 @@ class BlockSplit:
     local: int
 
 
-#: SMs of a call that does not say how many
-DEFAULT_NUM_SMS = 24
 #: SMs that push at most, in a dispatch and in a combine, whose sums need the rest (docs/performance.md)
 PUSHING_SMS = 12
 RETURNING_SMS = 9

@@ -189,8 +189,7 @@ class ReferenceEngine(Engine):
         self._control.leave()
 
     def abandon(self) -> None:
-        self._conductor.abandon()
-        self.close()
+        self._control.abandon()
 
     def close(self) -> None:
         self._control.close(self.info.options.timeout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -132,5 +133,10 @@ class StreamQueue(CommQueue):
     def close(self, seconds: float) -> bool:
         if not self._closed:
             self._closed = True
-            self.stream.synchronize()
+            # Not synchronize(): a kernel may wait for its peers longer than this is to.
+            deadline = time.monotonic() + seconds
+            while not self.stream.query():
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.0005)
         return True

@@ -237,8 +237,9 @@ class ControlPlane:
             self.close(self.timeout)
 
     def abandon(self) -> None:
-        """Leaves after a failure of this rank alone: peers learn that it will not come, and nothing is waited
-        for but a moment for what is under way.
+        """Leaves after a failure of this rank: peers learn that it will not come.
+
+        Nothing is waited for, but for a moment what is under way.
         """
         with self.issuing:
             if self._closed:
@@ -246,7 +247,7 @@ class ControlPlane:
             self._unreceived = self._hook = None
             self.membership.depart()
             self._closed = True
-            self.lane.close(min(self.timeout, _LAST_MOMENT))
+            self.queue.close(min(self.timeout, _LAST_MOMENT))
             self.membership.disconnect()
 
     def close(self, seconds: float) -> None:
