@@ -10,8 +10,9 @@ side: an operator's state lives as long as its tensors, through checkpointing, s
 compiled graphs alike. Buffers are known to operators by number (`buffer_number`), weakly.
 
 Collective: every rank must run the same operators in the same order, forward and backward, also with T = 0.
-A rank whose loss does not depend on the layer's output skips the backward exchanges, and the others end in
-PeerTimeoutError.
+Whether a backward exchanges must therefore not depend on what requires a gradient on this rank: where grad
+mode is on, outputs always take part (`_ANCHOR`). A rank whose loss does not depend on the layer's output
+skips the backward exchanges, and the others end in PeerTimeoutError.
 
 Shapes: R ranks, E experts, K top-k, T tokens here, H hidden, N rows received.
 """
@@ -24,11 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepep.nn.buffers import BufferLike, buffer_number, engine_of
-from deepep.nn.observe import Exchange, ExchangeName, observed, tell
+from deepep.errors import ArgumentError, ArgumentTypeError, HandleError
+from deepep.nn.buffers import BufferLike, checked_number, engine_of, refuse
+from deepep.nn.observe import Exchange, ExchangeName, observed, report
 from deepep.nn.operators import operator
+from deepep.nn.precision import check_plain
+from deepep.runtime.checks import check_int, dtype_names
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import CombineRequest, DispatchRequest, Schedule
+from deepep.runtime.requests import CombineRequest, DispatchRequest, Operation, Route, Schedule
+
+with torch.inference_mode(False):
+    #: An input that always requires a gradient, and never gets one.
+    _ANCHOR = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
 
 
 class Received(NamedTuple):
@@ -45,8 +53,9 @@ class Received(NamedTuple):
 
 
 class RouteTensors(NamedTuple):
-    """Which token went to which rank: is_token_in_rank [T, R] bool; counts [R, R] int64 (source,
-    destination), CPU.
+    """Ranks that each token went to, as tensors.
+
+    is_token_in_rank: [T, R] bool. counts: [R, R] int64 (source, destination), on the CPU.
     """
 
     is_token_in_rank: Tensor
@@ -61,48 +70,97 @@ def dispatch(
     """Sends every token, once, to each rank that owns one of its experts.
 
     buffer: a deepep.Buffer, or its `buffer_number`. x: [T, H]. topk_idx: [T, K] int32 or int64, -1 for no
-    expert. topk_weights: [T, K], travel as float32. Differentiable in x and topk_weights. Raises as
+    expert. topk_weights: [T, K] of a floating dtype, travel as float32. Differentiable, once, in x and
+    topk_weights; where grad mode is on, the outputs require gradients whatever the inputs do. Raises as
     `Buffer.dispatch` does.
     """
-    number = buffer if isinstance(buffer, int) else buffer_number(buffer)
+    number = checked_number(buffer)
+    if not torch.compiler.is_compiling():
+        problem = _problem_of(x=x, topk_idx=topk_idx, topk_weights=topk_weights, num_experts=num_experts)
+        if problem is not None:
+            refuse(number, Operation.DISPATCH, problem)
     if topk_weights.dtype != torch.float32:
         topk_weights = topk_weights.float()
+    anchor = None if x.requires_grad or topk_weights.requires_grad else _anchor()
     recv_x, recv_idx, recv_weights, in_rank, counts = _dispatch(
-        x, topk_idx, topk_weights, num_experts, number
+        x, topk_idx, topk_weights, num_experts, number, anchor
     )
     return Received(recv_x, recv_idx, recv_weights, RouteTensors(in_rank, counts, num_experts, number))
 
 
 def combine(y: Tensor, route: RouteTensors) -> Tensor:
-    """Returns y's rows [N, H] to their tokens and sums them, ranks ascending: [T, H]. No weights are
-    applied.
+    """Returns y's rows [N, H] to their tokens and sums them, ranks ascending: [T, H].
+
+    No weights are applied. Differentiable, once, in y; where grad mode is on, the sum requires a gradient
+    whatever y does. Raises as `Buffer.combine` does.
     """
-    return _combine(y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer)
+    if not torch.compiler.is_compiling():
+        if not isinstance(route, RouteTensors):
+            raise ArgumentTypeError("route", type(route).__name__, "the route of deepep.nn.dispatch")
+        number = checked_number(route.buffer)
+        problem = _problem_of(
+            y=y,
+            is_token_in_rank=route.is_token_in_rank,
+            counts=route.counts,
+            num_experts=route.num_experts,
+        )
+        if problem is not None:
+            refuse(number, Operation.COMBINE, problem)
+    anchor = None if y.requires_grad else _anchor()
+    return _combine(y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer, anchor)
+
+
+def _anchor() -> Tensor | None:
+    return _ANCHOR if torch.is_grad_enabled() else None
+
+
+def _problem_of(num_experts: object, **tensors: object) -> ArgumentError | None:
+    """What is wrong with arguments that the operators' schemas would refuse on this rank alone."""
+    try:
+        for name, value in tensors.items():
+            check_plain(name, value)
+        check_int("num_experts", num_experts, 1, 2**31 - 1)
+        weights = tensors.get("topk_weights")
+        if isinstance(weights, Tensor) and not weights.is_floating_point():
+            raise ArgumentTypeError("topk_weights", dtype_names([weights.dtype]), "a floating-point tensor")
+    except ArgumentError as problem:
+        return problem
+    return None
 
 
 @operator("dispatch")
 def _dispatch(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, buffer: int
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    buffer: int,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     engine = engine_of(buffer)
     started = time.perf_counter()
-    topk_idx = topk_idx.contiguous()
+    topk_idx = _in_memory(topk_idx)
     layout, _ = engine.layout(topk_idx, num_experts, Schedule())
     request = DispatchRequest(
-        x.contiguous(), layout=layout, topk_idx=topk_idx, topk_weights=topk_weights.contiguous()
+        _in_memory(x), layout=layout, topk_idx=topk_idx, topk_weights=_in_memory(topk_weights)
     )
     received = engine.dispatch(request, Schedule())
     assert received.topk_idx is not None
     assert received.topk_weights is not None
     counts = engine.route_counts(received.route)
     row_bytes = _row_bytes(x, topk_idx, topk_weights)
-    _tell(engine, "dispatch", counts.t(), row_bytes, started)
+    _report(engine, "dispatch", counts.t(), row_bytes, started)
     return received.x, received.topk_idx, received.topk_weights, layout.is_token_in_rank, counts
 
 
 @_dispatch.register_fake
 def _(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, buffer: int
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    buffer: int,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
     num_ranks = engine_of(buffer).info.num_ranks
@@ -111,7 +169,7 @@ def _(
         topk_idx.new_empty(num_rows, topk_idx.shape[1]),
         topk_weights.new_empty(num_rows, topk_weights.shape[1]),
         x.new_empty(x.shape[0], num_ranks, dtype=torch.bool),
-        torch.empty(num_ranks, num_ranks, dtype=torch.int64),
+        torch.empty(num_ranks, num_ranks, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -121,11 +179,11 @@ def _dispatch_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_x [N, H], grad_weights [N, K] -> [T, H], [T, K]: a combine with weights."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = engine.restore_route(in_rank, counts, num_experts)
-    request = CombineRequest(grad_x.contiguous(), route, topk_weights=grad_weights.contiguous())
+    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts)
+    request = CombineRequest(_in_memory(grad_x), route, topk_weights=_in_memory(grad_weights))
     combined = engine.combine(request, Schedule())
     assert combined.topk_weights is not None
-    _tell(engine, "dispatch_backward", counts, _row_bytes(grad_x, grad_weights), started)
+    _report(engine, "dispatch_backward", counts, _row_bytes(grad_x, grad_weights), started)
     return combined.x, combined.topk_weights
 
 
@@ -141,16 +199,20 @@ def _(
 
 
 @operator("combine")
-def _combine(y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int) -> Tensor:
+def _combine(
+    y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int, anchor: Tensor | None = None
+) -> Tensor:
     engine, started = engine_of(buffer), time.perf_counter()
-    route = engine.restore_route(in_rank, counts, num_experts)
-    combined = engine.combine(CombineRequest(y.contiguous(), route), Schedule())
-    _tell(engine, "combine", counts, _row_bytes(y), started)
+    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts)
+    combined = engine.combine(CombineRequest(_in_memory(y), route), Schedule())
+    _report(engine, "combine", counts, _row_bytes(y), started)
     return combined.x
 
 
 @_combine.register_fake
-def _(y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int) -> Tensor:
+def _(
+    y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int, anchor: Tensor | None = None
+) -> Tensor:
     return y.new_empty(in_rank.shape[0], y.shape[1])
 
 
@@ -158,13 +220,11 @@ def _(y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int)
 def _combine_backward(
     grad: Tensor, in_rank: Tensor, counts: Tensor, num_rows: int, num_experts: int, buffer: int
 ) -> Tensor:
-    """grad [T, H] -> [N, H]: a cached dispatch. `num_rows` is N, known to the caller from the forward's
-    rows.
-    """
+    """grad [T, H] -> [N, H]: a cached dispatch. `num_rows`: N, which the caller knows from the forward."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = engine.restore_route(in_rank, counts, num_experts)
-    received = engine.dispatch(DispatchRequest(grad.contiguous(), route=route), Schedule())
-    _tell(engine, "combine_backward", counts.t(), _row_bytes(grad), started)
+    route = _restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts)
+    received = engine.dispatch(DispatchRequest(_in_memory(grad), route=route), Schedule())
+    _report(engine, "combine_backward", counts.t(), _row_bytes(grad), started)
     return received.x
 
 
@@ -182,43 +242,77 @@ def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _grad_of_dispatch(
     ctx: Any, grad_x: Tensor, _idx: None, grad_weights: Tensor, *_: None
-) -> tuple[Tensor, None, Tensor, None, None]:
+) -> tuple[Tensor, None, Tensor, None, None, None]:
+    _refuse_second_derivative(ctx.buffer, Operation.COMBINE, grad_x, grad_weights)
     recv_idx, in_rank, counts = ctx.saved_tensors
     # The weight of another rank's expert is a constant zero here, whatever the caller computed from it.
     grad_weights = torch.where(recv_idx >= 0, grad_weights, 0)
     grad_x, grad_weights = _dispatch_backward(
         grad_x, grad_weights, in_rank, counts, ctx.num_experts, ctx.buffer
     )
-    return grad_x, None, grad_weights, None, None
+    return grad_x, None, grad_weights, None, None, None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, in_rank, counts, ctx.num_experts, ctx.buffer = inputs
+    y, in_rank, counts, ctx.num_experts, ctx.buffer, _ = inputs
     ctx.num_rows = y.shape[0]
     ctx.save_for_backward(in_rank, counts)
 
 
-def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    _refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
     in_rank, counts = ctx.saved_tensors
     grad_y = _combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer)
-    return grad_y, None, None, None, None
+    return grad_y, None, None, None, None, None
 
 
 _dispatch.register_autograd(_grad_of_dispatch, setup_context=_save_dispatch)
 _combine.register_autograd(_grad_of_combine, setup_context=_save_combine)
 
 
+def _refuse_second_derivative(buffer: int, operation: Operation, *grads: Tensor) -> None:
+    """Backward exchanges have no gradient of their own: torch would take them for constants, in silence."""
+    if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
+        allowed = "False: dispatch and combine are differentiable once"
+        refuse(buffer, operation, ArgumentError("create_graph", "True", allowed))
+
+
+def _restored(buffer: int, operation: Operation, in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
+    """The engine's route of these tensors; on all ranks a HandleError for tensors that are no route here."""
+    engine = engine_of(buffer)
+    ranks, rank = engine.info.num_ranks, engine.info.rank
+    got = None
+    if in_rank.dtype != torch.bool or in_rank.ndim != 2 or in_rank.shape[1] != ranks:
+        got = f"is_token_in_rank {dtype_names([in_rank.dtype])} {list(in_rank.shape)}"
+    elif counts.dtype != torch.int64 or counts.shape != (ranks, ranks) or counts.device.type != "cpu":
+        got = f"counts {dtype_names([counts.dtype])} {list(counts.shape)} on {counts.device}"
+    elif ranks and int(counts.min()) < 0:
+        got = "counts below 0"
+    elif in_rank.device.type == "cpu":  # on a device the sum would have to be waited for
+        sent, stated = in_rank.sum(0), counts[rank]
+        if bool(
+            ((sent != stated) & (stated != 0)).any()
+        ):  # a masked rank has no rows, whatever the table says
+            got = f"a table of {sent.tolist()} tokens, counts of {stated.tolist()}"
+    if got is not None:
+        refuse(buffer, operation, HandleError("route", got, "the route of deepep.nn.dispatch, unchanged"))
+    return engine.restore_route(in_rank, counts, num_experts)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Contiguous, and with its values in its bytes: a negated view has them with the other sign."""
+    return tensor.contiguous().resolve_neg()
+
+
 def _row_bytes(*fields: Tensor) -> int:
     return sum(field.shape[1] * field.element_size() for field in fields)
 
 
-def _tell(engine: Engine, name: ExchangeName, arriving: Tensor, row_bytes: int, started: float) -> None:
-    """`arriving` [R, R]: rows this exchange brings to each rank (rows of the table) from each rank
-    (columns).
-    """
+def _report(engine: Engine, name: ExchangeName, arriving: Tensor, row_bytes: int, started: float) -> None:
+    """`arriving` [R, R]: rows this exchange brings to each rank (table rows) from each rank (columns)."""
     if not observed():
         return
     seconds = time.perf_counter() - started
     rank = engine.info.rank
     sent, received = arriving[:, rank].tolist(), arriving[rank].tolist()
-    tell(Exchange(name, tuple(sent), tuple(received), row_bytes, seconds))
+    report(Exchange(name, tuple(sent), tuple(received), row_bytes, seconds))

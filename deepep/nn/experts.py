@@ -12,12 +12,20 @@ hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.nn.operators import operator
+from deepep.nn.precision import is_distributed, operands
+from deepep.runtime.checks import check_int
+
+MAX_EXPERTS = 1 << 16
+MAX_HIDDEN = 1 << 20
+MAX_SEED = 1 << 42
 
 
 @operator("expert_rows")
@@ -25,15 +33,20 @@ def expert_rows(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tenso
     """Sorts the entries of `topk_idx` [N, K] (local expert or -1) by expert, then row, then k.
 
     Returns pairs [P] int64: row * K + k of each valid entry; counts [L] int64 on the CPU: pairs of each
-    expert; slots [N, K] int64: where in `pairs` an entry stands, -1 for entries that are -1.
+    expert; slots [N, K] int64: where in `pairs` an entry stands, -1 for entries that are -1. Raises
+    RangeError for an entry that is no local expert.
     """
     flat = topk_idx.flatten()
     order = torch.sort(flat, stable=True).indices  # the -1 entries first
-    counts = torch.bincount(flat + 1, minlength=num_local_experts + 1).cpu()  # [1 + L]
+    outside = (flat < -1) | (flat >= num_local_experts)
+    bins = torch.where(outside, num_local_experts + 1, flat + 1)
+    counts = torch.bincount(bins, minlength=num_local_experts + 2).cpu()  # [-1, L experts, anything else]
+    if counts[-1]:
+        raise RangeError("topk_idx", f"{int(counts[-1])} others", f"-1 to {num_local_experts - 1}")
     pairs = order[int(counts[0]) :].clone()
     slots = torch.full_like(flat, -1, dtype=torch.int64)
     slots[pairs] = torch.arange(len(pairs), device=flat.device)
-    return pairs, counts[1:].clone(), slots.view(topk_idx.shape)
+    return pairs, counts[1:-1].clone(), slots.view(topk_idx.shape)
 
 
 @expert_rows.register_fake
@@ -41,7 +54,7 @@ def _(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]
     num_pairs = torch.library.get_ctx().new_dynamic_size()
     return (
         topk_idx.new_empty(num_pairs, dtype=torch.int64),
-        torch.empty(num_local_experts, dtype=torch.int64),
+        torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
         torch.empty_like(topk_idx, dtype=torch.int64),
     )
 
@@ -59,9 +72,7 @@ def _(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
 
 @operator("reduce_rows")
 def reduce_rows(y: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
-    """y [P, H] -> [N, H]: the sum of a row's pairs, k ascending, in float32 at least, rounded once to y's
-    dtype.
-    """
+    """y [P, H] -> [N, H]: the sum of a row's pairs, k ascending, in float32 at least, rounded once."""
     wide = torch.promote_types(y.dtype, torch.float32)
     total = y.new_zeros(slots.shape[0], y.shape[1], dtype=wide)
     for k in range(slots.shape[1]):
@@ -89,9 +100,14 @@ reduce_rows.register_autograd(
 
 @operator("grouped_mm")
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [P, A], weight [L, A, B], counts [L] on the CPU, summing to P -> [P, B]: each expert's rows times
-    its matrix.
+    """x [P, A], weight [L, A, B], counts [L] on the CPU -> [P, B]: each expert's rows times its matrix.
+
+    counts add up to P. Raises ArgumentTypeError or ShapeError.
     """
+    if x.dtype != weight.dtype:
+        raise ArgumentTypeError("x", str(x.dtype), f"{weight.dtype}, the weights' dtype")
+    if counts.shape != weight.shape[:1]:
+        raise ShapeError("counts", str(list(counts.shape)), f"[{weight.shape[0]}]")
     out = x.new_empty(x.shape[0], weight.shape[2])
     for expert, (rows, target) in enumerate(_split(counts, x, out)):
         torch.mm(rows, weight[expert], out=target)
@@ -119,6 +135,8 @@ def _(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
 
 def _split(counts: Tensor, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
     sizes = counts.tolist()
+    if sum(sizes) != len(tensors[0]) or min(sizes, default=0) < 0:
+        raise ShapeError("counts", str(sizes), f"counts from 0 of sum {len(tensors[0])}, the rows")
     return zip(*(t.split(sizes) for t in tensors), strict=True)
 
 
@@ -134,13 +152,23 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor 
     return grad_x, grad_weight, None
 
 
+def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, grad, counts = ctx.saved_tensors
+    by_x = grouped_mm(grad, grad_weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
+    by_grad = grouped_mm(x, grad_weight, counts) if ctx.needs_input_grad[1] else None
+    return by_x, by_grad, None
+
+
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_grouped_mm)
+grouped_mm_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_grouped_mm)
 
 
 class GroupedSwiGLU(nn.Module):
     """L experts y = (silu(x W_gate) * (x W_up)) W_down over rows sorted by expert.
 
-    gate_up: [L, H, 2F], the gate in the first F columns. down: [L, F, H].
+    gate_up: [L, H, 2F], the gate in the first F columns. down: [L, F, H]. Expert l is drawn from `seed` and
+    its number in the whole model, first_expert + l. Under torch.autocast rows and weights are multiplied in
+    its dtype; else rows must have the weights' dtype.
     """
 
     def __init__(
@@ -149,31 +177,47 @@ class GroupedSwiGLU(nn.Module):
         hidden: int,
         expert_hidden: int,
         *,
+        seed: int = 0,
+        first_expert: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_local_experts = num_local_experts
-        self.gate_up = nn.Parameter(
-            torch.empty(num_local_experts, hidden, 2 * expert_hidden, device=device, dtype=dtype)
-        )
-        self.down = nn.Parameter(
-            torch.empty(num_local_experts, expert_hidden, hidden, device=device, dtype=dtype)
-        )
+        check_int("num_local_experts", num_local_experts, 1, MAX_EXPERTS)
+        check_int("hidden", hidden, 1, MAX_HIDDEN)
+        check_int("expert_hidden", expert_hidden, 1, MAX_HIDDEN)
+        self.num_local_experts, self.seed, self.first_expert = num_local_experts, seed, first_expert
+        shapes = (num_local_experts, hidden, 2 * expert_hidden), (num_local_experts, expert_hidden, hidden)
+        self.gate_up, self.down = (parameter(shape, device, dtype) for shape in shapes)
+        self.reset_parameters()
 
-    def reset_parameters(self, seed: int, first_expert: int) -> None:
-        """Draws every expert from its own generator, so that a model is the same however many ranks share
-        it.
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None, first_expert: int | None = None) -> None:
+        """Draws every expert from its own generator: a model is the same however many ranks share it.
+
+        seed, first_expert: None for those of before.
         """
+        self.seed = check_int("seed", self.seed if seed is None else seed, -MAX_SEED, MAX_SEED)
+        first = self.first_expert if first_expert is None else first_expert
+        self.first_expert = check_int("first_expert", first, 0, MAX_EXPERTS)
+        weights = (self.gate_up, self.down)
+        if any(weight.is_meta for weight in weights):
+            return
+        sharded = any(is_distributed(weight) for weight in weights)
+        targets = [torch.empty(w.shape, dtype=w.dtype, device="cpu") if sharded else w for w in weights]
         for local in range(self.num_local_experts):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + first_expert + local)
-            for weight in (self.gate_up[local], self.down[local]):
-                _fan_in_normal(weight, generator)
+            generator = generator_of(self.seed * 1_000_003 + self.first_expert + local)
+            for target in targets:
+                target[local].copy_(normal(target.shape[1:], target.shape[1], generator))
+        if sharded:
+            for weight, target in zip(weights, targets, strict=True):
+                fill(weight, target)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [P, H] sorted by expert, counts [L] int64 on the CPU -> [P, H]."""
-        gate, up = grouped_mm(x, self.gate_up, counts).chunk(2, dim=1)
-        return grouped_mm(nn.functional.silu(gate) * up, self.down, counts)
+        x, gate_up, down = operands(x, self.gate_up, self.down)
+        gate, up = grouped_mm(x, gate_up, counts).chunk(2, dim=1)
+        return grouped_mm(nn.functional.silu(gate) * up, down, counts)
 
 
 class SwiGLU(nn.Module):
@@ -184,26 +228,58 @@ class SwiGLU(nn.Module):
         hidden: int,
         expert_hidden: int,
         *,
+        seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(hidden, 2 * expert_hidden, device=device, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(expert_hidden, hidden, device=device, dtype=dtype))
+        check_int("hidden", hidden, 1, MAX_HIDDEN)
+        check_int("expert_hidden", expert_hidden, 1, MAX_HIDDEN)
+        self.seed = seed
+        self.gate_up = parameter((hidden, 2 * expert_hidden), device, dtype)
+        self.down = parameter((expert_hidden, hidden), device, dtype)
+        self.reset_parameters()
 
-    def reset_parameters(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draws both matrices from `seed`, or from that of before."""
+        self.seed = check_int("seed", self.seed if seed is None else seed, -MAX_SEED, MAX_SEED)
+        generator = generator_of(self.seed)
         for weight in (self.gate_up, self.down):
-            _fan_in_normal(weight, generator)
+            if not weight.is_meta:
+                fill(weight, normal(weight.shape, weight.shape[0], generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = (x @ self.gate_up).chunk(2, dim=-1)
-        return (nn.functional.silu(gate) * up) @ self.down
+        """x [.., H] -> [.., H]."""
+        x, gate_up, down = operands(x, self.gate_up, self.down)
+        gate, up = (x @ gate_up).chunk(2, dim=-1)
+        return (nn.functional.silu(gate) * up) @ down
 
 
-@torch.no_grad()
-def _fan_in_normal(weight: Tensor, generator: torch.Generator) -> None:
-    """Normal with variance 1 / fan-in, drawn in float32 on the CPU: the same numbers on every device and
-    dtype.
-    """
-    weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[0] ** 0.5)
+def parameter(
+    shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """A parameter without values, fit for training even if it is made in torch.inference_mode."""
+    with torch.inference_mode(False):
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A generator on the CPU, whatever torch's default device is."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def normal(shape: Sequence[int], fan_in: int, generator: torch.Generator) -> Tensor:
+    """Normal with variance 1 / fan-in, drawn in float32 on the CPU: the same on every device and dtype."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu") / fan_in**0.5
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Writes values, which every rank has whole, into a tensor or into this rank's shards of a DTensor."""
+    if is_distributed(weight):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(weight, DTensor)
+        mesh, placements = weight.device_mesh, weight.placements
+        values = distribute_tensor(values.to(weight.dtype), mesh, placements, src_data_rank=None)
+    weight.copy_(values)

@@ -8,12 +8,30 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deepep.errors import RangeError, ShapeError
+from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.gate import sigmoid_topk
-from deepep.nn.buffers import BufferLike, buffer_number, buffer_of
+from deepep.nn.buffers import BufferLike, buffer_number, buffer_of, posting_errors
 from deepep.nn.exchange import combine, dispatch
-from deepep.nn.experts import GroupedSwiGLU, SwiGLU, expand_rows, expert_rows, reduce_rows
+from deepep.nn.experts import (
+    MAX_EXPERTS,
+    MAX_HIDDEN,
+    GroupedSwiGLU,
+    SwiGLU,
+    expand_rows,
+    expert_rows,
+    reduce_rows,
+)
+from deepep.nn.precision import (
+    autocast_dtype,
+    check_multiplies,
+    check_plain,
+    is_distributed,
+    parameter_options,
+    summed_dtypes,
+)
 from deepep.nn.router import Gate, Router
+from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
+from deepep.runtime.requests import Operation
 
 
 class GroupedExperts(Protocol):
@@ -38,17 +56,22 @@ class ExpertParallelMoE(nn.Module):
         buffer: the deepep.Buffer to exchange through. The layer does not keep it alive. hidden: H.
         expert_hidden: F, width of an expert. num_experts: E, a multiple of R. num_topk: K. gate: maps
         (logits [T, E], K, bias=[E]) to a Routing; deepep.gate's functions, or functools.partial of them.
-        shared_hidden: width of the shared expert; 0 for none. seed: of the weights. device, dtype: of the
-        parameters.
+        shared_hidden: width of the shared expert; 0 for none. seed: of the weights. device: of the
+        parameters; torch's default device where one is set, else the buffer's. dtype: of the parameters;
+        bfloat16 on CUDA, torch's default dtype on the CPU.
 
     Gradients: `backward` is collective, as forward is. Each rank differentiates its own loss; an expert's
     gradient is then the gradient of the sum of all ranks' losses, with no all-reduce to follow. Router and
     shared expert see only this rank's tokens: their gradients have to be summed over the ranks
     (`replicated_parameters`), and if the objective is the mean over R ranks, every rank's loss has to be
-    divided by R before backward.
+    divided by R before backward. Where grad mode is on, the output requires a gradient even if nothing here
+    does, because it may on another rank: run inference under torch.no_grad. Differentiable once.
 
-    Rows travel in the dtype of `x`: bfloat16 on every backend; float32 and float64 where the backend
-    carries them.
+    Rows travel in the dtype of `x`, which has to be the weights': bfloat16 on every backend, float32 and
+    float64 where combine takes them (the reference). Under torch.autocast rows travel, and experts compute,
+    in its dtype, and so is the output; the router computes in float32.
+
+    Raises ArgumentTypeError, RangeError or DeviceError for what does not fit, `forward` on all ranks.
     """
 
     def __init__(
@@ -66,22 +89,23 @@ class ExpertParallelMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.buffer_number = buffer_number(buffer)
         num_ranks = buffer.group_size
-        if num_experts < 1 or num_experts % num_ranks:
+        check_int("num_experts", num_experts, 1, MAX_EXPERTS)
+        if num_experts % num_ranks:
             raise RangeError(
                 "num_experts", str(num_experts), f"a positive multiple of {num_ranks}, the ranks"
             )
-        if not 1 <= num_topk <= num_experts:
-            raise RangeError("num_topk", str(num_topk), f"1 to num_experts, {num_experts}")
+        check_int("shared_hidden", shared_hidden, 0, MAX_HIDDEN)
+        made, self.row_dtypes = parameter_options(buffer, device, dtype), summed_dtypes(buffer)
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
         self.rank, self.num_local_experts = buffer.rank, num_experts // num_ranks
-        self.buffer_number = buffer_number(buffer)
-        self.router = Router(hidden, num_experts, num_topk, gate=gate, device=device, dtype=dtype)
+        self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
+        first = self.rank * self.num_local_experts
         self.experts = GroupedSwiGLU(
-            self.num_local_experts, hidden, expert_hidden, device=device, dtype=dtype
+            self.num_local_experts, hidden, expert_hidden, seed=seed, first_expert=first, **made
         )
-        self.shared = SwiGLU(hidden, shared_hidden, device=device, dtype=dtype) if shared_hidden else None
-        self.reset_parameters()
+        self.shared = SwiGLU(hidden, shared_hidden, seed=seed + 1, **made) if shared_hidden else None
 
     def reset_parameters(self) -> None:
         """Draws all weights anew from `seed`."""
@@ -91,26 +115,41 @@ class ExpertParallelMoE(nn.Module):
             self.shared.reset_parameters(self.seed + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., H] -> the same shape and dtype. Collective; ranks may bring different numbers of tokens,
-        also none.
+        """x [.., H] -> the same shape. Collective; ranks may bring different numbers of tokens, also none.
+
+        What this rank raises, the others get as well, at the exchange that it does not come to.
         """
-        if x.shape[-1] != self.hidden:
-            raise ShapeError("x", str(list(x.shape)), f"[.., {self.hidden}]")
-        tokens = x.reshape(-1, self.hidden)  # [T, H]
-        routing = self.router(tokens)
-        received = dispatch(
-            self.buffer_number, tokens, routing.topk_idx, routing.topk_weights, self.num_experts
-        )
-        rows = apply_experts(self.experts, received.x, received.topk_idx, received.topk_weights)  # [N, H]
+        number = self.buffer_number
+        with posting_errors(number, Operation.DISPATCH, "router"):
+            self._check(x)
+            tokens = x.reshape(-1, self.hidden)  # [T, H]
+            routing = self.router(tokens)
+            dtype = autocast_dtype(tokens)
+            rows = tokens if dtype is None else tokens.to(dtype)
+        received = dispatch(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
+        with posting_errors(number, Operation.COMBINE, "experts"):
+            rows = apply_experts(self.experts, received.x, received.topk_idx, received.topk_weights)  # [N, H]
         y = combine(rows, received.route)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
 
+    def _check(self, x: Tensor) -> None:
+        """Raises for rows that cannot pass through router, exchange and experts."""
+        if not torch.compiler.is_compiling():
+            check_plain("x", x)
+        if x.ndim == 0 or x.shape[-1] != self.hidden:
+            raise ShapeError("x", str(list(x.shape)), f"[.., {self.hidden}]")
+        dtype = autocast_dtype(x) or x.dtype
+        if dtype not in self.row_dtypes:
+            allowed = f"{dtype_names(self.row_dtypes)}, which combine sums"
+            raise ArgumentTypeError("x", dtype_names([dtype]), allowed)
+        for module in (self.experts, self.shared):
+            if isinstance(module, GroupedSwiGLU | SwiGLU) and not is_distributed(module.down):
+                check_multiplies(x, module.down)
+
     def rebalance(self, rate: float = 1e-3) -> Tensor:
-        """Once per step, on all ranks: `Router.rebalance` over the buffer's group. Returns the load [E] of
-        all ranks.
-        """
+        """`Router.rebalance` over the buffer's group, once per step. Returns the load [E] of all ranks."""
         return self.router.rebalance(rate, buffer_of(self.buffer_number).group)
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
@@ -134,9 +173,30 @@ def apply_experts(experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_wei
     """The local experts' weighted sum for each received row: [N, H].
 
     x [N, H], topk_idx [N, K] (local expert or -1), topk_weights [N, K]: as received. Weights multiply in the
-    rows' dtype; the sum runs over k ascending in float32 at least.
+    rows' dtype; the sum runs over k ascending in float32 at least. Raises ArgumentTypeError, DeviceError,
+    ShapeError or RangeError.
     """
+    if not torch.compiler.is_compiling():
+        _check_received(x, topk_idx, topk_weights)
     pairs, counts, slots = expert_rows(topk_idx, experts.num_local_experts)
     y = experts(expand_rows(x, pairs, slots), counts)  # [P, H]
     weights = topk_weights.flatten().index_select(0, pairs).to(y.dtype)  # [P]
     return reduce_rows(y * weights.unsqueeze(1), pairs, slots)
+
+
+def _check_received(x: object, topk_idx: object, topk_weights: object) -> None:
+    rows = check_plain("x", x)
+    if rows.ndim != 2:
+        raise ShapeError("x", str(list(rows.shape)), "[N, H]")
+    for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        found = check_plain(name, value)
+        if found.ndim != 2 or found.shape[0] != rows.shape[0]:
+            raise ShapeError(name, str(list(found.shape)), f"[{rows.shape[0]}, K]")
+    assert isinstance(topk_idx, Tensor)
+    assert isinstance(topk_weights, Tensor)
+    if topk_idx.shape != topk_weights.shape:
+        raise ShapeError("topk_weights", str(list(topk_weights.shape)), str(list(topk_idx.shape)))
+    if topk_idx.dtype not in INDEX_DTYPES:
+        raise ArgumentTypeError("topk_idx", dtype_names([topk_idx.dtype]), dtype_names(INDEX_DTYPES))
+    if not topk_weights.is_floating_point():
+        raise ArgumentTypeError("topk_weights", dtype_names([topk_weights.dtype]), "a floating-point tensor")

@@ -1,4 +1,4 @@
-"""Hearing of every exchange that deepep.nn makes: for metrics, traces and profiles.
+"""Observation of every exchange that deepep.nn makes: for metrics, traces and profiles.
 
     with observe(records.append):
         loss = model(batch)
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+
+from deepep.errors import ArgumentTypeError
 
 ExchangeName = Literal["dispatch", "combine", "dispatch_backward", "combine_backward"]
 
@@ -38,7 +40,12 @@ _observers: list[Callable[[Exchange], None]] = []
 
 @contextmanager
 def observe(observer: Callable[[Exchange], None]) -> Iterator[None]:
-    """Calls `observer` after every exchange of this process until the block ends."""
+    """Calls `observer` after every exchange of this process until the block ends.
+
+    Raises ArgumentTypeError for what cannot be called.
+    """
+    if not callable(observer):
+        raise ArgumentTypeError("observer", type(observer).__name__, "a function of an Exchange")
     _observers.append(observer)
     try:
         yield
@@ -47,11 +54,11 @@ def observe(observer: Callable[[Exchange], None]) -> Iterator[None]:
 
 
 def observed() -> bool:
-    """Whether anybody listens."""
+    """Whether there is an observer."""
     return bool(_observers)
 
 
-def tell(exchange: Exchange) -> None:
+def report(exchange: Exchange) -> None:
     """Calls all observers."""
-    for observer in _observers:
+    for observer in tuple(_observers):
         observer(exchange)

@@ -1,4 +1,4 @@
-"""Registering an operator with torch: the Python function, its schema, its fake implementation, its gradient.
+"""Operators of this library in torch: the Python function, its schema, its fake implementation, its gradient.
 
 `torch.library.custom_op` does the same and imports the compiler at the first eager call, which costs every
 rank process seconds; these are the functions below it.
@@ -13,16 +13,18 @@ import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
-NAMESPACE = "deepep"
+#: Of this library alone: torchtitan defines `deepep::dispatch` and `deepep::combine` for itself.
+NAMESPACE = "deepep_nn"
 
 
 class Operator(Generic[P, T]):
-    """`torch.ops.deepep.<name>`, callable with the types of the function it was made of."""
+    """`torch.ops.deepep_nn.<name>`, callable with the types of the function it was made of."""
 
-    def __init__(self, name: str, function: Callable[P, T]) -> None:
+    def __init__(self, name: str, function: Callable[P, T], mutates: tuple[str, ...] = ()) -> None:
         self.qualified_name = f"{NAMESPACE}::{name}"
         self.__doc__ = function.__doc__
-        torch.library.define(self.qualified_name, torch.library.infer_schema(function, mutates_args=()))
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(self.qualified_name, schema)
         torch.library.impl(self.qualified_name, "default", function)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -41,8 +43,9 @@ class Operator(Generic[P, T]):
         torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context)
 
 
-def operator(name: str) -> Callable[[Callable[P, T]], Operator[P, T]]:
-    """Makes an operator of a function of tensors, ints, floats and bools that mutates and aliases none of
-    its inputs.
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, T]], Operator[P, T]]:
+    """Makes an operator of a function of tensors, ints, floats and bools.
+
+    The function aliases none of its inputs and changes only those in `mutates`.
     """
-    return lambda function: Operator(name, function)
+    return lambda function: Operator(name, function, mutates)

@@ -1,10 +1,4 @@
-"""The router of an MoE layer: a linear map to logits, a gate, and balancing by bias instead of an auxiliary
-loss.
-
-Balancing as in DeepSeek-V3: every expert carries a bias that only takes part in the selection. After a
-step, experts that got more than the mean load have their bias lowered by a fixed rate, the others have it
-raised. No gradient of a balancing loss disturbs the weights.
-"""
+"""The router of an MoE layer: a linear map to logits, a gate, and balancing by bias (deepep.nn.balance)."""
 
 from __future__ import annotations
 
@@ -12,21 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepep.errors import ArgumentTypeError, ShapeError
 from deepep.gate import Routing, sigmoid_topk
+from deepep.nn.balance import count_load, rate_problem, summed_load
+from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
+from deepep.nn.precision import without_autocast
+from deepep.runtime.checks import INDEX_DTYPES, MAX_TOPK, check_int, dtype_names
 
-#: Maps logits [T, E], K and `bias=` [E] to a Routing: deepep.gate's functions, or a functools.partial of one.
+#: Maps logits [T, E], K and `bias=` [E] to a Routing, or to anything with its `topk_idx` [T, K], int32 or
+#: int64 with -1 for no expert, and `topk_weights` [T, K]: deepep.gate's functions, or a functools.partial.
 Gate = Callable[..., Routing]
 
 
 class Router(nn.Module):
     """Logits x W^T in float32 (float64 for float64 rows), then `gate(logits, num_topk, bias=self.bias)`.
 
-    weight: [E, H] parameter. bias: [E] float32 buffer, saved with the model. load: [E] int64 buffer, top-k
-    entries per expert since the last `rebalance`, of this rank's tokens, counted by every forward in
-    training mode (a checkpoint's recomputation counts again); not saved.
+    Computes so under torch.autocast, too. weight: [E, H] parameter. bias: [E] float32 buffer, saved with
+    the model; it stays float32 when the model is cast: steps of 0.001 would be lost otherwise. load: [E]
+    int64, top-k entries per expert since the last `rebalance`, of this rank's tokens, counted by every
+    forward in training mode, once also where a checkpoint repeats it. It is this rank's own, so it is no
+    buffer: wrappers for data parallelism take buffers for replicated. Not saved.
     """
 
     bias: Tensor
@@ -39,34 +40,46 @@ class Router(nn.Module):
         num_topk: int,
         *,
         gate: Gate = sigmoid_topk,
+        seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_topk = num_topk
-        self.gate = gate
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
-        self.register_buffer("bias", torch.zeros(num_experts, device=device))
-        self.register_buffer(
-            "load", torch.zeros(num_experts, device=device, dtype=torch.int64), persistent=False
-        )
+        check_int("hidden", hidden, 1, MAX_HIDDEN)
+        check_int("num_experts", num_experts, 1, MAX_EXPERTS)
+        check_int("num_topk", num_topk, 1, min(num_experts, MAX_TOPK))
+        if not callable(gate):
+            raise ArgumentTypeError("gate", type(gate).__name__, "a function of logits, num_topk and bias=")
+        self.num_topk, self.gate, self.seed = num_topk, gate, seed
+        self.weight = parameter((num_experts, hidden), device, dtype)
+        with torch.inference_mode(False):
+            self.register_buffer("bias", torch.zeros(num_experts, device=device, dtype=torch.float32))
+            self.load = torch.zeros(num_experts, device=device, dtype=torch.int64)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.weight.shape, generator=generator)
-        self.weight.copy_(drawn / self.weight.shape[1] ** 0.5)
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draws the weight from `seed`, or from that of before; forgets biases and load."""
+        self.seed = check_int("seed", self.seed if seed is None else seed, -MAX_SEED, MAX_SEED)
+        if not self.weight.is_meta:
+            fill(self.weight, normal(self.weight.shape, self.weight.shape[1], generator_of(self.seed)))
         self.bias.zero_()
         self.load.zero_()
 
     def forward(self, x: Tensor) -> Routing:
-        """x [T, H] -> Routing: topk_idx [T, K] int64, topk_weights [T, K], scores [T, E]."""
+        """x [T, H] -> Routing: topk_idx [T, K], topk_weights [T, K], scores [T, E]."""
+        if self.bias.dtype != torch.float32:
+            allowed = "float32: leave the bias out of what casts buffers"
+            raise ArgumentTypeError("router.bias", dtype_names([self.bias.dtype]), allowed)
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = x.to(wide) @ self.weight.to(wide).t()  # [T, E]
-        routing = self.gate(logits, self.num_topk, bias=self.bias)
+        with without_autocast(x):
+            logits = x.to(wide) @ self.weight.to(wide).t()  # [T, E]
+            routing = self.gate(logits, self.num_topk, bias=self.bias)
+        _check_routing(routing, x.shape[0])
         if self.training:
-            entries = routing.topk_idx.flatten()
-            self.load.scatter_add_(0, entries, torch.ones_like(entries))
+            if self.load.device != x.device:  # moved by something that moves parameters and buffers alone
+                self.load = self.load.to(x.device)
+            count_load(self.load, routing.topk_idx)
         return routing
 
     @torch.no_grad()
@@ -75,12 +88,54 @@ class Router(nn.Module):
 
         Collective over `group` (None: this rank's load alone), whose loads are added up first, so that all
         ranks keep the same biases. Returns that load, [E] int64. Loads are integers: the result does not
-        depend on the order of the sum. DeepSeek-V3 used a rate of 0.001.
+        depend on the order of the sum. DeepSeek-V3 used a rate of 0.001. Raises ArgumentTypeError or
+        RangeError for what is no finite number, MismatchError for different rates; on all ranks.
         """
-        load = self.load.clone()
-        if group is not None:
-            dist.all_reduce(load, group=group)
+        if group is None:
+            problem = rate_problem(rate)
+            if problem is not None:
+                raise problem
+            load = self.load.clone()
+        else:
+            load = summed_load(self.load, rate, group)
         # sign(mean - load) without a division: sum - E * load has the same sign, exactly.
         self.bias += rate * torch.sign(load.sum() - load.numel() * load).to(self.bias.dtype)
         self.load.zero_()
         return load
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves and casts, as `.to` and its kind: the bias keeps its dtype and values, the load its dtype."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        with torch.inference_mode(False):
+            if self.bias.dtype != torch.float32:
+                self.bias = bias.to(self.bias.device)
+            if self.load.is_meta and not self.bias.is_meta:
+                self.load = torch.zeros_like(self.load, device=self.bias.device)
+            else:
+                self.load = self.load.to(self.bias.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.bias.dtype != torch.float32:  # put in place of the old one, by assign=True
+            self.bias = self.bias.float()
+
+
+def _check_routing(routing: Any, num_tokens: int) -> None:
+    """Raises ArgumentTypeError or ShapeError for what a gate of somebody else's returned."""
+    for name in ("topk_idx", "topk_weights"):
+        found = getattr(routing, name, None)
+        if not isinstance(found, Tensor):
+            raise ArgumentTypeError("gate", f"a {type(routing).__name__} without {name}", "a Routing")
+        if found.ndim != 2 or found.shape[0] != num_tokens:
+            raise ShapeError(f"gate's {name}", str(list(found.shape)), "[tokens, top-k]")
+    if routing.topk_idx.dtype not in INDEX_DTYPES:
+        got = dtype_names([routing.topk_idx.dtype])
+        raise ArgumentTypeError("gate's topk_idx", got, dtype_names(INDEX_DTYPES))
+    if not routing.topk_weights.is_floating_point():
+        got = dtype_names([routing.topk_weights.dtype])
+        raise ArgumentTypeError("gate's topk_weights", got, "a floating-point tensor")
+    if routing.topk_idx.shape != routing.topk_weights.shape:
+        got = f"{list(routing.topk_idx.shape)}, topk_weights {list(routing.topk_weights.shape)}"
+        raise ShapeError("gate's topk_idx", got, "the same shapes")

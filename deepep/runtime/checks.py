@@ -80,7 +80,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     if isinstance(value, bool):
         raise ArgumentTypeError(name, "bool", "an integer")
     try:
-        number = operator.index(value)  # type: ignore[call-overload]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:  # also of arrays and tensors of more than one element
         raise ArgumentTypeError(name, type(value).__name__, "an integer") from None
     if number < low or (high is not None and number > high):
