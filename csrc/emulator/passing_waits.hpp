@@ -1,4 +1,5 @@
-// For mutants alone: waits that do not wait. The word is read once, in its order, and taken for what was waited for.
+// For mutants alone: waits that do not wait. The word is read once, in its order, and taken for what was waited
+// for.
 #pragma once
 
 #include "device/device.hpp"

@@ -1,14 +1,15 @@
-// Litmus kernels of bulk copies, mbarriers and the async proxy. `writer` picks the variant: 0 is right, each other one
-// lacks or misplaces one thing, as the kernel's list says. tests/emulator/test_litmus_bulk.py holds what must come of it.
+// Litmus kernels of bulk copies, mbarriers and the async proxy. `writer` picks the variant: 0 is right, each
+// other one lacks or misplaces one thing, as the kernel's list says. tests/emulator/test_litmus_bulk.py holds
+// what must come of it.
 #pragma once
 
 #include "emulator/litmus/litmus.hpp"
 
 namespace deepep::litmus {
 
-inline constexpr int kStage = 32;               // words of a stage
+inline constexpr int kStage = 32;  // words of a stage
 inline constexpr int64_t kStageBytes = 4 * kStage;
-inline constexpr int64_t kStagesAt = 64;        // in shared memory, behind up to eight mbarriers
+inline constexpr int64_t kStagesAt = 64;  // in shared memory, behind up to eight mbarriers
 
 [[nodiscard]] inline dev::SharedArray<uint32_t> stage(int i) {
   return dev::SharedArray<uint32_t>(kStagesAt + kStageBytes * i);
@@ -26,8 +27,9 @@ inline void init_barriers(int count) {
 }
 
 /// Global memory into a stage, and every lane reads a word of it.
-/// 1 no proxy fence behind the initialisation, 2 no wait, 3 a relaxed wait, 4 bytes of one of two copies expected,
-/// 5 waits for the phase before the first, 6 waits a phase too far, 7 nobody waits at all, 8 only lane 0 waits
+/// 1 no proxy fence behind the initialisation, 2 no wait, 3 a relaxed wait, 4 bytes of one of two copies
+/// expected, 5 waits for the phase before the first, 6 waits a phase too far, 7 nobody waits at all, 8 only
+/// lane 0 waits
 DEEPEP_KERNEL(bulk_load_kernel, LitmusArgs, 32) {
   using namespace dev;
   const Deadline deadline = Deadline::in(args.timeout_ns);
@@ -49,17 +51,20 @@ DEEPEP_KERNEL(bulk_load_kernel, LitmusArgs, 32) {
   if (args.writer == 3)
     came = mbarrier_wait<relaxed, block_scope>(barrier(0), 0, deadline);
   else if (args.writer != 2 && args.writer != 7 && (args.writer != 8 || thread() == 0))
-    came = mbarrier_wait<acquire, block_scope>(barrier(0), args.writer == 5   ? 0xffffffffu
-                                                           : args.writer == 6 ? 1
-                                                                              : 0, deadline);
+    came = mbarrier_wait<acquire, block_scope>(barrier(0),
+                                               args.writer == 5   ? 0xffffffffu
+                                               : args.writer == 6 ? 1
+                                                                  : 0,
+                                               deadline);
   if (came && args.writer != 7) store(args.out + thread(), stage(1).get(thread()) + stage(0).get(thread()));
   if (args.writer == 2) came = mbarrier_wait<acquire, block_scope>(barrier(0), 0, deadline);
 }
 
 /// A warp fills a stage, lane 0 stores it to rank 1 in bulk and raises a flag; rank 1 reads.
-/// 1 no proxy fence, 2 the fence by lane 0 behind the barrier (right, too), 3 no barrier, 4 a fence for global memory,
-/// 5 the reading alone waited for, 6 the flag before the wait, 7 a relaxed flag (the published bug: no system release
-/// between bulk stores and the signal), 8 no commit, 9 a flag released at gpu scope behind a fence of the system
+/// 1 no proxy fence, 2 the fence by lane 0 behind the barrier (right, too), 3 no barrier, 4 a fence for global
+/// memory, 5 the reading alone waited for, 6 the flag before the wait, 7 a relaxed flag (the published bug: no
+/// system release between bulk stores and the signal), 8 no commit, 9 a flag released at gpu scope behind a
+/// fence of the system
 DEEPEP_KERNEL(bulk_store_kernel, LitmusArgs, 32) {
   using namespace dev;
   uint32_t* flag = args.words + 2 * kStage;
@@ -93,12 +98,13 @@ DEEPEP_KERNEL(bulk_store_kernel, LitmusArgs, 32) {
 }
 
 /// A ring of two stages that a warp reads and lane 0 reloads, five loads in all.
-/// 1 the published bug: no proxy fence before a stage is reloaded, 2 no barrier before it, 3 both before the reading,
-/// 4 one phase for all rounds, 5 the parity alone for a phase
+/// 1 the published bug: no proxy fence before a stage is reloaded, 2 no barrier before it, 3 both before the
+/// reading, 4 one phase for all rounds, 5 the parity alone for a phase
 DEEPEP_KERNEL(reload_kernel, LitmusArgs, 32) {
   using namespace dev;
   constexpr int kRounds = 5;
-  for (int i = 0; i < kRounds; ++i) store(args.words + kStage * i + thread(), static_cast<uint32_t>(100 * i + thread()));
+  for (int i = 0; i < kRounds; ++i)
+    store(args.words + kStage * i + thread(), static_cast<uint32_t>(100 * i + thread()));
   fence_async<global_space>();
   init_barriers(2);
   const auto reload = [&](int round) {
@@ -148,7 +154,9 @@ DEEPEP_KERNEL(relay_kernel, LitmusArgs, 32) {
   for (int s = 0; s < kStages; ++s) reload(s);
   for (int i = 0; i < kRounds; ++i) {
     const Deadline deadline = Deadline::in(args.timeout_ns);
-    if (!mbarrier_wait<acquire, block_scope>(barrier(i % kStages), static_cast<uint32_t>(i / kStages), deadline)) return;
+    if (!mbarrier_wait<acquire, block_scope>(barrier(i % kStages), static_cast<uint32_t>(i / kStages),
+                                             deadline))
+      return;
     bulk_store(to + kStage * i, stage(i % kStages).at(0), kStageBytes);
     if (args.writer != 5) bulk_commit();
     if (args.writer == 1)
@@ -184,8 +192,8 @@ DEEPEP_KERNEL(groups_kernel, LitmusArgs, 32) {
 }
 
 /// Rank 0 stores plainly and raises a flag, rank 1 loads it in bulk.
-/// 0 a proxy fence behind the flag, 1 none, 2 one before the flag on rank 0 (right, too), 3 one for shared memory,
-/// 4 before the flag is seen
+/// 0 a proxy fence behind the flag, 1 none, 2 one before the flag on rank 0 (right, too), 3 one for shared
+/// memory, 4 before the flag is seen
 DEEPEP_KERNEL(pull_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -209,8 +217,8 @@ DEEPEP_KERNEL(pull_kernel, LitmusArgs, 32) {
 }
 
 /// Rank 1 reads its slot plainly and gives it back, rank 0 stores to it in bulk again.
-/// 0 a proxy fence behind the giving back, 1 none: what another proxy has read is no more ordered than what it has
-/// written, 2 one before the giving back on rank 1 (right, too)
+/// 0 a proxy fence behind the giving back, 1 none: what another proxy has read is no more ordered than what it
+/// has written, 2 one before the giving back on rank 1 (right, too)
 DEEPEP_KERNEL(give_back_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -275,8 +283,8 @@ DEEPEP_KERNEL(hand_over_kernel, LitmusArgs, 64) {
 }
 
 /// Three rounds into two slots, each with a flag of its own; the receiver hands slots back.
-/// 0 the flag is the round, 1 the published bug: the flag says "there" and no generation, so that the third round takes
-/// the signal of the first for its own
+/// 0 the flag is the round, 1 the published bug: the flag says "there" and no generation, so that the third
+/// round takes the signal of the first for its own
 DEEPEP_KERNEL(generation_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -301,7 +309,8 @@ DEEPEP_KERNEL(generation_kernel, LitmusArgs, 32) {
 }
 
 /// Rank 0 writes a slot of rank 1 in bulk and says that it is done with it; rank 1 cleans the slot.
-/// 1 the published bug: the slot is cleaned while a late write is in flight, since only the reading was waited for
+/// 1 the published bug: the slot is cleaned while a late write is in flight, since only the reading was waited
+/// for
 DEEPEP_KERNEL(cleaning_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -333,15 +342,15 @@ DEEPEP_KERNEL(bulk_mistake_kernel, LitmusArgs, 32) {
   fence_async<all_spaces>();
   uint64_t* b = barrier(0);
   switch (args.writer) {
-    case 0: bulk_store(args.words, stage(0).at(0), 24); break;               // no multiple of 16
-    case 1: bulk_store(args.words + 2, stage(0).at(0), 16); break;           // misaligned
-    case 2: bulk_store(args.words + 1008, stage(0).at(0), 128); break;       // past the end
-    case 3: bulk_store(args.words, args.words + kStage, 16); break;          // from global memory
-    case 4: bulk_load(stage(0).at(0), stage(0).at(0), 16, b); break;         // from shared memory
-    case 5: bulk_store(args.words, stage(1).at(0), 16); break;               // of what was never written
-    case 6: mbarrier_arrive<release, block_scope>(b); break;                 // never initialised
-    case 7: mbarrier_init(b, 0); break;                                      // for nobody
-    case 8:                                                                  // initialised again
+    case 0: bulk_store(args.words, stage(0).at(0), 24); break;          // no multiple of 16
+    case 1: bulk_store(args.words + 2, stage(0).at(0), 16); break;      // misaligned
+    case 2: bulk_store(args.words + 1008, stage(0).at(0), 128); break;  // past the end
+    case 3: bulk_store(args.words, args.words + kStage, 16); break;     // from global memory
+    case 4: bulk_load(stage(0).at(0), stage(0).at(0), 16, b); break;    // from shared memory
+    case 5: bulk_store(args.words, stage(1).at(0), 16); break;          // of what was never written
+    case 6: mbarrier_arrive<release, block_scope>(b); break;            // never initialised
+    case 7: mbarrier_init(b, 0); break;                                 // for nobody
+    case 8:                                                             // initialised again
       mbarrier_init(b, 1);
       mbarrier_init(b, 1);
       break;
@@ -391,7 +400,8 @@ DEEPEP_KERNEL(bulk_mistake_kernel, LitmusArgs, 32) {
   bulk_wait<0>();
 }
 
-/// An mbarrier's life, rightly: initialised, used, invalidated, its bytes used for other things, initialised again.
+/// An mbarrier's life, rightly: initialised, used, invalidated, its bytes used for other things, initialised
+/// again.
 DEEPEP_KERNEL(barrier_life_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;

@@ -1,13 +1,14 @@
-// Small kernels that prove the memory model: for each there are outcomes that must appear over the seeds and outcomes,
-// or errors, that never may. tests/emulator says which. One thread a role unless stated; roles are ranks.
+// Small kernels that prove the memory model: for each there are outcomes that must appear over the seeds and
+// outcomes, or errors, that never may. tests/emulator says which. One thread a role unless stated; roles are
+// ranks.
 #pragma once
 
 #include "device/device.hpp"
 
 namespace deepep::litmus {
 
-/// `words` are symmetric and start at zero; `out` is this rank's own. On one node all ranks have the same words; on
-/// several each has its own, and sees those of the neighbour on its node.
+/// `words` are symmetric and start at zero; `out` is this rank's own. On one node all ranks have the same
+/// words; on several each has its own, and sees those of the neighbour on its node.
 struct LitmusArgs {
   int role;
   int writer;  // how the writing side orders
@@ -22,7 +23,8 @@ inline constexpr int kFar = 64;  // words apart, so that nothing shares a line
 
 [[nodiscard]] inline uint32_t* word_at(const LitmusArgs& args, int i) { return args.words + kFar * i; }
 
-/// 0 relaxed, 1 release.sys, 2 fence.sys and relaxed, 3 release.gpu with a system-wide store, 4 a fence too narrow.
+/// 0 relaxed, 1 release.sys, 2 fence.sys and relaxed, 3 release.gpu with a system-wide store, 4 a fence too
+/// narrow.
 inline void publish(int how, uint32_t* flag, uint32_t value) {
   using namespace dev;
   switch (how) {
@@ -33,9 +35,7 @@ inline void publish(int how, uint32_t* flag, uint32_t value) {
       store<relaxed, sys_scope>(flag, value);
       break;
     case 3: store<release, gpu_scope>(flag, value); break;
-    default:
-      fence<acq_rel, gpu_scope>();
-      store<relaxed, sys_scope>(flag, value);
+    default: fence<acq_rel, gpu_scope>(); store<relaxed, sys_scope>(flag, value);
   }
 }
 
@@ -176,8 +176,8 @@ DEEPEP_KERNEL(sequence_blocks_kernel, LitmusArgs, 32) {
   sequence_kernel(mine);
 }
 
-/// Shared memory: each thread writes one word and reads its neighbour's, with what stands between them in `writer`:
-/// 0 nothing, 1 the block's barrier, 2 the warp's, 3 a ballot.
+/// Shared memory: each thread writes one word and reads its neighbour's, with what stands between them in
+/// `writer`: 0 nothing, 1 the block's barrier, 2 the warp's, 3 a ballot.
 DEEPEP_KERNEL(shared_kernel, LitmusArgs, 64) {
   using namespace dev;
   SharedArray<uint32_t> words(0);
@@ -228,10 +228,10 @@ DEEPEP_KERNEL(mistake_kernel, LitmusArgs, 64) {
       else
         sync_block();
       break;
-    case 4: store(args.out, shared.get(0)); break;               // shared memory never written
-    case 5: shared.set(1 << 20, 1); break;                       // past its end
-    case 6: store(args.out + (1 << 16), 1u); break;              // past a buffer's end
-    case 7: store(args.out - 1, 1u); break;                      // before a buffer
+    case 4: store(args.out, shared.get(0)); break;   // shared memory never written
+    case 5: shared.set(1 << 20, 1); break;           // past its end
+    case 6: store(args.out + (1 << 16), 1u); break;  // past a buffer's end
+    case 7: store(args.out - 1, 1u); break;          // before a buffer
     case 8: store(reinterpret_cast<uint64_t*>(args.out + 1), uint64_t{1}); break;  // misaligned
     case 9:  // read-only path, and written in the same kernel
       if (thread() == 0) {

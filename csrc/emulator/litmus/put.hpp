@@ -1,5 +1,5 @@
-// Litmus kernels of puts to other nodes. `writer` picks the variant: 0 is right, each other one lacks or replaces one
-// thing, as the kernel's list says. tests/emulator/test_litmus_put.py holds what must come of it.
+// Litmus kernels of puts to other nodes. `writer` picks the variant: 0 is right, each other one lacks or
+// replaces one thing, as the kernel's list says. tests/emulator/test_litmus_put.py holds what must come of it.
 #pragma once
 
 #include "emulator/litmus/bulk.hpp"
@@ -20,9 +20,10 @@ inline void fill(uint32_t* words, uint32_t value) {
 }
 
 /// Rank 0 sends to rank 1 on the other node, which waits for the signal and reads.
-/// 1 a relaxed wait, 2 a relaxed wait and a fence (right, too), 3 a relaxed wait and a fence too narrow, 4 no wait,
-/// 5 the data by a put of its own in front, 6 the same and a fence between (right), 7 the same and a quiet (right),
-/// 8 the fence behind both, 9 a fence on the way to another rank's thread: stored by pointer, which does not reach
+/// 1 a relaxed wait, 2 a relaxed wait and a fence (right, too), 3 a relaxed wait and a fence too narrow, 4 no
+/// wait, 5 the data by a put of its own in front, 6 the same and a fence between (right), 7 the same and a
+/// quiet (right), 8 the fence behind both, 9 a fence on the way to another rank's thread: stored by pointer,
+/// which does not reach
 DEEPEP_KERNEL(put_signal_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -59,7 +60,8 @@ DEEPEP_KERNEL(put_source_kernel, LitmusArgs, 32) {
   if (args.role == 0) {
     for (uint32_t round = 0; round < 2; ++round) {
       fill(args.words + kSent, 100 * round);
-      put_signal<signal_set>(args.words + kSlot + 64 * round, args.words + kSent, kPutBytes, signal(args, 0), round + 1, 1);
+      put_signal<signal_set>(args.words + kSlot + 64 * round, args.words + kSent, kPutBytes, signal(args, 0),
+                             round + 1, 1);
       if (args.writer == 0) put_quiet();
       if (args.writer == 2) put_fence();
     }
@@ -70,7 +72,8 @@ DEEPEP_KERNEL(put_source_kernel, LitmusArgs, 32) {
 }
 
 /// Rank 1 reads its slot and says so, rank 0 sends to it again.
-/// 0 a fence of the system before rank 1 says so, 1 none: a signal carries nothing but its put, 2 one too narrow
+/// 0 a fence of the system before rank 1 says so, 1 none: a signal carries nothing but its put, 2 one too
+/// narrow
 DEEPEP_KERNEL(put_again_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -79,7 +82,8 @@ DEEPEP_KERNEL(put_again_kernel, LitmusArgs, 32) {
     for (uint32_t round = 0; round < 3; ++round) {
       fill(args.words + kSent + 16 * round, 100 * round);
       if (round > 0 && !wait_signal<acquire, sys_scope>(signal(args, 1), round, deadline)) return;
-      put_signal<signal_set>(args.words + kSlot, args.words + kSent + 16 * round, kPutBytes, signal(args, 0), round + 1, 1);
+      put_signal<signal_set>(args.words + kSlot, args.words + kSent + 16 * round, kPutBytes, signal(args, 0),
+                             round + 1, 1);
     }
     return;
   }
@@ -154,7 +158,8 @@ DEEPEP_KERNEL(put_then_bulk_kernel, LitmusArgs, 32) {
 }
 
 /// Two kernels of rank 0: the first sends, the second tells rank 1 that it may clean its slot.
-/// 0 a quiet at the end of the first, 1 the published bug: none, and the end of a kernel completes no put; 2 a fence
+/// 0 a quiet at the end of the first, 1 the published bug: none, and the end of a kernel completes no put; 2 a
+/// fence
 DEEPEP_KERNEL(put_cleaning_kernel, LitmusArgs, 32) {
   using namespace dev;
   if (thread() != 0) return;
@@ -198,14 +203,16 @@ DEEPEP_KERNEL(put_mistake_kernel, LitmusArgs, 32) {
   uint32_t* sent = args.words + kSent;
   uint32_t* slot = args.words + kSlot;
   switch (args.writer) {
-    case 0: store(args.neighbour, 1u); break;                                     // the other node, by pointer
-    case 1: (void)load<acquire, sys_scope>(args.neighbour); break;                // the same
-    case 2: put(args.neighbour, sent, 16, 1); break;                              // to a pointer of the other's
-    case 3: put(slot, stage(0).at(0), 4, 1); break;                               // from shared memory
-    case 4: put(args.out, sent, 16, 1); break;                                    // to memory that is not symmetric
-    case 5: put(args.words + 1020, sent, 64, 1); break;                           // past the end
-    case 6: put(slot, sent, 16, 7); break;                                        // to nobody
-    case 7: put_signal<signal_set>(slot, sent, 16, signal(args, 0) + 260, 1, 1); break;  // a signal past the end
+    case 0: store(args.neighbour, 1u); break;                       // the other node, by pointer
+    case 1: (void)load<acquire, sys_scope>(args.neighbour); break;  // the same
+    case 2: put(args.neighbour, sent, 16, 1); break;                // to a pointer of the other's
+    case 3: put(slot, stage(0).at(0), 4, 1); break;                 // from shared memory
+    case 4: put(args.out, sent, 16, 1); break;                      // to memory that is not symmetric
+    case 5: put(args.words + 1020, sent, 64, 1); break;             // past the end
+    case 6: put(slot, sent, 16, 7); break;                          // to nobody
+    case 7:
+      put_signal<signal_set>(slot, sent, 16, signal(args, 0) + 260, 1, 1);
+      break;  // a signal past the end
     default: break;
   }
 }

@@ -39,7 +39,8 @@ uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, si
   if (allocations_.size() > 0xffff) throw std::length_error("too many allocations");
   used_granules_ = (end + kGranule - 1) / kGranule;
   owner_.resize(used_granules_, 0);
-  for (size_t g = begin / kGranule; g < used_granules_; ++g) owner_[g] = static_cast<uint16_t>(allocations_.size());
+  for (size_t g = begin / kGranule; g < used_granules_; ++g)
+    owner_[g] = static_cast<uint16_t>(allocations_.size());
   allocations_.push_back({std::move(name), space, rank, block, base_ + begin, base_ + end});
   poison(base_ + begin, bytes);
   return base_ + begin;

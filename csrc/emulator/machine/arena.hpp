@@ -1,5 +1,6 @@
-// The emulated machine's memory: real bytes at real addresses, and beside every four of them a cell that remembers
-// who wrote and who read them. Everything the kernels may touch is allocated here; an address outside is an error.
+// The emulated machine's memory: real bytes at real addresses, and beside every four of them a cell that
+// remembers who wrote and who read them. Everything the kernels may touch is allocated here; an address outside
+// is an error.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,8 @@
 
 namespace deepep::emu {
 
-/// Who may touch an allocation: `symmetric` every rank, `device` and `host` (pinned) their own, `shared` one block.
+/// Who may touch an allocation: `symmetric` every rank, `device` and `host` (pinned) their own, `shared` one
+/// block.
 enum class Space : uint8_t { symmetric, device, host, shared };
 
 struct Allocation {
@@ -31,13 +33,13 @@ struct Cell {
     pieces,   // written byte by byte: `extra` is four cells, one a byte
     barrier,  // half of an mbarrier: `extra` is its number
   };
-  Epoch write;        // the last plain write
-  Epoch read;         // the last plain read, if knowing it means knowing all
-  uint32_t readers;   // a read set, by index: other readers since the last write; 0 is none
-  uint32_t extra;     // see Shape
+  Epoch write;       // the last plain write
+  Epoch read;        // the last plain read, if knowing it means knowing all
+  uint32_t readers;  // a read set, by index: other readers since the last write; 0 is none
+  uint32_t extra;    // see Shape
   uint16_t write_site;
   uint16_t read_site;
-  uint8_t written;    // bit b: byte b has a value
+  uint8_t written;  // bit b: byte b has a value
   Shape shape;
   uint16_t unused;
 };
@@ -56,8 +58,8 @@ class Arena {
 
   /// Fresh memory: no byte of it was ever written.
   uintptr_t allocate(std::string name, Space space, int rank, int block, size_t bytes);
-  /// Forgets what an allocation held and who touched it, and gives it another size, at most its first: shared memory
-  /// at the start of a block.
+  /// Forgets what an allocation held and who touched it, and gives it another size, at most its first: shared
+  /// memory at the start of a block.
   void renew(uintptr_t begin, size_t bytes);
 
   /// Fills bytes with what memory holds that nobody has written.

@@ -1,4 +1,5 @@
-// Bulk copies: what is checked when one is issued, what when it reads and writes, and who knows that it is complete.
+// Bulk copies: what is checked when one is issued, what when it reads and writes, and who knows that it is
+// complete.
 #include <algorithm>
 #include <cstring>
 
@@ -38,7 +39,8 @@ bool Memory::knows_otherwise(const Agent& agent, Epoch epoch, bool reading) cons
     const std::vector<Epoch>& observers = reading ? copies_[id].reading_seen_by : copies_[id].seen_by;
     // A put's bytes did not come through the async proxy: a copy of them needs the proxy fence.
     if (as != nullptr && as->kind != Copy::Kind::put && copies_[id].kind == Copy::Kind::put)
-      return has_observer(observers, agent.known, agent.now()) || has_observer(observers, as->at_launch, agent.now());
+      return has_observer(observers, agent.known, agent.now()) ||
+             has_observer(observers, as->at_launch, agent.now());
     if (as != nullptr) return has_observer(observers, as->known, as->issuer);
     CopyId& seen = agent.seen_done[id % agent.seen_done.size()];
     if (seen == id) return true;
@@ -72,8 +74,15 @@ void Memory::fence_async(Agent& agent, Spaces spaces, uint16_t site) {
     agent.crossed.in[space].join(agent.known);
     agent.crossed.in[space].raise(agent.now());
   }
-  log({Event::Kind::proxy_fence, Order::acq_rel, Scope::block, site, agent.now(), 0, 0,
-       static_cast<uint64_t>(spaces), {}});
+  log({Event::Kind::proxy_fence,
+       Order::acq_rel,
+       Scope::block,
+       site,
+       agent.now(),
+       0,
+       0,
+       static_cast<uint64_t>(spaces),
+       {}});
   advance(agent);
 }
 
@@ -81,16 +90,18 @@ void Memory::fence_async(Agent& agent, Spaces spaces, uint16_t site) {
 
 void Memory::check_copy(const Agent& agent, const Access& access, bool in_shared) {
   if (access.bytes <= 0 || access.bytes % kUnit != 0 || access.address % kUnit != 0)
-    environment_.fail("misaligned access", told(agent, access) + ": a bulk copy has 16-byte addresses and sizes");
+    environment_.fail("misaligned access",
+                      told(agent, access) + ": a bulk copy has 16-byte addresses and sizes");
   const Allocation* allocation = arena.find(access.address, static_cast<size_t>(access.bytes));
   if (allocation == nullptr) environment_.fail("out of bounds", told(agent, access));
   if (!is_reachable(agent, *allocation) || (allocation->space == Space::shared) != in_shared)
-    environment_.fail("foreign memory", told(agent, access) + ": a bulk copy is between the block's shared memory and "
-                                                              "global memory that its thread may touch");
+    environment_.fail("foreign memory", told(agent, access) +
+                                            ": a bulk copy is between the block's shared memory and "
+                                            "global memory that its thread may touch");
 }
 
-CopyId Memory::issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t barrier,
-                     uint16_t site) {
+CopyId Memory::issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from, int64_t bytes,
+                     uintptr_t barrier, uint16_t site) {
   const bool is_load = kind == Copy::Kind::load;
   check_copy(agent, {is_load ? "bulk load to" : "bulk store to", to, bytes, site}, is_load);
   check_copy(agent, {is_load ? "bulk load from" : "bulk store from", from, bytes, site}, !is_load);
@@ -98,8 +109,8 @@ CopyId Memory::issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from
   if (is_load) {
     const Access access{"bulk load's mbarrier", barrier, 8, site};
     Barrier& completes = live_barrier(agent, access);
-    // By the letter of later PTX versions a copy completes on its mbarrier in the generic proxy; NVIDIA's own code
-    // fences the initialisation, and so do we.
+    // By the letter of later PTX versions a copy completes on its mbarrier in the generic proxy; NVIDIA's own
+    // code fences the initialisation, and so do we.
     if (!agent.crossed.in[Crossed::kShared] || !agent.crossed.in[Crossed::kShared].knows(completes.begun))
       fail_race(agent, access, "mbarrier_init", completes.begun, completes.begun_at,
                 "no proxy fence lies between the mbarrier's initialisation and its first copy");

@@ -1,10 +1,11 @@
-// What is carried out later than it is issued: bulk copies, in the async proxy, with the mbarriers that tell when; and
-// puts to other nodes, with their signals.
+// What is carried out later than it is issued: bulk copies, in the async proxy, with the mbarriers that tell
+// when; and puts to other nodes, with their signals.
 //
-// A copy has no place in the clocks. Whoever has waited for it (a thread for its group, threads for the phase of an
-// mbarrier) is noted with the moment of that wait, and a later access is ordered behind the copy if it knows of one
-// such moment. Before it a copy has what its issuer had before it when it was issued: of other copies, that they were
-// waited for; of generic accesses, that a proxy fence or a kernel's end lies between. Puts are in no proxy of their own.
+// A copy has no place in the clocks. Whoever has waited for it (a thread for its group, threads for the phase
+// of an mbarrier) is noted with the moment of that wait, and a later access is ordered behind the copy if it
+// knows of one such moment. Before it a copy has what its issuer had before it when it was issued: of other
+// copies, that they were waited for; of generic accesses, that a proxy fence or a kernel's end lies between.
+// Puts are in no proxy of their own.
 #pragma once
 
 #include <array>
@@ -18,8 +19,8 @@ namespace deepep::emu {
 
 using CopyId = uint32_t;  // 0 is none
 
-/// Generic accesses that lie before a proxy fence which is known: in shared memory and in global. No clock: none, but
-/// for those that a kernel's start or end has passed.
+/// Generic accesses that lie before a proxy fence which is known: in shared memory and in global. No clock:
+/// none, but for those that a kernel's start or end has passed.
 struct Crossed {
   static constexpr size_t kShared = 0;
   static constexpr size_t kGlobal = 1;
@@ -62,8 +63,8 @@ struct Copy {
   // of a put
   int rank = 0;
   Signal signal;
-  std::vector<CopyId> behind;  // puts that are delivered before it, as a fence or a quiet has it
-  std::vector<Released> releases;  // what its signal carries
+  std::vector<CopyId> behind;          // puts that are delivered before it, as a fence or a quiet has it
+  std::vector<Released> releases;      // what its signal carries
   std::vector<std::byte> data;         // between reading and writing
   std::vector<Epoch> reading_seen_by;  // who has waited for it to have read, and when
   std::vector<Epoch> seen_by;          // who has waited for it to be complete, and when
@@ -84,9 +85,9 @@ struct Barrier {
   int64_t bytes = 0;     // expected and not yet here
   uint32_t phase = 0;    // the running one
   uint32_t loads_under_way = 0;
-  Epoch begun;           // its initialisation
+  Epoch begun;  // its initialisation
   uint16_t begun_at = 0;
-  ClockRef users;        // whoever has used it, and when last
+  ClockRef users;  // whoever has used it, and when last
   BarrierPhase running;
   BarrierPhase last;
   std::vector<Slot> waiters;

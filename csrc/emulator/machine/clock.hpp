@@ -1,6 +1,6 @@
-// Vector clocks: what a thread knows of every other. A thread's knowledge is a shared clock plus its own time, so
-// that the threads of a block, which know the same after every barrier, share one clock, and only a thread that
-// learns something alone pays for a copy.
+// Vector clocks: what a thread knows of every other. A thread's knowledge is a shared clock plus its own time,
+// so that the threads of a block, which know the same after every barrier, share one clock, and only a thread
+// that learns something alone pays for a copy.
 #pragma once
 
 #include <algorithm>

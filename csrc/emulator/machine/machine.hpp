@@ -66,7 +66,8 @@ class Machine {
   [[nodiscard]] virtual bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns,
                                   uint64_t& seen, Site) = 0;
 
-  /// Bulk copies are carried out later, at steps that the schedule chooses: they read at one and write at another.
+  /// Bulk copies are carried out later, at steps that the schedule chooses: they read at one and write at
+  /// another.
   virtual void bulk_load(void* stage, const void* from, int64_t bytes, void* barrier, Site) = 0;
   virtual void bulk_store(void* to, const void* stage, int64_t bytes, Site) = 0;
   virtual void bulk_commit(Site) = 0;
@@ -78,8 +79,8 @@ class Machine {
   /// Arrives once; the running phase then waits for `bytes` more.
   virtual void mbarrier_arrive(void* barrier, int64_t bytes, Order, Scope, Site) = 0;
   /// True when the phase is complete; false when the deadline passed.
-  [[nodiscard]] virtual bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns,
-                                           Site) = 0;
+  [[nodiscard]] virtual bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope,
+                                           uint64_t deadline_ns, Site) = 0;
 
   /// NVSHMEM. `signal` null: none; `adds`: to what it holds.
   virtual void put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,

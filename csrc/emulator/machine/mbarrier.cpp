@@ -13,9 +13,9 @@ constexpr int64_t kMaxCount = (int64_t{1} << 20) - 1;
 }  // namespace
 
 void Memory::fail_barrier(const Agent& agent, const Access& access, const std::string& why) const {
-  environment_.fail("mbarrier misuse",
-                    told(agent, access) + ": " + why + "\n  its latest ordered operations:\n" +
-                        events_of(thread_of(agent).slot, 0, 6, true));
+  environment_.fail("mbarrier misuse", told(agent, access) + ": " + why +
+                                           "\n  its latest ordered operations:\n" +
+                                           events_of(thread_of(agent).slot, 0, 6, true));
   std::abort();
 }
 
@@ -120,19 +120,22 @@ void Memory::complete_bytes(Barrier& barrier, const Copy& copy, CopyId id) {
   barrier.bytes -= copy.bytes;
   if (barrier.bytes < -kMaxCount) {
     const Agent agent = carrier(id, Crossed::kShared);
-    fail_barrier(agent, {"bulk load's completion", barrier.address, 8, copy.site}, "more bytes than it can count");
+    fail_barrier(agent, {"bulk load's completion", barrier.address, 8, copy.site},
+                 "more bytes than it can count");
   }
   barrier.running.loads.push_back(id);
   complete_phase(barrier);
 }
 
-bool Memory::try_phase(Agent& agent, uintptr_t address, uint32_t phase, Order order, Scope scope, uint16_t site) {
+bool Memory::try_phase(Agent& agent, uintptr_t address, uint32_t phase, Order order, Scope scope,
+                       uint16_t site) {
   const Access access{"mbarrier_wait", address, 8, site};
   Barrier& barrier = live_barrier(agent, access);
   if (phase == barrier.phase) return false;
   if (phase != barrier.phase - 1)
-    fail_barrier(agent, access, "waits for phase " + std::to_string(static_cast<int32_t>(phase)) + " while phase " +
-                                    std::to_string(barrier.phase) + " is running: the parity would mean another");
+    fail_barrier(agent, access,
+                 "waits for phase " + std::to_string(static_cast<int32_t>(phase)) + " while phase " +
+                     std::to_string(barrier.phase) + " is running: the parity would mean another");
   if (order == Order::acquire) {
     if (barrier.last.released) agent.known.join(barrier.last.released);
     agent.crossed.join(barrier.last.crossed);

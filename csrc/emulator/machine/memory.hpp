@@ -1,10 +1,11 @@
 // The memory model. Plain accesses are checked, ordered ones are carried out.
 //
-// Causality is the PTX model's: program order, barriers, and a release pattern observed by an acquire pattern whose
-// scopes include each other. It is kept as vector clocks. A plain access that is not ordered after a conflicting one
-// is a data race, and an error whatever the schedule made of it; so plain data needs no delayed delivery. Ordered
-// accesses have their consequences: every word they touch keeps the values written to it, and a load may return any
-// that causality and coherence still allow, until the write's delivery makes it visible to all.
+// Causality is the PTX model's: program order, barriers, and a release pattern observed by an acquire pattern
+// whose scopes include each other. It is kept as vector clocks. A plain access that is not ordered after a
+// conflicting one is a data race, and an error whatever the schedule made of it; so plain data needs no delayed
+// delivery. Ordered accesses have their consequences: every word they touch keeps the values written to it, and
+// a load may return any that causality and coherence still allow, until the write's delivery makes it visible
+// to all.
 //
 // An agent is whoever has a place in the clocks: a thread, or a rank's host. Bulk copies have none: async.hpp.
 #pragma once
@@ -26,22 +27,22 @@ struct Agent {
   Slot slot = 0;
   Time time = 0;
   ClockRef known;
-  ClockRef at_launch;                   // what was known when its kernel started
-  Epoch read_only;                      // as whom its kernel reads through the read-only path
-  std::array<Released, 3> fenced;       // by scope: what its last releasing fence covers
-  std::array<ClockRef, 3> unacquired;   // by distance: what relaxed loads observed, for a fence to acquire
+  ClockRef at_launch;                  // what was known when its kernel started
+  Epoch read_only;                     // as whom its kernel reads through the read-only path
+  std::array<Released, 3> fenced;      // by scope: what its last releasing fence covers
+  std::array<ClockRef, 3> unacquired;  // by distance: what relaxed loads observed, for a fence to acquire
   std::array<Crossed, 3> unacquired_crossed;
   std::vector<CopyId> unacquired_puts;
-  Crossed crossed;                      // what of all this lies before a proxy fence
-  CopyId copy = 0;                      // of a copy that is carried out: which (async.cpp)
+  Crossed crossed;                             // what of all this lies before a proxy fence
+  CopyId copy = 0;                             // of a copy that is carried out: which (async.cpp)
   mutable std::array<CopyId, 16> seen_done{};  // copies it was found to know complete; by number, modulo
 
   [[nodiscard]] Epoch now() const { return {slot, time}; }
   [[nodiscard]] bool knows(Epoch epoch) const { return epoch.slot == slot || known.knows(epoch); }
 };
 
-/// Which rank and block each slot belongs to, and how far two slots are apart. Behind the threads, every rank has a
-/// warp's worth of slots of its host.
+/// Which rank and block each slot belongs to, and how far two slots are apart. Behind the threads, every rank
+/// has a warp's worth of slots of its host.
 struct Topology {
   int num_ranks;
   int max_blocks;   // per rank
@@ -62,14 +63,17 @@ struct Topology {
   [[nodiscard]] Slot host(int rank) const { return device_slots() + 32 * static_cast<Slot>(rank); }
   /// Stands for all of a rank's running kernel: reads through the read-only path are its.
   [[nodiscard]] Slot kernel(int rank) const { return host(rank) + 1; }
-  /// Behind all that have a place in the clocks: copies, by their number as the time; and whoever carries them out.
+  /// Behind all that have a place in the clocks: copies, by their number as the time; and whoever carries them
+  /// out.
   [[nodiscard]] Slot copies() const { return num_slots(); }
   [[nodiscard]] Slot carrier() const { return num_slots() + 1; }
   [[nodiscard]] Slot clock_slots() const { return num_slots() + 2; }
   /// The rank's host while it watches what a running kernel writes.
   [[nodiscard]] Slot watcher(int rank) const { return host(rank) + 2; }
   [[nodiscard]] bool is_device(Slot slot) const { return slot < device_slots(); }
-  [[nodiscard]] int block_of(Slot slot) const { return static_cast<int>(slot) / max_threads; }  // over all ranks
+  [[nodiscard]] int block_of(Slot slot) const {
+    return static_cast<int>(slot) / max_threads;
+  }  // over all ranks
   [[nodiscard]] int rank_of(Slot slot) const {
     return is_device(slot) ? block_of(slot) / max_blocks : static_cast<int>(slot - device_slots()) / 32;
   }
@@ -125,10 +129,10 @@ struct Event {
     sync,
     proxy_fence,  // value: spaces
     copy,         // value: the copy's number
-    wait_copies,  // value: groups that may be pending, or with the highest bit, only their reading was waited for
+    wait_copies,  // value: groups that may be pending; with the highest bit: only their reading was waited for
     arrive,       // value: bytes expected
-    wait_phase,   // value: the phase
-    put_order,    // value: 1 quiet, 0 fence
+    wait_phase,  // value: the phase
+    put_order,   // value: 1 quiet, 0 fence
   } kind;
   Order order;
   Scope scope;
@@ -180,8 +184,8 @@ class Memory {
   // ordered accesses (ordered.cpp)
   [[nodiscard]] uint64_t strong_load(Agent& agent, uintptr_t address, int bytes, Order, Scope, uint16_t site);
   void strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t value, Order, Scope, uint16_t site);
-  [[nodiscard]] uint64_t strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw, uint64_t operand, Order, Scope,
-                                    uint16_t site);
+  [[nodiscard]] uint64_t strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw, uint64_t operand, Order,
+                                    Scope, uint16_t site);
   void fence(Agent& agent, Order, Scope, uint16_t site);
   /// The word's history, for a wait to register with. Only after a strong_load of the same word.
   [[nodiscard]] History& history_at(uintptr_t address) { return histories_[arena.cell(address).extra]; }
@@ -190,7 +194,8 @@ class Memory {
   void lose_writes(int rank);
 
   // bulk copies (async.cpp)
-  /// Checks a copy as far as can be at its start, and takes note of what its issuer knows. `barrier`: of a load.
+  /// Checks a copy as far as can be at its start, and takes note of what its issuer knows. `barrier`: of a
+  /// load.
   [[nodiscard]] CopyId issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from, int64_t bytes,
                              uintptr_t barrier, uint16_t site);
   /// The copy's next step: it reads, then it writes and is complete.
@@ -204,10 +209,13 @@ class Memory {
   [[noreturn]] void fail_outstanding(const Agent& agent, CopyId id);
 
   // puts (put.cpp)
-  [[nodiscard]] CopyId issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t bytes, const Signal& signal,
-                                 int rank, const std::vector<CopyId>& behind, uint16_t site);
+  [[nodiscard]] CopyId issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t bytes,
+                                 const Signal& signal, int rank, const std::vector<CopyId>& behind,
+                                 uint16_t site);
   /// Whether the agent knows that the put was issued.
-  [[nodiscard]] bool knows_issue(const Agent& agent, CopyId id) const { return agent.knows(copies_[id].issuer); }
+  [[nodiscard]] bool knows_issue(const Agent& agent, CopyId id) const {
+    return agent.knows(copies_[id].issuer);
+  }
   void log_put_order(Agent& agent, bool is_quiet, uint16_t site);
 
   // mbarriers (mbarrier.cpp)
@@ -261,7 +269,8 @@ class Memory {
   }
   /// What clocks alone do not tell; `reading`: a copy's reading is enough.
   [[nodiscard]] bool knows_otherwise(const Agent& agent, Epoch epoch, bool reading) const;
-  [[nodiscard]] static bool has_observer(const std::vector<Epoch>& observers, const ClockRef& known, Epoch self);
+  [[nodiscard]] static bool has_observer(const std::vector<Epoch>& observers, const ClockRef& known,
+                                         Epoch self);
   void check_copy(const Agent& agent, const Access& access, bool in_shared);
   /// The copy in the part of an agent: it knows what crossed to the async proxy before it was issued.
   [[nodiscard]] Agent carrier(CopyId id, size_t space);
@@ -280,7 +289,8 @@ class Memory {
   template <class Each>
   void for_cells(const Agent& agent, const Access& access, const Each& each);
   void split(Cell& cell);
-  /// Makes a cell in pieces whole again, for an ordered access by an agent that knows all that was done to them.
+  /// Makes a cell in pieces whole again, for an ordered access by an agent that knows all that was done to
+  /// them.
   void unify(const Agent& agent, Cell& cell, const Access& access);
   void note_read(const Agent& agent, Cell& cell, Epoch as, uint16_t site);
   [[nodiscard]] uint32_t new_read_set();
@@ -319,7 +329,8 @@ class Memory {
   /// Why the earlier access does not lie before the later.
   [[nodiscard]] const char* reason_of(const Agent& agent, Epoch earlier) const;
   [[nodiscard]] std::string describe(const Event& event) const;
-  /// Up to `count` logged operations of a thread, or barriers of its block: the first from `from` on, or the last.
+  /// Up to `count` logged operations of a thread, or barriers of its block: the first from `from` on, or the
+  /// last.
   [[nodiscard]] std::string events_of(Slot slot, Time from, size_t count, bool last_ones) const;
 
   Topology topology_;

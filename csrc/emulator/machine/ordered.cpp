@@ -20,7 +20,7 @@ constexpr size_t kMaxEvents = size_t{1} << 14;
 
 Memory::Memory(const Topology& topology, Environment& environment)
     : clocks(topology.clock_slots()), topology_(topology), environment_(environment) {
-  histories_.emplace_back();   // index 0 is none
+  histories_.emplace_back();  // index 0 is none
   pieces_.emplace_back();
   read_sets_.emplace_back();
   copies_.emplace_back();
@@ -106,7 +106,8 @@ void Memory::dissolve(History& history) {
   free_histories_.push_back(index);
 }
 
-void Memory::check_messages_known(const Agent& agent, const History& history, const Access& access, bool readers_too) {
+void Memory::check_messages_known(const Agent& agent, const History& history, const Access& access,
+                                  bool readers_too) {
   for (const Message& m : history.messages)
     if (!knows(agent, m.writer)) fail_race(agent, access, "store", m.writer, m.site, nullptr);
   if (!readers_too) return;
@@ -115,7 +116,8 @@ void Memory::check_messages_known(const Agent& agent, const History& history, co
 }
 
 /// Ordered accesses race as well when neither knows of the other and a scope does not include both.
-void Memory::check_strong(const Agent& agent, History& history, Scope scope, const Access& access, bool is_store) {
+void Memory::check_strong(const Agent& agent, History& history, Scope scope, const Access& access,
+                          bool is_store) {
   const auto check = [&](Epoch other, Scope other_scope, const char* what, uint16_t site) {
     if (knows(agent, other)) return;
     const Scope distance = topology_.distance(agent.slot, other.slot);
@@ -171,7 +173,8 @@ void Memory::learn(Agent& agent, const Released& released) {
   agent.crossed.join(released.crossed);
 }
 
-/// A load has returned `message`: an acquire learns what was released with it, a relaxed load keeps it for a fence.
+/// A load has returned `message`: an acquire learns what was released with it, a relaxed load keeps it for a
+/// fence.
 void Memory::observe(Agent& agent, const Message& message, Order order, Scope scope) {
   for (const Released& released : message.releases) {
     Scope distance = topology_.distance(agent.slot, released.origin.slot);
@@ -242,7 +245,8 @@ void Memory::synchronize(const std::vector<Agent*>& agents, uint16_t site) {
   Crossed crossed;
   for (const Agent* agent : agents)
     for (size_t space = 0; space < crossed.in.size(); ++space)
-      if (agent->crossed.in[space].get() != crossed.in[space].get()) crossed.in[space].join(agent->crossed.in[space]);
+      if (agent->crossed.in[space].get() != crossed.in[space].get())
+        crossed.in[space].join(agent->crossed.in[space]);
   for (Agent* agent : agents) {
     agent->known = all;
     agent->crossed = crossed;
@@ -252,7 +256,8 @@ void Memory::synchronize(const std::vector<Agent*>& agents, uint16_t site) {
 
 // ---- the accesses ------------------------------------------------------------------------------------------
 
-uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order order, Scope scope, uint16_t site) {
+uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order order, Scope scope,
+                             uint16_t site) {
   const Access access{"ordered load", address, bytes, site};
   check_reach(agent, access);
   check_written(agent, access);
@@ -280,7 +285,8 @@ void Memory::append(Agent& agent, History& history, Message message, Epoch put) 
     history.messages.erase(history.messages.begin());
     ++history.first;
   }
-  for (int i = 0; i < history.bytes; i += 4) arena.cell(history.address + static_cast<uintptr_t>(i)).written = 0xf;
+  for (int i = 0; i < history.bytes; i += 4)
+    arena.cell(history.address + static_cast<uintptr_t>(i)).written = 0xf;
   advance(agent);
   environment_.written(history, thread);
 }

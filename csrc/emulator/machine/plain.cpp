@@ -14,7 +14,8 @@ void Memory::check_reach(const Agent& agent, const Access& access) {
 }
 
 bool Memory::is_reachable(const Agent& agent, const Allocation& allocation) const {
-  if (allocation.space == Space::symmetric) return topology_.same_node(allocation.rank, topology_.rank_of(agent.slot));
+  if (allocation.space == Space::symmetric)
+    return topology_.same_node(allocation.rank, topology_.rank_of(agent.slot));
   if (allocation.rank != topology_.rank_of(agent.slot) &&
       (allocation.space != Space::device || allocation.rank != topology_.gpu_of(topology_.rank_of(agent.slot))))
     return false;
@@ -99,7 +100,8 @@ void Memory::check_reads_known(const Agent& agent, const Cell& cell, const Acces
   for (Slot s = 0; s < clocks.width(); ++s) unknown |= static_cast<Time>(set[s] > agent.known[s]);
   if (unknown == 0) return;
   for (Slot s = 0; s < clocks.width(); ++s)
-    if (!knows(agent, {s, set[s]})) fail_race(agent, access, "plain load", {s, set[s]}, cell.read_site, nullptr);
+    if (!knows(agent, {s, set[s]}))
+      fail_race(agent, access, "plain load", {s, set[s]}, cell.read_site, nullptr);
 }
 
 void Memory::note_read(const Agent& agent, Cell& cell, Epoch as, uint16_t site) {
@@ -145,7 +147,8 @@ void Memory::load_cell_once(Agent& agent, Cell& cell, uint8_t mask, const Access
   if (cell.read == agent.read_only && cell.readers == 0) return;
   const auto check_before_launch = [&](Epoch writer, const char* what, uint16_t site) {
     const bool is_copy = writer.slot == topology_.copies();
-    if (is_copy ? !has_observer(copies_[static_cast<CopyId>(writer.time)].seen_by, agent.at_launch, {topology_.carrier(), 0})
+    if (is_copy ? !has_observer(copies_[static_cast<CopyId>(writer.time)].seen_by, agent.at_launch,
+                                {topology_.carrier(), 0})
                 : !agent.at_launch.knows(writer))
       fail_race(agent, access, what, writer, site,
                 "the read-only path is for bytes that nobody writes while the kernel runs");

@@ -11,8 +11,9 @@ uintptr_t Memory::counterpart(const Agent& agent, const Access& access, int rank
   const Allocation* own = arena.find(access.address, static_cast<size_t>(access.bytes));
   if (own == nullptr) environment_.fail("out of bounds", told(agent, access));
   if (own->space != Space::symmetric || own->rank != topology_.rank_of(agent.slot))
-    environment_.fail("foreign memory", told(agent, access) + ": a put is between symmetric memory of its own rank and "
-                                                              "the same of another");
+    environment_.fail("foreign memory", told(agent, access) +
+                                            ": a put is between symmetric memory of its own rank and "
+                                            "the same of another");
   const auto count_before = [&](const Allocation* end) {
     return std::count_if(arena.allocations().data(), end, [&](const Allocation& a) {
       return a.space == Space::symmetric && a.rank == own->rank;
@@ -25,12 +26,13 @@ uintptr_t Memory::counterpart(const Agent& agent, const Access& access, int rank
     if (a.end - a.begin != own->end - own->begin) break;
     return a.begin + (access.address - own->begin);
   }
-  environment_.fail("foreign memory", told(agent, access) + ": rank " + std::to_string(rank) + " has no counterpart");
+  environment_.fail("foreign memory",
+                    told(agent, access) + ": rank " + std::to_string(rank) + " has no counterpart");
   return 0;
 }
 
-CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t bytes, const Signal& signal, int rank,
-                         const std::vector<CopyId>& behind, uint16_t site) {
+CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t bytes, const Signal& signal,
+                         int rank, const std::vector<CopyId>& behind, uint16_t site) {
   Copy copy;
   copy.kind = Copy::Kind::put;
   copy.site = site;
@@ -56,7 +58,15 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
 }
 
 void Memory::log_put_order(Agent& agent, bool is_quiet, uint16_t site) {
-  log({Event::Kind::put_order, Order::acq_rel, Scope::sys, site, agent.now(), 0, 0, is_quiet ? uint64_t{1} : 0, {}});
+  log({Event::Kind::put_order,
+       Order::acq_rel,
+       Scope::sys,
+       site,
+       agent.now(),
+       0,
+       0,
+       is_quiet ? uint64_t{1} : 0,
+       {}});
   advance(agent);
 }
 

@@ -42,8 +42,8 @@ std::string Memory::place(uintptr_t address) const {
     a = arena.nearest(address);
     if (a == nullptr) return "no memory at all";
     const bool before = address < a->begin;
-    return hex(before ? a->begin - address : address - a->end) + " bytes " + (before ? "before" : "past the end of") +
-           " " + a->name;
+    return hex(before ? a->begin - address : address - a->end) + " bytes " +
+           (before ? "before" : "past the end of") + " " + a->name;
   }
   return a->name + "+" + hex(address - a->begin);
 }
@@ -57,8 +57,8 @@ Epoch Memory::thread_of(const Agent& agent) const {
 }
 
 std::string Memory::told(const Agent& agent, const Access& access) const {
-  return environment_.name_of(thread_of(agent)) + ": " + access.what + " of " + std::to_string(access.bytes) + " bytes, " +
-         place(access.address) + ", at " + sites.name(access.site);
+  return environment_.name_of(thread_of(agent)) + ": " + access.what + " of " + std::to_string(access.bytes) +
+         " bytes, " + place(access.address) + ", at " + sites.name(access.site);
 }
 
 void Memory::check_written(const Agent& agent, const Access& access) {
@@ -67,9 +67,9 @@ void Memory::check_written(const Agent& agent, const Access& access) {
 }
 
 void Memory::fail_unwritten(const Agent& agent, const Access& access) {
-  environment_.fail("read of memory never written",
-                    told(agent, access) + "\n  its latest ordered operations:\n" +
-                        events_of(thread_of(agent).slot, 0, 6, true));
+  environment_.fail("read of memory never written", told(agent, access) +
+                                                        "\n  its latest ordered operations:\n" +
+                                                        events_of(thread_of(agent).slot, 0, 6, true));
   std::abort();  // fail() does not return, but not every compiler believes it of a virtual function
 }
 
@@ -78,25 +78,21 @@ std::string Memory::describe(const Event& event) const {
   const std::string how = std::string(word(event.order)) + "." + word(event.scope) + " ";
   switch (event.kind) {
     case Event::Kind::sync:
-      return text + "barrier of " + std::to_string(event.value) + " threads at " + sites.name(event.site) + "\n";
-    case Event::Kind::fence:
-      return text + how + "fence at " + sites.name(event.site) + "\n";
+      return text + "barrier of " + std::to_string(event.value) + " threads at " + sites.name(event.site) +
+             "\n";
+    case Event::Kind::fence: return text + how + "fence at " + sites.name(event.site) + "\n";
     case Event::Kind::proxy_fence: {
       static const char* const kSpaces[] = {"", "shared", "global", "all"};
       return text + "proxy fence (" + kSpaces[event.value] + ") at " + sites.name(event.site) + "\n";
     }
-    case Event::Kind::copy:
-      text += describe_copy(static_cast<CopyId>(event.value)) + ", issued";
-      break;
+    case Event::Kind::copy: text += describe_copy(static_cast<CopyId>(event.value)) + ", issued"; break;
     case Event::Kind::wait_copies: {
       const bool reads_only = (event.value >> 63) != 0;
       text += std::string("bulk groups ") + (reads_only ? "have read" : "are complete") + " but for " +
               std::to_string(event.value & 0xffffffffu);
       break;
     }
-    case Event::Kind::put_order:
-      text += event.value != 0 ? "quiet" : "fence of puts";
-      break;
+    case Event::Kind::put_order: text += event.value != 0 ? "quiet" : "fence of puts"; break;
     case Event::Kind::arrive:
       text += how + "arrival at mbarrier " + place(event.address);
       if (event.value != 0) text += ", expecting " + std::to_string(event.value) + " bytes";
@@ -105,15 +101,9 @@ std::string Memory::describe(const Event& event) const {
       text += how + "wait for phase " + std::to_string(static_cast<int32_t>(event.value)) + " of mbarrier " +
               place(event.address);
       break;
-    case Event::Kind::store:
-      text += how + "store " + place(event.address) + " = " + hex(event.value);
-      break;
-    case Event::Kind::load:
-      text += how + "load " + place(event.address) + " -> " + hex(event.value);
-      break;
-    case Event::Kind::rmw:
-      text += how + "atomic " + place(event.address) + " -> " + hex(event.value);
-      break;
+    case Event::Kind::store: text += how + "store " + place(event.address) + " = " + hex(event.value); break;
+    case Event::Kind::load: text += how + "load " + place(event.address) + " -> " + hex(event.value); break;
+    case Event::Kind::rmw: text += how + "atomic " + place(event.address) + " -> " + hex(event.value); break;
   }
   text += " at " + sites.name(event.site);
   if (event.kind != Event::Kind::store && event.from.time != 0)
@@ -159,7 +149,8 @@ void Memory::fail_race(const Agent& agent, const Access& access, const char* oth
   text += is_copy ? ", issued at " : " at ";
   text += sites.name(other_site) + "\n  ";
   text += reason != nullptr ? reason : reason_of(agent, other);
-  text += "\n  ordered operations of the earlier's thread since:\n" + events_of(thread.slot, thread.time, 4, false);
+  text +=
+      "\n  ordered operations of the earlier's thread since:\n" + events_of(thread.slot, thread.time, 4, false);
   text += "  of the later's thread before:\n" + events_of(thread_of(agent).slot, 0, 6, true);
   environment_.fail("data race", text);
   std::abort();
@@ -185,8 +176,8 @@ const char* Memory::reason_of(const Agent& agent, Epoch earlier) const {
 std::string Memory::describe_copy(CopyId id) const {
   const Copy& copy = copies_[id];
   static const char* const kKinds[] = {"bulk load", "bulk store", "put"};
-  return std::string(kKinds[static_cast<size_t>(copy.kind)]) + " of " + std::to_string(copy.bytes) + " bytes, " +
-         place(copy.from) + " to " + place(copy.to);
+  return std::string(kKinds[static_cast<size_t>(copy.kind)]) + " of " + std::to_string(copy.bytes) +
+         " bytes, " + place(copy.from) + " to " + place(copy.to);
 }
 
 void Memory::fail_outstanding(const Agent& agent, CopyId id) {
@@ -199,22 +190,23 @@ void Memory::fail_outstanding(const Agent& agent, CopyId id) {
   std::abort();
 }
 
-std::string Memory::describe_phase_wait(const Agent& agent, uintptr_t address, uint32_t phase, uint16_t site) const {
-  std::string text = "  " + environment_.name_of(agent.now()) + " waits at " + sites.name(site) + " for phase " +
-                     std::to_string(phase) + " of mbarrier " + place(address);
+std::string Memory::describe_phase_wait(const Agent& agent, uintptr_t address, uint32_t phase,
+                                        uint16_t site) const {
+  std::string text = "  " + environment_.name_of(agent.now()) + " waits at " + sites.name(site) +
+                     " for phase " + std::to_string(phase) + " of mbarrier " + place(address);
   for (const Barrier& barrier : barriers_)
     if (barrier.address == address)
-      text += "; it misses " + std::to_string(barrier.missing) + " arrivals and " + std::to_string(barrier.bytes) +
-              " bytes";
+      text += "; it misses " + std::to_string(barrier.missing) + " arrivals and " +
+              std::to_string(barrier.bytes) + " bytes";
   return text + "\n";
 }
 
-std::string Memory::describe_wait(const Agent& agent, uintptr_t address, Condition condition, Order order, Scope scope,
-                                  uint16_t site) const {
+std::string Memory::describe_wait(const Agent& agent, uintptr_t address, Condition condition, Order order,
+                                  Scope scope, uint16_t site) const {
   static const char* const kKinds[] = {"== ", "to reach ", "under its mask == ", "to carry tag "};
   std::string text = "  " + environment_.name_of(agent.now()) + " waits at " + sites.name(site) + " for " +
-                     place(address) + " " + kKinds[static_cast<size_t>(condition.kind)] + hex(condition.operand) +
-                     " (" + word(order) + "." + word(scope) + ")";
+                     place(address) + " " + kKinds[static_cast<size_t>(condition.kind)] +
+                     hex(condition.operand) + " (" + word(order) + "." + word(scope) + ")";
   for (const History& history : histories_) {
     if (history.address != address || history.messages.empty()) continue;
     const Message& last = history.messages.back();

@@ -87,7 +87,8 @@ void Simulation::carry_out(CopyId id) {
   is_carrying_ = false;
   idle_polls_ = 0;
   const Copy& copy = memory_.copy(id);
-  if (copy.kind == Copy::Kind::put) wake(ranks_[static_cast<size_t>(topology_.rank_of(copy.issuer.slot))].quieting);
+  if (copy.kind == Copy::Kind::put)
+    wake(ranks_[static_cast<size_t>(topology_.rank_of(copy.issuer.slot))].quieting);
   if (before == Copy::State::issued)
     push_wake(step_ + scheduler_.copy_delay(copy.issuer.slot / 32), topology_.copies(), id);
 }
@@ -103,15 +104,16 @@ void Simulation::check_copies_done() {
 
 // ---- puts --------------------------------------------------------------------------------------------------
 
-void Simulation::put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,
-                     Site site) {
+void Simulation::put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds,
+                     int rank, Site site) {
   point();
   Fiber& fiber = self();
   if (rank < 0 || rank >= shape_.num_ranks) fail("foreign memory", "a put to rank " + std::to_string(rank));
   if (fiber.puts.empty()) fiber.puts.resize(static_cast<size_t>(shape_.num_ranks));
   Fiber::Puts& puts = fiber.puts[static_cast<size_t>(rank)];
-  const CopyId id = memory_.issue_put(fiber.agent, address_of(to), address_of(from), bytes,
-                                      {address_of(signal), value, adds}, rank, puts.before, memory_.sites.id(site));
+  const CopyId id =
+      memory_.issue_put(fiber.agent, address_of(to), address_of(from), bytes, {address_of(signal), value, adds},
+                        rank, puts.before, memory_.sites.id(site));
   puts.latest.push_back(id);
   ranks_[static_cast<size_t>(topology_.rank_of(running_))].puts.push_back(id);
   begin(id);
@@ -175,8 +177,8 @@ void Simulation::mbarrier_arrive(void* barrier, int64_t bytes, Order order, Scop
   memory_.arrive(self().agent, address_of(barrier), bytes, order, scope, memory_.sites.id(site));
 }
 
-bool Simulation::mbarrier_wait(const void* barrier, uint32_t phase, Order order, Scope scope, uint64_t deadline_ns,
-                               Site site) {
+bool Simulation::mbarrier_wait(const void* barrier, uint32_t phase, Order order, Scope scope,
+                               uint64_t deadline_ns, Site site) {
   const Slot slot = running_;
   Fiber& fiber = self();
   fiber.waits_for = Fiber::For::phase;

@@ -10,7 +10,8 @@ void Simulation::strike_due(int writer) {
   for (size_t i = faults_struck_; i < plan_.faults.size(); ++i) {
     const Fault& fault = plan_.faults[i];
     const uint64_t writes = ranks_[static_cast<size_t>(fault.rank)].writes;
-    const bool is_due = fault.counts_writes ? fault.rank == writer && writes >= fault.at : writer < 0 && step_ >= fault.at;
+    const bool is_due =
+        fault.counts_writes ? fault.rank == writer && writes >= fault.at : writer < 0 && step_ >= fault.at;
     if (!is_due) continue;
     freeze(fault);
     std::swap(plan_.faults[i], plan_.faults[faults_struck_++]);
@@ -84,28 +85,31 @@ void Simulation::jump_to(uint64_t ns) {
 
 std::string Simulation::story_of_waits() const {
   std::string text;
-  int told = 0;
-  int untold = 0;
+  int shown = 0;
+  int omitted = 0;
   for (const Fiber& fiber : fibers_) {
     if (fiber.state != Fiber::State::waiting) continue;
-    if (told == 8) {
-      ++untold;
+    if (shown == 8) {
+      ++omitted;
       continue;
     }
-    ++told;
+    ++shown;
     if (fiber.waits_for == Fiber::For::word)
-      text += memory_.describe_wait(fiber.agent, fiber.address, fiber.condition, fiber.order, fiber.scope, fiber.site);
+      text += memory_.describe_wait(fiber.agent, fiber.address, fiber.condition, fiber.order, fiber.scope,
+                                    fiber.site);
     else if (fiber.waits_for == Fiber::For::phase)
       text += memory_.describe_phase_wait(fiber.agent, fiber.address, fiber.phase, fiber.site);
     else
-      text += "  " + name_of(fiber.agent.now()) + " waits at " + memory_.sites.name(fiber.site) + " for bulk stores\n";
+      text += "  " + name_of(fiber.agent.now()) + " waits at " + memory_.sites.name(fiber.site) +
+              " for bulk stores\n";
   }
-  if (untold > 0) text += "  and " + std::to_string(untold) + " more wait\n";
+  if (omitted > 0) text += "  and " + std::to_string(omitted) + " more wait\n";
   for (size_t b = 0; b < blocks_.size(); ++b) {
     if (blocks_[b].arrived == 0) continue;
     text += "  rank " + std::to_string(b / static_cast<size_t>(shape_.max_blocks)) + " block " +
-            std::to_string(b % static_cast<size_t>(shape_.max_blocks)) + ": " + std::to_string(blocks_[b].arrived) +
-            " threads at the barrier of " + memory_.sites.name(blocks_[b].site) + "\n";
+            std::to_string(b % static_cast<size_t>(shape_.max_blocks)) + ": " +
+            std::to_string(blocks_[b].arrived) + " threads at the barrier of " +
+            memory_.sites.name(blocks_[b].site) + "\n";
   }
   for (size_t w = 0; w < warps_.size(); ++w)
     if (warps_[w].arrived != 0)

@@ -19,8 +19,8 @@ namespace deepep::emu {
 
 #if defined(__x86_64__) && !defined(DEEPEP_EMULATOR_UCONTEXT)
 
-// Callee-saved registers go to the stack, the stack pointer to the context. A fresh fiber's stack holds the same
-// seven words, of which r12 is the entry, r13 its argument, and the return address the trampoline.
+// Callee-saved registers go to the stack, the stack pointer to the context. A fresh fiber's stack holds the
+// same seven words, of which r12 is the entry, r13 its argument, and the return address the trampoline.
 asm(R"(
   .text
   .p2align 4
@@ -61,12 +61,12 @@ Context make_context(std::byte* stack, void (*entry)(void*), void* argument) {
   *--top = 0;  // so that the trampoline starts with the stack on 16 bytes
   *--top = 0;
   *--top = reinterpret_cast<uint64_t>(&deepep_emu_start);
-  *--top = 0;                                        // rbp
-  *--top = 0;                                        // rbx
-  *--top = reinterpret_cast<uint64_t>(entry);        // r12
-  *--top = reinterpret_cast<uint64_t>(argument);     // r13
-  *--top = 0;                                        // r14
-  *--top = 0;                                        // r15
+  *--top = 0;                                     // rbp
+  *--top = 0;                                     // rbx
+  *--top = reinterpret_cast<uint64_t>(entry);     // r12
+  *--top = reinterpret_cast<uint64_t>(argument);  // r13
+  *--top = 0;                                     // r14
+  *--top = 0;                                     // r15
   return {top};
 }
 
@@ -181,7 +181,8 @@ std::byte* StackPool::take() {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t stride = kStackBytes + page;
     const size_t bytes = stride * kStacksPerSlab;
-    void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* base =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) throw std::bad_alloc();
     slabs_.push_back({static_cast<std::byte*>(base), bytes});
     for (size_t i = kStacksPerSlab; i-- > 0;) {

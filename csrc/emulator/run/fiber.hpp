@@ -16,7 +16,8 @@ struct Context {
 /// Saves the running context in `from` and goes on with `to`.
 void switch_context(Context& from, Context& to);
 
-/// Stacks, each with an unmapped page below, kept for the next fiber. One per simulation, so not shared by threads.
+/// Stacks, each with an unmapped page below, kept for the next fiber. One per simulation, so not shared by
+/// threads.
 class StackPool {
  public:
   static constexpr size_t kStackBytes = size_t{64} << 10;

@@ -14,19 +14,22 @@ uintptr_t Simulation::allocate(std::string name, Space space, int rank, size_t b
 Agent& Simulation::idle_host(int rank) {
   Rank& r = ranks_[static_cast<size_t>(rank)];
   if (!r.stream.empty() && !(r.at_host_step && r.stream.size() == 1))
-    throw std::logic_error("the host of rank " + std::to_string(rank) + " touches memory while its stream is busy");
+    throw std::logic_error("the host of rank " + std::to_string(rank) +
+                           " touches memory while its stream is busy");
   return r.host;
 }
 
 void Simulation::host_write(int rank, uintptr_t address, const void* bytes, size_t count) {
   if (count == 0) return;
-  memory_.plain_store(idle_host(rank), address, static_cast<int64_t>(count), memory_.sites.named("its own step"));
+  memory_.plain_store(idle_host(rank), address, static_cast<int64_t>(count),
+                      memory_.sites.named("its own step"));
   std::memcpy(reinterpret_cast<void*>(address), bytes, count);
 }
 
 void Simulation::host_read(int rank, uintptr_t address, void* bytes, size_t count) {
   if (count == 0) return;
-  memory_.plain_load(idle_host(rank), address, static_cast<int64_t>(count), memory_.sites.named("its own step"));
+  memory_.plain_load(idle_host(rank), address, static_cast<int64_t>(count),
+                     memory_.sites.named("its own step"));
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
@@ -89,23 +92,34 @@ void Simulation::meet() {
 }
 
 void Simulation::peek(uintptr_t address, void* bytes, size_t count) const {
-  if (memory_.arena.find(address, count) == nullptr) throw std::out_of_range("peek outside of allocated memory");
+  if (memory_.arena.find(address, count) == nullptr)
+    throw std::out_of_range("peek outside of allocated memory");
   std::memcpy(bytes, reinterpret_cast<const void*>(address), count);
 }
 
-void Simulation::launch(int rank, const KernelSet& set, const std::string& kernel, const void* args, size_t args_bytes,
-                        int num_blocks, int num_threads, int64_t shared_bytes) {
+void Simulation::launch(int rank, const KernelSet& set, const std::string& kernel, const void* args,
+                        size_t args_bytes, int num_blocks, int num_threads, int64_t shared_bytes) {
   const Kernel* const end = set.kernels + set.count;
   const Kernel* const found = std::find_if(set.kernels, end, [&](const Kernel& k) { return kernel == k.name; });
   if (found == end) throw std::invalid_argument("no kernel named " + kernel);
   if (args_bytes != found->args_bytes) throw std::invalid_argument(kernel + ": arguments of another size");
-  if (num_blocks < 1 || num_blocks > shape_.max_blocks) throw std::invalid_argument(kernel + ": number of blocks");
-  if (num_threads < 32 || num_threads % 32 != 0 || num_threads > std::min(shape_.max_threads, found->max_threads))
+  if (num_blocks < 1 || num_blocks > shape_.max_blocks)
+    throw std::invalid_argument(kernel + ": number of blocks");
+  if (num_threads < 32 || num_threads % 32 != 0 ||
+      num_threads > std::min(shape_.max_threads, found->max_threads))
     throw std::invalid_argument(kernel + ": number of threads");
   const auto* bytes = static_cast<const std::byte*>(args);
   Rank& on = ranks_[static_cast<size_t>(rank)];
-  on.stream.push_back({false, {&set, found, {bytes, bytes + args_bytes}, num_blocks, num_threads, shared_bytes, 0,
-                               num_blocks, ++on.launches}});
+  on.stream.push_back({false,
+                       {&set,
+                        found,
+                        {bytes, bytes + args_bytes},
+                        num_blocks,
+                        num_threads,
+                        shared_bytes,
+                        0,
+                        num_blocks,
+                        ++on.launches}});
   if (std::find(bound_.begin(), bound_.end(), &set) == bound_.end()) bound_.push_back(&set);
 }
 

@@ -89,7 +89,8 @@ uint64_t Scheduler::copy_delay(uint32_t issuers_warp) {
     copy_lateness_ = late[profile][1];
   }
   if (strategy_ == Strategy::starve && victim_is_slow_link_ && group_of(issuers_warp) == victim_) return 5000;
-  return late_copies_per_mille_ != 0 && dice_.chance(late_copies_per_mille_) ? dice_.below(copy_lateness_) + 1 : 0;
+  return late_copies_per_mille_ != 0 && dice_.chance(late_copies_per_mille_) ? dice_.below(copy_lateness_) + 1
+                                                                             : 0;
 }
 
 uint32_t Scheduler::choose_value(uint32_t choices) {

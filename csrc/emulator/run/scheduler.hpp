@@ -20,8 +20,8 @@ class Scheduler {
   /// `expected_steps`: where PCT spreads its changes; a former run's length.
   Scheduler(const Topology& topology, Strategy strategy, uint64_t seed, uint64_t expected_steps);
 
-  /// Index into `ready`, the warps with a thread that can run. Not empty. `fair`: whatever the strategy, any of them,
-  /// because those that run only poll for what the others would do.
+  /// Index into `ready`, the warps with a thread that can run. Not empty. `fair`: whatever the strategy, any of
+  /// them, because those that run only poll for what the others would do.
   [[nodiscard]] size_t pick(const std::vector<uint32_t>& ready, bool fair);
   /// Which lane of the ready ones.
   [[nodiscard]] unsigned pick_lane(uint32_t ready);
@@ -44,17 +44,17 @@ class Scheduler {
 
   Strategy strategy_;
   Random dice_;
-  uint32_t warps_per_group_;         // what PCT and starve treat alike: a rank's, a block's, or one
-  uint32_t victim_ = 0;              // starve: the group
-  bool victim_is_slow_link_ = false; // starve: its writes are late, rather than itself
-  uint32_t stay_per_mille_;          // random: how likely a thread goes on at a point
-  uint32_t late_per_mille_;          // of writes that arrive late
-  uint32_t lateness_;                // up to how many steps
-  bool has_copies_ = false;          // the two below are drawn with the first copy
+  uint32_t warps_per_group_;          // what PCT and starve treat alike: a rank's, a block's, or one
+  uint32_t victim_ = 0;               // starve: the group
+  bool victim_is_slow_link_ = false;  // starve: its writes are late, rather than itself
+  uint32_t stay_per_mille_;           // random: how likely a thread goes on at a point
+  uint32_t late_per_mille_;           // of writes that arrive late
+  uint32_t lateness_;                 // up to how many steps
+  bool has_copies_ = false;           // the two below are drawn with the first copy
   uint32_t late_copies_per_mille_ = 0;
   uint32_t copy_lateness_ = 0;
-  std::vector<int64_t> priority_;    // pct, by warp
-  std::vector<uint64_t> changes_;    // pct: steps, ascending
+  std::vector<int64_t> priority_;  // pct, by warp
+  std::vector<uint64_t> changes_;  // pct: steps, ascending
   size_t next_change_ = 0;
   int64_t lowest_ = 0;
 };

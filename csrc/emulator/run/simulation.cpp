@@ -27,7 +27,7 @@ Simulation::Simulation(const Shape& shape, const Plan& plan)
 
 Simulation::~Simulation() = default;
 
-// ---- the run ------------------------------------------------------------------------------------------------------
+// ---- the run ------------------------------------------------------------------------------------------------
 
 Outcome Simulation::run() {
   if (failed_) return outcome_;
@@ -47,7 +47,8 @@ Outcome Simulation::run() {
       outcome_.rank = static_cast<int>(due - ranks_.begin());
       break;
     }
-    const auto watched = std::find_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.watch_ended; });
+    const auto watched =
+        std::find_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.watch_ended; });
     if (watched != ranks_.end()) {
       watched->watch_ended = false;
       outcome_.status = Outcome::Status::watched;
@@ -101,7 +102,8 @@ void Simulation::start_kernel(int rank) {
   Launch& launch = r.stream.front().launch;
   Memory::advance(r.host);
   memory_.teach(r.host.known, r.host);  // one clock for all threads of the kernel
-  // The end of a kernel waits for its loads, and makes its stores visible to all: it is as good as a system-wide fence.
+  // The end of a kernel waits for its loads, and makes its stores visible to all: it is as good as a
+  // system-wide fence.
   r.boundary = {Scope::sys, r.host.now(), r.host.known, false, {}};
   Memory::advance(r.host);
   const int sms = shape_.num_sms > 0 ? shape_.num_sms : launch.num_blocks;
@@ -117,7 +119,8 @@ void Simulation::start_block(int rank, Launch& launch) {
   block.loads.clear();
   const auto shared_bytes = static_cast<size_t>(launch.shared_bytes);
   if (shared_bytes > block.shared_capacity) {
-    const std::string name = "shared memory of rank " + std::to_string(rank) + " block " + std::to_string(index);
+    const std::string name =
+        "shared memory of rank " + std::to_string(rank) + " block " + std::to_string(index);
     block.shared = memory_.arena.allocate(name, Space::shared, rank, index, shared_bytes);
     block.shared_capacity = shared_bytes;
   } else if (block.shared_capacity != 0) {
@@ -355,7 +358,8 @@ std::string Simulation::name_of(Epoch epoch) const {
   const std::string rank = number < topology_.num_gpus
                                ? "rank " + std::to_string(number)
                                : "copy engine of rank " + std::to_string(topology_.gpu_of(number));
-  if (slot == topology_.kernel(topology_.rank_of(slot))) return rank + "'s kernel #" + std::to_string(epoch.time);
+  if (slot == topology_.kernel(topology_.rank_of(slot)))
+    return rank + "'s kernel #" + std::to_string(epoch.time);
   if (!topology_.is_device(slot)) return rank + "'s host";
   const Fiber& fiber = fibers_[slot];
   const auto next = std::find_if(fiber.launches.begin(), fiber.launches.end(),

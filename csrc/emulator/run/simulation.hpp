@@ -1,9 +1,10 @@
-// The emulated machine: ranks with their streams, kernels whose threads are fibers, one scheduler over all of them.
+// The emulated machine: ranks with their streams, kernels whose threads are fibers, one scheduler over all of
+// them.
 //
-// It runs on one OS thread and is a function of its inputs: the same memory, launches, strategy and seed give the
-// same schedule. Threads change places only where they could tell the difference: at ordered accesses, waits,
-// barriers and warp collectives. Plain accesses need no such point, because an unordered pair of them is an error
-// in any schedule (memory.hpp).
+// It runs on one OS thread and is a function of its inputs: the same memory, launches, strategy and seed give
+// the same schedule. Threads change places only where they could tell the difference: at ordered accesses,
+// waits, barriers and warp collectives. Plain accesses need no such point, because an unordered pair of them is
+// an error in any schedule (memory.hpp).
 #pragma once
 
 #include <deque>
@@ -12,17 +13,17 @@
 #include <string>
 #include <vector>
 
-#include "emulator/run/fiber.hpp"
 #include "emulator/machine/memory.hpp"
+#include "emulator/run/fiber.hpp"
 #include "emulator/run/scheduler.hpp"
 
 namespace deepep::emu {
 
 struct Shape {
   int num_ranks = 1;
-  int max_blocks = 1;    // per launch
-  int max_threads = 32;  // per block; a multiple of 32
-  int num_sms = 0;       // blocks of a rank that can be resident together; 0: all
+  int max_blocks = 1;      // per launch
+  int max_threads = 32;    // per block; a multiple of 32
+  int num_sms = 0;         // blocks of a rank that can be resident together; 0: all
   int ranks_per_node = 0;  // ranks that reach each other's memory; 0: all
   int num_gpus = 0;        // ranks past them are copy engines, each of one of them in turn; 0: none is
 };
@@ -30,10 +31,10 @@ struct Shape {
 /// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.
 struct Fault {
   int rank = -1;
-  uint64_t at = 0;             // the step, or the number of writes
+  uint64_t at = 0;  // the step, or the number of writes
   bool counts_writes = false;
-  uint64_t pause_ns = 0;       // 0: for good
-  bool loses_writes = false;   // if for good: what it wrote and nobody has seen yet never arrives
+  uint64_t pause_ns = 0;      // 0: for good
+  bool loses_writes = false;  // if for good: what it wrote and nobody has seen yet never arrives
 };
 
 struct Plan {
@@ -41,7 +42,8 @@ struct Plan {
   uint64_t seed = 0;
   uint64_t expected_steps = 20000;
   uint64_t max_steps = 20'000'000;
-  /// Without a fault a wait that can never be satisfied is a failure at once; with one, time passes to its deadline.
+  /// Without a fault a wait that can never be satisfied is a failure at once; with one, time passes to its
+  /// deadline.
   std::vector<Fault> faults;
 };
 
@@ -57,11 +59,11 @@ struct Watch {
 
 struct Outcome {
   enum class Status : uint8_t { done, host, watched, failed } status = Status::done;
-  int rank = -1;        // host: whose stream has reached a host step; watched: whose watch has ended
-  bool in_time = true;  // watched: whether the words came
+  int rank = -1;                // host: whose stream has reached a host step; watched: whose watch has ended
+  bool in_time = true;          // watched: whether the words came
   std::vector<uint64_t> words;  // watched: as far as they came
-  std::string kind;     // failed: what kind of failure
-  std::string text;     // failed: the story
+  std::string kind;             // failed: what kind of failure
+  std::string text;             // failed: the story
   uint64_t steps = 0;
   uint64_t switches = 0;
   uint64_t now_ns = 0;
@@ -84,13 +86,14 @@ class Simulation final : public Machine, private Environment {
   ~Simulation();
 
   [[nodiscard]] uintptr_t allocate(std::string name, Space space, int rank, size_t bytes);
-  /// A rank's host writes or reads memory, or hands it to new use: then whoever touched it must be done, and nothing
-  /// of it may be read before it is written again. The rank's stream must be idle or at a host step.
+  /// A rank's host writes or reads memory, or hands it to new use: then whoever touched it must be done, and
+  /// nothing of it may be read before it is written again. The rank's stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
   void host_read(int rank, uintptr_t address, void* bytes, size_t count);
   void host_forget(int rank, uintptr_t address, size_t count);
-  /// The rank's host watches words while its kernel runs, until they satisfy the condition or the deadline has passed:
-  /// then run() returns with them. What else it reads as a watcher must have been released to it with a word.
+  /// The rank's host watches words while its kernel runs, until they satisfy the condition or the deadline has
+  /// passed: then run() returns with them. What else it reads as a watcher must have been released to it with a
+  /// word.
   void watch(int rank, const Watch& watch);
   void watcher_read(int rank, uintptr_t address, void* bytes, size_t count);
   /// All ranks' hosts meet: each then knows what any of them did, as after a collective of the process group.
@@ -114,7 +117,8 @@ class Simulation final : public Machine, private Environment {
   void strong_store(void* p, int bytes, uint64_t value, Order, Scope, Site) override;
   uint64_t strong_rmw(void* p, int bytes, Rmw, uint64_t operand, Order, Scope, Site) override;
   void fence(Order, Scope, Site) override;
-  bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns, uint64_t& seen, Site) override;
+  bool wait(const void* p, int bytes, Condition, Order, Scope, uint64_t deadline_ns, uint64_t& seen,
+            Site) override;
   void bulk_load(void* stage, const void* from, int64_t bytes, void* barrier, Site) override;
   void bulk_store(void* to, const void* stage, int64_t bytes, Site) override;
   void bulk_commit(Site) override;
@@ -161,14 +165,14 @@ class Simulation final : public Machine, private Environment {
   };
   struct Rank {
     Released boundary;  // what the kernel in front of the running one left behind
-    Agent host;  // also the stream: kernels start with what it knows, and it learns what they did
+    Agent host;         // also the stream: kernels start with what it knows, and it learns what they did
     std::deque<Item> stream;
     int launches = 0;
-    std::vector<CopyId> puts;  // that no quiet has waited for
+    std::vector<CopyId> puts;    // that no quiet has waited for
     std::vector<Slot> quieting;  // threads that wait for some of them
-    std::vector<Time> ended;   // of each kernel: the host's time behind it
-    bool is_running = false;   // the stream's first item is a kernel that has started
-    bool is_starting = false;  // or one that starts at a step to come
+    std::vector<Time> ended;     // of each kernel: the host's time behind it
+    bool is_running = false;     // the stream's first item is a kernel that has started
+    bool is_starting = false;    // or one that starts at a step to come
     bool at_host_step = false;
     Watch watch;
     std::vector<uint64_t> watched_words;
@@ -179,7 +183,15 @@ class Simulation final : public Machine, private Environment {
     uint64_t thaws_at_ns = 0;
   };
   struct Fiber {
-    enum class State : uint8_t { absent, ready, running, waiting, collective, barrier, done } state = State::absent;
+    enum class State : uint8_t {
+      absent,
+      ready,
+      running,
+      waiting,
+      collective,
+      barrier,
+      done
+    } state = State::absent;
     Context context;
     Identity me;
     Agent agent;
@@ -198,7 +210,8 @@ class Simulation final : public Machine, private Environment {
     };
     std::vector<Store> stores;  // bulk stores it has not waited for
     uint32_t groups = 0;        // committed so far; those of the running kernel end with it
-    /// Its puts, and what lies before them: those in `latest` are ordered behind all of `before`, not among each other.
+    /// Its puts, and what lies before them: those in `latest` are ordered behind all of `before`, not among
+    /// each other.
     struct Puts {
       std::vector<CopyId> before;
       std::vector<CopyId> latest;
@@ -217,8 +230,8 @@ class Simulation final : public Machine, private Environment {
   };
   enum class Collective : uint8_t { sync, ballot, shuffle, sum, exclusive_sum };
   struct Warp {
-    uint32_t ready = 0;    // lanes that can run
-    uint32_t parked = 0;   // lanes that could, were the rank not frozen
+    uint32_t ready = 0;   // lanes that can run
+    uint32_t parked = 0;  // lanes that could, were the rank not frozen
     uint32_t done = 0;
     uint32_t arrived = 0;  // lanes at the collective
     uint32_t at_barrier = 0;
@@ -239,7 +252,7 @@ class Simulation final : public Machine, private Environment {
   struct Wake {
     uint64_t at_step;
     uint64_t order;
-    Slot slot;  // a thread that waits; a rank's host: its next kernel starts; or a copy, by its number in `waits`
+    Slot slot;  // a thread that waits; a rank's host: its next kernel starts; a copy, by its number in `waits`
     uint32_t waits;
     friend bool operator<(const Wake& a, const Wake& b) {  // the earliest is the greatest
       return a.at_step != b.at_step ? a.at_step > b.at_step : a.order > b.order;
@@ -286,7 +299,8 @@ class Simulation final : public Machine, private Environment {
   bool pass_time();
   /// All that runs only looks: lets some time pass, more each time until something changes.
   void pass_idle_time();
-  /// Time goes on; waits whose deadline has passed end, and ranks that paused go on, if any rank was made to stop.
+  /// Time goes on; waits whose deadline has passed end, and ranks that paused go on, if any rank was made to
+  /// stop.
   void jump_to(uint64_t ns);
   [[nodiscard]] bool is_waiting_on_time(Slot slot) const;
   [[nodiscard]] std::string story_of_waits() const;
@@ -334,7 +348,7 @@ class Simulation final : public Machine, private Environment {
   uint64_t ns_at_jump_ = 1000;
   uint64_t switches_ = 0;
   uint64_t num_wakes_ = 0;
-  uint64_t idle_polls_ = 0;  // reads and looks at the clock since anything last changed
+  uint64_t idle_polls_ = 0;              // reads and looks at the clock since anything last changed
   uint64_t idle_jump_ns_ = kIdleJumpNs;  // how much time passes next if they go on
   size_t faults_struck_ = 0;
   bool failed_ = false;

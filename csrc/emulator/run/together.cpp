@@ -1,4 +1,5 @@
-// What threads do as the machine's: memory operations with their scheduling points, waits, barriers, warp collectives.
+// What threads do as the machine's: memory operations with their scheduling points, waits, barriers, warp
+// collectives.
 #include <bit>
 
 #include "emulator/run/simulation.hpp"
@@ -30,17 +31,19 @@ void Simulation::strong_store(void* p, int bytes, uint64_t value, Order order, S
   point();
   memory_.strong_store(self().agent, address_of(p), bytes, value, order, scope, memory_.sites.id(site));
 }
-uint64_t Simulation::strong_rmw(void* p, int bytes, Rmw op, uint64_t operand, Order order, Scope scope, Site site) {
+uint64_t Simulation::strong_rmw(void* p, int bytes, Rmw op, uint64_t operand, Order order, Scope scope,
+                                Site site) {
   point();
-  return memory_.strong_rmw(self().agent, address_of(p), bytes, op, operand, order, scope, memory_.sites.id(site));
+  return memory_.strong_rmw(self().agent, address_of(p), bytes, op, operand, order, scope,
+                            memory_.sites.id(site));
 }
 void Simulation::fence(Order order, Scope scope, Site site) {
   point();
   memory_.fence(self().agent, order, scope, memory_.sites.id(site));
 }
 
-bool Simulation::wait(const void* p, int bytes, Condition condition, Order order, Scope scope, uint64_t deadline_ns,
-                      uint64_t& seen, Site site) {
+bool Simulation::wait(const void* p, int bytes, Condition condition, Order order, Scope scope,
+                      uint64_t deadline_ns, uint64_t& seen, Site site) {
   return wait_at(address_of(p), bytes, condition, order, scope, deadline_ns, seen, memory_.sites.id(site));
 }
 
@@ -101,7 +104,8 @@ void Simulation::sync_block(Site site) {
   Warp& warp = warp_of(running_);
   const int block_index = topology_.block_of(running_);
   Block& block = blocks_[static_cast<size_t>(block_index)];
-  if (warp.arrived != 0) fail_divergent("at the barrier of " + memory_.sites.name(id) + ", others of its warp are not");
+  if (warp.arrived != 0)
+    fail_divergent("at the barrier of " + memory_.sites.name(id) + ", others of its warp are not");
   if (block.done != 0 || warp.done != 0)
     fail_divergent("at the barrier of " + memory_.sites.name(id) + ", others of its block have ended");
   if (block.arrived == 0)
@@ -134,7 +138,8 @@ void Simulation::arrive(Collective collective, uint64_t value, int source_lane, 
   Warp& warp = warp_of(running_);
   const uint32_t lane = running_ % 32;
   if (warp.at_barrier != 0)
-    fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp at the block's barrier");
+    fail_divergent("in the collective of " + memory_.sites.name(id) +
+                   ", others of its warp at the block's barrier");
   if (warp.done != 0)
     fail_divergent("in the collective of " + memory_.sites.name(id) + ", others of its warp have ended");
   if (source_lane < 0 || source_lane > 31) fail_divergent("shuffle from lane " + std::to_string(source_lane));
