@@ -102,8 +102,8 @@ def test_mistakes_fail_under_every_schedule(litmus: Any, number: int, kind: str)
 
 def test_a_race_with_a_put_is_told(litmus: Any) -> None:
     texts = [litmus("put_source_kernel", writer=1).run(seed).text for seed in range(30)]
-    later = "rank 0 put_source#1 block 0 thread 0: plain store of 4 bytes, words@0+0, at litmus_put.hpp"
+    later = "rank 0 put_source#1 block 0 thread 0: plain store of 4 bytes, words@0+0, at put.hpp"
     told = [text for text in texts if text.startswith(later)]
     assert told
-    assert "put of 64 bytes, words@0+0 to words@1+0x100, issued at litmus_put.hpp" in told[0]
+    assert "put of 64 bytes, words@0+0 to words@1+0x100, issued at put.hpp" in told[0]
     assert "nobody had seen that put delivered" in told[0]

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deepep.backends.reference.wire import wire_over
 from deepep.errors import HandleError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
@@ -131,7 +132,7 @@ class _Rows:
     def send(self, link: Link, route: Route, out: DispatchTensors, exchange: Exchange) -> None:
         """The exchange of the payload."""
         exchange.dispatch(
-            link,
+            wire_over(link),
             plan_of(route),
             self.x,
             scales=self.scales,
@@ -206,7 +207,9 @@ def dispatch_fresh(
 
     def count(link: Link, limits: dict[int, int]) -> None:
         control.enter("counts")
-        plan = exchange.exchange_counts(link, layout.is_token_in_rank, layout.num_tokens_per_expert)
+        plan = exchange.exchange_counts(
+            wire_over(link), layout.is_token_in_rank, layout.num_tokens_per_expert
+        )
         checks.check_capacity(plan.counts, limits)
         route.plan = plan
 
@@ -270,7 +273,7 @@ def combine(
 
     def body(link: Link, limits: dict[int, int]) -> None:
         control.enter("payload")
-        done = exchange.combine(link, plan_of(route), x, topk_weights=weights, biases=biases)
+        done = exchange.combine(wire_over(link), plan_of(route), x, topk_weights=weights, biases=biases)
         out.copy_(done.x)
         if out_weights is not None and done.topk_weights is not None:
             out_weights.copy_(done.topk_weights)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from deepep.backends.reference.wire import wire_over
 from deepep.errors import ArgumentError, ShapeError
 from deepep.reference import all_to_all_low_latency as low_latency
 from deepep.reference.all_to_all_low_latency import CombineUnderway, DispatchUnderway
@@ -184,7 +185,7 @@ def _dispatch(
         control.enter("send")
         underway.append(
             low_latency.start_dispatch(
-                link,
+                wire_over(link),
                 x,
                 topk_idx,
                 request.num_max_tokens,
@@ -251,7 +252,7 @@ def _combine(
         control.enter("send")
         underway.append(
             low_latency.start_combine(
-                link,
+                wire_over(link),
                 x,
                 topk_idx,
                 topk_weights,

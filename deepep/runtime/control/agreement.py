@@ -15,7 +15,7 @@ import torch
 
 import deepep.errors as errors
 from deepep.errors import ArgumentError, MismatchError
-from deepep.reference.wire import Wire
+from deepep.runtime.control.transport import Link
 from deepep.runtime.requests import Operation
 
 _MAX_AGREED = 16
@@ -72,16 +72,16 @@ class Header:
         return torch.tensor(words + [0] * (_HEADER_WORDS - len(words)), dtype=torch.int64)
 
 
-def exchange(wire: Wire, header: Header, problem: ArgumentError | None) -> dict[int, int]:
+def exchange(link: Link, header: Header, problem: ArgumentError | None) -> dict[int, int]:
     """Compares this rank's header with all others'; returns every rank's limit.
 
     Raises `problem`, or the error of the lowest rank that has one, or MismatchError; the same on every rank.
     """
     told = {
-        rank: words.tolist() for rank, words in wire.all_gather(header.encode(problem is not None)).items()
+        rank: words.tolist() for rank, words in link.all_gather(header.encode(problem is not None)).items()
     }
     if any(words[4] for words in told.values()):
-        raise _lowest_problem(wire, problem)
+        raise _lowest_problem(link, problem)
     first = min(told)
     for rank, words in sorted(told.items()):
         _check_same_operation(rank, words, first, told[first])
@@ -90,13 +90,13 @@ def exchange(wire: Wire, header: Header, problem: ArgumentError | None) -> dict[
     return {rank: words[3] for rank, words in told.items()}
 
 
-def _lowest_problem(wire: Wire, problem: ArgumentError | None) -> ArgumentError:
+def _lowest_problem(link: Link, problem: ArgumentError | None) -> ArgumentError:
     """The error of the lowest rank that has one: those who have none learn it, those who have agree on it."""
     packed = torch.zeros(_ERROR_BYTES, dtype=torch.uint8)
     if problem is not None:
-        raw = encode_error(problem.at(wire.rank))
+        raw = encode_error(problem.at(link.rank))
         packed[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    everyone = wire.all_gather(packed)
+    everyone = link.all_gather(packed)
     for rank in sorted(everyone):
         raw = bytes(everyone[rank].tolist()).rstrip(b"\0")
         if raw:

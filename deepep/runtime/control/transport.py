@@ -1,16 +1,15 @@
-"""A Wire whose transport errors say that they are transport errors."""
+"""Links between ranks: private process groups, whose errors say that they are the transport's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
-
-from deepep.reference.wire import RowsUnderway, Wire
 
 _NOBODY_SENDS = 0x0DEE  # a message tag
 
@@ -33,27 +32,21 @@ def transport() -> Iterator[None]:
         raise LinkError(str(cause).partition(". This is typically")[0]) from None
 
 
-class Link(Wire):
-    """A Wire over a private group."""
+@dataclass(frozen=True)
+class Link:
+    """A private group between the members of a buffer, ascending ranks; its errors are LinkErrors."""
+
+    group: dist.ProcessGroup
+    rank: int
+    num_ranks: int
+    members: tuple[int, ...]
 
     def all_gather(self, t: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Every member's `t`, by rank. Shape and dtype must be the same on all members."""
+        everyone = [torch.empty_like(t) for _ in self.members]
         with transport():
-            return super().all_gather(t)
-
-    def start_all_to_all_rows(
-        self, rows: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> RowsUnderway:
-        with transport():
-            started = super().start_all_to_all_rows(rows, send_counts, recv_counts)
-        return LinkRows(started.work, started.sent, started.received)
-
-
-class LinkRows(RowsUnderway):
-    """Rows under way over a Link."""
-
-    def wait(self) -> torch.Tensor:
-        with transport():
-            return super().wait()
+            dist.all_gather(everyone, t, group=self.group)
+        return dict(zip(self.members, everyone, strict=True))
 
 
 def private_group(store: Store, rank: int, size: int, timeout: float, device_type: str) -> dist.ProcessGroup:
