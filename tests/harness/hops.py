@@ -116,11 +116,11 @@ def count() -> dict[str, list[tuple[str, str, int]]]:
         calls["combine"] = lambda: buffer.combine(rows, handle), "Domain.combine"
         calls["low-latency dispatch"] = (
             lambda: buffer.low_latency_dispatch(x, topk_idx, TOKENS, EXPERTS, use_fp8=False),
-            "ControlPlane.perform",
+            "LowLatencyOperations.dispatch",
         )
         calls["low-latency combine"] = (
             lambda: buffer.low_latency_combine(slots, topk_idx, weights, decoded),
-            "ControlPlane.perform",
+            "LowLatencyOperations.combine",
         )
         counted = {}
         for name, (call, stop) in calls.items():

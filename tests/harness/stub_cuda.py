@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,9 @@ class Stream:
     device = torch.device("cpu")
 
     def wait_event(self, event: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None: ...
 
@@ -57,6 +60,9 @@ class Domain:
 
     def wait(self) -> None: ...
 
+    def prepare_cached(self, **named: object) -> Opaque:
+        return Opaque()
+
     def refuse_dispatch(self, *args: object, **named: object) -> None:
         self.launched("refuse dispatch")
 
@@ -76,9 +82,25 @@ class Domain:
         self.launched("refuse combine" if args[3:4] == (True,) else "combine")
 
 
-def fault(**fields: int) -> tuple[int, ...]:
+class Fault(NamedTuple):
     """A fault record, as `Domain.take_fault` gives it."""
-    return tuple(fields[name] for name in ("operation", "phase", "missing", "expected", "seen"))
+
+    operation: int
+    phase: int
+    missing: int
+    expected: int
+    seen: int
+
+
+class Counts(NamedTuple):
+    """Counts, as `wait_counts` gives them."""
+
+    phase: int
+    num_rows: int
+    max_rows: int
+    num_returned: int
+    table: object
+    per_expert: list[int]
 
 
 class Opaque:
@@ -93,7 +115,8 @@ def extension(num_rows: int) -> ModuleType:
     stub.__file__ = __file__
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
-    stub.wait_counts = lambda *args, **named: (0, num_rows, num_rows, 0, Opaque(), [num_rows])
+    stub.Counts, stub.FaultRecord = Counts, Fault
+    stub.wait_counts = lambda *args, **named: Counts(0, num_rows, num_rows, 0, Opaque(), [num_rows])
     stub.control_bytes = lambda *args: 1 << 12
     stub.host_counts_bytes = lambda *args: 1 << 12
     stub.staging_capacity = lambda *args: 1 << 20

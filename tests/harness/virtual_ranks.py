@@ -110,7 +110,9 @@ class VirtualDomain:
                     call, given.x.data_ptr(), of_scales, received.x.data_ptr(), to_scales, stream
                 )
             else:
-                plan = endpoint.new_plan(given.x.shape[0], capacity)
+                tokens, ranks = given.x.shape[0], self.num_ranks
+                table = torch.empty((tokens + ranks, ranks), dtype=torch.int32, device=self.device)
+                plan = Plan(table, tokens, capacity, endpoint.live)
                 received = receive_spec(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
                 endpoint.dispatch(
                     given.x,

@@ -140,7 +140,9 @@ def _launch(
     assert layout is not None
     memory, worst = engine.symmetric, request.num_worst_tokens
     endpoint = memory.endpoint
-    plan = endpoint.new_plan(x.shape[0], capacity, stream)
+    tokens, ranks = x.shape[0], engine.info.num_ranks
+    table = torch.empty((tokens + ranks, ranks), dtype=torch.int32, device=engine.device)
+    plan = Plan(table, tokens, capacity, endpoint.live, stream)
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
     key = (x.shape[1], x.dtype, of_scales, of_topk)
@@ -161,7 +163,7 @@ def _launch(
     endpoint.dispatch(
         x,
         received,
-        dispatch_split(max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks),
+        dispatch_split(max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), ranks),
         stream,
         plan,
         scales=scales,

@@ -277,7 +277,9 @@ class CudaEngine(Engine):
             self._is_built = False
         timeout = self.info.options.timeout
         try:
-            self.symmetric = SymmetricMemory(self._control.membership, self.device, timeout, self._num_bytes)
+            with torch.cuda.device(self.index):
+                membership = self._control.membership
+                self.symmetric = SymmetricMemory(membership, self.device, timeout, self._num_bytes)
         except PeerTimeoutError as error:
             self._fault = error.record
             raise

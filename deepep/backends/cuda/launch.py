@@ -148,12 +148,6 @@ class Endpoint:
     # Operations run in the order of their launches, also on different streams: Turns, in
     # csrc/bindings/cuda.cpp.
 
-    def new_plan(self, num_tokens: int, num_rows: int, stream: int = 0) -> Plan:
-        """An empty plan for a fresh dispatch, in memory of the current stream, `stream`."""
-        ranks = self.num_ranks
-        table = torch.empty((num_tokens + ranks, ranks), dtype=torch.int32, device=self.device)
-        return Plan(table, num_tokens, num_rows, self.live, stream)
-
     def dispatch(
         self,
         x: torch.Tensor,

@@ -114,7 +114,7 @@ def test_reported_faults_are_raised_before_the_next_launch() -> None:
         stub_cuda.Domain.take_fault = lambda self, stream: pending.pop() if pending else None
 
         def fault(phase):
-            pending.append(stub_cuda.fault(operation=1, phase=phase, missing=1, expected=1, seen=0))
+            pending.append(stub_cuda.Fault(operation=1, phase=phase, missing=1, expected=1, seen=0))
 
         with stub_cuda.stub_buffer(enable_shrink=True) as buffer:
             *_, handle, _ = dispatch(buffer)
