@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from harness.traced_calls import CallLog, definitions
 
 PAGE = ROOT / "docs" / "architecture.md"
 STEP = re.compile(r"^\d+\. (?P<where>(?:\(rank\) )?)`(?P<file>[\w/.]+): (?P<name>[\w.]+)`", re.MULTILINE)
-WALKS = ("A low-latency call with a hook", "One fuzz example")
+WALKS = ("A dispatch on CUDA", "A low-latency call with a hook", "One fuzz example")
 
 MANY_LINES = 80
 
@@ -56,7 +58,7 @@ def missing(steps: Sequence[Step], root: Path = ROOT) -> list[str]:
                 problems.append(f"{step}: no such function")
             elif lengths[step.name] > MANY_LINES:
                 problems.append(f"{step}: {lengths[step.name]} lines")
-        elif not re.search(rf"\b{re.escape(step.name)}\b\s*[(<{{]", path.read_text()):
+        elif not re.search(rf"\b{re.escape(step.name)}\b\s*[(<{{,]", path.read_text()):
             problems.append(f"{step}: no such function")
     return problems
 
@@ -72,6 +74,38 @@ def test_every_step_is_there(title: str) -> None:
     steps = walk(PAGE.read_text(), title)
     assert len(steps) >= 8
     assert not (problems := missing(steps)), "\n".join(problems)
+
+
+DISPATCH_ON_STUBS = """
+import json
+from harness import stub_cuda
+from harness.traced_calls import CallLog
+stub_cuda.install(16)
+import torch
+with stub_cuda.stub_buffer() as buffer:
+    x, topk_idx = torch.zeros((16, 256), dtype=torch.bfloat16), torch.zeros((16, 2), dtype=torch.int64)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+    def dispatch():
+        return buffer.dispatch(
+            x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+            topk_idx=topk_idx, topk_weights=torch.ones((16, 2)),
+        )
+    kept = dispatch()
+    with CallLog() as log:
+        dispatch()
+print(json.dumps(log.calls))
+"""
+"""A dispatch of the CUDA backend without CUDA: for a process of its own, since it replaces parts of torch."""
+
+
+def test_a_dispatch_on_cuda_goes_this_way() -> None:
+    steps = walk(PAGE.read_text(), "A dispatch on CUDA")
+    assert any(step.file.startswith("csrc/kernels/") for step in steps)
+    command = [sys.executable, "-c", DISPATCH_ON_STUBS]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    calls = json.loads(done.stdout.splitlines()[-1])
+    assert not (lost := not_passed([step for step in steps if step.is_python], calls)), lost
 
 
 def decode_once(ctx: Any) -> list[str]:
