@@ -141,7 +141,7 @@ def digest_of(name: str) -> str:
 
 
 def is_up_to_date(state: Path, made_by: list[str]) -> bool:
-    """Whether an object was made by these tools of these very files."""
+    """True if an object was made by these tools of these very files."""
     if not state.exists() or not state.with_suffix(".o").exists():
         return False
     known = json.loads(state.read_text())

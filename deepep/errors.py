@@ -85,7 +85,7 @@ class EventError(DeepEPError, AssertionError):
 
 @dataclass(frozen=True)
 class FaultRecord:
-    """What is known about a wait that was not answered.
+    """Record of a wait that was not answered.
 
     operation, phase: where this rank was, e.g. "dispatch" and "payload".
     rank: the rank that reports. waited_on: the ranks held responsible; empty when they cannot be named.

@@ -1,5 +1,5 @@
-"""Layers: dispatch and combine with gradients, and an expert-parallel MoE layer, all traceable by
-torch.compile.
+"""Layers: dispatch and combine with gradients,
+and an expert-parallel MoE layer, all traceable by torch.compile.
 """
 
 from deepep.nn.buffers import BufferLike, buffer_number

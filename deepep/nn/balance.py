@@ -41,7 +41,7 @@ def _(load: Tensor, topk_idx: Tensor) -> None:
 
 
 def rate_problem(rate: object) -> ArgumentError | None:
-    """What is wrong with a rate of balancing: it must be a finite number."""
+    """The problem of a rate of balancing: it must be a finite number."""
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         return ArgumentTypeError("rate", type(rate).__name__, "a number")
     if (isinstance(rate, int) and abs(rate) >= 1 << 64) or not math.isfinite(rate):

@@ -23,7 +23,7 @@ _MAX_TEXT = 200  # characters of a foreign error that the other ranks see
 
 
 class BufferLike(Protocol):
-    """What layers want to know of a deepep.Buffer before they exchange anything."""
+    """Facts that layers need of a deepep.Buffer before they exchange anything."""
 
     rank: int
     group_size: int

@@ -40,7 +40,7 @@ with torch.inference_mode(False):
 
 
 class Received(NamedTuple):
-    """What `dispatch` gives a rank: rows in (source rank, source token) order, each once.
+    """Rows that `dispatch` gives a rank, in (source rank, source token) order, each once.
 
     x: [N, H]. topk_idx: [N, K], local expert index, -1 for other ranks' experts. topk_weights: [N, K], 0
     where the index is -1. route: for `combine`.
@@ -115,7 +115,7 @@ def _anchor() -> Tensor | None:
 
 
 def _problem_of(num_experts: object, **tensors: object) -> ArgumentError | None:
-    """What is wrong with arguments that the operators' schemas would refuse on this rank alone."""
+    """The problem of arguments that the operators' schemas would refuse on this rank alone."""
     try:
         for name, value in tensors.items():
             check_plain(name, value)

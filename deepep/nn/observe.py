@@ -54,7 +54,7 @@ def observe(observer: Callable[[Exchange], None]) -> Iterator[None]:
 
 
 def observed() -> bool:
-    """Whether there is an observer."""
+    """True if there is an observer."""
     return bool(_observers)
 
 

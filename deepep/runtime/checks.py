@@ -249,8 +249,8 @@ def check_expert_counts(num_tokens_per_expert: torch.Tensor) -> None:
 
 
 def check_capacity(counts: Sequence[Sequence[int]], limits: dict[int, int]) -> None:
-    """No rank receives more rows than its `num_worst_tokens`. counts[s][r]: rows from s to r, as all ranks
-    know.
+    """No rank receives more rows than its `num_worst_tokens`. counts[s][r]:
+    rows from s to r, as all ranks know.
     """
     for rank, limit in sorted(limits.items()):
         received = sum(row[rank] for row in counts)

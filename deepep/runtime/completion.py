@@ -1,4 +1,4 @@
-"""When work will be done: a future of a host thread, or an event on a CUDA stream."""
+"""Completions of work: a future of a host thread, or an event on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ class Completion(ABC):
 
     @abstractmethod
     def current_stream_wait(self) -> None:
-        """What the caller does next happens after the work. Raises what the work raised, where that is
-        known.
-        """
+        """Orders the caller's further work behind this. Raises what the work raised, where that is known."""
 
     @abstractmethod
     def host_wait(self) -> None:

@@ -42,7 +42,7 @@ fewer bytes, one more rounding."""
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is made.
+    """Options of an engine.
 
     group: a torch ProcessGroup, or whatever a backend's `supports` accepts.
     timeout: seconds that a rank waits for its peers before it reports them.
@@ -119,8 +119,8 @@ class Engine(ABC):
         """High-throughput combine: a plain sum over the ranks, ascending, after the biases."""
 
     def route_counts(self, route: Route) -> torch.Tensor:
-        """[R, R] int64 on the host: rows from each source (first index) to each destination; equal on all
-        ranks.
+        """[R, R] int64 on the host: rows from each source (first index)
+        to each destination; equal on all ranks.
         """
         raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
 

@@ -45,7 +45,7 @@ class Operation(IntEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """When an operation runs, relative to the caller's work.
+    """Timing of an operation, relative to the caller's work.
 
     after: inputs are read once this has completed; None: once what the current stream holds now has.
     asynchronous: return before the outputs are complete, with a Completion.
@@ -61,7 +61,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a rank's tokens go.
+    """Destinations of a rank's tokens.
 
     num_tokens_per_rank [R] int32, num_tokens_per_domain [D] int32 or None, num_tokens_per_expert [E] int32,
     is_token_in_rank [T, R] bool.
@@ -88,7 +88,7 @@ class PreparedDispatch(Protocol):
 
 @dataclass(eq=False)
 class Route:
-    """What a dispatch leaves for the operations that reuse it: cached dispatches and combine.
+    """A dispatch's route, for the operations that reuse it: cached dispatches and combine.
 
     engine: the engine that made it. num_tokens: T. num_rows: rows of the tensors handed out (N, or the worst
         case asked for). is_token_in_rank [T, R] bool. plan: the backend's own, None until the dispatch has
@@ -185,7 +185,7 @@ class LowLatencyDispatchRequest:
 
 @dataclass(frozen=True)
 class LowLatencyRoute:
-    """What a low-latency combine needs of its dispatch.
+    """A low-latency dispatch's route, as its combine needs it.
 
     source_index [L, R*M] int32: source token of each row. ranges [L, R] int64: (begin << 32) | count.
     engine: the engine that made it, or None when the caller put the tuple together.
@@ -201,8 +201,8 @@ class LowLatencyRoute:
 
 @dataclass
 class LowLatencyDispatched:
-    """x [L, R*M, H] bf16 or e4m3; scales (column-major in the last two dimensions) or None; counts [L]
-    int32.
+    """x [L, R*M, H] bf16 or e4m3; scales (column-major in the last two
+    dimensions) or None; counts [L] int32.
     """
 
     x: torch.Tensor

@@ -59,7 +59,7 @@ def _select(number: int, index: int, kind: int) -> None:
 
 
 def is_idle(stream: torch.cuda.Stream) -> bool:
-    """Whether it has done all it holds; not while it is being captured, which `Stream.query` would spoil."""
+    """True if it has done all it holds; not while it is being captured, which `Stream.query` would spoil."""
     from deepep import _cuda  # this module is imported without it, too
 
     return _cuda.stream_is_idle(stream.cuda_stream)
@@ -80,14 +80,14 @@ class Users:
         self.known[stream.cuda_stream] = stream if is_torchs else None
 
     def are_idle(self, but: int) -> bool:
-        """Whether all of them, but the one at this address, have done what they hold, and none is being
+        """True if all of them, but the one at this address, have done what they hold, and none is being
         captured. Waits for nothing.
         """
         others = (stream for address, stream in self.known.items() if address != but)
         return all(stream is not None and is_idle(stream) for stream in others)
 
     def hold(self, tensor: torch.Tensor) -> bool:
-        """When it is freed, torch reuses its memory after what they hold then. False if nobody can say so."""
+        """Has torch reuse its memory after what they hold when it is freed. False if nobody can say so."""
         if None in self.known.values():
             return False
         for stream in self.known.values():

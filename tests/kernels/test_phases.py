@@ -63,7 +63,7 @@ def bodies_of(text: str) -> dict[str, str]:
 
 
 def problems_of(text: str) -> list[str]:
-    """Where the kernel of a file and its header say different things."""
+    """Differences between the kernel of a file and its header."""
     bodies, phases = bodies_of(text), phases_of(text)
     if len(bodies) != 1:
         return [f"{len(bodies)} kernels in one file: {sorted(bodies)}"]

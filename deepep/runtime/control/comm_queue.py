@@ -38,7 +38,7 @@ class CommQueue(ABC):
 
     @abstractmethod
     def allocating(self, on_queue: bool) -> contextlib.AbstractContextManager[object]:
-        """Where tensors made inside belong: to the queue, or to the caller's stream."""
+        """Makes tensors that are allocated inside belong to the queue, or to the caller's stream."""
 
     @abstractmethod
     def close(self, seconds: float) -> bool:

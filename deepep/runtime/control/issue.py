@@ -64,7 +64,7 @@ class ControlPlane:
 
     @property
     def progress(self) -> Progress:
-        """Where this rank is."""
+        """This rank's position."""
         return self.membership.progress
 
     def enter(self, phase: str) -> None:
@@ -135,8 +135,8 @@ class ControlPlane:
         return self.queue.submit(self._guarded(waiting), tensors)
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
-        """Takes part in `operation` only to say that it cannot; raises what all raise, or `problem` at
-        once.
+        """Takes part in `operation` only to say that it cannot;
+        raises what all raise, or `problem` at once.
         """
         self._check_alive()
         problem = problem.at(self.rank)
@@ -190,7 +190,7 @@ class ControlPlane:
         receive: Callable[[], None],
         tensors: Iterable[torch.Tensor | None] = (),
     ) -> Hook:
-        """What completes an operation whose send half was issued. Until it is called, no other may begin.
+        """The receive half of an operation that has sent. Until it is called, no other may begin.
 
         Calling it again does nothing.
         """

@@ -1,4 +1,4 @@
-"""Which ranks take part, the private group between them, and what happens when one of them is missing.
+"""Membership: the ranks that take part, the private group between them, and what happens when one is missing.
 
 torch's gloo groups do not survive a failure: one dead peer closes the connections of all. So a failure is
 settled through the store, which must outlive any rank (torchrun's agent holds it, or the parent process):
@@ -30,7 +30,7 @@ from deepep.runtime.control.transport import Link, LinkError, hang_up, private_g
 
 @dataclass
 class Progress:
-    """Where this rank is: operation and phase as users read them, when the operation began."""
+    """This rank's position: operation and phase as users read them, when the operation began."""
 
     operation: str = "construct"
     phase: str = "meet"
@@ -120,8 +120,9 @@ class Membership:
         return f"{purpose}/{people}/{attempt}"
 
     def meet(self, name: str, value: str, ranks: Iterable[int]) -> dict[int, bytes]:
-        """Posts `value` under `name` and returns what each of `ranks` posted. Raises Absent at the
-        deadline.
+        """Posts `value` under `name` and returns what each of `ranks` posted.
+
+        Raises Absent at the deadline.
         """
         self._store.set(f"{name}/{self.rank}", value)
         return self._collect(name, tuple(ranks), self.progress.started + self.timeout)
@@ -129,7 +130,7 @@ class Membership:
     def _collect(
         self, name: str, ranks: tuple[int, ...], deadline: float, until: str = ""
     ) -> dict[int, bytes]:
-        """What `ranks` post under `name`.
+        """Collects what `ranks` post under `name`.
 
         Ends early, with what is there, once the key `until` exists. Raises Absent at the deadline, or before
         if those who are missing are known to be dead.
@@ -152,7 +153,7 @@ class Membership:
             pause = min(pause * 1.5, 0.05)
 
     def introduce(self, identities: dict[int, str]) -> None:
-        """What the ranks' processes are, by `liveness.identity`."""
+        """Exchanges the ranks' processes, by `liveness.identity`."""
         self._identities = identities
 
     def depart(self) -> None:
@@ -169,7 +170,7 @@ class Membership:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a link: not so after a fault, until the next operation."""
+        """True if there is a link: not so after a fault, until the next operation."""
         return self._control is not None
 
     def control(self) -> Link:

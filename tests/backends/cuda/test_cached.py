@@ -1,5 +1,5 @@
-"""Cached dispatches like one before go a shorter way (cached.py): the results are the same, and what is not
-alike does not go it.
+"""Cached dispatches like one before go a shorter way (cached.py): the results are the same,
+and what is not alike does not go it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Memory:
         self.prepared: list[tuple[Any, ...]] = []
 
     def prepare(self, x: Any, scales: Any, split: Any, capacity: int, plan: Any) -> int:
-        """What is launched says which it was."""
+        """Replaces preparation by a name: what is launched says which it was."""
         of_scales = None if scales is None else (scales.dtype, scales.shape[1], scales.stride())
         self.prepared.append((x.shape, x.dtype, of_scales, split, capacity, plan))
         return len(self.prepared) - 1
@@ -134,7 +134,7 @@ def test_only_what_is_alike_is_taken_for_it(engine: Engine) -> None:
 
 
 def test_what_stands_in_the_way_of_a_launch(engine: Engine) -> None:
-    """Which calls go the short way: those that nothing is to be done or raised before."""
+    """Calls that go the short way: those that nothing is to be done or raised before."""
     route = engine.route()
     x = torch.zeros((TOKENS, HIDDEN), dtype=torch.bfloat16)
 
@@ -175,7 +175,7 @@ def test_what_stands_in_the_way_of_a_launch(engine: Engine) -> None:
 
 
 def test_nothing_old_is_launched(engine: Engine) -> None:
-    """What such dispatches pass alike is prepared once along a route, and anew whenever any of it differs."""
+    """Arguments of such dispatches are prepared once along a route, and anew whenever any differs."""
     from deepep.backends.cuda.sm_split import dispatch_split
 
     memory = engine.symmetric
