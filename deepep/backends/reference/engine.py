@@ -1,5 +1,5 @@
-"""The reference backend: the all_to_all implementation of deepep.reference as an engine, on gloo or NCCL
-groups.
+"""The reference backend: the all_to_all implementation of deepep.reference as
+an engine, on gloo or NCCL groups.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from deepep.runtime.requests import (
 )
 
 
-class Exchange(Protocol):
-    """How rows travel: all_to_all (deepep.reference), or something else with its functions."""
+class RowExchange(Protocol):
+    """Transport of rows: all_to_all (deepep.reference), or something else with its functions."""
 
     def exchange_counts(
         self, wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
@@ -108,7 +108,7 @@ def layout_tensors(layout: Layout) -> tuple[Tensor | None, ...]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a dispatch sends of each token."""
+    """Fields that a dispatch sends of each token."""
 
     x: Tensor
     scales: Tensor | None
@@ -129,7 +129,7 @@ class _Rows:
         x = self.x.new_empty(rows, self.x.shape[1])
         return DispatchTensors(x, like(self.scales), like(self.topk_idx), like(self.topk_weights))
 
-    def send(self, link: Link, route: Route, out: DispatchTensors, exchange: Exchange) -> None:
+    def send(self, link: Link, route: Route, out: DispatchTensors, exchange: RowExchange) -> None:
         """The exchange of the payload."""
         exchange.dispatch(
             wire_over(link),
@@ -152,7 +152,7 @@ def dispatch_cached(
     request: DispatchRequest,
     route: Route,
     schedule: Schedule,
-    exchange: Exchange = all_to_all,
+    exchange: RowExchange = all_to_all,
 ) -> Dispatched:
     """Along the routes of an earlier dispatch: sizes are known, nothing is waited for."""
     assert route.num_rows is not None
@@ -188,10 +188,11 @@ def dispatch_fresh(
     request: DispatchRequest,
     route: Route,
     schedule: Schedule,
-    exchange: Exchange = all_to_all,
+    exchange: RowExchange = all_to_all,
 ) -> Dispatched:
-    """Along new routes, which are left in `route`. The host waits for the counts, unless a worst case is
-    given.
+    """Along new routes, which are left in `route`.
+
+    The host waits for the counts, unless a worst case is given.
     """
     layout = request.layout
     assert layout is not None
@@ -260,7 +261,7 @@ def dispatch_fresh(
 
 
 def combine(
-    control: ControlPlane, request: CombineRequest, schedule: Schedule, exchange: Exchange = all_to_all
+    control: ControlPlane, request: CombineRequest, schedule: Schedule, exchange: RowExchange = all_to_all
 ) -> Combined:
     """Back along a dispatch's routes."""
     route, x = request.route, request.x.detach()
@@ -297,7 +298,7 @@ def _check_ran(route: Route) -> None:
 
 
 def plan_of(route: Route) -> DispatchPlan:
-    """What the dispatch left. Raises HandleError if it failed."""
+    """The plan that the dispatch left. Raises HandleError if it failed."""
     _check_ran(route)
     plan = route.plan
     assert isinstance(plan, DispatchPlan)

@@ -34,7 +34,7 @@ from deepep.runtime.requests import (
 
 
 def check_dispatch(request: LowLatencyDispatchRequest, info: EngineInfo) -> None:
-    """What can be said without reading values."""
+    """Checks what can be checked without reading values."""
     x = checks.check_tensor(
         "x", request.x, dtypes=(torch.bfloat16,), device_type=info.device_type, shape=("T", "H")
     )
@@ -61,7 +61,7 @@ def check_dispatch(request: LowLatencyDispatchRequest, info: EngineInfo) -> None
 
 
 def check_combine(request: LowLatencyCombineRequest, info: EngineInfo) -> None:
-    """What can be said without reading values."""
+    """Checks what can be checked without reading values."""
     route = request.route
     num_local = checks.check_num_experts(route.num_experts, info.num_ranks)
     room = info.num_ranks * checks.check_int("handle", route.num_max_tokens, 1)
