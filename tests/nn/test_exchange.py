@@ -187,28 +187,28 @@ def test_saved_tensors_may_be_moved_and_copied(on_ranks: Any) -> None:
     on_ranks(2, body, per_rank=[(g,) for g in inputs(2, torch.float64)])
 
 
-def test_observers_hear_of_what_moved(on_ranks: Any) -> None:
+def test_observers_get_what_moved(on_ranks: Any) -> None:
     def body(buffer: Any, given: dict[str, torch.Tensor]) -> tuple[list[dnn.Exchange], list[int]]:
-        heard: list[dnn.Exchange] = []
-        with dnn.observe(heard.append):
+        seen: list[dnn.Exchange] = []
+        with dnn.observe(seen.append):
             forward_and_backward(buffer, given)
-        forward_and_backward(buffer, {k: v.detach() for k, v in given.items()})  # nobody listens
+        forward_and_backward(buffer, {k: v.detach() for k, v in given.items()})  # no observer
         sent = dispatch_layout(given["idx"], EXPERTS, buffer.group_size).num_tokens_per_rank
-        return heard, sent.tolist()
+        return seen, sent.tolist()
 
     given = inputs(3, torch.float64)
-    told = on_ranks(3, body, per_rank=[(g,) for g in given])
-    matrix = [sent for _, sent in told]
-    for rank, (heard, _) in enumerate(told):
-        assert [e.name for e in heard] == ["dispatch", "combine", "combine_backward", "dispatch_backward"]
+    found = on_ranks(3, body, per_rank=[(g,) for g in given])
+    matrix = [sent for _, sent in found]
+    for rank, (seen, _) in enumerate(found):
+        assert [e.name for e in seen] == ["dispatch", "combine", "combine_backward", "dispatch_backward"]
         out, back = tuple(matrix[rank]), tuple(row[rank] for row in matrix)
-        assert [(e.rows_sent, e.rows_received) for e in heard] == [
+        assert [(e.rows_sent, e.rows_received) for e in seen] == [
             (out, back), (back, out), (out, back), (back, out),
         ]  # fmt: skip
-        assert [e.row_bytes for e in heard] == [
+        assert [e.row_bytes for e in seen] == [
             HIDDEN * 8 + TOPK * (8 + 4), HIDDEN * 8, HIDDEN * 8, HIDDEN * 8 + TOPK * 4,
         ]  # fmt: skip
-        assert all(e.seconds > 0 for e in heard)
+        assert all(e.seconds > 0 for e in seen)
 
 
 def test_a_bad_argument_on_one_rank_raises_on_all(on_ranks: Any) -> None:
