@@ -21,20 +21,15 @@ from deepep.errors import DeepEPError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.wire import Wire
-from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
+from deepep.sim.emulator import shapes
+from deepep.sim.emulator.calls import CombineCall, DispatchCall, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 #: Shapes of launches, which take turns with the operations.
-GPUS = (
-    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
-    Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
-    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
-    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=3),
-)
-STRATEGIES = ("random", "pct", "starve")
+GPUS = (shapes.GPUS[0], shapes.GPUS[2], shapes.GPUS[3], shapes.GPUS[7])
 
 
 class EmulatedFailure(DeepEPError):
@@ -245,7 +240,7 @@ class EmulatedAllToAll:
             copy_engines=gpu.engine_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
-            strategy=STRATEGIES[number % len(STRATEGIES)],
+            strategy=shapes.STRATEGIES[number % len(shapes.STRATEGIES)],
             seed=number,
             max_steps=10**9,
         )

@@ -11,32 +11,10 @@ from typing import Any
 
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.emulator.calls import Gpu
+from deepep.sim.emulator.shapes import GPUS, STRATEGIES
 from deepep.sim.explore.emulated import run
 from deepep.sim.explore.failures import Failure
-from deepep.sim.explore.scenarios import STRATEGIES, RunReport, Scenario, Stop, ThreadSchedule
-
-#: Launch shapes: one block with both roles, a block a role, roles that overlap, several blocks, fewer SMs
-#: than blocks, blocks that do both in a combine where rows are few, copy engines that return the rows.
-GPUS = (
-    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1),
-    Gpu(num_blocks=1, num_threads=64, push_blocks=1, local_blocks=1),
-    Gpu(num_blocks=2, num_threads=128, push_blocks=2, local_blocks=2),
-    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2),
-    Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
-    Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
-    Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, reduce_blocks=3),
-    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=2),
-    Gpu(
-        num_blocks=3,
-        num_threads=64,
-        push_blocks=1,
-        local_blocks=2,
-        num_sms=1,
-        engine_chunks=4,
-        engine_shrink=57,
-    ),
-)
+from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 
 LIMITS = Limits(
     ranks=(2, 3, 4, 1),

@@ -11,8 +11,9 @@ from typing import Any
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.files import CaseError, Fields, check_fields, make_dataclass, read_json
 from deepep.sim.emulator.calls import Gpu
+from deepep.sim.emulator.shapes import STRATEGIES
 from deepep.sim.explore.emulated import run
-from deepep.sim.explore.scenarios import STRATEGIES, RunReport, Scenario, Stop, ThreadSchedule
+from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 
 FORMAT = "deepep.failing-schedule"
 #: Fields of a Scenario besides its cases and its GPU.

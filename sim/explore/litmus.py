@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deepep import _emulator
-from deepep.sim.explore.scenarios import STRATEGIES
+from deepep.sim.emulator.shapes import STRATEGIES
 
 
 @dataclass

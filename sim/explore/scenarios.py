@@ -7,10 +7,9 @@ from functools import cached_property
 
 from deepep.sim.cases.case import Case
 from deepep.sim.emulator.calls import Fault, Gpu
+from deepep.sim.emulator.shapes import STRATEGIES
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView
-
-STRATEGIES = ("random", "pct", "starve")
 
 
 @dataclass(frozen=True)

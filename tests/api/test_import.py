@@ -13,14 +13,12 @@ import torch
 import deepep
 
 
-def test_quick_light_and_without_extensions() -> None:
+def test_light_and_without_extensions() -> None:
     code = """
-import sys, time, torch
+import sys, torch
 for name in ("deepep._core", "deepep._cuda", "deepep._emulator"):
     sys.modules[name] = None  # importing it raises ImportError
-begun = time.process_time()
 import deepep
-print(time.process_time() - begun)
 heavy = {"matplotlib", "typer", "rich", "deepep.sim", "deepep.nn", "deepep.backends.reference.engine"}
 print(sorted(heavy & set(sys.modules)))
 from deepep.runtime import backends as registry
@@ -31,10 +29,7 @@ assert [b.available()[0] for b in registry.backends() if b.name == "reference"] 
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    seconds, heavy = done.stdout.splitlines()
-    # CPU time: the machine may be busy with other things.
-    assert float(seconds) < 1.5
-    assert heavy == "[]"
+    assert done.stdout.splitlines() == ["[]"]
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.options import Options
 from deepep.sim.emulator.calls import Gpu
+from deepep.sim.emulator.shapes import GPUS
 from deepep.sim.explore.emulated import run
-from deepep.sim.explore.explorer import GPUS, draw_schedule
+from deepep.sim.explore.explorer import draw_schedule
 from deepep.sim.explore.scenarios import RunReport, Scenario
 
 #: Two warps for all tokens, roles apart, and so many warps that several share a token.

