@@ -183,7 +183,7 @@ def _launch(
 def acquire(
     engine: CudaEngine, spec: ReceiveSpec, capacity: int, is_guess: bool, capturing: bool, stream: int
 ) -> ReceiveArrays:
-    """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
+    """Memory for `capacity` rows, or fewer if that is a guess, on the current stream, `stream`."""
     memory = engine.symmetric
     if capturing:
         received = memory.acquire_for_graph(spec, capacity)

@@ -48,7 +48,7 @@ class Backoff:
         return self._calls >= self._next
 
     def tried(self) -> None:
-        """What was due has been done, and has not helped yet."""
+        """Notes that what was due has been done, and has not helped yet."""
         self._next = self._calls + min(self._calls, 64)
 
 
