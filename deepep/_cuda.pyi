@@ -1,20 +1,73 @@
-"""deepep._cuda as Python sees it (csrc/bindings/cuda.cpp). Addresses and streams are integers."""
+"""deepep._cuda (csrc/bindings/cuda.cpp): the kernels' launches. Addresses, streams: integers, 0 is null."""
+
+from typing import Protocol
 
 STATE_BYTES: int
 FAULT_BYTES: int
 MAX_RANKS: int
+CE_COMPLETED: int
 
-ENGINE_DONE: int
+class Blocks(Protocol):
+    """Blocks of a launch by role; the two are disjoint, or both all blocks. Not in the module."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def remote(self) -> int: ...
+    @property
+    def local(self) -> int: ...
 
 class RowCounts:
-    def __init__(self, counts: list[int], /) -> None: ...
+    """Rows from each rank to each, [R, R] row by row."""
+
+    def __init__(self, counts: list[int]) -> None: ...
 
 class CachedDispatch:
-    def __init__(self, *args: int) -> None: ...
+    """What the cached dispatches along one handle have in common: `Domain.prepare_cached` makes it."""
+
+class FaultRecord:
+    """csrc/kernels/common/args.hpp: phase is bits, missing has a bit for each rank."""
+
+    @property
+    def operation(self) -> int: ...
+    @property
+    def phase(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    @property
+    def expected(self) -> int: ...
+    @property
+    def seen(self) -> int: ...
+
+class Counts:
+    """What a dispatch posts to the host while it runs.
+
+    phase: 0, or why it stopped. num_rows: for this rank; max_rows: the most of any rank. num_returned: rows
+    that combine brings back. table: rows from each rank to each. per_expert: top-k entries of local experts.
+    """
+
+    @property
+    def phase(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def num_returned(self) -> int: ...
+    @property
+    def table(self) -> RowCounts: ...
+    @property
+    def per_expert(self) -> list[int]: ...
 
 class Domain:
+    """One rank's view of its NVLink domain (csrc/host/domain.hpp). All memory is the caller's to keep alive.
+
+    `stream`: a cudaStream_t. Operations run in the order of their launches, on whatever streams.
+    """
+
     def __init__(
         self,
+        *,
         rank: int,
         heaps: list[int],
         max_local_experts: int,
@@ -23,21 +76,101 @@ class Domain:
         state: int,
         fault: int,
         timeout_seconds: float,
-        /,
     ) -> None: ...
-    def set_live(self, live: int, /) -> None: ...
-    def set_timeout(self, seconds: float, /) -> None: ...
-    def dispatch(self, *args: int) -> None: ...
+    def dispatch(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        num_scales: int,
+        index_bytes: int,
+        row_bytes: int,
+        x: int,
+        scales: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        is_token_in_rank: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        counts: int,
+        send_row: int,
+        recv_x: int,
+        recv_source: int,
+        recv_scales: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        capacity: int,
+        num_worst_tokens: int,
+        host_counts: int,
+        ticket: int,
+        stream: int = 0,
+    ) -> None: ...
+    def prepare_cached(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_scales: int,
+        row_bytes: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        counts: int,
+        send_row: int,
+        capacity: int,
+    ) -> CachedDispatch: ...
     def dispatch_cached(
-        self, call: CachedDispatch, x: int, scales: int, slot_x: int, slot_scales: int, stream: int, /
+        self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0
     ) -> None: ...
-    def combine(self, *args: int | RowCounts | None) -> None: ...
-    def layout(self, *args: int) -> None: ...
-    def barrier(self, stream: int, /) -> None: ...
-    def follow(self, before: int, stream: int, /) -> None: ...
+    def combine(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        row_bytes: int,
+        x: int,
+        topk_weights: int,
+        bias_0: int,
+        bias_1: int,
+        counts: int,
+        send_row: int,
+        out: int,
+        out_weights: int,
+        known: RowCounts | None = None,
+        ce_chunks: int = 0,
+        ce_shrink: int = 100,
+        stream: int = 0,
+    ) -> None: ...
+    def layout(
+        self,
+        *,
+        num_blocks: int,
+        num_ranks: int,
+        num_experts: int,
+        ranks_per_domain: int,
+        num_topk: int,
+        index_bytes: int,
+        num_tokens: int,
+        topk_idx: int,
+        tokens_per_rank: int,
+        tokens_per_domain: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        workspace: int,
+        stream: int = 0,
+    ) -> None: ...
+    def refuse_dispatch(self, counts: int, stream: int = 0) -> None: ...
+    def refuse_combine(self, counts: int, stream: int = 0) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def barrier(self, stream: int = 0) -> None: ...
+    def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
+    def follow(self, before: int, stream: int) -> None: ...
     def wait(self) -> None: ...
     def has_fault(self) -> bool: ...
-    def take_fault(self, stream: int, /) -> tuple[int, int, int, int, int] | None: ...
 
 def copy(
     source: int,
@@ -52,17 +185,17 @@ def copy(
     stage_bytes: int = 8192,
 ) -> None: ...
 def wait_counts(
-    host: int, ticket: int, num_ranks: int, num_local_experts: int, timeout_seconds: float, /
-) -> tuple[int, int, int, int, RowCounts, list[int]] | None: ...
-def stream_is_idle(stream: int, /) -> bool: ...
-def host_counts_bytes(num_ranks: int, num_local_experts: int, /) -> int: ...
-def control_bytes(num_ranks: int, max_local_experts: int, max_blocks: int, /) -> int: ...
-def staging_capacity(area_bytes: int, row_bytes: int, num_topk: int, /) -> int: ...
-def arena_open(base: int, num_bytes: int, /) -> int: ...
-def arena_close(arena: int, /) -> None: ...
-def arena_select(arena: int, /) -> None: ...
-def arena_used(arena: int, /) -> int: ...
-def arena_set_aside(arena: int, num_bytes: int, /) -> int: ...
-def arena_came_back(arena: int, /) -> int: ...
-def arena_settle(arena: int, count: int, /) -> None: ...
-def arena_reserve(arena: int, num_bytes: int, /) -> int: ...
+    host_counts: int, ticket: int, num_ranks: int, num_local_experts: int, timeout_seconds: float
+) -> Counts | None: ...
+def stream_is_idle(stream: int) -> bool: ...
+def host_counts_bytes(num_ranks: int, num_local_experts: int) -> int: ...
+def control_bytes(num_ranks: int, max_local_experts: int, max_blocks: int) -> int: ...
+def staging_capacity(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...
+def arena_open(base: int, num_bytes: int) -> int: ...
+def arena_close(arena: int) -> None: ...
+def arena_select(arena: int) -> None: ...
+def arena_used(arena: int) -> int: ...
+def arena_set_aside(arena: int, num_bytes: int) -> int: ...
+def arena_came_back(arena: int) -> int: ...
+def arena_settle(arena: int, count: int) -> None: ...
+def arena_reserve(arena: int, num_bytes: int) -> int: ...

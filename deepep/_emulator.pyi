@@ -1,5 +1,279 @@
-"""deepep._emulator as Python sees it (csrc/bindings/emulator.cpp and domain.cpp)."""
+"""deepep._emulator (csrc/bindings/emulator.cpp): the kernels' own source over an emulated machine.
 
-from typing import Any
+Addresses are the machine's, as integers; 0 is null.
+"""
 
-def __getattr__(name: str) -> Any: ...
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+STATE_BYTES: int
+FAULT_BYTES: int
+MAX_RANKS: int
+EPOCHS: int
+TOO_MANY_ROWS: int
+DISAGREEMENT: int
+HOST_COUNTS_WORDS: int
+
+class HostFailure(Exception):
+    """A host's own access failed a check: the kind of failure, and the story behind the first line."""
+
+class Kernels:
+    @property
+    def names(self) -> list[str]: ...
+
+def load_kernels(path: str) -> Kernels: ...
+def own_kernels() -> Kernels: ...
+
+class Outcome:
+    """Why `Machine.run` returned (csrc/emulator/run/simulation.hpp): done, host, watched or failed."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def in_time(self) -> bool: ...
+    @property
+    def words(self) -> list[int]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def switches(self) -> int: ...
+    @property
+    def now_ns(self) -> int: ...
+
+class MachineFault:
+    """A rank that stops at a step, or after its n-th ordered write; for good where pause_ns is 0."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        at: int,
+        counts_writes: bool = False,
+        pause_ns: int = 0,
+        loses_writes: bool = False,
+    ) -> None: ...
+
+class Machine:
+    """Ranks with their memory and streams, under one schedule. strategy: random, pct or starve."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        max_blocks: int,
+        max_threads: int,
+        num_sms: int = 0,
+        ranks_per_node: int = 0,
+        copy_engines: bool = False,
+        strategy: str = "random",
+        seed: int = 0,
+        expected_steps: int = 20000,
+        max_steps: int = 20000000,
+        faults: Sequence[MachineFault] = [],
+    ) -> None: ...
+    def allocate(self, name: str, space: str, rank: int, bytes: int) -> int: ...
+    def write(self, rank: int, address: int, data: bytes | NDArray[Any]) -> None: ...
+    def read(self, rank: int, address: int, count: int) -> bytes: ...
+    def forget(self, rank: int, address: int, count: int) -> None: ...
+    def watch(self, rank: int, address: int, value: int, timeout_ns: int, until_idle: bool) -> None: ...
+    def watch_tags(self, rank: int, address: int, count: int, tag: int, timeout_ns: int) -> None: ...
+    def watcher_read(self, rank: int, address: int, count: int) -> bytes: ...
+    def peek(self, address: int, count: int) -> bytes: ...
+    def launch(
+        self,
+        rank: int,
+        kernel: str,
+        args: bytes,
+        num_blocks: int,
+        num_threads: int,
+        shared_bytes: int,
+        kernels: Kernels,
+    ) -> None: ...
+    def meet(self) -> None: ...
+    def host_step(self, rank: int) -> None: ...
+    def run(self) -> Outcome: ...
+
+class SlotLayout:
+    """Where the arrays of received rows lie behind each other (csrc/layout/symmetric_layout.hpp)."""
+
+    def __init__(
+        self, *, capacity: int, row_bytes: int, num_scales: int, num_topk: int, index_bytes: int
+    ) -> None: ...
+    @property
+    def source(self) -> int: ...
+    @property
+    def scales(self) -> int: ...
+    @property
+    def topk_idx(self) -> int: ...
+    @property
+    def topk_weights(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class Blocks(Protocol):
+    """Blocks of a launch by role; the two are disjoint, or both all blocks. Not in the module."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def remote(self) -> int: ...
+    @property
+    def local(self) -> int: ...
+
+class RowCounts:
+    """Rows from each rank to each, [R, R] row by row."""
+
+    def __init__(self, counts: list[int]) -> None: ...
+
+class CachedDispatch:
+    """What the cached dispatches along one handle have in common: `Domain.prepare_cached` makes it."""
+
+class FaultRecord:
+    """csrc/kernels/common/args.hpp: phase is bits, missing has a bit for each rank."""
+
+    @property
+    def operation(self) -> int: ...
+    @property
+    def phase(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    @property
+    def expected(self) -> int: ...
+    @property
+    def seen(self) -> int: ...
+
+class Domain:
+    """One rank's view of its NVLink domain (csrc/host/domain.hpp). `stream`: a rank has one, 0."""
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        kernels: Kernels,
+        num_threads: int,
+        rank: int,
+        heaps: list[int],
+        max_local_experts: int,
+        max_blocks: int,
+        staging_bytes: int,
+        state: int,
+        fault: int,
+        timeout_seconds: float,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        num_scales: int,
+        index_bytes: int,
+        row_bytes: int,
+        x: int,
+        scales: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        is_token_in_rank: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        counts: int,
+        send_row: int,
+        recv_x: int,
+        recv_source: int,
+        recv_scales: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        capacity: int,
+        num_worst_tokens: int,
+        host_counts: int,
+        ticket: int,
+        stream: int = 0,
+    ) -> None: ...
+    def prepare_cached(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_scales: int,
+        row_bytes: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        counts: int,
+        send_row: int,
+        capacity: int,
+    ) -> CachedDispatch: ...
+    def dispatch_cached(
+        self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        row_bytes: int,
+        x: int,
+        topk_weights: int,
+        bias_0: int,
+        bias_1: int,
+        counts: int,
+        send_row: int,
+        out: int,
+        out_weights: int,
+        known: RowCounts | None = None,
+        ce_chunks: int = 0,
+        ce_shrink: int = 100,
+        stream: int = 0,
+    ) -> None: ...
+    def layout(
+        self,
+        *,
+        num_blocks: int,
+        num_ranks: int,
+        num_experts: int,
+        ranks_per_domain: int,
+        num_topk: int,
+        index_bytes: int,
+        num_tokens: int,
+        topk_idx: int,
+        tokens_per_rank: int,
+        tokens_per_domain: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        workspace: int,
+        stream: int = 0,
+    ) -> None: ...
+    def refuse_dispatch(self, counts: int, stream: int = 0) -> None: ...
+    def refuse_combine(self, counts: int, stream: int = 0) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def barrier(self, stream: int = 0) -> None: ...
+    def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
+    @property
+    def fault_word(self) -> int: ...
+    def watched_fault(self) -> FaultRecord | None: ...
+    def ce_doorbell_rung(self) -> bool: ...
+
+def host_counts_bytes(num_ranks: int, num_local_experts: int) -> int: ...
+def control_bytes(num_ranks: int, max_local_experts: int, max_blocks: int) -> int: ...
+def staging_capacity(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...
+def staging_rows_begin(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...
+def epoch_words(num_ranks: int, max_local_experts: int, max_blocks: int) -> list[int]: ...
+def litmus_args(
+    *, role: int, writer: int, reader: int, words: int, out: int, timeout_ns: int, neighbour: int = 0
+) -> bytes: ...
+def bulk_copy_args(
+    *, source: int, target: int, num_bytes: int, stage_bytes: int, num_stages: int, timeout_ns: int
+) -> bytes: ...
+def bulk_copy_shared_bytes(num_warps: int, num_stages: int, stage_bytes: int) -> int: ...
+def copy_args(source: int, target: int, num_bytes: int) -> bytes: ...

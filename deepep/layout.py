@@ -20,7 +20,6 @@ from torch import Tensor
 
 import deepep._core as _core
 
-MAX_TOPK: int = _core.MAX_TOPK
 Array: TypeAlias = Tensor | np.ndarray
 LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 
@@ -306,7 +305,7 @@ def receive_slot_bytes(
 
 
 def low_latency_rdma_size_hint(
-    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = MAX_TOPK
+    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = _core.MAX_TOPK
 ) -> int:
     """Bytes of the fixed-slot buffer: two epochs of R*M messages in and of M*K rows back.
 

@@ -159,8 +159,8 @@ void low_latency_ranges(const Array<int32_t>& rows_per_expert, int64_t rank, Arr
 }
 
 template <class Index>
-void low_latency_send_rows(const Array<Index>& topk_idx, const Array<int32_t>& rows_per_expert,
-                           int64_t source, int64_t num_max_tokens, int64_t num_parts, Array<int64_t> rows) {
+void low_latency_send_rows(const Array<Index>& topk_idx, const Array<int32_t>& rows_per_expert, int64_t source,
+                           int64_t num_max_tokens, int64_t num_parts, Array<int64_t> rows) {
   const auto topk = matrix(topk_idx, "topk_idx");
   const auto counts = matrix(rows_per_expert, "rows_per_expert");
   int64_t* out = result(rows, {topk.rows, topk.cols}, "rows");
@@ -221,8 +221,7 @@ PYBIND11_MODULE(_core, m) {
   bind_topk<int32_t>(m);
   bind_topk<int64_t>(m);
   m.def("first_rows", &first_rows, array("counts"), array("first_rows"), array("num_received"));
-  m.def("send_rows", &send_rows, array("is_token_in_rank"), array("first_rows"), "num_parts"_a,
-        array("rows"));
+  m.def("send_rows", &send_rows, array("is_token_in_rank"), array("first_rows"), "num_parts"_a, array("rows"));
   m.def("receive_rows", &receive_rows, "is_token_in_rank"_a, "rank"_a, array("src_rank"), array("src_token"));
   m.def("sources_of_rows", &sources_of_rows, array("first_rows"), array("sources"));
   m.def("low_latency_ranges", &low_latency_ranges, array("rows_per_expert"), "rank"_a, array("layout_range"),

@@ -5,20 +5,31 @@
 
 #include <memory>
 
-#include "emulator/domain.hpp"
+#include "bindings/domain.hpp"
+#include "emulator/launcher.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/run/simulation.hpp"
 #include "kernels/copy/bulk_copy.hpp"
 #include "kernels/copy/copy.hpp"
 
 namespace py = pybind11;
+namespace dk = deepep::kernels;
 namespace emu = deepep::emu;
+namespace layout = deepep::layout;
+using namespace pybind11::literals;
+using deepep::bindings::pointer;
+using Domain = deepep::host::Domain<emu::EmulatorLauncher>;
 
 extern "C" const emu::KernelSet* deepep_emulator_kernels();
 
 namespace {
 
-emu::Kernels load_kernels(const std::string& path) {
+/// A set of kernels as Python holds it. Its library is never unloaded: failures keep names that live in it.
+struct Kernels {
+  const emu::KernelSet* set;
+};
+
+Kernels load_kernels(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(dlerror());
   auto* entry = reinterpret_cast<const emu::KernelSet* (*)()>(dlsym(library, "deepep_emulator_kernels"));
@@ -40,24 +51,29 @@ emu::Space space_named(const std::string& name) {
   throw std::invalid_argument("space: got " + name + "; allowed: symmetric, device or host");
 }
 
-/// (rank, step or number of writes, whether it is the latter, pause in ns or 0 for good, whether unseen writes are lost)
-using FaultTuple = std::tuple<int, uint64_t, bool, uint64_t, bool>;
-
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
-                                              int ranks_per_node, bool copy_engines, const std::string& strategy,
-                                              uint64_t seed, uint64_t expected_steps,
-                                              uint64_t max_steps, const std::vector<FaultTuple>& faults) {
+                                              int ranks_per_node, bool copy_engines,
+                                              const std::string& strategy, uint64_t seed,
+                                              uint64_t expected_steps, uint64_t max_steps,
+                                              std::vector<emu::Fault> faults) {
   if (num_ranks < 1 || max_blocks < 1 || max_threads < 32 || max_threads % 32 != 0 || num_sms < 0 ||
       ranks_per_node < 0)
     throw std::invalid_argument("a machine has ranks, blocks, and whole warps of threads");
   const int num_actors = copy_engines ? 2 * num_ranks : num_ranks;
-  emu::Plan plan{strategy_named(strategy), seed, expected_steps, max_steps, {}};
-  for (const auto& [rank, step, counts_writes, pause, loses] : faults) {
-    if (rank < 0 || rank >= num_actors) throw std::invalid_argument("fault: no such rank");
-    plan.faults.push_back({rank, step, counts_writes, pause, loses});
-  }
-  return std::make_unique<emu::Simulation>(
-      emu::Shape{num_actors, max_blocks, max_threads, num_sms, ranks_per_node, num_ranks}, plan);
+  for (const emu::Fault& fault : faults)
+    if (fault.rank < 0 || fault.rank >= num_actors) throw std::invalid_argument("fault: no such rank");
+  const emu::Shape shape{.num_ranks = num_actors,
+                         .max_blocks = max_blocks,
+                         .max_threads = max_threads,
+                         .num_sms = num_sms,
+                         .ranks_per_node = ranks_per_node,
+                         .num_gpus = num_ranks};
+  const emu::Plan plan{.strategy = strategy_named(strategy),
+                       .seed = seed,
+                       .expected_steps = expected_steps,
+                       .max_steps = max_steps,
+                       .faults = std::move(faults)};
+  return std::make_unique<emu::Simulation>(shape, plan);
 }
 
 const char* status_name(emu::Outcome::Status status) {
@@ -68,6 +84,234 @@ const char* status_name(emu::Outcome::Status status) {
     case emu::Outcome::Status::failed: return "failed";
   }
   return "?";
+}
+
+/// A kernel's arguments as `Machine.launch` takes them.
+template <class Args>
+py::bytes bytes_of(const Args& args) {
+  return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
+}
+
+void bind_kernels(py::module_& m) {
+  py::class_<Kernels>(m, "Kernels").def_property_readonly("names", [](const Kernels& kernels) {
+    std::vector<std::string> names;
+    for (size_t i = 0; i < kernels.set->count; ++i) names.emplace_back(kernels.set->kernels[i].name);
+    return names;
+  });
+  m.def("load_kernels", &load_kernels, "path"_a);
+  m.def("own_kernels", [] { return Kernels{deepep_emulator_kernels()}; });
+}
+
+void bind_machine(py::module_& m) {
+  py::class_<emu::Outcome>(m, "Outcome")
+      .def_property_readonly("status", [](const emu::Outcome& o) { return status_name(o.status); })
+      .def_readonly("rank", &emu::Outcome::rank)
+      .def_readonly("in_time", &emu::Outcome::in_time)
+      .def_readonly("words", &emu::Outcome::words)
+      .def_readonly("kind", &emu::Outcome::kind)
+      .def_readonly("text", &emu::Outcome::text)
+      .def_readonly("steps", &emu::Outcome::steps)
+      .def_readonly("switches", &emu::Outcome::switches)
+      .def_readonly("now_ns", &emu::Outcome::now_ns);
+
+  py::class_<emu::Fault>(m, "MachineFault")
+      .def(py::init([](int rank, uint64_t at, bool counts_writes, uint64_t pause_ns, bool loses_writes) {
+             return emu::Fault{.rank = rank,
+                               .at = at,
+                               .counts_writes = counts_writes,
+                               .pause_ns = pause_ns,
+                               .loses_writes = loses_writes};
+           }),
+           py::kw_only(), "rank"_a, "at"_a, "counts_writes"_a = false, "pause_ns"_a = 0,
+           "loses_writes"_a = false);
+
+  py::class_<emu::Simulation>(m, "Machine")
+      .def(py::init(&make_machine), py::kw_only(), "num_ranks"_a, "max_blocks"_a, "max_threads"_a,
+           "num_sms"_a = 0, "ranks_per_node"_a = 0, "copy_engines"_a = false, "strategy"_a = "random",
+           "seed"_a = 0, "expected_steps"_a = 20000, "max_steps"_a = 20'000'000,
+           "faults"_a = std::vector<emu::Fault>{})
+      .def(
+          "allocate",
+          [](emu::Simulation& machine, std::string name, const std::string& space, int rank, size_t bytes) {
+            return machine.allocate(std::move(name), space_named(space), rank, bytes);
+          },
+          "name"_a, "space"_a, "rank"_a, "bytes"_a)
+      .def(
+          "write",
+          [](emu::Simulation& machine, int rank, uintptr_t address, const py::buffer& data) {
+            const py::buffer_info info = data.request();
+            machine.host_write(rank, address, info.ptr, static_cast<size_t>(info.size * info.itemsize));
+          },
+          "rank"_a, "address"_a, "data"_a)
+      .def(
+          "read",
+          [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
+            std::string bytes(count, '\0');
+            machine.host_read(rank, address, bytes.data(), count);
+            return py::bytes(bytes);
+          },
+          "rank"_a, "address"_a, "count"_a)
+      .def("forget", &emu::Simulation::host_forget, "rank"_a, "address"_a, "count"_a)
+      .def(
+          "watch",
+          [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns,
+             bool until_idle) {
+            machine.watch(rank, {.address = address,
+                                 .bytes = 4,
+                                 .count = 1,
+                                 .condition = {emu::Condition::Kind::equal, value},
+                                 .timeout_ns = timeout_ns,
+                                 .until_idle = until_idle});
+          },
+          "rank"_a, "address"_a, "value"_a, "timeout_ns"_a, "until_idle"_a)
+      .def(
+          "watch_tags",
+          [](emu::Simulation& machine, int rank, uintptr_t address, int count, uint32_t tag,
+             uint64_t timeout_ns) {
+            machine.watch(rank, {.address = address,
+                                 .bytes = 8,
+                                 .count = count,
+                                 .condition = {emu::Condition::Kind::tag, tag},
+                                 .timeout_ns = timeout_ns});
+          },
+          "rank"_a, "address"_a, "count"_a, "tag"_a, "timeout_ns"_a)
+      .def(
+          "watcher_read",
+          [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
+            std::string bytes(count, '\0');
+            machine.watcher_read(rank, address, bytes.data(), count);
+            return py::bytes(bytes);
+          },
+          "rank"_a, "address"_a, "count"_a)
+      .def(
+          "peek",
+          [](const emu::Simulation& machine, uintptr_t address, size_t count) {
+            std::string bytes(count, '\0');
+            machine.peek(address, bytes.data(), count);
+            return py::bytes(bytes);
+          },
+          "address"_a, "count"_a)
+      .def(
+          "launch",
+          [](emu::Simulation& machine, int rank, const std::string& kernel, const py::bytes& args,
+             int num_blocks, int num_threads, int64_t shared_bytes, const Kernels& kernels) {
+            const std::string_view bytes = args;
+            machine.launch(rank, *kernels.set, kernel, bytes.data(), bytes.size(), num_blocks, num_threads,
+                           shared_bytes);
+          },
+          "rank"_a, "kernel"_a, "args"_a, "num_blocks"_a, "num_threads"_a, "shared_bytes"_a, "kernels"_a)
+      .def("meet", &emu::Simulation::meet)
+      .def("host_step", &emu::Simulation::host_step, "rank"_a)
+      .def("run", &emu::Simulation::run, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_domain(py::module_& m) {
+  deepep::bindings::bind_common(m);
+  m.attr("EPOCHS") =
+      offsetof(dk::LocalState, blocks_started) / sizeof(uint32_t);  // the first words of the state
+  m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(dk::Phase::kTooManyRows);
+  m.attr("DISAGREEMENT") = static_cast<uint32_t>(dk::Phase::kDisagreement);
+  m.attr("HOST_COUNTS_WORDS") = offsetof(dk::HostCounts, lists) / sizeof(uint64_t);
+
+  py::class_<Domain> domain(m, "Domain");
+  domain.def(py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, int rank,
+                         const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
+                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds) {
+               return std::make_unique<Domain>(
+                   deepep::bindings::domain_options(rank, heaps, max_local_experts, max_blocks, staging_bytes,
+                                                    state, fault, timeout_seconds),
+                   machine, *kernels.set, rank, num_threads);
+             }),
+             py::keep_alive<1, 2>(), py::kw_only(), "machine"_a, "kernels"_a, "num_threads"_a, "rank"_a,
+             "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a, "state"_a, "fault"_a,
+             "timeout_seconds"_a);
+  deepep::bindings::bind_operations(domain);
+  domain
+      .def_property_readonly(
+          "fault_word",
+          [](const Domain& self) { return reinterpret_cast<uintptr_t>(&self.group().fault->pending); },
+          "Where the host watches for a fault: the word becomes 1 when there is one.")
+      .def(
+          "watched_fault", [](Domain& self) { return self.launcher().watched_fault(self.group()); },
+          "The fault record while a kernel runs, which stays; or None.")
+      .def(
+          "ce_doorbell_rung", [](Domain& self) { return self.launcher().ce_doorbell_rung(self.group()); },
+          "Whether the copy engine's doorbell was rung for all that it was ordered; the rank's stream is "
+          "idle.");
+}
+
+void bind_layouts(py::module_& m) {
+  m.def(
+      "epoch_words",
+      [](int num_ranks, int max_local_experts, int max_blocks) {
+        const layout::ControlLayout control{num_ranks, max_local_experts, max_blocks};
+        std::vector<int64_t> offsets;
+        for (int r = 0; r < num_ranks; ++r)
+          offsets.insert(offsets.end(), {control.staging_free(r), control.arrived(r)});
+        return offsets;
+      },
+      "num_ranks"_a, "max_local_experts"_a, "max_blocks"_a, "Offsets of the words that only grow.");
+  m.def(
+      "staging_rows_begin",
+      [](int64_t area_bytes, int64_t row_bytes, int num_topk) {
+        return layout::StagingLayout{area_bytes, row_bytes, num_topk}.rows_begin();
+      },
+      "area_bytes"_a, "row_bytes"_a, "num_topk"_a);
+  using layout::SlotLayout;
+  py::class_<SlotLayout>(m, "SlotLayout")
+      .def(py::init([](int64_t capacity, int64_t row_bytes, int num_scales, int num_topk, int index_bytes) {
+             return SlotLayout{.capacity = capacity,
+                               .row_bytes = row_bytes,
+                               .num_scales = num_scales,
+                               .num_topk = num_topk,
+                               .index_bytes = index_bytes};
+           }),
+           py::kw_only(), "capacity"_a, "row_bytes"_a, "num_scales"_a, "num_topk"_a, "index_bytes"_a)
+      .def_property_readonly("source", &SlotLayout::source)
+      .def_property_readonly("scales", &SlotLayout::scales)
+      .def_property_readonly("topk_idx", &SlotLayout::topk_idx)
+      .def_property_readonly("topk_weights", &SlotLayout::topk_weights)
+      .def_property_readonly("num_bytes", &SlotLayout::bytes);
+}
+
+void bind_kernel_arguments(py::module_& m) {
+  m.def(
+      "litmus_args",
+      [](int role, int writer, int reader, uintptr_t words, uintptr_t out, uint64_t timeout_ns,
+         uintptr_t neighbour) {
+        return bytes_of(deepep::litmus::LitmusArgs{.role = role,
+                                                   .writer = writer,
+                                                   .reader = reader,
+                                                   .words = pointer<uint32_t>(words),
+                                                   .out = pointer<uint32_t>(out),
+                                                   .timeout_ns = timeout_ns,
+                                                   .neighbour = pointer<uint32_t>(neighbour)});
+      },
+      py::kw_only(), "role"_a, "writer"_a, "reader"_a, "words"_a, "out"_a, "timeout_ns"_a, "neighbour"_a = 0);
+  m.def(
+      "bulk_copy_args",
+      [](uintptr_t from, uintptr_t to, int64_t bytes, int64_t stage_bytes, int num_stages,
+         uint64_t timeout_ns) {
+        return bytes_of(dk::BulkCopyArgs{.from = pointer<const std::byte>(from),
+                                         .to = pointer<std::byte>(to),
+                                         .bytes = bytes,
+                                         .stage_bytes = stage_bytes,
+                                         .num_stages = num_stages,
+                                         .timeout_ns = timeout_ns});
+      },
+      py::kw_only(), "source"_a, "target"_a, "num_bytes"_a, "stage_bytes"_a, "num_stages"_a, "timeout_ns"_a);
+  m.def(
+      "bulk_copy_shared_bytes",
+      [](int num_warps, int num_stages, int64_t stage_bytes) {
+        return dk::BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
+      },
+      "num_warps"_a, "num_stages"_a, "stage_bytes"_a);
+  m.def(
+      "copy_args",
+      [](uintptr_t from, uintptr_t to, int64_t bytes) {
+        return bytes_of(dk::CopyArgs{pointer<const std::byte>(from), pointer<std::byte>(to), bytes});
+      },
+      "source"_a, "target"_a, "num_bytes"_a);
 }
 
 }  // namespace
@@ -84,130 +328,9 @@ PYBIND11_MODULE(_emulator, m) {
     }
   });
 
-  py::class_<emu::Kernels>(m, "Kernels").def_property_readonly("names", [](const emu::Kernels& kernels) {
-    std::vector<std::string> names;
-    for (size_t i = 0; i < kernels.set->count; ++i) names.emplace_back(kernels.set->kernels[i].name);
-    return names;
-  });
-  m.def("load_kernels", &load_kernels, py::arg("path"));
-  m.def("own_kernels", [] { return emu::Kernels{deepep_emulator_kernels()}; });
-
-  py::class_<emu::Outcome>(m, "Outcome")
-      .def_property_readonly("status", [](const emu::Outcome& o) { return status_name(o.status); })
-      .def_readonly("rank", &emu::Outcome::rank)
-      .def_readonly("in_time", &emu::Outcome::in_time)
-      .def_readonly("words", &emu::Outcome::words)
-      .def_readonly("kind", &emu::Outcome::kind)
-      .def_readonly("text", &emu::Outcome::text)
-      .def_readonly("steps", &emu::Outcome::steps)
-      .def_readonly("switches", &emu::Outcome::switches)
-      .def_readonly("now_ns", &emu::Outcome::now_ns);
-
-  py::class_<emu::Simulation>(m, "Machine")
-      .def(py::init(&make_machine), py::kw_only(), py::arg("num_ranks"), py::arg("max_blocks"), py::arg("max_threads"),
-           py::arg("num_sms") = 0, py::arg("ranks_per_node") = 0, py::arg("copy_engines") = false,
-           py::arg("strategy") = "random", py::arg("seed") = 0,
-           py::arg("expected_steps") = 20000, py::arg("max_steps") = 20'000'000,
-           py::arg("faults") = std::vector<FaultTuple>{})
-      .def(
-          "allocate",
-          [](emu::Simulation& machine, std::string name, const std::string& space, int rank, size_t bytes) {
-            return machine.allocate(std::move(name), space_named(space), rank, bytes);
-          },
-          py::arg("name"), py::arg("space"), py::arg("rank"), py::arg("bytes"))
-      .def(
-          "write",
-          [](emu::Simulation& machine, int rank, uintptr_t address, const py::buffer& data) {
-            const py::buffer_info info = data.request();
-            machine.host_write(rank, address, info.ptr, static_cast<size_t>(info.size * info.itemsize));
-          },
-          py::arg("rank"), py::arg("address"), py::arg("data"))
-      .def(
-          "read",
-          [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
-            std::string bytes(count, '\0');
-            machine.host_read(rank, address, bytes.data(), count);
-            return py::bytes(bytes);
-          },
-          py::arg("rank"), py::arg("address"), py::arg("count"))
-      .def("forget", &emu::Simulation::host_forget, py::arg("rank"), py::arg("address"), py::arg("count"))
-      .def(
-          "watch",
-          [](emu::Simulation& machine, int rank, uintptr_t address, uint32_t value, uint64_t timeout_ns,
-             bool until_idle) {
-            machine.watch(rank, {address, 4, 1, {emu::Condition::Kind::equal, value}, timeout_ns, until_idle});
-          },
-          py::arg("rank"), py::arg("address"), py::arg("value"), py::arg("timeout_ns"), py::arg("until_idle"))
-      .def(
-          "watch_tags",
-          [](emu::Simulation& machine, int rank, uintptr_t address, int count, uint32_t tag, uint64_t timeout_ns) {
-            machine.watch(rank, {address, 8, count, {emu::Condition::Kind::tag, tag}, timeout_ns, false});
-          },
-          py::arg("rank"), py::arg("address"), py::arg("count"), py::arg("tag"), py::arg("timeout_ns"))
-      .def(
-          "watcher_read",
-          [](emu::Simulation& machine, int rank, uintptr_t address, size_t count) {
-            std::string bytes(count, '\0');
-            machine.watcher_read(rank, address, bytes.data(), count);
-            return py::bytes(bytes);
-          },
-          py::arg("rank"), py::arg("address"), py::arg("count"))
-      .def(
-          "peek",
-          [](const emu::Simulation& machine, uintptr_t address, size_t count) {
-            std::string bytes(count, '\0');
-            machine.peek(address, bytes.data(), count);
-            return py::bytes(bytes);
-          },
-          py::arg("address"), py::arg("count"))
-      .def(
-          "launch",
-          [](emu::Simulation& machine, int rank, const std::string& kernel, const py::bytes& args, int num_blocks,
-             int num_threads, int64_t shared_bytes, const emu::Kernels& kernels) {
-            const std::string_view bytes = args;
-            machine.launch(rank, *kernels.set, kernel, bytes.data(), bytes.size(), num_blocks, num_threads,
-                           shared_bytes);
-          },
-          py::arg("rank"), py::arg("kernel"), py::arg("args"), py::arg("num_blocks"), py::arg("num_threads"),
-          py::arg("shared_bytes"), py::arg("kernels"))
-      .def("meet", &emu::Simulation::meet)
-      .def("host_step", &emu::Simulation::host_step, py::arg("rank"))
-      .def("run", &emu::Simulation::run, py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "litmus_args",
-      [](int role, int writer, int reader, uintptr_t words, uintptr_t out, uint64_t timeout_ns, uintptr_t neighbour) {
-        const deepep::litmus::LitmusArgs args{role,
-                                              writer,
-                                              reader,
-                                              reinterpret_cast<uint32_t*>(words),
-                                              reinterpret_cast<uint32_t*>(out),
-                                              timeout_ns,
-                                              reinterpret_cast<uint32_t*>(neighbour)};
-        return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
-      },
-      py::arg("role"), py::arg("writer"), py::arg("reader"), py::arg("words"), py::arg("out"), py::arg("timeout_ns"),
-      py::arg("neighbour") = 0);
-  m.def(
-      "bulk_copy_args",
-      [](uintptr_t from, uintptr_t to, int64_t bytes, int64_t stage_bytes, int num_stages, uint64_t timeout_ns) {
-        const deepep::kernels::BulkCopyArgs args{reinterpret_cast<const std::byte*>(from),
-                                                 reinterpret_cast<std::byte*>(to),
-                                                 bytes,
-                                                 stage_bytes,
-                                                 num_stages,
-                                                 timeout_ns};
-        return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
-      },
-      py::arg("source"), py::arg("target"), py::arg("num_bytes"), py::arg("stage_bytes"), py::arg("num_stages"),
-      py::arg("timeout_ns"));
-  m.def("bulk_copy_shared_bytes", [](int num_warps, int num_stages, int64_t stage_bytes) {
-    return deepep::kernels::BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
-  });
-  m.def("copy_args", [](uintptr_t from, uintptr_t to, int64_t bytes) {
-    const deepep::kernels::CopyArgs args{reinterpret_cast<const std::byte*>(from), reinterpret_cast<std::byte*>(to),
-                                         bytes};
-    return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
-  });
-  emu::bind_domain(m);
+  bind_kernels(m);
+  bind_machine(m);
+  bind_domain(m);
+  bind_layouts(m);
+  bind_kernel_arguments(m);
 }

@@ -1,5 +1,5 @@
-// A rank's copy engine, as the kernels meet it: it does what the host has put on its stream for a combine. It runs as
-// the kernel of a rank of its own.
+// A rank's copy engine, as the kernels meet it: it does what the host has put on its stream for a combine. It
+// runs as the kernel of a rank of its own.
 #pragma once
 
 #include <cstring>
@@ -13,8 +13,8 @@ struct CopyEngineArgs {
   uint64_t patience_ns;  // a real one waits for ever, but its process may end
 };
 
-/// One stretch of `rows` rows of `bytes`. In a call whose flags nobody will raise it is carried behind the machine's
-/// back: what meets it would be a race, and is allowed as long as nobody uses what comes of it.
+/// One stretch of `rows` rows of `bytes`. In a call whose flags nobody will raise it is carried behind the
+/// machine's back: what meets it would be a race, and is allowed as long as nobody uses what comes of it.
 DEEPEP_DEVICE void carry(std::byte* to, const std::byte* from, int64_t rows, int64_t bytes, bool spoils) {
   using namespace dev;
   if (spoils) {
@@ -47,14 +47,14 @@ DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
       if (owner == g.rank || !kernels::is_live(g, owner)) continue;
       const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, work.chunks);
       std::byte* area = g.heap[owner] + g.staging_offset;
-      carry(area + staging.row(rows.place), call.x + rows.row * call.row_bytes, rows.rows, call.row_bytes, spoils);
+      carry(area + staging.row(rows.place), call.x + rows.row * call.row_bytes, rows.rows, call.row_bytes,
+            spoils);
       carry(area + staging.weights(rows.place),
-            reinterpret_cast<const std::byte*>(call.topk_weights) + rows.row * staging.weight_bytes(), rows.rows,
-            staging.weight_bytes(), spoils);
+            reinterpret_cast<const std::byte*>(call.topk_weights) + rows.row * staging.weight_bytes(),
+            rows.rows, staging.weight_bytes(), spoils);
     }
     sync_warp();
-    if (lane() == 0)
-      store<release, sys_scope>(&g.state->ce_completed, first + static_cast<uint32_t>(chunk));
+    if (lane() == 0) store<release, sys_scope>(&g.state->ce_completed, first + static_cast<uint32_t>(chunk));
   }
 }
 

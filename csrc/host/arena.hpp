@@ -1,7 +1,7 @@
 // A first-fit allocator over one stretch of memory, for torch's caching allocator to take segments from.
 //
-// torch reaches it through two C functions (CUDAPluggableAllocator), which carry no context: the arena to take from
-// is chosen per thread, before, and the arena to give back to is found by address.
+// torch reaches it through two C functions (CUDAPluggableAllocator), which carry no context: the arena to take
+// from is chosen per thread, before, and the arena to give back to is found by address.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,8 @@ namespace deepep::host {
 /// Bytes of every block are a multiple of this: torch asks for multiples of 2 MiB.
 inline constexpr int64_t kArenaUnit = 512;
 
-/// A block that came back is not free yet: torch gives back what stands free in stream order, and whoever takes it next
-/// may be on another stream. It rests until its owner, who knows the streams, says `settle`.
+/// A block that came back is not free yet: torch gives back what stands free in stream order, and whoever takes
+/// it next may be on another stream. It rests until its owner, who knows the streams, says `settle`.
 class Arena {
  public:
   Arena(std::byte* base, int64_t bytes) : base_(base), end_(bytes / kArenaUnit * kArenaUnit) {
@@ -54,8 +54,8 @@ class Arena {
     }
   }
 
-  /// Sets the last `bytes` aside, for good: nothing is taken there any more. Null if they are not all free; what was
-  /// set aside before stays so.
+  /// Sets the last `bytes` aside, for good: nothing is taken there any more. Null if they are not all free;
+  /// what was set aside before stays so.
   [[nodiscard]] std::byte* set_aside(int64_t bytes) {
     const int64_t more = in_units(bytes) - aside_;
     const int64_t limit = end_ - aside_;
@@ -140,7 +140,8 @@ class Arenas {
   void give_back(void* block, int64_t bytes) {
     const std::lock_guard lock(mutex_);
     for (auto& [id, arena] : arenas_)
-      if (arena.holds(static_cast<std::byte*>(block))) return arena.give_back(static_cast<std::byte*>(block), bytes);
+      if (arena.holds(static_cast<std::byte*>(block)))
+        return arena.give_back(static_cast<std::byte*>(block), bytes);
   }
 
  private:

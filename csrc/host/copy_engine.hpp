@@ -6,12 +6,14 @@
 #include "kernels/common/args.hpp"
 #include "kernels/common/launch.cuh"
 
-namespace deepep::kernels {
+namespace deepep::host {
 
-/// Operations on a word that a stream carries out. Found in the driver that is there, so that nothing is linked to it.
+/// Operations on a word that a stream carries out. Found in the driver that is there, so that nothing is linked
+/// to it.
 class StreamWords {
  public:
-  StreamWords() : wait_(find<Operation>("cuStreamWaitValue32")), write_(find<Operation>("cuStreamWriteValue32")) {}
+  StreamWords()
+      : wait_(find<Operation>("cuStreamWaitValue32")), write_(find<Operation>("cuStreamWriteValue32")) {}
   /// Holds the stream back until the word has reached the value.
   void wait(cudaStream_t stream, const uint32_t* word, uint32_t value) const {
     check_driver(wait_(stream, address(word), value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
@@ -28,13 +30,15 @@ class StreamWords {
   static Function find(const char* name) {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found), name);
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(name) + ": not in this driver");
+    kernels::check(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found), name);
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error(std::string(name) + ": not in this driver");
     return reinterpret_cast<Function>(entry);
   }
   static CUdeviceptr address(const uint32_t* word) { return reinterpret_cast<CUdeviceptr>(word); }
   static void check_driver(CUresult result, const char* what) {
-    if (result != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + ": CUresult " + std::to_string(result));
+    if (result != CUDA_SUCCESS)
+      throw std::runtime_error(std::string(what) + ": CUresult " + std::to_string(result));
   }
 
   Operation wait_;
@@ -46,32 +50,33 @@ class CopyEngine {
  public:
   CopyEngine() {
     int least = 0, greatest = 0;
-    check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    kernels::check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    kernels::check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest),
+                   "cudaStreamCreateWithPriority");
   }
   ~CopyEngine() { (void)cudaStreamDestroy(stream_); }
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
   /// Tickets for so many chunks.
-  [[nodiscard]] CopyEngineWork take(const layout::ChunkSizes& cut) {
-    if (cut.num_chunks > layout::ChunkSizes::kMaxChunks || cut.shrink < 1 || cut.shrink > 100)
+  [[nodiscard]] kernels::CopyEngineWork take(const layout::ChunkSizes& chunks) {
+    if (chunks.num_chunks > layout::ChunkSizes::kMaxChunks || chunks.shrink < 1 || chunks.shrink > 100)
       throw std::invalid_argument("at most 4 chunks, each 1 to 100 percent of the one before");
-    ticket_ += static_cast<uint32_t>(cut.num_chunks);
-    return {cut, ticket_};
+    ticket_ += static_cast<uint32_t>(chunks.num_chunks);
+    return {chunks, ticket_};
   }
 
   /// Orders what the combine that was launched just before leaves to the engine. counts [R, R]: the handle's.
-  void order(const CombineArgs& args, const int32_t* counts) {
-    const Group& g = args.group;
-    const CopyEngineWork& work = args.copy_engine;
+  void order(const kernels::CombineArgs& args, const int32_t* counts) {
+    const kernels::Group& g = args.group;
+    const kernels::CopyEngineWork& work = args.copy_engine;
     const layout::CountMatrix count{counts, g.num_ranks};
     const layout::StagingLayout& staging = args.staging;
     words_.wait(stream_, &g.state->ce_doorbell, work.last_ticket);
-    const auto each_owner = [&](int chunk, const layout::ChunkSizes& cut, const auto& visit) {
+    const auto each_owner = [&](int chunk, const layout::ChunkSizes& chunks, const auto& visit) {
       for (int d = 1; d < g.num_ranks; ++d) {
         const int owner = (g.rank + d) % g.num_ranks;
-        const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, cut);
+        const layout::RowRange rows = layout::chunk_of_rows(count, owner, g.rank, chunk, chunks);
         if (((g.live >> owner) & 1u) != 0 && rows.rows > 0) visit(g.heap[owner] + g.staging_offset, rows);
       }
     };
@@ -90,18 +95,20 @@ class CopyEngine {
   }
 
   /// Whether all that a rank returns has its place in the owners' staging.
-  [[nodiscard]] static bool has_room(const CombineArgs& args, const int32_t* counts) {
-    const Group& g = args.group;
+  [[nodiscard]] static bool has_room(const kernels::CombineArgs& args, const int32_t* counts) {
+    const kernels::Group& g = args.group;
     const layout::CountMatrix count{counts, g.num_ranks};
     for (int owner = 0; owner < g.num_ranks; ++owner)
-      if (owner != g.rank && layout::first_staging_row(count, owner, g.rank) + count(owner, g.rank) > args.staging.capacity())
+      if (owner != g.rank &&
+          layout::first_staging_row(count, owner, g.rank) + count(owner, g.rank) > args.staging.capacity())
         return false;
     return true;
   }
 
  private:
   void copy(std::byte* to, const void* from, int64_t bytes) const {
-    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_), "cudaMemcpyAsync");
+    kernels::check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_),
+                   "cudaMemcpyAsync");
   }
 
   StreamWords words_;
@@ -109,4 +116,4 @@ class CopyEngine {
   uint32_t ticket_ = 0;
 };
 
-}  // namespace deepep::kernels
+}  // namespace deepep::host

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepep._core import MAX_TOPK
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -36,7 +37,6 @@ SCALE_DTYPES = (torch.float32, torch.int32)
 ROW_ALIGNMENT = 16  # bytes: what bulk copies move
 FP8_GROUP = 128  # channels that share a scale
 UE8M0_PACK = 4 * FP8_GROUP  # channels whose scales share an int32
-MAX_TOPK = 32
 
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> str:

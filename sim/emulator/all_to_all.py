@@ -182,7 +182,7 @@ class EmulatedAllToAll:
             max(call.num_local_experts for call in calls.values()),
             staging_rows=0,
             row_bytes=16,
-            slot_bytes=max(call.slot_offsets[-1] for call in calls.values()),
+            slot_bytes=max(call.slot.num_bytes for call in calls.values()),
         )
         domain, slots, plans = run.domain, {}, {}
         for rank, mine in given.items():
@@ -196,7 +196,7 @@ class EmulatedAllToAll:
         watched = run.to_the_end()
         made = {}
         for rank, mine in given.items():
-            if calls[rank].tells_host:
+            if calls[rank].posts_counts:
                 told = domain.host_counts(watched[rank])
                 if (told.phase, told.num_rows) != (0, mine.num_rows):
                     raise EmulatedFailure(

@@ -55,15 +55,15 @@ class Fault:
 
 
 class HostCounts(NamedTuple):
-    """What a dispatch tells the host (csrc/kernels/common/args.hpp).
+    """The counts that a dispatch posts to the host (csrc/kernels/common/args.hpp).
 
     table: R x R rows from each rank to each, row by row. per_expert: L counts, not aligned.
     """
 
     phase: int
     num_rows: int
-    most_rows: int
-    returning: int
+    max_rows: int
+    num_returned: int
     table: list[int]
     per_expert: list[int]
 
@@ -100,23 +100,23 @@ class DispatchCall:
     topk_weights: Tensor | None = None  # [T, K] float32
     num_worst_tokens: int = 0
     cached: bool = False
-    refused: bool = False  # only tell the others that this rank takes no part
+    refused: bool = False  # only post to the others that this rank takes no part
 
     @property
-    def tells_host(self) -> bool:
+    def posts_counts(self) -> bool:
+        """Whether the host waits for the counts."""
         return not self.cached and not self.refused and self.num_worst_tokens == 0
 
     @property
-    def slot_offsets(self) -> tuple[int, int, int, int, int]:
-        """Where the arrays behind the rows begin: source, scales, topk_idx, topk_weights; and the end."""
-        source, scales, idx, weights, end = _emulator.slot_offsets(
-            self.capacity,
-            self.x.shape[1] * self.x.element_size(),
-            0 if self.scales is None else self.scales.shape[1],
-            0 if self.topk_idx is None else self.topk_idx.shape[1],
-            8 if self.topk_idx is None else self.topk_idx.element_size(),
+    def slot(self) -> _emulator.SlotLayout:
+        """Where the arrays behind the rows begin, and where they end."""
+        return _emulator.SlotLayout(
+            capacity=self.capacity,
+            row_bytes=self.x.shape[1] * self.x.element_size(),
+            num_scales=0 if self.scales is None else self.scales.shape[1],
+            num_topk=0 if self.topk_idx is None else self.topk_idx.shape[1],
+            index_bytes=8 if self.topk_idx is None else self.topk_idx.element_size(),
         )
-        return source, scales, idx, weights, end
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class CombineCall:
     num_topk: int = 0
     topk_weights: Tensor | int = 0  # [N, K] float32
     biases: tuple[Tensor, ...] = ()  # [T, H] bf16
-    refused: bool = False  # only tell the others that this rank takes no part
+    refused: bool = False  # only post to the others that this rank takes no part
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ from deepep.sim.emulator.calls import (
 _MARK_BYTES = 256
 
 
+class Blocks(NamedTuple):
+    """Blocks of a launch by role (csrc/host/calls.hpp)."""
+
+    total: int
+    remote: int
+    local: int
+
+
 class EmulatedDomain:
     """All ranks' heaps, each with control words, staging and two receive slots that take turns.
 
@@ -39,8 +47,8 @@ class EmulatedDomain:
 
     def __init__(
         self,
-        machine: Any,
-        kernels: Any,
+        machine: _emulator.Machine,
+        kernels: _emulator.Kernels,
         gpu: Gpu,
         *,
         num_ranks: int,
@@ -52,6 +60,9 @@ class EmulatedDomain:
         self.machine = machine
         self.gpu = gpu
         self.num_ranks = num_ranks
+        self._blocks = Blocks(gpu.num_blocks, gpu.push_blocks, gpu.local_blocks)
+        summing = gpu.reduce_blocks or gpu.local_blocks
+        self._combine_blocks = Blocks(gpu.num_blocks, gpu.push_blocks, summing)
         everyone = range(num_ranks)
         control = _emulator.control_bytes(num_ranks, max_local_experts, gpu.num_blocks)
         # A staged row needs its flags' share of the area.
@@ -71,7 +82,7 @@ class EmulatedDomain:
             state = self._zeros(f"state@{rank}", "device", rank, _emulator.STATE_BYTES)
             before = gpu.calls_before.to_bytes(4, "little")
             machine.write(rank, state, before * _emulator.EPOCHS)
-            for word in _emulator.counting_words(num_ranks, max_local_experts, gpu.num_blocks):
+            for word in _emulator.epoch_words(num_ranks, max_local_experts, gpu.num_blocks):
                 machine.write(rank, self._heaps[rank] + word, before)
             self._domains.append(
                 _emulator.Domain(
@@ -90,7 +101,7 @@ class EmulatedDomain:
             )
         machine.meet()
         self._tickets = [0] * num_ranks
-        self._slots_lent = [0] * num_ranks
+        self._slots_used = [0] * num_ranks
 
     # ---- layout --------------------------------------------------------------------------------------------
 
@@ -116,19 +127,19 @@ class EmulatedDomain:
         )
         workspace = 4 * (num_experts + ranks + domains + 1)
         self._domains[rank].layout(
+            num_ranks=ranks,
             num_experts=num_experts,
-            ranks_per_node=ranks_per_domain,
+            ranks_per_domain=ranks_per_domain,
             num_topk=topk,
             index_bytes=topk_idx.element_size(),
             num_tokens=tokens,
             topk_idx=self._put(f"topk_idx@{rank}", rank, topk_idx),
             tokens_per_rank=at.per_rank,
-            tokens_per_node=at.per_domain,
+            tokens_per_domain=at.per_domain,
             tokens_per_expert=at.per_expert,
             is_token_in_rank=at.in_rank,
             workspace=self._zeros(f"workspace@{rank}", "device", rank, workspace),
             num_blocks=self.gpu.num_blocks,
-            num_threads=32,  # fewer tokens reach a second block, and a thread's second turn
         )
         return at
 
@@ -170,30 +181,39 @@ class EmulatedDomain:
         )
 
     def dispatch(self, rank: int, call: DispatchCall, layout: LayoutAt, plan: PlanAt) -> int:
-        """Launches a dispatch; returns the address of the slot it lends.
+        """Launches a dispatch; returns the address of the slot that it receives in.
 
-        Where it tells the host its counts, the machine's watch of them is set up: run() returns with it.
+        Where it posts its counts to the host, the machine's watch of them is set up: run() returns with it.
         """
-        if call.slot_offsets[-1] > self._slot_bytes:
-            raise ValueError(f"a slot of {call.slot_offsets[-1]} bytes; there are {self._slot_bytes}")
-        slot = self._slots_begin + self._slots_lent[rank] % 2 * self._slot_bytes
-        self._slots_lent[rank] += 1
+        layout_of_slot = call.slot
+        if layout_of_slot.num_bytes > self._slot_bytes:
+            raise ValueError(f"a slot of {layout_of_slot.num_bytes} bytes; there are {self._slot_bytes}")
+        slot = self._heaps[rank] + self._slots_begin + self._slots_used[rank] % 2 * self._slot_bytes
+        self._slots_used[rank] += 1
         # Whoever used the slot before must be done with it, and no row of it may be read that did not arrive.
-        self.machine.forget(rank, self._heaps[rank] + slot, call.slot_offsets[-1])
+        self.machine.forget(rank, slot, layout_of_slot.num_bytes)
         scales, scales_at = call.scales, 0
         if scales is not None:
             # All of the storage, so that the strides the kernel is given are the caller's.
             storage = torch.empty(0, dtype=scales.dtype).set_(scales.untyped_storage())
             scales_at = self._put(f"scales@{rank}", rank, storage) + 4 * int(scales.storage_offset())
-        if call.tells_host:
-            self._tickets[rank] += 1
         self._set_live(rank, call.live)
+        if call.refused:
+            self._domains[rank].refuse_dispatch(plan.counts)
+        elif call.cached:
+            self._dispatch_cached(rank, call, plan, slot, scales_at)
+        else:
+            self._dispatch_anew(rank, call, layout, plan, slot, scales_at)
+        return slot
+
+    def _dispatch_anew(
+        self, rank: int, call: DispatchCall, layout: LayoutAt, plan: PlanAt, slot: int, scales_at: int
+    ) -> None:
+        scales, at = call.scales, call.slot
+        if call.posts_counts:
+            self._tickets[rank] += 1
         self._domains[rank].dispatch(
-            num_blocks=self.gpu.num_blocks,
-            push_blocks=self.gpu.push_blocks,
-            local_blocks=self.gpu.local_blocks,
-            refused=call.refused,
-            cached=call.cached,
+            blocks=self._blocks,
             num_tokens=call.x.shape[0],
             num_topk=0 if call.topk_idx is None else call.topk_idx.shape[1],
             num_local_experts=call.num_local_experts,
@@ -211,13 +231,17 @@ class EmulatedDomain:
             tokens_per_expert=layout.per_expert,
             counts=plan.counts,
             send_row=plan.send_row,
-            slot_offset=slot,
-            slot_capacity=call.capacity,
-            num_worst_tokens=0 if call.cached else call.num_worst_tokens,
-            host=self._counts[rank] if call.tells_host else 0,
+            recv_x=slot,
+            recv_source=slot + at.source,
+            recv_scales=slot + at.scales,
+            recv_topk_idx=slot + at.topk_idx,
+            recv_topk_weights=slot + at.topk_weights,
+            capacity=call.capacity,
+            num_worst_tokens=call.num_worst_tokens,
+            host_counts=self._counts[rank] if call.posts_counts else 0,
             ticket=self._tickets[rank],
         )
-        if call.tells_host:
+        if call.posts_counts:
             self.machine.watch_tags(
                 rank=rank,
                 address=self._counts[rank],
@@ -225,20 +249,36 @@ class EmulatedDomain:
                 tag=self._tickets[rank],
                 timeout_ns=int(10e9 * self.gpu.timeout),
             )
-        return self._heaps[rank] + slot
+
+    def _dispatch_cached(
+        self, rank: int, call: DispatchCall, plan: PlanAt, slot: int, scales_at: int
+    ) -> None:
+        scales = call.scales
+        prepared = self._domains[rank].prepare_cached(
+            blocks=self._blocks,
+            num_tokens=call.x.shape[0],
+            num_scales=0 if scales is None else scales.shape[1],
+            row_bytes=call.x.shape[1] * call.x.element_size(),
+            scale_token_stride=0 if scales is None else scales.stride(0),
+            scale_stride=0 if scales is None else scales.stride(1),
+            counts=plan.counts,
+            send_row=plan.send_row,
+            capacity=call.capacity,
+        )
+        x = self._put(f"x@{rank}", rank, call.x)
+        self._domains[rank].dispatch_cached(prepared, x, scales_at, slot, slot + call.slot.scales)
 
     def host_counts(self, words: Sequence[int]) -> HostCounts:
-        """What the watched words of a dispatch say."""
+        """The counts in the watched words of a dispatch."""
         values = [word & 0xFFFFFFFF for word in words]
-        phase, num_rows, most_rows, returning = values[:4]
+        phase, num_rows, max_rows, num_returned = values[:4]
         lists = values[_emulator.HOST_COUNTS_WORDS :]
         ends = self.num_ranks**2
-        return HostCounts(phase, num_rows, most_rows, returning, lists[:ends], lists[ends:])
+        return HostCounts(phase, num_rows, max_rows, num_returned, lists[:ends], lists[ends:])
 
     def read_slot(self, rank: int, slot: int, call: DispatchCall, num_rows: int) -> Received:
         """The first `num_rows` rows, as the user's kernels would read them right after the dispatch."""
-        source_at, scales_at, idx_at, weights_at, _ = call.slot_offsets
-        scales, topk_idx = call.scales, call.topk_idx
+        at, scales, topk_idx = call.slot, call.scales, call.topk_idx
 
         def rows(offset: int, like: Tensor | None, count: int = num_rows) -> Tensor | None:
             return (
@@ -249,10 +289,10 @@ class EmulatedDomain:
         assert x is not None
         return Received(
             x,
-            None if call.cached else self.read(rank, slot + source_at, torch.int32, (num_rows,)),
-            rows(scales_at, scales),
-            rows(idx_at, topk_idx, call.num_worst_tokens or num_rows),
-            rows(weights_at, call.topk_weights),
+            None if call.cached else self.read(rank, slot + at.source, torch.int32, (num_rows,)),
+            rows(at.scales, scales),
+            rows(at.topk_idx, topk_idx, call.num_worst_tokens or num_rows),
+            rows(at.topk_weights, call.topk_weights),
         )
 
     # ---- combine -------------------------------------------------------------------------------------------
@@ -268,11 +308,11 @@ class EmulatedDomain:
         out = self._allocate(f"out@{rank}", "device", rank, 2 * tokens * call.hidden)
         out_weights = self._allocate(f"out weights@{rank}", "device", rank, 4 * tokens * topk) if topk else 0
         self._set_live(rank, call.live)
+        if call.refused:
+            self._domains[rank].refuse_combine(plan.counts)
+            return out, out_weights
         self._domains[rank].combine(
-            num_blocks=self.gpu.num_blocks,
-            push_blocks=self.gpu.push_blocks,
-            reduce_blocks=self.gpu.reduce_blocks or self.gpu.local_blocks,
-            refused=call.refused,
+            blocks=self._combine_blocks,
             num_tokens=tokens,
             num_topk=topk,
             row_bytes=2 * call.hidden,
@@ -284,8 +324,8 @@ class EmulatedDomain:
             send_row=plan.send_row,
             out=out,
             out_weights=out_weights,
-            engine_chunks=self.gpu.engine_chunks,
-            engine_shrink=self.gpu.engine_shrink,
+            ce_chunks=self.gpu.engine_chunks,
+            ce_shrink=self.gpu.engine_shrink,
         )
         return out, out_weights
 
@@ -317,16 +357,21 @@ class EmulatedDomain:
 
     def take_fault(self, rank: int, *, watched: bool = False) -> Fault | None:
         """The rank's fault record, if there is one. watched: while the kernel runs; the record then stays."""
-        found = self._domains[rank].take_fault(watched)
+        domain = self._domains[rank]
+        found = domain.watched_fault() if watched else domain.take_fault()
         if found is None:
             return None
-        operation, phase, missing, expected, seen = found
-        waited_on = tuple(r for r in range(self.num_ranks) if missing >> r & 1)
-        return Fault(operation, phase, waited_on, expected, seen)
+        return Fault(
+            operation=found.operation,
+            phase=found.phase,
+            waited_on=tuple(r for r in range(self.num_ranks) if found.missing >> r & 1),
+            expected=found.expected,
+            seen=found.seen,
+        )
 
-    def engine_was_let_go(self, rank: int) -> bool:
-        """Whether the rank's copy engine was let go with all it was ordered; its stream is idle."""
-        return bool(self._domains[rank].engine_was_let_go())
+    def ce_doorbell_rung(self, rank: int) -> bool:
+        """Whether the copy engine's doorbell was rung for all that it was ordered; the stream is idle."""
+        return self._domains[rank].ce_doorbell_rung()
 
     # ---- memory --------------------------------------------------------------------------------------------
 

@@ -90,7 +90,12 @@ def _launch(machine: Any, kernels: Any, case: CopyCase, rank: int, source: int, 
     if case.bulk:
         shared = _emulator.bulk_copy_shared_bytes(case.num_warps, case.num_stages, case.stage_bytes)
         args = _emulator.bulk_copy_args(
-            source, target, case.num_bytes, case.stage_bytes, case.num_stages, _TIMEOUT_NS
+            source=source,
+            target=target,
+            num_bytes=case.num_bytes,
+            stage_bytes=case.stage_bytes,
+            num_stages=case.num_stages,
+            timeout_ns=_TIMEOUT_NS,
         )
         machine.launch(rank, "bulk_copy_kernel", args, case.num_blocks, threads, shared, kernels)
     else:

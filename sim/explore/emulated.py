@@ -76,7 +76,14 @@ class _ScenarioRun:
             expected_steps=schedule.expected_steps,
             max_steps=max_steps,
             faults=[
-                (s.rank, s.at, s.counts_writes, int(s.pause_seconds * 1e9), s.loses_writes) for s in stops
+                _emulator.MachineFault(
+                    rank=stop.rank,
+                    at=stop.at,
+                    counts_writes=stop.counts_writes,
+                    pause_ns=int(stop.pause_seconds * 1e9),
+                    loses_writes=stop.loses_writes,
+                )
+                for stop in stops
             ],
         )
         self.machine = machine
@@ -90,7 +97,7 @@ class _ScenarioRun:
             max_local_experts=max(case.num_local_experts for case in cases),
             staging_rows=self.num_ranks * max(max(case.num_tokens) for case in cases),
             row_bytes=max(2 * case.hidden + 16 * case.num_topk for case in cases),
-            slot_bytes=max(_call(case, inputs(case, 0)).slot_offsets[-1] for case in cases),
+            slot_bytes=max(_call(case, inputs(case, 0)).slot.num_bytes for case in cases),
         )
         self.watched: Any = None  # outcome of the watch that ended last
         self.report = RunReport()
@@ -137,7 +144,7 @@ class _ScenarioRun:
         report = self.report
         gone = {stop.rank for stop in self.stops if stop.pause_seconds == 0}
         unfinished = set(self.programs) - gone
-        held = [r for r in set(range(self.num_ranks)) - gone if not self.domain.engine_was_let_go(r)]
+        held = [r for r in set(range(self.num_ranks)) - gone if not self.domain.ce_doorbell_rung(r)]
         if unfinished:
             report.kind = "unfinished"
             report.text = f"ranks {sorted(unfinished)} neither finished nor gave up"
@@ -239,11 +246,11 @@ class _ScenarioRun:
         most_rows = max(len(x) for x in expected if x is not None)
         call = _call(case, inputs(case, rank))
         view = RankView()
-        if call.tells_host and self.scenario.short_slots and most_rows > 1:
+        if call.posts_counts and self.scenario.short_slots and most_rows > 1:
             domain.dispatch(rank, replace(call, capacity=most_rows - 1), layout, plan)
             told = yield from self._hear(rank)
             yield from self._settle(rank)
-            if (told.phase, told.most_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
+            if (told.phase, told.max_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
                 raise _WrongResult(f"rank {rank}: short slots: the host was told {told}")
         if self.scenario.refuses == "dispatch":
             refuser = case.dispatch_members[index % len(case.dispatch_members)]
@@ -253,13 +260,13 @@ class _ScenarioRun:
                 domain.dispatch(rank, nothing, layout, given_up)
             else:
                 domain.dispatch(rank, call, layout, given_up)
-            if rank != refuser and call.tells_host:
+            if rank != refuser and call.posts_counts:
                 told = yield from self._hear(rank)
                 if told.phase == 0:
                     raise _WrongResult(f"rank {rank}: the host was told {told} of a refused dispatch")
             yield from self._hear_refusal(rank)
         slot = domain.dispatch(rank, call, layout, plan)
-        if call.tells_host:
+        if call.posts_counts:
             # The host allocates by what it hears while the kernel runs.
             told = yield from self._hear(rank)
             if told.phase == 0:
@@ -356,7 +363,7 @@ def _combine_call(case: Case, rank: int, given: RankInputs, slot: int, rows: int
     if options.combine_rows != "same":
         # Their values depend on how many there are, the rows past the last received included.
         x = oracle.returned_rows(case, rank, torch.empty(oracle.worst_tokens(case) or rows, 0))
-    weights_at = slot + _call(case, given).slot_offsets[3]
+    weights_at = slot + _call(case, given).slot.topk_weights
     return CombineCall(
         x=x,
         hidden=case.hidden,

@@ -30,7 +30,7 @@ class Litmus:
     shared: int = 0
     num_sms: int = 0
     timeout_ns: int = 1_000_000
-    faults: Sequence[tuple[int, int, bool, int, bool]] = ()
+    faults: Sequence[_emulator.MachineFault] = ()
     words: int = 1024  # symmetric, zero
     out_words: int = 256  # of each rank, zero
     launches: int = 1
@@ -64,7 +64,13 @@ class Litmus:
         for rank in range(self.ranks):
             own, neighbour = (rank, min(rank ^ 1, self.ranks - 1)) if self.ranks_per_node else (0, 0)
             args = _emulator.litmus_args(
-                rank, self.writer, self.reader, words[own], outs[rank], self.timeout_ns, words[neighbour]
+                role=rank,
+                writer=self.writer,
+                reader=self.reader,
+                words=words[own],
+                out=outs[rank],
+                timeout_ns=self.timeout_ns,
+                neighbour=words[neighbour],
             )
             for _ in range(self.launches_of.get(rank, self.launches)):
                 machine.launch(

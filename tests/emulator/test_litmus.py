@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from deepep._emulator import MachineFault
+
 RELAXED, ORDERED, FENCED, GPU_ORDERED, GPU_FENCED = range(5)
 STRONG_ENOUGH = {(w, r) for w in (ORDERED, FENCED) for r in (ORDERED, FENCED)}
 RACE = "data race"
@@ -180,7 +182,7 @@ def test_a_flag_that_moves_on_is_a_lost_wake_up(litmus: Any) -> None:
 def test_a_stopped_writer_ends_in_the_deadline(litmus: Any) -> None:
     found = set()
     for seed in range(60):
-        run = litmus("wait_kernel", writer=1, faults=[(0, seed % 15 + 1, False, 0, False)])
+        run = litmus("wait_kernel", writer=1, faults=[MachineFault(rank=0, at=seed % 15 + 1)])
         outcome = run.run(seed)
         assert outcome.status == "done"
         if run.out[1][0] == 2:
@@ -193,7 +195,8 @@ def test_a_write_may_be_lost_with_its_rank(litmus: Any) -> None:
     """Stopped right after its only write: that arrives, or it does not."""
     found = set()
     for seed in range(60):
-        run = litmus("wait_kernel", writer=1, faults=[(0, 1, True, 0, True)])
+        stop = MachineFault(rank=0, at=1, counts_writes=True, loses_writes=True)
+        run = litmus("wait_kernel", writer=1, faults=[stop])
         assert run.run(seed).status == "done"
         found.add(int(run.out[1][0]))
     assert found == {1, 2}
@@ -208,7 +211,7 @@ def test_a_deadline_is_met_while_others_poll(litmus: Any, strategy: str) -> None
             threads=64,
             shared=16,
             timeout_ns=1_000_000_000,
-            faults=[(0, 1, False, 0, True)],
+            faults=[MachineFault(rank=0, at=1, loses_writes=True)],
         )
         outcome = run.run(seed, strategy)
         assert outcome.status == "done", outcome.text

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from deepep._emulator import MachineFault
+
 RACE = "data race"
 UNWRITTEN = "read of memory never written"
 MISUSE = "mbarrier misuse"
@@ -163,7 +165,8 @@ def test_copies_of_a_rank_that_stops_arrive_or_do_not(litmus: Any, kernel: str, 
     arrived = {"bulk_store_kernel": 16, "put_signal_kernel": 42}[kernel]
     found = set()
     for seed in range(120):
-        run = litmus(kernel, shared=SHARED, faults=[(0, seed + 1, False, 0, loses)], **nodes)
+        stop = MachineFault(rank=0, at=seed + 1, loses_writes=loses)
+        run = litmus(kernel, shared=SHARED, faults=[stop], **nodes)
         outcome = run.run(seed)
         assert outcome.status == "done", outcome.text
         found.add(int(run.out[1][9 if arrived == 16 else 0]))

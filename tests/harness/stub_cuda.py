@@ -73,13 +73,13 @@ class Domain:
         self.launched("layout")
 
     def dispatch(self, *args: object, **named: object) -> None:
-        self.launched("refuse dispatch" if args[3:4] == (True,) else "dispatch")
+        self.launched("dispatch")
 
     def dispatch_cached(self, *args: object, **named: object) -> None:
         self.launched("dispatch_cached")
 
     def combine(self, *args: object, **named: object) -> None:
-        self.launched("refuse combine" if args[3:4] == (True,) else "combine")
+        self.launched("combine")
 
 
 class Fault(NamedTuple):

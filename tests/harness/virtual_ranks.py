@@ -83,7 +83,7 @@ class VirtualDomain:
         capacity: int,
         num_worst_tokens: int = 0,
         num_experts: int = 0,
-        tell_host: bool = True,
+        post_counts: bool = True,
         plans: Sequence[Plan] | None = None,
         order: Sequence[int] | None = None,
         skip: frozenset[int] = frozenset(),
@@ -127,10 +127,10 @@ class VirtualDomain:
                     tokens_per_rank=given.tokens_per_rank,
                     tokens_per_expert=given.tokens_per_expert,
                     num_worst_tokens=num_worst_tokens,
-                    tell_host=tell_host,
+                    post_counts=post_counts,
                 )
             results[r] = Arrived(received, plan)
-        if tell_host and plans is None:
+        if post_counts and plans is None:
             for r, arrived in results.items():
                 arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)
                 if arrived.counts is not None:

@@ -1,13 +1,13 @@
-"""Checks of what the CUDA kernels need of their inputs beyond what every backend does."""
+"""Checks of what the CUDA kernels ask of their inputs beyond what every backend does."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from deepep._core import MAX_TOPK
 from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS
 from deepep.errors import ArgumentTypeError, DeviceError, LayoutError, RangeError
-from deepep.runtime import checks
 from deepep.runtime.requests import CombineRequest, DispatchRequest
 
 
@@ -29,8 +29,8 @@ def check_combine(request: CombineRequest, device: torch.device) -> None:
     for bias in request.biases:
         _check_rows("bias", bias, device)
     weights = request.topk_weights
-    if weights is not None and weights.shape[1] > checks.MAX_TOPK:
-        raise RangeError("topk_weights", f"K = {weights.shape[1]}", f"at most {checks.MAX_TOPK}")
+    if weights is not None and weights.shape[1] > MAX_TOPK:
+        raise RangeError("topk_weights", f"K = {weights.shape[1]}", f"at most {MAX_TOPK}")
 
 
 def _check_rows(name: str, rows: Tensor, device: torch.device) -> None:

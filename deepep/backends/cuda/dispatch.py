@@ -27,7 +27,7 @@ _specs: dict[tuple[object, ...], ReceiveSpec] = {}
 
 
 def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
-    """True if all checks would pass, as far as that can be said without them; False says nothing.
+    """Whether all checks would pass, as far as that can be said without them; False says nothing.
 
     The checks that can say what is wrong take the better part of a call's host time. The usual call is known
     by the very tensors of this engine's last layout, or by its handle.
@@ -104,9 +104,9 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
             break
         counts = engine.wait_counts(experts // ranks)
         if counts.phase == Phase.TOO_MANY_ROWS:
-            capacity, is_guess = counts.most_rows, False  # all ranks learned the same, and acquire anew
+            capacity, is_guess = counts.max_rows, False  # all ranks learned the same, and acquire anew
             continue
-        engine.rows_seen = max(counts.most_rows, engine.rows_seen * 15 // 16)
+        engine.rows_seen = max(counts.max_rows, engine.rows_seen * 15 // 16)
         if received.overflow_stream is None:
             received.cut(counts.num_rows)
         else:
@@ -114,7 +114,7 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
             if not on_caller:
                 completion = _hand_out(engine, request, schedule, received, plan)
         plan.num_rows, plan.known = counts.num_rows, counts.table
-        plan.most_rows, plan.returning = counts.most_rows, counts.returning
+        plan.most_rows, plan.returning = counts.max_rows, counts.num_returned
         per_expert, alignment = counts.per_expert, request.expert_alignment
         if alignment > 1:
             per_expert = [-(-n // alignment) * alignment for n in per_expert]
@@ -133,8 +133,8 @@ def _launch(
     capturing: bool,
     stream: int,
 ) -> tuple[Plan, ReceiveArrays]:
-    """One attempt, on the current stream, `stream`:
-    into arrays for `capacity` rows, or fewer if that is a guess.
+    """One attempt, on the current stream, `stream`: into arrays for `capacity` rows, or fewer if that is a
+    guess.
     """
     x, scales, topk_idx, layout = request.x, request.scales, request.topk_idx, request.layout
     assert layout is not None
@@ -173,7 +173,7 @@ def _launch(
         tokens_per_rank=layout.num_tokens_per_rank,
         tokens_per_expert=layout.num_tokens_per_expert,
         num_worst_tokens=worst,
-        tell_host=worst == 0,
+        post_counts=worst == 0,
     )
     if capturing or (worst and received.overflow_stream):
         received = memory.copy_out(received, worst)
@@ -183,7 +183,7 @@ def _launch(
 def acquire(
     engine: CudaEngine, spec: ReceiveSpec, capacity: int, is_guess: bool, capturing: bool, stream: int
 ) -> ReceiveArrays:
-    """Memory for `capacity` rows, or fewer if that is a guess, on the current stream, `stream`."""
+    """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
     memory = engine.symmetric
     if capturing:
         received = memory.acquire_for_graph(spec, capacity)

@@ -10,14 +10,16 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden, N rows 
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import NamedTuple
 
 import torch
 
 from deepep import _cuda
+from deepep._cuda import Counts
 from deepep.backends.cuda.memory.arrays import ReceiveArrays
 from deepep.backends.cuda.sm_split import NO_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
+
+__all__ = ["MAX_BLOCKS", "MAX_LOCAL_EXPERTS", "MAX_RANKS", "Counts", "Endpoint", "Phase", "Plan"]
 
 MAX_LOCAL_EXPERTS = 1024
 MAX_BLOCKS = 256
@@ -84,17 +86,6 @@ class Plan:
         return self.table[self.num_tokens :]
 
 
-class Counts(NamedTuple):
-    """What the host learns while a dispatch runs."""
-
-    phase: int
-    num_rows: int
-    most_rows: int
-    returning: int
-    table: _cuda.RowCounts
-    per_expert: list[int]
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -129,14 +120,14 @@ class Endpoint:
         self._ticket = 0
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
         self.domain = _cuda.Domain(
-            rank,
-            addresses,
-            MAX_LOCAL_EXPERTS,
-            MAX_BLOCKS,
-            staging_bytes,
-            self._state.data_ptr(),
-            self._fault.data_ptr(),
-            timeout,
+            rank=rank,
+            heaps=addresses,
+            max_local_experts=MAX_LOCAL_EXPERTS,
+            max_blocks=MAX_BLOCKS,
+            staging_bytes=staging_bytes,
+            state=self._state.data_ptr(),
+            fault=self._fault.data_ptr(),
+            timeout_seconds=timeout,
         )
         torch.cuda.current_stream(self.device).synchronize()
 
@@ -145,8 +136,7 @@ class Endpoint:
         self.live = live
         self.domain.set_live(live)
 
-    # Operations run in the order of their launches, also on different streams: Turns, in
-    # csrc/bindings/cuda.cpp.
+    # Operations run in the order of their launches, also on different streams: csrc/host/turns.hpp.
 
     def dispatch(
         self,
@@ -163,48 +153,48 @@ class Endpoint:
         tokens_per_rank: torch.Tensor,
         tokens_per_expert: torch.Tensor | None = None,
         num_worst_tokens: int = 0,
-        tell_host: bool = False,
+        post_counts: bool = False,
     ) -> None:
         """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
-        the plan. tell_host: `wait_counts` will be called.
+        the plan. post_counts: `wait_counts` will be called.
         """
         num_scales = stride_token = stride_scale = 0
         if scales is not None:
             num_scales = scales.shape[1]
             stride_token, stride_scale = scales.stride()
-        if tell_host:
+        if post_counts:
             self._ticket = self._ticket % 0xFFFFFFFF + 1
         self.domain.dispatch(
-            split.total,
-            split.remote,
-            split.local,
-            False,
-            x.shape[0],
-            0 if topk_idx is None else topk_idx.shape[1],
-            0 if tokens_per_expert is None else tokens_per_expert.shape[0] // self.num_ranks,
-            num_scales,
-            8 if topk_idx is None else topk_idx.element_size(),
-            x.shape[1] * x.element_size(),
-            x.data_ptr(),
-            _address(scales),
-            stride_token,
-            stride_scale,
-            _address(topk_idx),
-            _address(topk_weights),
-            is_token_in_rank.data_ptr(),
-            tokens_per_rank.data_ptr(),
-            _address(tokens_per_expert),
-            *(plan.counts_address, plan.send_row_address),
-            received.x.data_ptr(),
-            _address(received.source),
-            _address(received.scales),
-            _address(received.topk_idx),
-            _address(received.topk_weights),
-            received.x.shape[0],
-            num_worst_tokens,
-            self._host_address if tell_host else 0,
-            self._ticket,
-            stream,
+            blocks=split,
+            num_tokens=x.shape[0],
+            num_topk=0 if topk_idx is None else topk_idx.shape[1],
+            num_local_experts=0
+            if tokens_per_expert is None
+            else tokens_per_expert.shape[0] // self.num_ranks,
+            num_scales=num_scales,
+            index_bytes=8 if topk_idx is None else topk_idx.element_size(),
+            row_bytes=x.shape[1] * x.element_size(),
+            x=x.data_ptr(),
+            scales=_address(scales),
+            scale_token_stride=stride_token,
+            scale_stride=stride_scale,
+            topk_idx=_address(topk_idx),
+            topk_weights=_address(topk_weights),
+            is_token_in_rank=is_token_in_rank.data_ptr(),
+            tokens_per_rank=tokens_per_rank.data_ptr(),
+            tokens_per_expert=_address(tokens_per_expert),
+            counts=plan.counts_address,
+            send_row=plan.send_row_address,
+            recv_x=received.x.data_ptr(),
+            recv_source=_address(received.source),
+            recv_scales=_address(received.scales),
+            recv_topk_idx=_address(received.topk_idx),
+            recv_topk_weights=_address(received.topk_weights),
+            capacity=received.x.shape[0],
+            num_worst_tokens=num_worst_tokens,
+            host_counts=self._host_address if post_counts else 0,
+            ticket=self._ticket,
+            stream=stream,
         )
 
     def prepare_cached(
@@ -214,43 +204,39 @@ class Endpoint:
         all but the addresses, which `domain.dispatch_cached` takes with it.
         """
         num_scales, strides = (0, (0, 0)) if scales is None else (scales.shape[1], scales.stride())
-        return _cuda.CachedDispatch(
-            *(split.total, split.remote, split.local, plan.num_tokens),
-            *(num_scales, x.shape[1] * x.element_size(), *strides),
-            *(plan.counts_address, plan.send_row_address, capacity),
+        return self.domain.prepare_cached(
+            blocks=split,
+            num_tokens=plan.num_tokens,
+            num_scales=num_scales,
+            row_bytes=x.shape[1] * x.element_size(),
+            scale_token_stride=strides[0],
+            scale_stride=strides[1],
+            counts=plan.counts_address,
+            send_row=plan.send_row_address,
+            capacity=capacity,
         )
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:
-        """The counts of the dispatch launched last with `tell_host`; None if the deadline passed.
+        """The counts of the dispatch launched last with `post_counts`; None if the deadline passed.
 
         Releases the GIL while it waits.
         """
         # The kernel reports a missing peer at its own deadline; the host allows for its start on top.
-        seen = _cuda.wait_counts(
+        return _cuda.wait_counts(
             self._host_address, self._ticket, self.num_ranks, num_local_experts, self.timeout + 30.0
         )
-        return None if seen is None else Counts(*seen)
 
     def refuse_dispatch(self, stream: int) -> None:
-        """Launches a dispatch that only tells the others that this rank takes no part."""
-        nothing = self.heap[:0]
-        self.domain.dispatch(
-            *(1, 1, 1, True, 0, 0, 0, 0, 8, 16),
-            *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0),
-            *(self._no_counts.data_ptr(), self._no_counts.data_ptr()),
-            *(nothing.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, stream),
-        )
+        """Launches a dispatch that only posts to the others that this rank takes no part."""
+        self.domain.refuse_dispatch(self._no_counts.data_ptr(), stream)
 
     def refuse_combine(self, stream: int) -> None:
         """The same for a combine."""
-        self.domain.combine(
-            *(1, 1, 1, True, 0, 0, 16, 0, 0, 0, 0),
-            *(self._no_counts.data_ptr(), self._no_counts.data_ptr(), 0, 0, None, 0, 100, stream),
-        )
+        self.domain.refuse_combine(self._no_counts.data_ptr(), stream)
 
     def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
         """How many rows may come back to this rank in one combine."""
-        return int(_cuda.staging_capacity(self.staging_bytes, row_bytes, num_topk))
+        return _cuda.staging_capacity(self.staging_bytes, row_bytes, num_topk)
 
     def combine(
         self,
@@ -271,23 +257,22 @@ class Endpoint:
         so many parts, each so many percent of the one before, and SMs only sum. Not so in a captured call.
         """
         self.domain.combine(
-            split.total,
-            split.remote,
-            split.local,
-            False,
-            plan.num_tokens,
-            0 if topk_weights is None else topk_weights.shape[1],
-            out.shape[1] * out.element_size(),
-            x.data_ptr(),
-            _address(topk_weights),
-            _address(biases[0] if biases else None),
-            _address(biases[1] if len(biases) > 1 else None),
-            *(plan.counts_address, plan.send_row_address),
-            out.data_ptr(),
-            _address(out_weights),
-            plan.known,
-            *engine_cut,
-            stream,
+            blocks=split,
+            num_tokens=plan.num_tokens,
+            num_topk=0 if topk_weights is None else topk_weights.shape[1],
+            row_bytes=out.shape[1] * out.element_size(),
+            x=x.data_ptr(),
+            topk_weights=_address(topk_weights),
+            bias_0=_address(biases[0] if biases else None),
+            bias_1=_address(biases[1] if len(biases) > 1 else None),
+            counts=plan.counts_address,
+            send_row=plan.send_row_address,
+            out=out.data_ptr(),
+            out_weights=_address(out_weights),
+            known=plan.known,
+            ce_chunks=engine_cut[0],
+            ce_shrink=engine_cut[1],
+            stream=stream,
         )
 
     def barrier(self, stream: int) -> None:
@@ -295,7 +280,7 @@ class Endpoint:
         self.domain.barrier(stream)
 
     def follow(self, before: int, stream: int) -> None:
-        """What `stream` gets from now on runs after what the stream `before` holds now."""
+        """Has what `stream` gets from now on run after what the stream `before` holds now."""
         self.domain.follow(before, stream)
 
     def wait(self) -> None:
@@ -314,13 +299,12 @@ class Endpoint:
         found = self.domain.take_fault(stream)
         if found is None:
             return None
-        operation, phase, missing, expected, seen = found
         return FaultRecord(
-            operation=OPERATIONS.get(operation, str(operation)),
-            phase=(Phase(phase).name or str(phase)).lower(),
+            operation=OPERATIONS.get(found.operation, str(found.operation)),
+            phase=(Phase(found.phase).name or str(found.phase)).lower(),
             rank=self.rank,
-            waited_on=tuple(r for r in range(self.num_ranks) if missing >> r & 1),
-            expected=expected,
-            seen=seen,
+            waited_on=tuple(r for r in range(self.num_ranks) if found.missing >> r & 1),
+            expected=found.expected,
+            seen=found.seen,
             seconds=self.timeout,
         )

@@ -9,9 +9,8 @@ from deepep.backends.cuda.launch import MAX_BLOCKS, MAX_LOCAL_EXPERTS
 
 
 class LayoutKernel:
-    """Layouts of one rank on one device.
-
-    They run one after the other, also on different streams: the workspace is one for all.
+    """Layouts of one rank on one device. They run one after the other, also on different streams: the
+    workspace is one for all.
     """
 
     def __init__(self, num_ranks: int, device: torch.device) -> None:
@@ -22,7 +21,16 @@ class LayoutKernel:
             (MAX_LOCAL_EXPERTS + 2) * num_ranks + 1, dtype=torch.int32, device=device
         )
         #: a domain of one rank without memory: layouts touch none of it
-        self.domain = _cuda.Domain(0, [0], MAX_LOCAL_EXPERTS, MAX_BLOCKS, 0, 0, 0, 0.0)
+        self.domain = _cuda.Domain(
+            rank=0,
+            heaps=[0],
+            max_local_experts=MAX_LOCAL_EXPERTS,
+            max_blocks=MAX_BLOCKS,
+            staging_bytes=0,
+            state=0,
+            fault=0,
+            timeout_seconds=0.0,
+        )
         torch.cuda.current_stream(device).synchronize()
 
     def launch(
@@ -41,19 +49,19 @@ class LayoutKernel:
         in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=self._device)
         wide = domains > 1
         self.domain.layout(
-            ranks,
-            num_experts,
-            ranks_per_domain,
-            topk,
-            topk_idx.element_size(),
-            tokens,
-            topk_idx.data_ptr(),
-            per_rank.data_ptr(),
-            per_domain.data_ptr() if wide else 0,
-            per_expert.data_ptr(),
-            in_rank.data_ptr(),
-            self._workspace.data_ptr(),
-            max(1, min(8, tokens // 1024)),
-            stream,
+            num_blocks=max(1, min(8, tokens // 1024)),
+            num_ranks=ranks,
+            num_experts=num_experts,
+            ranks_per_domain=ranks_per_domain,
+            num_topk=topk,
+            index_bytes=topk_idx.element_size(),
+            num_tokens=tokens,
+            topk_idx=topk_idx.data_ptr(),
+            tokens_per_rank=per_rank.data_ptr(),
+            tokens_per_domain=per_domain.data_ptr() if wide else 0,
+            tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+            workspace=self._workspace.data_ptr(),
+            stream=stream,
         )
         return per_rank, per_domain if wide else None, per_expert, in_rank

@@ -125,7 +125,7 @@ def test_few_sms_leave_rows_to_the_copy_engine(pair: World) -> None:
 
         for seed in range(2):
             round_trip(ctx, (4096, 3000), seed, False, sms=8)
-        return int(buffer_of(ctx).runtime.endpoint()._state.view(torch.int32)[_cuda.ENGINE_DONE])
+        return int(buffer_of(ctx).runtime.endpoint()._state.view(torch.int32)[_cuda.CE_COMPLETED])
 
     assert all(carried > 0 for carried in pair.run(few))
 

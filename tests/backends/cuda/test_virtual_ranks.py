@@ -321,7 +321,7 @@ def test_too_many_rows_is_told_before_a_row_moves(domains) -> None:  # type: ign
     arrived = domain.dispatch(inputs, capacity=199, num_experts=16)
     for got in arrived:
         assert got.counts.phase == Phase.TOO_MANY_ROWS
-        assert got.counts.most_rows == 200
+        assert got.counts.max_rows == 200
     round_trip(domain, shape, 2)
 
 
@@ -362,7 +362,7 @@ def worst_case(domain, shape: Shape, room: int) -> None:  # type: ignore[no-unty
     expected = oracle.dispatch(given, shape.local_experts * shape.ranks)
     most = max(1, *(want.src_token.numel() for want in expected)) + room
     arrived = domain.dispatch(
-        [to_gpu(g) for g in given], capacity=most, num_worst_tokens=most, tell_host=False
+        [to_gpu(g) for g in given], capacity=most, num_worst_tokens=most, post_counts=False
     )
     for got, want in zip(arrived, expected, strict=True):
         rows = want.src_token.numel()
@@ -415,7 +415,7 @@ def chunks_carried(domain, rank: int) -> int:  # type: ignore[no-untyped-def]
     """By the rank's copy engine, so far."""
     from deepep import _cuda
 
-    return int(domain.endpoints[rank]._state.view(torch.int32)[_cuda.ENGINE_DONE])
+    return int(domain.endpoints[rank]._state.view(torch.int32)[_cuda.CE_COMPLETED])
 
 
 @pytest.mark.parametrize(("ranks", "chunks"), [(2, 1), (2, 4), (3, 3), (4, 2)])

@@ -22,7 +22,7 @@ Array = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(slots=True)
 class ReceiveArrays:
-    """Arrays of the heap that a dispatch's rows arrive in, for `capacity` rows.
+    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
 
     overflow_stream: where that is the overflow area (overflow.py), the stream to copy them out on.
     """

@@ -17,7 +17,7 @@ from deepep.runtime import streams
 class OverflowArea:
     """One place for one call after the other, on whatever streams they run.
 
-    A rank's operations run one after the other (Turns, csrc/bindings/cuda.cpp), but the copies behind a
+    A rank's operations run one after the other (csrc/host/turns.hpp), but the copies behind a
     dispatch do not hold back a dispatch on another stream. So that one's stream waits for them: peers write
     only to memory that its kernel has granted them.
     """

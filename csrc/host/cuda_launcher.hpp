@@ -1,0 +1,105 @@
+// Launches of a Domain's operations on a GPU: on the caller's streams, in turns, with a copy engine where it
+// helps.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+
+#include "host/copy_engine.hpp"
+#include "host/launches.hpp"
+#include "host/turns.hpp"
+#include "kernels/common/launch.hpp"
+
+namespace deepep::host {
+
+/// Of one rank, on the device that is current when it is made.
+class CudaLauncher {
+ public:
+  CudaLauncher() {
+    kernels::check(cudaGetDevice(&device_), "cudaGetDevice");
+    kernels::load_dispatch();
+    kernels::load_combine();
+  }
+
+  void dispatch(const kernels::DispatchArgs& args, int num_blocks, void* stream) {
+    in_turn(stream, [&] { kernels::launch_dispatch(args, num_blocks, stream); });
+  }
+
+  void combine(kernels::CombineArgs args, const CombineLaunch& call) {
+    const int num_blocks = call.blocks.total;
+    // A graph would replay the kernel without its orders; a launch that returns only when the kernel has ended
+    // would never let them be given.
+    const bool by_copy_engine = call.chunks.num_chunks > 0 && call.known != nullptr && !launches_block_ &&
+                                !is_capturing(static_cast<cudaStream_t>(call.stream)) &&
+                                CopyEngine::has_room(args, call.known->counts.data());
+    in_turn(call.stream, [&] {
+      if (!by_copy_engine) return kernels::launch_combine(args, num_blocks, call.stream);
+      if (!copy_engine_) copy_engine_ = std::make_unique<CopyEngine>();
+      args.mode = kernels::CombineMode::kCopyEngine;
+      args.copy_engine = copy_engine_->take(call.chunks);
+      kernels::launch_combine(args, num_blocks, call.stream);
+      copy_engine_->order(args, call.known->counts.data());
+    });
+  }
+
+  void layout(const kernels::LayoutArgs& args, int num_blocks, void* stream) {
+    in_turn(stream, [&] { kernels::launch_layout(args, num_blocks, stream); });
+  }
+
+  void barrier(const kernels::Group& group, void* stream) {
+    in_turn(stream, [&] { kernels::launch_barrier(group, stream); });
+  }
+
+  [[nodiscard]] static bool has_fault(const kernels::Group& group) {
+    return __atomic_load_n(&group.fault->pending, __ATOMIC_ACQUIRE) != 0;
+  }
+
+  [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream) {
+    if (!has_fault(group)) return std::nullopt;
+    const kernels::FaultRecord taken = *group.fault;
+    __atomic_store_n(&group.fault->pending, 0u, __ATOMIC_RELEASE);
+    in_turn(stream, [&] {
+      constexpr size_t kNotes = offsetof(kernels::LocalState, phase);
+      kernels::check(cudaMemsetAsync(&group.state->phase, 0, sizeof(kernels::LocalState) - kNotes,
+                                     static_cast<cudaStream_t>(stream)),
+                     "cudaMemsetAsync");
+    });
+    return taken;
+  }
+
+  /// What `stream` gets from now on runs after what `before` holds now.
+  void follow(void* before, void* stream) {
+    const DeviceScope scope(device_);
+    fork_.record(static_cast<cudaStream_t>(before));
+    fork_.hold_back(static_cast<cudaStream_t>(stream));
+  }
+
+  /// Blocks the host until the last operation has ended.
+  void wait() {
+    const DeviceScope scope(device_);
+    turns_.wait();
+  }
+
+ private:
+  [[nodiscard]] static bool has_blocking_launches() {
+    const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
+    return value != nullptr && std::strcmp(value, "") != 0 && std::strcmp(value, "0") != 0;
+  }
+
+  template <class Launch>
+  void in_turn(void* stream, const Launch& launch) {
+    const DeviceScope scope(device_);
+    turns_.take(static_cast<cudaStream_t>(stream), launch);
+  }
+
+  int device_ = 0;
+  Turns turns_;
+  Event fork_;
+  std::unique_ptr<CopyEngine> copy_engine_;  // once a combine leaves rows to it
+  bool launches_block_ = has_blocking_launches();
+};
+
+}  // namespace deepep::host

@@ -1,0 +1,172 @@
+// One rank's view of its NVLink domain, and the operations on it: the same for CUDA and for the emulator.
+//
+// A Domain turns a call (launches.hpp) into what a kernel is given (kernels/common/args.hpp); its launcher
+// launches it: CudaLauncher (cuda_launcher.hpp) on a stream of the GPU, EmulatorLauncher
+// (emulator/launcher.hpp) on the emulated machine. All memory is the caller's to keep alive.
+//
+// To add an operation: the kernel's arguments in kernels/, a call in launches.hpp, a method here that completes
+// it, a method of that name in Launcher and both launchers, the arguments' names in bindings/domain.hpp, and
+// the stubs deepep/_cuda.pyi and _emulator.pyi.
+#pragma once
+
+#include <concepts>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "host/launches.hpp"
+
+namespace deepep::host {
+
+/// What a Domain asks of a launcher. It copies the arguments; it launches a rank's operations one after the
+/// other.
+template <class L>
+concept Launcher = requires(L launcher, const kernels::Group& group, const kernels::DispatchArgs& dispatch,
+                            const kernels::CombineArgs& combine, const kernels::LayoutArgs& layout,
+                            const CombineLaunch& call, int num_blocks, void* stream) {
+  launcher.dispatch(dispatch, num_blocks, stream);
+  launcher.combine(combine, call);
+  launcher.layout(layout, num_blocks, stream);
+  launcher.barrier(group, stream);
+  { launcher.take_fault(group, stream) } -> std::same_as<std::optional<kernels::FaultRecord>>;
+};
+
+/// A rank, the ranks it reaches, and the memory that all operations use.
+struct DomainOptions {
+  int rank = 0;
+  std::vector<std::byte*> heaps;  // every rank's symmetric memory, as mapped here
+  int max_local_experts = 0;
+  int max_blocks = 0;
+  int64_t staging_bytes = 0;
+  kernels::LocalState* state = nullptr;
+  kernels::FaultRecord* fault = nullptr;
+  double timeout_seconds = 0;
+};
+
+template <Launcher L>
+class Domain {
+ public:
+  template <class... OfLauncher>
+  explicit Domain(const DomainOptions& given, OfLauncher&&... of_launcher)
+      : staging_bytes_(given.staging_bytes), launcher_(std::forward<OfLauncher>(of_launcher)...) {
+    const size_t num_ranks = given.heaps.size();
+    if (num_ranks == 0 || num_ranks > layout::kMaxRanks)
+      throw std::invalid_argument("an NVLink domain has 1 to 32 ranks");
+    group_.rank = given.rank;
+    group_.num_ranks = static_cast<int>(num_ranks);
+    group_.live = 0xffffffffu >> (32 - num_ranks);
+    group_.timeout_ns = static_cast<uint64_t>(given.timeout_seconds * 1e9);
+    group_.control = layout::ControlLayout{group_.num_ranks, given.max_local_experts, given.max_blocks};
+    group_.staging_offset = group_.control.bytes();
+    for (size_t r = 0; r < num_ranks; ++r) group_.heap[r] = given.heaps[r];
+    group_.state = given.state;
+    group_.fault = given.fault;
+  }
+
+  /// Ranks that take part in the calls to come: bit r is rank r.
+  void set_live(uint32_t live) { group_.live = live; }
+
+  void dispatch(const DispatchLaunch& call) {
+    check_roles(call.blocks);
+    kernels::DispatchArgs args = call.args;
+    args.group = group_;
+    args.mode = kernels::DispatchMode::kFresh;
+    args.push_blocks = call.blocks.remote;
+    args.local_blocks = call.blocks.local;
+    for (int array = 0; array < layout::kSlotArrays; ++array) args.slot[array] = offset(call.received[array]);
+    launcher_.dispatch(args, call.blocks.total, call.stream);
+  }
+
+  /// What `dispatch_cached` repeats: rows go where `counts` and `send_row` of a handle say, and no top-k
+  /// travels.
+  [[nodiscard]] CachedDispatch prepare_cached(const DispatchLaunch& call) const {
+    check_roles(call.blocks);
+    CachedDispatch prepared{.num_blocks = call.blocks.total, .args = call.args};
+    prepared.args.push_blocks = call.blocks.remote;
+    prepared.args.local_blocks = call.blocks.local;
+    prepared.args.mode = kernels::DispatchMode::kCached;
+    prepared.args.index_bytes = 8;
+    return prepared;
+  }
+
+  /// The call whose host time counts most: only addresses are new, and who is live.
+  void dispatch_cached(const CachedDispatch& prepared, const CachedRows& rows, void* stream) {
+    kernels::DispatchArgs args = prepared.args;
+    args.group = group_;
+    args.x = rows.x;
+    args.scales = rows.scales;
+    args.slot[layout::kSlotRows] = offset(rows.recv_x);
+    args.slot[layout::kSlotScales] = offset(rows.recv_scales);
+    launcher_.dispatch(args, prepared.num_blocks, stream);
+  }
+
+  /// Posts to the others that this rank takes no part in a dispatch. `counts` [R, R]: a handle's, to be
+  /// cleared.
+  void refuse_dispatch(int32_t* counts, void* stream) {
+    kernels::DispatchArgs args{};
+    args.group = group_;
+    args.mode = kernels::DispatchMode::kRefused;
+    args.push_blocks = 1;
+    args.local_blocks = 1;
+    args.index_bytes = 8;
+    args.row_bytes = 16;
+    args.counts = counts;
+    launcher_.dispatch(args, 1, stream);
+  }
+
+  void combine(const CombineLaunch& call) {
+    if (call.blocks.local != call.blocks.total) check_roles(call.blocks);
+    kernels::CombineArgs args = call.args;
+    args.group = group_;
+    args.mode = kernels::combine_mode(call.blocks.total, call.blocks.remote, call.blocks.local);
+    args.push_blocks = call.blocks.remote;
+    args.staging = layout::StagingLayout{staging_bytes_, args.row_bytes, args.num_topk};
+    launcher_.combine(args, call);
+  }
+
+  /// The same of a combine. `counts` [R, R]: a handle's.
+  void refuse_combine(const int32_t* counts, void* stream) {
+    CombineLaunch call;
+    call.stream = stream;
+    call.args.group = group_;
+    call.args.mode = kernels::CombineMode::kRefused;
+    call.args.push_blocks = 1;
+    call.args.row_bytes = 16;
+    call.args.staging = layout::StagingLayout{staging_bytes_, call.args.row_bytes, 0};
+    call.args.counts = counts;
+    launcher_.combine(call.args, call);
+  }
+
+  /// Crosses no ranks.
+  void layout(const LayoutLaunch& call) { launcher_.layout(call.args, call.num_blocks, call.stream); }
+
+  void barrier(void* stream) { launcher_.barrier(group_, stream); }
+
+  /// The fault that was recorded since the last call. The record and the notes on the device are cleared,
+  /// behind the operations launched so far.
+  [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(void* stream) {
+    return launcher_.take_fault(group_, stream);
+  }
+
+  [[nodiscard]] const kernels::Group& group() const { return group_; }
+  [[nodiscard]] L& launcher() { return launcher_; }
+
+ private:
+  static void check_roles(const Blocks& blocks) {
+    const bool all_of_both = blocks.remote == blocks.total && blocks.local == blocks.total;
+    if (blocks.total < 1 || (blocks.remote + blocks.local != blocks.total && !all_of_both))
+      throw std::invalid_argument("blocks of two kinds must be disjoint, or all of both");
+  }
+
+  /// Where in this rank's heap; 0 for nowhere.
+  [[nodiscard]] int64_t offset(const std::byte* address) const {
+    return address == nullptr ? 0 : address - group_.heap[group_.rank];
+  }
+
+  kernels::Group group_{};
+  int64_t staging_bytes_;
+  L launcher_;
+};
+
+}  // namespace deepep::host
