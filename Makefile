@@ -66,9 +66,13 @@ demo: $(DEMO)
 
 test: install check-style check-types test-emulator unit
 
-# A part that says within two minutes whether something obvious broke: style, the layout rules against the
-# oracle, the house's rules, Buffer on few ranks, the oracle itself. Needs neither the emulator nor nvcc.
-QUICK_TESTS := tests/layout tests/reference tests/test_readme.py tests/api
+# A part that says within two minutes whether something obvious broke: style, the house's rules, the layout
+# rules against the oracle, the oracle by itself, Buffer against it on one to four ranks, cases and the
+# command line. Needs neither the emulator nor nvcc.
+QUICK_TESTS := tests/house tests/test_package.py tests/layout tests/sim/cases/test_cases.py \
+  $(addprefix tests/reference/test_, layout.py high_throughput.py low_latency.py formats.py logfmt.py) \
+  $(addprefix tests/api/test_, config.py signatures.py high_throughput.py low_latency.py) \
+  tests/cli/test_terminal.py
 test-quick: $(QUICK) check-style
 	$(PY) -m pytest -q -m "not slow" $(QUICK_TESTS)
 

@@ -53,12 +53,17 @@ class ExpertParallelMoE(nn.Module):
     number of ranks.
 
     Args:
-        buffer: the deepep.Buffer to exchange through. The layer does not keep it alive. hidden: H.
-        expert_hidden: F, width of an expert. num_experts: E, a multiple of R. num_topk: K. gate: maps
-        (logits [T, E], K, bias=[E]) to a Routing; deepep.gate's functions, or functools.partial of them.
-        shared_hidden: width of the shared expert; 0 for none. seed: of the weights. device: of the
-        parameters; torch's default device where one is set, else the buffer's. dtype: of the parameters;
-        bfloat16 on CUDA, torch's default dtype on the CPU.
+        buffer: the deepep.Buffer to exchange through. The layer does not keep it alive.
+        hidden: H.
+        expert_hidden: F, width of an expert.
+        num_experts: E, a multiple of R.
+        num_topk: K.
+        gate: maps (logits [T, E], K, bias=[E]) to a Routing; deepep.gate's functions, or functools.partial
+            of them.
+        shared_hidden: width of the shared expert; 0 for none.
+        seed: of the weights.
+        device: of the parameters; torch's default device where one is set, else the buffer's.
+        dtype: of the parameters; bfloat16 on CUDA, torch's default dtype on the CPU.
 
     Gradients: `backward` is collective, as forward is. Each rank differentiates its own loss; an expert's
     gradient is then the gradient of the sum of all ranks' losses, with no all-reduce to follow. Router and

@@ -21,7 +21,7 @@ Answer = tuple[bool, str]
 class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
 
-    by_name_only: it is never chosen unless asked for.
+    by_name_only: it is chosen only by its name.
     """
 
     name: str

@@ -127,6 +127,7 @@ def test_what_is_no_file_to_replay_is_refused(
     assert misuse(capsys, command, "--replay", str(path)).startswith("--replay: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--minutes", "5"), ("--minutes", "5", "--mutations")])
 def test_ctrl_c_ends_an_exploration(tmp_path: Path, words: tuple[str, ...]) -> None:
     pytest.importorskip("deepep._emulator")

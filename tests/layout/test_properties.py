@@ -35,6 +35,7 @@ def test_core_is_the_oracle_on_a_thousand_seeded_cases(part: int) -> None:
         check_core(draw_case(RandomChoices(f"core {number}"), LIMITS))
 
 
+@pytest.mark.slow
 def test_core_is_the_oracle_with_more_ranks_than_a_warp() -> None:
     for number in range(12):
         check_core(draw_case(RandomChoices(f"wide {number}"), WIDE))

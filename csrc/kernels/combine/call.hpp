@@ -29,22 +29,17 @@ struct CombineShared {
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return progress() + 4 * kCombineThreads / dev::kWarpSize; }
 };
 
-/// The handle's counts in shared memory: rows from rank s to rank d.
-struct CombineCounts {
-  dev::SharedArray<int32_t> counts;
-  int num_ranks;
-
-  [[nodiscard]] DEEPEP_DEVICE int operator()(int s, int d) const { return counts.get(s * num_ranks + d); }
-};
-
 struct CombineCall {
   const CombineArgs& args;
   const Group& g;
   uint32_t epoch;
   dev::Deadline deadline;
 
-  [[nodiscard]] DEEPEP_DEVICE CombineCounts counts() const {
-    return {dev::SharedArray<int32_t>(CombineShared{g.num_ranks}.counts()), g.num_ranks};
+  /// The handle's counts in shared memory: rows from rank s to rank d. A closure, for nvcc lets layout rules,
+  /// which are the host's as well, call nothing else that is the device's alone.
+  [[nodiscard]] DEEPEP_DEVICE auto counts() const {
+    const dev::SharedArray<int32_t> table(CombineShared{g.num_ranks}.counts());
+    return [table, ranks = g.num_ranks](int s, int d) { return table.get(s * ranks + d); };
   }
 };
 
@@ -113,7 +108,7 @@ struct CombinePlan {
 /// The number of parts into which a row is cut to travel and to be summed: few rows keep all warps busy only in
 /// parts. Every rank comes to the same from the same counts. Whole warps.
 [[nodiscard]] DEEPEP_DEVICE layout::Parts choose_parts(const CombineCall& call) {
-  const CombineCounts count = call.counts();
+  const auto count = call.counts();
   const int ranks = call.g.num_ranks;
   int most = 0;  // of lane s: from rank s to any other
   DEEPEP_ROLLED
@@ -130,7 +125,7 @@ struct CombinePlan {
 [[nodiscard]] DEEPEP_DEVICE ReturnRows returns_of(const CombineCall& call) {
   using namespace dev;
   const Group& g = call.g;
-  const CombineCounts count = call.counts();
+  const auto count = call.counts();
   if (lane() >= g.num_ranks || lane() == g.rank || !is_live(g, lane())) return {0, 0, 0};
   // Never past the owner's staging: a rank with another handle learns of it by the digests, and must do no harm
   // before.

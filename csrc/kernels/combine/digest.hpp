@@ -10,7 +10,7 @@ namespace deepep::kernels {
 [[nodiscard]] DEEPEP_DEVICE uint32_t digest_of(const CombineCall& call) {
   using namespace dev;
   const CombineArgs& args = call.args;
-  const CombineCounts count = call.counts();
+  const auto count = call.counts();
   Digest row;  // of lane s: what rank s sends
   row.add(static_cast<uint32_t>(lane()));
   DEEPEP_ROLLED

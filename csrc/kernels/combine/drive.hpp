@@ -15,7 +15,7 @@ namespace deepep::kernels {
   const Group& g = call.g;
   const layout::Parts parts = plan.parts;
   const layout::StagingLayout& staging = args.staging;
-  const CombineCounts count = call.counts();
+  const auto count = call.counts();
   bool granted = wait_owners(call);
   if (lane() == 0) {
     if (!granted) post_overwrite_warning(g, call.epoch);

@@ -49,7 +49,7 @@ struct Turn {
   const CombineArgs& args = call.args;
   const Group& g = call.g;
   const layout::Parts parts = plan.parts;
-  const CombineCounts count = call.counts();
+  const auto count = call.counts();
   if (!takes_turn_early(plan.role)) turn = take_turn(call, plan, true);
   const std::byte* area = g.heap[g.rank] + g.staging_offset;
   const int chunks = static_cast<int>(args.row_bytes / 16);

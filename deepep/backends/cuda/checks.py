@@ -1,4 +1,4 @@
-"""Checks of what the CUDA kernels ask of their inputs beyond what every backend does."""
+"""Checks of what the CUDA kernels need of their inputs beyond what every backend does."""
 
 from __future__ import annotations
 

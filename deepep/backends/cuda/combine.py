@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
-    """Whether all checks would pass, as far as that can be said without them; False says nothing."""
+    """True if all checks would pass, as far as that can be said without them; False says nothing."""
     x, route = request.x, request.route
     if (
         route.engine is not engine

@@ -27,7 +27,7 @@ _specs: dict[tuple[object, ...], ReceiveSpec] = {}
 
 
 def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
-    """Whether all checks would pass, as far as that can be said without them; False says nothing.
+    """True if all checks would pass, as far as that can be said without them; False says nothing.
 
     The checks that can say what is wrong take the better part of a call's host time. The usual call is known
     by the very tensors of this engine's last layout, or by its handle.
@@ -133,8 +133,8 @@ def _launch(
     capturing: bool,
     stream: int,
 ) -> tuple[Plan, ReceiveArrays]:
-    """One attempt, on the current stream, `stream`: into arrays for `capacity` rows, or fewer if that is a
-    guess.
+    """One attempt, on the current stream, `stream`:
+    into arrays for `capacity` rows, or fewer if that is a guess.
     """
     x, scales, topk_idx, layout = request.x, request.scales, request.topk_idx, request.layout
     assert layout is not None
@@ -183,7 +183,7 @@ def _launch(
 def acquire(
     engine: CudaEngine, spec: ReceiveSpec, capacity: int, is_guess: bool, capturing: bool, stream: int
 ) -> ReceiveArrays:
-    """Where `capacity` rows can arrive, or fewer if that is a guess, for the current stream, `stream`."""
+    """Memory for `capacity` rows, or fewer if that is a guess, on the current stream, `stream`."""
     memory = engine.symmetric
     if capturing:
         received = memory.acquire_for_graph(spec, capacity)

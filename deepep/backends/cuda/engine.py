@@ -215,8 +215,8 @@ class CudaEngine(Engine):
         cuda_checks.check_dispatch(request, self.device, self.info.num_ranks)
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
-        """The kernels of the others hear of it in their own call: they raise MismatchError, at the latest in
-        their next.
+        """Refuses an operation: the kernels of the others learn it in their own call, and they raise
+        MismatchError, at the latest in their next.
         """
         if operation not in (Operation.DISPATCH, Operation.COMBINE):
             self._control.refuse(operation, problem, schedule)
@@ -288,7 +288,7 @@ class CudaEngine(Engine):
         self._must_build = self._refused = self.unsettled = False
 
     def wait_counts(self, num_local: int) -> Counts:
-        """What the host learns of the dispatch launched last. Raises what kernels have reported."""
+        """The counts of the dispatch launched last. Raises what kernels have reported."""
         counts = self.symmetric.endpoint.wait_counts(num_local)
         if counts is not None and counts.phase in (0, Phase.TOO_MANY_ROWS):
             return counts

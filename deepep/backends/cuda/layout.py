@@ -9,8 +9,9 @@ from deepep.backends.cuda.launch import MAX_BLOCKS, MAX_LOCAL_EXPERTS
 
 
 class LayoutKernel:
-    """Layouts of one rank on one device. They run one after the other, also on different streams: the
-    workspace is one for all.
+    """Layouts of one rank on one device.
+
+    They run one after the other, also on different streams: the workspace is one for all.
     """
 
     def __init__(self, num_ranks: int, device: torch.device) -> None:

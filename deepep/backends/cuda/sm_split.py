@@ -1,4 +1,4 @@
-"""Which blocks of a launch do what: measured numbers (docs/kernels.md, "Why roles are split by SM")."""
+"""Roles of a launch's blocks: measured numbers (docs/kernels.md, "Why roles are split by SM")."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockSplit:
-    """How many of a launch's blocks write to other ranks, and how many work on rows that stay.
+    """Numbers of a launch's blocks by role: that write to other ranks, that work on rows that stay.
 
     The two are disjoint, or both are all blocks. In a combine `local` may be all blocks whatever `remote` is:
     then they must be resident together, and where rows are few the kernel has each do both kinds of work.

@@ -1,6 +1,6 @@
 """Streams of the CUDA backend: where an operation runs, and what torch has to know of it.
 
-A call that waits (no event asked for, none given) has its kernel on the caller's own stream, where all order
+A call that waits (no event wanted, none given) has its kernel on the caller's own stream, where all order
 is given: no events, nothing to record. Any other runs on the communication stream, between events; what it
 reads is recorded there, what it makes belongs to it and is recorded on the caller's stream. Operations run in
 the order of the calls on whatever streams they are (csrc/bindings/cuda.cpp, Turns).
@@ -22,7 +22,7 @@ class Fork(Protocol):
     """As much of a domain as streams need."""
 
     def follow(self, before: int, stream: int, /) -> None:
-        """What `stream` gets from now on runs after what the stream `before` holds now."""
+        """Has what `stream` gets from now on run after what the stream `before` holds now."""
 
 
 class CommStream:

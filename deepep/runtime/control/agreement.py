@@ -1,4 +1,4 @@
-"""The control exchange: what the ranks tell each other before any payload moves.
+"""The control exchange: what the ranks post before any payload moves.
 
 Every operation starts with one small all_gather of headers. It settles that all ranks are in the same
 operation, with arguments that fit together, and that none of them was given bad input; if not, all raise the
@@ -77,17 +77,17 @@ def exchange(link: Link, header: Header, problem: ArgumentError | None) -> dict[
 
     Raises `problem`, or the error of the lowest rank that has one, or MismatchError; the same on every rank.
     """
-    told = {
+    headers = {
         rank: words.tolist() for rank, words in link.all_gather(header.encode(problem is not None)).items()
     }
-    if any(words[4] for words in told.values()):
+    if any(words[4] for words in headers.values()):
         raise _lowest_problem(link, problem)
-    first = min(told)
-    for rank, words in sorted(told.items()):
-        _check_same_operation(rank, words, first, told[first])
-    for rank, words in sorted(told.items()):
-        _check_agreed(header, rank, words, first, told[first])
-    return {rank: words[3] for rank, words in told.items()}
+    first = min(headers)
+    for rank, words in sorted(headers.items()):
+        _check_same_operation(rank, words, first, headers[first])
+    for rank, words in sorted(headers.items()):
+        _check_agreed(header, rank, words, first, headers[first])
+    return {rank: words[3] for rank, words in headers.items()}
 
 
 def _lowest_problem(link: Link, problem: ArgumentError | None) -> ArgumentError:
@@ -101,7 +101,7 @@ def _lowest_problem(link: Link, problem: ArgumentError | None) -> ArgumentError:
         raw = bytes(everyone[rank].tolist()).rstrip(b"\0")
         if raw:
             return decode_error(raw)
-    raise AssertionError("a rank announced an error and did not tell it")
+    raise AssertionError("a rank announced an error and did not post it")
 
 
 def _check_same_operation(rank: int, words: list[int], first: int, reference: list[int]) -> None:

@@ -81,7 +81,7 @@ def hang_up(group: dist.ProcessGroup) -> None:
         with contextlib.suppress(RuntimeError):  # one that has failed may refuse; it is closed then
             group.abort()
         return
-    # gloo closes when the last reference goes, work and tracebacks included, and has no other way to be told.
+    # gloo closes when the last reference goes, work and tracebacks included, and has no other way.
     # But a wait that runs out of time closes all connections of its group.
     for peer in range(group.size()):
         if peer != group.rank():

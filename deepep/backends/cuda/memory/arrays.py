@@ -22,7 +22,7 @@ Array = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(slots=True)
 class ReceiveArrays:
-    """Where a dispatch's rows arrive: arrays for `capacity` rows, each at a place of its own in the heap.
+    """Arrays of the heap that a dispatch's rows arrive in, for `capacity` rows.
 
     overflow_stream: where that is the overflow area (overflow.py), the stream to copy them out on.
     """

@@ -92,7 +92,7 @@ class SymmetricMemory:
         return received.copy(rows) if on is None else self.overflow.copy_out(received, rows, on)
 
     def shortage(self, num_bytes: int, capturing: bool) -> str:
-        """What a request of so many bytes lacked."""
+        """The text for a request of so many bytes that failed: its shortage, and the remedy."""
         missing = num_bytes - self.pool.num_bytes
         remedy = ""
         if missing <= 0:

@@ -31,8 +31,8 @@ _leaked: list[object] = []
 
 
 class Backoff:
-    """Of calls that found no room, which ones may try something expensive: the 1st, 2nd, 4th, 8th ... and at
-    the latest every 64th.
+    """Of calls that found no room, which ones may try something expensive: the 1st, 2nd, 4th,
+    8th ... and at the latest every 64th.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Backoff:
         return self._calls >= self._next
 
     def tried(self) -> None:
-        """What was due has been done, and has not helped yet."""
+        """Notes that what was due has been done, and has not helped yet."""
         self._next = self._calls + min(self._calls, 64)
 
 
@@ -192,8 +192,8 @@ class ReceivePool:
         return self._view(_cuda.arena_reserve(self._arena, num_bytes), num_bytes)
 
     def reserve_tail(self, num_bytes: int) -> torch.Tensor | None:
-        """The last bytes of the heap, never to be taken again, or a longer stretch than before of them; None
-        if tensors lie there.
+        """The last bytes of the heap, never to be taken again,
+        or a longer stretch than before of them; None if tensors lie there.
         """
         stretch = self._view(_cuda.arena_set_aside(self._arena, num_bytes), num_bytes)
         if stretch is not None:
@@ -207,8 +207,9 @@ class ReceivePool:
         return self._heap[begin : begin + num_bytes]
 
     def close(self) -> None:
-        """Ends the pool. Tensors that are still held stay valid, and then so does the heap, for good.
-        Idempotent.
+        """Ends the pool.
+
+        Tensors that are still held stay valid, and then so does the heap, for good. Idempotent.
         """
         if self._pool is None:
             return
