@@ -231,7 +231,7 @@ class Buffer(LowLatencyCalls):
         offset: BYTES, as V1 computes (its documentation says elements).
         use_rdma_buffer: of the RDMA buffer, else the NVLink one.
 
-        The memory is set aside when it is first asked for; no operation uses it.
+        The memory is allocated at the first call; no operation uses it.
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes

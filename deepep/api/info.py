@@ -14,7 +14,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class BufferInfo:
-    """A Buffer's place, backend and settings at the moment it was asked for. `print` shows it as a table.
+    """A Buffer's place, backend and settings when `info` was read. `print` shows it as a table.
 
     backend: "cuda", "reference", ... device: where its tensors have to be.
     rank, num_ranks: this rank and R. ranks_per_domain: ranks that `get_dispatch_layout` counts as one
