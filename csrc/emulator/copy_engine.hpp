@@ -10,7 +10,7 @@ namespace deepep::emu {
 
 struct CopyEngineArgs {
   kernels::CombineArgs combine;
-  uint64_t patience_ns;  // a real one waits for ever, but its process may end
+  uint64_t patience_ns;  // a real one waits indefinitely, but its process may end
 };
 
 /// One stretch of `rows` rows of `bytes`. In a call whose flags nobody will raise it is carried behind the

@@ -49,7 +49,7 @@ class EmulatedPlan(DispatchPlan):
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """What a rank brings to a dispatch."""
+    """One rank's share of a dispatch."""
 
     call: DispatchCall
     rows_out: int  # of its output: the worst case, if one is given
@@ -62,7 +62,7 @@ class _Dispatch:
 
 @dataclass(frozen=True)
 class _Combine:
-    """What a rank brings to a combine."""
+    """One rank's share of a combine."""
 
     call: CombineCall
     counts: Tensor

@@ -1,4 +1,4 @@
-"""What operations on emulated ranks are given and give: plain data, shared by all who run the emulator.
+"""Arguments and results of operations on emulated ranks: plain data, shared by all who run the emulator.
 
 Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden size, N rows received, P scales.
 """
@@ -44,7 +44,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Fault:
+class KernelFault:
     """A kernel's fault record (csrc/kernels/common/args.hpp). phase: bits; waited_on: ranks."""
 
     operation: int
@@ -69,7 +69,7 @@ class HostCounts(NamedTuple):
 
 
 class LayoutAt(NamedTuple):
-    """Where a rank's dispatch layout lies: int32 [R], [D] (or 0), [E], and bytes [T, R]."""
+    """Addresses of a rank's dispatch layout: int32 [R], [D] (or 0), [E], and bytes [T, R]."""
 
     per_rank: int
     per_domain: int
@@ -78,7 +78,7 @@ class LayoutAt(NamedTuple):
 
 
 class PlanAt(NamedTuple):
-    """Where a handle lies: counts [R, R] and send_row [T, R], int32."""
+    """Addresses of a handle's arrays: counts [R, R] and send_row [T, R], int32."""
 
     counts: int
     send_row: int
@@ -86,7 +86,7 @@ class PlanAt(NamedTuple):
 
 @dataclass(frozen=True)
 class DispatchCall:
-    """One rank's arguments. capacity: rows of the slot it lends. live: the ranks that take part.
+    """One rank's arguments. capacity: rows of its slot. live: the ranks that take part.
 
     num_worst_tokens: 0 lets the host wait for the counts, unless the call is cached or refused.
     """
@@ -104,12 +104,12 @@ class DispatchCall:
 
     @property
     def posts_counts(self) -> bool:
-        """Whether the host waits for the counts."""
+        """True if the host waits for the counts."""
         return not self.cached and not self.refused and self.num_worst_tokens == 0
 
     @property
     def slot(self) -> _emulator.SlotLayout:
-        """Where the arrays behind the rows begin, and where they end."""
+        """Offsets of the arrays behind the rows, and their end."""
         return _emulator.SlotLayout(
             capacity=self.capacity,
             row_bytes=self.x.shape[1] * self.x.element_size(),
@@ -134,7 +134,7 @@ class CombineCall:
 
 
 @dataclass(frozen=True)
-class Received:
+class SlotContents:
     """Rows read out of a slot."""
 
     x: Tensor  # [N, H]

@@ -19,12 +19,12 @@ from deepep import _emulator
 from deepep.sim.emulator.calls import (
     CombineCall,
     DispatchCall,
-    Fault,
     Gpu,
     HostCounts,
+    KernelFault,
     LayoutAt,
     PlanAt,
-    Received,
+    SlotContents,
 )
 
 _MARK_BYTES = 256
@@ -276,7 +276,7 @@ class EmulatedDomain:
         ends = self.num_ranks**2
         return HostCounts(phase, num_rows, max_rows, num_returned, lists[:ends], lists[ends:])
 
-    def read_slot(self, rank: int, slot: int, call: DispatchCall, num_rows: int) -> Received:
+    def read_slot(self, rank: int, slot: int, call: DispatchCall, num_rows: int) -> SlotContents:
         """The first `num_rows` rows, as the user's kernels would read them right after the dispatch."""
         at, scales, topk_idx = call.slot, call.scales, call.topk_idx
 
@@ -287,7 +287,7 @@ class EmulatedDomain:
 
         x = rows(0, call.x)
         assert x is not None
-        return Received(
+        return SlotContents(
             x,
             None if call.cached else self.read(rank, slot + at.source, torch.int32, (num_rows,)),
             rows(at.scales, scales),
@@ -355,13 +355,13 @@ class EmulatedDomain:
         patience = int(100e9 * self.gpu.timeout)
         self.machine.watch(rank, self._domains[rank].fault_word, 1, patience, True)
 
-    def take_fault(self, rank: int, *, watched: bool = False) -> Fault | None:
+    def take_fault(self, rank: int, *, watched: bool = False) -> KernelFault | None:
         """The rank's fault record, if there is one. watched: while the kernel runs; the record then stays."""
         domain = self._domains[rank]
         found = domain.watched_fault() if watched else domain.take_fault()
         if found is None:
             return None
-        return Fault(
+        return KernelFault(
             operation=found.operation,
             phase=found.phase,
             waited_on=tuple(r for r in range(self.num_ranks) if found.missing >> r & 1),
@@ -370,7 +370,7 @@ class EmulatedDomain:
         )
 
     def ce_doorbell_rung(self, rank: int) -> bool:
-        """Whether the copy engine's doorbell was rung for all that it was ordered; the stream is idle."""
+        """True if the copy engine's doorbell was rung for all that it was ordered; the stream is idle."""
         return self._domains[rank].ce_doorbell_rung()
 
     # ---- memory --------------------------------------------------------------------------------------------

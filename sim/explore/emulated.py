@@ -149,7 +149,7 @@ class _ScenarioRun:
             report.kind = "unfinished"
             report.text = f"ranks {sorted(unfinished)} neither finished nor gave up"
         elif held:
-            report.kind = "stream that waits for ever"
+            report.kind = "stream that waits indefinitely"
             report.text = f"the copy engines of ranks {held} were not let go"
         elif report.faults and not self.stops:
             report.kind, report.text = "needless fault", str(report.faults)
@@ -206,7 +206,7 @@ class _ScenarioRun:
                 earlier, earlier_plan = self.handles.get(rank, (combine, plan))
                 refused = replace(earlier, refused=rank == refuser, live=case.members)
                 domain.combine(rank, refused, earlier_plan)
-                yield from self._hear_refusal(rank)
+                yield from self._wait_refusal(rank)
             outputs = domain.combine(rank, combine, plan)
             yield from self._settle(rank)
             x, weights = domain.read_sums(rank, combine, outputs)
@@ -214,7 +214,7 @@ class _ScenarioRun:
             if weights is not None:
                 view.combined_weights = bits(weights)
             self._judge(rank, index, view)
-        # The slot will be lent anew: who combines with this handle later brings rows of its own.
+        # The slot will be used anew: who combines with this handle later brings rows of its own.
         own = torch.zeros(rows, case.hidden, dtype=torch.bfloat16)
         own_weights = torch.zeros(rows, combine.num_topk) if combine.num_topk else 0
         self.handles[rank] = (replace(combine, x=own, topk_weights=own_weights), plan)
@@ -248,10 +248,10 @@ class _ScenarioRun:
         view = RankView()
         if call.posts_counts and self.scenario.short_slots and most_rows > 1:
             domain.dispatch(rank, replace(call, capacity=most_rows - 1), layout, plan)
-            told = yield from self._hear(rank)
+            got = yield from self._wait_counts(rank)
             yield from self._settle(rank)
-            if (told.phase, told.max_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
-                raise _WrongResult(f"rank {rank}: short slots: the host was told {told}")
+            if (got.phase, got.max_rows) != (_emulator.TOO_MANY_ROWS, most_rows):
+                raise _WrongResult(f"rank {rank}: short slots: the host got {got}")
         if self.scenario.refuses == "dispatch":
             refuser = case.dispatch_members[index % len(case.dispatch_members)]
             given_up = domain.new_plan(rank, case.num_tokens[rank])
@@ -261,31 +261,31 @@ class _ScenarioRun:
             else:
                 domain.dispatch(rank, call, layout, given_up)
             if rank != refuser and call.posts_counts:
-                told = yield from self._hear(rank)
-                if told.phase == 0:
-                    raise _WrongResult(f"rank {rank}: the host was told {told} of a refused dispatch")
-            yield from self._hear_refusal(rank)
+                got = yield from self._wait_counts(rank)
+                if got.phase == 0:
+                    raise _WrongResult(f"rank {rank}: the host got {got} of a refused dispatch")
+            yield from self._wait_refusal(rank)
         slot = domain.dispatch(rank, call, layout, plan)
         if call.posts_counts:
             # The host allocates by what it hears while the kernel runs.
-            told = yield from self._hear(rank)
-            if told.phase == 0:
+            got = yield from self._wait_counts(rank)
+            if got.phase == 0:
                 unit = case.options.expert_alignment
-                view.num_rows = told.num_rows
+                view.num_rows = got.num_rows
                 members = list(case.dispatch_members)
                 sent = np.zeros((self.num_ranks, self.num_ranks), dtype=np.int64)
                 for source in members:
                     tokens = self.scenario.expected[index][source].num_tokens_per_rank
                     sent[source, members] = _given(tokens)[members]
-                if told.table != sent.ravel().tolist():
-                    raise _WrongResult(f"rank {rank}: the host was told {told}, of {sent.tolist()}")
-                view.expert_counts = np.array([-(-n // unit) * unit for n in told.per_expert])
+                if got.table != sent.ravel().tolist():
+                    raise _WrongResult(f"rank {rank}: the host got {got}, of {sent.tolist()}")
+                view.expert_counts = np.array([-(-n // unit) * unit for n in got.per_expert])
         else:
             view.num_rows = call.num_worst_tokens
             view.expert_counts = np.zeros(0, dtype=np.int64)
         yield from self._settle(rank)
         if view.num_rows is None:
-            raise _WrongResult(f"rank {rank}: the host was told {told}, and there is no fault record")
+            raise _WrongResult(f"rank {rank}: the host got {got}, and there is no fault record")
         received = domain.read_slot(rank, slot, call, rows)
         assert received.source is not None
         view.recv_x, view.src_token = bits(received.x), received.source.numpy()
@@ -297,14 +297,14 @@ class _ScenarioRun:
         self._judge(rank, index, view)
         return slot, rows
 
-    def _hear(self, rank: int) -> Generator[str, None, HostCounts]:
+    def _wait_counts(self, rank: int) -> Generator[str, None, HostCounts]:
         """Waits for what a dispatch tells the host."""
         yield "watch"
         if not self.watched.in_time:
-            raise _WrongResult(f"rank {rank}: the host was told nothing")
+            raise _WrongResult(f"rank {rank}: no counts came to the host")
         return self.domain.host_counts(self.watched.words)
 
-    def _hear_refusal(self, rank: int) -> Program:
+    def _wait_refusal(self, rank: int) -> Program:
         """Waits for the stream: the kernel must have found a disagreement and
         nothing else, or the rank gives up.
         """
@@ -314,20 +314,20 @@ class _ScenarioRun:
             if fault is not None and self.stops:
                 self.report.faults[rank] = fault
                 raise _GaveUp
-            raise _WrongResult(f"rank {rank}: of a refusal the kernel told {fault}")
+            raise _WrongResult(f"rank {rank}: of a refusal the kernel reported {fault}")
 
     def _settle(self, rank: int) -> Program:
         """Waits for the stream; where faults are to be expected, looks for one while the kernel runs, too."""
-        told = None
+        got = None
         if self.stops:
             self.domain.watch_fault(rank)
             yield "watch"
             if self.watched.in_time:
-                told = self.domain.take_fault(rank, watched=True)
+                got = self.domain.take_fault(rank, watched=True)
         yield "stream"
         fault = self.domain.take_fault(rank, watched=False)
-        if fault != told and told is not None:
-            raise _WrongResult(f"rank {rank}: a fault record that changed: {told}, then {fault}")
+        if fault != got and got is not None:
+            raise _WrongResult(f"rank {rank}: a fault record that changed: {got}, then {fault}")
         if fault is not None:
             self.report.faults[rank] = fault
             raise _GaveUp

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from deepep.sim.cases.case import Case
-from deepep.sim.emulator.calls import Fault, Gpu
+from deepep.sim.emulator.calls import Gpu, KernelFault
 from deepep.sim.emulator.shapes import STRATEGIES
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView
@@ -56,8 +56,8 @@ class Scenario:
 
     use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else.
     use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
-    short_slots: ranks lend slots with room for one row less than comes, where the host waits for the counts,
-    hear of it with the counts, and lend anew.
+    short_slots: slots have room for one row less than comes, where the host waits for the counts: ranks
+    learn of it with the counts, and acquire anew.
     num_combines: how often each case's combine is run, from the one handle.
     refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all hear of it.
     """
@@ -81,7 +81,7 @@ class RunReport:
     """The outcome of a run.
 
     kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), or what failed: "wrong result",
-    "needless fault", "unfinished", "stream that waits for ever", or a kind of the machine's ("data race",
+    "needless fault", "unfinished", "stream that waits indefinitely", or a kind of the machine's ("data race",
     "deadlock", ...). text tells the story. faults: by rank, the fault record of the ranks that gave up. now:
     simulated seconds.
     """
@@ -91,7 +91,7 @@ class RunReport:
     steps: int = 0
     switches: int = 0
     now: float = 0.0
-    faults: dict[int, Fault] = field(default_factory=dict)
+    faults: dict[int, KernelFault] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:

@@ -95,7 +95,7 @@ def split(arguments: str) -> list[str]:
 
 
 def has_preset(annotation: str) -> bool:
-    """Whether ` int = 0` states one."""
+    """True if ` int = 0` states one."""
     return " = " in annotation
 
 

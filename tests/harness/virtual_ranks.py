@@ -17,7 +17,7 @@ from deepep.backends.cuda.launch import (
     Plan,
 )
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, receive_spec
-from deepep.backends.cuda.sm_split import NO_ENGINE, combine_split, dispatch_split
+from deepep.backends.cuda.sm_split import NO_COPY_ENGINE, combine_split, dispatch_split
 
 
 @dataclass
@@ -47,7 +47,7 @@ class VirtualDomain:
     """`num_ranks` endpoints on one device.
 
     heap_bytes: symmetric memory per rank, control and staging included. staging_bytes: of it, what rows
-    return to. engine_cut: as `Endpoint.combine` takes it.
+    return to. ce_chunks: as `Endpoint.combine` takes it.
     """
 
     num_ranks: int
@@ -55,7 +55,7 @@ class VirtualDomain:
     heap_bytes: int = 256 << 20
     staging_bytes: int = 64 << 20
     timeout: float = 5.0
-    engine_cut: tuple[int, int] = NO_ENGINE
+    ce_chunks: tuple[int, int] = NO_COPY_ENGINE
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     endpoints: list[Endpoint] = field(init=False)
 
@@ -179,7 +179,7 @@ class VirtualDomain:
                 biases=() if biases is None else biases[r],
                 out=out,
                 out_weights=weights,
-                engine_cut=self.engine_cut,
+                ce_chunks=self.ce_chunks,
             )
         torch.cuda.synchronize(self.device)
         return results

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from deepep.backends.cuda.launch import Plan
 from deepep.backends.cuda.sm_split import (
-    ENGINE_BYTES,
-    NO_ENGINE,
+    COPY_ENGINE_BYTES,
+    NO_COPY_ENGINE,
+    ce_chunks,
     combine_split,
-    engine_cut,
 )
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.config import DEFAULT_NUM_SMS
@@ -78,7 +78,7 @@ def _launch(
     out_weights = None
     if weights is not None:
         out_weights = torch.empty((tokens, weights.shape[1]), dtype=torch.float32, device=device)
-    by_copy_engine = x.numel() * 2 >= ENGINE_BYTES * (ranks - 1)
+    by_copy_engine = x.numel() * 2 >= COPY_ENGINE_BYTES * (ranks - 1)
     engine.symmetric.endpoint.combine(
         x,
         plan,
@@ -88,7 +88,7 @@ def _launch(
         biases=request.biases,
         out=out,
         out_weights=out_weights,
-        engine_cut=engine_cut(sms, ranks) if by_copy_engine else NO_ENGINE,
+        ce_chunks=ce_chunks(sms, ranks) if by_copy_engine else NO_COPY_ENGINE,
     )
     if plan.stream != stream:
         plan.table.record_stream(streams.current(engine.index))

@@ -16,7 +16,7 @@ import torch
 from deepep import _cuda
 from deepep._cuda import Counts
 from deepep.backends.cuda.memory.arrays import ReceiveArrays
-from deepep.backends.cuda.sm_split import NO_ENGINE, BlockSplit
+from deepep.backends.cuda.sm_split import NO_COPY_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
 
 __all__ = ["MAX_BLOCKS", "MAX_LOCAL_EXPERTS", "MAX_RANKS", "Counts", "Endpoint", "Phase", "Plan"]
@@ -27,7 +27,7 @@ MAX_RANKS: int = _cuda.MAX_RANKS
 
 
 class Phase(IntFlag):
-    """Why a kernel gave up; the numbers are csrc/kernels/common/args.hpp's."""
+    """Reasons why a kernel gave up; the numbers are csrc/kernels/common/args.hpp's."""
 
     COUNTS = 1
     ROWS = 2
@@ -44,7 +44,7 @@ OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
 
 
 class Plan:
-    """What combine and cached dispatches need of a dispatch.
+    """A dispatch's plan: all that combine and cached dispatches need of it.
 
     table [T + R, R] int32: send_row, then counts; one block, of the stream that the dispatch ran on.
     num_tokens: T. num_rows: rows handed out. live: ranks that took part, bits. counts_address,
@@ -235,7 +235,7 @@ class Endpoint:
         self.domain.refuse_combine(self._no_counts.data_ptr(), stream)
 
     def staging_capacity(self, row_bytes: int, num_topk: int) -> int:
-        """How many rows may come back to this rank in one combine."""
+        """The number of rows that may come back to this rank in one combine."""
         return _cuda.staging_capacity(self.staging_bytes, row_bytes, num_topk)
 
     def combine(
@@ -249,11 +249,11 @@ class Endpoint:
         biases: tuple[torch.Tensor, ...] = (),
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
-        engine_cut: tuple[int, int] = NO_ENGINE,
+        ce_chunks: tuple[int, int] = NO_COPY_ENGINE,
     ) -> None:
         """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
 
-        engine_cut: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
+        ce_chunks: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
         so many parts, each so many percent of the one before, and SMs only sum. Not so in a captured call.
         """
         self.domain.combine(
@@ -270,8 +270,8 @@ class Endpoint:
             out=out.data_ptr(),
             out_weights=_address(out_weights),
             known=plan.known,
-            ce_chunks=engine_cut[0],
-            ce_shrink=engine_cut[1],
+            ce_chunks=ce_chunks[0],
+            ce_shrink=ce_chunks[1],
             stream=stream,
         )
 
@@ -289,7 +289,7 @@ class Endpoint:
 
     @property
     def has_fault(self) -> bool:
-        """Whether a kernel has recorded a fault that was not taken."""
+        """True if a kernel has recorded a fault that was not taken."""
         return self.domain.has_fault()
 
     def take_fault(self, stream: int) -> FaultRecord | None:

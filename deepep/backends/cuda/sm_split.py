@@ -29,14 +29,14 @@ LOCAL_SMS = 15
 SHARING_SMS = 12
 MIXING_SMS = 20
 #: up to so many SMs, a combine of at least so many bytes a peer leaves what travels to the copy engine
-ENGINE_SMS = 12
-ENGINE_BYTES = 8 << 20
+COPY_ENGINE_SMS = 12
+COPY_ENGINE_BYTES = 8 << 20
 #: what it is ordered costs the host time: a few orders a call
 ENGINE_ORDERS = 8
 #: no parts: SMs return the rows
-NO_ENGINE = (0, 100)
+NO_COPY_ENGINE = (0, 100)
 #: how long all sums take by so many SMs, of what the engine takes, in percent
-SUMMING = ((8, 100), (ENGINE_SMS, 85))
+SUMMING = ((8, 100), (COPY_ENGINE_SMS, 85))
 #: up to so many SMs, a combine may count on all its blocks being resident together
 RESIDENT_SMS = 32
 
@@ -57,13 +57,13 @@ def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
 
 
 @functools.cache
-def engine_cut(num_sms: int, num_ranks: int) -> tuple[int, int]:
+def ce_chunks(num_sms: int, num_ranks: int) -> tuple[int, int]:
     """Into how many parts the copy engine cuts what it returns in a combine, and how long each is of the one
     before, in percent: so that sums never wait long, and little is left to sum at the end. No parts: SMs
     return it.
     """
-    if num_ranks == 1 or num_sms > ENGINE_SMS:
-        return NO_ENGINE
+    if num_ranks == 1 or num_sms > COPY_ENGINE_SMS:
+        return NO_COPY_ENGINE
     chunks = min(4, max(2, ENGINE_ORDERS // (num_ranks - 1)))
     return chunks, next(percent for sms, percent in SUMMING if num_sms <= sms)
 

@@ -150,8 +150,8 @@ class ControlPlane:
                 completion.host_wait()
             except ArgumentError:
                 raise
-            except DeepEPError as unheard:
-                raise problem from unheard
+            except DeepEPError as unanswered:
+                raise problem from unanswered
         raise problem
 
     def barrier(self, schedule: Schedule, arguments: Mapping[str, int] | None = None) -> None:

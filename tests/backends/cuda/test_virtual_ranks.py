@@ -283,7 +283,7 @@ def test_results_do_not_depend_on_sms(domains, ranks: int, num_sms: int) -> None
 @pytest.mark.parametrize(("ranks", "chunks"), [(1, 0), (2, 0), (2, 2), (3, 0), (4, 0), (4, 3)])
 def test_small_shapes(domains, monkeypatch, ranks: int, chunks: int) -> None:  # type: ignore[no-untyped-def]
     """Every option with few tokens and few blocks: what compute-sanitizer has time for."""
-    monkeypatch.setattr(domains(ranks, 4), "engine_cut", (chunks, 70))
+    monkeypatch.setattr(domains(ranks, 4), "ce_chunks", (chunks, 70))
     for seed, shape in enumerate(option_shapes(ranks)):
         small = replace(shape, tokens=(19, 5, 0, 33)[:ranks], hidden=min(shape.hidden, 256), local_experts=4)
         round_trip(domains(ranks, 4), small, seed)
@@ -421,7 +421,7 @@ def chunks_carried(domain, rank: int) -> int:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(("ranks", "chunks"), [(2, 1), (2, 4), (3, 3), (4, 2)])
 def test_copy_engine_returns_the_rows(domains, monkeypatch, ranks: int, chunks: int) -> None:  # type: ignore[no-untyped-def]
     domain = domains(ranks, 8)
-    monkeypatch.setattr(domain, "engine_cut", (chunks, 100 - 10 * chunks))
+    monkeypatch.setattr(domain, "ce_chunks", (chunks, 100 - 10 * chunks))
     before = chunks_carried(domain, 0)
     shapes = [shape for shape in option_shapes(ranks) if not shape.fp8]
     shapes.append(Shape((4097, 1030, 0, 700)[:ranks], hidden=7168, topk=8, local_experts=64))
@@ -430,7 +430,7 @@ def test_copy_engine_returns_the_rows(domains, monkeypatch, ranks: int, chunks: 
     for late in range(ranks):
         round_trip(domain, Shape((60, 61, 62, 63)[:ranks], pattern="holes"), late, late=late)
     assert chunks_carried(domain, 0) == before + chunks * (len(shapes) + ranks)
-    monkeypatch.setattr(domain, "engine_cut", (0, 100))
+    monkeypatch.setattr(domain, "ce_chunks", (0, 100))
     round_trip(domain, shapes[0], 0)
 
 
@@ -440,7 +440,7 @@ def test_who_is_given_up_hears_that_its_staging_was_overwritten() -> None:
 
     from deepep.backends.cuda.launch import Phase
 
-    domain = VirtualDomain(2, num_sms=8, timeout=0.5, engine_cut=(3, 100))
+    domain = VirtualDomain(2, num_sms=8, timeout=0.5, ce_chunks=(3, 100))
     shape = Shape((600, 500))
     round_trip(domain, shape, 0)
     want = prepared(shape, 1)
