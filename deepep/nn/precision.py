@@ -56,7 +56,8 @@ def parameter_options(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which torch.autocast has `x` multiplied; None where it has no say (off, or float64)."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    # Not torch.amp.is_autocast_available: the compilers of torch up to 2.11 cannot trace it.
+    if x.dtype == torch.float64 or kind not in ("cpu", "cuda"):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
