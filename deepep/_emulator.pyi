@@ -277,3 +277,86 @@ def bulk_copy_args(
 ) -> bytes: ...
 def bulk_copy_shared_bytes(num_warps: int, num_stages: int, stage_bytes: int) -> int: ...
 def copy_args(source: int, target: int, num_bytes: int) -> bytes: ...
+def low_latency_bytes(
+    num_ranks: int, max_local_experts: int, max_tokens: int, max_topk: int, max_row_bytes: int
+) -> tuple[int, int]: ...
+def cast_to_e4m3(floats: bytes) -> bytes: ...
+
+LOW_LATENCY_EPOCHS: int
+
+class LowLatencyDomain:
+    """csrc/host/low_latency.hpp."""
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        kernels: Kernels,
+        num_threads: int,
+        rank: int,
+        heaps: Sequence[int],
+        max_local_experts: int,
+        max_tokens: int,
+        max_topk: int,
+        max_row_bytes: int,
+        state: int,
+        fault: int,
+        timeout_seconds: float,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        send_position: int,
+        num_messages: int,
+        routes: int,
+        casts: bool,
+        rounds_scales: bool,
+        packs_scales: bool,
+        recv_x: int,
+        recv_scales: int,
+        recv_count: int,
+        recv_source: int,
+        recv_range: int,
+        stream: int = 0,
+        refused: bool = False,
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        send_position: int,
+        num_messages: int,
+        routes: int,
+        weights_travelled: bool,
+        out: int,
+        stream: int = 0,
+        refused: bool = False,
+    ) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def take_fault(self) -> FaultRecord | None: ...
+    def watched_fault(self) -> FaultRecord | None: ...
+    @property
+    def fault_word(self) -> int: ...

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "bindings/domain.hpp"
+#include "bindings/emulator_low_latency.hpp"
 #include "emulator/launcher.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/run/simulation.hpp"
@@ -331,6 +332,7 @@ PYBIND11_MODULE(_emulator, m) {
   bind_kernels(m);
   bind_machine(m);
   bind_domain(m);
+  deepep::bindings::bind_emulated_low_latency<Kernels>(m);
   bind_layouts(m);
   bind_kernel_arguments(m);
 }

@@ -412,5 +412,15 @@ DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
 /// The sum, never contracted with a neighbouring product.
 DEEPEP_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
 DEEPEP_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }
+DEEPEP_DEVICE float div_rounded(float a, float b) { return __fdiv_rn(a, b); }
+DEEPEP_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+DEEPEP_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+/// Four channels as e4m3, the first in the lowest byte: device/e4m3.hpp, in hardware.
+DEEPEP_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return static_cast<uint32_t>(high) << 16 | low;
+}
 
 }  // namespace deepep::dev

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "device/e4m3.hpp"
 #include "emulator/machine/machine.hpp"
 
 #define DEEPEP_DEVICE inline
@@ -334,6 +335,13 @@ DEEPEP_DEVICE float settled(float value) {
 }
 DEEPEP_DEVICE float add_rounded(float a, float b) { return settled(a + b); }
 DEEPEP_DEVICE float mul_rounded(float a, float b) { return settled(a * b); }
+DEEPEP_DEVICE float div_rounded(float a, float b) { return settled(a / b); }
+DEEPEP_DEVICE uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
+DEEPEP_DEVICE float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+DEEPEP_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
+  return e4m3_of_bits(bits_of(a)) | e4m3_of_bits(bits_of(b)) << 8 | e4m3_of_bits(bits_of(c)) << 16 |
+         e4m3_of_bits(bits_of(d)) << 24;
+}
 /// By way of fp32, which has enough digits for that.
 DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
   return pack_bf16(add_rounded(bf16_low(a), bf16_low(b)), add_rounded(bf16_high(a), bf16_high(b)));

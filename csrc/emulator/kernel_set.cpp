@@ -18,6 +18,12 @@
 #include "kernels/dispatch/dispatch.hpp"
 #include "kernels/dispatch/refused.hpp"
 #include "kernels/layout/layout.hpp"
+#include "kernels/low_latency/combine.hpp"
+#include "kernels/low_latency/combine_receive.hpp"
+#include "kernels/low_latency/combine_send.hpp"
+#include "kernels/low_latency/dispatch.hpp"
+#include "kernels/low_latency/dispatch_receive.hpp"
+#include "kernels/low_latency/dispatch_send.hpp"
 
 extern "C" __attribute__((visibility("default"))) const deepep::emu::KernelSet* deepep_emulator_kernels() {
   static const deepep::emu::KernelSet set{deepep::emu::kernels_of_this_library().data(),

@@ -15,6 +15,8 @@ from pathlib import Path
 
 #: The copies are kernels by themselves: their mutants are hunted with them alone.
 COPY_FILE = "kernels/copy/bulk_copy.hpp"
+#: So are the low-latency operations: files, and the layout that they run.
+LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
@@ -176,6 +178,34 @@ EDITS = (
         "layout::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
         "layout::align_up(int64_t{8} * num_warps, int64_t{16})",
         "a copy overwrites the mbarrier that another completes on",
+    ),
+    Edit(
+        "one stretch for all epochs",
+        "layout/low_latency_slots.hpp",
+        "static_cast<int64_t>(epoch & 1u) * num_ranks_ + source",
+        "static_cast<int64_t>(epoch & 0u) * num_ranks_ + source",
+        "a message is written over one that its receiver still spreads",
+    ),
+    Edit(
+        "sums without digests",
+        "kernels/low_latency/combine_digest.hpp",
+        "    if (!is_live(g, source)) continue;\n    uint32_t value = 0;\n",
+        "    if (!is_live(g, source) || source != g.rank) continue;\n    uint32_t value = 0;\n",
+        "nobody sees that ranks combine along other dispatches, or have not read what came before",
+    ),
+    Edit(
+        "words without a tag",
+        "kernels/low_latency/dispatch_push.hpp",
+        "pack_tagged(value, call.epoch)",
+        "pack_tagged(value, call.epoch & 1u)",
+        "a parity instead of a generation",
+    ),
+    Edit(
+        "any top-k indices",
+        "kernels/low_latency/combine_digest.hpp",
+        "|| load_once(args.handle.identity + 1) != hash.get(0))",
+        ")",
+        "a combine along indices that are not those of its dispatch",
     ),
 )
 

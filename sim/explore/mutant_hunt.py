@@ -14,11 +14,23 @@ from threading import Event
 from deepep import _emulator
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
-from deepep.sim.explore.kernel_mutants import COPY_FILE, HARMLESS, Mutant, build
+from deepep.sim.explore.kernel_mutants import COPY_FILE, HARMLESS, LOW_LATENCY_FILES, Mutant, build
+from deepep.sim.explore.low_latency import LowLatencyScenario
+from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
 from deepep.sim.explore.scenarios import RunReport, Scenario
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
+
+
+LOW_LATENCY_HUNTING_LIMITS = replace(
+    LOW_LATENCY_LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128)
+)
+
+
+@lru_cache(maxsize=4096)
+def _low_latency_scenario(seed: int) -> LowLatencyScenario:
+    return draw_low_latency(seed, limits=LOW_LATENCY_HUNTING_LIMITS, num_cases=1 + seed % 3)
 
 
 @lru_cache(maxsize=4096)
@@ -68,6 +80,17 @@ def hunt(
         copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if copies.failure is None else copies.failure.report
         return Catch(mutant, found, copies.runs, copies.seconds, built - begin)
+    if mutant.file.startswith(LOW_LATENCY_FILES):
+        calls = explore_low_latency(
+            runs=runs,
+            seconds=seconds,
+            schedules_per_scenario=4,  # in three of them a rank stops
+            with_stops=True,
+            scenarios=_low_latency_scenario,
+            kernels=kernels,
+        )
+        found = None if calls.failure is None else calls.failure.report
+        return Catch(mutant, found, calls.runs, calls.seconds, built - begin)
     tally = explore(
         runs=runs,
         seconds=seconds,

@@ -171,13 +171,13 @@ MUTATIONS = [
     # Low latency.
     Mutation(
         "halves of a range exchanged",
-        "rules/low_latency.hpp",
+        "low_latency_rows.hpp",
         "uint64_t(begin) << 32 | uint64_t(uint32_t(count))",
         "uint64_t(count) << 32 | uint64_t(uint32_t(begin))",
     ),
     Mutation(
         "an expert's rows as if for one source",
-        "rules/low_latency.hpp",
+        "low_latency_rows.hpp",
         "local_expert * (num_ranks * num_max_tokens)",
         "local_expert * num_max_tokens",
     ),

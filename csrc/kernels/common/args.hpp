@@ -11,12 +11,19 @@ namespace deepep::kernels {
 
 inline constexpr int kThreads = 1024;
 
-enum class Operation : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
+enum class Operation : uint32_t {
+  kNone = 0,
+  kDispatch = 1,
+  kCombine = 2,
+  kBarrier = 3,
+  kLowLatencyDispatch = 4,
+  kLowLatencyCombine = 5,
+};
 
 /// The reason for which a kernel gave up; bits, since several may be noted at once.
 enum class Phase : uint32_t {
   kNone = 0,
-  kCounts = 1,          // waiting for a peer's counts and slot
+  kCounts = 1,          // waiting for a peer's counts and slot; low latency: its words or digest
   kRows = 2,            // waiting for a peer's rows
   kStaging = 4,         // waiting for a peer to have consumed its staging
   kReturn = 8,          // waiting for a row to come back
@@ -25,6 +32,7 @@ enum class Phase : uint32_t {
   kTooManyRows = 64,    // not a wait: some rank receives more rows than its slot holds
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
   kOverwritten = 256,   // not a wait: a peer gave this rank up, and its copy engine may have written here
+  kWeights = 512,       // low latency: waiting for the weights of a token whose rows are here
 };
 
 /// A fault of this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.

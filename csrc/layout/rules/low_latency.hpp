@@ -3,22 +3,10 @@
 // For the CPU alone, as what the kernels of the low-latency mode are compared with.
 #pragma once
 
+#include "layout/low_latency_rows.hpp"
 #include "layout/placement.hpp"
 
 namespace deepep::layout {
-
-/// The part of an expert's rows that one source fills, as the interface returns it: (begin << 32) | count.
-[[nodiscard]] DEEPEP_HD constexpr int64_t pack_range(int64_t begin, int64_t count) {
-  return int64_t(uint64_t(begin) << 32 | uint64_t(uint32_t(count)));
-}
-[[nodiscard]] DEEPEP_HD constexpr int64_t range_begin(int64_t range) { return int64_t(uint64_t(range) >> 32); }
-[[nodiscard]] DEEPEP_HD constexpr int64_t range_count(int64_t range) { return int64_t(uint32_t(range)); }
-
-/// Row of the flattened output [L * R * M] that is number `index` of a local expert.
-[[nodiscard]] DEEPEP_HD constexpr int64_t packed_row(int64_t num_ranks, int64_t num_max_tokens,
-                                                     int64_t local_expert, int64_t index) {
-  return local_expert * (num_ranks * num_max_tokens) + index;
-}
 
 /// Adds to counts [E] the rows that tokens [begin, end) make at each expert: one for each distinct pair.
 template <class Index>

@@ -1,0 +1,63 @@
+// deepep._emulator's LowLatencyDomain.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <optional>
+
+#include "bindings/low_latency.hpp"
+#include "device/e4m3.hpp"
+#include "emulator/low_latency.hpp"
+
+namespace deepep::bindings {
+
+/// `Kernels`: a set of kernels as Python holds it.
+template <class Kernels>
+void bind_emulated_low_latency(py::module_& m) {
+  using Domain = host::LowLatencyDomain<emu::LowLatencyLauncher>;
+  py::class_<Domain> domain(m, "LowLatencyDomain");
+  domain.def(
+      py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, int rank,
+                  const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens, int max_topk,
+                  int64_t max_row_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds) {
+        host::LowLatencyOptions options{.rank = rank,
+                                        .heaps = {},
+                                        .max_local_experts = max_local_experts,
+                                        .max_tokens = max_tokens,
+                                        .max_topk = max_topk,
+                                        .max_row_bytes = max_row_bytes,
+                                        .state = reinterpret_cast<kernels::LocalState*>(state),
+                                        .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
+                                        .timeout_seconds = timeout_seconds};
+        for (const uintptr_t heap : heaps) options.heaps.push_back(reinterpret_cast<std::byte*>(heap));
+        return std::make_unique<Domain>(options, machine, *kernels.set, rank, num_threads);
+      }),
+      py::keep_alive<1, 2>(), py::kw_only(), py::arg("machine"), py::arg("kernels"), py::arg("num_threads"),
+      py::arg("rank"), py::arg("heaps"), py::arg("max_local_experts"), py::arg("max_tokens"),
+      py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("state"), py::arg("fault"),
+      py::arg("timeout_seconds"));
+  bind_low_latency(domain);
+  domain
+      .def_property_readonly(
+          "fault_word",
+          [](const Domain& self) { return reinterpret_cast<uintptr_t>(&self.group().fault->pending); })
+      .def("take_fault", [](Domain& self) { return self.launcher().take_fault(self.group(), false); })
+      .def("watched_fault", [](Domain& self) { return self.launcher().take_fault(self.group(), true); });
+  m.def("low_latency_bytes", &low_latency_bytes, py::arg("num_ranks"), py::arg("max_local_experts"),
+        py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"));
+  m.def(
+      "cast_to_e4m3",
+      [](const std::string& floats) {
+        std::string bytes(floats.size() / 4, '\0');
+        for (size_t i = 0; i < bytes.size(); ++i) {
+          uint32_t bits = 0;
+          std::memcpy(&bits, floats.data() + 4 * i, 4);
+          bytes[i] = static_cast<char>(dev::e4m3_of_bits(bits));
+        }
+        return py::bytes(bytes);
+      },
+      py::arg("floats"), "A byte for each float32 of `floats`.");
+  m.attr("LOW_LATENCY_EPOCHS") = offsetof(kernels::LocalState, barrier_epoch) / sizeof(uint32_t);
+}
+
+}  // namespace deepep::bindings

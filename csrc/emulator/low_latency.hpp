@@ -1,0 +1,68 @@
+// Launches of the low-latency operations on the emulated machine.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "emulator/run/simulation.hpp"
+#include "host/low_latency.hpp"
+#include "kernels/low_latency/combine.hpp"
+#include "kernels/low_latency/combine_receive.hpp"
+#include "kernels/low_latency/combine_send.hpp"
+#include "kernels/low_latency/dispatch.hpp"
+#include "kernels/low_latency/dispatch_receive.hpp"
+#include "kernels/low_latency/dispatch_send.hpp"
+
+namespace deepep::emu {
+
+/// Of one rank. num_threads: per block; fewer than on hardware, so that schedules are cheap.
+class LowLatencyLauncher {
+ public:
+  LowLatencyLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads)
+      : machine_(machine), kernels_(kernels), rank_(rank), num_threads_(num_threads) {}
+
+  void start(const kernels::LowLatencyDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
+    const kernels::LowLatencyDispatchShared shared{args.group.num_ranks, args.num_local_experts};
+    launch("low_latency_dispatch", args, num_blocks, halves, shared.bytes());
+  }
+  void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
+    launch("low_latency_combine", args, num_blocks, halves,
+           kernels::LowLatencyCombineShared{args.group.num_ranks}.bytes());
+  }
+
+  /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be
+  /// idle.
+  [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, bool watched) {
+    kernels::FaultRecord record;
+    const auto address = reinterpret_cast<uintptr_t>(group.fault);
+    if (watched)
+      machine_.watcher_read(rank_, address, &record, sizeof(record));
+    else
+      machine_.host_read(rank_, address, &record, sizeof(record));
+    if (record.pending == 0) return std::nullopt;
+    if (watched) return record;
+    const uint32_t none = 0;
+    machine_.host_write(rank_, reinterpret_cast<uintptr_t>(&group.fault->pending), &none, sizeof(none));
+    const std::vector<std::byte> zeros(sizeof(kernels::LocalState) - offsetof(kernels::LocalState, phase));
+    machine_.host_write(rank_, reinterpret_cast<uintptr_t>(&group.state->phase), zeros.data(), zeros.size());
+    return record;
+  }
+
+ private:
+  template <class Args>
+  void launch(std::string kernel, const Args& args, int num_blocks, host::Halves halves, int64_t shared_bytes) {
+    if (halves == host::Halves::kSend) kernel += "_send";
+    if (halves == host::Halves::kReceive) kernel += "_receive";
+    machine_.launch(rank_, kernels_, kernel + "_kernel", &args, sizeof(args), num_blocks, num_threads_,
+                    shared_bytes);
+  }
+
+  Simulation& machine_;
+  const KernelSet& kernels_;
+  int rank_;
+  int num_threads_;
+};
+
+}  // namespace deepep::emu

@@ -1,0 +1,62 @@
+// What the low-latency kernels are given: plain structs, filled by the host and passed by value.
+#pragma once
+
+#include "kernels/common/args.hpp"
+#include "layout/low_latency_slots.hpp"
+
+namespace deepep::kernels {
+
+/// Which halves a launch has. A send is followed by its receive before another operation begins.
+enum class Halves : int { kBoth = 0, kSend = 1, kReceive = 2 };
+
+/// What a combine needs of its dispatch, in memory that the handle owns.
+struct LowLatencyHandle {
+  uint32_t* identity;      // [2]: the dispatch's epoch, and a hash of its top-k; the epoch is 0 if it failed
+  int32_t* send_position;  // [T, R]: number of the token's message among those for a rank, or -1
+  int32_t* num_messages;   // [R]: how many came from each source
+  uint32_t* routes;        // [R, M, 1 + 2 K]: their headers, with the numbers of rows among all of their expert
+};
+
+struct LowLatencyDispatchArgs {
+  Group group;  // its heaps are laid out by `slots`, and its state and fault record are low latency's own
+  layout::LowLatencySlots slots;
+  LowLatencyHandle handle;
+  bool refused;  // only post to the others that this rank does not take part in this call
+  bool casts;    // to FP8
+  bool rounds_scales;
+  bool packs_scales;  // UE8M0
+  int num_tokens;     // T
+  int max_tokens;     // M of the call
+  int num_topk;
+  int num_local_experts;         // L
+  int hidden;                    // H
+  int index_bytes;               // 4 or 8
+  const std::byte* x;            // [T, H] bf16
+  const void* topk_idx;          // [T, K]
+  const uint32_t* topk_weights;  // [T, K] float32 bits, or null: combine sends them
+  std::byte* recv_x;             // [L, R * M, H]
+  uint32_t* recv_scales;         // float32 or UE8M0, column-major: [L, columns, R * M]
+  int32_t* recv_count;           // [L]
+  int32_t* recv_source;          // [L, R * M]: the token of its rank that a row is; -1 past the count
+  int64_t* recv_range;           // [L, R]
+};
+
+struct LowLatencyCombineArgs {
+  Group group;
+  layout::LowLatencySlots slots;
+  LowLatencyHandle handle;
+  bool refused;
+  bool weights_travelled;  // with the dispatch; else they are sent first
+  int num_tokens;
+  int max_tokens;
+  int num_topk;
+  int num_local_experts;
+  int hidden;
+  int index_bytes;
+  const std::byte* x;            // [L, R * M, H] bf16
+  const void* topk_idx;          // [T, K], the dispatch's
+  const uint32_t* topk_weights;  // [T, K] float32 bits
+  std::byte* out;                // [T, H] bf16
+};
+
+}  // namespace deepep::kernels

@@ -1,0 +1,68 @@
+// A low-latency combine as its blocks see it: the call, its shared memory, how a launch begins and ends.
+#pragma once
+
+#include "kernels/low_latency/common.hpp"
+
+namespace deepep::kernels {
+
+/// The block's dynamic shared memory.
+struct LowLatencyCombineShared {
+  int num_ranks;
+
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
+  [[nodiscard]] DEEPEP_HD int64_t stopped() const {
+    return 4;
+  }  // uint32: the same of the wait for digests alone
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }   // uint32
+  [[nodiscard]] DEEPEP_HD int64_t list() const { return 16; }  // int32 [R + 1]
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return layout::align_up(list() + 4 * (num_ranks + 1), 16); }
+};
+
+struct LowLatencyCombineCall {
+  const LowLatencyCombineArgs& args;
+  const Group& g;
+  uint32_t epoch;
+  dev::Deadline deadline;
+
+  [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineShared shared() const { return {g.num_ranks}; }
+};
+
+/// Clears the block's words. A block barrier has to follow.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall begin_call(const LowLatencyCombineArgs& args,
+                                                             uint32_t epoch) {
+  using namespace dev;
+  const LowLatencyCombineCall call{args, args.group, epoch, Deadline::in(args.group.timeout_ns)};
+  if (thread() == 0) {
+    SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
+  }
+  return call;
+}
+
+/// Of a launch that sends: reads the epoch.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args) {
+  const uint32_t epoch = next_epoch(&args.group.state->combine_epoch);
+  return begin_call(args, epoch);
+}
+
+/// Of a launch that only receives: the epoch is what its send has left.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start_receive(const LowLatencyCombineArgs& args) {
+  return begin_call(args, dev::load_once(&args.group.state->combine_epoch));
+}
+
+DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
+  if (dev::thread() == 0) advance_epoch(call.g, &call.g.state->combine_epoch, call.epoch);
+}
+
+/// True on one thread of a block in which something was waited for in vain, or that has found a disagreement:
+/// it has a fault to report.
+[[nodiscard]] DEEPEP_DEVICE bool finish(const LowLatencyCombineCall& call) {
+  using namespace dev;
+  SharedArray<uint32_t> failed(call.shared().failed());
+  SharedArray<uint32_t> stopped(call.shared().stopped());
+  sync_block();
+  return thread() == 0 && (failed.get(0) != 0 || stopped.get(0) != 0);
+}
+
+}  // namespace deepep::kernels

@@ -1,0 +1,25 @@
+// The receive half of a low-latency combine, in a launch of its own: the hook.
+//
+// Phases:
+//   start_receive    the epoch of its send
+//   wait_digests     every block, for the digests of all live ranks: they combine along the same dispatch
+//   sum_tokens       the rows that have come back of each token, ranks ascending
+//   finish           looks for what went wrong
+//   report_fault     one thread, if something did
+//
+// Who waits for whom: every block for every live rank's send half, this rank's own included, which has ended.
+#pragma once
+
+#include "kernels/low_latency/combine_sum.hpp"
+
+namespace deepep::kernels {
+
+DEEPEP_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+  using namespace dev;
+  const LowLatencyCombineCall call = start_receive(args);
+  sync_block();
+  if (wait_digests(call)) sum_tokens(call);
+  if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
+}
+
+}  // namespace deepep::kernels

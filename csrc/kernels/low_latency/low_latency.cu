@@ -1,0 +1,52 @@
+#include "kernels/low_latency/combine.hpp"
+#include "kernels/low_latency/combine_receive.hpp"
+#include "kernels/low_latency/combine_send.hpp"
+#include "kernels/low_latency/dispatch.hpp"
+#include "kernels/low_latency/dispatch_receive.hpp"
+#include "kernels/low_latency/dispatch_send.hpp"
+
+#include "kernels/common/launch.cuh"
+#include "kernels/low_latency/launch.hpp"
+
+namespace deepep::kernels {
+
+namespace {
+
+Kernel<LowLatencyDispatchArgs> dispatch_of(Halves halves) {
+  switch (halves) {
+    case Halves::kSend: return low_latency_dispatch_send_kernel;
+    case Halves::kReceive: return low_latency_dispatch_receive_kernel;
+    default: return low_latency_dispatch_kernel;
+  }
+}
+
+Kernel<LowLatencyCombineArgs> combine_of(Halves halves) {
+  switch (halves) {
+    case Halves::kSend: return low_latency_combine_send_kernel;
+    case Halves::kReceive: return low_latency_combine_receive_kernel;
+    default: return low_latency_combine_kernel;
+  }
+}
+
+}  // namespace
+
+void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
+  const LowLatencyDispatchShared shared{args.group.num_ranks, args.num_local_experts};
+  launch(dispatch_of(halves), args, num_blocks, kLowLatencyThreads, shared.bytes(), stream,
+         "low-latency dispatch");
+}
+
+void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
+  const LowLatencyCombineShared shared{args.group.num_ranks};
+  launch(combine_of(halves), args, num_blocks, kLowLatencyThreads, shared.bytes(), stream,
+         "low-latency combine");
+}
+
+void load_low_latency() {
+  for (const Halves halves : {Halves::kBoth, Halves::kSend, Halves::kReceive}) {
+    load(dispatch_of(halves), "low-latency dispatch");
+    load(combine_of(halves), "low-latency combine");
+  }
+}
+
+}  // namespace deepep::kernels

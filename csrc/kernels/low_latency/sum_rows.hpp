@@ -1,0 +1,77 @@
+// Sums of rows by one warp, in fp32, in the order of the lanes that hold their addresses, with one rounding:
+// the same bits whoever sums. Both halves of a combine: weighted on the expert's rank, as they are at the
+// token's owner.
+#pragma once
+
+#include "kernels/low_latency/common.hpp"
+
+namespace deepep::kernels {
+
+inline constexpr int kSumUnroll = 2;  // 16-byte accesses of a row that a lane has in flight
+inline constexpr int kSumRows = 4;    // rows
+
+/// Rows to be summed. Lane i: the i-th one's address, and what it is multiplied by.
+struct SumRows {
+  uint32_t rows;  // as bits
+  uint64_t address;
+  float weight;
+};
+
+/// Adds eight channels; the first row starts the sums, so that -0.0 alone stays -0.0. A product is rounded
+/// before it is added.
+template <bool kWeighted>
+DEEPEP_DEVICE void add_channels(float (&sum)[8], const dev::Vec16& v, float weight, bool is_first) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float channel = i % 2 == 0 ? dev::bf16_low(v.w[i / 2]) : dev::bf16_high(v.w[i / 2]);
+    const float term = kWeighted ? dev::mul_rounded(channel, weight) : channel;
+    sum[i] = is_first ? term : dev::add_rounded(sum[i], term);
+  }
+}
+
+/// The 16-byte pieces [from, end) of the sum, to `out`. No row gives +0.0.
+template <bool kWeighted>
+DEEPEP_DEVICE void sum_rows(dev::Vec16* out, const SumRows& given, int from, int end) {
+  using namespace dev;
+#pragma unroll 1
+  for (int begin = from + lane(); begin < end + lane(); begin += kSumUnroll * kWarpSize) {
+    const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
+    float sum[kSumUnroll][8] = {};
+    bool is_first = true;
+#pragma unroll 1
+    for (uint32_t rows = given.rows; rows != 0;) {
+      Vec16 v[kSumRows][kSumUnroll] = {};
+      float weight[kSumRows] = {};
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < kSumRows; ++i) {
+        if (rows == 0) continue;
+        const int row = lowest_bit(rows);
+        rows &= rows - 1;
+        ++count;
+        const Vec16* source = reinterpret_cast<const Vec16*>(shuffle(given.address, row)) + begin;
+        if (kWeighted) weight[i] = shuffle(given.weight, row);
+#pragma unroll
+        for (int u = 0; u < kSumUnroll; ++u)
+          if (u * kWarpSize < left) v[i][u] = load_streaming(source + u * kWarpSize);
+      }
+#pragma unroll
+      for (int i = 0; i < kSumRows; ++i) {
+        if (i >= count) continue;
+#pragma unroll
+        for (int u = 0; u < kSumUnroll; ++u) add_channels<kWeighted>(sum[u], v[i][u], weight[i], is_first);
+        is_first = false;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u) {
+      if (u * kWarpSize >= left) continue;
+      Vec16 rounded;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rounded.w[i] = pack_bf16(sum[u][2 * i], sum[u][2 * i + 1]);
+      store_streaming(out + begin + u * kWarpSize, rounded);
+    }
+  }
+}
+
+}  // namespace deepep::kernels

@@ -1,0 +1,246 @@
+"""The low-latency operations on an emulated machine: the ranks' memory, and launches of the kernels on it.
+
+Calls name the rank; they enqueue, and the machine's `run` carries out. Inputs are CPU tensors, copied into
+the machine; results are read back as tensors. Every read and write of a host is checked by the machine.
+
+Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, M most tokens of any, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepep import _emulator
+from deepep.sim.emulator.calls import KernelFault
+
+BOTH, SEND, RECEIVE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class LowLatencySizes:
+    """The largest call that the ranks' memory has room for."""
+
+    num_local_experts: int
+    num_max_tokens: int
+    num_topk: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class LowLatencyGpu:
+    """The shape of each rank's GPU.
+
+    num_sms: how many blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before:
+    of each operation, modulo 2^32.
+    """
+
+    num_blocks: int = 2
+    num_threads: int = 64
+    num_sms: int = 0
+    timeout: float = 1.0
+    calls_before: int = 0
+
+
+@dataclass(frozen=True)
+class LowLatencyCall:
+    """Arguments that both operations of a rank have: topk_idx [T, K] int32 or int64, topk_weights float32.
+
+    carries_weights: whether they travel with the dispatch. refused: this rank takes no part in this call, and
+    only posts that to the others.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    num_max_tokens: int
+    num_local_experts: int
+    hidden: int
+    carries_weights: bool = False
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class RowCast:
+    """The format of a dispatch's rows."""
+
+    fp8: bool = False
+    round_scale: bool = False
+    ue8m0: bool = False
+
+
+class LowLatencyHandleAt(NamedTuple):
+    """Addresses of a rank's handle (csrc/kernels/low_latency/args.hpp)."""
+
+    identity: int
+    send_position: int
+    num_messages: int
+    routes: int
+
+
+class LowLatencyResultsAt(NamedTuple):
+    """Addresses of a dispatch's results."""
+
+    recv_x: int
+    recv_scales: int
+    recv_count: int
+    recv_source: int
+    recv_range: int
+
+
+class EmulatedLowLatency:
+    """All ranks' symmetric memory, state and fault records, and a domain for each rank."""
+
+    def __init__(
+        self, machine: Any, kernels: Any, gpu: LowLatencyGpu, num_ranks: int, sizes: LowLatencySizes
+    ) -> None:
+        self.machine = machine
+        self.gpu = gpu
+        self.num_ranks = num_ranks
+        everyone = range(num_ranks)
+        room = (sizes.num_local_experts, sizes.num_max_tokens, sizes.num_topk, 2 * sizes.hidden)
+        num_bytes, control = _emulator.low_latency_bytes(num_ranks, *room)
+        heaps = [self._allocate(f"slots@{r}", "symmetric", r, num_bytes) for r in everyone]
+        self._domains = []
+        for rank in everyone:
+            # Only what holds words and flags: rows that are read before they are written shall be found out.
+            machine.write(rank, heaps[rank], bytes(control))
+            state = self._zeros(f"low-latency state@{rank}", "device", rank, _emulator.STATE_BYTES)
+            before = gpu.calls_before.to_bytes(4, "little")
+            machine.write(rank, state, before * _emulator.LOW_LATENCY_EPOCHS)
+            self._domains.append(
+                _emulator.LowLatencyDomain(
+                    machine=machine,
+                    kernels=kernels,
+                    num_threads=gpu.num_threads,
+                    rank=rank,
+                    heaps=heaps,
+                    max_local_experts=sizes.num_local_experts,
+                    max_tokens=sizes.num_max_tokens,
+                    max_topk=sizes.num_topk,
+                    max_row_bytes=2 * sizes.hidden,
+                    state=state,
+                    fault=self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
+                    timeout_seconds=gpu.timeout,
+                )
+            )
+        machine.meet()
+
+    def set_live(self, rank: int, live: tuple[int, ...]) -> None:
+        """The ranks that take part in this rank's calls to come."""
+        self._domains[rank].set_live(sum(1 << r for r in live))
+
+    def new_handle(self, rank: int, call: LowLatencyCall) -> LowLatencyHandleAt:
+        """Room for a handle; a dispatch fills it."""
+        tokens, topk = call.topk_idx.shape
+        ranks, words = self.num_ranks, 1 + 2 * topk
+        return LowLatencyHandleAt(
+            self._allocate(f"identity@{rank}", "device", rank, 8),
+            self._allocate(f"send_position@{rank}", "device", rank, 4 * tokens * ranks),
+            self._allocate(f"num_messages@{rank}", "device", rank, 4 * ranks),
+            self._allocate(f"routes@{rank}", "device", rank, 4 * ranks * call.num_max_tokens * words),
+        )
+
+    def dispatch(
+        self, rank: int, call: LowLatencyCall, cast: RowCast, x: Tensor, handle: LowLatencyHandleAt
+    ) -> tuple[dict[str, Any], LowLatencyResultsAt]:
+        """Arguments of `launch_dispatch`, and where the results will be."""
+        local, room = call.num_local_experts, self.num_ranks * call.num_max_tokens
+        columns = call.hidden // (512 if cast.ue8m0 else 128) if cast.fp8 else 0
+        rows = local * room
+        at = LowLatencyResultsAt(
+            self._allocate(f"recv_x@{rank}", "device", rank, rows * call.hidden * (1 if cast.fp8 else 2)),
+            self._allocate(f"recv_scales@{rank}", "device", rank, 4 * rows * columns) if columns else 0,
+            self._allocate(f"recv_count@{rank}", "device", rank, 4 * local),
+            self._allocate(f"recv_source@{rank}", "device", rank, 4 * rows),
+            self._allocate(f"recv_range@{rank}", "device", rank, 8 * local * self.num_ranks),
+        )
+        args = self._common(rank, call, handle, with_weights=call.carries_weights) | {
+            "x": self._put(f"x@{rank}", rank, x),
+            "casts": cast.fp8,
+            "rounds_scales": cast.round_scale,
+            "packs_scales": cast.ue8m0,
+            **at._asdict(),
+        }
+        return args, at
+
+    def launch_dispatch(self, rank: int, args: dict[str, Any], halves: int) -> None:
+        """Launches a dispatch, or a half of it."""
+        self._domains[rank].dispatch(halves=halves, **args)
+
+    def combine(
+        self, rank: int, call: LowLatencyCall, x: Tensor, handle: LowLatencyHandleAt
+    ) -> tuple[dict[str, Any], int]:
+        """Arguments of `launch_combine`, and where the sums [T, H] will be."""
+        out = self._allocate(f"out@{rank}", "device", rank, 2 * call.topk_idx.shape[0] * call.hidden)
+        args = self._common(rank, call, handle, with_weights=True) | {
+            "x": self._put(f"expert rows@{rank}", rank, x),
+            "weights_travelled": call.carries_weights,
+            "out": out,
+        }
+        return args, out
+
+    def launch_combine(self, rank: int, args: dict[str, Any], halves: int) -> None:
+        """Launches a combine, or a half of it."""
+        self._domains[rank].combine(halves=halves, **args)
+
+    def _common(
+        self, rank: int, call: LowLatencyCall, handle: LowLatencyHandleAt, *, with_weights: bool
+    ) -> dict[str, Any]:
+        return {
+            "num_blocks": self.gpu.num_blocks,
+            "refused": call.refused,
+            "num_tokens": call.topk_idx.shape[0],
+            "max_tokens": call.num_max_tokens,
+            "num_topk": call.topk_idx.shape[1],
+            "num_local_experts": call.num_local_experts,
+            "hidden": call.hidden,
+            "index_bytes": call.topk_idx.element_size(),
+            "topk_idx": self._put(f"topk_idx@{rank}", rank, call.topk_idx),
+            "topk_weights": self._put(f"topk_weights@{rank}", rank, call.topk_weights) if with_weights else 0,
+            "stream": 0,
+            **handle._asdict(),
+        }
+
+    # ---- faults and memory ---------------------------------------------------------------------------------
+
+    def watch_fault(self, rank: int) -> None:
+        """The host looks out for a fault record until its stream is idle."""
+        patience = int(100e9 * self.gpu.timeout)
+        self.machine.watch(rank, self._domains[rank].fault_word, 1, patience, True)
+
+    def take_fault(self, rank: int, *, watched: bool = False) -> KernelFault | None:
+        """The rank's fault record, if there is one. watched: while the kernel runs; the record then stays."""
+        domain = self._domains[rank]
+        found = domain.watched_fault() if watched else domain.take_fault()
+        if found is None:
+            return None
+        waited_on = tuple(r for r in range(self.num_ranks) if found.missing >> r & 1)
+        return KernelFault(found.operation, found.phase, waited_on, found.expected, found.seen)
+
+    def read(self, rank: int, address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor as the rank's host reads it."""
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        raw = bytearray(self.machine.read(rank, address, size))
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
+
+    def _allocate(self, name: str, space: str, rank: int, size: int) -> int:
+        return int(self.machine.allocate(name, space, rank, size))
+
+    def _zeros(self, name: str, space: str, rank: int, size: int) -> int:
+        address = self._allocate(name, space, rank, size)
+        self.machine.write(rank, address, bytes(size))
+        return address
+
+    def _put(self, name: str, rank: int, tensor: Tensor) -> int:
+        address = self._allocate(name, "device", rank, tensor.numel() * tensor.element_size())
+        if tensor.numel():
+            plain = tensor.detach().contiguous().flatten().view(torch.uint8)
+            self.machine.write(rank, address, plain.numpy())
+        return address

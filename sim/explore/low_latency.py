@@ -1,0 +1,350 @@
+"""The low-latency kernels on the emulated machine: drawn cases, launches and schedules, against the oracle.
+
+A scenario is dispatches and combines of one or more cases, one after the other, on all ranks. Every rank is a
+program of its own: nothing but the kernels' own protocol keeps the ranks in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from deepep import _emulator
+from deepep.sim.cases.case import Case
+from deepep.sim.cases.values import inputs
+from deepep.sim.emulator.calls import DISAGREEMENT, KernelFault
+from deepep.sim.emulator.low_latency import (
+    BOTH,
+    RECEIVE,
+    SEND,
+    EmulatedLowLatency,
+    LowLatencyCall,
+    LowLatencyGpu,
+    LowLatencyHandleAt,
+    LowLatencyResultsAt,
+    LowLatencySizes,
+    RowCast,
+)
+from deepep.sim.explore.scenarios import RunReport, Stop, ThreadSchedule
+from deepep.sim.rules import oracle
+from deepep.sim.rules.observed import RankView, bits, fill_low_latency, first_difference
+
+#: Ways in which a rank spoils an operation for all: its host refuses it, it has another number of experts, it
+#: combines along other indices.
+SPOILS = ("", "dispatch", "shape", "combine", "indices")
+
+
+@dataclass(frozen=True)
+class LowLatencyScenario:
+    """Cases to run, of equally many ranks, in order.
+
+    hooked: sends and receives are launches of their own. carries_weights: with the dispatch. num_combines:
+    along each handle. spoils: one of SPOILS; one rank, in turn, does that before each real operation.
+    """
+
+    cases: tuple[Case, ...]
+    gpu: LowLatencyGpu = field(default_factory=LowLatencyGpu)
+    hooked: bool = False
+    carries_weights: bool = False
+    num_combines: int = 1
+    spoils: str = ""
+
+    @cached_property
+    def expected(self) -> list[list[RankView]]:
+        """The oracle's results, by case and rank."""
+        return [oracle.observe(case) for case in self.cases]
+
+
+class _WrongBits(Exception):
+    """An operation finished with other bits than the oracle's."""
+
+
+class _RankGaveUp(Exception):
+    """A rank found a fault record after an operation."""
+
+
+Program = Generator[str, None, None]
+
+
+def run(
+    scenario: LowLatencyScenario,
+    schedule: ThreadSchedule,
+    *,
+    stops: Sequence[Stop] = (),
+    kernels: Any = None,
+    max_steps: int = 5_000_000,
+) -> RunReport:
+    """Runs the scenario and judges every rank's results. kernels: default the product's own."""
+    return _LowLatencyRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
+
+
+class _LowLatencyRun:
+    def __init__(
+        self,
+        scenario: LowLatencyScenario,
+        schedule: ThreadSchedule,
+        stops: Sequence[Stop],
+        kernels: Any,
+        max_steps: int,
+    ) -> None:
+        self.scenario = scenario
+        self.stops = stops
+        cases, gpu = scenario.cases, scenario.gpu
+        self.num_ranks = cases[0].num_ranks
+        self.machine = _emulator.Machine(
+            num_ranks=self.num_ranks,
+            max_blocks=gpu.num_blocks,
+            max_threads=gpu.num_threads,
+            num_sms=gpu.num_sms,
+            strategy=schedule.strategy,
+            seed=schedule.seed,
+            expected_steps=schedule.expected_steps,
+            max_steps=max_steps,
+            faults=[
+                _emulator.MachineFault(
+                    rank=stop.rank,
+                    at=stop.at,
+                    counts_writes=stop.counts_writes,
+                    pause_ns=int(stop.pause_seconds * 1e9),
+                    loses_writes=stop.loses_writes,
+                )
+                for stop in stops
+            ],
+        )
+        sizes = LowLatencySizes(
+            num_local_experts=max(case.num_local_experts for case in cases),
+            num_max_tokens=max(case.num_max_tokens for case in cases),
+            num_topk=max(case.num_topk for case in cases),
+            hidden=max(case.hidden for case in cases),
+        )
+        self.domain = EmulatedLowLatency(self.machine, kernels, gpu, self.num_ranks, sizes)
+        self.watched: Any = None
+        self.report = RunReport()
+        self.programs: dict[int, Program] = {}
+
+    def run(self) -> RunReport:
+        report = self.report
+        self.programs = {rank: self._program(rank) for rank in range(self.num_ranks)}
+        try:
+            for rank in range(self.num_ranks):
+                self._advance(rank)
+            while True:
+                outcome = self.machine.run()
+                report.steps, report.switches = outcome.steps, outcome.switches
+                report.now = outcome.now_ns * 1e-9
+                if outcome.status == "failed":
+                    report.kind, report.text = outcome.kind, outcome.text
+                    return report
+                if outcome.status == "done":
+                    break
+                self.watched = outcome
+                self._advance(outcome.rank)
+        except _WrongBits as error:
+            report.kind, report.text = "wrong result", str(error)
+        except _emulator.HostFailure as error:
+            report.kind, _, report.text = str(error).partition("\n")
+        else:
+            self._judge_faults()
+        return report
+
+    def _advance(self, rank: int) -> None:
+        """Runs a rank's program to its next wait, or to its end."""
+        try:
+            waits_for = next(self.programs[rank])
+        except (StopIteration, _RankGaveUp):
+            del self.programs[rank]
+        else:
+            if waits_for == "stream":
+                self.machine.host_step(rank)
+
+    def _judge_faults(self) -> None:
+        """Whoever gave up must have had a stopped rank to wait for; all others must have finished."""
+        report = self.report
+        gone = {stop.rank for stop in self.stops if stop.pause_seconds == 0}
+        unfinished = set(self.programs) - gone
+        if unfinished:
+            report.kind = "unfinished"
+            report.text = f"ranks {sorted(unfinished)} neither finished nor gave up"
+        elif report.faults and not self.stops:
+            report.kind, report.text = "needless fault", str(report.faults)
+        elif report.faults:
+            report.kind = "fault"
+
+    # ---- one rank's program --------------------------------------------------------------------------------
+
+    def _program(self, rank: int) -> Program:
+        for index, case in enumerate(self.scenario.cases):
+            if rank in case.masked_at_dispatch:
+                continue
+            yield from self._round_trip(rank, index, case)
+
+    def _round_trip(self, rank: int, index: int, case: Case) -> Program:
+        domain, spoils = self.domain, self.scenario.spoils
+        members = case.members
+        spoiler = members[index % len(members)]
+        given = inputs(case, rank)
+        call = LowLatencyCall(
+            topk_idx=given.topk_idx,
+            topk_weights=given.topk_weights,
+            num_max_tokens=case.num_max_tokens,
+            num_local_experts=case.num_local_experts,
+            hidden=case.hidden,
+            carries_weights=self.scenario.carries_weights,
+        )
+        cast = RowCast(
+            fp8=case.options.low_latency != "bf16",
+            round_scale=case.options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
+            ue8m0=case.options.low_latency == "fp8+ue8m0",
+        )
+        domain.set_live(rank, case.dispatch_members)
+        if spoils in ("dispatch", "shape"):
+            rows = _rows(case, rank, self.scenario, index)
+            yield from self._spoil_dispatch(rank, call, cast, given.tokens, rows, is_spoiler=rank == spoiler)
+        handle = domain.new_handle(rank, call)
+        dispatch_args, received = domain.dispatch(rank, call, cast, given.tokens, handle)
+        yield from self._carry_out(rank, lambda halves: domain.launch_dispatch(rank, dispatch_args, halves))
+        self._judge(rank, index, self._received(rank, case, cast, received))
+        if rank in case.masked:
+            return
+        domain.set_live(rank, members)
+        rows = _rows(case, rank, self.scenario, index)
+        for number in range(self.scenario.num_combines):
+            if spoils in ("combine", "indices"):
+                yield from self._spoil_combine(rank, call, rows, handle, is_spoiler=rank == spoiler)
+            args, out = domain.combine(rank, call, rows, handle)
+            yield from self._combine(rank, args)
+            x = domain.read(rank, out, torch.bfloat16, (call.topk_idx.shape[0], case.hidden))
+            self._judge(rank, index, RankView(combined_x=bits(x)))
+            del number
+
+    def _spoil_dispatch(
+        self,
+        rank: int,
+        call: LowLatencyCall,
+        cast: RowCast,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        is_spoiler: bool,
+    ) -> Program:
+        """A dispatch that all ranks find spoilt; a combine along it is refused, by whoever makes it."""
+        domain = self.domain
+        several = self.num_ranks > 1 and call.num_local_experts > 1
+        if is_spoiler and self.scenario.spoils == "shape" and several:
+            call = replace(call, num_local_experts=1)
+        elif is_spoiler:
+            call = replace(call, refused=True)
+        handle = domain.new_handle(rank, call)
+        args, _ = domain.dispatch(rank, call, cast, x, handle)
+        yield from self._refuse(rank, lambda halves: domain.launch_dispatch(rank, args, halves))
+        combine_args, _ = domain.combine(rank, call, rows, handle)
+        yield from self._refuse(rank, lambda halves: domain.launch_combine(rank, combine_args, halves))
+
+    def _combine(self, rank: int, args: dict[str, Any]) -> Program:
+        yield from self._carry_out(rank, lambda halves: self.domain.launch_combine(rank, args, halves))
+
+    def _spoil_combine(
+        self,
+        rank: int,
+        call: LowLatencyCall,
+        rows: torch.Tensor,
+        handle: LowLatencyHandleAt,
+        *,
+        is_spoiler: bool,
+    ) -> Program:
+        if is_spoiler and self.scenario.spoils == "combine":
+            call = replace(call, refused=True)
+        elif is_spoiler:
+            other = call.topk_idx.clone()
+            if other.numel():
+                other[-1, -1] = -1 if int(other[-1, -1]) != -1 else 0
+            else:  # without tokens there are no indices to be wrong
+                call = replace(call, refused=True)
+            call = replace(call, topk_idx=other)
+        args, _ = self.domain.combine(rank, call, rows, handle)
+        yield from self._refuse(rank, lambda halves: self.domain.launch_combine(rank, args, halves))
+
+    def _received(self, rank: int, case: Case, cast: RowCast, at: LowLatencyResultsAt) -> RankView:
+        read = self.domain.read
+        local, room = case.num_local_experts, self.num_ranks * case.num_max_tokens
+        count = read(rank, at.recv_count, torch.int32, (local,))
+        dtype = torch.float8_e4m3fn if cast.fp8 else torch.bfloat16
+        width = case.hidden * dtype.itemsize
+        # Only rows that came: the others were never written.
+        recv_x = torch.zeros(local, room, case.hidden, dtype=dtype)
+        for expert, rows in enumerate(count.tolist()):
+            first = at.recv_x + expert * room * width
+            recv_x[expert, :rows] = read(rank, first, dtype, (rows, case.hidden))
+        scales = None
+        if cast.fp8:
+            columns = case.hidden // (512 if cast.ue8m0 else 128)
+            kind = torch.int32 if cast.ue8m0 else torch.float32
+            scales = torch.zeros(local, columns, room, dtype=kind).transpose(1, 2)
+            for expert, rows in enumerate(count.tolist()):
+                for column in range(columns):
+                    first = at.recv_scales + 4 * (expert * columns + column) * room
+                    scales[expert, :rows, column] = read(rank, first, kind, (rows,))
+        view = RankView()
+        source = read(rank, at.recv_source, torch.int32, (local, room))
+        ranges = read(rank, at.recv_range, torch.int64, (local, self.num_ranks))
+        fill_low_latency(view, recv_x, scales, count, source, ranges)
+        return view
+
+    def _carry_out(self, rank: int, launch: Callable[[int], None]) -> Program:
+        for halves in (SEND, RECEIVE) if self.scenario.hooked else (BOTH,):
+            launch(halves)
+            yield from self._settle(rank)
+
+    def _refuse(self, rank: int, launch: Callable[[int], None]) -> Program:
+        """The operation must find a disagreement and nothing else, or the rank gives up."""
+        fault: KernelFault | None = None
+        for halves in (SEND, RECEIVE) if self.scenario.hooked else (BOTH,):
+            launch(halves)
+            yield "stream"
+            fault = self.domain.take_fault(rank) or fault
+        if fault is None or fault.phase != DISAGREEMENT:
+            if fault is not None and self.stops:
+                self.report.faults[rank] = fault
+                raise _RankGaveUp
+            raise _WrongBits(f"rank {rank}: of a refusal the kernel reported {fault}")
+
+    def _settle(self, rank: int) -> Program:
+        """Waits for the stream; where faults are to be expected, looks for one while the kernel runs, too."""
+        early = None
+        if self.stops:
+            self.domain.watch_fault(rank)
+            yield "watch"
+            if self.watched.in_time:
+                early = self.domain.take_fault(rank, watched=True)
+        yield "stream"
+        fault = self.domain.take_fault(rank)
+        if fault != early and early is not None:
+            raise _WrongBits(f"rank {rank}: a fault record that changed: {early}, then {fault}")
+        if fault is not None:
+            self.report.faults[rank] = fault
+            raise _RankGaveUp
+
+    def _judge(self, rank: int, index: int, view: RankView) -> None:
+        views = [view if r == rank else RankView() for r in range(self.num_ranks)]
+        difference = first_difference(self.scenario.expected[index], views)
+        if difference is not None:
+            raise _WrongBits(f"case {index}: {difference}")
+
+
+def _rows(case: Case, rank: int, scenario: LowLatencyScenario, index: int) -> torch.Tensor:
+    """Rows that the rank hands to combine: those it received, by the oracle, or others."""
+    view = scenario.expected[index][rank]
+    assert view.recv_count is not None
+    assert view.recv_rows is not None
+    count = torch.from_numpy(view.recv_count)
+    room = case.num_ranks * case.num_max_tokens
+    received = torch.zeros(len(count), room, case.hidden, dtype=torch.bfloat16)
+    if case.options.combine_rows == "same":
+        rows = torch.from_numpy(view.recv_rows.copy()).view(torch.bfloat16).split(count.tolist())
+        for expert, of_expert in enumerate(rows):
+            received[expert, : len(of_expert)] = of_expert
+    return oracle.expert_rows(case, rank, received, count)

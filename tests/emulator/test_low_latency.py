@@ -1,0 +1,137 @@
+"""The low-latency kernels on the emulated machine: the reference's bits, under every schedule tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from deepep import _emulator
+from deepep.reference import formats
+from deepep.sim.cases.case import Case
+from deepep.sim.cases.options import Options
+from deepep.sim.emulator.low_latency import LowLatencyGpu
+from deepep.sim.explore.explorer import draw_schedule
+from deepep.sim.explore.low_latency import LowLatencyScenario, run
+from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
+from deepep.sim.explore.scenarios import Stop, ThreadSchedule
+
+PLAIN = Options(mode="ll", reduce="rank", combine_rows="other")
+
+
+def scenario_of(topk_idx: list[np.ndarray], num_experts: int, **changes: object) -> LowLatencyScenario:
+    """Two round trips of one routing, whose options and launch `changes` names."""
+    options = {k: v for k, v in changes.items() if k in Options.__dataclass_fields__}
+    launch = {k: v for k, v in changes.items() if k in LowLatencyScenario.__dataclass_fields__}
+    case = Case(num_experts, tuple(topk_idx), hidden=128, options=replace(PLAIN, **options)).legal()
+    return LowLatencyScenario((case, replace(case, seed=1)), **launch)  # type: ignore[arg-type]
+
+
+def run_all(scenario: LowLatencyScenario, *, schedules: int = 3, stops: tuple[Stop, ...] = ()) -> None:
+    """The scenario under schedules of every strategy."""
+    for seed in range(schedules):
+        report = run(scenario, draw_schedule(seed), stops=stops)
+        assert report.kind == "ok", report.text
+
+
+def test_drawn_calls_give_the_references_bits() -> None:
+    tally = explore_low_latency(runs=60)
+    assert tally.failure is None, str(tally.failure)
+
+
+@pytest.mark.slow
+def test_many_drawn_calls_give_the_references_bits() -> None:
+    tally = explore_low_latency(first_seed=1000, runs=1500)
+    assert tally.failure is None, str(tally.failure)
+
+
+@pytest.mark.slow
+def test_ranks_that_stop_leave_faults_and_nobody_waiting() -> None:
+    tally = explore_low_latency(first_seed=5000, runs=800, with_stops=True)
+    assert tally.failure is None, str(tally.failure)
+    assert tally.kinds["fault"] > 0
+
+
+def test_a_stop_is_a_fault_that_names_the_rank() -> None:
+    routing = [np.array([[0, 1], [2, 3]]), np.array([[3, 0]])]
+    scenario = replace(scenario_of(routing, 4), gpu=LowLatencyGpu(num_blocks=2))
+    report = run(scenario, ThreadSchedule(), stops=(Stop(rank=1, at=1),))
+    assert report.kind == "fault", report.text
+    assert report.faults[0].waited_on == (1,)
+
+
+def random_routing(
+    num_ranks: int, num_experts: int, num_topk: int, tokens: int, seed: int
+) -> list[np.ndarray]:
+    """Entries from -1 on, with duplicates; the last rank has no tokens if there are several."""
+    rng = np.random.default_rng(seed)
+    counts = [tokens] * num_ranks
+    if num_ranks > 1:
+        counts[-1] = 0
+    return [rng.integers(-1, num_experts, (count, num_topk)) for count in counts]
+
+
+@pytest.mark.parametrize("low_latency", ["bf16", "fp8", "fp8+rounded", "fp8+ue8m0"])
+@pytest.mark.parametrize("values", ["normal", "nonfinite", "zeros"])
+def test_formats_and_values(low_latency: str, values: str) -> None:
+    routing = random_routing(2, 4, 3, 4, seed=2)
+    run_all(scenario_of(routing, 4, low_latency=low_latency, values=values, carries_weights=True))
+
+
+@pytest.mark.parametrize("num_topk", [1, 31, 32])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("carries_weights", [False, True])
+def test_widths_of_topk(num_topk: int, hooked: bool, carries_weights: bool) -> None:
+    routing = random_routing(2, 64, num_topk, 3, seed=num_topk)
+    run_all(scenario_of(routing, 64, values="normal", hooked=hooked, carries_weights=carries_weights))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 8])
+def test_numbers_of_ranks(num_ranks: int) -> None:
+    routing = random_routing(num_ranks, 2 * num_ranks, 4, 3, seed=num_ranks)
+    run_all(scenario_of(routing, 2 * num_ranks, values="normal", spare_slots=2), schedules=2)
+
+
+@pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices"])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("carries_weights", [False, True])
+def test_a_rank_that_spoils_a_call_stops_all_and_nothing_else(
+    spoils: str, hooked: bool, carries_weights: bool
+) -> None:
+    routing = random_routing(3, 6, 2, 3, seed=5)
+    run_all(scenario_of(routing, 6, spoils=spoils, hooked=hooked, carries_weights=carries_weights))
+
+
+def test_nobody_has_a_token() -> None:
+    run_all(scenario_of([np.zeros((0, 2), dtype=np.int64)] * 3, 3))
+
+
+def test_many_operations_in_a_row() -> None:
+    """More than there are epochs of slots, along one handle and along new ones."""
+    limits = replace(LOW_LATENCY_LIMITS, max_tokens=3, max_topk=3, masks=0.0)
+    for seed in range(3):
+        scenario = replace(draw_low_latency(seed, limits=limits, num_cases=6), num_combines=4, spoils="")
+        run_all(scenario, schedules=2)
+
+
+def test_the_cast_to_e4m3_is_the_references() -> None:
+    """Every bf16, and float32 around every boundary between two values of e4m3."""
+    every_bf16 = torch.arange(0, 1 << 16, dtype=torch.int32) << 16
+    values = torch.arange(0, 256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = values[values.isfinite()].sort().values
+    edges = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, torch.tensor([463.9, -463.9])])
+    around = (edges.view(torch.int32).unsqueeze(1) + torch.arange(-3, 4, dtype=torch.int32)).flatten()
+    floats = torch.cat([every_bf16, around]).view(torch.float32)
+    floats = floats[floats.isnan() | (floats.abs() < 464)]  # torch's cast does not saturate
+    expected = floats.to(torch.float8_e4m3fn).view(torch.uint8)
+    expected[floats.isnan()] = formats.E4M3_NAN
+    got = _emulator.cast_to_e4m3(floats.numpy().tobytes())
+    assert list(got) == expected.tolist()
+
+
+def test_memory_is_proportional_to_ranks_and_tokens() -> None:
+    """M = 128, H = 7168, E = 288, EP8, and any K."""
+    num_bytes, control = _emulator.low_latency_bytes(8, 36, 128, 32, 14336)
+    assert control < num_bytes <= 64 * 10**6
