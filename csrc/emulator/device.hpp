@@ -12,9 +12,9 @@
 
 #define DEEPEP_DEVICE inline
 /// A kernel's body becomes a function over its arguments, and the kernel registers itself with its library.
-#define DEEPEP_KERNEL(name, Args, threads)                                                             \
-  inline void name(const Args& args);                                                                  \
-  inline const ::deepep::emu::Registration name##_registration{                                        \
+#define DEEPEP_KERNEL(name, Args, threads)                                                              \
+  inline void name(const Args& args);                                                                   \
+  inline const ::deepep::emu::Registration name##_registration{                                         \
       {#name, threads, sizeof(Args), [](const void* args) { name(*static_cast<const Args*>(args)); }}}; \
   inline void name([[maybe_unused]] const Args& args)
 
@@ -38,9 +38,9 @@ inline constexpr Scope scope_of = std::is_same_v<T, block_scope> ? Scope::block
                                                                  : Scope::sys;
 
 template <class T>
-inline constexpr bool is_plain_width = std::is_trivially_copyable_v<T> && (sizeof(T) == 1 || sizeof(T) == 2 ||
-                                                                          sizeof(T) == 4 || sizeof(T) == 8 ||
-                                                                          sizeof(T) == 16);
+inline constexpr bool is_plain_width =
+    std::is_trivially_copyable_v<T> &&
+    (sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 template <class T>
 inline constexpr bool is_strong_width = std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>;
 
@@ -92,7 +92,9 @@ DEEPEP_DEVICE int num_blocks() { return emu::machine->me->num_blocks; }
 
 DEEPEP_DEVICE void sync_block(emu::Site site = emu::Site::current()) { emu::machine->sync_block(site); }
 DEEPEP_DEVICE void sync_warp(emu::Site site = emu::Site::current()) { emu::machine->sync_warp(site); }
-DEEPEP_DEVICE uint32_t ballot(bool p, emu::Site site = emu::Site::current()) { return emu::machine->ballot(p, site); }
+DEEPEP_DEVICE uint32_t ballot(bool p, emu::Site site = emu::Site::current()) {
+  return emu::machine->ballot(p, site);
+}
 template <class T>
 DEEPEP_DEVICE T shuffle(T v, int source_lane, emu::Site site = emu::Site::current()) {
   static_assert(sizeof(T) <= 8);
@@ -127,8 +129,12 @@ DEEPEP_DEVICE T load_once(const T* p, emu::Site site = emu::Site::current()) {
   emu::machine->load_once(p, sizeof(T), site);
   return detail::read(p);
 }
-DEEPEP_DEVICE Vec16 load_streaming(const Vec16* p, emu::Site site = emu::Site::current()) { return load(p, site); }
-DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v, emu::Site site = emu::Site::current()) { store(p, v, site); }
+DEEPEP_DEVICE Vec16 load_streaming(const Vec16* p, emu::Site site = emu::Site::current()) {
+  return load(p, site);
+}
+DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v, emu::Site site = emu::Site::current()) {
+  store(p, v, site);
+}
 
 /// A hint: it reads nothing, so nothing is checked.
 DEEPEP_DEVICE void prefetch(const void*) {}
@@ -199,10 +205,12 @@ template <class Order, class Scope>
   return detail::wait<Order, Scope>(p, {emu::Condition::Kind::reached, epoch}, site, deadline, seen);
 }
 template <class Order, class Scope>
-[[nodiscard]] DEEPEP_DEVICE bool wait_masked(const uint32_t* p, uint32_t mask, uint32_t value, Deadline deadline,
-                                             uint32_t& seen, emu::Site site = emu::Site::current()) {
+[[nodiscard]] DEEPEP_DEVICE bool wait_masked(const uint32_t* p, uint32_t mask, uint32_t value,
+                                             Deadline deadline, uint32_t& seen,
+                                             emu::Site site = emu::Site::current()) {
   uint64_t word;
-  const bool came = detail::wait<Order, Scope>(p, {emu::Condition::Kind::masked, value, mask}, site, deadline, word);
+  const bool came =
+      detail::wait<Order, Scope>(p, {emu::Condition::Kind::masked, value, mask}, site, deadline, word);
   seen = static_cast<uint32_t>(word);
   return came;
 }
@@ -222,7 +230,9 @@ template <class T>
 class SharedArray {
  public:
   DEEPEP_DEVICE explicit SharedArray(int64_t byte_offset) : offset_(byte_offset) {}
-  [[nodiscard]] DEEPEP_DEVICE T get(int i, emu::Site site = emu::Site::current()) const { return load(at(i), site); }
+  [[nodiscard]] DEEPEP_DEVICE T get(int i, emu::Site site = emu::Site::current()) const {
+    return load(at(i), site);
+  }
   DEEPEP_DEVICE void set(int i, T v, emu::Site site = emu::Site::current()) { store(at(i), v, site); }
   template <class Order>
   [[nodiscard]] DEEPEP_DEVICE T get(int i, emu::Site site = emu::Site::current()) const {
@@ -232,7 +242,9 @@ class SharedArray {
   DEEPEP_DEVICE void set(int i, T v, emu::Site site = emu::Site::current()) {
     dev::store<Order, block_scope>(at(i), v, site);
   }
-  DEEPEP_DEVICE T add(int i, T v, emu::Site site = emu::Site::current()) { return rmw(i, emu::Rmw::add, v, site); }
+  DEEPEP_DEVICE T add(int i, T v, emu::Site site = emu::Site::current()) {
+    return rmw(i, emu::Rmw::add, v, site);
+  }
   DEEPEP_DEVICE T bit_or(int i, T v, emu::Site site = emu::Site::current()) {
     return rmw(i, emu::Rmw::bit_or, v, site);
   }
@@ -279,7 +291,8 @@ DEEPEP_DEVICE void bulk_load(void* stage, const void* from, int64_t bytes, uint6
                              emu::Site site = emu::Site::current()) {
   emu::machine->bulk_load(stage, from, bytes, barrier, site);
 }
-DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes, emu::Site site = emu::Site::current()) {
+DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes,
+                              emu::Site site = emu::Site::current()) {
   emu::machine->bulk_store(to, stage, bytes, site);
 }
 DEEPEP_DEVICE void bulk_commit(emu::Site site = emu::Site::current()) { emu::machine->bulk_commit(site); }
@@ -301,12 +314,13 @@ DEEPEP_DEVICE void fence_async(emu::Site site = emu::Site::current()) {
 
 // ---- other nodes -------------------------------------------------------------------------------------------
 
-DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank, emu::Site site = emu::Site::current()) {
+DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank,
+                       emu::Site site = emu::Site::current()) {
   emu::machine->put(to, from, bytes, nullptr, 0, false, rank, site);
 }
 template <class Update>
-DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value, int rank,
-                              emu::Site site = emu::Site::current()) {
+DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value,
+                              int rank, emu::Site site = emu::Site::current()) {
   emu::machine->put(to, from, bytes, signal, value, std::is_same_v<Update, signal_add>, rank, site);
 }
 DEEPEP_DEVICE void put_fence(emu::Site site = emu::Site::current()) { emu::machine->put_fence(site); }
