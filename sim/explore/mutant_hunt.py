@@ -30,7 +30,11 @@ LOW_LATENCY_HUNTING_LIMITS = replace(
 
 @lru_cache(maxsize=4096)
 def _low_latency_scenario(seed: int) -> LowLatencyScenario:
-    return draw_low_latency(seed, limits=LOW_LATENCY_HUNTING_LIMITS, num_cases=1 + seed % 3)
+    scenario = draw_low_latency(seed, limits=LOW_LATENCY_HUNTING_LIMITS, num_cases=1 + seed % 3)
+    if seed % 4 != 3 or scenario.cases[-1].masked:
+        return scenario
+    # Refusals between combines along one handle: nothing but digests puts those in order.
+    return replace(scenario, spoils="combine", num_combines=3)
 
 
 @lru_cache(maxsize=4096)
