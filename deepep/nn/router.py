@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepep._core import MAX_TOPK
 from deepep.errors import ArgumentTypeError, ShapeError
 from deepep.gate import Routing, sigmoid_topk
 from deepep.nn.balance import count_load, rate_problem, summed_load
 from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
 from deepep.nn.precision import without_autocast
-from deepep.runtime.checks import INDEX_DTYPES, MAX_TOPK, check_int, dtype_names
+from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 
 #: Maps logits [T, E], K and `bias=` [E] to a Routing, or to anything with its `topk_idx` [T, K], int32 or
 #: int64 with -1 for no expert, and `topk_weights` [T, K]: deepep.gate's functions, or a functools.partial.
