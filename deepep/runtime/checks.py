@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deepep._core import MAX_TOPK
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -135,6 +134,8 @@ def check_topk_idx(topk_idx: object, device_type: str, num_tokens: int | None = 
     found = check_tensor(
         "topk_idx", topk_idx, dtypes=INDEX_DTYPES, device_type=device_type, shape=(tokens, "K")
     )
+    from deepep._core import MAX_TOPK  # `import deepep` needs no extension
+
     if not 1 <= found.shape[1] <= MAX_TOPK:
         raise ShapeError("topk_idx", shape_text(found.shape), f"K from 1 to {MAX_TOPK}")
     return found

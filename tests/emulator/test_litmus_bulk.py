@@ -213,5 +213,5 @@ def test_a_race_with_a_copy_is_told(litmus: Any) -> None:
     assert "nobody had waited for that copy" in text
     text = litmus("pull_kernel", shared=SHARED, writer=1).run(3).text
     assert "rank 1 pull#1 block 0 thread 0: bulk load's read of 128 bytes, words@0+0" in text
-    assert "after rank 0 pull#1 block 0 thread 0: plain store at litmus_bulk.hpp" in text
+    assert "after rank 0 pull#1 block 0 thread 0: plain store at bulk.hpp" in text
     assert "but no proxy fence (fence_async) lies between" in text
