@@ -214,6 +214,7 @@ _ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order b
 _OWN_ATOMIC = "the notes are atomics themselves, gathered by time and not by order"
 _WORD_ALONE = "the word is all that is read"
 _KERNEL_END = "the end of the kernel before it is a fence"
+_BARRIER_BEHIND = "place_tokens has a block barrier, too, before any of these words is used"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
@@ -225,6 +226,7 @@ HARMLESS: dict[str, str] = {
     "layout/layout.hpp write_totals: load gpu -> block": _ORDERED_BY_COUNTER,
     "layout/layout.hpp write_totals: store gpu -> block": _ORDERED_BY_COUNTER,
     "layout/layout.hpp write_totals: store gpu -> block (2)": _ORDERED_BY_COUNTER,
+    "dispatch/dispatch.hpp dispatch_kernel: sync_block removed": _BARRIER_BEHIND,
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
