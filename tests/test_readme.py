@@ -90,7 +90,8 @@ def test_an_example_runs_under_torchrun() -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^rank [01]: out \[5, 256\]", done.stdout, flags=re.MULTILINE)) == 2, done.stdout
+    # Ranks share the terminal: a line may begin where another has not ended.
+    assert sorted(re.findall(r"rank ([01]): out \[5, 256\]", done.stdout)) == ["0", "1"], done.stdout
 
 
 def test_links_and_commands_lead_somewhere() -> None:
