@@ -40,9 +40,9 @@ def test_names_are_unique_and_mutants_differ(all_mutants: list[Mutant]) -> None:
 
 @pytest.mark.slow
 def test_all_mutants_are_caught(all_mutants: list[Mutant], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each within 60 seconds; together some two minutes on two cores."""
+    """Each is caught, however busy the machine: most by their first schedules, a few by hundreds."""
     wanted = [mutant for mutant in all_mutants if mutant.name not in HARMLESS]
-    catches: list[Catch] = hunt_all(wanted, CSRC, runs=10**6, seconds=60.0, workers=2)
+    catches: list[Catch] = hunt_all(wanted, CSRC, runs=10**6, seconds=240.0, workers=2)
     with capsys.disabled():
         print("\n" + "\n".join(markdown(catches)))
     assert [catch.mutant.name for catch in catches if catch.failure is None] == []
