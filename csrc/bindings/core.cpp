@@ -1,6 +1,6 @@
-// deepep._core: the layout rules for Python, over numpy views (torch CPU tensors
-// lend theirs without a copy). Shapes are checked here, values in csrc/layout/rules;
-// results go into arrays the caller allocated; the GIL is released meanwhile.
+// deepep._core: the layout rules for Python, over numpy views (torch CPU tensors lend theirs without a copy).
+// Shapes are checked here, values in csrc/layout/rules; results go into arrays the caller allocated; the GIL is
+// released meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -236,10 +236,6 @@ PYBIND11_MODULE(_core, m) {
         "num_local_experts"_a, "alignment"_a, "has_duplicates"_a);
   m.def("receive_slot_bytes", &host::receive_slot_bytes, "num_rows"_a, "row_bytes"_a, "num_scales"_a,
         "num_topk"_a, "index_bytes"_a);
-  m.def("queue_nvl_bytes", &host::queue_nvl_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,
-        "num_ranks"_a);
-  m.def("queue_rdma_bytes", &host::queue_rdma_bytes, "num_channels"_a, "recv_tokens"_a, "hidden_bytes"_a,
-        "num_ranks"_a);
 
   using Buffer = host::LowLatencyBuffer;
   // Local to this module: tests load several builds of it into one process.

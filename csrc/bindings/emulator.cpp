@@ -21,7 +21,7 @@ using namespace pybind11::literals;
 using deepep::bindings::pointer;
 using Domain = deepep::host::Domain<emu::EmulatorLauncher>;
 
-extern "C" const emu::KernelSet* deepep_emulator_kernels();
+extern "C" emu::KernelSet* deepep_emulator_kernels();
 
 namespace {
 
@@ -33,9 +33,11 @@ struct Kernels {
 Kernels load_kernels(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(dlerror());
-  auto* entry = reinterpret_cast<const emu::KernelSet* (*)()>(dlsym(library, "deepep_emulator_kernels"));
+  auto* entry = reinterpret_cast<emu::KernelSet* (*)()>(dlsym(library, "deepep_emulator_kernels"));
   if (entry == nullptr) throw std::runtime_error(path + " holds no kernels for the emulator");
-  return {entry()};
+  emu::KernelSet* set = entry();
+  set->others = deepep_emulator_kernels();
+  return {set};
 }
 
 emu::Strategy strategy_named(const std::string& name) {

@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 #: The copies are kernels by themselves: their mutants are hunted with them alone.
@@ -34,6 +35,7 @@ _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
 _BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
 _WAIT = re.compile(r"\bwait_(?P<what>\w+)<(?=relaxed|acquire)")
 _PLAIN_LOAD = re.compile(r"\b(?P<op>load_streaming|load)\((?!_)")
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _EPOCH = re.compile(r"const uint32_t epoch = (?P<value>next_epoch\([^;]*\));")
 
 _WEAKER = {"acquire": ("relaxed",), "release": ("relaxed",), "acq_rel": ("relaxed", "acquire", "release")}
@@ -336,7 +338,6 @@ def _function_at(text: str, position: int) -> str:
 #: Flags of a mutant's build: it is compiled once and run for seconds.
 _FLAGS = (
     "-std=c++20",
-    "-DDEEPEP_MUTANT",
     "-O1",
     "-g0",
     "-fPIC",
@@ -347,7 +348,9 @@ _FLAGS = (
 
 
 def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Path:
-    """Compiles the kernels, the mutant's file in place of the original, under `folder`; returns the library.
+    """Compiles the kernels that the mutant's file is a part of, under `folder`; returns the library.
+
+    The emulator takes all others from its own library.
 
     Raises:
         ValueError: the mutant does not compile, which is a fault of the pattern that made it.
@@ -355,10 +358,27 @@ def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Pa
     changed = folder / mutant.file
     changed.parent.mkdir(parents=True, exist_ok=True)
     changed.write_text(mutant.text)
-    library = folder / "kernels.so"
-    source = csrc / "emulator" / "kernel_set.cpp"
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    headers = ["emulator/passing_waits.hpp", *kernels_with(mutant.file, csrc), "emulator/kernel_set.hpp"]
+    source.write_text("".join(f'#include "{header}"\n' for header in headers))
     command = [compiler, *_FLAGS, f"-I{folder}", f"-I{csrc}", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"{mutant.name} does not compile:\n{done.stderr[:2000]}")
     return library
+
+
+def kernels_with(file: str, csrc: Path) -> list[str]:
+    """The headers of the emulator's set of kernels that include `file`, directly or not."""
+    kernels = [h for h in _included(csrc / "emulator/kernel_set.cpp") if "litmus" not in h]
+    return [header for header in kernels if file in _closure(header, csrc)]
+
+
+@cache
+def _closure(header: str, csrc: Path) -> frozenset[str]:
+    within = (_closure(other, csrc) for other in _included(csrc / header) if (csrc / other).exists())
+    return frozenset({header}).union(*within)
+
+
+def _included(file: Path) -> list[str]:
+    return _INCLUDE.findall(file.read_text())

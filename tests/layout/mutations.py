@@ -258,10 +258,4 @@ MUTATIONS = [
     Mutation(
         "what overflows is let through", "arith.hpp", "value >= 0 && value <=", "value >= 0 || value <="
     ),
-    Mutation(
-        "a single node needs scale-out memory",
-        "rules/capacity.hpp",
-        "num_ranks <= kNodeRanks",
-        "num_ranks < kNodeRanks",
-    ),
 ]

@@ -124,11 +124,13 @@ struct Registration {
   explicit Registration(const Kernel& kernel) { kernels_of_this_library().push_back(kernel); }
 };
 
-/// A library's kernels and the way to point them at a machine.
+/// A library's kernels and the way to point them at a machine. others: where a kernel is looked up that is not
+/// in it; null: nowhere. A library of mutants has those kernels alone that its mutation reaches.
 struct KernelSet {
   const Kernel* kernels;
   size_t count;
   void (*bind)(Machine*);
+  const KernelSet* others = nullptr;
 };
 
 }  // namespace deepep::emu

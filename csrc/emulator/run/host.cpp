@@ -99,9 +99,14 @@ void Simulation::peek(uintptr_t address, void* bytes, size_t count) const {
 
 void Simulation::launch(int rank, const KernelSet& set, const std::string& kernel, const void* args,
                         size_t args_bytes, int num_blocks, int num_threads, int64_t shared_bytes) {
-  const Kernel* const end = set.kernels + set.count;
-  const Kernel* const found = std::find_if(set.kernels, end, [&](const Kernel& k) { return kernel == k.name; });
-  if (found == end) throw std::invalid_argument("no kernel named " + kernel);
+  const Kernel* found = nullptr;
+  const KernelSet* holder = &set;
+  for (; holder != nullptr; holder = holder->others) {
+    const Kernel* const end = holder->kernels + holder->count;
+    found = std::find_if(holder->kernels, end, [&](const Kernel& k) { return kernel == k.name; });
+    if (found != end) break;
+  }
+  if (holder == nullptr) throw std::invalid_argument("no kernel named " + kernel);
   if (args_bytes != found->args_bytes) throw std::invalid_argument(kernel + ": arguments of another size");
   if (num_blocks < 1 || num_blocks > shape_.max_blocks)
     throw std::invalid_argument(kernel + ": number of blocks");
@@ -111,7 +116,7 @@ void Simulation::launch(int rank, const KernelSet& set, const std::string& kerne
   const auto* bytes = static_cast<const std::byte*>(args);
   Rank& on = ranks_[static_cast<size_t>(rank)];
   on.stream.push_back({false,
-                       {&set,
+                       {holder,
                         found,
                         {bytes, bytes + args_bytes},
                         num_blocks,
@@ -120,7 +125,7 @@ void Simulation::launch(int rank, const KernelSet& set, const std::string& kerne
                         0,
                         num_blocks,
                         ++on.launches}});
-  if (std::find(bound_.begin(), bound_.end(), &set) == bound_.end()) bound_.push_back(&set);
+  if (std::find(bound_.begin(), bound_.end(), holder) == bound_.end()) bound_.push_back(holder);
 }
 
 void Simulation::host_step(int rank) { ranks_[static_cast<size_t>(rank)].stream.push_back({true, {}}); }

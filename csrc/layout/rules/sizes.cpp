@@ -63,24 +63,6 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
   return layout::SlotLayout{num_rows, row_bytes, int(num_scales), int(num_topk), int(index_bytes)}.bytes();
 }
 
-int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
-  expect_factors({{"num_channels", num_channels},
-                  {"recv_tokens", recv_tokens},
-                  {"hidden_bytes", hidden_bytes},
-                  {"num_ranks", num_ranks}});
-  return as_size(layout::QueueSizes{num_channels, recv_tokens, 0}.nvl_bytes(hidden_bytes, num_ranks),
-                 "nvl_buffer_size");
-}
-
-int64_t queue_rdma_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes, int64_t num_ranks) {
-  expect_factors({{"num_channels", num_channels},
-                  {"recv_tokens", recv_tokens},
-                  {"hidden_bytes", hidden_bytes},
-                  {"num_ranks", num_ranks}});
-  return as_size(layout::QueueSizes{num_channels, 0, recv_tokens}.rdma_bytes(hidden_bytes, num_ranks),
-                 "rdma_buffer_size");
-}
-
 LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden, int64_t num_topk)
     : num_ranks_(num_ranks), num_max_tokens_(num_max_tokens), hidden_(hidden), num_topk_(num_topk) {
   expect_factors({{"num_ranks", num_ranks},

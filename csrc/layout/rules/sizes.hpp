@@ -21,14 +21,8 @@ namespace deepep::host {
 [[nodiscard]] int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scales,
                                          int64_t num_topk, int64_t index_bytes);
 
-/// Config's hints, see layout::QueueSizes.
-[[nodiscard]] int64_t queue_nvl_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes,
-                                      int64_t num_ranks);
-[[nodiscard]] int64_t queue_rdma_bytes(int64_t num_channels, int64_t recv_tokens, int64_t hidden_bytes,
-                                       int64_t num_ranks);
-
-/// layout::LowLatencyBuffer<int64_t>, made only of sizes whose
-/// total fits. Every method is the one of that name there.
+/// layout::LowLatencyBuffer<int64_t>, made only of sizes whose total fits. Every method is the one of that
+/// name there.
 class LowLatencyBuffer {
  public:
   LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden, int64_t num_topk);
