@@ -19,6 +19,7 @@ from deepep.config import Config
 from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
 from deepep.events import EventOverlap
 from deepep.runtime.checks import check_int
+from deepep.runtime.devices import asked_device
 from deepep.runtime.engine import Engine, EngineOptions, Reduction
 from deepep.runtime.requests import (
     CombineRequest,
@@ -49,8 +50,9 @@ def engine_options(
     timeout: float | None,
     symmetric_bytes: int | None,
     reduction: str | None,
-) -> EngineOptions:
-    """The constructor's arguments as the engine's options.
+    device: object,
+) -> tuple[EngineOptions, torch.device | None]:
+    """The constructor's arguments as the engine's options; and the device asked for, if one was.
 
     Bad ones are not raised but handed on as `problem`, for all ranks to raise; only a bad time-out is raised
     here, because no rank could wait with it.
@@ -59,14 +61,15 @@ def engine_options(
     try:
         _check_bytes("num_nvl_bytes", num_nvl_bytes)
         low_latency_bytes = _check_bytes("num_rdma_bytes", num_rdma_bytes)
-        return replace(
+        options = replace(
             options,
             low_latency_bytes=low_latency_bytes,
             symmetric_bytes=_symmetric_bytes(symmetric_bytes),
             reduction=_reduction(reduction),
         )
+        return options, asked_device(device)
     except ArgumentError as problem:
-        return replace(options, problem=problem)
+        return replace(options, problem=problem), None
 
 
 def _timeout(given: float | None) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -40,8 +41,8 @@ class Buffer(LowLatencyCalls):
         with Buffer(group) as buffer:   # destroyed on leaving; after an exception without waiting for peers
             print(buffer.info)          # backend, what each operation runs on, memory, settings
 
-    group: any torch.distributed process group; gloo serves CPU tensors, NCCL CUDA tensors. Or None, with
-        `comm` an mpi4py communicator.
+    group: any torch.distributed process group; its ranks exchange words over it, so a gloo group will do for
+        CUDA tensors. Or None, with `comm` an mpi4py communicator.
     num_nvl_bytes, num_rdma_bytes: sizes of the scale-up and scale-out buffers, multiples of 128. Staging is
         the backend's own affair, so these only size what `get_local_buffer_tensor` gives, and num_rdma_bytes
         the low-latency buffer of backends that have one.
@@ -49,6 +50,8 @@ class Buffer(LowLatencyCalls):
     enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode.
 
     backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
+    device: where tensors lie: "cpu", or "cuda" for this rank's current device. None: DEEPEP_DEVICE, else CUDA
+        where there is a GPU (and the backend serves it), else the CPU.
     timeout: seconds to wait for peers; None: DEEPEP_TIMEOUT, else 100.
     symmetric_bytes: symmetric memory per rank that outputs and returning rows take (CUDA backend), a multiple
         of 128; None: DEEPEP_SYMMETRIC_BYTES, else the backend's default.
@@ -67,9 +70,9 @@ class Buffer(LowLatencyCalls):
     process started the ranks. `runtime` is V1's attribute and holds the internal engine; it promises nothing:
     read `info`.
 
-    Raises ValueError without group and comm; RangeError or ArgumentTypeError for sizes, `reduction` and
-    `timeout`, on all ranks (a bad time-out: on its own); MismatchError if the ranks construct different
-    buffers; PeerTimeoutError if not all of them come.
+    Raises ValueError without group and comm; RangeError or ArgumentTypeError for sizes, `reduction`,
+    `device` and `timeout`, on all ranks (a bad time-out: on its own); MismatchError if the ranks construct
+    different buffers; PeerTimeoutError if not all of them come.
     """
 
     num_sms: ClassVar[int] = DEFAULT_NUM_SMS
@@ -90,6 +93,7 @@ class Buffer(LowLatencyCalls):
         comm: Any = None,
         *,
         backend: str | None = None,
+        device: str | torch.device | None = None,
         timeout: float | None = None,
         symmetric_bytes: int | None = None,
         reduction: str | None = None,
@@ -100,7 +104,7 @@ class Buffer(LowLatencyCalls):
             from deepep.runtime.control.mpi import group_of_communicator
 
             group = group_of_communicator(comm)
-        options = arguments.engine_options(
+        options, asked = arguments.engine_options(
             group,
             num_nvl_bytes=num_nvl_bytes,
             num_rdma_bytes=num_rdma_bytes,
@@ -109,8 +113,10 @@ class Buffer(LowLatencyCalls):
             timeout=timeout,
             symmetric_bytes=symmetric_bytes,
             reduction=reduction,
+            device=device,
         )
-        self._engine = registry.choose(backend, group).create(options)
+        chosen, options_device = registry.choose(backend, group, asked)
+        self._engine = chosen.create(replace(options, device=options_device))
         self.group = group
         self.rank = self._engine.info.rank
         self.group_size = self._engine.info.num_ranks
@@ -165,13 +171,13 @@ class Buffer(LowLatencyCalls):
         """Backend, what each operation runs on, memory and settings, as they are now; printable."""
         self._check_alive()
         engine = self._engine
-        about, options, stream = engine.info, engine.info.options, engine.comm_stream()
+        about, options = engine.info, engine.info.options
         memory = engine.memory()
         if self._scratch:
             memory["get_local_buffer_tensor"] = sum(tensor.numel() for tensor in self._scratch.values())
         return BufferInfo(
             backend=about.backend,
-            device=torch.device(about.device_type) if stream is None else stream.device,
+            device=options.device,
             rank=about.rank,
             num_ranks=about.num_ranks,
             ranks_per_domain=about.ranks_per_domain,
@@ -237,7 +243,7 @@ class Buffer(LowLatencyCalls):
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         check_int("offset", offset, 0, num_bytes)
         if use_rdma_buffer not in self._scratch:
-            device = self._engine.info.device_type
+            device = self._engine.info.options.device
             self._scratch[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         raw = self._scratch[use_rdma_buffer][offset:]
         whole = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype)

@@ -45,7 +45,7 @@ def run_rank(
     Raises what Buffer and `draw` raise, and RangeError if the device has none of the SM counts.
     """
     loads = [draw(sweep, shape) for shape in sweep.shapes]
-    buffer = Buffer(group, backend=sweep.backend, timeout=TIMEOUT)
+    buffer = Buffer(group, backend=sweep.backend, device=device, timeout=TIMEOUT)
     num_sms = Buffer.num_sms
     bench = Bench(group, device, sweep, buffer, say)
     try:

@@ -73,9 +73,9 @@ def run_check(
 ) -> tuple[str, float]:
     """Runs one check on a rank of a world (deepep.sim): what it saw, and the seconds it took."""
     started = time.perf_counter()
-    options: dict[str, Any] = {"timeout": 20.0}
+    options: dict[str, Any] = {"timeout": 20.0, "device": context.device}
     if name == MISSING_RANK:
-        options = {"timeout": 2.0, "enable_shrink": True}
+        options |= {"timeout": 2.0, "enable_shrink": True}
     buffer = Buffer(context.group, low_latency_mode=low_latency_mode, backend=backend, **options)
     try:
         seen = CHECKS[name](make_site(buffer, context.device))

@@ -185,7 +185,7 @@ def train_rank(
     on_step(step, mean loss of all ranks) is called after each step on rank 0.
     """
     torch.set_num_threads(1)
-    buffer = Buffer(group, explicitly_destroy=True)
+    buffer = Buffer(group, explicitly_destroy=True, device="cpu")
     trainer = Trainer(buffer, config)
     for step in range(config.steps):
         losses = [torch.empty(1, dtype=torch.float64) for _ in range(config.num_ranks)]

@@ -1,7 +1,8 @@
 """The registry of backends: which of them can serve a group, and which is chosen.
 
-A backend announces itself with `register`; its modules are imported only when it is asked. On groups of CUDA
-devices the order of preference is that of registration: the fastest first, the reference last.
+A backend announces itself with `register`; its modules are imported only when it is asked. The order of
+preference is that of registration: the fastest first, the reference last. The device is chosen with the
+backend (devices.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from deepep.errors import RangeError
+from deepep.runtime.devices import default_device
 from deepep.runtime.engine import Engine, EngineOptions
 
 Answer = tuple[bool, str]
@@ -21,13 +25,14 @@ Answer = tuple[bool, str]
 class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
 
-    by_name_only: it is chosen only by its name.
+    device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     """
 
     name: str
     available: Callable[[], Answer]
     supports: Callable[[Any], Answer]
     create: Callable[[EngineOptions], Engine]
+    device_types: tuple[str, ...] = ("cuda", "cpu")
     by_name_only: bool = False
 
 
@@ -47,8 +52,9 @@ def backends() -> tuple[Backend, ...]:
     return tuple(_backends.values())
 
 
-def choose(name: str | None, group: Any) -> Backend:
-    """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group).
+def choose(name: str | None, group: Any, device: torch.device | None = None) -> tuple[Backend, torch.device]:
+    """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
+    and the device (None: the first of the backend's that this machine has).
 
     Raises RangeError with every backend's reason if there is none.
     """
@@ -58,13 +64,18 @@ def choose(name: str | None, group: Any) -> Backend:
     reasons = []
     candidates = [b for b in backends() if not b.by_name_only] if wanted is None else [_backends[wanted]]
     for backend in candidates:
-        for answer in (backend.available, lambda b=backend: b.supports(group)):
+        where = default_device(backend.device_types) if device is None else device
+        for answer in (
+            lambda b=backend, d=where: (d.type in b.device_types, f"it does not serve {d.type} tensors"),
+            backend.available,
+            lambda b=backend: b.supports(group),
+        ):
             able, why = answer()
             if not able:
                 reasons.append(f"{backend.name}: {why}")
                 break
         else:
-            return backend
+            return backend, where
     raise RangeError(
         "backend", wanted or "no choice", f"one that can serve this group ({'; '.join(reasons)})"
     )
@@ -83,9 +94,11 @@ def _reference_available() -> Answer:
 def _reference_supports(group: Any) -> Answer:
     import torch.distributed as dist
 
-    if isinstance(group, dist.ProcessGroup):
-        return True, "a torch.distributed process group"
-    return False, f"{type(group).__name__} is not a torch.distributed process group"
+    if not isinstance(group, dist.ProcessGroup):
+        return False, f"{type(group).__name__} is not a torch.distributed process group"
+    if dist.distributed_c10d._world.pg_map.get(group, ("",))[0] == "fake":
+        return False, "a fake group, of a dry run, has no other ranks to meet"
+    return True, "a torch.distributed process group"
 
 
 def _reference_create(options: EngineOptions) -> Engine:
@@ -100,8 +113,6 @@ register(Backend("reference", _reference_available, _reference_supports, _refere
 def _cuda_available() -> Answer:
     from importlib.util import find_spec
 
-    import torch
-
     if find_spec("deepep._cuda") is None:
         return False, "built without nvcc: deepep._cuda is missing"
     if not torch.cuda.is_available():
@@ -113,14 +124,9 @@ def _cuda_available() -> Answer:
 
 
 def _cuda_supports(group: Any) -> Answer:
-    import torch.distributed as dist
-
-    from deepep.runtime.control.transport import device_type_of
-
-    if not isinstance(group, dist.ProcessGroup):
-        return False, f"{type(group).__name__} is not a torch.distributed process group"
-    if device_type_of(group) != "cuda":
-        return False, "the group's tensors are on the CPU"
+    able, why = _reference_supports(group)
+    if not able:
+        return able, why
     from deepep.backends.cuda.launch import MAX_RANKS
     from deepep.backends.cuda.memory.ipc import why_not_one_node
 
@@ -136,7 +142,7 @@ def _cuda_create(options: EngineOptions) -> Engine:
     return CudaEngine(options)
 
 
-register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create))
+register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create, device_types=("cuda",)))
 
 
 def _emulator_available() -> Answer:
@@ -147,19 +153,19 @@ def _emulator_available() -> Answer:
     return True, "the kernels' source on the CPU, for tests"
 
 
-def _emulator_supports(group: Any) -> Answer:
-    from deepep.runtime.control.transport import device_type_of
-
-    able, why = _reference_supports(group)
-    if able and device_type_of(group) != "cpu":
-        return False, "the group's tensors are not on the CPU"
-    return able, why
-
-
 def _emulator_create(options: EngineOptions) -> Engine:
     from deepep.sim.emulator.engine import EmulatorEngine
 
     return EmulatorEngine(options)
 
 
-register(Backend("emulator", _emulator_available, _emulator_supports, _emulator_create, by_name_only=True))
+register(
+    Backend(
+        "emulator",
+        _emulator_available,
+        _reference_supports,
+        _emulator_create,
+        device_types=("cpu",),
+        by_name_only=True,
+    )
+)

@@ -63,7 +63,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise ArgumentTypeError(name, str(value.dtype).removeprefix("torch."), dtype_names(dtypes))
     if value.device.type != device_type:
-        raise DeviceError(name, str(value.device), f"{device_type}, where the buffer's group communicates")
+        raise DeviceError(name, str(value.device), f"{device_type}, the buffer's device")
     fits = value.dim() == len(shape) and all(
         isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, value.shape, strict=True)
     )

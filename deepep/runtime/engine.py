@@ -40,11 +40,14 @@ them and rounds once. "expert_rank": a rank sums its own experts' rows first and
 fewer bytes, one more rounding."""
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Options of an engine.
 
-    group: a torch ProcessGroup, or whatever a backend's `supports` accepts.
+    group: a torch ProcessGroup, or whatever a backend's `supports` accepts. device: where tensors lie.
     timeout: seconds that a rank waits for its peers before it reports them.
     low_latency: low-latency operations will be used. masks: ranks may be masked.
     low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
@@ -60,11 +63,13 @@ class EngineOptions:
     low_latency_bytes: int = 0
     symmetric_bytes: int = 0
     reduction: Reduction = "exact"
+    device: torch.device = _CPU
     problem: ArgumentError | None = None
 
     def statement(self) -> dict[str, int | str]:
         """The options that have to be the same on all ranks."""
         return {
+            "device": self.device.type,
             "low_latency": self.low_latency,
             "masks": self.masks,
             "symmetric_bytes": self.symmetric_bytes,

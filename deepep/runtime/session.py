@@ -1,8 +1,8 @@
 """Session: what all that works on one process group in this process has in common, owned once.
 
-`Session.of(group)` gives every Buffer of a group (and whatever else communicates over it) the same object,
-which lives as long as its last user. It has the facts of the group (ranks, device, store), the stream that
-communication runs on, and it makes memberships.
+`Session.of(group, device)` gives every Buffer of a group and device (and whatever else communicates there)
+the same object, which lives as long as its last user. It has the facts of the group (ranks, device, store),
+the stream that communication runs on, and it makes memberships.
 
 Not shared, because Buffers on one group promise to be independent of each other:
 - the membership. Masks are a Buffer's own, as in V1, and so is the fault that a mask settles: a Buffer whose
@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 
 from deepep.runtime.control.membership import Membership
-from deepep.runtime.control.transport import device_type_of, store_of
+from deepep.runtime.control.transport import store_of
 
 
 class Session:
     """One process's part in a process group. `of` makes it, or finds the one there is.
 
-    device: where the group's tensors lie: the current CUDA device at the first use, or the CPU.
+    device: where the tensors lie that are sent; the group need not serve it, for it exchanges words alone.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -42,10 +42,8 @@ class Session:
         self._stream: torch.cuda.Stream | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> Session:
-        """The session of a group on the current device. Not collective."""
-        is_cuda = device_type_of(group) == "cuda"
-        device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    def of(cls, group: dist.ProcessGroup, device: torch.device) -> Session:
+        """The session of a group on a device. Not collective."""
         with _opening:
             session = _open.get((id(group), device))
             if session is None:

@@ -104,6 +104,7 @@ def _join(spec: RankSpec) -> RankContext:
     device = torch.device("cpu")
     if spec.backend == "nccl":
         device = take_gpu(spec.rank, spec.num_ranks)
+    os.environ["DEEPEP_DEVICE"] = device.type  # on a GPU host as well: this world's tensors lie there
     timeout = timedelta(seconds=spec.timeout)
     kind, _, place = spec.store.partition(":")
     store: Store

@@ -168,7 +168,7 @@ def parameters(function: Any, keyword_only: bool = False) -> dict[str, Any]:
 def test_buffers_methods(name: str) -> None:
     method = getattr(deepep.Buffer, name)
     assert list(parameters(method).items()) == list(BUFFER[name].items())
-    ours = ("backend", "timeout", "symmetric_bytes", "reduction") if name == "__init__" else ()
+    ours = ("backend", "device", "timeout", "symmetric_bytes", "reduction") if name == "__init__" else ()
     assert parameters(method, keyword_only=True) == dict.fromkeys(ours)
 
 

@@ -55,7 +55,7 @@ def test_the_same_bits_as_the_reference_backend(world_of: Callable[[int], World]
 
 def test_it_is_not_chosen_unless_asked_for(world_of: Callable[[int], World]) -> None:
     def chosen(ctx: RankContext, name: str | None) -> str:
-        return registry.choose(name, ctx.group).name
+        return registry.choose(name, ctx.group)[0].name
 
     world = world_of(2)
     assert world.run(chosen, None) == ["reference"] * 2

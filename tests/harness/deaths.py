@@ -383,6 +383,7 @@ def _buffer(setting: Setting, folder: str, rank: int, num_ranks: int) -> Any:
     wait = timedelta(seconds=PATIENCE)
     store.set_timeout(wait)
     kind = "nccl" if setting.cuda else "gloo"
+    os.environ["DEEPEP_DEVICE"] = "cuda" if kind == "nccl" else "cpu"
     dist.init_process_group(kind, store=store, rank=rank, world_size=num_ranks, timeout=wait)
     if num_ranks > 1:
         _meet(folder, rank, "joined")  # a buffer's own deadline is short

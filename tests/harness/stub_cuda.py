@@ -177,7 +177,7 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
     group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
     session = Session(group, torch.device("cpu"))
     session._stream = Stream()  # type: ignore[assignment]
-    Session.of = classmethod(lambda cls, group: session)  # type: ignore[assignment]
+    Session.of = classmethod(lambda cls, group, device: session)  # type: ignore[assignment]
 
     def create(how: Any) -> CudaEngine:
         engine = CudaEngine(how)
@@ -186,7 +186,9 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
 
     can = (True, "stubs")
     backends.register(backends.Backend("stub", lambda: can, lambda group: can, create, by_name_only=True))
-    buffer = deepep.Buffer(group, backend="stub", low_latency_mode=True, timeout=30.0, **options)
+    buffer = deepep.Buffer(
+        group, backend="stub", device="cpu", low_latency_mode=True, timeout=30.0, **options
+    )
     try:
         yield buffer
     finally:

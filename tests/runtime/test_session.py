@@ -13,6 +13,8 @@ import deepep
 from deepep.runtime.control.transport import gather_bytes, private_group
 from deepep.runtime.session import Session
 
+CPU = torch.device("cpu")
+
 
 def group_of_one() -> dist.ProcessGroup:
     return private_group(dist.HashStore(), 0, 1, 30.0, "cpu")
@@ -20,24 +22,24 @@ def group_of_one() -> dist.ProcessGroup:
 
 def test_a_group_has_one_session_as_long_as_somebody_uses_it() -> None:
     group, other = group_of_one(), group_of_one()
-    first = Session.of(group)
-    assert Session.of(group) is first
-    assert Session.of(other) is not first
+    first = Session.of(group, CPU)
+    assert Session.of(group, CPU) is first
+    assert Session.of(other, CPU) is not first
     assert (first.rank, first.num_ranks, first.device, first.stream) == (0, 1, torch.device("cpu"), None)
     seen = weakref.ref(first)
     del first
     gc.collect()
     assert seen() is None
-    assert Session.of(group).group is group
+    assert Session.of(group, CPU).group is group
 
 
 def test_the_last_buffer_ends_the_session() -> None:
     group = group_of_one()
-    buffers = [deepep.Buffer(group, timeout=30.0) for _ in range(2)]
-    seen = weakref.ref(Session.of(group))
+    buffers = [deepep.Buffer(group, device="cpu", timeout=30.0) for _ in range(2)]
+    seen = weakref.ref(Session.of(group, CPU))
     buffers.pop().destroy()
     gc.collect()
-    assert seen() is Session.of(group)
+    assert seen() is Session.of(group, CPU)
     buffers.pop().destroy()
     gc.collect()
     assert seen() is None

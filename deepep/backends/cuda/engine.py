@@ -74,7 +74,7 @@ class CudaEngine(Engine):
     has_fault: Callable[[], bool]
 
     def __init__(self, options: EngineOptions) -> None:
-        session = Session.of(options.group)
+        session = Session.of(options.group, options.device)
         assert session.stream is not None
         self.comm, self.device, self.index = session.stream, session.device, session.stream.device_index
         self._control = ControlPlane(session, options.timeout)

@@ -48,7 +48,7 @@ class ReferenceEngine(Engine):
     """See `Engine`. Rows travel by torch.distributed's all_to_all; counts are known to every host."""
 
     def __init__(self, options: EngineOptions) -> None:
-        session = Session.of(options.group)
+        session = Session.of(options.group, options.device)
         device_type = session.device.type
         self._control = ControlPlane(session, options.timeout)
         transport = f"all_to_all over {'NCCL' if device_type == 'cuda' else 'gloo'}"

@@ -64,11 +64,9 @@ class Membership:
     def __init__(
         self, store: Store, rank: int, num_ranks: int, timeout: float, device_type: str = "cpu"
     ) -> None:
-        # A store client serves one call at a time; waiting on a copy does not block the user's own calls.
-        own = store.clone() if hasattr(store, "clone") else store
         # Ranks construct their buffers on a group in the same order, so each one's count names the buffer.
-        generation = own.add(f"deepep/buffers/{rank}", 1)
-        self._store = PrefixStore(f"deepep/{generation}", own)
+        generation = store.add(f"deepep/buffers/{rank}", 1)
+        self._store = PrefixStore(f"deepep/{generation}", store)
         self.rank, self.num_ranks, self.timeout = rank, num_ranks, timeout
         self.grace = 1.0 + 0.05 * timeout
         self._device_type = device_type

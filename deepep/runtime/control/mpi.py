@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
@@ -16,7 +15,7 @@ _SECONDS = 600.0
 
 
 def group_of_communicator(comm: Any) -> dist.ProcessGroup:
-    """A new group of `comm`'s ranks: NCCL where CUDA is, else gloo. Collective over `comm`.
+    """A new group of `comm`'s ranks, over gloo: it exchanges words. Collective over `comm`.
 
     comm: anything with mpi4py's Get_rank, Get_size and allgather. Raises ArgumentTypeError for others. Rank 0
     serves the group's store, so it must outlive the others.
@@ -30,5 +29,4 @@ def group_of_communicator(comm: Any) -> dist.ProcessGroup:
     if all(name == host for name, _ in everyone):
         host = "127.0.0.1"  # a host's own name need not resolve, inside a container say
     store = server or TCPStore(host, port, is_master=False)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return private_group(PrefixStore("mpi", store), rank, size, _SECONDS, device_type)
+    return private_group(PrefixStore("mpi", store), rank, size, _SECONDS, "cpu")

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from deepep.errors import RangeError
+
 _NOBODY_SENDS = 0x0DEE  # a message tag
 
 
@@ -90,19 +92,40 @@ def hang_up(group: dist.ProcessGroup) -> None:
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
-    """The device type of a group's tensors: "cuda" for NCCL, "cpu" for everything else."""
-    try:
-        name: str = dist.get_backend(group)
-    except ValueError:  # a group outside torch's registry, such as ours
-        name = group.name()
-    return "cuda" if "nccl" in name.lower() else "cpu"
+    """The device type of the tensors in which this group's ranks exchange words: "cpu" wherever it serves
+    the CPU, whatever else it serves; "cuda" for NCCL alone.
+
+    It says nothing about a Buffer's device (runtime/devices.py).
+    """
+    served = {device.type for device in group._device_types}
+    return "cuda" if served == {"cuda"} else "cpu"
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
-    """The store a group met through, with its own prefix."""
+    """The store a group met through, with its own prefix: on a connection of its own where it can have one.
+
+    A store client serves one call at a time; waiting on a copy does not block the user's own calls. Stores
+    written in Python have clone() and refuse it. Raises RangeError.
+    """
     if hasattr(group, "get_group_store"):
-        return group.get_group_store()
-    return dist.distributed_c10d._get_process_group_store(group)  # torch 2.8
+        store = group.get_group_store()
+    else:
+        store = dist.distributed_c10d._get_process_group_store(group)  # torch 2.8
+    try:
+        store = store.clone()  # type: ignore[attr-defined, unused-ignore]
+    except (AttributeError, RuntimeError):
+        pass  # it serves all callers in turn
+    try:
+        store.check(["deepep"])
+    except RuntimeError as error:
+        if "pure virtual" not in str(error):
+            raise
+        # torch keeps the C++ half of a store written in Python, and lets go of the half with its methods.
+        got = "a process group whose store does not exist any more"
+        raise RangeError(
+            "group", got, "one whose store the caller keeps, if it is written in Python"
+        ) from None
+    return store
 
 
 def gather_bytes(group: dist.ProcessGroup, mine: bytes) -> list[bytes]:
