@@ -111,10 +111,8 @@ def store_of(group: dist.ProcessGroup) -> Store:
         store = group.get_group_store()
     else:
         store = dist.distributed_c10d._get_process_group_store(group)  # torch 2.8
-    try:
+    with contextlib.suppress(AttributeError, RuntimeError):  # without a copy, it serves all callers in turn
         store = store.clone()  # type: ignore[attr-defined, unused-ignore]
-    except (AttributeError, RuntimeError):
-        pass  # it serves all callers in turn
     try:
         store.check(["deepep"])
     except RuntimeError as error:
