@@ -6,6 +6,8 @@ STATE_BYTES: int
 FAULT_BYTES: int
 MAX_RANKS: int
 CE_COMPLETED: int
+EXCHANGE_STATE_WORDS: int
+EXCHANGE_MISSING: int
 
 class Blocks(Protocol):
     """Blocks of a launch by role; the two are disjoint, or both all blocks. Not in the module."""
@@ -184,6 +186,32 @@ def copy(
     stages: int = 6,
     stage_bytes: int = 8192,
 ) -> None: ...
+
+class Exchange:
+    """One rank's part in bare exchanges (csrc/kernels/exchange) of up to pair_bytes between any two ranks.
+
+    heaps: every rank's symmetric memory, of `exchange_bytes`, as mapped here. state: EXCHANGE_STATE_WORDS
+    words of the device; word EXCHANGE_MISSING has a bit for each rank that was waited for in vain. All of it is
+    zero before the first exchange, and the caller's to keep alive.
+    """
+
+    def __init__(
+        self, *, rank: int, heaps: list[int], pair_bytes: int, state: int, timeout_seconds: float
+    ) -> None: ...
+    @property
+    def pair_bytes(self) -> int: ...
+    def launch(
+        self,
+        *,
+        source: int,
+        sent: list[int],
+        received: list[int],
+        sums: int,
+        num_blocks: int,
+        stream: int,
+    ) -> None: ...
+
+def exchange_bytes(num_ranks: int, pair_bytes: int) -> int: ...
 def wait_counts(
     host_counts: int, ticket: int, num_ranks: int, num_local_experts: int, timeout_seconds: float
 ) -> Counts | None: ...

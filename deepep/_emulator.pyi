@@ -15,6 +15,8 @@ EPOCHS: int
 TOO_MANY_ROWS: int
 DISAGREEMENT: int
 HOST_COUNTS_WORDS: int
+EXCHANGE_STATE_WORDS: int
+EXCHANGE_MISSING: int
 
 class HostFailure(Exception):
     """A host's own access failed a check: the kind of failure, and the story behind the first line."""
@@ -277,6 +279,29 @@ def bulk_copy_args(
 ) -> bytes: ...
 def bulk_copy_shared_bytes(num_warps: int, num_stages: int, stage_bytes: int) -> int: ...
 def copy_args(source: int, target: int, num_bytes: int) -> bytes: ...
+
+class Exchange:
+    """One rank's part in bare exchanges (csrc/kernels/exchange): as deepep._cuda's, but that the machine
+    launches. exchange_rows: where a source's rows lie in symmetric memory; what comes before the first is flags.
+    """
+
+    def __init__(
+        self, *, rank: int, heaps: Sequence[int], pair_bytes: int, state: int, timeout_seconds: float
+    ) -> None: ...
+    @property
+    def pair_bytes(self) -> int: ...
+    def args(
+        self,
+        *,
+        source: int,
+        sent: Sequence[int],
+        received: Sequence[int],
+        sums: int,
+        num_blocks: int,
+    ) -> bytes: ...
+
+def exchange_bytes(num_ranks: int, pair_bytes: int) -> int: ...
+def exchange_rows(num_ranks: int, pair_bytes: int, epoch: int, source: int) -> int: ...
 def low_latency_bytes(
     num_ranks: int, max_local_experts: int, max_tokens: int, max_topk: int, max_row_bytes: int
 ) -> tuple[int, int]: ...

@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include "bindings/domain.hpp"
+#include "bindings/exchange.hpp"
 #include "host/arena.hpp"
 #include "host/cuda_launcher.hpp"
 #include "kernels/common/launch.hpp"
+#include "kernels/exchange/launch.hpp"
 
 namespace py = pybind11;
 namespace dk = deepep::kernels;
@@ -126,6 +128,14 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "source"_a, "target"_a, "num_bytes"_a, "num_blocks"_a, "stream"_a, py::kw_only(), "bulk"_a = false,
       "warps"_a = 4, "stages"_a = 6, "stage_bytes"_a = 8192);
+  deepep::bindings::bind_exchange(m, dk::load_exchange).def(
+      "launch",
+      [](const deepep::bindings::ExchangeOf& self, uintptr_t source, const std::vector<int64_t>& sent,
+         const std::vector<int64_t>& received, uintptr_t sums, int num_blocks, uintptr_t stream) {
+        dk::launch_exchange(self.call(source, sent, received, sums, num_blocks), num_blocks,
+                            pointer<void>(stream));
+      },
+      py::kw_only(), "source"_a, "sent"_a, "received"_a, "sums"_a, "num_blocks"_a, "stream"_a);
   m.def(
       "stream_is_idle", [](uintptr_t stream) { return deepep::host::is_idle(pointer<CUstream_st>(stream)); },
       "stream"_a);

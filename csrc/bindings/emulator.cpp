@@ -7,6 +7,7 @@
 
 #include "bindings/domain.hpp"
 #include "bindings/emulator_low_latency.hpp"
+#include "bindings/exchange.hpp"
 #include "emulator/launcher.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/run/simulation.hpp"
@@ -315,6 +316,20 @@ void bind_kernel_arguments(py::module_& m) {
         return bytes_of(dk::CopyArgs{pointer<const std::byte>(from), pointer<std::byte>(to), bytes});
       },
       "source"_a, "target"_a, "num_bytes"_a);
+  deepep::bindings::bind_exchange(m, [] {}).def(
+      "args",
+      [](const deepep::bindings::ExchangeOf& self, uintptr_t source, const std::vector<int64_t>& sent,
+         const std::vector<int64_t>& received, uintptr_t sums, int num_blocks) {
+        return bytes_of(self.call(source, sent, received, sums, num_blocks));
+      },
+      py::kw_only(), "source"_a, "sent"_a, "received"_a, "sums"_a, "num_blocks"_a,
+      "Of a launch of exchange_kernel, or, with sums, exchange_read_kernel.");
+  m.def(
+      "exchange_rows",
+      [](int num_ranks, int64_t pair_bytes, uint32_t epoch, int source) {
+        return layout::ExchangeSlots{num_ranks, pair_bytes}.rows(epoch, source);
+      },
+      "num_ranks"_a, "pair_bytes"_a, "epoch"_a, "source"_a, "Where a source's rows lie in symmetric memory.");
 }
 
 }  // namespace

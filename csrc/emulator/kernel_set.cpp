@@ -13,6 +13,8 @@
 #include "kernels/dispatch/cached.hpp"
 #include "kernels/dispatch/dispatch.hpp"
 #include "kernels/dispatch/refused.hpp"
+#include "kernels/exchange/exchange.hpp"
+#include "kernels/exchange/exchange_read.hpp"
 #include "kernels/layout/layout.hpp"
 #include "kernels/low_latency/combine.hpp"
 #include "kernels/low_latency/combine_receive.hpp"

@@ -28,6 +28,21 @@ Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A call that is one part of something. begin: what comes before it, untimed, and gives the call. end:
+    what has to follow, untimed, with what the call returned.
+    """
+
+    begin: Callable[[], Call]
+    end: Callable[[Any], object] = lambda result: None
+
+
+def _staged(call: Call | Stage) -> tuple[Call, Callable[[Any], object]]:
+    """Does what comes before a call; returns the part that is timed, and what has to follow."""
+    return (call.begin(), call.end) if isinstance(call, Stage) else (call, lambda result: None)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Microseconds. median, p99: of the slowest rank's samples. host: the largest of the ranks' medians."""
 
@@ -52,10 +67,10 @@ class Clock(ABC):
         self._warmup = warmup
 
     @abstractmethod
-    def sample(self, call: Call) -> tuple[float, float]:
+    def sample(self, call: Call | Stage) -> tuple[float, float]:
         """(operation-complete, host) microseconds of a call on this rank. What it returned is freed."""
 
-    def measure(self, call: Call) -> Timing:
+    def measure(self, call: Call | Stage) -> Timing:
         """Collective."""
         for _ in range(self._warmup):
             self.sample(call)
@@ -73,11 +88,13 @@ class Clock(ABC):
 class HostClock(Clock):
     """For CPU tensors, where a call returns when it is through."""
 
-    def sample(self, call: Call) -> tuple[float, float]:
+    def sample(self, call: Call | Stage) -> tuple[float, float]:
+        timed, end = _staged(call)
         dist.barrier(group=self._group)
         begin = time.perf_counter()
-        result = call()
+        result = timed()
         elapsed = (time.perf_counter() - begin) * 1e6
+        end(result)
         del result
         return elapsed, elapsed
 
@@ -97,28 +114,33 @@ class CudaClock(Clock):
         self._begin, self._end = _event(), _event()
         self._head_start = self._cycles(HEAD_START_US)
 
-    def sample(self, call: Call) -> tuple[float, float]:
+    def sample(self, call: Call | Stage) -> tuple[float, float]:
         return self._complete(call), self._host(call)
 
-    def _complete(self, call: Call) -> float:
+    def _complete(self, call: Call | Stage) -> float:
+        timed, end = _staged(call)
         self._flush.zero_()
         torch.cuda._sleep(self._head_start)
         self._align()
         self._begin.record()
-        result = call()
+        result = timed()
         self._end.record()
         torch.cuda.synchronize(self._device)
+        end(result)
         del result
         return self._begin.elapsed_time(self._end) * 1e3
 
-    def _host(self, call: Call) -> float:
+    def _host(self, call: Call | Stage) -> float:
         # Nothing is queued before the calls: a dispatch that waits for its counts waits for those alone.
         self._align()
         torch.cuda.synchronize(self._device)
-        begin = time.perf_counter()
+        elapsed = 0.0
         for _ in range(HOST_CALLS):
-            result = call()
-        elapsed = (time.perf_counter() - begin) * 1e6
+            timed, end = _staged(call)
+            begin = time.perf_counter()
+            result = timed()
+            elapsed += (time.perf_counter() - begin) * 1e6
+            end(result)
         torch.cuda.synchronize(self._device)
         del result
         return elapsed / HOST_CALLS

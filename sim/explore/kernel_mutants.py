@@ -16,6 +16,8 @@ from pathlib import Path
 
 #: The copies are kernels by themselves: their mutants are hunted with them alone.
 COPY_FILE = "kernels/copy/bulk_copy.hpp"
+#: So is the bare exchange: files, and the layout that they run.
+EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 
@@ -180,6 +182,27 @@ EDITS = (
         "layout::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
         "layout::align_up(int64_t{8} * num_warps, int64_t{16})",
         "a copy overwrites the mbarrier that another completes on",
+    ),
+    Edit(
+        "one place for all epochs",
+        "layout/exchange_slots.hpp",
+        "static_cast<int64_t>(epoch & 1u) * num_ranks_ + source",
+        "static_cast<int64_t>(epoch & 0u) * num_ranks_ + source",
+        "rows are pushed over those of the exchange before, which may still be read",
+    ),
+    Edit(
+        "flags of one block for all",
+        "kernels/exchange/flags.hpp",
+        "args.slots.flag(source, block())",
+        "args.slots.flag(source, 0)",
+        "another block's flag says nothing of these rows",
+    ),
+    Edit(
+        "rows of a rank that did not come",
+        "kernels/exchange/read.hpp",
+        "  if (SharedArray<uint32_t>(0).get(0) != 0) return;\n",
+        "",
+        "what was waited for in vain is read",
     ),
     Edit(
         "one stretch for all epochs",

@@ -13,8 +13,16 @@ from threading import Event
 
 from deepep import _emulator
 from deepep.sim.explore.copy_runs import explore_copies
+from deepep.sim.explore.exchange_runs import explore_exchanges
 from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
-from deepep.sim.explore.kernel_mutants import COPY_FILE, HARMLESS, LOW_LATENCY_FILES, Mutant, build
+from deepep.sim.explore.kernel_mutants import (
+    COPY_FILE,
+    EXCHANGE_FILES,
+    HARMLESS,
+    LOW_LATENCY_FILES,
+    Mutant,
+    build,
+)
 from deepep.sim.explore.low_latency import LowLatencyScenario
 from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
 from deepep.sim.explore.scenarios import RunReport, Scenario
@@ -84,6 +92,10 @@ def hunt(
         copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if copies.failure is None else copies.failure.report
         return Catch(mutant, found, copies.runs, copies.seconds, built - begin)
+    if mutant.file.startswith(EXCHANGE_FILES):
+        exchanges = explore_exchanges(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+        found = None if exchanges.failure is None else exchanges.failure.report
+        return Catch(mutant, found, exchanges.runs, exchanges.seconds, built - begin)
     if mutant.file.startswith(LOW_LATENCY_FILES):
         calls = explore_low_latency(
             runs=runs,
