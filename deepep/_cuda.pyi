@@ -191,8 +191,8 @@ class Exchange:
     """One rank's part in bare exchanges (csrc/kernels/exchange) of up to pair_bytes between any two ranks.
 
     heaps: every rank's symmetric memory, of `exchange_bytes`, as mapped here. state: EXCHANGE_STATE_WORDS
-    words of the device; word EXCHANGE_MISSING has a bit for each rank that was waited for in vain. All of it is
-    zero before the first exchange, and the caller's to keep alive.
+    words of the device; word EXCHANGE_MISSING has a bit for each rank that was waited for in vain. All of it
+    is zero before the first exchange, and the caller's to keep alive.
     """
 
     def __init__(

@@ -281,8 +281,9 @@ def bulk_copy_shared_bytes(num_warps: int, num_stages: int, stage_bytes: int) ->
 def copy_args(source: int, target: int, num_bytes: int) -> bytes: ...
 
 class Exchange:
-    """One rank's part in bare exchanges (csrc/kernels/exchange): as deepep._cuda's, but that the machine
-    launches. exchange_rows: where a source's rows lie in symmetric memory; what comes before the first is flags.
+    """One rank's part in bare exchanges (csrc/kernels/exchange): as deepep._cuda's, for a machine to launch.
+
+    exchange_rows: where a source's rows lie in symmetric memory; what comes before the first is flags.
     """
 
     def __init__(
