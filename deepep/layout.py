@@ -59,10 +59,10 @@ def dispatch_layout(
     idx = _view(topk_idx, "topk_idx", "int32", "int64")
     num_nodes = _ceil_div(num_ranks, ranks_per_node)
     layout = DispatchLayout(
-        num_tokens_per_rank=torch.empty(max(num_ranks, 0), dtype=torch.int32),
-        num_tokens_per_node=torch.empty(num_nodes, dtype=torch.int32),
-        num_tokens_per_expert=torch.empty(max(num_experts, 0), dtype=torch.int32),
-        is_token_in_rank=torch.empty((len(idx), max(num_ranks, 0)), dtype=torch.bool),
+        num_tokens_per_rank=torch.empty(max(num_ranks, 0), dtype=torch.int32, device="cpu"),
+        num_tokens_per_node=torch.empty(num_nodes, dtype=torch.int32, device="cpu"),
+        num_tokens_per_expert=torch.empty(max(num_experts, 0), dtype=torch.int32, device="cpu"),
+        is_token_in_rank=torch.empty((len(idx), max(num_ranks, 0)), dtype=torch.bool, device="cpu"),
     )
     assert layout.num_tokens_per_node is not None
     _core.dispatch_layout(

@@ -206,10 +206,9 @@ def two_level_routes(is_token_in_rank: Sequence[Tensor], ranks_per_node: int) ->
             for token in table[:, rank].nonzero().flatten().tolist():
                 via.append(gateway(source, rank // ranks_per_node))
                 row.append(gateway_row[via[-1]][source, token])
-        final_rows.append(
-            ForwardedRows(torch.tensor(via, dtype=torch.int64), torch.tensor(row, dtype=torch.int64))
-        )
+        final_rows.append(ForwardedRows(*torch.tensor([via, row], dtype=torch.int64, device="cpu")))
     gateway_rows = [
-        ReceivedRows(*torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).unbind(1)) for rows in held
+        ReceivedRows(*torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 2).unbind(1))
+        for rows in held
     ]
     return TwoLevelRoutes(is_token_in_node, gateway_rows, final_rows)

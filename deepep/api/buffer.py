@@ -28,6 +28,7 @@ from deepep.config import DEFAULT_NUM_SMS, Config, combine_config, dispatch_conf
 from deepep.errors import ArgumentError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import backends as registry
+from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import check_int
 from deepep.runtime.requests import Operation, Schedule
 
@@ -98,6 +99,9 @@ class Buffer(LowLatencyCalls):
         symmetric_bytes: int | None = None,
         reduction: str | None = None,
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            plainly(Buffer.__init__, locals())
+            return
         if group is None:
             if comm is None:
                 raise ValueError("group, comm: got None for both; allowed: a process group or a communicator")
@@ -239,6 +243,8 @@ class Buffer(LowLatencyCalls):
 
         The memory is allocated at the first call; no operation uses it.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(Buffer.get_local_buffer_tensor, locals())
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         check_int("offset", offset, 0, num_bytes)
@@ -288,6 +294,8 @@ class Buffer(LowLatencyCalls):
         Raises ArgumentTypeError, ShapeError, LayoutError, DeviceError, and RangeError for indices outside
         -1 .. E-1 or E not a multiple of R.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(Buffer.get_dispatch_layout, locals())
         if self._destroyed:
             self._check_alive()
         try:
@@ -344,6 +352,8 @@ class Buffer(LowLatencyCalls):
         Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
         arrive, MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(Buffer.dispatch, locals())
         if self._destroyed:
             self._check_alive()
         at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
@@ -399,6 +409,8 @@ class Buffer(LowLatencyCalls):
 
         Raises as `dispatch` does.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(Buffer.combine, locals())
         if self._destroyed:
             self._check_alive()
         try:

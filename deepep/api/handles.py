@@ -33,16 +33,18 @@ class DispatchHandle:
     def __getitem__(self, index: int) -> torch.Tensor | None:
         if not -6 <= index < 6:
             raise IndexError(f"handle index {index}; allowed: -6 to 5")
-        entry = index % 6
-        if entry == 4:
-            return self.route.is_token_in_rank
-        route = self.route
-        if route.plan is None or entry not in (0, 3):
+        entry, route = index % 6, self.route
+        if entry != 4 and (route.plan is None or entry not in (0, 3)):
             return None
-        if entry == 3:
-            return route.engine.route_sources(route)
-        counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
-        return counts.cumsum(dim=0, dtype=torch.int32)
+        with torch.inference_mode(False), torch.no_grad():  # to be saved for a backward
+            if entry == 4:
+                table = route.is_token_in_rank
+                return table.clone() if table.is_inference() else table
+            if entry == 3:
+                sources = route.engine.route_sources(route)
+                return None if sources is None else sources.clone()
+            counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
+            return counts.cumsum(dim=0, dtype=torch.int32)
 
     def __repr__(self) -> str:
         rows = "unknown" if self.route.num_rows is None else self.route.num_rows

@@ -10,6 +10,7 @@ from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_l
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
 from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, ModeError, RangeError
 from deepep.events import EventHandle, EventOverlap
+from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import check_int
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import LowLatencyDispatchRequest, Operation, Schedule
@@ -78,6 +79,8 @@ class LowLatencyCalls:
 
         Raises ModeError without low_latency_mode, CapacityError for T > M, and as `dispatch` does.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(LowLatencyCalls.low_latency_dispatch, locals())
         if self._destroyed:
             self._check_alive()
         try:
@@ -136,6 +139,8 @@ class LowLatencyCalls:
 
         Raises as `low_latency_dispatch` does, and HandleError.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(LowLatencyCalls.low_latency_combine, locals())
         if self._destroyed:
             self._check_alive()
         try:
@@ -165,6 +170,8 @@ class LowLatencyCalls:
 
         If the handle is refused, so is this rank's part in that operation.
         """
+        if torch.is_inference_mode_enabled():
+            return plainly(LowLatencyCalls.get_next_low_latency_combine_buffer, locals())
         self._check_alive()
         try:
             self._check_low_latency()
@@ -192,7 +199,8 @@ class LowLatencyCalls:
             got = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise ArgumentTypeError("mask_status", got, f"int32 [{self.group_size}]", self.rank)
         masked = self._engine.masked
-        mask_status.copy_(torch.tensor([int(r in masked) for r in range(self.group_size)], dtype=torch.int32))
+        status = [int(rank in masked) for rank in range(self.group_size)]
+        mask_status.copy_(torch.tensor(status, dtype=torch.int32, device="cpu"))
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks in again, and forget earlier faults. Needs enable_shrink."""

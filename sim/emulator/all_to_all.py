@@ -104,7 +104,7 @@ class EmulatedAllToAll:
         if isinstance(plan, EmulatedPlan):
             per_expert = plan.num_tokens_per_expert
         if per_expert is None:
-            per_expert = torch.zeros(max(num_experts, wire.num_ranks), dtype=torch.int32)
+            per_expert = torch.zeros(max(num_experts, wire.num_ranks), dtype=torch.int32, device="cpu")
         rows = len(out.x)
         mine = _Dispatch(
             DispatchCall(
@@ -118,7 +118,7 @@ class EmulatedAllToAll:
                 cached=is_cached,
             ),
             rows,
-            torch.tensor(plan.counts, dtype=torch.int32),
+            torch.tensor(plan.counts, dtype=torch.int32, device="cpu"),
             plan.num_recv_tokens,
             in_rank,
             per_expert.to(torch.int32),
@@ -155,7 +155,7 @@ class EmulatedAllToAll:
             biases=biases,
         )
         send_row = kept[0] if kept else _send_row(plan, wire.rank)
-        mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32), send_row)
+        mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row)
         made, weights = at_leader(wire, mine, self._run_combine)
         return CombineTensors(made, weights)
 
@@ -275,12 +275,12 @@ class _Run:
 def _send_row(plan: DispatchPlan, rank: int) -> Tensor:
     """[T, R] int32: the row of each token at each rank it is sent to, or -1."""
     num_ranks = len(plan.send_counts)
-    table = torch.full((plan.num_tokens, num_ranks), -1, dtype=torch.int32)
+    table = torch.full((plan.num_tokens, num_ranks), -1, dtype=torch.int32, device="cpu")
     begin = 0
     for destination, count in enumerate(plan.send_counts):
         first = sum(plan.counts[source][destination] for source in range(rank))
         tokens = plan.send_token[begin : begin + count]
-        table[tokens, destination] = torch.arange(first, first + count, dtype=torch.int32)
+        table[tokens, destination] = torch.arange(first, first + count, dtype=torch.int32, device="cpu")
         begin += count
     return table
 
@@ -308,10 +308,12 @@ def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
     """Objects with tensors in them, from and to whichever ranks: by destination in, by source out."""
     packed = {rank: _pack(thing) for rank, thing in sends.items()}
     sizes = [len(packed.get(rank, b"")) for rank in range(wire.num_ranks)]
-    told = wire.all_gather(torch.tensor(sizes))
+    told = wire.all_gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
     coming = [int(told[source][wire.rank]) if source in told else 0 for source in range(wire.num_ranks)]
     sent = b"".join(packed.get(rank, b"") for rank in range(wire.num_ranks))
-    rows = torch.frombuffer(bytearray(sent), dtype=torch.uint8) if sent else torch.empty(0, dtype=torch.uint8)
+    rows = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if sent:
+        rows = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
     received = wire.all_to_all_rows(rows, sizes, coming).numpy().tobytes()
     return dict(_unpack(received, coming))
 

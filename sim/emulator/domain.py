@@ -195,7 +195,7 @@ class EmulatedDomain:
         scales, scales_at = call.scales, 0
         if scales is not None:
             # All of the storage, so that the strides the kernel is given are the caller's.
-            storage = torch.empty(0, dtype=scales.dtype).set_(scales.untyped_storage())
+            storage = torch.empty(0, dtype=scales.dtype, device="cpu").set_(scales.untyped_storage())
             scales_at = self._put(f"scales@{rank}", rank, storage) + 4 * int(scales.storage_offset())
         self._set_live(rank, call.live)
         if call.refused:
@@ -340,7 +340,7 @@ class EmulatedDomain:
 
     def barrier(self, rank: int, number: int) -> None:
         """Leaves a mark in the rank's own heap (one of two, in turn) and launches a barrier."""
-        self._put_at(rank, self._mark(rank, number), torch.tensor([number], dtype=torch.int32))
+        self._put_at(rank, self._mark(rank, number), torch.tensor([number], dtype=torch.int32, device="cpu"))
         self._domains[rank].barrier()
 
     def read_marks(self, rank: int, number: int) -> list[int]:
@@ -381,7 +381,7 @@ class EmulatedDomain:
         for extent in shape:
             size *= extent
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         raw = bytearray(self.machine.read(rank, address, size))
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
 

@@ -226,7 +226,7 @@ class EmulatedLowLatency:
         for extent in shape:
             size *= extent
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         raw = bytearray(self.machine.read(rank, address, size))
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
 

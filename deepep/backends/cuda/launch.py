@@ -86,6 +86,11 @@ class Plan:
         return self.table[self.num_tokens :]
 
 
+def _pinned_zeros(num_bytes: int) -> torch.Tensor:
+    """Memory of the host that kernels write to; on the CPU whatever torch's default device is."""
+    return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -112,10 +117,8 @@ class Endpoint:
         self.pool_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
         heap[: self.pool_begin].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
-        self._fault = torch.zeros(_cuda.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._host = torch.zeros(
-            _cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS), dtype=torch.uint8, pin_memory=True
-        )
+        self._fault = _pinned_zeros(_cuda.FAULT_BYTES)
+        self._host = _pinned_zeros(_cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS))
         self._host_address = self._host.data_ptr()
         self._ticket = 0
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)

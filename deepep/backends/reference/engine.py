@@ -140,7 +140,7 @@ class ReferenceEngine(Engine):
         checks.check_combine(request, self.info.device_type)
 
     def route_counts(self, route: Route) -> Tensor:
-        return torch.tensor(high_throughput.plan_of(route).counts, dtype=torch.int64)
+        return torch.tensor(high_throughput.plan_of(route).counts, dtype=torch.int64, device="cpu")
 
     def route_sources(self, route: Route) -> Tensor | None:
         return high_throughput.plan_of(route).src_token

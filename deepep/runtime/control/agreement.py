@@ -69,7 +69,7 @@ class Header:
         values = list(self.agreed.values())
         assert len(values) <= _MAX_AGREED
         words = [self.operation, self.sequence, self.num_tokens, self.limit, bad, *values]
-        return torch.tensor(words + [0] * (_HEADER_WORDS - len(words)), dtype=torch.int64)
+        return torch.tensor(words + [0] * (_HEADER_WORDS - len(words)), dtype=torch.int64, device="cpu")
 
 
 def exchange(link: Link, header: Header, problem: ArgumentError | None) -> dict[int, int]:
@@ -92,7 +92,7 @@ def exchange(link: Link, header: Header, problem: ArgumentError | None) -> dict[
 
 def _lowest_problem(link: Link, problem: ArgumentError | None) -> ArgumentError:
     """The error of the lowest rank that has one: those who have none learn it, those who have agree on it."""
-    packed = torch.zeros(_ERROR_BYTES, dtype=torch.uint8)
+    packed = torch.zeros(_ERROR_BYTES, dtype=torch.uint8, device="cpu")
     if problem is not None:
         raw = encode_error(problem.at(link.rank))
         packed[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)

@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
+from deepep.runtime.ambient import job_modes
 from deepep.runtime.completion import Completion
 from deepep.runtime.control import agreement, liveness
 from deepep.runtime.control.agreement import NO_LIMIT, Header
@@ -262,9 +263,7 @@ class ControlPlane:
     def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:
             try:
-                # Nothing here is differentiated; and what the caller made in inference mode may be written
-                # only in inference mode, where all else may be written as well.
-                with torch.inference_mode():
+                with job_modes():
                     job()
             except LinkError as error:
                 raise self.membership.fault(error) from None

@@ -88,7 +88,8 @@ def hang_up(group: dist.ProcessGroup) -> None:
     for peer in range(group.size()):
         if peer != group.rank():
             with contextlib.suppress(RuntimeError):
-                group.recv([torch.empty(1)], peer, _NOBODY_SENDS).wait(timedelta(milliseconds=1))
+                nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+                group.recv([nothing], peer, _NOBODY_SENDS).wait(timedelta(milliseconds=1))
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
