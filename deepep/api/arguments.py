@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import torch
 
 from deepep.api.handles import (
+    AnyDispatchHandle,
     AnyLowLatencyHandle,
     DispatchHandle,
     OwnedLowLatencyHandle,
@@ -147,7 +148,7 @@ def num_sms_of(config: object) -> int:
 
 def dispatch_request(
     x: Any,
-    handle: DispatchHandle | None,
+    handle: AnyDispatchHandle | None,
     layout: tuple[
         torch.Tensor | None,  # num_tokens_per_rank
         torch.Tensor | None,  # num_tokens_per_rdma_rank
@@ -156,6 +157,7 @@ def dispatch_request(
     ],
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
+    engine: Engine,
     *,
     expert_alignment: int,
     num_worst_tokens: int,
@@ -172,7 +174,7 @@ def dispatch_request(
         if topk_idx is not None or topk_weights is not None:
             name = "topk_idx" if topk_idx is not None else "topk_weights"
             raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
-        route = handle.route if type(handle) is DispatchHandle else route_of(handle)
+        route = handle.route if type(handle) is DispatchHandle else route_of(handle, engine)
         return DispatchRequest(rows, scales, route=route, num_sms=num_sms)
     per_rank, per_domain, per_expert, in_rank = layout
     if per_rank is None or in_rank is None or per_expert is None:
@@ -193,13 +195,14 @@ def dispatch_request(
 
 def combine_request(
     x: torch.Tensor,
-    handle: DispatchHandle,
+    handle: AnyDispatchHandle,
     topk_weights: torch.Tensor | None,
     bias: Any,
     num_sms: int,
+    engine: Engine,
 ) -> CombineRequest:
     """A combine along the routes of `handle`, with no, one or two biases."""
-    route = handle.route if type(handle) is DispatchHandle else route_of(handle)
+    route = handle.route if type(handle) is DispatchHandle else route_of(handle, engine)
     if bias is None:
         return CombineRequest(x, route, topk_weights, (), num_sms)
     biases = bias if isinstance(bias, tuple) else (bias,)
@@ -223,7 +226,7 @@ def low_latency_combine_request(
     """A low-latency combine of what `handle`'s dispatch brought."""
     if use_logfmt and zero_copy:
         raise ArgumentError("use_logfmt", "True, with zero_copy", "one of the two")
-    if type(handle) is OwnedLowLatencyHandle:
+    if type(handle) is OwnedLowLatencyHandle and handle.route is not None:
         route = handle.route
     else:
         route = low_latency_route_of(handle, engine)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from deepep.api import arguments
-from deepep.api.handles import DispatchHandle
+from deepep.api.handles import AnyDispatchHandle, DispatchHandle
 from deepep.api.info import BufferInfo
 from deepep.api.low_latency import LowLatencyCalls
 from deepep.api.results import CombineResult, DispatchLayoutResult, DispatchResult, Rows
@@ -314,7 +314,7 @@ class Buffer(LowLatencyCalls):
     def dispatch(
         self,
         x: Rows,
-        handle: DispatchHandle | None = None,
+        handle: AnyDispatchHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -332,8 +332,9 @@ class Buffer(LowLatencyCalls):
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
             of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`.
-        handle: of an earlier dispatch: repeat its routing for new rows, without host waits. Then no top-k
-            tensors; layout tensors, expert_alignment and num_worst_tokens are the handle's, and ignored here.
+        handle: of an earlier dispatch, or its entries as a tuple: repeat its routing for new rows, without
+            host waits. Then no top-k tensors; layout tensors, expert_alignment and num_worst_tokens are the
+            handle's, and ignored here.
         num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`; needed without
             handle. num_tokens_per_rdma_rank: of the same; may be left out, it follows from is_token_in_rank.
         topk_idx, topk_weights: [T, K] int32/int64 and float32, both or none.
@@ -372,6 +373,7 @@ class Buffer(LowLatencyCalls):
                 (num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank),
                 topk_idx,
                 topk_weights,
+                self._engine,
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
                 num_sms=Buffer.num_sms if config is None else arguments.num_sms_of(config),
@@ -383,13 +385,13 @@ class Buffer(LowLatencyCalls):
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         if handle is not None:
             return DispatchResult(recv_x, None, None, None, None, event)
-        counts, returned = done.num_tokens_per_expert, DispatchHandle(done.route)
+        counts, returned = done.num_tokens_per_expert, DispatchHandle(done.route, done.completion)
         return DispatchResult(recv_x, done.topk_idx, done.topk_weights, counts, returned, event)
 
     def combine(
         self,
         x: torch.Tensor,
-        handle: DispatchHandle,
+        handle: AnyDispatchHandle,
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         config: Config | None = None,
@@ -400,7 +402,8 @@ class Buffer(LowLatencyCalls):
         """Bring the rows back to their tokens' ranks and sum them there, without weights.
 
         x: [N, H] bf16 (float32 and float64 where the backend takes them), one row per row received.
-        handle: of the dispatch. topk_weights: [N, K] float32, returned to their sources by a plain sum.
+        handle: of the dispatch, or its entries as a tuple.
+        topk_weights: [N, K] float32, returned to their sources by a plain sum.
         bias: None, [T, H], or two of them. config and the rest: as for `dispatch`.
 
         Returns (combined_x [T, H], combined_topk_weights [T, K] or None, event). combined_x[t] = bias_0 +
@@ -416,7 +419,7 @@ class Buffer(LowLatencyCalls):
         try:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
             sms = Buffer.num_sms if config is None else arguments.num_sms_of(config)
-            request = arguments.combine_request(x, handle, topk_weights, bias, sms)
+            request = arguments.combine_request(x, handle, topk_weights, bias, sms, self._engine)
         except ArgumentError as problem:
             self._engine.refuse(Operation.COMBINE, problem, Schedule(asynchronous=bool(async_finish)))
         done = self._engine.combine(request, schedule)
@@ -426,7 +429,7 @@ class Buffer(LowLatencyCalls):
     def internode_dispatch(
         self,
         x: Rows,
-        handle: DispatchHandle | None = None,
+        handle: AnyDispatchHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -460,7 +463,7 @@ class Buffer(LowLatencyCalls):
     def internode_combine(
         self,
         x: torch.Tensor,
-        handle: DispatchHandle,
+        handle: AnyDispatchHandle,
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         config: Config | None = None,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from deepep.errors import ArgumentTypeError, HandleError
+from deepep.api.rebuilt import NUM_ENTRIES, PREFIX, SEAL, SOURCES, TABLE, rebuilt_route, seal
+from deepep.errors import ArgumentTypeError, DeepEPError, HandleError
+from deepep.runtime.checks import check_int
+from deepep.runtime.completion import Completion
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import LowLatencyRoute, Route
 
@@ -17,34 +21,50 @@ from deepep.runtime.requests import LowLatencyRoute, Route
 class DispatchHandle:
     """Handle of a high-throughput dispatch, valid for any number of cached dispatches and combines.
 
-    Indexing gives V1's intranode tuple where this library has its entries, None where it has not:
-    0: rank_prefix_matrix [R, R] int32, of which column `rank` is meaningful (inclusive sums of rows received,
-    by source rank); 3: recv_src_idx [N] int32, the source token of each row; 4: is_token_in_rank [T, R] bool.
+    A sequence of six, as V1's intranode tuple: this library's entries where it has them, None where not.
+    0: rank_prefix_matrix [R, R] int32, inclusive sums of rows by source rank, of each destination; 1: int64,
+    for this library alone (rebuilt.py); 3: recv_src_idx [N] int32, the source token of each row;
+    4: is_token_in_rank [T, R] bool. Taking them waits for the dispatch. Put together again as a tuple, they
+    are a handle, too.
     """
 
     route: Route
+    completion: Completion | None = None
+    _made: dict[int, torch.Tensor | None] | None = field(default=None, init=False)
 
     def __len__(self) -> int:
-        return 6
+        return NUM_ENTRIES
 
     def __iter__(self) -> Iterator[torch.Tensor | None]:
-        return (self[i] for i in range(6))
+        return (self[i] for i in range(NUM_ENTRIES))
 
     def __getitem__(self, index: int) -> torch.Tensor | None:
-        if not -6 <= index < 6:
-            raise IndexError(f"handle index {index}; allowed: -6 to 5")
-        entry, route = index % 6, self.route
-        if entry != 4 and (route.plan is None or entry not in (0, 3)):
-            return None
-        with torch.inference_mode(False), torch.no_grad():  # to be saved for a backward
-            if entry == 4:
-                table = route.is_token_in_rank
-                return table.clone() if table.is_inference() else table
-            if entry == 3:
-                sources = route.engine.route_sources(route)
-                return None if sources is None else sources.clone()
-            counts = route.engine.route_counts(route).to(route.is_token_in_rank.device, torch.int32)
-            return counts.cumsum(dim=0, dtype=torch.int32)
+        if not -NUM_ENTRIES <= index < NUM_ENTRIES:
+            raise IndexError(f"handle index {index}; allowed: {-NUM_ENTRIES} to {NUM_ENTRIES - 1}")
+        return self._entries[index % NUM_ENTRIES]
+
+    @property
+    def _entries(self) -> dict[int, torch.Tensor | None]:
+        """Entries by place, made once they can be: the same tensors each time."""
+        if self._made is not None:
+            return self._made
+        route = self.route
+        entries: dict[int, torch.Tensor | None] = dict.fromkeys(range(NUM_ENTRIES))
+        with torch.inference_mode(False), torch.no_grad():  # normal tensors: to be saved for a backward
+            if self.completion is not None:
+                with contextlib.suppress(DeepEPError):  # a dispatch that failed has no plan
+                    self.completion.host_wait()
+            table = route.is_token_in_rank
+            entries[TABLE] = table.clone() if table.is_inference() else table
+            if route.plan is None:
+                return entries
+            sources = route.engine.route_sources(route)
+            entries[SOURCES] = sources = None if sources is None else sources.clone()
+            counts = route.engine.route_counts(route).to(table.device, torch.int32)
+            entries[PREFIX] = prefix = counts.cumsum(dim=0, dtype=torch.int32)
+            entries[SEAL] = seal(route, prefix, sources)
+        self._made = entries
+        return entries
 
     def __repr__(self) -> str:
         rows = "unknown" if self.route.num_rows is None else self.route.num_rows
@@ -69,29 +89,40 @@ class LowLatencyHandle(NamedTuple):
 class OwnedLowLatencyHandle(LowLatencyHandle):
     """A LowLatencyHandle with the route behind it; unpacks, compares and indexes as the plain tuple."""
 
-    route: LowLatencyRoute
+    route: LowLatencyRoute | None = None  # none where namedtuple's own _replace has made it
 
+
+AnyDispatchHandle = DispatchHandle | tuple[torch.Tensor | None, ...]
+"""The handle of a dispatch, or its six entries put together again."""
 
 AnyLowLatencyHandle = LowLatencyHandle | tuple[torch.Tensor, torch.Tensor, int, int, int]
 """The handle of a low-latency dispatch, or its five entries put together again."""
 
 
-def route_of(handle: object) -> Route:
-    """The route behind a high-throughput handle. Raises ArgumentTypeError or HandleError."""
+def route_of(handle: object, engine: Engine) -> Route:
+    """The route behind a high-throughput handle, or behind its six entries put together by the caller.
+
+    Raises ArgumentTypeError or HandleError.
+    """
+    if isinstance(handle, DispatchHandle):
+        return handle.route
     if isinstance(handle, LowLatencyHandle):
         raise HandleError("handle", "the handle of a low-latency dispatch", "the handle of Buffer.dispatch")
-    if not isinstance(handle, DispatchHandle):
+    if not isinstance(handle, (tuple, list)):
         raise ArgumentTypeError("handle", type(handle).__name__, "the handle of Buffer.dispatch")
-    return handle.route
+    return rebuilt_route(handle, engine)
 
 
 def low_latency_route_of(handle: object, engine: Engine) -> LowLatencyRoute:
     """The route behind a low-latency handle, or behind five values put together by the caller."""
     if isinstance(handle, DispatchHandle):
         raise HandleError("handle", "the handle of Buffer.dispatch", "the handle of low_latency_dispatch")
-    if isinstance(handle, OwnedLowLatencyHandle):
+    if isinstance(handle, OwnedLowLatencyHandle) and handle.route is not None:
         return handle.route
     if not isinstance(handle, (tuple, list)) or len(handle) != 5:
         raise ArgumentTypeError("handle", type(handle).__name__, "the handle of low_latency_dispatch")
-    source_index, ranges, num_max_tokens, hidden, num_experts = handle
-    return LowLatencyRoute(source_index, ranges, num_max_tokens, hidden, num_experts, engine)
+    for index, entry in enumerate(handle[:2]):
+        if not isinstance(entry, torch.Tensor):
+            raise ArgumentTypeError(f"handle[{index}]", type(entry).__name__, "a tensor")
+    most, hidden, experts = (check_int(f"handle[{i}]", handle[i], 1, 2**63 - 1) for i in (2, 3, 4))
+    return LowLatencyRoute(handle[0], handle[1], most, hidden, experts, engine)
