@@ -101,8 +101,8 @@ class BuildExtensions(build_ext):
         if not is_up_to_date(state, made_by):
             folder.mkdir(parents=True, exist_ok=True)
             print(f"deepep: {ext.name.rpartition('.')[2]}: compiling {source}", flush=True)
-            run(command, f"compiling {source}")
-            state.write_text(json.dumps({"made_by": made_by, "files": digests(depends)}))
+            said = run(command, f"compiling {source}")
+            state.write_text(json.dumps({"made_by": made_by, "files": digests(depends), "said": said}))
         return target
 
     def link(self, ext: Extension, objects: list[Path]) -> None:
@@ -120,12 +120,13 @@ def version_of(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], text=True, capture_output=True).stdout
 
 
-def run(command: list[str], what: str) -> None:
-    """Runs a compiler; its words are shown if it fails."""
+def run(command: list[str], what: str) -> str:
+    """Runs a compiler and returns its words, ptxas's report among them; they are shown if it fails."""
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode != 0:
         sys.stderr.write(shlex.join(command) + "\n" + done.stdout + done.stderr)
         raise SystemExit(f"{what} failed")
+    return done.stderr
 
 
 def digests(depends: Path) -> dict[str, str]:
