@@ -78,7 +78,7 @@ void bind_low_latency(py::class_<Domain>& domain) {
 /// Of the memory that a LowLatencyDomain is given: bytes, and how many of them are to be zero.
 inline std::pair<int64_t, int64_t> low_latency_bytes(int num_ranks, int max_local_experts, int max_tokens,
                                                      int max_topk, int64_t max_row_bytes) {
-  const layout::LowLatencySlots slots{num_ranks, max_local_experts, max_tokens, max_topk, max_row_bytes};
+  const layout::LowLatencySlots slots(num_ranks, max_local_experts, max_tokens, max_topk, max_row_bytes);
   return {slots.bytes(), slots.control_bytes()};
 }
 

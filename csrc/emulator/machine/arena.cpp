@@ -24,7 +24,7 @@ constexpr int kPoison = 0xff;
 Arena::Arena(size_t bytes) : capacity_(bytes) {
   base_ = reinterpret_cast<uintptr_t>(reserve(capacity_));
   cells_ = static_cast<Cell*>(reserve(capacity_ / 4 * sizeof(Cell)));
-  allocations_.push_back({"nothing", Space::host, -1, -1, 0, 0});  // what gaps belong to
+  allocations_.push_back({.name = "nothing"});  // what gaps belong to
 }
 
 Arena::~Arena() {
@@ -41,7 +41,12 @@ uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, si
   owner_.resize(used_granules_, 0);
   for (size_t g = begin / kGranule; g < used_granules_; ++g)
     owner_[g] = static_cast<uint16_t>(allocations_.size());
-  allocations_.push_back({std::move(name), space, rank, block, base_ + begin, base_ + end});
+  allocations_.push_back({.name = std::move(name),
+                          .space = space,
+                          .rank = rank,
+                          .block = block,
+                          .begin = base_ + begin,
+                          .end = base_ + end});
   poison(base_ + begin, bytes);
   return base_ + begin;
 }

@@ -18,11 +18,11 @@ enum class Space : uint8_t { symmetric, device, host, shared };
 
 struct Allocation {
   std::string name;
-  Space space;
-  int rank;
-  int block;  // of shared memory; -1 elsewhere
-  uintptr_t begin;
-  uintptr_t end;
+  Space space = Space::host;
+  int rank = -1;
+  int block = -1;  // of shared memory; -1 elsewhere
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
 };
 
 /// What is known of four bytes, or, once they were written piecewise, of one.

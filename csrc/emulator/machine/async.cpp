@@ -64,7 +64,8 @@ void Memory::observe_copy(Agent& agent, CopyId id, bool reads_only) {
 
 void Memory::log_wait(Agent& agent, int pending, bool reads_only, uint16_t site) {
   const uint64_t value = static_cast<uint64_t>(pending) | (reads_only ? uint64_t{1} << 63 : 0);
-  log({Event::Kind::wait_copies, Order::acquire, Scope::block, site, agent.now(), 0, 0, value, {}});
+  log({.kind = Event::Kind::wait_copies, .order = Order::acquire, .scope = Scope::block, .site = site,
+       .at = agent.now(), .value = value});
   advance(agent);
 }
 
@@ -74,15 +75,8 @@ void Memory::fence_async(Agent& agent, Spaces spaces, uint16_t site) {
     agent.crossed.in[space].join(agent.known);
     agent.crossed.in[space].raise(agent.now());
   }
-  log({Event::Kind::proxy_fence,
-       Order::acq_rel,
-       Scope::block,
-       site,
-       agent.now(),
-       0,
-       0,
-       static_cast<uint64_t>(spaces),
-       {}});
+  log({.kind = Event::Kind::proxy_fence, .order = Order::acq_rel, .scope = Scope::block, .site = site,
+       .at = agent.now(), .value = static_cast<uint64_t>(spaces)});
   advance(agent);
 }
 
@@ -127,7 +121,8 @@ CopyId Memory::issue(Agent& agent, Copy::Kind kind, uintptr_t to, uintptr_t from
 
 CopyId Memory::begin_copy(Agent& agent, Copy copy) {
   const auto id = static_cast<CopyId>(copies_.size());
-  log({Event::Kind::copy, Order::relaxed, Scope::block, copy.site, agent.now(), 0, copy.to, id, {}});
+  log({.kind = Event::Kind::copy, .order = Order::relaxed, .scope = Scope::block, .site = copy.site,
+       .at = agent.now(), .address = copy.to, .value = id});
   copy.issuer = agent.now();
   copy.known = agent.known;
   copy.at_launch = agent.at_launch;

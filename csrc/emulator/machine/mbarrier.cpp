@@ -100,7 +100,8 @@ void Memory::complete_phase(Barrier& barrier) {
 void Memory::arrive(Agent& agent, uintptr_t address, int64_t bytes, Order order, Scope scope, uint16_t site) {
   const Access access{bytes == 0 ? "mbarrier_arrive" : "mbarrier_expect", address, 8, site};
   Barrier& barrier = live_barrier(agent, access);
-  log({Event::Kind::arrive, order, scope, site, agent.now(), 0, address, static_cast<uint64_t>(bytes), {}});
+  log({.kind = Event::Kind::arrive, .order = order, .scope = scope, .site = site, .at = agent.now(),
+       .address = address, .value = static_cast<uint64_t>(bytes)});
   if (barrier.missing == 0)
     fail_barrier(agent, access, "one arrival more than the " + std::to_string(barrier.count) + " of a phase");
   barrier.bytes += bytes;
@@ -141,7 +142,8 @@ bool Memory::try_phase(Agent& agent, uintptr_t address, uint32_t phase, Order or
     agent.crossed.join(barrier.last.crossed);
     for (CopyId id : barrier.last.loads) observe_copy(agent, id, false);
   }
-  log({Event::Kind::wait_phase, order, scope, site, agent.now(), 0, address, phase, {}});
+  log({.kind = Event::Kind::wait_phase, .order = order, .scope = scope, .site = site, .at = agent.now(),
+       .address = address, .value = phase});
   advance(agent);
   return true;
 }

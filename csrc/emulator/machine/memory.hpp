@@ -138,10 +138,10 @@ struct Event {
   Scope scope;
   uint16_t site;
   Epoch at;
-  uint64_t step;
-  uintptr_t address;
-  uint64_t value;
-  Epoch from;  // of a load or rmw: who wrote what it read
+  uint64_t step = 0;
+  uintptr_t address = 0;
+  uint64_t value = 0;
+  Epoch from{};  // of a load or rmw: who wrote what it read
 };
 
 /// The dice and the consequences: what the memory asks of the simulation around it.

@@ -161,7 +161,8 @@ std::vector<Released> Memory::releases_of(Agent& agent, Order order, Scope scope
   std::vector<Released> out;
   for (const Released& fenced : agent.fenced)
     if (fenced.known && !(releases(order) && fenced.scope <= scope)) out.push_back(fenced);
-  if (releases(order)) out.push_back({scope, agent.now(), agent.known, false, agent.crossed});
+  if (releases(order))
+    out.push_back({.scope = scope, .origin = agent.now(), .known = agent.known, .crossed = agent.crossed});
   return out;
 }
 
@@ -211,9 +212,12 @@ void Memory::fence(Agent& agent, Order order, Scope scope, uint16_t site) {
   }
   if (releases(order)) {
     for (size_t narrower = 0; narrower < index_of(scope); ++narrower) agent.fenced[narrower] = {};
-    agent.fenced[index_of(scope)] = {scope, agent.now(), agent.known, false, agent.crossed};
+    agent.fenced[index_of(scope)] = {.scope = scope,
+                                     .origin = agent.now(),
+                                     .known = agent.known,
+                                     .crossed = agent.crossed};
   }
-  log({Event::Kind::fence, order, scope, site, agent.now(), 0, 0, 0, {}});
+  log({.kind = Event::Kind::fence, .order = order, .scope = scope, .site = site, .at = agent.now()});
   advance(agent);
 }
 
@@ -241,7 +245,8 @@ void Memory::synchronize(const std::vector<Agent*>& agents, uint16_t site) {
     all.join(agent->known);
   }
   for (const Agent* agent : agents) all.raise(agent->now());
-  log({Event::Kind::sync, Order::acq_rel, Scope::block, site, agents[0]->now(), 0, 0, agents.size(), {}});
+  log({.kind = Event::Kind::sync, .order = Order::acq_rel, .scope = Scope::block, .site = site,
+       .at = agents[0]->now(), .value = agents.size()});
   Crossed crossed;
   for (const Agent* agent : agents)
     for (size_t space = 0; space < crossed.in.size(); ++space)
@@ -270,7 +275,8 @@ uint64_t Memory::strong_load(Agent& agent, uintptr_t address, int bytes, Order o
   if (message.is_plain && message.writer.time == 0) fail_unwritten(agent, access);
   observe(agent, message, order, scope);
   note_seen(agent, history, index, scope, access.site);
-  log({Event::Kind::load, order, scope, access.site, agent.now(), 0, address, message.value, message.writer});
+  log({.kind = Event::Kind::load, .order = order, .scope = scope, .site = access.site, .at = agent.now(),
+       .address = address, .value = message.value, .from = message.writer});
   return message.value;
 }
 
@@ -302,7 +308,8 @@ void Memory::strong_store(Agent& agent, uintptr_t address, int bytes, uint64_t v
   message.scope = scope;
   message.site = access.site;
   message.releases = releases_of(agent, order, scope);
-  log({Event::Kind::store, order, scope, access.site, agent.now(), 0, address, value, {}});
+  log({.kind = Event::Kind::store, .order = order, .scope = scope, .site = access.site, .at = agent.now(),
+       .address = address, .value = value});
   append(agent, history, std::move(message));
 }
 
@@ -341,7 +348,8 @@ uint64_t Memory::strong_rmw(Agent& agent, uintptr_t address, int bytes, Rmw op, 
   message.value = bytes == 4 ? static_cast<uint32_t>(sum) : sum;
   message.scope = scope;
   message.site = access.site;
-  log({Event::Kind::rmw, order, scope, access.site, agent.now(), 0, address, message.value, from});
+  log({.kind = Event::Kind::rmw, .order = order, .scope = scope, .site = access.site, .at = agent.now(),
+       .address = address, .value = message.value, .from = from});
   append(agent, history, std::move(message));
   return old;
 }

@@ -58,15 +58,8 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
 }
 
 void Memory::log_put_order(Agent& agent, bool is_quiet, uint16_t site) {
-  log({Event::Kind::put_order,
-       Order::acq_rel,
-       Scope::sys,
-       site,
-       agent.now(),
-       0,
-       0,
-       is_quiet ? uint64_t{1} : 0,
-       {}});
+  log({.kind = Event::Kind::put_order, .order = Order::acq_rel, .scope = Scope::sys, .site = site,
+       .at = agent.now(), .value = is_quiet ? uint64_t{1} : 0});
   advance(agent);
 }
 

@@ -116,15 +116,14 @@ void Simulation::launch(int rank, const KernelSet& set, const std::string& kerne
   const auto* bytes = static_cast<const std::byte*>(args);
   Rank& on = ranks_[static_cast<size_t>(rank)];
   on.stream.push_back({false,
-                       {holder,
-                        found,
-                        {bytes, bytes + args_bytes},
-                        num_blocks,
-                        num_threads,
-                        shared_bytes,
-                        0,
-                        num_blocks,
-                        ++on.launches}});
+                       {.set = holder,
+                        .kernel = found,
+                        .args = {bytes, bytes + args_bytes},
+                        .num_blocks = num_blocks,
+                        .num_threads = num_threads,
+                        .shared_bytes = shared_bytes,
+                        .blocks_left = num_blocks,
+                        .number = ++on.launches}});
   if (std::find(bound_.begin(), bound_.end(), holder) == bound_.end()) bound_.push_back(holder);
 }
 

@@ -7,9 +7,11 @@ namespace deepep::emu {
 Simulation::Simulation(const Shape& shape, const Plan& plan)
     : shape_(shape),
       plan_(plan),
-      topology_{shape.num_ranks, shape.max_blocks, shape.max_threads,
-                shape.ranks_per_node > 0 ? shape.ranks_per_node : shape.num_ranks,
-                shape.num_gpus > 0 ? shape.num_gpus : shape.num_ranks},
+      topology_{.num_ranks = shape.num_ranks,
+                .max_blocks = shape.max_blocks,
+                .max_threads = shape.max_threads,
+                .ranks_per_node = shape.ranks_per_node > 0 ? shape.ranks_per_node : shape.num_ranks,
+                .num_gpus = shape.num_gpus > 0 ? shape.num_gpus : shape.num_ranks},
       memory_(topology_, *this),
       scheduler_(topology_, plan.strategy, plan.seed, plan.expected_steps),
       fibers_(topology_.num_slots()),
@@ -104,7 +106,7 @@ void Simulation::start_kernel(int rank) {
   memory_.teach(r.host.known, r.host);  // one clock for all threads of the kernel
   // The end of a kernel waits for its loads, and makes its stores visible to all: it is as good as a
   // system-wide fence.
-  r.boundary = {Scope::sys, r.host.now(), r.host.known, false, {}};
+  r.boundary = {.scope = Scope::sys, .origin = r.host.now(), .known = r.host.known};
   Memory::advance(r.host);
   const int sms = shape_.num_sms > 0 ? shape_.num_sms : launch.num_blocks;
   while (launch.next_block < std::min(sms, launch.num_blocks)) start_block(rank, launch);

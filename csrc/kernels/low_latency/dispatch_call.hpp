@@ -63,13 +63,13 @@ struct LowLatencyDispatchCall {
                                                               uint32_t epoch) {
   using namespace dev;
   const layout::SplitOf<int> split{args.refused ? 0 : args.num_tokens, num_blocks()};
-  const LowLatencyDispatchCall call{args,
-                                    args.group,
-                                    epoch,
-                                    Deadline::in(args.group.timeout_ns),
-                                    message_of(args),
-                                    split.begin(block()),
-                                    split.end(block())};
+  const LowLatencyDispatchCall call{.args = args,
+                                    .g = args.group,
+                                    .epoch = epoch,
+                                    .deadline = Deadline::in(args.group.timeout_ns),
+                                    .message = message_of(args),
+                                    .begin = split.begin(block()),
+                                    .end = split.end(block())};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);

@@ -60,7 +60,12 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
   // The layout computes in 64 bits; what it adds up is at most this.
   const layout::wide_t row = layout::wide_t(row_bytes) + 4 + 4 * num_scales + num_topk * (index_bytes + 4);
   (void)as_size(num_rows * row + 5 * layout::kLine, "receive_slot");
-  return layout::SlotLayout{num_rows, row_bytes, int(num_scales), int(num_topk), int(index_bytes)}.bytes();
+  const layout::SlotLayout slot{.capacity = num_rows,
+                                .row_bytes = row_bytes,
+                                .num_scales = int(num_scales),
+                                .num_topk = int(num_topk),
+                                .index_bytes = int(index_bytes)};
+  return slot.bytes();
 }
 
 LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden, int64_t num_topk)
