@@ -77,19 +77,19 @@ void bind_arena(py::module_& m) {
       },
       "arena"_a, "num_bytes"_a);
   m.def(
-      "arena_set_aside",
+      "arena_reserve_tail",
       [](int64_t id, int64_t bytes) {
-        return arenas().of(id,
-                           [&](Arena& arena) { return reinterpret_cast<uintptr_t>(arena.set_aside(bytes)); });
+        const auto address = [&](Arena& arena) { return reinterpret_cast<uintptr_t>(arena.reserve_tail(bytes)); };
+        return arenas().of(id, address);
       },
       "arena"_a, "num_bytes"_a);
   m.def(
-      "arena_came_back",
-      [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.came_back(); }); }, "arena"_a);
+      "arena_returned",
+      [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.returned(); }); }, "arena"_a);
   m.def(
-      "arena_settle",
-      [](int64_t id, int64_t count) { arenas().of(id, [&](Arena& arena) { arena.settle(count); }); }, "arena"_a,
-      "count"_a);
+      "arena_free_returned",
+      [](int64_t id, int64_t count) { arenas().of(id, [&](Arena& arena) { arena.free_returned(count); }); },
+      "arena"_a, "count"_a);
   m.def(
       "arena_used", [](int64_t id) { return arenas().of(id, [](Arena& arena) { return arena.used(); }); },
       "arena"_a);

@@ -17,7 +17,7 @@ namespace deepep::host {
 inline constexpr int64_t kArenaUnit = 512;
 
 /// A block that came back is not free yet: torch gives back what stands free in stream order, and whoever takes
-/// it next may be on another stream. It rests until its owner, who knows the streams, says `settle`.
+/// it next may be on another stream. It rests until its owner, who knows the streams, calls `free_returned`.
 class Arena {
  public:
   Arena(std::byte* base, int64_t bytes) : base_(base), end_(bytes / kArenaUnit * kArenaUnit) {
@@ -44,11 +44,11 @@ class Arena {
   }
 
   /// How many blocks have come back since the beginning.
-  [[nodiscard]] int64_t came_back() const { return settled_ + static_cast<int64_t>(resting_.size()); }
+  [[nodiscard]] int64_t returned() const { return freed_ + static_cast<int64_t>(resting_.size()); }
 
   /// The first `count` of all that came back are free.
-  void settle(int64_t count) {
-    for (; settled_ < count && !resting_.empty(); ++settled_) {
+  void free_returned(int64_t count) {
+    for (; freed_ < count && !resting_.empty(); ++freed_) {
       set_free(resting_.front().offset, resting_.front().length);
       resting_.pop_front();
     }
@@ -56,15 +56,15 @@ class Arena {
 
   /// Sets the last `bytes` aside, for good: nothing is taken there any more. Null if they are not all free;
   /// what was set aside before stays so.
-  [[nodiscard]] std::byte* set_aside(int64_t bytes) {
-    const int64_t more = in_units(bytes) - aside_;
-    const int64_t limit = end_ - aside_;
+  [[nodiscard]] std::byte* reserve_tail(int64_t bytes) {
+    const int64_t more = in_units(bytes) - tail_;
+    const int64_t limit = end_ - tail_;
     if (more > 0) {
       const auto last = free_.empty() ? free_.end() : std::prev(free_.end());
       if (last == free_.end() || last->first + last->second != limit || last->second < more) return nullptr;
       last->second -= more;
       if (last->second == 0) free_.erase(last);
-      aside_ += more;
+      tail_ += more;
     }
     return base_ + end_ - in_units(bytes);
   }
@@ -101,8 +101,8 @@ class Arena {
   std::byte* base_;
   int64_t end_;
   int64_t used_ = 0;
-  int64_t aside_ = 0;
-  int64_t settled_ = 0;              // of the blocks that came back, how many are free again
+  int64_t tail_ = 0;
+  int64_t freed_ = 0;              // of the blocks that came back, how many are free again
   std::map<int64_t, int64_t> free_;  // offset -> length, no two adjacent
   std::deque<Stretch> resting_;      // the others, in the order in which they came
 };

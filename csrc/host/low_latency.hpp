@@ -47,8 +47,8 @@ struct LowLatencyOptions {
 };
 
 [[nodiscard]] inline layout::LowLatencySlots low_latency_slots(const LowLatencyOptions& given) {
-  return layout::LowLatencySlots(static_cast<int>(given.heaps.size()), given.max_local_experts, given.max_tokens,
-                                 given.max_topk, given.max_row_bytes);
+  return layout::LowLatencySlots(static_cast<int>(given.heaps.size()), given.max_local_experts,
+                                 given.max_tokens, given.max_topk, given.max_row_bytes);
 }
 
 template <class L>

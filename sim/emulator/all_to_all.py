@@ -197,10 +197,10 @@ class EmulatedAllToAll:
         made = {}
         for rank, mine in given.items():
             if calls[rank].posts_counts:
-                told = domain.host_counts(watched[rank])
-                if (told.phase, told.num_rows) != (0, mine.num_rows):
+                posted = domain.host_counts(watched[rank])
+                if (posted.phase, posted.num_rows) != (0, mine.num_rows):
                     raise EmulatedFailure(
-                        f"rank {rank}: {mine.num_rows} rows expected, the host heard {told}"
+                        f"rank {rank}: {mine.num_rows} rows expected, the host got {posted}"
                     )
             rows = domain.read_slot(rank, slots[rank], calls[rank], mine.num_rows)
             kept = self._read_handle(domain, rank, plans[rank], mine)
@@ -237,7 +237,7 @@ class EmulatedAllToAll:
         gpu = GPUS[number % len(GPUS)]
         machine = _emulator.Machine(
             num_ranks=num_ranks,
-            copy_engines=gpu.engine_chunks > 0,
+            copy_engines=gpu.ce_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
             strategy=shapes.STRATEGIES[number % len(shapes.STRATEGIES)],
@@ -308,8 +308,10 @@ def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
     """Objects with tensors in them, from and to whichever ranks: by destination in, by source out."""
     packed = {rank: _pack(thing) for rank, thing in sends.items()}
     sizes = [len(packed.get(rank, b"")) for rank in range(wire.num_ranks)]
-    told = wire.all_gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
-    coming = [int(told[source][wire.rank]) if source in told else 0 for source in range(wire.num_ranks)]
+    all_sizes = wire.all_gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    coming = [
+        int(all_sizes[source][wire.rank]) if source in all_sizes else 0 for source in range(wire.num_ranks)
+    ]
     sent = b"".join(packed.get(rank, b"") for rank in range(wire.num_ranks))
     rows = torch.empty(0, dtype=torch.uint8, device="cpu")
     if sent:

@@ -23,7 +23,7 @@ class Gpu:
     num_blocks: blocks of a launch, of which push_blocks write to other ranks and local_blocks work on rows
     that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
     blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
-    as the ranks count them, modulo 2^32. engine_chunks: into so many parts the copy engine cuts the rows that
+    as the ranks count them, modulo 2^32. ce_chunks: into so many parts the copy engine cuts the rows that
     a combine returns, each engine_shrink percent of the one before; 0: SMs return them.
     """
 
@@ -35,12 +35,12 @@ class Gpu:
     timeout: float = 1.0
     reduce_blocks: int = 0
     calls_before: int = 0
-    engine_chunks: int = 0
+    ce_chunks: int = 0
     engine_shrink: int = 100
 
     def num_actors(self, num_ranks: int) -> int:
         """Ranks and the copy engines that are used, which are counted behind them."""
-        return num_ranks * 2 if self.engine_chunks else num_ranks
+        return num_ranks * 2 if self.ce_chunks else num_ranks
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,7 @@ class EmulatedDomain:
             send_row=plan.send_row,
             out=out,
             out_weights=out_weights,
-            ce_chunks=self.gpu.engine_chunks,
+            ce_chunks=self.gpu.ce_chunks,
             ce_shrink=self.gpu.engine_shrink,
         )
         return out, out_weights

@@ -17,14 +17,14 @@ GPUS = (
     Gpu(num_blocks=4, num_threads=64, push_blocks=2, local_blocks=2),
     Gpu(num_blocks=3, num_threads=64, push_blocks=2, local_blocks=1, num_sms=1),
     Gpu(num_blocks=3, num_threads=64, push_blocks=1, local_blocks=2, reduce_blocks=3),
-    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, engine_chunks=2),
+    Gpu(num_blocks=2, num_threads=64, push_blocks=1, local_blocks=1, ce_chunks=2),
     Gpu(
         num_blocks=3,
         num_threads=64,
         push_blocks=1,
         local_blocks=2,
         num_sms=1,
-        engine_chunks=4,
+        ce_chunks=4,
         engine_shrink=57,
     ),
 )

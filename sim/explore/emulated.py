@@ -67,7 +67,7 @@ class _ScenarioRun:
         gpu = scenario.gpu
         machine = _emulator.Machine(
             num_ranks=self.num_ranks,
-            copy_engines=gpu.engine_chunks > 0,
+            copy_engines=gpu.ce_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
             num_sms=gpu.num_sms,

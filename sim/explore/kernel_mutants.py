@@ -364,16 +364,26 @@ _FLAGS = (
     "-O1",
     "-g0",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",
 )
 
 
-def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Path:
+_COMMON = "common.hpp"
+
+
+def precompile(csrc: Path, folder: Path, compiler: str = "c++") -> Path:
+    """Compiles the headers that no mutant changes, once for all builds; under `folder`, which it returns."""
+    header = folder / _COMMON
+    header.write_text('#include "emulator/passing_waits.hpp"\n')  # with it, all of the vocabulary
+    _run([compiler, *_FLAGS, f"-I{csrc}", "-x", "c++-header", str(header), "-o", f"{header}.gch"], "headers")
+    return folder
+
+
+def build(mutant: Mutant, csrc: Path, folder: Path, common: Path, compiler: str = "c++") -> Path:
     """Compiles the kernels that the mutant's file is a part of, under `folder`; returns the library.
 
-    The emulator takes all others from its own library.
+    common: the folder of `precompile`. The emulator takes all other kernels from its own library.
 
     Raises:
         ValueError: the mutant does not compile, which is a fault of the pattern that made it.
@@ -382,13 +392,17 @@ def build(mutant: Mutant, csrc: Path, folder: Path, compiler: str = "c++") -> Pa
     changed.parent.mkdir(parents=True, exist_ok=True)
     changed.write_text(mutant.text)
     source, library = folder / "kernels.cpp", folder / "kernels.so"
-    headers = ["emulator/passing_waits.hpp", *kernels_with(mutant.file, csrc), "emulator/kernel_set.hpp"]
+    headers = [_COMMON, *kernels_with(mutant.file, csrc), "emulator/kernel_set.hpp"]
     source.write_text("".join(f'#include "{header}"\n' for header in headers))
-    command = [compiler, *_FLAGS, f"-I{folder}", f"-I{csrc}", str(source), "-o", str(library)]
+    includes = [f"-I{common}", f"-I{folder}", f"-I{csrc}"]
+    _run([compiler, *_FLAGS, *includes, "-shared", str(source), "-o", str(library)], mutant.name)
+    return library
+
+
+def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise ValueError(f"{mutant.name} does not compile:\n{done.stderr[:2000]}")
-    return library
+        raise ValueError(f"{what} does not compile:\n{done.stderr[:2000]}")
 
 
 def kernels_with(file: str, csrc: Path) -> list[str]:

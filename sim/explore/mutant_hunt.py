@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from threading import Event
 
@@ -22,6 +23,7 @@ from deepep.sim.explore.kernel_mutants import (
     LOW_LATENCY_FILES,
     Mutant,
     build,
+    precompile,
 )
 from deepep.sim.explore.low_latency import LowLatencyScenario
 from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
@@ -72,11 +74,17 @@ class HuntOver(Exception):
 
 
 def hunt(
-    mutant: Mutant, csrc: Path, *, runs: int = 400, seconds: float = 60.0, over: Event | None = None
+    mutant: Mutant,
+    csrc: Path,
+    common: Path,
+    *,
+    runs: int = 400,
+    seconds: float = 60.0,
+    over: Event | None = None,
 ) -> Catch:
     """Builds and explores one mutant: in every second run a rank stops somewhere.
 
-    Raises HuntOver once `over` is set.
+    common: what `kernel_mutants.precompile` made. Raises HuntOver once `over` is set.
     """
 
     def progress(_: object) -> None:
@@ -86,7 +94,7 @@ def hunt(
     progress(None)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder))))
+        kernels = _emulator.load_kernels(str(build(mutant, csrc, Path(folder), common)))
     built = time.monotonic()
     if mutant.file == COPY_FILE:
         copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
@@ -136,16 +144,17 @@ def hunt_all(
 
     over = Event()
 
-    def one(mutant: Mutant) -> Catch:
+    def one(mutant: Mutant, common: Path) -> Catch:
         patience = seconds / 10 if mutant.name in HARMLESS else seconds
-        catch = hunt(mutant, csrc, runs=runs, seconds=patience, over=over)
+        catch = hunt(mutant, csrc, common, runs=runs, seconds=patience, over=over)
         if done is not None:
             done(catch)
         return catch
 
-    with ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        common = precompile(csrc, Path(folder))
         try:
-            return list(pool.map(one, wanted))
+            return list(pool.map(one, wanted, repeat(common)))
         except BaseException:  # Ctrl-C: the pool waits for its workers, which look at this between two runs
             over.set()
             raise

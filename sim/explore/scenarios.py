@@ -59,7 +59,7 @@ class Scenario:
     short_slots: slots have room for one row less than comes, where the host waits for the counts: ranks
     learn of it with the counts, and acquire anew.
     num_combines: how often each case's combine is run, from the one handle.
-    refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all hear of it.
+    refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all learn of it.
     """
 
     cases: tuple[Case, ...]

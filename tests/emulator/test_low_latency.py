@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from harness.side_by_side import explore_side_by_side
 
 from deepep import _emulator
 from deepep.reference import formats
@@ -43,15 +44,15 @@ def test_drawn_calls_give_the_references_bits() -> None:
 
 @pytest.mark.slow
 def test_many_drawn_calls_give_the_references_bits() -> None:
-    tally = explore_low_latency(first_seed=1000, runs=1500)
-    assert tally.failure is None, str(tally.failure)
+    for tally in explore_side_by_side(explore_low_latency, first_seed=1000, runs=1000):
+        assert tally.failure is None, str(tally.failure)
 
 
 @pytest.mark.slow
 def test_ranks_that_stop_leave_faults_and_nobody_waiting() -> None:
-    tally = explore_low_latency(first_seed=5000, runs=800, with_stops=True)
-    assert tally.failure is None, str(tally.failure)
-    assert tally.kinds["fault"] > 0
+    for tally in explore_side_by_side(explore_low_latency, first_seed=5000, runs=600, with_stops=True):
+        assert tally.failure is None, str(tally.failure)
+        assert tally.kinds["fault"] > 0
 
 
 def test_a_stop_is_a_fault_that_names_the_rank() -> None:

@@ -122,11 +122,11 @@ def extension(num_rows: int) -> ModuleType:
     stub.staging_capacity = lambda *args: 1 << 20
     stub.stream_is_idle = lambda stream: True
     stub.arena_open = lambda base, num_bytes: 1
-    for name in ("select", "close", "settle"):
+    for name in ("select", "close", "free_returned"):
         setattr(stub, f"arena_{name}", lambda *args: None)
-    stub.arena_came_back = lambda arena: 0
+    stub.arena_returned = lambda arena: 0
     stub.arena_used = lambda arena: 1  # so the pool's end leaves the heap to whoever holds it
-    for name in ("set_aside", "reserve"):
+    for name in ("reserve_tail", "reserve"):
         setattr(stub, f"arena_{name}", lambda arena, num_bytes: torch.empty(num_bytes).data_ptr())
     return stub
 

@@ -1,8 +1,9 @@
 """Resources of the kernels, and the vocabulary they are written in; no GPU is needed.
 
-ptxas is asked for every kernel, with the flags of setup.py, or has said it when the package was built here: no
-spills, no stack, registers for a whole block, shared memory from the launch alone. The sources are read for the rule that lets the emulator run them:
-everything that crosses a warp, a block or a rank goes through the vocabulary of csrc/device.
+ptxas is asked for every kernel, with the flags of setup.py, or has said it when the package was built here:
+no spills, no stack, registers for a whole block, shared memory from the launch alone. The sources are read
+for the rule that lets the emulator run them: everything that crosses a warp, a block or a rank goes through
+the vocabulary of csrc/device.
 """
 
 from __future__ import annotations

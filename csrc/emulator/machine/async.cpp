@@ -85,11 +85,11 @@ void Memory::fence_async(Agent& agent, Spaces spaces, uint16_t site) {
 void Memory::check_copy(const Agent& agent, const Access& access, bool in_shared) {
   if (access.bytes <= 0 || access.bytes % kUnit != 0 || access.address % kUnit != 0)
     environment_.fail("misaligned access",
-                      told(agent, access) + ": a bulk copy has 16-byte addresses and sizes");
+                      described(agent, access) + ": a bulk copy has 16-byte addresses and sizes");
   const Allocation* allocation = arena.find(access.address, static_cast<size_t>(access.bytes));
-  if (allocation == nullptr) environment_.fail("out of bounds", told(agent, access));
+  if (allocation == nullptr) environment_.fail("out of bounds", described(agent, access));
   if (!is_reachable(agent, *allocation) || (allocation->space == Space::shared) != in_shared)
-    environment_.fail("foreign memory", told(agent, access) +
+    environment_.fail("foreign memory", described(agent, access) +
                                             ": a bulk copy is between the block's shared memory and "
                                             "global memory that its thread may touch");
 }

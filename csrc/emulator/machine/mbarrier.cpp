@@ -13,7 +13,7 @@ constexpr int64_t kMaxCount = (int64_t{1} << 20) - 1;
 }  // namespace
 
 void Memory::fail_barrier(const Agent& agent, const Access& access, const std::string& why) const {
-  environment_.fail("mbarrier misuse", told(agent, access) + ": " + why +
+  environment_.fail("mbarrier misuse", described(agent, access) + ": " + why +
                                            "\n  its latest ordered operations:\n" +
                                            events_of(thread_of(agent).slot, 0, 6, true));
   std::abort();
@@ -53,10 +53,10 @@ void Memory::init_barrier(Agent& agent, uintptr_t address, uint32_t count, uint1
 
 /// The mbarrier at the address, for an operation of a thread of its block.
 Barrier& Memory::live_barrier(Agent& agent, const Access& access) {
-  if (access.address % 8 != 0) environment_.fail("misaligned access", told(agent, access));
+  if (access.address % 8 != 0) environment_.fail("misaligned access", described(agent, access));
   const Allocation* allocation = arena.find(access.address, 8);
-  if (allocation == nullptr) environment_.fail("out of bounds", told(agent, access));
-  if (!is_reachable(agent, *allocation)) environment_.fail("foreign memory", told(agent, access));
+  if (allocation == nullptr) environment_.fail("out of bounds", described(agent, access));
+  if (!is_reachable(agent, *allocation)) environment_.fail("foreign memory", described(agent, access));
   const Cell& cell = arena.cell(access.address);
   if (cell.shape != Cell::Shape::barrier || barriers_[cell.extra].address != access.address)
     fail_barrier(agent, access, "there is none");

@@ -322,7 +322,7 @@ class Memory {
   /// Fails unless all bytes of an ordered access were written.
   void check_written(const Agent& agent, const Access& access);
   [[noreturn]] void fail_unwritten(const Agent& agent, const Access& access);
-  [[nodiscard]] std::string told(const Agent& agent, const Access& access) const;
+  [[nodiscard]] std::string described(const Agent& agent, const Access& access) const;
   /// Of a copy, the moment it was issued; of others, the same.
   [[nodiscard]] Epoch thread_of(Epoch epoch) const;
   [[nodiscard]] Epoch thread_of(const Agent& agent) const;

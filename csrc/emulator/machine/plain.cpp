@@ -6,11 +6,12 @@ namespace deepep::emu {
 void Memory::check_reach(const Agent& agent, const Access& access) {
   const auto bytes = static_cast<size_t>(access.bytes);
   const Allocation* allocation = arena.find(access.address, bytes);
-  if (allocation == nullptr) environment_.fail("out of bounds", told(agent, access));
+  if (allocation == nullptr) environment_.fail("out of bounds", described(agent, access));
   const bool is_device = topology_.is_device(agent.slot);
-  if (is_device && access.address % bytes != 0) environment_.fail("misaligned access", told(agent, access));
+  if (is_device && access.address % bytes != 0)
+    environment_.fail("misaligned access", described(agent, access));
   if (!is_reachable(agent, *allocation))
-    environment_.fail("foreign memory", told(agent, access) + ": not this thread's to touch");
+    environment_.fail("foreign memory", described(agent, access) + ": not this thread's to touch");
 }
 
 bool Memory::is_reachable(const Agent& agent, const Allocation& allocation) const {

@@ -9,9 +9,9 @@ namespace deepep::emu {
 /// Symmetric memory corresponds by the order in which each rank has allocated it.
 uintptr_t Memory::counterpart(const Agent& agent, const Access& access, int rank) {
   const Allocation* own = arena.find(access.address, static_cast<size_t>(access.bytes));
-  if (own == nullptr) environment_.fail("out of bounds", told(agent, access));
+  if (own == nullptr) environment_.fail("out of bounds", described(agent, access));
   if (own->space != Space::symmetric || own->rank != topology_.rank_of(agent.slot))
-    environment_.fail("foreign memory", told(agent, access) +
+    environment_.fail("foreign memory", described(agent, access) +
                                             ": a put is between symmetric memory of its own rank and "
                                             "the same of another");
   const auto count_before = [&](const Allocation* end) {
@@ -27,7 +27,7 @@ uintptr_t Memory::counterpart(const Agent& agent, const Access& access, int rank
     return a.begin + (access.address - own->begin);
   }
   environment_.fail("foreign memory",
-                    told(agent, access) + ": rank " + std::to_string(rank) + " has no counterpart");
+                    described(agent, access) + ": rank " + std::to_string(rank) + " has no counterpart");
   return 0;
 }
 
@@ -40,7 +40,7 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
   copy.rank = rank;
   copy.behind = behind;
   if (bytes < 0 || (bytes == 0 && signal.address == 0))
-    environment_.fail("out of bounds", told(agent, {"put", to, bytes, site}));
+    environment_.fail("out of bounds", described(agent, {"put", to, bytes, site}));
   if (bytes > 0) {
     (void)counterpart(agent, {"put from", from, bytes, site}, rank);
     copy.from = from;
@@ -48,7 +48,7 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
   }
   if (signal.address != 0) {
     const Access access{"put's signal", signal.address, 8, site};
-    if (signal.address % 8 != 0) environment_.fail("misaligned access", told(agent, access));
+    if (signal.address % 8 != 0) environment_.fail("misaligned access", described(agent, access));
     copy.signal = signal;
     copy.signal.address = counterpart(agent, access, rank);
     // A relaxed store: it carries what a fence of this thread has released before.

@@ -56,7 +56,7 @@ Epoch Memory::thread_of(const Agent& agent) const {
   return agent.copy == 0 ? agent.now() : copies_[agent.copy].issuer;
 }
 
-std::string Memory::told(const Agent& agent, const Access& access) const {
+std::string Memory::described(const Agent& agent, const Access& access) const {
   return environment_.name_of(thread_of(agent)) + ": " + access.what + " of " + std::to_string(access.bytes) +
          " bytes, " + place(access.address) + ", at " + sites.name(access.site);
 }
@@ -67,7 +67,7 @@ void Memory::check_written(const Agent& agent, const Access& access) {
 }
 
 void Memory::fail_unwritten(const Agent& agent, const Access& access) {
-  environment_.fail("read of memory never written", told(agent, access) +
+  environment_.fail("read of memory never written", described(agent, access) +
                                                         "\n  its latest ordered operations:\n" +
                                                         events_of(thread_of(agent).slot, 0, 6, true));
   std::abort();  // fail() does not return, but not every compiler believes it of a virtual function
@@ -140,7 +140,7 @@ std::string Memory::events_of(Slot slot, Time from, size_t count, bool last_ones
 
 void Memory::fail_race(const Agent& agent, const Access& access, const char* other_what, Epoch other,
                        uint16_t other_site, const char* reason) {
-  std::string text = told(agent, access) + "\n  after ";
+  std::string text = described(agent, access) + "\n  after ";
   const bool is_kernel = other.slot == topology_.kernel(topology_.rank_of(other.slot));
   const bool is_copy = other.slot == topology_.copies();
   const Epoch thread = thread_of(other);

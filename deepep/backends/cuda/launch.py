@@ -34,7 +34,7 @@ class Phase(IntFlag):
     STAGING = 4
     RETURN = 8
     ARRIVAL = 16
-    ENGINE = 32
+    COPY_ENGINE = 32
     TOO_MANY_ROWS = 64
     DISAGREEMENT = 128
     OVERWRITTEN = 256

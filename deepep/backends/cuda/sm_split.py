@@ -32,7 +32,7 @@ MIXING_SMS = 20
 COPY_ENGINE_SMS = 12
 COPY_ENGINE_BYTES = 8 << 20
 #: what it is ordered costs the host time: a few orders a call
-ENGINE_ORDERS = 8
+CE_ORDERS = 8
 #: no parts: SMs return the rows
 NO_COPY_ENGINE = (0, 100)
 #: how long all sums take by so many SMs, of what the engine takes, in percent
@@ -64,7 +64,7 @@ def ce_chunks(num_sms: int, num_ranks: int) -> tuple[int, int]:
     """
     if num_ranks == 1 or num_sms > COPY_ENGINE_SMS:
         return NO_COPY_ENGINE
-    chunks = min(4, max(2, ENGINE_ORDERS // (num_ranks - 1)))
+    chunks = min(4, max(2, CE_ORDERS // (num_ranks - 1)))
     return chunks, next(percent for sms, percent in SUMMING if num_sms <= sms)
 
 

@@ -47,10 +47,10 @@ class Arena:
         self._give_back(BASE + unit * UNIT, units * UNIT - 7, 0, None)
 
     def reserve_tail(self, units: int) -> int | None:
-        return self._unit(_cuda.arena_set_aside(self.id, units * UNIT - 7))
+        return self._unit(_cuda.arena_reserve_tail(self.id, units * UNIT - 7))
 
-    def settle(self) -> None:
-        _cuda.arena_settle(self.id, _cuda.arena_came_back(self.id))
+    def free_returned(self) -> None:
+        _cuda.arena_free_returned(self.id, _cuda.arena_returned(self.id))
 
     @staticmethod
     def _unit(address: int) -> int | None:
@@ -107,8 +107,8 @@ def test_every_operation_does_what_the_model_does(operations: list[tuple[str, in
                 resting.append(block)
                 came_back += 1
             elif name == "settle":
-                settled = came_back - len(resting)
-                _cuda.arena_settle(arena.id, settled + number)
+                freed = came_back - len(resting)
+                _cuda.arena_free_returned(arena.id, freed + number)
                 for block in resting[:number]:
                     mark(*block, "free", "resting")
                 del resting[:number]
@@ -121,11 +121,11 @@ def test_every_operation_does_what_the_model_does(operations: list[tuple[str, in
                     mark(begin, more, "aside", "free")
                     aside += more
             assert _cuda.arena_used(arena.id) == UNIT * memory.count("held")
-            assert _cuda.arena_came_back(arena.id) == came_back
+            assert _cuda.arena_returned(arena.id) == came_back
         # Nothing is lost: all but what was set aside is one stretch again.
         for block in held:
             arena.give_back(*block)
-        arena.settle()
+        arena.free_returned()
         if aside < UNITS:
             assert arena.take(UNITS - aside) == 0
         assert arena.take(1) is None
@@ -138,13 +138,13 @@ def test_what_came_back_rests_until_it_is_settled() -> None:
         assert _cuda.arena_used(arena.id) == 0
         assert arena.take(1) is None
         assert arena.reserve_tail(1) is None
-        seen = _cuda.arena_came_back(arena.id)
-        _cuda.arena_settle(arena.id, seen)
+        seen = _cuda.arena_returned(arena.id)
+        _cuda.arena_free_returned(arena.id, seen)
         assert arena.take(2) == 0
         arena.give_back(0, 2)
-        _cuda.arena_settle(arena.id, seen)  # later than was looked: not settled
+        _cuda.arena_free_returned(arena.id, seen)  # later than was looked: not freed
         assert arena.take(3) is None
-        arena.settle()
+        arena.free_returned()
         assert arena.take(4) == 0
 
 
@@ -157,7 +157,7 @@ def test_what_is_set_aside_stays_so() -> None:
         assert arena.reserve_tail(4) is None
         assert arena.reserve_tail(3) == 7
         arena.give_back(0, 7)
-        arena.settle()
+        arena.free_returned()
         assert arena.reserve_tail(11) is None
         assert arena.reserve_tail(10) == 0
         assert arena.take(1) is None
@@ -179,4 +179,4 @@ def test_a_closed_arena_has_nothing() -> None:
     assert arena.take(1) is None
     assert arena.reserve_tail(1) is None
     assert _cuda.arena_used(arena.id) == 0
-    assert _cuda.arena_came_back(arena.id) == 0
+    assert _cuda.arena_returned(arena.id) == 0

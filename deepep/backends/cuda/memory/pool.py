@@ -71,7 +71,7 @@ class ReceivePool:
         self._backoff = Backoff()
         self._was_full = False
         self._tail = 0
-        self._settled = 0  # of what has come back to the arena
+        self._num_freed = 0  # of what has come back to the arena
         self._pool: torch.cuda.MemPool | None = None
         self._reset()
 
@@ -98,7 +98,7 @@ class ReceivePool:
     def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
         self._poll_freed()
         made = self._try(arrays)
-        if made is None and self._settle(stream):
+        if made is None and self._reclaim_returned(stream):
             made = self._try(arrays)
         # A pool keeps what was freed in pieces, and by stream.
         if made is None and self._backoff.is_due() and self.users.are_idle(but=stream):
@@ -109,7 +109,7 @@ class ReceivePool:
             # Tensors held now come back from a pool that is no more only when torch empties all its caches.
             if may_go and held <= idle and idle + in_arena >= wanted:
                 self._reset()
-                if self._settle(stream):
+                if self._reclaim_returned(stream):
                     made = self._try(arrays)
             if made is not None:
                 self._backoff.reset()
@@ -122,15 +122,15 @@ class ReceivePool:
             idle, _, may_go = self._survey()
             if idle > 0 and may_go:
                 self._reset()
-        self._settle(stream)
+        self._reclaim_returned(stream)
 
     def reclaim_by_waiting(self) -> None:
         """Gives back to the arena all that nobody holds. Waits for all work on the device."""
         self._reset()
         torch.cuda.empty_cache()  # also what tensors of earlier pools left when they were freed
-        came_back = _cuda.arena_came_back(self._arena)
+        returned = _cuda.arena_returned(self._arena)
         torch.cuda.synchronize(self._device)
-        self._settle_up_to(came_back)
+        self._free_returned(returned)
 
     def _poll_freed(self) -> None:
         """Has torch look which freed blocks streams are done with: only outside private pools it does."""
@@ -157,17 +157,17 @@ class ReceivePool:
                 held += segment["total_size"]
         return idle, held, may_go
 
-    def _settle(self, stream: int) -> bool:
+    def _reclaim_returned(self, stream: int) -> bool:
         """Makes free what has come back to the arena, if `stream` may have it; whether there was any."""
-        came_back = _cuda.arena_came_back(self._arena)
-        if came_back == self._settled or not self.users.are_idle(but=stream):
+        returned = _cuda.arena_returned(self._arena)
+        if returned == self._num_freed or not self.users.are_idle(but=stream):
             return False
-        self._settle_up_to(came_back)
+        self._free_returned(returned)
         return True
 
-    def _settle_up_to(self, came_back: int) -> None:
-        _cuda.arena_settle(self._arena, came_back)
-        self._settled = came_back
+    def _free_returned(self, returned: int) -> None:
+        _cuda.arena_free_returned(self._arena, returned)
+        self._num_freed = returned
 
     def _reset(self) -> None:
         self._pool = None
@@ -195,7 +195,7 @@ class ReceivePool:
         """The last bytes of the heap, never to be taken again,
         or a longer stretch than before of them; None if tensors lie there.
         """
-        stretch = self._view(_cuda.arena_set_aside(self._arena, num_bytes), num_bytes)
+        stretch = self._view(_cuda.arena_reserve_tail(self._arena, num_bytes), num_bytes)
         if stretch is not None:
             self._tail = num_bytes
         return stretch
