@@ -79,8 +79,9 @@ void bind_arena(py::module_& m) {
   m.def(
       "arena_reserve_tail",
       [](int64_t id, int64_t bytes) {
-        const auto address = [&](Arena& arena) { return reinterpret_cast<uintptr_t>(arena.reserve_tail(bytes)); };
-        return arenas().of(id, address);
+        return arenas().of(id, [&](Arena& arena) {
+          return reinterpret_cast<uintptr_t>(arena.reserve_tail(bytes));
+        });
       },
       "arena"_a, "num_bytes"_a);
   m.def(
