@@ -1,30 +1,101 @@
-"""install_as_deep_ep: existing clients of DeepEP run on this library unchanged."""
+"""install_as_deep_ep: existing clients of DeepEP run on this library unchanged.
+
+They import it by several names, and some look before they import (importlib.util.find_spec, the version in
+importlib.metadata): whatever they find is this library. ElasticBuffer (V2) and `deep_ep.buffers.elastic` are
+not there, so clients that ask for it learn that it is not.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterable
+from email.message import Message
+from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from os import PathLike
 from types import ModuleType
+from typing import Any
+
+_NAME = "deep_ep"
+_CPP = "deep_ep_cpp"
+_UTILS = ("envs", "event", "math", "testing")
 
 
 def install_as_deep_ep() -> None:
-    """Make `import deep_ep`, `deep_ep.utils`, `deep_ep.buffer` and `deep_ep_cpp` give this library.
+    """Make `import deep_ep` give this library, and with it `deep_ep.buffer`, `deep_ep.buffers.legacy`,
+    `deep_ep.utils` and its modules, `deep_ep._C`, and `deep_ep_cpp`.
 
     Call it before the client is imported. Raises RuntimeError if another `deep_ep` has been imported already.
     """
     import deepep
-    from deepep import utils
     from deepep.api import buffer
 
-    loaded = sys.modules.get("deep_ep")
+    loaded = sys.modules.get(_NAME)
     if loaded is not None and loaded is not deepep:
         where = getattr(loaded, "__file__", None) or "elsewhere"
         raise RuntimeError(f"deep_ep has been imported from {where}: install this library first")
-    cpp = ModuleType("deep_ep_cpp", "DeepEP's extension module, as far as clients import from it.")
-    for name in ("Config", "EventHandle", "topk_idx_t"):
-        setattr(cpp, name, getattr(deepep, name))
-    cpp.__dict__["is_sm90_compiled"] = deepep.Buffer.is_sm90_compiled
-    cpp.__dict__["get_low_latency_rdma_size_hint"] = deepep.Buffer.get_low_latency_rdma_size_hint
-    vars(deepep)["buffer"] = buffer  # `import deep_ep.buffer` finds the module and sets nothing on its parent
-    sys.modules.update(
-        {"deep_ep": deepep, "deep_ep.buffer": buffer, "deep_ep.utils": utils, "deep_ep_cpp": cpp}
+    if loaded is None:
+        sys.meta_path.append(_Metadata())
+    extension = _extension(deepep)
+    legacy = _module(f"{_NAME}.buffers.legacy", "V1's Buffer.", Buffer=deepep.Buffer, Config=deepep.Config)
+    buffers = _module(f"{_NAME}.buffers", "Buffers, by V2's names.", Buffer=deepep.Buffer, legacy=legacy)
+    buffers.__path__ = []  # a package, and nothing else in it
+    utils = importlib.import_module("deepep.utils")
+    modules = {_NAME: deepep, f"{_NAME}.buffer": buffer, f"{_NAME}.buffers": buffers, legacy.__name__: legacy}
+    modules |= {f"{_NAME}.utils": utils, _CPP: extension, f"{_NAME}._C": extension}
+    for name in _UTILS:
+        modules[f"{_NAME}.utils.{name}"] = importlib.import_module(f"deepep.utils.{name}")
+    sys.modules.update(modules)
+    # An import that finds its module in the table sets nothing on the parent.
+    vars(deepep).update(buffer=buffer, buffers=buffers, _C=extension)
+
+
+def _extension(library: ModuleType) -> ModuleType:
+    names: dict[str, Any] = {name: getattr(library, name) for name in ("Config", "EventHandle", "topk_idx_t")}
+    return _module(
+        _CPP,
+        "DeepEP's extension module, as far as clients import from it.",
+        is_sm90_compiled=library.Buffer.is_sm90_compiled,
+        get_low_latency_rdma_size_hint=library.Buffer.get_low_latency_rdma_size_hint,
+        **names,
     )
+
+
+def _module(name: str, about: str, **names: Any) -> ModuleType:
+    """A module that importlib takes for an imported one."""
+    module = ModuleType(name, about)
+    module.__spec__ = ModuleSpec(name, None, origin="deepep", is_package=name == f"{_NAME}.buffers")
+    vars(module).update(names)
+    return module
+
+
+class _Metadata(DistributionFinder):
+    """Finds the distribution "deep_ep", of this library's version; no modules."""
+
+    def find_spec(self, *asked: object) -> None:
+        """Nothing: modules stand in sys.modules."""
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
+        """The one distribution, for those who ask for it by name."""
+        asked = getattr(context, "name", None) or ""
+        return [_DeepEP()] if asked.replace("-", "_").lower() == _NAME else []
+
+
+class _DeepEP(Distribution):
+    """Metadata of "deep_ep" as this library stands for it."""
+
+    def read_text(self, filename: str) -> str | None:
+        """METADATA alone."""
+        from deepep.version import __version__
+
+        if filename != "METADATA":
+            return None
+        message = Message()
+        message["Metadata-Version"], message["Name"], message["Version"] = "2.1", _NAME, __version__
+        message["Summary"] = "deepep, installed as deep_ep"
+        return message.as_string()
+
+    def locate_file(self, path: str | PathLike[str]) -> Any:
+        """No file is installed under this name."""
+        raise FileNotFoundError(f"deep_ep is deepep under another name: it has no file {path}")

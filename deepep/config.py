@@ -11,10 +11,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from deepep.errors import RangeError
+from deepep.runtime.checks import check_int, check_num_experts
 
 DEFAULT_NUM_SMS = 24
 """SMs of high-throughput kernels where nobody says how many: measured best for this library's kernels on H200
 (docs/performance.md). V1's own default, 20, remains that of a `Config()` made without arguments."""
+
+_MOST = 2**31 - 1
 
 _TOKEN_META_BYTES = 8 + 128 * 8 + 128 * 4 + 128 * 4
 """Bytes beside a token's row in V1's queues: its source; 128 top-k indices, weights and scales."""
@@ -41,12 +44,10 @@ class Config:
     num_max_rdma_chunked_recv_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_sms < 0:
-            raise RangeError("num_sms", str(self.num_sms), "0 or more")
+        object.__setattr__(self, "num_sms", check_int("num_sms", self.num_sms, 0, _MOST))
         for name in ("nvl_chunked_send", "nvl_chunked_recv", "rdma_chunked_send", "rdma_chunked_recv"):
-            value = getattr(self, f"num_max_{name}_tokens")
-            if value <= 0:
-                raise RangeError(f"num_max_{name}_tokens", str(value), "1 or more")
+            name = f"num_max_{name}_tokens"
+            object.__setattr__(self, name, check_int(name, getattr(self, name), 1, _MOST))
         nvl_send, nvl_recv = self.num_max_nvl_chunked_send_tokens, self.num_max_nvl_chunked_recv_tokens
         if nvl_send >= nvl_recv:
             raise RangeError("num_max_nvl_chunked_send_tokens", str(nvl_send), f"less than {nvl_recv} (recv)")
@@ -82,11 +83,26 @@ def _aligned(size: int) -> int:
     return -(-size // 128) * 128
 
 
+def low_latency_size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes of V1's low-latency buffer: for each of two calls in turn, signals of all experts, and room to
+    send and to receive every row of every expert; a multiple of 128.
+
+    Raises ArgumentTypeError and RangeError.
+    """
+    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, 1, _MOST)
+    width = check_int("hidden", hidden, 1, _MOST)
+    check_int("num_ranks", num_ranks, 1, _MOST)
+    experts = check_int("num_experts", num_experts, 1, _MOST)
+    check_num_experts(experts, num_ranks)
+    fp8_bytes = width + width // 128 * 4
+    message, slot = 16 + max(2 * width, fp8_bytes), 2 * width + width // 128 * 4
+    send, receive = max(most * message, experts * most * slot), experts * most * max(message, slot)
+    return (2 * (_aligned(4 * experts) + send + receive) // 128 + 1) * 128
+
+
 def _check_size_arguments(hidden_bytes: int, num_ranks: int) -> None:
-    if hidden_bytes <= 0:
-        raise RangeError("hidden_bytes", str(hidden_bytes), "1 or more")
-    if num_ranks <= 0:
-        raise RangeError("num_ranks", str(num_ranks), "1 or more")
+    check_int("hidden_bytes", hidden_bytes, 1, _MOST)
+    check_int("num_ranks", num_ranks, 1, _MOST)
 
 
 # num_ranks: (nvl send, nvl recv, rdma send, rdma recv)
@@ -131,7 +147,6 @@ def combine_config(num_ranks: int, num_sms: int) -> Config:
 
 
 def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, int, int, int]:
-    if num_ranks <= 0:
-        raise RangeError("num_ranks", str(num_ranks), "1 or more")
+    check_int("num_ranks", num_ranks, 1, _MOST)
     sizes = sorted(table)
     return table[sizes[min(bisect_left(sizes, num_ranks), len(sizes) - 1)]]

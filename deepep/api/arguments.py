@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 
@@ -134,6 +134,16 @@ def low_latency_schedule(async_finish: bool, return_recv_hook: bool) -> Schedule
     if async_finish and return_recv_hook:
         raise ArgumentError("return_recv_hook", "True, with async_finish", "one of the two")
     return Schedule(asynchronous=bool(async_finish), hook=bool(return_recv_hook))
+
+
+def refuse_nvfp4() -> NoReturn:
+    """Arguments of the forks that send NVFP4."""
+    raise ArgumentError("use_nvfp4, x_global_scale", "NVFP4", "neither: rows travel as BF16 or FP8")
+
+
+def refuse_overlap() -> NoReturn:
+    """Arguments of the forks that combine while the experts still compute."""
+    raise ArgumentError("overlap", "True", "False: a combine starts once all rows of x are there")
 
 
 def num_sms_of(config: object) -> int:

@@ -24,7 +24,13 @@ from deepep.api.handles import AnyDispatchHandle, DispatchHandle
 from deepep.api.info import BufferInfo
 from deepep.api.low_latency import LowLatencyCalls
 from deepep.api.results import CombineResult, DispatchLayoutResult, DispatchResult, Rows
-from deepep.config import DEFAULT_NUM_SMS, Config, combine_config, dispatch_config
+from deepep.config import (
+    DEFAULT_NUM_SMS,
+    Config,
+    combine_config,
+    dispatch_config,
+    low_latency_size_hint,
+)
 from deepep.errors import ArgumentError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import backends as registry
@@ -63,7 +69,7 @@ class Buffer(LowLatencyCalls):
     Without effect, accepted because V1's clients pass them:
     num_qps_per_rank: no backend opens queue pairs of its own.
     allow_nvlink_for_low_latency_mode: inside a node, rows always take the fastest link there is.
-    allow_mnnvl: fabric handles are not used; a scale-up domain is one node.
+    allow_mnnvl, use_fabric (of forks): fabric handles are not used; a scale-up domain is one node.
     explicitly_destroy: `destroy()` may be called in any case, and more than once; without it, the buffer ends
         when it is collected, or with the process.
 
@@ -95,6 +101,7 @@ class Buffer(LowLatencyCalls):
         *,
         backend: str | None = None,
         device: str | torch.device | None = None,
+        use_fabric: bool = False,
         timeout: float | None = None,
         symmetric_bytes: int | None = None,
         reduction: str | None = None,
@@ -218,10 +225,13 @@ class Buffer(LowLatencyCalls):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes that low-latency operations of this size need (proportional to R*M, not to E*M as in V1)."""
-        from deepep.layout import low_latency_rdma_size_hint
+        """V1's number, for `num_rdma_bytes`: what `get_local_buffer_tensor` gives clients as a workspace.
 
-        return low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        Low-latency operations take less, in proportion to R*M where this grows with E*M
+        (`deepep.layout.low_latency_rdma_size_hint`), and nothing of it: none is allocated until it is asked
+        for. Raises ArgumentTypeError and RangeError.
+        """
+        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:
         """The stream that communication runs on. None on CPU, where it is a thread."""

@@ -60,6 +60,10 @@ class LowLatencyCalls:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
+        *,
+        use_nvfp4: bool = False,
+        x_global_scale: torch.Tensor | None = None,
+        align_fp8_quantization: bool = True,
     ) -> LowLatencyDispatchResult:
         """Send every token to its experts' slots. Fixed shapes, no host wait.
 
@@ -72,6 +76,8 @@ class LowLatencyCalls:
         use_ue8m0: with round_scale: scales come as packed exponents (H % 512 == 0).
         async_finish: return early with an event.
         return_recv_hook: only send now; the hook receives. Not with async_finish.
+        Of forks: use_nvfp4, x_global_scale: refused, there is no NVFP4 here. align_fp8_quantization: the cast
+            has the bits of `deepep.formats.fp8_cast` in either case.
 
         Returns (recv_x [L, R*M, H], or with FP8 (recv_x, scales [L, R*M, H/128] float32 or [L, R*M, H/512]
         int32, column-major); recv_count [L] int32: rows of each expert that are valid, by source rank, then
@@ -86,6 +92,8 @@ class LowLatencyCalls:
         try:
             if not self.low_latency_mode:
                 self._check_low_latency()
+            if use_nvfp4 or x_global_scale is not None:
+                arguments.refuse_nvfp4()
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
         except ArgumentError as problem:
             early = Schedule(asynchronous=bool(async_finish or return_recv_hook))
@@ -123,6 +131,14 @@ class LowLatencyCalls:
         return_recv_hook: bool = False,
         out: torch.Tensor | None = None,
         combine_wait_recv_cost_stats: torch.Tensor | None = None,
+        *,
+        overlap: bool = False,
+        packed_recv_count: torch.Tensor | None = None,
+        comp_signal: torch.Tensor | None = None,
+        block_m: int = 0,
+        threshold: int = 0,
+        src_signals: torch.Tensor | None = None,
+        src_signal_expect_value: int = 0,
     ) -> LowLatencyCombineResult:
         """Bring the experts' rows back and sum them with their weights.
 
@@ -131,6 +147,8 @@ class LowLatencyCalls:
         use_logfmt: 10-bit LogFMT on the wire where it qualifies; not with zero_copy.
         zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)`; x only gives the shape.
         out: [T, H] bf16 to write to. combine_wait_recv_cost_stats: [R] int64, as for dispatch.
+        Of forks: overlap: refused, a combine reads all of x; without it, packed_recv_count, comp_signal,
+            block_m, threshold, src_signals and src_signal_expect_value say nothing.
 
         Returns (combined_x [T, H] bf16, event, hook or None): sum over k ascending of topk_weights[t, k]
         times the row of expert topk_idx[t, k], in fp32, each product rounded, one rounding to bf16 (with
@@ -146,6 +164,8 @@ class LowLatencyCalls:
         try:
             if not self.low_latency_mode:
                 self._check_low_latency()
+            if overlap:
+                arguments.refuse_overlap()
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
             request = arguments.low_latency_combine_request(
                 x,

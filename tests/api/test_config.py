@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import deepep
 from deepep import Buffer, Config
@@ -67,6 +68,22 @@ def test_size_hints_of_the_interfaces_examples() -> None:
     assert round(Config().get_nvl_buffer_size_hint(7168 * 2, 2) / 1e6) == 84
 
 
+def test_the_low_latency_hint_is_v1s() -> None:
+    """Examples of the interface's description, in MB; independent of R."""
+    for most, hidden, experts, wanted in (
+        (128, 7168, 288, 2147),
+        (128, 7168, 256, 1908),
+        (128, 4096, 64, 273),
+    ):
+        for ranks in (1, 2, 8):
+            size = Buffer.get_low_latency_rdma_size_hint(most, hidden, ranks, experts)
+            assert round(size / 1e6) == wanted
+            assert size % 128 == 0
+    for bad in ((0, 7168, 8, 256), (128, 7168, 3, 256), (128, 7168, 8, 1 << 40), (True, 7168, 8, 256)):
+        with pytest.raises(deepep.ArgumentError):
+            Buffer.get_low_latency_rdma_size_hint(*bad)
+
+
 def test_size_hints_refuse_nonsense() -> None:
     for hint in (Config().get_nvl_buffer_size_hint, Config().get_rdma_buffer_size_hint):
         with pytest.raises(deepep.RangeError):
@@ -86,8 +103,10 @@ def test_size_hints_make_buffers(world_of: Any) -> None:
                 config.get_rdma_buffer_size_hint(7168 * 2, ctx.num_ranks),
                 timeout=30.0,
             ).destroy()
-        num_rdma_bytes = Buffer.get_low_latency_rdma_size_hint(128, 7168, ctx.num_ranks, 288)
-        Buffer(ctx.group, 0, num_rdma_bytes, low_latency_mode=True, timeout=30.0).destroy()
+        num_rdma_bytes = Buffer.get_low_latency_rdma_size_hint(4, 256, ctx.num_ranks, 8)
+        with Buffer(ctx.group, 0, num_rdma_bytes, low_latency_mode=True, timeout=30.0) as buffer:
+            workspace = buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+            assert workspace.numel() == num_rdma_bytes >= 8 * 4 * 256 * 2  # what clients count on
 
     world_of(2).run(construct)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -32,12 +33,19 @@ assert [b.available()[0] for b in registry.backends() if b.name == "reference"] 
     assert done.stdout.splitlines() == ["[]"]
 
 
+INSTALLED = (
+    *("deep_ep", "deep_ep._C", "deep_ep.buffer", "deep_ep.buffers", "deep_ep.buffers.legacy", "deep_ep_cpp"),
+    *("deep_ep.utils", *(f"deep_ep.utils.{name}" for name in ("envs", "event", "math", "testing"))),
+)
+
+
 @pytest.fixture
 def no_deep_ep(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Undoes afterwards what the test makes of deep_ep's modules."""
-    for name in ("deep_ep", "deep_ep.utils", "deep_ep.buffer", "deep_ep_cpp"):
+    for name in INSTALLED:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     return monkeypatch
 
 
@@ -58,7 +66,65 @@ def test_as_deep_ep(no_deep_ep: pytest.MonkeyPatch) -> None:
     assert EventHandle is deep_ep_cpp.EventHandle is deepep.EventHandle
     assert deep_ep.topk_idx_t is deep_ep_cpp.topk_idx_t is torch.int64
     check_nvlink_connections(None)
-    assert importlib.util.find_spec("deep_ep") is not None  # how some clients look for it
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_it_is_found_before_it_is_imported(no_deep_ep: pytest.MonkeyPatch, name: str) -> None:
+    deepep.install_as_deep_ep()
+    assert importlib.util.find_spec(name) is not None
+    assert importlib.import_module(name) is sys.modules[name]
+    parent, _, child = name.rpartition(".")
+    if parent:
+        assert getattr(importlib.import_module(parent), child) is sys.modules[name]
+
+
+def test_what_is_not_there_is_not_found(no_deep_ep: pytest.MonkeyPatch) -> None:
+    """Clients choose V2 where they find it."""
+    deepep.install_as_deep_ep()
+    assert importlib.util.find_spec("deep_ep.buffers.elastic") is None
+    with pytest.raises(ImportError):
+        importlib.import_module("deep_ep.buffers.elastic")
+    assert not hasattr(importlib.import_module("deep_ep"), "ElasticBuffer")
+
+
+def test_its_version_is_found(no_deep_ep: pytest.MonkeyPatch) -> None:
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("deep_ep")
+    deepep.install_as_deep_ep()
+    deepep.install_as_deep_ep()
+    for name in ("deep_ep", "deep-ep"):
+        assert importlib.metadata.version(name) == deepep.__version__
+    assert importlib.metadata.metadata("deep_ep")["Name"] == "deep_ep"
+    assert [d for d in importlib.metadata.distributions() if d.metadata["Name"] == "deep_ep"] == []
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("deep_ep_else")
+
+
+def test_what_tests_and_scripts_import(no_deep_ep: pytest.MonkeyPatch) -> None:
+    deepep.install_as_deep_ep()
+    from deep_ep.buffers.legacy import Buffer
+    from deep_ep.utils.envs import init_dist
+    from deep_ep.utils.event import EventOverlap
+    from deep_ep.utils.math import align, calc_diff, ceil_div, per_token_cast_back, per_token_cast_to_fp8
+    from deep_ep.utils.testing import bench
+
+    assert Buffer is deepep.Buffer
+    assert EventOverlap is deepep.EventOverlap
+    assert callable(init_dist)
+    assert (ceil_div(7, 2), align(7, 4), align(8, 4)) == (4, 8, 8)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scales = per_token_cast_to_fp8(x)
+    assert (values.dtype, scales.shape) == (torch.float8_e4m3fn, (5, 2))
+    # e4m3 has 3 bits of mantissa: an element is off by 1/16 at most, and so is the whole.
+    assert calc_diff(per_token_cast_back(values, scales), x) < 1 / 256
+    assert calc_diff(x, x) == 0.0
+    assert calc_diff(x, -x) > 0.1
+    with pytest.raises(deepep.RangeError, match="shape of x"):
+        calc_diff(x, x[:1])
+    calls = []
+    mean, least, most = bench(lambda: calls.append(1), num_warmups=2, num_tests=3)
+    assert len(calls) == 6
+    assert 0 <= least <= mean <= most
 
 
 def test_not_over_another_deep_ep(no_deep_ep: pytest.MonkeyPatch) -> None:

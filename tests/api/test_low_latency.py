@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import deepep
+
 HIDDEN = 512
 MOST = 6
 
@@ -244,3 +246,28 @@ def partial_sums(ctx: Any, same_bits: Any) -> None:
 
 def test_partial_sums_on_the_experts_rank(world_of: Any, same_bits: Any) -> None:
     world_of(3).run(partial_sums, same_bits)
+
+
+def forks(ctx: Any, buffer_of: Any, same_bits: Any) -> None:
+    """Arguments that clients pass for DeepEP's forks: meant, or refused on every rank."""
+    buffer = buffer_of(ctx)
+    x, idx = torch.randn(4, 128).bfloat16(), torch.arange(8).view(4, 2) % (2 * ctx.num_ranks)
+    experts, weights, scale = 2 * ctx.num_ranks, torch.ones(4, 2), torch.ones(1)
+    plain = buffer.low_latency_dispatch(x, idx, 8, experts)
+    for aligned in (True, False):
+        again = buffer.low_latency_dispatch(x, idx, 8, experts, align_fp8_quantization=aligned)
+        for got, wanted, count in zip(again[0][0], plain[0][0], plain[1].tolist(), strict=True):
+            assert same_bits(got[:count], wanted[:count])
+    rows = torch.zeros(2, 8 * ctx.num_ranks, 128).bfloat16()
+    bad = ctx.rank == 0
+    for given in ({"use_nvfp4": bad}, {"x_global_scale": scale if bad else None}):
+        with pytest.raises(deepep.ArgumentError, match="NVFP4"):
+            buffer.low_latency_dispatch(x, idx, 8, experts, **given)
+    handle = buffer.low_latency_dispatch(x, idx, 8, experts, use_nvfp4=False, x_global_scale=None)[2]
+    with pytest.raises(deepep.ArgumentError, match="overlap"):
+        buffer.low_latency_combine(rows, idx, weights, handle, overlap=bad, comp_signal=scale)
+    buffer.low_latency_combine(rows, idx, weights, handle, overlap=False, comp_signal=None, threshold=0)
+
+
+def test_arguments_of_forks(world_of: Any, buffer_of: Any, same_bits: Any) -> None:
+    world_of(2).run(forks, buffer_of, same_bits)

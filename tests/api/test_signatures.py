@@ -140,6 +140,20 @@ BUFFER: dict[str, dict[str, Any]] = {
     "low_latency_clean_mask_buffer": {},
 }
 
+# This library's own, and those of DeepEP's forks; by keyword alone.
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "__init__": {
+        **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "reduction")),
+        "use_fabric": False,
+    },
+    "low_latency_dispatch": {"use_nvfp4": False, "x_global_scale": None, "align_fp8_quantization": True},
+    "low_latency_combine": {
+        "overlap": False,
+        **dict.fromkeys(("packed_recv_count", "comp_signal", "src_signals")),
+        **dict.fromkeys(("block_m", "threshold", "src_signal_expect_value"), 0),
+    },
+}
+
 OTHERS: dict[Any, dict[str, Any]] = {
     deepep.Config: {
         "num_sms": 20,
@@ -168,8 +182,7 @@ def parameters(function: Any, keyword_only: bool = False) -> dict[str, Any]:
 def test_buffers_methods(name: str) -> None:
     method = getattr(deepep.Buffer, name)
     assert list(parameters(method).items()) == list(BUFFER[name].items())
-    ours = ("backend", "device", "timeout", "symmetric_bytes", "reduction") if name == "__init__" else ()
-    assert parameters(method, keyword_only=True) == dict.fromkeys(ours)
+    assert parameters(method, keyword_only=True) == KEYWORDS.get(name, {})
 
 
 def test_nothing_public_beside_it() -> None:

@@ -1,0 +1,5 @@
+"""Names that clients import from `deep_ep.utils.event`."""
+
+from deepep.events import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]
