@@ -7,6 +7,8 @@
     operations  the calls of a Buffer             collective  the same by all_to_all_single
     oracle      what they have to return          rank        all of it, on one rank
     figures     what comes out                    table, plot how it is shown
+    exchange    the least that a low-latency operation can take
+    low_latency all of it for low latency
 
 Shapes: R ranks, E experts, K top-k, T tokens on a rank, H hidden size, N rows received, P scales per row.
 """

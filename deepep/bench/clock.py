@@ -117,11 +117,15 @@ class CudaClock(Clock):
     def sample(self, call: Call | Stage) -> tuple[float, float]:
         return self._complete(call), self._host(call)
 
-    def _complete(self, call: Call | Stage) -> float:
-        timed, end = _staged(call)
+    def lead_in(self) -> None:
+        """Queues what comes before a sample: the flush, a head start for the host, the barrier."""
         self._flush.zero_()
         torch.cuda._sleep(self._head_start)
         self._align()
+
+    def _complete(self, call: Call | Stage) -> float:
+        timed, end = _staged(call)
+        self.lead_in()
         self._begin.record()
         result = timed()
         self._end.record()

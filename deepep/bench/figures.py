@@ -23,6 +23,8 @@ class Figure:
     by: whose operation, and which variant. sms: how many SMs it was given, None where it chooses itself.
     floor, floor_sms: the fastest plain push of the same bytes with no more SMs (any number where sms is
     None), and how many it took; None where nothing crosses between ranks, or there is nothing to push with.
+    exchange, exchange_sms: the same of the bare exchange, which low latency is measured against. kernels: the
+    time of its kernels alone, by torch's profiler, where that was asked for.
     """
 
     shape: Shape
@@ -37,6 +39,9 @@ class Figure:
     logical_bytes: int = 0
     floor: float | None = None
     floor_sms: int | None = None
+    exchange: float | None = None
+    exchange_sms: int | None = None
+    kernels: float | None = None
 
     @staticmethod
     def of(
@@ -78,12 +83,17 @@ class Figure:
         """Time over the floor's."""
         return self.median / self.floor if self.floor else None
 
+    @property
+    def exchange_ratio(self) -> float | None:
+        """Time over the bare exchange's."""
+        return self.median / self.exchange if self.exchange else None
+
     def as_dict(self) -> dict[str, Any]:
         """All of it, flat."""
         plain = asdict(self)
         shape = plain.pop("shape")
         rates = {"wire_gbs": self.wire_gbs, "logical_gbs": self.logical_gbs, "floor_ratio": self.ratio}
-        return {**shape, **plain, **rates}
+        return {**shape, **plain, **rates, "exchange_ratio": self.exchange_ratio}
 
 
 @dataclass

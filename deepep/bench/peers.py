@@ -14,15 +14,31 @@ NODE_RANKS = (2, 4, 8)
 
 def open_deep_ep(group: Any, hidden: int, most_sms: int) -> tuple[Any, str]:
     """(its Buffer for rows of `hidden` bf16 values, or None; why not). Collective, alike on all ranks."""
-    kind, why = _buffer_type(group.size())
-    reasons = [reason.decode() for reason in gather_over(group)(why.encode()) if reason]
-    if kind is None or reasons:
-        return None, reasons[0]
+    kind, why = _agreed_type(group)
+    if why:
+        return None, why
     kind.set_num_sms(most_sms // 2 * 2)
     ranks = group.size()
     configs = (kind.get_dispatch_config(ranks), kind.get_combine_config(ranks))
     size = max(config.get_nvl_buffer_size_hint(hidden * 2, ranks) for config in configs)
     return kind(group, size, 0), ""
+
+
+def open_low_latency_deep_ep(group: Any, tokens: int, hidden: int, experts: int) -> tuple[Any, str]:
+    """The same for its low-latency calls, of up to so many tokens a rank."""
+    kind, why = _agreed_type(group)
+    if why:
+        return None, why
+    ranks = group.size()
+    size = kind.get_low_latency_rdma_size_hint(tokens, hidden, ranks, experts)
+    return kind(group, 0, size, low_latency_mode=True, num_qps_per_rank=max(1, experts // ranks)), ""
+
+
+def _agreed_type(group: Any) -> tuple[Any, str]:
+    """Its Buffer where every rank has it, or why not. Collective."""
+    kind, why = _buffer_type(group.size())
+    reasons = [reason.decode() for reason in gather_over(group)(why.encode()) if reason]
+    return (None, reasons[0]) if kind is None or reasons else (kind, "")
 
 
 def _buffer_type(ranks: int) -> tuple[Any, str]:

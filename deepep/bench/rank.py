@@ -132,9 +132,11 @@ class Bench:
 
     def _check(self, what: str, operation: TimedOperation, *, ours: bool) -> None:
         """Compares one result with the oracle's. Raises WrongResultError for ours; notes it for others."""
-        if self._oracle is None:
-            return
-        mine = self._oracle.complaint(operation, operation.call()) or ""
+        if self._oracle is not None:
+            self._agree(what, self._oracle.complaint(operation, operation.call()), ours=ours)
+
+    def _agree(self, what: str, mine: str, *, ours: bool) -> None:
+        """Looks at all ranks' complaints. Raises WrongResultError, on all; of others' results notes them."""
         complaints = enumerate(raw.decode() for raw in gather_over(self._group)(mine.encode()))
         said = next((f"{what}: rank {rank}: {complaint}" for rank, complaint in complaints if complaint), "")
         if said and ours:

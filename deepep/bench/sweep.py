@@ -11,6 +11,7 @@ Dtype = Literal["bf16", "fp8"]
 #: an FP8 row has one float32 scale for so many channels
 SCALE_GROUP = 128
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
+MODES = ("throughput", "low-latency")
 ROUTINGS = ("uniform", "zipf", "trace")
 SCALES = ("row-major", "column-major")
 PEERS = ("all_to_all", "deep_ep")
@@ -39,6 +40,7 @@ class Shape:
 class Sweep:
     """All that a run measures. Every rank gets the same.
 
+    mode: whose operations; low latency chooses its SM counts itself, and casts to FP8 itself.
     sms: SM counts, ascending; empty where there are none to choose (CPU). trace: a routing trace file, and
     layer the layer of it, for the routing "trace". scales: how FP8 scales [T, P] lie in memory. peers: what
     else is measured. backend: of Buffer; None: its own choice. iterations: samples of each figure.
@@ -60,6 +62,7 @@ class Sweep:
     iterations: int = 60
     warmup: int = 10
     seed: int = 0
+    mode: str = "throughput"
 
     def __post_init__(self) -> None:
         _at_least("ranks", self.num_ranks, 1)
@@ -68,6 +71,7 @@ class Sweep:
         for sms in self.sms:
             _at_least("sms", sms, 1)
         for name, got, allowed in (
+            ("mode", (self.mode,), MODES),
             ("dtype", self.dtypes, DTYPES),
             ("routing", (self.routing,), ROUTINGS),
             ("scales", (self.scales,), SCALES),
@@ -78,6 +82,10 @@ class Sweep:
                     raise ArgumentError(name, value, " or ".join(allowed))
         if (self.routing == "trace") != (self.trace is not None):
             raise ArgumentError("trace", str(self.trace), "a file with --routing trace, and only then")
+        if self.mode == "low-latency" and self.sms:
+            raise ArgumentError("sms", str(self.sms), "none: low latency takes as many as pay")
+        if self.mode == "low-latency" and self.scales != "row-major":
+            raise ArgumentError("scales", self.scales, "none: low latency makes them itself")
         for shape in self.shapes:
             self._check_shape(shape)
 

@@ -31,13 +31,7 @@ def print_report(report: BenchReport, console: Console) -> None:
     """A table for each shape, then the notes and what was wrong."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH, markup=False)
-    facts = report.environment
-    console.print(
-        f"{facts['ranks']} ranks, {facts['device']}; backend {facts['backend']}, {facts['transport']}, "
-        f"{facts['routing']} routing, {facts['iterations']} samples, {facts['date']}",
-        highlight=False,
-        markup=False,
-    )
+    print_head(report, console)
     for shape, figures in groupby(report.figures, key=lambda figure: figure.shape):
         skew = report.skews.get(shape)
         title = Text.assemble(str(shape), *([("\n" + str(skew), "not bold")] if skew else []))
@@ -52,6 +46,22 @@ def print_report(report: BenchReport, console: Console) -> None:
                 table.add_row(*_cells(figure), style="bold" if figure.by == OURS else "")
             table.add_section()
         console.print(table)
+    print_notes(report, console)
+
+
+def print_head(report: BenchReport, console: Console) -> None:
+    """Prints where it was measured."""
+    facts = report.environment
+    console.print(
+        f"{facts['ranks']} ranks, {facts['device']}; backend {facts['backend']}, {facts['transport']}, "
+        f"{facts['routing']} routing, {facts['iterations']} samples, {facts['date']}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def print_notes(report: BenchReport, console: Console) -> None:
+    """Prints the notes and what was wrong."""
     for note in report.notes:
         console.print(Text(note, "yellow"))
     for problem in report.problems:

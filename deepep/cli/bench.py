@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from deepep.bench.figures import BenchReport
+from deepep.bench.low_latency.rank import run_low_latency_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
 from deepep.cli.terminal import FAILED, demand_file, make_console, misused
@@ -32,12 +33,15 @@ def command(
         int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
-    tokens: Annotated[str, typer.Option(help="T, tokens of a rank. [4096,128; on CPU 64]")] = "",
+    mode: Annotated[str, typer.Option(help="throughput or low-latency.")] = "throughput",
+    tokens: Annotated[
+        str, typer.Option(help="T, tokens of a rank. [4096,128; low latency 1 to 512; on CPU 64; 1,8]")
+    ] = "",
     hidden: Annotated[str, typer.Option(help="H. [7168; on CPU 512]")] = "",
     topk: Annotated[str, typer.Option(help="K. [8; on CPU 4; a trace's own]")] = "",
     experts: Annotated[str, typer.Option(help="E, of all ranks. [256; on CPU 8 a rank; a trace's own]")] = "",
     dtype: Annotated[str, typer.Option(help="What is dispatched.")] = "bf16,fp8",
-    sms: Annotated[str, typer.Option(help="SM counts.")] = "8,16,24",
+    sms: Annotated[str | None, typer.Option(help="SM counts. [8,16,24; low latency chooses itself]")] = None,
     routing: Annotated[str, typer.Option(help="uniform, zipf or trace.")] = "uniform",
     trace: Annotated[Path | None, typer.Option(help="A routing trace (docs/trace.md).")] = None,
     layer: Annotated[int, typer.Option(help="The layer of the trace whose routing is used.")] = 0,
@@ -57,7 +61,8 @@ def command(
 ) -> None:
     """Measures get_dispatch_layout, dispatch and combine: operation-complete time of the slowest rank, median
     and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
-    bytes.
+    bytes. With --mode low-latency the calls of that mode, their halves and pairs in a graph, against a bare
+    exchange.
 
     Numbers may be lists ("4096,128"). Under torchrun (RANK set) the ranks are torchrun's. Exit status 1 if a
     result is wrong, 2 for misuse.
@@ -73,8 +78,10 @@ def command(
         num_ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
         num_ranks = num_ranks if num_ranks is not None else (torch.cuda.device_count() if cuda else 2)
         own = RoutingTrace.load(trace) if trace is not None else None
-        small = {"tokens": "64", "hidden": "512", "topk": "4", "experts": str(8 * num_ranks)}
-        large = {"tokens": "4096,128", "hidden": "7168", "topk": "8", "experts": "256"}
+        is_decode = mode == "low-latency"
+        few, many = ("1,8", "1,8,32,64,128,256,512") if is_decode else ("64", "4096,128")
+        small = {"tokens": few, "hidden": "512", "topk": "4", "experts": str(8 * num_ranks)}
+        large = {"tokens": many, "hidden": "7168", "topk": "8", "experts": "256"}
         default = large if cuda else small
         if own is not None:
             default |= {"topk": str(own.num_topk), "experts": str(own.num_experts)}
@@ -88,7 +95,7 @@ def command(
                 for t in _numbers("tokens", tokens or default["tokens"])
             ),
             dtypes=_words(dtype),  # type: ignore[arg-type]  # Sweep checks them
-            sms=tuple(sorted(_numbers("sms", sms))) if cuda else (),
+            sms=_sm_counts(sms, cuda, is_decode),
             routing=routing,
             trace=None if trace is None else str(trace.resolve()),
             layer=layer,
@@ -99,8 +106,11 @@ def command(
             iterations=iterations,
             warmup=warmup,
             seed=seed,
+            mode=mode,
         )
-        if cuda and not sweep.sms:
+        if plot is not None and is_decode:
+            raise ArgumentError("plot", str(plot), "none: low latency has no SM counts to draw over")
+        if cuda and not sweep.sms and not is_decode:
             raise ArgumentError("sms", "none", "one SM count or more")
         if cuda and not under_torchrun and num_ranks > torch.cuda.device_count():
             raise ArgumentError("ranks", str(num_ranks), f"at most the {torch.cuda.device_count()} GPUs")
@@ -118,13 +128,17 @@ def command(
 
 
 def _show(report: BenchReport, console: Console, json_file: Path | None, plot: Path | None) -> None:
+    from deepep.bench.low_latency.table import print_low_latency_report
     from deepep.bench.table import print_report
 
     launcher = (
         f"torchrun --nproc-per-node {report.environment['ranks']}" if "RANK" in os.environ else "python"
     )
     report.environment["command"] = f"{launcher} -m deepep {shlex.join(sys.argv[1:])}"
-    print_report(report, console)
+    if report.environment.get("mode") == "low-latency":
+        print_low_latency_report(report, console)
+    else:
+        print_report(report, console)
     if json_file is not None:
         report.save(json_file)
         console.print(f"wrote {json_file}", soft_wrap=True)
@@ -151,7 +165,7 @@ def _run_in_own_processes(sweep: Sweep, cuda: bool) -> BenchReport:
 
 def _run_one(context: Any, sweep: Sweep) -> BenchReport | None:
     """In a rank process; rank 0 prints progress on the terminal it shares with the parent."""
-    report = run_rank(context.group, context.device, sweep, _progress(context.rank))
+    report = _runner(sweep)(context.group, context.device, sweep, _progress(context.rank))
     return report if context.rank == 0 else None
 
 
@@ -164,10 +178,21 @@ def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=PEER_TIMEOUT))
     try:
         rank = dist.get_rank()
-        report = run_rank(dist.group.WORLD, device, sweep, _progress(rank))
+        report = _runner(sweep)(dist.group.WORLD, device, sweep, _progress(rank))
         return report if rank == 0 else None
     finally:
         dist.destroy_process_group()
+
+
+def _runner(sweep: Sweep) -> Callable[..., BenchReport]:
+    return run_low_latency_rank if sweep.mode == "low-latency" else run_rank
+
+
+def _sm_counts(given: str | None, cuda: bool, is_decode: bool) -> tuple[int, ...]:
+    """Ascending; none on CPU, which has none to choose. Low latency refuses any."""
+    if (is_decode and given is None) or not (cuda or is_decode):
+        return ()
+    return tuple(sorted(_numbers("sms", "8,16,24" if given is None else given)))
 
 
 def _progress(rank: int) -> Callable[[str], None]:

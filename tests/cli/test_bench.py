@@ -90,6 +90,30 @@ def test_the_command_measures_checks_and_writes(tmp_path: Path) -> None:
             assert figure["wire_gbs"] == pytest.approx(figure["wire_bytes"] / figure["median"] / 1e3)
 
 
+def test_the_command_measures_low_latency(tmp_path: Path) -> None:
+    done = run(
+        "deepep", "bench", "--mode", "low-latency", "--device", "cpu", "--ranks", "2", "--tokens", "3",
+        "--hidden", "128", "--dtype", "fp8", "--iterations", "50", "--warmup", "0",
+        "--json", str(tmp_path / "b.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "functional figures" in done.stdout
+    assert "x exchange" in done.stdout
+    written = json.loads((tmp_path / "b.json").read_text())
+    halves = [f"{name}, {half}" for name in ("dispatch", "combine") for half in ("send", "receive")]
+    names = ["dispatch", "combine", "dispatch + combine", *halves, "dispatch", "combine"]
+    figures = written["figures"]
+    assert [figure["operation"] for figure in figures] == names
+    assert [figure["by"] for figure in figures[-2:]] == ["gloo alone"] * 2
+    for figure in figures:
+        assert 0 < figure["median"] <= figure["p99"]
+        assert figure["exchange"] is figure["kernels"] is figure["floor"] is None
+    assert written["problems"] == []
+    assert written["environment"]["mode"] == "low-latency"
+    assert "low-latency dispatch" in written["environment"]["runs_on"]
+    assert any("not captured in a graph" in note for note in written["notes"])
+
+
 def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
     """Replays in `bench` what `demo` recorded, and reports how skewed it is."""
     demo = run("deepep", "demo", "--ranks", "2", "--steps", "2", "--experts", "6", "--topk", "1",
@@ -144,6 +168,10 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
         (["--scales", "diagonal"], "scales: got diagonal"),
         (["--peers", "mpi"], "peers: got mpi"),
         (["--device", "tpu"], "device: got tpu"),
+        (["--mode", "decode"], "mode: got decode"),
+        (["--mode", "low-latency", "--sms", "8"], "sms: got (8,); allowed: none"),
+        (["--mode", "low-latency", "--scales", "column-major"], "scales: got column-major"),
+        (["--mode", "low-latency", "--plot", "curve.png"], "plot: got curve.png"),
         (["--trace", "nowhere.safetensors", "--routing", "trace"], "nowhere.safetensors"),
         (["--backend", "nonsense"], "backend: got 'nonsense'"),  # by the ranks
     ],

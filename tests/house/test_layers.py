@@ -15,6 +15,7 @@ from harness.sources import ROOT, native_files, python_files, relative
 
 JUDGES = {
     "deepep/bench/collective.py",
+    "deepep/bench/low_latency/oracle.py",
     "deepep/bench/oracle.py",
     "deepep/bench/workload.py",
     "deepep/cli/selftest.py",
