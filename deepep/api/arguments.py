@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NoReturn, cast, get_args
 
 import torch
@@ -33,6 +34,9 @@ from deepep.runtime.requests import (
 DEFAULT_TIMEOUT = 100.0
 """Seconds a rank waits for its peers; the constructor's `timeout` or DEEPEP_TIMEOUT set another."""
 
+LONGEST_TIMEOUT = 10_000_000
+"""A time-out that is as good as none; clocks of the transports and the kernels can count to it."""
+
 AT_ONCE = Schedule()
 """The schedule of a call that neither waits for an event nor returns one."""
 
@@ -55,11 +59,12 @@ def engine_options(
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
 
-    Bad ones are not raised but handed on as `problem`, for all ranks to raise; only a bad time-out is raised
-    here, because no rank could wait with it.
+    Bad ones are not raised but handed on as `problem`, for all ranks to raise; a rank with a bad time-out
+    waits for the others as long as it would without one.
     """
-    options = EngineOptions(group, _timeout(timeout), low_latency, masks)
+    options = EngineOptions(group, DEFAULT_TIMEOUT, low_latency, masks)
     try:
+        options = replace(options, timeout=_timeout(timeout))
         _check_bytes("num_nvl_bytes", num_nvl_bytes)
         low_latency_bytes = _check_bytes("num_rdma_bytes", num_rdma_bytes)
         options = replace(
@@ -73,11 +78,22 @@ def engine_options(
         return replace(options, problem=problem), None
 
 
-def _timeout(given: float | None) -> float:
-    seconds = float(os.environ.get("DEEPEP_TIMEOUT", DEFAULT_TIMEOUT)) if given is None else float(given)
-    if not seconds > 0:
-        raise RangeError("timeout", str(seconds), "more than 0 seconds")
-    return seconds
+def _timeout(given: object) -> float:
+    allowed = f"more than 0, at most {LONGEST_TIMEOUT:,} seconds"
+    seconds: Any
+    if given is not None:
+        name, seconds = "timeout", given
+        if isinstance(given, bool) or not isinstance(given, Real):
+            raise ArgumentTypeError(name, type(given).__name__, f"a number: {allowed}")
+    else:
+        name, text = "DEEPEP_TIMEOUT", os.environ.get("DEEPEP_TIMEOUT") or str(DEFAULT_TIMEOUT)
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise RangeError(name, repr(text)[:200], f"a number: {allowed}") from None
+    if not 0 < seconds <= LONGEST_TIMEOUT:
+        raise RangeError(name, f"{seconds}"[:200], allowed)
+    return float(seconds)
 
 
 def _symmetric_bytes(given: int | None) -> int:

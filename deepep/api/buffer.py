@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -33,9 +32,9 @@ from deepep.config import (
 )
 from deepep.errors import ArgumentError, RangeError
 from deepep.events import EventHandle, EventOverlap
-from deepep.runtime import backends as registry
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import check_int
+from deepep.runtime.construction import construct
 from deepep.runtime.requests import Operation, Schedule
 
 
@@ -78,8 +77,9 @@ class Buffer(LowLatencyCalls):
     read `info`.
 
     Raises ValueError without group and comm; RangeError or ArgumentTypeError for sizes, `reduction`,
-    `device` and `timeout`, on all ranks (a bad time-out: on its own); MismatchError if the ranks construct
-    different buffers; PeerTimeoutError if not all of them come.
+    `device`, `backend` and `timeout` (more than 0, at most 10,000,000 seconds), if one rank has to, on all;
+    MismatchError if the ranks construct different buffers; PeerTimeoutError if not all of them come. After
+    any of these the ranks may construct again on the same group.
     """
 
     num_sms: ClassVar[int] = DEFAULT_NUM_SMS
@@ -126,8 +126,7 @@ class Buffer(LowLatencyCalls):
             reduction=reduction,
             device=device,
         )
-        chosen, options_device = registry.choose(backend, group, asked)
-        self._engine = chosen.create(replace(options, device=options_device))
+        self._engine = construct(options, backend, asked)
         self.group = group
         self.rank = self._engine.info.rank
         self.group_size = self._engine.info.num_ranks

@@ -8,13 +8,14 @@ backend (devices.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from deepep.errors import RangeError
+from deepep.errors import ArgumentTypeError, RangeError
+from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.devices import default_device
 from deepep.runtime.engine import Engine, EngineOptions
 
@@ -31,7 +32,7 @@ class Backend:
     name: str
     available: Callable[[], Answer]
     supports: Callable[[Any], Answer]
-    create: Callable[[EngineOptions], Engine]
+    create: Callable[[EngineOptions, ControlPlane], Engine]
     device_types: tuple[str, ...] = ("cuda", "cpu")
     by_name_only: bool = False
 
@@ -52,15 +53,30 @@ def backends() -> tuple[Backend, ...]:
     return tuple(_backends.values())
 
 
-def choose(name: str | None, group: Any, device: torch.device | None = None) -> tuple[Backend, torch.device]:
+def default_name() -> str | None:
+    """The backend that the environment asks for."""
+    return os.environ.get("DEEPEP_BACKEND") or None
+
+
+def check_name(name: object) -> None:
+    """Raises ArgumentTypeError or RangeError for a name that no backend has."""
+    if not isinstance(name, str):
+        raise ArgumentTypeError("backend", type(name).__name__, "a name")
+    if name not in _backends:
+        raise RangeError("backend", repr(name)[:200], " or ".join(repr(b) for b in _backends))
+
+
+def choose(
+    name: str | None, group: Any, device: torch.device | None = None, among: Container[str] | None = None
+) -> tuple[Backend, torch.device]:
     """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
     and the device (None: the first of the backend's that this machine has).
 
-    Raises RangeError with every backend's reason if there is none.
+    among: what every rank's machine can run. Raises RangeError with every backend's reason if there is none.
     """
-    wanted = name or os.environ.get("DEEPEP_BACKEND") or None
-    if wanted is not None and wanted not in _backends:
-        raise RangeError("backend", repr(wanted), " or ".join(repr(b) for b in _backends))
+    wanted = name or default_name()
+    if wanted is not None:
+        check_name(wanted)
     reasons = []
     candidates = [b for b in backends() if not b.by_name_only] if wanted is None else [_backends[wanted]]
     for backend in candidates:
@@ -68,6 +84,7 @@ def choose(name: str | None, group: Any, device: torch.device | None = None) -> 
         for answer in (
             lambda b=backend, d=where: (d.type in b.device_types, f"it does not serve {d.type} tensors"),
             backend.available,
+            lambda b=backend: (among is None or b.name in among, "another rank cannot run it"),
             lambda b=backend: b.supports(group),
         ):
             able, why = answer()
@@ -91,7 +108,8 @@ def _reference_available() -> Answer:
     )
 
 
-def _reference_supports(group: Any) -> Answer:
+def is_group(group: Any) -> Answer:
+    """Says whether ranks can meet over `group`, and why (not)."""
     import torch.distributed as dist
 
     if not isinstance(group, dist.ProcessGroup):
@@ -101,13 +119,13 @@ def _reference_supports(group: Any) -> Answer:
     return True, "a torch.distributed process group"
 
 
-def _reference_create(options: EngineOptions) -> Engine:
+def _reference_create(options: EngineOptions, control: ControlPlane) -> Engine:
     from deepep.backends.reference.engine import ReferenceEngine
 
-    return ReferenceEngine(options)
+    return ReferenceEngine(options, control)
 
 
-register(Backend("reference", _reference_available, _reference_supports, _reference_create))
+register(Backend("reference", _reference_available, is_group, _reference_create))
 
 
 def _cuda_available() -> Answer:
@@ -124,7 +142,7 @@ def _cuda_available() -> Answer:
 
 
 def _cuda_supports(group: Any) -> Answer:
-    able, why = _reference_supports(group)
+    able, why = is_group(group)
     if not able:
         return able, why
     from deepep.backends.cuda.launch import MAX_RANKS
@@ -136,10 +154,10 @@ def _cuda_supports(group: Any) -> Answer:
     return not why, why or "one node, linked GPUs"
 
 
-def _cuda_create(options: EngineOptions) -> Engine:
+def _cuda_create(options: EngineOptions, control: ControlPlane) -> Engine:
     from deepep.backends.cuda.engine import CudaEngine
 
-    return CudaEngine(options)
+    return CudaEngine(options, control)
 
 
 register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create, device_types=("cuda",)))
@@ -153,17 +171,17 @@ def _emulator_available() -> Answer:
     return True, "the kernels' source on the CPU, for tests"
 
 
-def _emulator_create(options: EngineOptions) -> Engine:
+def _emulator_create(options: EngineOptions, control: ControlPlane) -> Engine:
     from deepep.sim.emulator.engine import EmulatorEngine
 
-    return EmulatorEngine(options)
+    return EmulatorEngine(options, control)
 
 
 register(
     Backend(
         "emulator",
         _emulator_available,
-        _reference_supports,
+        is_group,
         _emulator_create,
         device_types=("cpu",),
         by_name_only=True,

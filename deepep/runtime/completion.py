@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
@@ -23,16 +24,27 @@ class Completion(ABC):
 
 
 class HostCompletion(Completion):
-    """Work of a host thread. The host is its own stream: both waits block, and both raise its failure."""
+    """Work of a host thread. The host is its own stream: both waits block, and both raise its failure.
 
-    def __init__(self, future: Future[None]) -> None:
-        self.future = future
+    interrupted: called with what ends a wait that is not the work's own failure, such as KeyboardInterrupt.
+    """
+
+    def __init__(
+        self, future: Future[None], interrupted: Callable[[BaseException], None] | None = None
+    ) -> None:
+        self.future, self._interrupted = future, interrupted
 
     def current_stream_wait(self) -> None:
-        self.future.result()
+        self.host_wait()
 
     def host_wait(self) -> None:
-        self.future.result()
+        try:
+            self.future.result()
+        except BaseException as error:
+            is_own = self.future.done() and self.future.exception() is error
+            if not is_own and self._interrupted is not None:
+                self._interrupted(error)
+            raise
 
 
 class CudaCompletion(Completion):

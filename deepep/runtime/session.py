@@ -2,14 +2,14 @@
 
 `Session.of(group, device)` gives every Buffer of a group and device (and whatever else communicates there)
 the same object, which lives as long as its last user. It has the facts of the group (ranks, device, store),
-the stream that communication runs on, and it makes memberships.
+the stream that communication runs on. `membership_of` makes the group's memberships.
 
 Not shared, because Buffers on one group promise to be independent of each other:
 - the membership. Masks are a Buffer's own, as in V1, and so is the fault that a mask settles: a Buffer whose
   rank is missing says so until it is masked there, and the end of one Buffer is nothing to another.
 - links and queues. Two Buffers may be used by two threads, in another order on every rank; operations on one
-  link have one order. For the same reason every membership has a store connection of its own: a link that is
-  being built blocks its connection until the peers come.
+  link have one order. For the same reason every membership has a store connection of its own besides the one
+  that all share: a link that is being built blocks its connection until the peers come.
 - symmetric memory. Its control words count the calls of one engine. It is built by the first dispatch or
   combine, so a Buffer that only does other things takes none.
 
@@ -25,6 +25,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
+from deepep.runtime.control.meeting import ControlStore
 from deepep.runtime.control.membership import Membership
 from deepep.runtime.control.transport import store_of
 
@@ -57,10 +58,16 @@ class Session:
             self._stream = torch.cuda.Stream(device=self.device, priority=-1)
         return self._stream
 
-    def membership(self, timeout: float) -> Membership:
-        """A membership of all ranks; every rank makes its memberships of a group in the same order."""
-        return Membership(store_of(self.group), self.rank, self.num_ranks, timeout, self.device.type)
+
+def membership_of(group: dist.ProcessGroup, timeout: float) -> Membership:
+    """A membership of all ranks; every rank makes its memberships of a group in the same order."""
+    with _opening:
+        store = _stores.get(group)
+        if store is None:
+            store = _stores[group] = ControlStore(store_of(group), "deepep")
+    return Membership(store, store_of(group), group.rank(), group.size(), timeout)
 
 
 _open: weakref.WeakValueDictionary[tuple[int, torch.device], Session] = weakref.WeakValueDictionary()
+_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlStore] = weakref.WeakKeyDictionary()
 _opening = threading.Lock()

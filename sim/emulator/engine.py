@@ -16,6 +16,7 @@ from deepep.backends.reference.engine import ReferenceEngine
 from deepep.errors import ArgumentTypeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
+from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.engine import EngineOptions
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
@@ -34,8 +35,8 @@ from deepep.sim.emulator.all_to_all import EmulatedAllToAll
 class EmulatorEngine(ReferenceEngine):
     """See `Engine`."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
+        super().__init__(options, control)
         kernels = dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "emulated kernels")
         operations = {**self.info.operations, **kernels}
         self.info = replace(self.info, backend="emulator", operations=operations)

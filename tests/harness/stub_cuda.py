@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ class Opaque:
 def extension(num_rows: int) -> ModuleType:
     """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
     stub: Any = ModuleType("deepep._cuda")
-    stub.__file__ = __file__
+    stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
     stub.Counts, stub.FaultRecord = Counts, Fault
@@ -179,8 +180,8 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
     session._stream = Stream()  # type: ignore[assignment]
     Session.of = classmethod(lambda cls, group, device: session)  # type: ignore[assignment]
 
-    def create(how: Any) -> CudaEngine:
-        engine = CudaEngine(how)
+    def create(how: Any, control: Any) -> CudaEngine:
+        engine = CudaEngine(how, control)
         engine.info = type(engine.info)(**{**vars(engine.info), "device_type": "cpu"})
         return engine
 

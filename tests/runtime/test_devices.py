@@ -177,7 +177,8 @@ class PythonStore(dist.Store):
         return int(self.data[key])
 
     def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
-        if key not in self.data and not expected:
+        expected = expected if isinstance(expected, bytes) else str(expected).encode()
+        if self.data.get(key, b"") == expected:
             self.set(key, desired)
         return self.data.get(key, b"")
 
@@ -200,7 +201,9 @@ def test_a_store_written_in_python() -> None:
     idx = torch.zeros(2, 1, dtype=torch.int64)
     with deepep.Buffer(group, device="cpu", timeout=30.0) as buffer:
         assert buffer.get_dispatch_layout(idx, 1)[0].tolist() == [2]
-    del store
+    del store  # which the library keeps, once it has it
+    deepep.Buffer(group, device="cpu", timeout=30.0).destroy()
+    group = private_group(PythonStore(), 0, 1, 30.0, "cpu")
     with pytest.raises(deepep.RangeError, match="whose store does not exist any more"):
         deepep.Buffer(group, device="cpu", timeout=30.0)
 

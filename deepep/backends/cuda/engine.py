@@ -26,7 +26,6 @@ from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
     ArgumentError,
     CapacityError,
-    DeepEPError,
     FaultRecord,
     HandleError,
     MismatchError,
@@ -52,7 +51,6 @@ from deepep.runtime.requests import (
     Route,
     Schedule,
 )
-from deepep.runtime.session import Session
 
 OPERATIONS = {
     **dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "CUDA kernels"),
@@ -73,12 +71,11 @@ class CudaEngine(Engine):
     symmetric: SymmetricMemory
     has_fault: Callable[[], bool]
 
-    def __init__(self, options: EngineOptions) -> None:
-        session = Session.of(options.group, options.device)
+    def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
+        session, self._control = control.session, control
         assert session.stream is not None
         self.comm, self.device, self.index = session.stream, session.device, session.stream.device_index
-        self._control = ControlPlane(session, options.timeout)
-        self.issuing = self._control.issuing
+        self.issuing = control.issuing
         self.info = EngineInfo(
             "cuda",
             session.rank,
@@ -99,12 +96,7 @@ class CudaEngine(Engine):
         self._must_build = self.unsettled = True
         self._refused = False
         self._fault: FaultRecord | None = None
-        try:
-            statement = {**options.statement(), "symmetric_bytes": self._num_bytes}
-            self._control.agree(statement, options.problem)
-        except DeepEPError:
-            self._control.close(0.0)
-            raise
+        control.agree({**options.statement(), "symmetric_bytes": self._num_bytes})
 
     # operations
 

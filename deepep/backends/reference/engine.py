@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.low_latency import LowLatencyOperations
-from deepep.errors import ArgumentError, DeepEPError
+from deepep.errors import ArgumentError
 from deepep.reference.all_to_all import restore_plan
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
@@ -36,7 +36,6 @@ from deepep.runtime.requests import (
     Route,
     Schedule,
 )
-from deepep.runtime.session import Session
 
 COLLECTIVES = (
     *("dispatch", "cached dispatch", "combine"),
@@ -47,10 +46,9 @@ COLLECTIVES = (
 class ReferenceEngine(Engine):
     """See `Engine`. Rows travel by torch.distributed's all_to_all; counts are known to every host."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        session = Session.of(options.group, options.device)
+    def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
+        session, self._control = control.session, control
         device_type = session.device.type
-        self._control = ControlPlane(session, options.timeout)
         transport = f"all_to_all over {'NCCL' if device_type == 'cuda' else 'gloo'}"
         self.info = EngineInfo(
             "reference",
@@ -62,11 +60,7 @@ class ReferenceEngine(Engine):
             ranks_per_domain=RANKS_PER_DOMAIN,
         )
         self._low_latency = LowLatencyOperations(self._control, self)
-        try:
-            self._control.agree(options.statement(), options.problem)
-        except DeepEPError:
-            self._control.close(0.0)
-            raise
+        control.agree(options.statement())
 
     def memory(self) -> dict[str, int]:
         return {"staged rows": self._low_latency.staged_bytes}

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from deepep.backends.reference.low_latency_handles import check_handle, check_rows
 from deepep.backends.reference.wire import wire_over
 from deepep.errors import ArgumentError, ShapeError
 from deepep.reference import all_to_all_low_latency as low_latency
@@ -248,7 +249,12 @@ def _combine(
     result = out
     underway: list[CombineUnderway] = []
 
+    def inspect() -> None:
+        checks.check_index_range(topk_idx, route.num_experts)
+        check_handle(route)
+
     def send(link: Link) -> None:
+        check_rows(link, topk_idx, route, info.num_ranks)
         control.enter("send")
         underway.append(
             low_latency.start_combine(
@@ -287,7 +293,7 @@ def _combine(
         send,
         receive,
         agreed=agreed,
-        inspect=lambda: checks.check_index_range(topk_idx, route.num_experts),
+        inspect=inspect,
         num_tokens=topk_idx.shape[0],
         tensors=(x, topk_idx, topk_weights, route.source_index, route.ranges, out, request.wait_nanoseconds),
     )

@@ -10,13 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import deepep.errors as errors
 from deepep.errors import ArgumentError, MismatchError
+from deepep.runtime.control import liveness
 from deepep.runtime.control.transport import Link
 from deepep.runtime.requests import Operation
+
+if TYPE_CHECKING:
+    from deepep.runtime.control.membership import Membership
 
 _MAX_AGREED = 16
 _HEADER_WORDS = 5 + _MAX_AGREED
@@ -152,21 +157,39 @@ def decode_error(raw: bytes) -> ArgumentError:
     return kind(argument, got, allowed, rank)
 
 
-def encode_statement(statement: Mapping[str, int | str], identity: str, problem: ArgumentError | None) -> str:
-    """Packs what a rank constructs and which process it is, or why it cannot, for the first meeting."""
-    return json.dumps([dict(statement), identity]) if problem is None else encode_error(problem).decode()
+def agree(
+    membership: Membership,
+    stage: str,
+    statement: Mapping[str, int | str],
+    problem: ArgumentError | None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[int, dict[str, Any]]:
+    """A stage of the construction: every rank is there and states the same, or all raise.
 
-
-def compare_statements(met: Mapping[int, bytes]) -> dict[int, str]:
-    """The identities. Raises the error of the lowest rank that posted one, or MismatchError."""
+    facts: what may differ; returns every rank's. Raises the error of the lowest rank that has a `problem`,
+    MismatchError, or PeerTimeoutError.
+    """
+    mine = (
+        json.dumps([dict(statement), liveness.identity(), dict(facts or {})])
+        if problem is None
+        else encode_error(problem.at(membership.rank)).decode()
+    )
+    met = membership.exchange(stage, mine, "they did not construct")
     posts = {rank: json.loads(raw) for rank, raw in sorted(met.items())}
     for rank, post in posts.items():
         if not isinstance(post[0], dict):
             raise decode_error(met[rank])
+    membership.introduce({rank: identity for rank, (_, identity, _) in posts.items()})
     first = min(posts)
-    for rank, (statement, _) in posts.items():
-        for name, value in statement.items():
+    for rank, (stated, _, _) in posts.items():
+        for name, value in stated.items():
             wanted = posts[first][0].get(name)
             if value != wanted:
                 raise _mismatch(name, value, value, wanted, rank, first)
-    return {rank: identity for rank, (_, identity) in posts.items()}
+    return {rank: facts for rank, (_, _, facts) in posts.items()}
+
+
+def reason(rank: int, error: BaseException) -> str:
+    """The text for the others of what this rank raises."""
+    text = f"rank {rank} raised {type(error).__name__}: {error}"
+    return text.partition("\n")[0].rstrip(": ")

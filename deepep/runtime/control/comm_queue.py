@@ -46,9 +46,13 @@ class CommQueue(ABC):
 
 
 class ThreadQueue(CommQueue):
-    """A worker thread; a daemon, so it never keeps a process alive."""
+    """A worker thread; a daemon, so it never keeps a process alive.
 
-    def __init__(self, name: str) -> None:
+    interrupted: called when a caller stops waiting for a job, with what it raises.
+    """
+
+    def __init__(self, name: str, interrupted: Callable[[BaseException], None] | None = None) -> None:
+        self._interrupted = interrupted
         self._jobs: queue.SimpleQueue[tuple[Job, Future[None]] | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
@@ -62,7 +66,7 @@ class ThreadQueue(CommQueue):
             if self._closed:
                 raise DestroyedError("the buffer was destroyed")
             self._jobs.put((job, future))
-        return HostCompletion(future)
+        return HostCompletion(future, self._interrupted)
 
     def wait_for(self, after: Completion | None, owns_outputs: bool) -> None:
         if after is not None:
@@ -77,7 +81,7 @@ class ThreadQueue(CommQueue):
                 self._closed = True
                 self._jobs.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join(seconds)
+            self._thread.join(min(seconds, threading.TIMEOUT_MAX))
         return not self._thread.is_alive()
 
 

@@ -9,57 +9,88 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
+from types import TracebackType
+from typing import Any, NoReturn
 
 import torch
 
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
 from deepep.runtime.ambient import job_modes
 from deepep.runtime.completion import Completion
-from deepep.runtime.control import agreement, liveness
+from deepep.runtime.control import agreement, processes
 from deepep.runtime.control.agreement import NO_LIMIT, Header
 from deepep.runtime.control.comm_queue import CommQueue, StreamQueue, ThreadQueue
-from deepep.runtime.control.membership import Absent, Progress
+from deepep.runtime.control.meeting import StoreError
+from deepep.runtime.control.membership import Membership, Progress
 from deepep.runtime.control.transport import Link, LinkError
 from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Hook, Operation, Schedule
 from deepep.runtime.session import Session
 
-_LAST_MOMENT = 0.5  # seconds that an abandoned operation has for reaching its peers
+LAST_MOMENT = 0.5  # seconds that an abandoned operation has for reaching its peers
+
+
+_Lock: Any = type(threading.RLock())
+
+
+class Issuing(_Lock):
+    """The lock under which a rank issues an operation; and where every call that fails passes.
+
+    failed: called with an exception that is none of this library's: only this rank knows of it.
+    """
+
+    def __new__(cls, failed: Callable[[BaseException], None]) -> Issuing:
+        lock: Issuing = super().__new__(cls)
+        return lock
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self._failed = failed
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None and not isinstance(error, DeepEPError):
+                self._failed(error)
+        finally:
+            self.release()
+
+    def renew(self) -> None:
+        """Frees the lock in a child, whichever of the parent's threads held it."""
+        self._at_fork_reinit()
 
 
 class ControlPlane:
     """One per engine. Calls may come from several threads; each operation is issued as a whole."""
 
-    def __init__(self, session: Session, timeout: float) -> None:
-        self.session = session
-        self.rank, self.num_ranks, self.timeout = session.rank, session.num_ranks, timeout
-        self.membership = session.membership(timeout)
+    def __init__(self, session: Session, membership: Membership, about: Mapping[str, int | str]) -> None:
+        """about: what is being constructed; part of what the ranks have to state alike."""
+        self.session, self.membership, self._about = session, membership, about
+        membership.device_type = session.device.type
+        self.rank, self.num_ranks, self.timeout = session.rank, session.num_ranks, membership.timeout
         self.queue: CommQueue
         if session.stream is not None:
             self.queue = StreamQueue(session.stream)
         else:
-            self.queue = ThreadQueue(f"deepep-rank-{self.rank}")
+            self.queue = ThreadQueue(f"deepep-rank-{self.rank}", processes.weak_method(self.interrupt))
         self._masked: frozenset[int] = frozenset()
         self.observer: Observer | None = None
-        self.issuing = threading.RLock()
+        self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
         self._hook: Hook | None = None
-        self._closed = False
+        self._end = ""
+        self._told: BaseException | None = None
+        self._departs = False
+        processes.leak_in_children(self)
 
     # construction
 
-    def agree(self, statement: Mapping[str, int | str], problem: ArgumentError | None) -> None:
-        """The first meeting: every rank is there and constructs the same thing, or all raise."""
-        membership = self.membership
-        everyone = tuple(range(self.num_ranks))
-        post = agreement.encode_statement(statement, liveness.identity(), problem and problem.at(self.rank))
-        try:
-            met = membership.meet("construct", post, everyone)
-        except Absent as absent:
-            raise membership.blame(absent.missing, len(absent.seen), "they did not construct") from None
-        membership.introduce(agreement.compare_statements(met))
-        membership.control()
+    def agree(self, statement: Mapping[str, int | str]) -> None:
+        """Connects the ranks, if all of them construct the same thing; else all raise."""
+        self.membership.begin("construct")
+        agreement.agree(self.membership, "engine", {**self._about, **statement}, None)
+        self.membership.control()
+        self._departs = True
 
     # operations
 
@@ -196,11 +227,15 @@ class ControlPlane:
         Calling it again does nothing.
         """
         self._unreceived = operation.label
+        is_called = False
 
         def hook() -> None:
+            nonlocal is_called
             with self.issuing:
-                if self._unreceived is None or hook is not self._hook:
+                if is_called:
                     return
+                self._check_alive()
+                is_called = True
                 self._unreceived = self._hook = None
                 sent.current_stream_wait()
                 received = self.proceed("receive", Schedule(), lambda link: receive(), tensors)
@@ -219,44 +254,78 @@ class ControlPlane:
             self.rank,
         )
 
+    # what this rank alone raises
+
+    def withdraw(self, error: BaseException) -> None:
+        """Has the others raise PeerTimeoutError with this rank's name, after what was issued before.
+
+        It raises `error` in a call, which they do not know of.
+        """
+        if self._end or self._told is error:
+            return
+        self._told = error
+        reason = self._reason(error)
+        with contextlib.suppress(DeepEPError):
+            self.queue.submit(lambda: self.membership.withdraw(reason)).host_wait()
+
+    def interrupt(self, error: BaseException) -> None:
+        """The same when this rank no longer waits for an operation under way: at once."""
+        if self._end or self._told is error:
+            return
+        self._told = error
+        self.membership.withdraw(self._reason(error))
+
+    def _reason(self, error: BaseException) -> str:
+        return agreement.reason(self.rank, error)
+
     # the end
 
     def _check_alive(self) -> None:
-        if self._closed:
-            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
+        if self._end:
+            raise DestroyedError(f"rank {self.rank}: {self._end}")
 
     def leave(self) -> None:
         """A last exchange, so that no rank closes while another still reads; then close."""
         with self.issuing:
-            if self._closed:
+            if self._end:
                 return
             self._unreceived = self._hook = None
             if len(self.membership.members) > 1 and self.membership.connected:
                 farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
                     farewell.host_wait()
+                    self._departs = False
+            elif len(self.membership.members) == 1:
+                self._departs = False
             self.close(self.timeout)
+            if not self._departs:
+                self.membership.finish()
 
     def abandon(self) -> None:
         """Leaves after a failure of this rank: peers learn that it will not come.
 
         Nothing is waited for, but for a moment what is under way.
         """
-        with self.issuing:
-            if self._closed:
-                return
-            self._unreceived = self._hook = None
-            self.membership.depart()
-            self._closed = True
-            self.queue.close(min(self.timeout, _LAST_MOMENT))
-            self.membership.disconnect()
+        self.close(min(self.timeout, LAST_MOMENT))
 
     def close(self, seconds: float) -> None:
         """Ends after what was issued, or after `seconds`. Idempotent."""
         with self.issuing:
-            self._closed = True
-            if self.queue.close(seconds):
-                self.membership.disconnect()
+            if self._end:
+                return
+            self._end = "the buffer was destroyed"
+            self._unreceived = self._hook = None
+            if not self.queue.close(seconds):
+                self.membership.disconnect()  # or a thread of ours would still wait when the process ends
+                self.queue.close(LAST_MOMENT)
+            if self._departs:
+                self.membership.depart()
+            self.membership.disconnect()
+
+    def forked(self) -> None:
+        """In a child of this rank's process: the connections are the parent's, and the queue's thread too."""
+        self._end = "this process is a fork of the one that the buffer belongs to"
+        self.issuing.renew()
 
     # inside the queue
 
@@ -267,12 +336,15 @@ class ControlPlane:
                     job()
             except LinkError as error:
                 raise self.membership.fault(error) from None
+            except StoreError as error:
+                raise self.membership.store_lost(error) from None
             except DeepEPError:
                 raise  # agreed between the ranks, or local: the link is as good as before
-            except BaseException:
+            except BaseException as error:
                 # Unforeseen, and known to this rank alone: let the others fail now rather than at their
                 # deadline.
-                self.membership.disconnect()
+                self._told = error
+                self.membership.withdraw(self._reason(error))
                 raise
 
         return guarded

@@ -5,26 +5,37 @@ settled through the store, which must outlive any rank (torchrun's agent holds i
 
 1. Whoever sees its transport fail drops its connections, so that all others see it too, and posts a report.
 2. It waits for the other members' reports until its operation's deadline. Who has not reported by then is
-missing. 3. The first to conclude posts the verdict; all others adopt it. All raise PeerTimeoutError with the
-same ranks.
+missing. 3. The first to conclude ends the meeting that the link came from (meeting.py) with a verdict; all
+others adopt it. All raise PeerTimeoutError with the same ranks. A rank that raises something of its own in a
+call ends the meeting itself, so nobody waits.
 
-A missing rank is then masked by its peers, and the next operation builds a fresh group of those that are
-left.
+A missing rank is then masked by its peers, or comes back: it learns of the verdict in its next call, and
+reports. The next operation builds a fresh group of the members.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from deepep.errors import FaultRecord, MismatchError, PeerTimeoutError
-from deepep.runtime.control import liveness
+from deepep.runtime.control import connecting, liveness
+from deepep.runtime.control.meeting import (
+    Absent,
+    ControlStore,
+    Meeting,
+    MeetingFailed,
+    StoreError,
+    Verdict,
+    clear,
+    join,
+)
 from deepep.runtime.control.transport import Link, LinkError, hang_up, private_group
 
 
@@ -47,14 +58,6 @@ class Progress:
         self.started = time.monotonic()
 
 
-class Absent(Exception):
-    """Some ranks did not post in time."""
-
-    def __init__(self, missing: tuple[int, ...], seen: dict[int, bytes]) -> None:
-        super().__init__(f"ranks {missing} did not post")
-        self.missing, self.seen = missing, seen
-
-
 class Membership:
     """The ranks of one buffer and the link between those that are not masked.
 
@@ -62,20 +65,29 @@ class Membership:
     """
 
     def __init__(
-        self, store: Store, rank: int, num_ranks: int, timeout: float, device_type: str = "cpu"
+        self,
+        store: ControlStore,
+        blocking: Store,
+        rank: int,
+        num_ranks: int,
+        timeout: float,
     ) -> None:
-        # Ranks construct their buffers on a group in the same order, so each one's count names the buffer.
-        generation = store.add(f"deepep/buffers/{rank}", 1)
-        self._store = PrefixStore(f"deepep/{generation}", store)
+        """store: asked and left at once. blocking: another connection to it, for what waits on it."""
+        self._store = store
+        self._blocking = blocking
         self.rank, self.num_ranks, self.timeout = rank, num_ranks, timeout
         self.grace = 1.0 + 0.05 * timeout
-        self._device_type = device_type
+        self.device_type = "cpu"
         self._masked: frozenset[int] = frozenset()
         self._identities: dict[int, str] = {}
-        self._name = ""
+        self._meeting: Meeting | None = None
+        self._joining = threading.Lock()
+        self._past: list[Meeting] = []
+        self._purposes: set[str] = set()
         self._control: Link | None = None
         self._payload: Link | None = None
         self._fault: FaultRecord | None = None
+        self._fault_meeting: Meeting | None = None
         self.progress = Progress(started=time.monotonic())
 
     # members
@@ -97,58 +109,106 @@ class Membership:
             self.leave_link()
 
     def unmask(self, rank: int) -> None:
-        """Takes in `rank` again from the next operation on, and holds no earlier fault against it."""
-        blamed = self._fault is not None and rank in self._fault.waited_on
-        if rank in self._masked or blamed:
+        """Takes in `rank` again from the next operation on, and holds no earlier fault against it.
+
+        A link that the others have given up meanwhile, which this rank may not know, is given up here too.
+        """
+        if rank in self._masked or (self._fault is not None and rank in self._fault.waited_on):
+            self._fault = self._fault_meeting = None
+        if rank in self._masked:
             self._masked -= {rank}
-            self._fault = None
             self.leave_link()
+        elif self._control is not None and self._is_given_up():
+            self.disconnect()
+        if self._control is None:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Knows of the members' last meeting: this rank is not told in its next call how that ended."""
+        purpose, store = f"link/{self._people()}", self._store
+        number = store.get(f"{purpose}/number")
+        if number is not None:
+            last = store.under(f"{purpose}/{number.decode()}")
+            if last.has("verdict"):
+                last.set(f"known/{self.rank}", "")
+
+    def _people(self) -> str:
+        return "-".join(map(str, self.members))
 
     def begin(self, operation: str) -> None:
         """An operation begins: its deadline counts from here."""
         self.progress.operation = operation
         self.progress.restart()
 
-    # rendezvous
+    # meetings
 
-    def next_meeting(self, purpose: str) -> str:
-        """A name under which the members, who all count their attempts, meet for `purpose` this time."""
-        people = "-".join(map(str, self.members))
-        attempt = self._store.add(f"attempts/{purpose}/{people}/{self.rank}", 1)
-        return f"{purpose}/{people}/{attempt}"
+    def exchange(self, stage: str, value: str, reason: str) -> dict[int, bytes]:
+        """Posts `value` for a stage of the construction's meeting; every member's.
 
-    def meet(self, name: str, value: str, ranks: Iterable[int]) -> dict[int, bytes]:
-        """Posts `value` under `name` and returns what each of `ranks` posted.
-
-        Raises Absent at the deadline.
+        Raises PeerTimeoutError, with `reason` if some do not post in time; the same on all.
         """
-        self._store.set(f"{name}/{self.rank}", value)
-        return self._collect(name, tuple(ranks), self.progress.started + self.timeout)
+        with self._failing():
+            meeting = self._meeting or self._join_next()
+            return meeting.exchange(stage, value, self._deadline, reason)
 
-    def _collect(
-        self, name: str, ranks: tuple[int, ...], deadline: float, until: str = ""
-    ) -> dict[int, bytes]:
-        """Collects what `ranks` post under `name`.
-
-        Ends early, with what is there, once the key `until` exists. Raises Absent at the deadline, or before
-        if those who are missing are known to be dead.
+    def gathering(self, purpose: str) -> Callable[[str, str], dict[int, bytes]]:
+        """A meeting of the members beside their link: a function that takes a stage and this rank's value,
+        and returns every member's. Raises PeerTimeoutError.
         """
-        missing = list(ranks)
-        seen: dict[int, bytes] = {}
-        # Asked again and again, because a store's own wait blocks its connection, and cannot wait for "one
-        # of".
-        pause = 0.001
-        while True:
-            for rank in list(missing):
-                if self._store.check([f"{name}/{rank}"]):
-                    seen[rank] = self._store.get(f"{name}/{rank}")
-                    missing.remove(rank)
-            if not missing or (until and self._store.check([until])):
-                return seen
-            if time.monotonic() >= deadline or all(self._is_dead(rank) for rank in missing):
-                raise Absent(tuple(missing), seen)
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
+        try:
+            meeting = self._join(purpose, tells=lambda verdict: True)
+        except MeetingFailed as failed:
+            raise self._blame(failed.verdict) from None
+        except StoreError as error:
+            raise self.store_lost(error) from None
+
+        def gather(stage: str, value: str) -> dict[int, bytes]:
+            try:
+                return meeting.exchange(stage, value, self._deadline, f"they did not {purpose}")
+            except MeetingFailed as failed:
+                raise self._blame(failed.verdict) from None
+            except StoreError as error:
+                raise self.store_lost(error) from None
+
+        return gather
+
+    def _join(self, purpose: str, tells: Callable[[Verdict], bool]) -> Meeting:
+        purpose = f"{purpose}/{self._people()}"
+        self._purposes.add(purpose)
+        return join(self._store, purpose, self.rank, self.members, self.is_dead, tells)
+
+    def _join_next(self) -> Meeting:
+        """The next meeting that a link comes from; the very first is that of the construction."""
+        with self._joining:
+            if self._meeting is not None:
+                self._past.append(self._meeting)
+                self._meeting = self._join("link", tells=lambda verdict: True)
+                return self._meeting
+            # A rank that was told of an earlier construction, to which it did not come, would never catch up.
+            self._meeting = join(
+                self._store,
+                "construct",
+                self.rank,
+                self.members,
+                self.is_dead,
+                tells=lambda verdict: verdict.withdrew and self.rank not in verdict.missing,
+            )
+            self._store = self._meeting.store
+            return self._meeting
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turns the end of the meeting, and of the store, into PeerTimeoutError."""
+        try:
+            yield
+        except MeetingFailed as failed:
+            raise self._adopt(failed.verdict) from None
+        except StoreError as error:
+            raise self.store_lost(error) from None
+
+    @property
+    def _deadline(self) -> float:
+        return self.progress.started + self.timeout
 
     def introduce(self, identities: dict[int, str]) -> None:
         """Exchanges the ranks' processes, by `liveness.identity`."""
@@ -156,11 +216,12 @@ class Membership:
 
     def depart(self) -> None:
         """Posts that this rank takes part in nothing from now on, so that nobody waits for it."""
-        with contextlib.suppress(dist.DistError):  # without a store, peers learn when their connections end
+        with contextlib.suppress(StoreError):  # without a store, peers learn when their connections end
             self._store.set(f"departed/{self.rank}", "")
 
-    def _is_dead(self, rank: int) -> bool:
-        if self._store.check([f"departed/{rank}"]):
+    def is_dead(self, rank: int) -> bool:
+        """True if nobody needs to wait for `rank`: its process is gone, or it has departed."""
+        if self._store.has(f"departed/{rank}"):
             return True
         return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
 
@@ -186,64 +247,103 @@ class Membership:
 
     def _connect(self) -> None:
         members = self.members
-        if self._fault is not None and set(self._fault.waited_on) & set(members):
-            raise PeerTimeoutError(self._fault, "missing since then: mask, or destroy the buffer")
-        self._fault = None
+        self._forgive()
         self.progress.phase = "connect"
-        people = "-".join(map(str, members))
-        self._name = self.next_meeting("link")
-        self._store.set(f"members/{self.rank}", people)
+        people = self._people()
         try:
-            self.meet(self._name, "", members)
-        except Absent as absent:
-            self._check_same_members(absent.missing, people)
-            error = self.blame(absent.missing, len(absent.seen), "they did not come to connect")
-            self._fault = error.record
-            raise error from None
-        except dist.DistError as error:
-            raise self.blame((), 0, f"the store failed: {error}") from error
-        try:
-            self._control = self._link("cpu")
-            self._payload = self._control if self._device_type == "cpu" else self._link(self._device_type)
+            self._store.set(f"members/{self.rank}", people)
+            meeting = self._join_next()
+            try:
+                meeting.exchange("arrived", "", self._deadline, "they did not come to connect")
+            except MeetingFailed as failed:
+                self._check_same_members(failed.verdict.missing, people)
+                raise
+            blocking = PrefixStore(meeting.store.prefix, self._blocking)
+            group = connecting.connect(meeting, blocking, self.timeout, self._deadline)
+            self._control = self._payload = Link(group, self.rank, self.num_ranks, members)
+            if self.device_type != "cpu":
+                store = PrefixStore(self.device_type, blocking)
+                index, size = members.index(self.rank), len(members)
+                group = private_group(store, index, size, self.timeout, self.device_type)
+                self._payload = Link(group, self.rank, self.num_ranks, members)
+            self._store.set(f"members/{self.rank}", "")
         except LinkError as error:
             raise self.fault(error) from None
-        self._store.set(f"members/{self.rank}", "")
+        except MeetingFailed as failed:
+            raise self._adopt(failed.verdict) from None
+        except StoreError as error:
+            raise self.store_lost(error) from None
         self.progress.sequence = 0
+        for past in [past for past in self._past if set(past.members) <= set(members)]:
+            past.remove()  # whoever came here needs nothing of what was before
+            self._past.remove(past)
 
-    def _link(self, device_type: str) -> Link:
-        members = self.members
-        store = PrefixStore(f"{self._name}/{device_type}", self._store)
-        group = private_group(store, members.index(self.rank), len(members), self.timeout, device_type)
-        return Link(group, self.rank, self.num_ranks, members)
+    def _forgive(self) -> None:
+        """Forgets the last fault if all members that it named know of it: they have come back.
+
+        Else raises it again.
+        """
+        if self._fault is None:
+            return
+        named = set(self._fault.waited_on) & set(self.members)
+        meeting = self._fault_meeting
+        with self._failing():
+            if named and (meeting is None or not all(meeting.has_reported(rank) for rank in named)):
+                raise PeerTimeoutError(self._fault, "missing since then: mask, or destroy the buffer")
+        self._fault = self._fault_meeting = None
 
     def _check_same_members(self, missing: tuple[int, ...], people: str) -> None:
         for rank in missing:
-            if self._store.check([f"members/{rank}"]):
-                theirs = self._store.get(f"members/{rank}").decode()
-                if theirs not in (people, ""):  # empty: not come yet
-                    raise MismatchError(
-                        "unmasked ranks",
-                        theirs.replace("-", ", "),
-                        f"{people.replace('-', ', ')}, as on rank {self.rank}",
-                        rank,
-                    )
+            theirs = (self._store.get(f"members/{rank}") or b"").decode()
+            if theirs not in (people, ""):  # empty: not come yet
+                raise MismatchError(
+                    "unmasked ranks",
+                    theirs.replace("-", ", "),
+                    f"{people.replace('-', ', ')}, as on rank {self.rank}",
+                    rank,
+                )
 
     def leave_link(self) -> None:
         """Gives up a link that works, because the members change, and lets the others know."""
         if self._control is not None:
-            self._store.set(f"{self._name}/left/{self.rank}", "")
+            assert self._meeting is not None
+            self._meeting.post("left", "")
             self.disconnect()
 
+    def _is_given_up(self) -> bool:
+        """True if others gave the link up: they have changed the members, or settled a fault."""
+        meeting = self._meeting
+        assert meeting is not None
+        return meeting.store.has("verdict") or self._is_left(meeting)
+
+    def _is_left(self, meeting: Meeting) -> bool:
+        return any(meeting.store.has(f"left/{rank}") for rank in self.members)
+
     def rejoin(self) -> bool:
-        """After a LinkError: whether others gave the link up, having changed the members. Then it is dropped
-        here too.
+        """After a LinkError: whether the others gave the link up, having changed the members, or have settled
+        a fault and wait for this rank on another. Then it is dropped here too.
 
         So a rank that was masked, and did not know, finds its way back once it is no longer.
         """
-        left = any(self._store.check([f"{self._name}/left/{rank}"]) for rank in self.members)
-        if left:
+        meeting = self._meeting
+        if meeting is None:
+            return False
+        with self._failing():
+            verdict = meeting.verdict()
+            is_blamed = verdict is not None and self.rank in verdict.missing
+            again = self._is_left(meeting) or (is_blamed and self._is_awaited())
+        if again:
             self.disconnect()
-        return left
+        return again
+
+    def _is_awaited(self) -> bool:
+        """True if the members have a meeting for their next link, which this rank has not come to."""
+        purpose, store = f"link/{self._people()}", self._store
+        number = store.get(f"{purpose}/number")
+        if number is None:
+            return False
+        last = store.under(f"{purpose}/{number.decode()}")
+        return not last.has(f"known/{self.rank}") and not last.has("verdict")
 
     def disconnect(self) -> None:
         """Drops the connections. Peers that wait on them fail at once."""
@@ -251,32 +351,80 @@ class Membership:
             hang_up(link.group)
         self._control = self._payload = None
 
+    def finish(self) -> None:
+        """Removes from the store what this rank has posted, after all ranks have come to their end."""
+        with contextlib.suppress(StoreError):
+            for meeting in (*self._past, self._meeting):
+                if meeting is not None:
+                    meeting.remove()
+            for purpose in self._purposes:
+                clear(self._store, purpose, self.rank, self.num_ranks)
+            self._store.remove(f"members/{self.rank}")
+
     # faults
 
     def fault(self, error: LinkError) -> PeerTimeoutError:
         """Settles with the other survivors who is missing; the error that all of them raise."""
         self.disconnect()
         try:
-            settled = self._settle(str(error))
-        except dist.DistError as lost:
-            settled = self.blame((), 0, f"{error}; and the store failed: {lost}")
-        self._fault = settled.record
-        return settled
+            return self._adopt(self._settle(str(error)))
+        except StoreError as lost:
+            return self.store_lost(lost, f"{error}; and ")
 
-    def _settle(self, reason: str) -> PeerTimeoutError:
-        name, progress = f"fault/{self._name}", self.progress
-        seconds = progress.seconds
-        report = {"at": [progress.sequence, progress.operation, progress.phase], "seconds": seconds}
-        self._store.set(f"{name}/{self.rank}", json.dumps(report))
-        deadline = max(progress.started + self.timeout, time.monotonic()) + self.grace
+    def _settle(self, reason: str) -> Verdict:
+        meeting, progress = self._meeting, self.progress
+        assert meeting is not None
+        report = {"at": [progress.sequence, progress.operation, progress.phase], "seconds": progress.seconds}
+        meeting.report(report)
+        connects = progress.phase == "connect"  # then all members are there
+        deadline = max(0.0 if connects else self._deadline, time.monotonic()) + self.grace
         try:
-            seen = self._collect(name, self.members, deadline, until=f"{name}/verdict")
-            missing = _latest({rank: json.loads(raw) for rank, raw in seen.items()})
+            seen = meeting.collect("report", self.members, deadline)
+            missing = () if connects else _latest({rank: json.loads(raw) for rank, raw in seen.items()})
+        except MeetingFailed as failed:
+            return failed.verdict
         except Absent as absent:
             seen, missing = absent.seen, absent.missing
-        verdict = json.dumps({"missing": missing, "seen": len(seen)})
-        settled = json.loads(self._store.compare_set(f"{name}/verdict", "", verdict))
-        return self.blame(tuple(settled["missing"]), settled["seen"], reason)
+        return meeting.end(Verdict(missing, len(seen), reason))
+
+    def withdraw(self, reason: str) -> None:
+        """Ends the present meeting, or the one that the others are about to come to, because this rank raises
+        something that they do not know of: they raise PeerTimeoutError with its name, at once.
+
+        May be called beside the queue, when the caller of an operation does not wait for it any more.
+        """
+        verdict = Verdict((self.rank,), len(self.members) - 1, reason, withdrew=True)
+        try:
+            with self._joining:
+                meeting = self._meeting
+            if meeting is None or (self._control is None and meeting.verdict() is not None):
+                meeting = self._join_next()
+            ended = meeting.end(verdict)
+            meeting.report()
+            self._adopt(ended)
+        except (MeetingFailed, StoreError):
+            self.disconnect()
+
+    def _adopt(self, verdict: Verdict) -> PeerTimeoutError:
+        """Takes over how the meeting ended: the error for it. A rank that it names says that it knows."""
+        meeting = self._meeting
+        self.disconnect()
+        if meeting is not None and self.rank in verdict.missing:
+            with contextlib.suppress(StoreError):
+                meeting.report()
+        error = self._blame(verdict)
+        self._fault, self._fault_meeting = error.record, meeting
+        return error
+
+    def _blame(self, verdict: Verdict) -> PeerTimeoutError:
+        return self.blame(verdict.missing, verdict.seen, verdict.reason)
+
+    def store_lost(self, error: StoreError, before: str = "") -> PeerTimeoutError:
+        """The error of this rank alone, naming whom it can see to be dead: nothing can be settled."""
+        self.disconnect()
+        mine = self._identities.get(self.rank, "")
+        dead = tuple(rank for rank in self.members if liveness.is_dead(self._identities.get(rank, ""), mine))
+        return self.blame(dead, len(self.members) - len(dead), f"{before}the store failed: {error}")
 
     def blame(self, missing: tuple[int, ...], seen: int, reason: str) -> PeerTimeoutError:
         """The error for this rank's place, with `missing` as those responsible."""
@@ -299,6 +447,6 @@ def _latest(reports: dict[int, dict[str, object]]) -> tuple[int, ...]:
 
     Those have waited much less than the longest wait. Where all waited alike, nobody can be named.
     """
-    waits = {rank: float(str(report["seconds"])) for rank, report in reports.items()}
-    longest = max(waits.values())
+    waits = {rank: float(str(report["seconds"])) for rank, report in reports.items() if report}
+    longest = max(waits.values(), default=0.0)
     return tuple(sorted(rank for rank, seconds in waits.items() if seconds < longest / 2))

@@ -58,7 +58,7 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
     that belong to different subgroups. Collective over the members, with a store prefix that nobody used
     before.
     """
-    seconds = timedelta(seconds=timeout)
+    seconds = _timedelta(timeout)
     group = dist.ProcessGroup(store, rank, size)
     with transport():
         if device_type == "cuda":
@@ -73,6 +73,17 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
             group._register_backend(torch.device("cpu"), kind, gloo)
     group._set_default_backend(kind)
     return group
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: float) -> None:
+    """Gives a private group's operations another time-out than its construction had."""
+    device = torch.device(device_type_of(group))
+    group._get_backend(device)._set_default_timeout(_timedelta(timeout))
+
+
+def _timedelta(seconds: float) -> timedelta:
+    """A time-out as torch takes it: in whole milliseconds, and none is none at all."""
+    return timedelta(milliseconds=max(1, round(1000 * seconds)))
 
 
 def hang_up(group: dist.ProcessGroup) -> None:

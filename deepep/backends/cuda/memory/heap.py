@@ -12,7 +12,7 @@ from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec
 from deepep.backends.cuda.memory.ipc import Gather, share_heap
 from deepep.backends.cuda.memory.overflow import OverflowArea
 from deepep.backends.cuda.memory.pool import SEGMENT, ReceivePool
-from deepep.runtime.control.membership import Absent, Membership
+from deepep.runtime.control.membership import Membership
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 #: rows to receive if all else fails, until the rows are counted
@@ -116,15 +116,11 @@ class SymmetricMemory:
 def _gathering(membership: Membership) -> Callable[[str], Gather]:
     """A `Gather` over the members for each purpose, through the store."""
     membership.begin("build")
-    members = membership.members
-    meeting = membership.next_meeting("build")
+    exchange = membership.gathering("build")
 
     def gather_as(purpose: str) -> Gather:
         def gather(mine: bytes) -> list[bytes | None]:
-            try:
-                met = membership.meet(f"{meeting}/{purpose}", mine.decode(), members)
-            except Absent as absent:
-                raise membership.blame(absent.missing, len(absent.seen), "they did not build") from None
+            met = exchange(purpose, mine.decode())
             return [met.get(rank) for rank in range(membership.num_ranks)]
 
         return gather

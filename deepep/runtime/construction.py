@@ -1,0 +1,78 @@
+"""Construction: an engine is made on all ranks of a group, or on none, and then all raise the same.
+
+Whatever one rank refuses (an argument, the environment, a backend that it does not have) it takes to the
+meeting, so that the others do not wait for it; and so does whatever else it raises before it has an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from deepep.errors import ArgumentError, DeepEPError, MismatchError
+from deepep.runtime import backends as registry
+from deepep.runtime.control import agreement
+from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.control.membership import Membership
+from deepep.runtime.engine import Engine, EngineOptions
+from deepep.runtime.session import Session, membership_of
+
+
+def construct(options: EngineOptions, backend: str | None, device: torch.device | None) -> Engine:
+    """The engine for `options.group`; collective.
+
+    backend, device: those asked for, or None. Raises `options.problem`, or what another rank refuses, on all
+    ranks; MismatchError if they ask for different things; PeerTimeoutError if not all of them come.
+    """
+    if not registry.is_group(options.group)[0]:
+        registry.choose(backend, options.group, device)  # refuses it, here alone: there is nobody to tell
+    membership = membership_of(options.group, options.timeout)
+    try:
+        name, among = _agree_on_backend(membership, backend or registry.default_name(), options.problem)
+        problem: ArgumentError | None = None
+        try:
+            chosen, where = registry.choose(name, options.group, device, among)
+        except ArgumentError as refused:
+            problem = refused.at(membership.rank)
+        if problem is not None:
+            agreement.agree(membership, "engine", {}, problem)
+        options = replace(options, device=where)
+        session = Session.of(options.group, where)
+        about = {"backend": chosen.name, "device": where.type}
+        control = ControlPlane(session, membership, about)
+        try:
+            return chosen.create(options, control)
+        except BaseException:
+            control.close(0.0)
+            raise
+    except DeepEPError:
+        raise
+    except BaseException as error:
+        membership.withdraw(agreement.reason(membership.rank, error))
+        raise
+
+
+def _agree_on_backend(
+    membership: Membership, name: str | None, problem: ArgumentError | None
+) -> tuple[str | None, frozenset[str]]:
+    """The backend that ranks ask for by name, if any does, and those that every rank's machine can run.
+
+    They have to be known before any rank asks a backend whether it serves the group: for that they may meet.
+    """
+    if problem is None and name is not None:
+        try:
+            registry.check_name(name)
+        except ArgumentError as refused:
+            problem = refused
+    able = [backend.name for backend in registry.backends() if backend.available()[0]]
+    facts: dict[str, Any] = {"backend": name, "able": able}
+    met = agreement.agree(membership, "arrived", {}, problem, facts)
+    names = {rank: facts["backend"] for rank, facts in met.items() if facts["backend"] is not None}
+    first = min(names, default=0)
+    for rank, asked in names.items():
+        if asked != names[first]:
+            raise MismatchError("backend", repr(asked), f"{names[first]!r}, as on rank {first}", rank)
+    common = frozenset.intersection(*(frozenset(facts["able"]) for facts in met.values()))
+    return names.get(first), common

@@ -1,0 +1,124 @@
+"""The life of a rank's process: signals, forks, and its end, as its peers and its children see them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import torch.distributed as dist
+from harness.rank_threads import raised, works
+
+import deepep
+
+LONG = 60.0  # a time-out that no test waits for
+
+
+def interrupted(ctx: Any) -> Any:
+    """Ctrl-C on rank 1 while it waits for the others."""
+    buffer = deepep.Buffer(ctx.group, timeout=LONG)
+    assert works(buffer, ctx.rank, ctx.num_ranks)
+    found = None
+    if ctx.rank == 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        found = raised(lambda: works(buffer, ctx.rank, ctx.num_ranks))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    dist.barrier(group=ctx.group)
+    if ctx.rank != 1:
+        found = raised(lambda: works(buffer, ctx.rank, ctx.num_ranks))
+    dist.barrier(group=ctx.group)
+    assert works(buffer, ctx.rank, ctx.num_ranks)
+    buffer.destroy()
+    return type(found).__name__, str(found)
+
+
+def test_ctrl_c_in_a_call(fresh_world: Any) -> None:
+    """The rank gets its KeyboardInterrupt, the others learn of it in the same call, and all go on."""
+    first, second, third = fresh_world(3).run(interrupted)
+    assert second[0] == "KeyboardInterrupt"
+    for kind, text in (first, third):
+        assert kind == "PeerTimeoutError"
+        assert "rank 1 raised KeyboardInterrupt" in text
+
+
+def forking(ctx: Any) -> Any:
+    """Rank 1 forks; the child uses the buffer, drops it, and ends with its exit handlers."""
+    import atexit
+    import gc
+
+    buffer = deepep.Buffer(ctx.group, timeout=LONG)
+    assert works(buffer, ctx.rank, ctx.num_ranks)
+    status = 0
+    if ctx.rank == 1:
+        child = os.fork()
+        if child == 0:
+            refused = isinstance(raised(lambda: works(buffer, 1, ctx.num_ranks)), deepep.DestroyedError)
+            buffer.destroy()
+            del buffer
+            gc.collect()
+            atexit._run_exitfuncs()
+            os._exit(0 if refused else 3)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    dist.barrier(group=ctx.group)
+    assert works(buffer, ctx.rank, ctx.num_ranks)
+    buffer.destroy()
+    return status
+
+
+def test_a_forked_child_gets_an_error_and_the_rank_lives(fresh_world: Any) -> None:
+    assert fresh_world(2).run(forking) == [0, 0]
+
+
+ENDS = """
+import os, signal, sys, threading, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[3])
+from harness.rank_threads import exchange
+from deepep import Buffer
+rank, how = int(sys.argv[1]), sys.argv[4]
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+buffer = Buffer(dist.group.WORLD, timeout=60.0)
+exchange(buffer, rank, 2)
+if rank == 0:
+    if how == "interrupt":
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        exchange(buffer, rank, 2)
+    elif how == "leave":
+        sys.exit(0)
+else:
+    try:
+        import time
+        time.sleep(1.0)
+        exchange(buffer, rank, 2)
+    except Exception as error:
+        print(type(error).__name__, error.record.waited_on, flush=True)
+        os._exit(0)
+"""
+
+
+def ends(folder: Any, how: str) -> tuple[int, str]:
+    """The status of rank 0, and what rank 1 says."""
+    arguments = [str(folder / how), os.path.dirname(os.path.dirname(__file__)), how]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS, str(rank), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(2)
+    ]
+    said = ranks[1].communicate(timeout=LONG + 30)[0]
+    return ranks[0].wait(30), said.strip()
+
+
+def test_processes_that_end_in_the_middle(tmp_path: Any) -> None:
+    """By Ctrl-C in a call, or without `destroy`: no abort, and the peer is told with the name."""
+    status, said = ends(tmp_path, "interrupt")
+    assert (status, said) == (-signal.SIGINT, "PeerTimeoutError (0,)")
+    status, said = ends(tmp_path, "leave")
+    assert (status, said) == (0, "PeerTimeoutError (0,)")
