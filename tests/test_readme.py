@@ -21,6 +21,7 @@ PROGRAMS = {
     "train": ["--steps", "12", "--tokens", "64"],
     "prefill": ["--steps", "1", "--tokens", "24"],
     "decode": ["--steps", "2", "--tokens", "5"],
+    "overlap": ["--steps", "1", "--tokens", "5"],
 }
 
 
@@ -72,6 +73,16 @@ def test_the_examples_run(world_of: Callable[[int], Any], name: str) -> None:
     for printed, left in outcomes:
         assert any(re.search(r"[\d,]+ tokens/s", line) for line in printed)
         assert left == 0, "no buffer is left behind"
+    if name == "overlap":
+        timeline = re.findall(
+            r"^((?:next )?\w+ [01](?:, \w+)?) +[\d.]+ us$", "\n".join(outcomes[0][0]), re.MULTILINE
+        )
+        assert timeline == [
+            *("attention 0", "dispatch 0, send", "attention 1", "dispatch 0, receive", "dispatch 1, send"),
+            *("experts 0", "dispatch 1, receive", "combine 0, send", "experts 1", "combine 0, receive"),
+            *("combine 1, send", "next attention 0", "combine 1, receive"),
+        ]
+        assert all("GEMMs alone" in line for printed, _ in outcomes for line in printed)
     if name == "train":
         losses = [float(found) for found in re.findall(r"loss ([\d.]+)", "\n".join(outcomes[0][0]))]
         assert len(losses) == 12
