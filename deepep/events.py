@@ -12,7 +12,8 @@ from types import TracebackType
 
 import torch
 
-from deepep.errors import EventError
+from deepep.errors import ArgumentTypeError, EventError
+from deepep.runtime.checks import check_flag
 from deepep.runtime.completion import Completion, now
 
 
@@ -24,6 +25,8 @@ class EventHandle:
     """
 
     def __init__(self, completion: Completion | None = None) -> None:
+        if completion is not None and not isinstance(completion, Completion):
+            raise ArgumentTypeError("completion", type(completion).__name__, "a Completion or None")
         self._completion = completion if completion is not None else now()
 
     @property
@@ -52,6 +55,10 @@ class EventOverlap:
     _hook: Callable[[], None] | None = field(default=None, init=False, repr=False)
     _release_on_exit: bool = field(default=False, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.event is not None and not isinstance(self.event, EventHandle):
+            raise ArgumentTypeError("event", type(self.event).__name__, "an EventHandle or None")
+
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Wait for the event, then run and forget the registered hook.
 
@@ -59,6 +66,7 @@ class EventOverlap:
 
         Raises EventError where there is no event, because the operation was synchronous.
         """
+        release_handle = check_flag("release_handle", release_handle)
         if self.event is None:
             raise EventError("this operation was synchronous: there is no event to wait for")
         self.event.current_stream_wait()
@@ -71,13 +79,15 @@ class EventOverlap:
 
     def register_hook_after_wait(self, hook: Callable[[], None]) -> None:
         """Have `hook` called once, after the wait. Raises EventError if one is registered already."""
+        if not callable(hook):
+            raise ArgumentTypeError("hook", type(hook).__name__, "something to call")
         if self._hook is not None:
             raise EventError("a hook is registered already")
         self._hook = hook
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         """`with event(release_handle=True): ...` drops the event after the wait."""
-        self._release_on_exit = release_handle
+        self._release_on_exit = check_flag("release_handle", release_handle)
         return self
 
     def __enter__(self) -> EventOverlap:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from deepep.errors import ArgumentError, ArgumentTypeError, ShapeError
+from deepep.errors import ArgumentError, ArgumentTypeError, DeviceError, LayoutError, ShapeError
+from deepep.runtime.checks import check_flag, dtype_names
 
 GROUP = 128
 """Channels that share a scale."""
@@ -47,8 +48,8 @@ def fp8_cast(x: torch.Tensor, *, round_scale: bool = False, use_ue8m0: bool = Fa
 
     Raises ArgumentTypeError for another dtype, ShapeError for another H, ArgumentError for use_ue8m0 alone.
     """
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        raise ArgumentTypeError("x", str(x.dtype).removeprefix("torch."), "bfloat16 or float32")
+    _check("x", x, torch.bfloat16, torch.float32)
+    round_scale, use_ue8m0 = check_flag("round_scale", round_scale), check_flag("use_ue8m0", use_ue8m0)
     if use_ue8m0 and not round_scale:
         raise ArgumentError(
             "use_ue8m0", "True, without round_scale", "both: only powers of two can be packed"
@@ -80,11 +81,13 @@ def fp8_uncast(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     Raises ShapeError and ArgumentTypeError.
     """
+    _check("values", values)
+    _check("scales", scales, torch.float32, torch.int32)
+    if values.device != scales.device:
+        raise DeviceError("scales", str(scales.device), f"{values.device}, where the values are")
     if scales.dtype == torch.int32:
         scales = ue8m0_unpack(scales)
     groups = _grouped("values", values.float(), GROUP)
-    if scales.dtype != torch.float32:
-        raise ArgumentTypeError("scales", str(scales.dtype).removeprefix("torch."), "float32 or int32")
     if scales.shape != groups.shape[:-1]:
         raise ShapeError("scales", str(list(scales.shape)), str(list(groups.shape[:-1])))
     return (groups * scales.unsqueeze(-1)).flatten(-2)
@@ -98,8 +101,7 @@ def ue8m0_pack(scales: torch.Tensor) -> torch.Tensor:
 
     Raises ArgumentTypeError and ShapeError.
     """
-    if scales.dtype != torch.float32:
-        raise ArgumentTypeError("scales", str(scales.dtype).removeprefix("torch."), "float32")
+    _check("scales", scales, torch.float32)
     if scales.dim() == 0 or scales.shape[-1] % 4:
         raise ShapeError("scales", str(list(scales.shape)), "[..., a multiple of 4]")
     exponents = (scales.view(torch.int32) & _EXPONENT) >> 23
@@ -110,16 +112,34 @@ def ue8m0_pack(scales: torch.Tensor) -> torch.Tensor:
 
 def ue8m0_unpack(packed: torch.Tensor) -> torch.Tensor:
     """Unpack what `ue8m0_pack` made: [..., P] int32 -> [..., 4 * P] float32. Raises ArgumentTypeError."""
-    if packed.dtype != torch.int32:
-        raise ArgumentTypeError("packed", str(packed.dtype).removeprefix("torch."), "int32")
+    _check("packed", packed, torch.int32)
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
     exponents = (packed.unsqueeze(-1) >> shifts) & 0xFF
     return (exponents << 23).view(torch.float32).flatten(-2)
 
 
 def column_major_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Copy [..., rows, P] scales so that a column's rows lie side by side, as grouped GEMMs load them."""
+    """Copy [..., rows, P] scales so that a column's rows lie side by side, as grouped GEMMs load them.
+
+    Raises ArgumentTypeError, LayoutError and ShapeError.
+    """
+    _check("scales", scales)
+    if scales.dim() < 2:
+        raise ShapeError("scales", str(list(scales.shape)), "[..., rows, P]")
     return scales.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+
+
+def _check(name: str, value: object, *dtypes: torch.dtype) -> None:
+    """A dense tensor of one of these dtypes; of any that is not complex, if there are none."""
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentTypeError(name, type(value).__name__, "a tensor")
+    if value.layout != torch.strided:
+        raise LayoutError(name, str(value.layout).removeprefix("torch."), "a dense tensor")
+    if value.is_neg():
+        raise LayoutError(name, "a view that negates its memory", "a tensor in memory, as of resolve_neg()")
+    if value.is_complex() or (dtypes and value.dtype not in dtypes):
+        allowed = dtype_names(dtypes) if dtypes else "real numbers"
+        raise ArgumentTypeError(name, str(value.dtype).removeprefix("torch."), allowed)
 
 
 def _grouped(name: str, x: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -11,17 +11,18 @@ above every number.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
-from deepep.errors import ArgumentTypeError, RangeError, ShapeError
+from deepep.errors import ArgumentTypeError, DeviceError, LayoutError, RangeError, ShapeError
 from deepep.runtime.checks import check_int
 
 #: Added to the sum of a token's sigmoid weights before dividing by it, so that K zero scores give zero
 #: weights, not NaN.
 WEIGHT_SUM_FLOOR = 1e-20
+
+_MOST_SCALE = 1e38
 
 
 class Routing(NamedTuple):
@@ -150,6 +151,8 @@ def nodes_per_token(topk_idx: torch.Tensor, num_experts: int, num_nodes: int) ->
     _check_tensor("topk_idx", topk_idx, floating=False)
     if topk_idx.ndim != 2:
         raise ShapeError("topk_idx", str(list(topk_idx.shape)), "[tokens, top-k]")
+    if topk_idx.is_meta:
+        raise DeviceError("topk_idx", "meta", "a device with memory: its values are checked")
     check_int("num_experts", num_experts, 1, 2**31 - 1)
     check_int("num_nodes", num_nodes, 1, num_experts)
     if num_experts % num_nodes:
@@ -179,7 +182,7 @@ def _weigh(scores: torch.Tensor, topk_idx: torch.Tensor, normalize: bool, scale:
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + WEIGHT_SUM_FLOOR)
     if scale != 1.0:
-        weights = weights * scale
+        weights = weights * float(scale)
     return Routing(topk_idx, weights, scores)
 
 
@@ -197,13 +200,16 @@ def _check(logits: object, num_topk: object, bias: object, normalize: object, sc
         raise ArgumentTypeError("normalize", type(normalize).__name__, "a bool")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise ArgumentTypeError("scale", type(scale).__name__, "a number")
-    if not math.isfinite(scale):
-        raise RangeError("scale", str(scale), "a finite number")
+    if not (-_MOST_SCALE < scale < _MOST_SCALE):
+        got = f"{scale:g}" if isinstance(scale, float) else f"a number of {scale.bit_length()} bits"
+        raise RangeError("scale", got, f"a finite number, of less than {_MOST_SCALE:g}")
 
 
 def _check_tensor(name: str, value: object, floating: bool = True) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(name, type(value).__name__, "a tensor")
+    if value.layout != torch.strided:
+        raise LayoutError(name, str(value.layout).removeprefix("torch."), "a dense tensor")
     integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if not (value.is_floating_point() if floating else integral):
         allowed = "a floating-point tensor" if floating else "a tensor of integers"

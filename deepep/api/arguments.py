@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from numbers import Real
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -19,8 +19,8 @@ from deepep.api.handles import (
 )
 from deepep.config import Config
 from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
-from deepep.events import EventOverlap
-from deepep.runtime.checks import check_int
+from deepep.events import EventHandle, EventOverlap
+from deepep.runtime.checks import MOST, check_flag, check_int
 from deepep.runtime.devices import asked_device
 from deepep.runtime.engine import Engine, EngineOptions, Reduction
 from deepep.runtime.requests import (
@@ -62,9 +62,14 @@ def engine_options(
     Bad ones are not raised but handed on as `problem`, for all ranks to raise; a rank with a bad time-out
     waits for the others as long as it would without one.
     """
-    options = EngineOptions(group, DEFAULT_TIMEOUT, low_latency, masks)
+    options = EngineOptions(group, DEFAULT_TIMEOUT)
     try:
-        options = replace(options, timeout=_timeout(timeout))
+        options = replace(
+            options,
+            timeout=_timeout(timeout),
+            low_latency=check_flag("low_latency_mode", low_latency),
+            masks=check_flag("enable_shrink", masks),
+        )
         _check_bytes("num_nvl_bytes", num_nvl_bytes)
         low_latency_bytes = _check_bytes("num_rdma_bytes", num_rdma_bytes)
         options = replace(
@@ -130,35 +135,51 @@ def schedule(
     previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
 ) -> Schedule:
     """V1's three scheduling options; outputs on the communication stream need an event and no wait."""
-    if previous_event is None and not async_finish and not allocate_on_comm_stream:
+    if previous_event is None and async_finish is False and allocate_on_comm_stream is False:
         return AT_ONCE
+    asynchronous = check_flag("async_finish", async_finish)
+    on_comm_stream = check_flag("allocate_on_comm_stream", allocate_on_comm_stream)
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
         raise ArgumentTypeError("previous_event", type(previous_event).__name__, "an EventOverlap or None")
     event = None if previous_event is None else previous_event.event
-    if allocate_on_comm_stream and (event is None or not async_finish):
+    if event is not None and not isinstance(event, EventHandle):
+        got = f"an EventOverlap of a {type(event).__name__}"
+        raise ArgumentTypeError("previous_event", got, "one of an EventHandle or None")
+    if on_comm_stream and (event is None or not asynchronous):
         raise ArgumentError(
             "allocate_on_comm_stream", "True", "True only with a previous_event and async_finish=True"
         )
     after = None if event is None else event.completion
-    return Schedule(after, bool(async_finish), allocate_on_comm_stream=bool(allocate_on_comm_stream))
+    return Schedule(after, asynchronous, allocate_on_comm_stream=on_comm_stream)
 
 
 def low_latency_schedule(async_finish: bool, return_recv_hook: bool) -> Schedule:
     """The options of low-latency calls: return early with an event or with a hook, not both."""
-    if not async_finish and not return_recv_hook:
+    if async_finish is False and return_recv_hook is False:
         return AT_ONCE
-    if async_finish and return_recv_hook:
+    asynchronous = check_flag("async_finish", async_finish)
+    hook = check_flag("return_recv_hook", return_recv_hook)
+    if asynchronous and hook:
         raise ArgumentError("return_recv_hook", "True, with async_finish", "one of the two")
-    return Schedule(asynchronous=bool(async_finish), hook=bool(return_recv_hook))
+    return Schedule(asynchronous=asynchronous, hook=hook)
 
 
-def refuse_nvfp4() -> NoReturn:
-    """Arguments of the forks that send NVFP4."""
+def refusal(*early: object) -> Schedule:
+    """The schedule of a call that is refused: early if one of these flags says so, whatever else they are."""
+    return Schedule(asynchronous=any(flag is True for flag in early))
+
+
+def refuse_nvfp4(use_nvfp4: object, x_global_scale: object) -> None:
+    """Arguments of the forks that send NVFP4. Raises ArgumentError if they ask for it."""
+    if x_global_scale is None and not check_flag("use_nvfp4", use_nvfp4):
+        return
     raise ArgumentError("use_nvfp4, x_global_scale", "NVFP4", "neither: rows travel as BF16 or FP8")
 
 
-def refuse_overlap() -> NoReturn:
-    """Arguments of the forks that combine while the experts still compute."""
+def refuse_overlap(overlap: object) -> None:
+    """Arguments of the forks that combine while the experts still compute. Raises ArgumentError."""
+    if not check_flag("overlap", overlap):
+        return
     raise ArgumentError("overlap", "True", "False: a combine starts once all rows of x are there")
 
 
@@ -202,6 +223,9 @@ def dispatch_request(
             raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
         route = handle.route if type(handle) is DispatchHandle else route_of(handle, engine)
         return DispatchRequest(rows, scales, route=route, num_sms=num_sms)
+    if not (type(expert_alignment) is type(num_worst_tokens) is int):  # they travel: numpy's do not
+        expert_alignment = check_int("expert_alignment", expert_alignment, 1, MOST)
+        num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, 0, MOST)
     per_rank, per_domain, per_expert, in_rank = layout
     if per_rank is None or in_rank is None or per_expert is None:
         needed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
@@ -250,7 +274,9 @@ def low_latency_combine_request(
     wait_nanoseconds: torch.Tensor | None,
 ) -> LowLatencyCombineRequest:
     """A low-latency combine of what `handle`'s dispatch brought."""
-    if use_logfmt and zero_copy:
+    logfmt = use_logfmt if type(use_logfmt) is bool else check_flag("use_logfmt", use_logfmt)
+    staged = zero_copy if type(zero_copy) is bool else check_flag("zero_copy", zero_copy)
+    if logfmt and staged:
         raise ArgumentError("use_logfmt", "True, with zero_copy", "one of the two")
     if type(handle) is OwnedLowLatencyHandle and handle.route is not None:
         route = handle.route
@@ -261,8 +287,8 @@ def low_latency_combine_request(
         topk_idx,
         topk_weights,
         route,
-        use_logfmt=bool(use_logfmt),
-        zero_copy=bool(zero_copy),
+        use_logfmt=logfmt,
+        zero_copy=staged,
         out=out,
         wait_nanoseconds=wait_nanoseconds,
     )

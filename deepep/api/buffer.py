@@ -10,6 +10,7 @@ size, M maximum tokens per rank, N rows received. "Current stream" on CPU means 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import weakref
 from types import TracebackType
@@ -30,10 +31,10 @@ from deepep.config import (
     dispatch_config,
     low_latency_size_hint,
 )
-from deepep.errors import ArgumentError, RangeError
+from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
-from deepep.runtime.checks import check_int
+from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
 from deepep.runtime.construction import construct
 from deepep.runtime.requests import Operation, Schedule
 
@@ -132,9 +133,9 @@ class Buffer(LowLatencyCalls):
         self.group_size = self._engine.info.num_ranks
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
-        self.low_latency_mode = low_latency_mode
+        self.low_latency_mode = options.low_latency
         self.explicitly_destroy = explicitly_destroy
-        self.enable_shrink = enable_shrink
+        self.enable_shrink = options.masks
         self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
         self.runtime = self._engine
         self._destroyed = False
@@ -213,7 +214,7 @@ class Buffer(LowLatencyCalls):
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """Set the SMs of all high-throughput calls without a config; any number from 1 (V1: even numbers)."""
-        Buffer.num_sms = check_int("new_num_sms", new_num_sms, 1)
+        Buffer.num_sms = check_int("new_num_sms", new_num_sms, 1, MOST)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -255,19 +256,26 @@ class Buffer(LowLatencyCalls):
         if torch.is_inference_mode_enabled():
             return plainly(Buffer.get_local_buffer_tensor, locals())
         self._check_alive()
+        use_rdma_buffer = check_flag("use_rdma_buffer", use_rdma_buffer)
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        check_int("offset", offset, 0, num_bytes)
+        if not isinstance(dtype, torch.dtype):
+            raise ArgumentTypeError("dtype", type(dtype).__name__, "a torch.dtype")
+        start = check_int("offset", offset, 0, num_bytes)
         if use_rdma_buffer not in self._scratch:
             device = self._engine.info.options.device
-            self._scratch[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        raw = self._scratch[use_rdma_buffer][offset:]
+            with memory_for("num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes", num_bytes):
+                self._scratch[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        raw = self._scratch[use_rdma_buffer][start:]
         whole = raw[: raw.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if size is None:
             return whole
-        wanted = torch.Size(size).numel()
+        if not isinstance(size, (tuple, list)):
+            raise ArgumentTypeError("size", type(size).__name__, "a torch.Size or None")
+        shape = [check_int("size", extent, 0, num_bytes) for extent in size]
+        wanted = math.prod(shape)
         if wanted > whole.numel():
-            raise RangeError("size", f"{wanted} elements", f"at most {whole.numel()} after offset {offset}")
-        return whole[:wanted].view(size)
+            raise RangeError("size", f"{wanted} elements", f"at most {whole.numel()} after offset {start}")
+        return whole[:wanted].view(shape)
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -366,7 +374,7 @@ class Buffer(LowLatencyCalls):
             return plainly(Buffer.dispatch, locals())
         if self._destroyed:
             self._check_alive()
-        at_once = previous_event is None and not async_finish and not allocate_on_comm_stream
+        at_once = previous_event is None and async_finish is allocate_on_comm_stream is False
         has_defaults = config is None and topk_idx is None and topk_weights is None
         if type(handle) is DispatchHandle and at_once and has_defaults:  # it may be like one before
             rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
@@ -388,7 +396,7 @@ class Buffer(LowLatencyCalls):
                 num_sms=Buffer.num_sms if config is None else arguments.num_sms_of(config),
             )
         except ArgumentError as problem:
-            self._engine.refuse(Operation.DISPATCH, problem, Schedule(asynchronous=bool(async_finish)))
+            self._engine.refuse(Operation.DISPATCH, problem, arguments.refusal(async_finish))
         done = self._engine.dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
@@ -430,7 +438,7 @@ class Buffer(LowLatencyCalls):
             sms = Buffer.num_sms if config is None else arguments.num_sms_of(config)
             request = arguments.combine_request(x, handle, topk_weights, bias, sms, self._engine)
         except ArgumentError as problem:
-            self._engine.refuse(Operation.COMBINE, problem, Schedule(asynchronous=bool(async_finish)))
+            self._engine.refuse(Operation.COMBINE, problem, arguments.refusal(async_finish))
         done = self._engine.combine(request, schedule)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         return CombineResult(done.x, done.topk_weights, event)

@@ -8,10 +8,10 @@ from deepep.api import arguments
 from deepep.api.arguments import AT_ONCE
 from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
-from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, ModeError, RangeError
+from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, DeviceError, ModeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
-from deepep.runtime.checks import check_int
+from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import LowLatencyDispatchRequest, Operation, Schedule
 
@@ -38,10 +38,10 @@ class LowLatencyCalls:
             self._check_low_latency()
             sizes = {
                 "num_max_dispatch_tokens_per_rank": check_int(
-                    "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1
+                    "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1, MOST
                 ),
-                "hidden": check_int("hidden", hidden, 1),
-                "num_experts": check_int("num_experts", num_experts, 1),
+                "hidden": check_int("hidden", hidden, 1, MOST),
+                "num_experts": check_int("num_experts", num_experts, 1, MOST),
             }
         except ArgumentError as problem:
             self._engine.refuse(Operation.BARRIER, problem, AT_ONCE)
@@ -92,23 +92,29 @@ class LowLatencyCalls:
         try:
             if not self.low_latency_mode:
                 self._check_low_latency()
-            if use_nvfp4 or x_global_scale is not None:
-                arguments.refuse_nvfp4()
+            if use_nvfp4 is not False or x_global_scale is not None:
+                arguments.refuse_nvfp4(use_nvfp4, x_global_scale)
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
+            most, experts = num_max_dispatch_tokens_per_rank, num_experts
+            if not (type(most) is type(experts) is int):  # they travel: numpy's and tensors' do not
+                most = check_int("num_max_dispatch_tokens_per_rank", most, 1, MOST)
+                experts = check_int("num_experts", experts, 1, MOST)
+            request = LowLatencyDispatchRequest(
+                x,
+                topk_idx,
+                most,
+                experts,
+                use_fp8=use_fp8 if type(use_fp8) is bool else check_flag("use_fp8", use_fp8),
+                round_scale=round_scale
+                if type(round_scale) is bool
+                else check_flag("round_scale", round_scale),
+                use_ue8m0=use_ue8m0 if type(use_ue8m0) is bool else check_flag("use_ue8m0", use_ue8m0),
+                expert_counts=cumulative_local_expert_recv_stats,
+                wait_nanoseconds=dispatch_wait_recv_cost_stats,
+            )
         except ArgumentError as problem:
-            early = Schedule(asynchronous=bool(async_finish or return_recv_hook))
+            early = arguments.refusal(async_finish, return_recv_hook)
             self._engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, early)
-        request = LowLatencyDispatchRequest(
-            x,
-            topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
-            use_fp8=bool(use_fp8),
-            round_scale=bool(round_scale),
-            use_ue8m0=bool(use_ue8m0),
-            expert_counts=cumulative_local_expert_recv_stats,
-            wait_nanoseconds=dispatch_wait_recv_cost_stats,
-        )
         done = self._engine.low_latency_dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         route = done.route
@@ -164,8 +170,8 @@ class LowLatencyCalls:
         try:
             if not self.low_latency_mode:
                 self._check_low_latency()
-            if overlap:
-                arguments.refuse_overlap()
+            if overlap is not False:
+                arguments.refuse_overlap(overlap)
             schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
             request = arguments.low_latency_combine_request(
                 x,
@@ -179,7 +185,7 @@ class LowLatencyCalls:
                 wait_nanoseconds=combine_wait_recv_cost_stats,
             )
         except ArgumentError as problem:
-            early = Schedule(asynchronous=bool(async_finish or return_recv_hook))
+            early = arguments.refusal(async_finish, return_recv_hook)
             self._engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, early)
         done = self._engine.low_latency_combine(request, schedule)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
@@ -208,13 +214,17 @@ class LowLatencyCalls:
         """
         self._check_masks()
         rank = check_int("rank_to_mask", rank_to_mask, 0, self.group_size - 1)
-        if mask and rank == self.rank:
+        leave_out = check_flag("mask", mask)
+        if leave_out and rank == self.rank:
             raise RangeError("rank_to_mask", f"{rank}, this rank itself", "another rank", self.rank)
-        self._engine.mask(rank, bool(mask))
+        self._engine.mask(rank, leave_out)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for masked ranks, 0 for others, to mask_status [R] int32. Needs enable_shrink."""
         self._check_masks()
+        check_memory("mask_status", mask_status)
+        if mask_status.is_meta:
+            raise DeviceError("mask_status", "meta", "a tensor with memory", self.rank)
         if mask_status.dtype != torch.int32 or mask_status.shape != (self.group_size,):
             got = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise ArgumentTypeError("mask_status", got, f"int32 [{self.group_size}]", self.rank)

@@ -7,10 +7,13 @@ may wait for the device.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from deepep.errors import (
@@ -34,6 +37,7 @@ SUM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 BYTE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
 SCALE_DTYPES = (torch.float32, torch.int32)
 ROW_ALIGNMENT = 16  # bytes: what bulk copies move
+MOST = 2**31 - 1  # of what is counted in int32
 FP8_GROUP = 128  # channels that share a scale
 UE8M0_PACK = 4 * FP8_GROUP  # channels whose scales share an int32
 
@@ -58,8 +62,8 @@ def check_tensor(
     contiguous: bool = True,
 ) -> torch.Tensor:
     """A tensor of one of `dtypes`, on `device_type`, of `shape` (a string: of any size, its name)."""
-    if not isinstance(value, torch.Tensor):
-        raise ArgumentTypeError(name, type(value).__name__, "a tensor")
+    check_memory(name, value)
+    assert isinstance(value, torch.Tensor)
     if value.dtype not in dtypes:
         raise ArgumentTypeError(name, str(value.dtype).removeprefix("torch."), dtype_names(dtypes))
     if value.device.type != device_type:
@@ -72,6 +76,18 @@ def check_tensor(
     if contiguous and not value.is_contiguous():
         raise LayoutError(name, f"strides {shape_text(value.stride())}", "a contiguous tensor")
     return value
+
+
+def check_memory(name: str, value: object) -> None:
+    """A tensor whose elements lie in its own memory, as they are."""
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentTypeError(name, type(value).__name__, "a tensor")
+    if type(value).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:  # DTensor, FakeTensor and the like
+        raise ArgumentTypeError(name, type(value).__name__, "a plain tensor")
+    if value.layout != torch.strided:
+        raise LayoutError(name, str(value.layout).removeprefix("torch."), "a dense tensor")
+    if value.is_neg() or value.is_conj():
+        raise LayoutError(name, "a view that negates its memory", "a tensor in memory, as of resolve_neg()")
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -89,9 +105,16 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """True or False; 1, 0, numpy's booleans and None (False) are taken for it, as V1's bindings do."""
+    if value is None or (isinstance(value, (int, numpy.bool_)) and value in (0, 1)):
+        return bool(value)
+    raise ArgumentTypeError(name, type(value).__name__, "True or False")
+
+
 def check_num_experts(num_experts: object, num_ranks: int, name: str = "num_experts") -> int:
     """E, a positive multiple of R. Returns L."""
-    count = check_int(name, num_experts, 1)
+    count = check_int(name, num_experts, 1, MOST)
     if count % num_ranks:
         raise RangeError(name, str(count), f"a multiple of the {num_ranks} ranks")
     return count // num_ranks
@@ -158,12 +181,27 @@ def check_together(**pair: object) -> None:
 
 def check_max_tokens(num_tokens: int, num_max_tokens: object) -> int:
     """T <= M."""
-    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, 1, 2**31 - 1)
+    most = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, 1, MOST)
     if num_tokens > most:
         raise CapacityError(
             "x", f"{num_tokens} tokens", f"at most num_max_dispatch_tokens_per_rank = {most} tokens"
         )
     return most
+
+
+@contextlib.contextmanager
+def memory_for(argument: str, got: object) -> Iterator[None]:
+    """Memory of the size that an argument asks for is made inside. Raises CapacityError if there is none."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(text)):
+            raise
+        raise CapacityError(argument, str(got), "a size that there is memory for") from error
+
+
+_NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|[Ss]torage size|overflow")
 
 
 # Requests
@@ -181,8 +219,8 @@ def check_dispatch(request: DispatchRequest, device_type: str, num_ranks: int) -
     num_tokens = request.x.shape[0]
     if request.scales is not None:
         check_scales(request.scales, num_tokens, device_type)
-    check_int("expert_alignment", request.expert_alignment, 1)
-    check_int("num_worst_tokens", request.num_worst_tokens, 0)
+    check_int("expert_alignment", request.expert_alignment, 1, MOST)
+    check_int("num_worst_tokens", request.num_worst_tokens, 0, MOST)
     if request.route is not None:
         if num_tokens != request.route.num_tokens:
             allowed = f"[{request.route.num_tokens}, H], the tokens of the handle"

@@ -57,6 +57,7 @@ class CachedDispatch:
             and x.shape == self.shape
             and x.get_device() == self.device
             and x.is_contiguous()
+            and not x.is_neg()
             and num_sms == self.num_sms
         ):
             return None
@@ -67,6 +68,7 @@ class CachedDispatch:
             return (address, 0) if scales is None else None
         if (
             type(scales) is Tensor
+            and not scales.is_neg()
             and scales.get_device() == self.device
             and (scales.dtype, scales.shape, scales.stride()) == self.scales
         ):

@@ -43,6 +43,7 @@ def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
         and row_bytes > 0
         and row_bytes % 16 == 0
         and x.is_contiguous()
+        and not x.is_neg()
         and x.data_ptr() % 16 == 0
     )
 

@@ -37,7 +37,13 @@ def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
         return False
     tokens, hidden = x.shape
     row_bytes = hidden * x.element_size()
-    if not (row_bytes > 0 and row_bytes % 16 == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0):
+    if not (
+        row_bytes > 0
+        and row_bytes % 16 == 0
+        and x.is_contiguous()
+        and not x.is_neg()
+        and x.data_ptr() % 16 == 0
+    ):
         return False
     if scales is None:
         if x.dtype not in _ROW_DTYPES:
@@ -49,6 +55,7 @@ def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
         and scales.device == engine.device
         and scales.dim() == 2
         and scales.shape[0] == tokens
+        and not scales.is_neg()
     ):
         return False
     if route is not None:

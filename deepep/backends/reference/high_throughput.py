@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepep.backends.reference.wire import wire_over
-from deepep.errors import HandleError
+from deepep.errors import CapacityError, HandleError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.wire import Wire
@@ -65,16 +65,18 @@ class RowExchange(Protocol):
 
 
 def empty_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Layout:
-    """A layout's tensors, to be filled."""
+    """A layout's tensors, to be filled. Raises CapacityError."""
 
     def counts(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
     domains = -(-num_ranks // RANKS_PER_DOMAIN)
+    with checks.memory_for("num_experts", num_experts):
+        per_expert = counts(num_experts)
     return Layout(
         num_tokens_per_rank=counts(num_ranks),
         num_tokens_per_domain=counts(domains) if domains > 1 else None,
-        num_tokens_per_expert=counts(num_experts),
+        num_tokens_per_expert=per_expert,
         is_token_in_rank=torch.empty(topk_idx.shape[0], num_ranks, dtype=torch.bool, device=topk_idx.device),
     )
 
@@ -238,7 +240,11 @@ def dispatch_fresh(
         alignment = request.expert_alignment
         expert_counts = [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
     else:
-        out = allocate(worst)
+        try:
+            with checks.memory_for("num_worst_tokens", worst):
+                out = allocate(worst)
+        except CapacityError as problem:
+            control.refuse(Operation.DISPATCH, problem, schedule)
 
         def count_and_send(link: Link, limits: dict[int, int]) -> None:
             count(link, limits)

@@ -126,12 +126,33 @@ class LowLatencyOperations:
         with self._control.issuing:
             try:
                 check_dispatch(request, engine.info)
+                out = self._allocate(request, schedule)
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
             self._staged = None
-            done = _dispatch(self._control, engine.info, request, schedule)
+            done = _dispatch(self._control, engine.info, request, schedule, out)
             done.route = replace(done.route, engine=engine)
             return done
+
+    def _allocate(
+        self, request: LowLatencyDispatchRequest, schedule: Schedule
+    ) -> low_latency.LowLatencyTensors:
+        """Outputs of a checked request. Raises CapacityError."""
+        most, experts, x = request.num_max_tokens, request.num_experts, request.x
+        slots = f"{most}, with num_experts = {experts}"
+        with (
+            checks.memory_for("num_max_dispatch_tokens_per_rank", slots),
+            self._control.queue.allocating(schedule.allocate_on_comm_stream),
+        ):
+            return low_latency.allocate(
+                self._control.num_ranks,
+                most,
+                experts,
+                x.shape[1],
+                fp8=request.use_fp8,
+                ue8m0=request.use_ue8m0,
+                device=x.device,
+            )
 
     def combine(self, request: LowLatencyCombineRequest, schedule: Schedule) -> LowLatencyCombined:
         """Checks and issues a combine."""
@@ -166,20 +187,14 @@ class LowLatencyOperations:
 
 
 def _dispatch(
-    control: ControlPlane, info: EngineInfo, request: LowLatencyDispatchRequest, schedule: Schedule
+    control: ControlPlane,
+    info: EngineInfo,
+    request: LowLatencyDispatchRequest,
+    schedule: Schedule,
+    out: low_latency.LowLatencyTensors,
 ) -> LowLatencyDispatched:
     """A checked request, issued."""
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
-    with control.queue.allocating(schedule.allocate_on_comm_stream):
-        out = low_latency.allocate(
-            info.num_ranks,
-            request.num_max_tokens,
-            request.num_experts,
-            x.shape[1],
-            fp8=request.use_fp8,
-            ue8m0=request.use_ue8m0,
-            device=x.device,
-        )
     underway: list[DispatchUnderway] = []
 
     def send(link: Link) -> None:
