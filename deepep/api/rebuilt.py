@@ -30,8 +30,9 @@ _numbers: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
 
 def seal(route: Route, prefix: torch.Tensor, sources: torch.Tensor | None) -> torch.Tensor:
-    """[4] int64 on the host: the buffer's number, E, rows handed out, a digest of all of them and of the
-    other entries.
+    """Seal of a handle, [4] int64 on the host: the buffer's number, E, rows handed out, and a digest.
+
+    The digest is of all of these and of the other entries.
     """
     assert route.num_rows is not None
     words = [_number_of(route.engine), route.num_experts, route.num_rows]

@@ -23,7 +23,7 @@ def align(x: int, y: int) -> int:
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
-    """How far x and y are from each other, 0 to 1: 1 - 2 <a, b> / (<a, a> + <b, b>), of a = x + 1, b = y + 1.
+    """Distance of x and y, 0 to 1: 1 - 2 <a, b> / (<a, a> + <b, b>), of a = x + 1, b = y + 1.
 
     Raises RangeError for other shapes.
     """

@@ -196,7 +196,7 @@ def local_methods(ctx: Any) -> list[str]:
 
 
 def complaints_of(function: Callable[..., Any], good: dict[str, Any]) -> list[str]:
-    """What is wrong with a local callable's answers to odd values."""
+    """Complaints about a local callable's answers to odd values."""
     function(**good)
     found = []
     for parameter in bad.parameters(function):

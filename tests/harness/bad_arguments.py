@@ -100,7 +100,7 @@ Outcome = tuple[str, str, str]
 
 
 def outcome_of(call: Callable[[], Any]) -> Outcome:
-    """What comes of a call. Raises what is not the library's own."""
+    """Outcome of a call. Raises what is not the library's own."""
     try:
         call()
     except ArgumentError as error:
