@@ -198,6 +198,25 @@ def test_the_command_on_two_gpus(tmp_path: Path) -> None:
             assert figure["floor_ratio"] > 0.9, "faster than a plain copy: one of the two is measured wrongly"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_low_latency_on_two_gpus(tmp_path: Path) -> None:
+    done = run(
+        "deepep", "bench", "--mode", "low-latency", "--ranks", "2", "--tokens", "1,128",
+        "--dtype", "fp8", "--peers", "all_to_all", "--iterations", "50", "--json", str(tmp_path / "b.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["problems"] == []
+    figures = [figure for figure in written["figures"] if figure["by"] == "deepep"]
+    assert {figure["operation"] for figure in figures} >= {"pair, graph of 1", "pair, graph of 8"}
+    for figure in figures:
+        if figure["operation"].endswith(("send", "receive")):
+            assert figure["kernels"] > 0
+        else:
+            assert figure["exchange_ratio"] > 0.9, "faster than a bare exchange: one of the two is wrong"
+
+
 def figure(operation: str, by: str, sms: int | None, **given: Any) -> Figure:
     fields = {"dtype": "bf16", "median": 200.0, "p99": 210.0, "host": 12.0, "wire_bytes": 58_000_000, **given}
     return Figure(SHAPE, operation, by, sms=sms, **fields)
