@@ -61,10 +61,19 @@ class Counts:
     @property
     def per_expert(self) -> list[int]: ...
 
+class Turns:
+    """The order of a rank's operations (csrc/host/turns.hpp), for all its domains: they run in the order of
+    their launches, on whatever streams. On the device that is current when it is made.
+    """
+
+    def __init__(self) -> None: ...
+    def follow(self, before: int, stream: int) -> None: ...
+    def wait(self) -> None: ...
+
 class Domain:
     """One rank's view of its NVLink domain (csrc/host/domain.hpp). All memory is the caller's to keep alive.
 
-    `stream`: a cudaStream_t. Operations run in the order of their launches, on whatever streams.
+    `stream`: a cudaStream_t.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Domain:
         state: int,
         fault: int,
         timeout_seconds: float,
+        turns: Turns,
     ) -> None: ...
     def dispatch(
         self,
@@ -174,6 +184,91 @@ class Domain:
     def wait(self) -> None: ...
     def has_fault(self) -> bool: ...
 
+class LowLatencyDomain:
+    """The same of the low-latency operations (csrc/host/low_latency.hpp).
+
+    halves: 0 both, 1 the send, 2 the receive. refused: only post to the others that this rank takes no part;
+    elsewhere: because the call is made by other means, on all ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        heaps: list[int],
+        max_local_experts: int,
+        max_tokens: int,
+        max_topk: int,
+        max_row_bytes: int,
+        state: int,
+        fault: int,
+        timeout_seconds: float,
+        turns: Turns,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        send_position: int,
+        num_messages: int,
+        routes: int,
+        casts: bool,
+        rounds_scales: bool,
+        packs_scales: bool,
+        recv_x: int,
+        recv_scales: int,
+        recv_count: int,
+        recv_source: int,
+        recv_range: int,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        send_position: int,
+        num_messages: int,
+        routes: int,
+        weights_travelled: bool,
+        out: int,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
+    def follow(self, before: int, stream: int) -> None: ...
+    def wait(self) -> None: ...
+    def has_fault(self) -> bool: ...
+    def was_captured(self) -> bool: ...
+
+def low_latency_bytes(
+    num_ranks: int, max_local_experts: int, max_tokens: int, max_topk: int, max_row_bytes: int
+) -> tuple[int, int]: ...
 def copy(
     source: int,
     target: int,

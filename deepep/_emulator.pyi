@@ -357,6 +357,7 @@ class LowLatencyDomain:
         recv_range: int,
         stream: int = 0,
         refused: bool = False,
+        elsewhere: bool = False,
     ) -> None: ...
     def combine(
         self,
@@ -380,6 +381,7 @@ class LowLatencyDomain:
         out: int,
         stream: int = 0,
         refused: bool = False,
+        elsewhere: bool = False,
     ) -> None: ...
     def set_live(self, live: int) -> None: ...
     def take_fault(self) -> FaultRecord | None: ...

@@ -2,10 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <utility>
+
 #include "bindings/domain.hpp"
 #include "bindings/exchange.hpp"
+#include "bindings/low_latency.hpp"
 #include "host/arena.hpp"
 #include "host/cuda_launcher.hpp"
+#include "host/cuda_low_latency.hpp"
 #include "kernels/common/launch.hpp"
 #include "kernels/exchange/launch.hpp"
 
@@ -16,31 +21,81 @@ using deepep::bindings::pointer;
 using deepep::host::Arena;
 using deepep::host::arenas;
 using deepep::host::Counts;
+using deepep::host::Turns;
 using Domain = deepep::host::Domain<deepep::host::CudaLauncher>;
+using LowLatencyDomain = deepep::host::LowLatencyDomain<deepep::host::CudaLowLatencyLauncher>;
 
 namespace {
+
+void bind_turns(py::module_& m) {
+  py::class_<Turns, std::shared_ptr<Turns>>(m, "Turns")
+      .def(py::init<>())
+      .def(
+          "follow",
+          [](Turns& self, uintptr_t before, uintptr_t stream) {
+            self.follow(pointer<void>(before), pointer<void>(stream));
+          },
+          "before"_a, "stream"_a, "Has what `stream` gets from now on run after what `before` holds now.")
+      .def("wait", &Turns::wait, py::call_guard<py::gil_scoped_release>(),
+           "Blocks the host, without the GIL, until the last operation has ended.");
+}
+
+/// Methods that every domain has: order, and what its kernels have reported.
+template <class D>
+void bind_order(py::class_<D>& domain) {
+  domain
+      .def(
+          "follow",
+          [](D& self, uintptr_t before, uintptr_t stream) {
+            self.launcher().turns().follow(pointer<void>(before), pointer<void>(stream));
+          },
+          "before"_a, "stream"_a, "Has what `stream` gets from now on run after what `before` holds now.")
+      .def(
+          "wait", [](D& self) { self.launcher().turns().wait(); }, py::call_guard<py::gil_scoped_release>(),
+          "Blocks the host, without the GIL, until the last operation has ended.")
+      .def("has_fault", [](D& self) { return deepep::host::has_fault(self.group()); });
+}
 
 void bind_domain(py::module_& m) {
   py::class_<Domain> domain(m, "Domain");
   domain.def(py::init([](int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
-                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds) {
-               return std::make_unique<Domain>(deepep::bindings::domain_options(
-                   rank, heaps, max_local_experts, max_blocks, staging_bytes, state, fault, timeout_seconds));
+                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds,
+                         std::shared_ptr<Turns> turns) {
+               return std::make_unique<Domain>(
+                   deepep::bindings::domain_options(rank, heaps, max_local_experts, max_blocks, staging_bytes,
+                                                    state, fault, timeout_seconds),
+                   std::move(turns));
              }),
              py::kw_only(), "rank"_a, "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a,
-             "state"_a, "fault"_a, "timeout_seconds"_a);
+             "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
   deepep::bindings::bind_operations(domain);
+  bind_order(domain);
+}
+
+void bind_low_latency_domain(py::module_& m) {
+  py::class_<LowLatencyDomain> domain(m, "LowLatencyDomain");
+  domain.def(py::init([](int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens,
+                         int max_topk, int64_t max_row_bytes, uintptr_t state, uintptr_t fault,
+                         double timeout_seconds, std::shared_ptr<Turns> turns) {
+               return std::make_unique<LowLatencyDomain>(
+                   deepep::bindings::low_latency_options(rank, heaps, max_local_experts, max_tokens, max_topk,
+                                                         max_row_bytes, state, fault, timeout_seconds),
+                   std::move(turns));
+             }),
+             py::kw_only(), "rank"_a, "heaps"_a, "max_local_experts"_a, "max_tokens"_a, "max_topk"_a,
+             "max_row_bytes"_a, "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
+  deepep::bindings::bind_low_latency(domain);
+  bind_order(domain);
   domain
       .def(
-          "follow",
-          [](Domain& self, uintptr_t before, uintptr_t stream) {
-            self.launcher().follow(pointer<void>(before), pointer<void>(stream));
+          "take_fault",
+          [](LowLatencyDomain& self, uintptr_t stream) {
+            return self.launcher().take_fault(self.group(), pointer<void>(stream));
           },
-          "before"_a, "stream"_a, "Has what `stream` gets from now on run after what `before` holds now.")
-      .def(
-          "wait", [](Domain& self) { self.launcher().wait(); }, py::call_guard<py::gil_scoped_release>(),
-          "Blocks the host, without the GIL, until the last operation has ended.")
-      .def("has_fault", [](Domain& self) { return self.launcher().has_fault(self.group()); });
+          "stream"_a = 0)
+      .def("was_captured", [](LowLatencyDomain& self) { return self.launcher().was_captured(); });
+  m.def("low_latency_bytes", &deepep::bindings::low_latency_bytes, "num_ranks"_a, "max_local_experts"_a,
+        "max_tokens"_a, "max_topk"_a, "max_row_bytes"_a);
 }
 
 void bind_counts(py::module_& m) {
@@ -113,7 +168,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels of deepep, for sm_90.";
   deepep::bindings::bind_common(m);
   m.attr("CE_COMPLETED") = offsetof(dk::LocalState, ce_completed) / sizeof(uint32_t);  // a word of the state
+  bind_turns(m);
   bind_domain(m);
+  bind_low_latency_domain(m);
   bind_counts(m);
   bind_arena(m);
   m.def(

@@ -20,16 +20,9 @@ void bind_emulated_low_latency(py::module_& m) {
       py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, int rank,
                   const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens, int max_topk,
                   int64_t max_row_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds) {
-        host::LowLatencyOptions options{.rank = rank,
-                                        .heaps = {},
-                                        .max_local_experts = max_local_experts,
-                                        .max_tokens = max_tokens,
-                                        .max_topk = max_topk,
-                                        .max_row_bytes = max_row_bytes,
-                                        .state = reinterpret_cast<kernels::LocalState*>(state),
-                                        .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
-                                        .timeout_seconds = timeout_seconds};
-        for (const uintptr_t heap : heaps) options.heaps.push_back(reinterpret_cast<std::byte*>(heap));
+        const host::LowLatencyOptions options =
+            low_latency_options(rank, heaps, max_local_experts, max_tokens, max_topk, max_row_bytes, state,
+                                fault, timeout_seconds);
         return std::make_unique<Domain>(options, machine, *kernels.set, rank, num_threads);
       }),
       py::keep_alive<1, 2>(), py::kw_only(), py::arg("machine"), py::arg("kernels"), py::arg("num_threads"),

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <utility>
+#include <vector>
 
 #include "bindings/named_arguments.hpp"
 #include "host/low_latency.hpp"
@@ -41,6 +42,7 @@ inline constexpr Parameter<host::LowLatencyDispatchCall> kLowLatencyDispatch[] =
     parameter<DispatchCall>("recv_range", [](auto& c) -> auto& { return c.args.recv_range; }),
     parameter<DispatchCall>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
     parameter<DispatchCall>("refused", [](auto& c) -> auto& { return c.args.refused; }, "False"),
+    parameter<DispatchCall>("elsewhere", [](auto& c) -> auto& { return c.args.elsewhere; }, "False"),
 };
 
 inline constexpr Parameter<host::LowLatencyCombineCall> kLowLatencyCombine[] = {
@@ -63,6 +65,7 @@ inline constexpr Parameter<host::LowLatencyCombineCall> kLowLatencyCombine[] = {
     parameter<CombineCall>("out", [](auto& c) -> auto& { return c.args.out; }),
     parameter<CombineCall>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
     parameter<CombineCall>("refused", [](auto& c) -> auto& { return c.args.refused; }, "False"),
+    parameter<CombineCall>("elsewhere", [](auto& c) -> auto& { return c.args.elsewhere; }, "False"),
 };
 // clang-format on
 
@@ -73,6 +76,24 @@ void bind_low_latency(py::class_<Domain>& domain) {
   NamedMethod<Domain, kLowLatencyCombine, &Domain::combine>::add_to(domain, "combine",
                                                                     "Launches a combine, or half of one.");
   domain.def("set_live", &Domain::set_live, py::arg("live"));
+}
+
+/// What a LowLatencyDomain is made of, but for what its launcher wants.
+inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<uintptr_t>& heaps,
+                                                   int max_local_experts, int max_tokens, int max_topk,
+                                                   int64_t max_row_bytes, uintptr_t state, uintptr_t fault,
+                                                   double timeout_seconds) {
+  std::vector<std::byte*> addresses;
+  for (const uintptr_t heap : heaps) addresses.push_back(reinterpret_cast<std::byte*>(heap));
+  return {.rank = rank,
+          .heaps = std::move(addresses),
+          .max_local_experts = max_local_experts,
+          .max_tokens = max_tokens,
+          .max_topk = max_topk,
+          .max_row_bytes = max_row_bytes,
+          .state = reinterpret_cast<kernels::LocalState*>(state),
+          .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
+          .timeout_seconds = timeout_seconds};
 }
 
 /// Of the memory that a LowLatencyDomain is given: bytes, and how many of them are to be zero.

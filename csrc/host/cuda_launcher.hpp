@@ -2,11 +2,11 @@
 // helps.
 #pragma once
 
-#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "host/copy_engine.hpp"
 #include "host/launches.hpp"
@@ -15,11 +15,10 @@
 
 namespace deepep::host {
 
-/// Of one rank, on the device that is current when it is made.
+/// Of one rank, on the device that is current when it is made, which is that of its turns.
 class CudaLauncher {
  public:
-  CudaLauncher() {
-    kernels::check(cudaGetDevice(&device_), "cudaGetDevice");
+  explicit CudaLauncher(std::shared_ptr<Turns> turns) : turns_(std::move(turns)) {
     kernels::load_dispatch();
     kernels::load_combine();
   }
@@ -53,35 +52,11 @@ class CudaLauncher {
     in_turn(stream, [&] { kernels::launch_barrier(group, stream); });
   }
 
-  [[nodiscard]] static bool has_fault(const kernels::Group& group) {
-    return __atomic_load_n(&group.fault->pending, __ATOMIC_ACQUIRE) != 0;
-  }
-
   [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream) {
-    if (!has_fault(group)) return std::nullopt;
-    const kernels::FaultRecord taken = *group.fault;
-    __atomic_store_n(&group.fault->pending, 0u, __ATOMIC_RELEASE);
-    in_turn(stream, [&] {
-      constexpr size_t kNotes = offsetof(kernels::LocalState, phase);
-      kernels::check(cudaMemsetAsync(&group.state->phase, 0, sizeof(kernels::LocalState) - kNotes,
-                                     static_cast<cudaStream_t>(stream)),
-                     "cudaMemsetAsync");
-    });
-    return taken;
+    return host::take_fault(group, *turns_, stream);
   }
 
-  /// What `stream` gets from now on runs after what `before` holds now.
-  void follow(void* before, void* stream) {
-    const DeviceScope scope(device_);
-    fork_.record(static_cast<cudaStream_t>(before));
-    fork_.hold_back(static_cast<cudaStream_t>(stream));
-  }
-
-  /// Blocks the host until the last operation has ended.
-  void wait() {
-    const DeviceScope scope(device_);
-    turns_.wait();
-  }
+  [[nodiscard]] Turns& turns() { return *turns_; }
 
  private:
   [[nodiscard]] static bool has_blocking_launches() {
@@ -91,13 +66,10 @@ class CudaLauncher {
 
   template <class Launch>
   void in_turn(void* stream, const Launch& launch) {
-    const DeviceScope scope(device_);
-    turns_.take(static_cast<cudaStream_t>(stream), launch);
+    turns_->take(stream, launch);
   }
 
-  int device_ = 0;
-  Turns turns_;
-  Event fork_;
+  std::shared_ptr<Turns> turns_;
   std::unique_ptr<CopyEngine> copy_engine_;  // once a combine leaves rows to it
   bool launches_block_ = has_blocking_launches();
 };

@@ -272,6 +272,7 @@ def low_latency_combine_request(
     zero_copy: bool,
     out: torch.Tensor | None,
     wait_nanoseconds: torch.Tensor | None,
+    num_sms: int = 0,
 ) -> LowLatencyCombineRequest:
     """A low-latency combine of what `handle`'s dispatch brought."""
     logfmt = use_logfmt if type(use_logfmt) is bool else check_flag("use_logfmt", use_logfmt)
@@ -291,4 +292,5 @@ def low_latency_combine_request(
         zero_copy=staged,
         out=out,
         wait_nanoseconds=wait_nanoseconds,
+        num_sms=num_sms,
     )

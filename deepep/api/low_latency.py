@@ -61,6 +61,8 @@ class LowLatencyCalls:
         async_finish: bool = False,
         return_recv_hook: bool = False,
         *,
+        topk_weights: torch.Tensor | None = None,
+        num_sms: int = 0,
         use_nvfp4: bool = False,
         x_global_scale: torch.Tensor | None = None,
         align_fp8_quantization: bool = True,
@@ -76,6 +78,8 @@ class LowLatencyCalls:
         use_ue8m0: with round_scale: scales come as packed exponents (H % 512 == 0).
         async_finish: return early with an event.
         return_recv_hook: only send now; the hook receives. Not with async_finish.
+        topk_weights: [T, K] float32, those that the combine will be given, if they are known: sent now, the
+            combine need not wait for them. num_sms: SMs that kernels may use, 0 for as many as pay.
         Of forks: use_nvfp4, x_global_scale: refused, there is no NVFP4 here. align_fp8_quantization: the cast
             has the bits of `deepep.formats.fp8_cast` in either case.
 
@@ -94,7 +98,9 @@ class LowLatencyCalls:
                 self._check_low_latency()
             if use_nvfp4 is not False or x_global_scale is not None:
                 arguments.refuse_nvfp4(use_nvfp4, x_global_scale)
-            schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
+            schedule = AT_ONCE
+            if async_finish is not False or return_recv_hook is not False:
+                schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
             most, experts = num_max_dispatch_tokens_per_rank, num_experts
             if not (type(most) is type(experts) is int):  # they travel: numpy's and tensors' do not
                 most = check_int("num_max_dispatch_tokens_per_rank", most, 1, MOST)
@@ -111,6 +117,8 @@ class LowLatencyCalls:
                 use_ue8m0=use_ue8m0 if type(use_ue8m0) is bool else check_flag("use_ue8m0", use_ue8m0),
                 expert_counts=cumulative_local_expert_recv_stats,
                 wait_nanoseconds=dispatch_wait_recv_cost_stats,
+                topk_weights=topk_weights,
+                num_sms=num_sms,
             )
         except ArgumentError as problem:
             early = arguments.refusal(async_finish, return_recv_hook)
@@ -138,6 +146,7 @@ class LowLatencyCalls:
         out: torch.Tensor | None = None,
         combine_wait_recv_cost_stats: torch.Tensor | None = None,
         *,
+        num_sms: int = 0,
         overlap: bool = False,
         packed_recv_count: torch.Tensor | None = None,
         comp_signal: torch.Tensor | None = None,
@@ -152,7 +161,7 @@ class LowLatencyCalls:
         handle: of the dispatch.
         use_logfmt: 10-bit LogFMT on the wire where it qualifies; not with zero_copy.
         zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)`; x only gives the shape.
-        out: [T, H] bf16 to write to. combine_wait_recv_cost_stats: [R] int64, as for dispatch.
+        out: [T, H] bf16 to write to. combine_wait_recv_cost_stats: [R] int64, num_sms: as for dispatch.
         Of forks: overlap: refused, a combine reads all of x; without it, packed_recv_count, comp_signal,
             block_m, threshold, src_signals and src_signal_expect_value say nothing.
 
@@ -172,7 +181,9 @@ class LowLatencyCalls:
                 self._check_low_latency()
             if overlap is not False:
                 arguments.refuse_overlap(overlap)
-            schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
+            schedule = AT_ONCE
+            if async_finish is not False or return_recv_hook is not False:
+                schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
             request = arguments.low_latency_combine_request(
                 x,
                 topk_idx,
@@ -183,6 +194,7 @@ class LowLatencyCalls:
                 zero_copy=zero_copy,
                 out=out,
                 wait_nanoseconds=combine_wait_recv_cost_stats,
+                num_sms=num_sms,
             )
         except ArgumentError as problem:
             early = arguments.refusal(async_finish, return_recv_hook)

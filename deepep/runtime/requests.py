@@ -165,11 +165,12 @@ class Combined:
     completion: Completion | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LowLatencyDispatchRequest:
     """x [T, H] bf16, topk_idx [T, K]; at most `num_max_tokens` (M) per rank. The rest as in the V1 interface.
 
-    expert_counts [L] int32 is added to; wait_nanoseconds [R] int64 is added to.
+    expert_counts [L] int32 is added to; wait_nanoseconds [R] int64 is added to. topk_weights [T, K] float32:
+    those that the combine will be given, if they are known; num_sms as for DispatchRequest.
     """
 
     x: torch.Tensor
@@ -181,14 +182,17 @@ class LowLatencyDispatchRequest:
     use_ue8m0: bool = False
     expert_counts: torch.Tensor | None = None
     wait_nanoseconds: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    num_sms: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LowLatencyRoute:
     """A low-latency dispatch's route, as its combine needs it.
 
     source_index [L, R*M] int32: source token of each row. ranges [L, R] int64: (begin << 32) | count.
-    engine: the engine that made it, or None when the caller put the tuple together.
+    engine: the engine that made it, or None when the caller put the tuple together. plan: the backend's own,
+    None if it has none or the caller put the tuple together.
     """
 
     source_index: torch.Tensor
@@ -197,6 +201,7 @@ class LowLatencyRoute:
     hidden: int
     num_experts: int
     engine: Engine | None = None
+    plan: Any = None
 
 
 @dataclass
@@ -213,9 +218,12 @@ class LowLatencyDispatched:
     hook: Hook | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LowLatencyCombineRequest:
-    """x [L, R*M, H] bf16, topk_idx and topk_weights [T, K]; `out` [T, H] bf16 is written if given."""
+    """x [L, R*M, H] bf16, topk_idx and topk_weights [T, K]; `out` [T, H] bf16 is written if given.
+
+    num_sms as for DispatchRequest.
+    """
 
     x: torch.Tensor
     topk_idx: torch.Tensor
@@ -225,6 +233,7 @@ class LowLatencyCombineRequest:
     zero_copy: bool = False
     out: torch.Tensor | None = None
     wait_nanoseconds: torch.Tensor | None = None
+    num_sms: int = 0
 
 
 @dataclass

@@ -50,7 +50,7 @@ class LowLatencyCall:
     """Arguments that both operations of a rank have: topk_idx [T, K] int32 or int64, topk_weights float32.
 
     carries_weights: whether they travel with the dispatch. refused: this rank takes no part in this call, and
-    only posts that to the others.
+    only posts that to the others; elsewhere: because it is made by other means.
     """
 
     topk_idx: Tensor
@@ -60,6 +60,7 @@ class LowLatencyCall:
     hidden: int
     carries_weights: bool = False
     refused: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class EmulatedLowLatency:
         return {
             "num_blocks": self.gpu.num_blocks,
             "refused": call.refused,
+            "elsewhere": call.elsewhere,
             "num_tokens": call.topk_idx.shape[0],
             "max_tokens": call.num_max_tokens,
             "num_topk": call.topk_idx.shape[1],

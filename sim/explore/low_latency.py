@@ -34,8 +34,9 @@ from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView, bits, fill_low_latency, first_difference
 
 #: Ways in which a rank spoils an operation for all: its host refuses it, it has another number of experts, it
-#: combines along other indices.
-SPOILS = ("", "dispatch", "shape", "combine", "indices")
+#: combines along other indices, it makes the dispatch by other means than kernels. "meeting" spoils nothing:
+#: all ranks make an operation of each kind by other means, before each real one.
+SPOILS = ("", "dispatch", "shape", "combine", "indices", "elsewhere", "meeting")
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ class _LowLatencyRun:
             num_local_experts=case.num_local_experts,
             hidden=case.hidden,
             carries_weights=self.scenario.carries_weights,
+            # Of one that refuses; a rank alone would agree with itself.
+            elsewhere=spoils == "elsewhere" and len(case.dispatch_members) > 1,
         )
         cast = RowCast(
             fp8=case.options.low_latency != "bf16",
@@ -201,7 +204,9 @@ class _LowLatencyRun:
             ue8m0=case.options.low_latency == "fp8+ue8m0",
         )
         domain.set_live(rank, case.dispatch_members)
-        if spoils in ("dispatch", "shape"):
+        if spoils == "meeting":
+            yield from self._meet(rank, call, given.tokens)
+        if spoils in ("dispatch", "shape", "elsewhere"):
             rows = _rows(case, rank, self.scenario, index)
             yield from self._spoil_dispatch(rank, call, cast, given.tokens, rows, is_spoiler=rank == spoiler)
         handle = domain.new_handle(rank, call)
@@ -243,6 +248,16 @@ class _LowLatencyRun:
         yield from self._refuse(rank, lambda halves: domain.launch_dispatch(rank, args, halves))
         combine_args, _ = domain.combine(rank, call, rows, handle)
         yield from self._refuse(rank, lambda halves: domain.launch_combine(rank, combine_args, halves))
+
+    def _meet(self, rank: int, call: LowLatencyCall, x: torch.Tensor) -> Program:
+        """Operations that no rank takes part in."""
+        domain, call = self.domain, replace(call, refused=True, elsewhere=True)
+        rows = torch.empty(0, dtype=torch.bfloat16)
+        handle = domain.new_handle(rank, call)
+        args, _ = domain.dispatch(rank, call, RowCast(), x, handle)
+        yield from self._carry_out(rank, lambda halves: domain.launch_dispatch(rank, args, halves))
+        combine_args, _ = domain.combine(rank, call, rows, handle)
+        yield from self._carry_out(rank, lambda halves: domain.launch_combine(rank, combine_args, halves))
 
     def _combine(self, rank: int, args: dict[str, Any]) -> Program:
         yield from self._carry_out(rank, lambda halves: self.domain.launch_combine(rank, args, halves))

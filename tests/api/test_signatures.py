@@ -146,8 +146,12 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "reduction")),
         "use_fabric": False,
     },
-    "low_latency_dispatch": {"use_nvfp4": False, "x_global_scale": None, "align_fp8_quantization": True},
+    "low_latency_dispatch": {
+        **{"topk_weights": None, "num_sms": 0},
+        **{"use_nvfp4": False, "x_global_scale": None, "align_fp8_quantization": True},
+    },
     "low_latency_combine": {
+        "num_sms": 0,
         "overlap": False,
         **dict.fromkeys(("packed_recv_count", "comp_signal", "src_signals")),
         **dict.fromkeys(("block_m", "threshold", "src_signal_expect_value"), 0),

@@ -95,7 +95,7 @@ def test_numbers_of_ranks(num_ranks: int) -> None:
     run_all(scenario_of(routing, 2 * num_ranks, values="normal", spare_slots=2), schedules=2)
 
 
-@pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices"])
+@pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices", "elsewhere"])
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("carries_weights", [False, True])
 def test_a_rank_that_spoils_a_call_stops_all_and_nothing_else(
@@ -103,6 +103,12 @@ def test_a_rank_that_spoils_a_call_stops_all_and_nothing_else(
 ) -> None:
     routing = random_routing(3, 6, 2, 3, seed=5)
     run_all(scenario_of(routing, 6, spoils=spoils, hooked=hooked, carries_weights=carries_weights))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_calls_that_all_ranks_make_by_other_means_are_no_fault(hooked: bool) -> None:
+    routing = random_routing(3, 6, 2, 3, seed=6)
+    run_all(scenario_of(routing, 6, spoils="meeting", hooked=hooked))
 
 
 def test_nobody_has_a_token() -> None:

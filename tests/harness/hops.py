@@ -6,8 +6,7 @@ Run as a program, it counts them on stubs (harness.stub_cuda) and prints them as
 What counts: every distinct function that is written in deepep/, reference/ or sim/ and entered between the
 call of the public method and the launch: methods, properties, closures and lambdas included. Not
 comprehensions, whose frames Python 3.12 does without, nor constructors that dataclasses generate. Each call
-is counted when it has been made before, with tensors of the same shapes and nothing to wait for. A low-
-latency call has no binding: it is counted until it enters the fallback that stands where its kernels will.
+is counted when it has been made before, with tensors of the same shapes and nothing to wait for.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def count() -> dict[str, list[tuple[str, str, int]]]:
 
     package = Path(deepep.__file__).resolve().parent
     roots = tuple(str(package.parent / name) + os.sep for name in ("deepep", "reference", "sim"))
-    with stub_cuda.stub_buffer() as buffer:
+    with stub_cuda.stub_buffer(reduction="expert_rank") as buffer:
         x = torch.zeros((TOKENS, HIDDEN), dtype=torch.bfloat16)
         topk_idx = torch.zeros((TOKENS, TOPK), dtype=torch.int64)
         weights = torch.ones((TOKENS, TOPK))
@@ -116,11 +115,11 @@ def count() -> dict[str, list[tuple[str, str, int]]]:
         calls["combine"] = lambda: buffer.combine(rows, handle), "Domain.combine"
         calls["low-latency dispatch"] = (
             lambda: buffer.low_latency_dispatch(x, topk_idx, TOKENS, EXPERTS, use_fp8=False),
-            "LowLatencyOperations.dispatch",
+            "LowLatencyDomain.dispatch",
         )
         calls["low-latency combine"] = (
             lambda: buffer.low_latency_combine(slots, topk_idx, weights, decoded),
-            "LowLatencyOperations.combine",
+            "LowLatencyDomain.combine",
         )
         counted = {}
         for name, (call, stop) in calls.items():

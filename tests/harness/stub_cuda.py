@@ -83,6 +83,26 @@ class Domain:
         self.launched("combine")
 
 
+class LowLatencyDomain(Domain):
+    """The same of low latency."""
+
+    def was_captured(self) -> bool:
+        return False
+
+    def dispatch(self, *args: object, **named: object) -> None:
+        self.launched(_named("low_latency_dispatch", named))
+
+    def combine(self, *args: object, **named: object) -> None:
+        self.launched(_named("low_latency_combine", named))
+
+
+def _named(operation: str, given: dict[str, object]) -> str:
+    """The operation, with the half of it that is launched, or "elsewhere" or "refused"."""
+    if given.get("refused"):
+        return f"{operation} {'elsewhere' if given['elsewhere'] else 'refused'}"
+    return operation + ("", " send", " receive")[given["halves"]]  # type: ignore[call-overload, no-any-return]
+
+
 class Fault(NamedTuple):
     """A fault record, as `Domain.take_fault` gives it."""
 
@@ -116,6 +136,8 @@ def extension(num_rows: int) -> ModuleType:
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
+    stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Opaque
+    stub.low_latency_bytes = lambda num_ranks, experts, tokens, topk, row_bytes: (tokens * row_bytes, 64)
     stub.Counts, stub.FaultRecord = Counts, Fault
     stub.wait_counts = lambda *args, **named: Counts(0, num_rows, num_rows, 0, Opaque(), [num_rows])
     stub.control_bytes = lambda *args: 1 << 12
@@ -167,14 +189,15 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
     """A Buffer of one rank on the CUDA backend, after `install`."""
     import deepep
     from deepep.backends.cuda.engine import CudaEngine
-    from deepep.backends.cuda.memory import heap
+    from deepep.backends.cuda.memory import heap, low_latency_memory
     from deepep.backends.cuda.memory.ipc import SymmetricHeap
     from deepep.runtime import backends, streams
     from deepep.runtime.control.transport import private_group
     from deepep.runtime.session import Session
 
     streams.current = lambda device: Stream()  # type: ignore[assignment]
-    heap.share_heap = lambda own, rank, gather: SymmetricHeap(own, [own])  # type: ignore[assignment]
+    for user in (heap, low_latency_memory):
+        user.share_heap = lambda own, rank, gather: SymmetricHeap(own, [own])  # type: ignore[assignment]
     group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
     session = Session(group, torch.device("cpu"))
     session._stream = Stream()  # type: ignore[assignment]

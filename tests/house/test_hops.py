@@ -47,13 +47,18 @@ def test_few_functions_of_few_modules(hops: dict[str, Hops], operation: str) -> 
 def test_every_operation_is_counted_to_its_launch(hops: dict[str, Hops]) -> None:
     """The first hop is the public method, the last stands next to the launch: nothing was missed between."""
     assert set(hops) == set(OPERATIONS)
-    fallback = "deepep/backends/cuda/low_latency.py"
     ends = {
         "dispatch": ("Buffer.dispatch", "deepep/backends/cuda/launch.py"),
         "cached dispatch": ("Buffer.dispatch", "deepep/backends/cuda/memory/pool.py"),
         "combine": ("Buffer.combine", "deepep/backends/cuda/launch.py"),
-        "low-latency dispatch": ("LowLatencyCalls.low_latency_dispatch", fallback),
-        "low-latency combine": ("LowLatencyCalls.low_latency_combine", fallback),
+        "low-latency dispatch": (
+            "LowLatencyCalls.low_latency_dispatch",
+            "deepep/backends/cuda/low_latency_launch.py",
+        ),
+        "low-latency combine": (
+            "LowLatencyCalls.low_latency_combine",
+            "deepep/backends/cuda/low_latency_launch.py",
+        ),
     }
     for operation, (first, last) in ends.items():
         entered = hops[operation]

@@ -21,7 +21,8 @@ struct LowLatencyDispatchArgs {
   Group group;  // its heaps are laid out by `slots`, and its state and fault record are low latency's own
   layout::LowLatencySlots slots;
   LowLatencyHandle handle;
-  bool refused;  // only post to the others that this rank does not take part in this call
+  bool refused;    // only post to the others that this rank does not take part in this call
+  bool elsewhere;  // with `refused`: the call is made by other means; no fault if it is on all ranks
   bool casts;    // to FP8
   bool rounds_scales;
   bool packs_scales;  // UE8M0
@@ -45,7 +46,8 @@ struct LowLatencyCombineArgs {
   Group group;
   layout::LowLatencySlots slots;
   LowLatencyHandle handle;
-  bool refused;
+  bool refused;  // as of a dispatch
+  bool elsewhere;
   bool weights_travelled;  // with the dispatch; else they are sent first
   int num_tokens;
   int max_tokens;

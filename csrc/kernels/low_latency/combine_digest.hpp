@@ -6,7 +6,7 @@
 
 namespace deepep::kernels {
 
-/// What ranks must pass alike, in one word; kRefusal of a rank that refuses.
+/// What ranks must pass alike, in one word.
 [[nodiscard]] DEEPEP_HD uint32_t digest_of(const LowLatencyCombineArgs& args, uint32_t dispatch_epoch) {
   Digest digest;
   digest.add(static_cast<uint32_t>(args.max_tokens));
@@ -20,7 +20,7 @@ namespace deepep::kernels {
 
 /// The digest of this rank, as far as it can be known without a hash of the top-k indices.
 [[nodiscard]] DEEPEP_DEVICE uint32_t own_digest(const LowLatencyCombineArgs& args) {
-  return args.refused ? kRefusal : digest_of(args, dev::load_once(args.handle.identity));
+  return args.refused ? absence_of(args) : digest_of(args, dev::load_once(args.handle.identity));
 }
 
 /// By block 0. Refuses if the top-k indices are not those of the dispatch, or that has failed.
@@ -43,7 +43,7 @@ DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call) {
 }
 
 /// The digests of all live ranks. All threads, with a barrier. False on all if one does not come or disagrees;
-/// a fault is noted.
+/// a fault is noted. False, too, if the call is made by other means.
 [[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
@@ -57,13 +57,13 @@ DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call) {
     const int64_t offset = args.slots.digest(call.epoch, source);
     if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-    } else if (value != digest || args.refused) {
+    } else if (value != digest || value == kRefusal) {
       note_fault(g, Phase::kDisagreement, 1u << source, digest, value);
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     }
   }
   sync_block();
-  return stopped.get(0) == 0;
+  return stopped.get(0) == 0 && !args.refused;
 }
 
 /// Where weights come with the combine, digests are looked at before them: a rank that refuses posts none.

@@ -11,6 +11,15 @@ inline constexpr int kLowLatencyThreads = 512;
 /// Up to so many warps of a block share a row.
 inline constexpr int kMaxWarpsOfRow = 16;
 
+/// In place of a digest, the word of a rank whose call is made by other means; digests are odd.
+inline constexpr uint32_t kElsewhere = 2;
+
+/// What a rank posts that takes no part in a call.
+template <class Args>
+[[nodiscard]] DEEPEP_HD uint32_t absence_of(const Args& args) {
+  return args.elsewhere ? kElsewhere : kRefusal;
+}
+
 /// Entry i of a [T, K] array of top-k indices; -1 for no expert.
 template <class Args>
 [[nodiscard]] DEEPEP_DEVICE int expert_at(const Args& args, int i) {

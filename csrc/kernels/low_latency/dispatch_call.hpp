@@ -31,9 +31,9 @@ struct LowLatencyDispatchShared {
   return {args.num_topk, 2 * int64_t{args.hidden}, 0};
 }
 
-/// What ranks must pass alike, in one word; kRefusal of a rank that refuses.
+/// What ranks must pass alike, in one word; of a rank that takes no part, that.
 [[nodiscard]] DEEPEP_HD uint32_t digest_of(const LowLatencyDispatchArgs& args) {
-  if (args.refused) return kRefusal;
+  if (args.refused) return absence_of(args);
   Digest digest;
   digest.add(static_cast<uint32_t>(args.max_tokens));
   digest.add(static_cast<uint32_t>(args.hidden));

@@ -9,7 +9,8 @@ namespace deepep::kernels {
 inline constexpr int kSpreadUnroll = 4;
 
 /// The words of all live ranks: counts into shared memory, 0 of a rank that is masked. All threads, with a
-/// barrier. False on all if some do not come, or ranks disagree; a fault is noted.
+/// barrier. False on all if some do not come, or ranks disagree; a fault is noted. False, too, if the call is
+/// made by other means.
 [[nodiscard]] DEEPEP_DEVICE bool wait_words(const LowLatencyDispatchCall& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
@@ -31,7 +32,7 @@ inline constexpr int kSpreadUnroll = 4;
       const int64_t offset = args.slots.words(call.epoch, source) + 8 * word;
       if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
         failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      } else if (word == Words::kDigest && (value != digest || args.refused)) {
+      } else if (word == Words::kDigest && (value != digest || value == kRefusal)) {
         note_fault(g, Phase::kDisagreement, 1u << source, digest, value);
         failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
       }
@@ -40,7 +41,7 @@ inline constexpr int kSpreadUnroll = 4;
     if (word == Words::kMessages) messages.set(source, static_cast<int32_t>(value));
   }
   sync_block();
-  return failed.get(0) == 0;
+  return failed.get(0) == 0 && !args.refused;
 }
 
 /// The messages of a dispatch, this rank's own first: they come first.

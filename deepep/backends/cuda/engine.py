@@ -1,7 +1,7 @@
 """The CUDA backend: high-throughput operations by kernels over NVLink, inside one node.
 
-One file an operation: dispatch.py, cached.py, combine.py, layout.py; low_latency.py has what NCCL carries
-while there are no kernels for it. This file is the engine around them: its control plane, its symmetric
+One file an operation: dispatch.py, cached.py, combine.py, layout.py; low_latency.py has the low-latency ones,
+with memory and state of their own. This file is the engine around them: its control plane, its symmetric
 memory, what it refuses, and what kernels have reported.
 """
 
@@ -20,7 +20,7 @@ from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
 from deepep.backends.cuda.launch import Counts, Endpoint, Phase, Plan
 from deepep.backends.cuda.layout import LayoutKernel
-from deepep.backends.cuda.low_latency import NcclLowLatency
+from deepep.backends.cuda.low_latency import CudaLowLatency
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
@@ -54,7 +54,6 @@ from deepep.runtime.requests import (
 
 OPERATIONS = {
     **dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "CUDA kernels"),
-    **dict.fromkeys(("low-latency dispatch", "low-latency combine"), NcclLowLatency.runs_on),
     "barrier": "all_gather over gloo",
 }
 
@@ -82,14 +81,15 @@ class CudaEngine(Engine):
             session.num_ranks,
             "cuda",
             options,
-            operations=OPERATIONS,
+            operations={**OPERATIONS, **CudaLowLatency.runs_on(options.reduction)},
             ranks_per_domain=RANKS_PER_DOMAIN,
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.last_layout: tuple[Tensor, Layout] | None = None
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
-        self._low_latency = NcclLowLatency(self._control, self)
+        self._turns = _cuda.Turns()
+        self._low_latency = CudaLowLatency(self._control, self, self._turns, options.reduction)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self._live = (1 << session.num_ranks) - 1
         self._is_built = False
@@ -158,12 +158,12 @@ class CudaEngine(Engine):
     def low_latency_dispatch(
         self, request: LowLatencyDispatchRequest, schedule: Schedule
     ) -> LowLatencyDispatched:
-        return self._low_latency.dispatch(request, schedule)
+        return self._low_latency.dispatch(self, request, schedule)
 
     def low_latency_combine(
         self, request: LowLatencyCombineRequest, schedule: Schedule
     ) -> LowLatencyCombined:
-        return self._low_latency.combine(request, schedule)
+        return self._low_latency.combine(self, request, schedule)
 
     def low_latency_combine_buffer(self, route: LowLatencyRoute) -> Tensor:
         return self._low_latency.combine_buffer(route)
@@ -210,6 +210,9 @@ class CudaEngine(Engine):
         """Refuses an operation: the kernels of the others learn it in their own call, and they raise
         MismatchError, at the latest in their next.
         """
+        if operation in (Operation.LOW_LATENCY_DISPATCH, Operation.LOW_LATENCY_COMBINE):
+            with self.issuing:
+                self._low_latency.state.refuse(operation, problem, schedule)
         if operation not in (Operation.DISPATCH, Operation.COMBINE):
             self._control.refuse(operation, problem, schedule)
         if self.unsettled or self.has_fault():
@@ -271,7 +274,9 @@ class CudaEngine(Engine):
         try:
             with torch.cuda.device(self.index):
                 membership = self._control.membership
-                self.symmetric = SymmetricMemory(membership, self.device, timeout, self._num_bytes)
+                self.symmetric = SymmetricMemory(
+                    membership, self.device, timeout, self._num_bytes, self._turns
+                )
         except PeerTimeoutError as error:
             self._fault = error.record
             raise
@@ -314,6 +319,7 @@ class CudaEngine(Engine):
         self._live = sum(1 << r for r in range(self.info.num_ranks) if r not in self._control.masked)
         self._fault = None
         self._must_build = self.unsettled = True
+        self._low_latency.state.change_members()
 
     @property
     def masked(self) -> frozenset[int]:
@@ -321,7 +327,11 @@ class CudaEngine(Engine):
 
     def memory(self) -> dict[str, int]:
         symmetric = self._num_bytes if self._is_built else 0
-        return {"symmetric memory": symmetric, "staged rows": self._low_latency.staged_bytes}
+        return {
+            "symmetric memory": symmetric,
+            "low-latency memory": self._low_latency.state.num_bytes,
+            "staged rows": self._low_latency.staged_bytes,
+        }
 
     def endpoint(self) -> Endpoint:
         """The kernels' launcher, for measurements. Collective if there is no memory yet."""
@@ -339,17 +349,19 @@ class CudaEngine(Engine):
     def leave(self) -> None:
         if self._is_built:
             self.symmetric.endpoint.wait()
+        self._low_latency.state.wait()
         self._control.leave()  # no rank leaves before all have come to this, so nobody writes here any more
-        self._close_memory()
+        self._close_memory(others_may_write=False)
 
     def abandon(self) -> None:
         self._control.abandon()
-        self._close_memory()
+        self._close_memory(others_may_write=True)
 
     def close(self) -> None:
         self._control.close(self.info.options.timeout)
-        self._close_memory()
+        self._close_memory(others_may_write=True)
 
-    def _close_memory(self) -> None:
+    def _close_memory(self, *, others_may_write: bool) -> None:
         if self._is_built:
             self.symmetric.close()
+        self._low_latency.state.close(others_may_write=others_may_write)

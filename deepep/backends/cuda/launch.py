@@ -38,9 +38,24 @@ class Phase(IntFlag):
     TOO_MANY_ROWS = 64
     DISAGREEMENT = 128
     OVERWRITTEN = 256
+    WEIGHTS = 512
 
 
-OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
+_NAMES = ("dispatch", "combine", "barrier", "low_latency_dispatch", "low_latency_combine")
+OPERATIONS = dict(enumerate(_NAMES, start=1))
+
+
+def fault_record(found: _cuda.FaultRecord, rank: int, num_ranks: int, timeout: float) -> FaultRecord:
+    """A kernel's record as users see it."""
+    return FaultRecord(
+        operation=OPERATIONS.get(found.operation, str(found.operation)),
+        phase=(Phase(found.phase).name or str(found.phase)).lower(),
+        rank=rank,
+        waited_on=tuple(r for r in range(num_ranks) if found.missing >> r & 1),
+        expected=found.expected,
+        seen=found.seen,
+        seconds=timeout,
+    )
 
 
 class Plan:
@@ -86,7 +101,7 @@ class Plan:
         return self.table[self.num_tokens :]
 
 
-def _pinned_zeros(num_bytes: int) -> torch.Tensor:
+def pinned_zeros(num_bytes: int) -> torch.Tensor:
     """Memory of the host that kernels write to; on the CPU whatever torch's default device is."""
     return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
@@ -100,11 +115,19 @@ class Endpoint:
 
     heap: this rank's symmetric memory, uint8 [B] on the device. addresses: where each rank's heap is mapped
     here; all heaps are alike in size. staging_bytes: the part of the heap that rows return to. timeout:
-    seconds a kernel waits for a peer before it leaves with a fault record.
+    seconds a kernel waits for a peer before it leaves with a fault record. turns: of this rank, if other
+    operations have them already.
     """
 
     def __init__(
-        self, rank: int, heap: torch.Tensor, addresses: list[int], *, staging_bytes: int, timeout: float
+        self,
+        rank: int,
+        heap: torch.Tensor,
+        addresses: list[int],
+        *,
+        staging_bytes: int,
+        timeout: float,
+        turns: _cuda.Turns | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = len(addresses)
@@ -117,8 +140,8 @@ class Endpoint:
         self.pool_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
         heap[: self.pool_begin].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
-        self._fault = _pinned_zeros(_cuda.FAULT_BYTES)
-        self._host = _pinned_zeros(_cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS))
+        self._fault = pinned_zeros(_cuda.FAULT_BYTES)
+        self._host = pinned_zeros(_cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS))
         self._host_address = self._host.data_ptr()
         self._ticket = 0
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
@@ -131,6 +154,7 @@ class Endpoint:
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
             timeout_seconds=timeout,
+            turns=turns or _cuda.Turns(),
         )
         torch.cuda.current_stream(self.device).synchronize()
 
@@ -300,14 +324,4 @@ class Endpoint:
         cleared on `stream`, behind the operations launched so far.
         """
         found = self.domain.take_fault(stream)
-        if found is None:
-            return None
-        return FaultRecord(
-            operation=OPERATIONS.get(found.operation, str(found.operation)),
-            phase=(Phase(found.phase).name or str(found.phase)).lower(),
-            rank=self.rank,
-            waited_on=tuple(r for r in range(self.num_ranks) if found.missing >> r & 1),
-            expected=found.expected,
-            seen=found.seen,
-            seconds=self.timeout,
-        )
+        return None if found is None else fault_record(found, self.rank, self.num_ranks, self.timeout)

@@ -31,6 +31,7 @@ class LayoutKernel:
             state=0,
             fault=0,
             timeout_seconds=0.0,
+            turns=_cuda.Turns(),
         )
         torch.cuda.current_stream(device).synchronize()
 

@@ -1,45 +1,305 @@
-"""Low-latency operations of the CUDA backend: there are no kernels for them yet, NCCL carries them."""
+"""Low-latency operations of the CUDA backend: this library's kernels, and what they leave to NCCL.
+
+A call is a launch, or two with a hook: between them nothing of this library runs. Nothing of the host crosses
+ranks, but where sizes and formats are new (low_latency_state.py). What the kernels do not do goes by NCCL, by
+a rule that all ranks decide alike: sizes beyond `served`, LogFMT, and reduction="exact".
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
 
+from deepep import _cuda
+from deepep.backends.cuda.low_latency_checks import (
+    checked_combine,
+    checked_dispatch,
+    is_usual_combine,
+    key_of,
+    served,
+    usual_dispatch,
+)
+from deepep.backends.cuda.low_latency_launch import (
+    Halves,
+    LowLatencyArrays,
+    LowLatencyFormat,
+    LowLatencyPlan,
+)
+from deepep.backends.cuda.low_latency_state import LowLatencyState
+from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.backends.reference.low_latency import LowLatencyOperations
+from deepep.errors import ArgumentError, MismatchError
+from deepep.runtime import streams
 from deepep.runtime.control.issue import ControlPlane
-from deepep.runtime.engine import Engine
+from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import (
+    Hook,
     LowLatencyCombined,
     LowLatencyCombineRequest,
     LowLatencyDispatched,
     LowLatencyDispatchRequest,
     LowLatencyRoute,
+    Operation,
     Schedule,
 )
 
+if TYPE_CHECKING:
+    from deepep.backends.cuda.engine import CudaEngine
 
-class NcclLowLatency:
-    """The fallback: the reference's low-latency operations on the control plane's NCCL links."""
+RUNS_ON_NCCL = "all_to_all over NCCL"
+"""The fallback: the reference's low-latency operations on the control plane's NCCL links."""
 
-    runs_on: ClassVar[str] = "all_to_all over NCCL, no kernels yet"
 
-    def __init__(self, control: ControlPlane, engine: Engine) -> None:
-        self._reference = LowLatencyOperations(control, engine)
+class CudaLowLatency:
+    """The low-latency operations of one engine."""
 
-    def dispatch(self, request: LowLatencyDispatchRequest, schedule: Schedule) -> LowLatencyDispatched:
+    def __init__(
+        self, control: ControlPlane, engine: CudaEngine, turns: _cuda.Turns, reduction: Reduction
+    ) -> None:
+        self._control = control
+        self._nccl = LowLatencyOperations(control, engine)
+        self._combines_by_kernels = reduction == "expert_rank"
+        self.state = LowLatencyState(control, engine, turns)
+
+    @staticmethod
+    def runs_on(reduction: Reduction) -> dict[str, str]:
+        """By operation, what runs it."""
+        kernels = "CUDA kernels"
+        combine = f"{RUNS_ON_NCCL} (reduction='exact')"
+        if reduction == "expert_rank":
+            combine = f"{kernels} (LogFMT: {RUNS_ON_NCCL})"
+        return {"low-latency dispatch": kernels, "low-latency combine": combine}
+
+    # dispatch
+
+    def dispatch(
+        self, engine: CudaEngine, request: LowLatencyDispatchRequest, schedule: Schedule
+    ) -> LowLatencyDispatched:
         """Into fixed slots."""
-        return self._reference.dispatch(request, schedule)
+        operation, state = Operation.LOW_LATENCY_DISPATCH, self.state
+        with self._control.issuing:
+            is_agreed, late = True, None
+            form = usual_dispatch(request, state.agreed, engine.index)
+            try:
+                if self._control.pending_hook is not None:
+                    raise self._control.hook_pending_error()
+                if form is None:
+                    form = checked_dispatch(request, engine)
+                    is_agreed = key_of(request) in state.agreed
+            except ArgumentError as problem:
+                state.refuse(operation, problem, schedule)
+            if state.unsettled or state.has_fault():
+                late = state.late_error()
+            if is_agreed:
+                done = self._dispatch(engine, request, form, schedule)
+            elif served(form.num_ranks, form.num_max_tokens, request.num_experts):
+                state.agree(operation, form)
+                state.agreed[key_of(request)] = form
+                done = self._dispatch(engine, request, form, schedule)
+            else:
+                state.announce(operation)
+                done = self._nccl.dispatch(request, schedule)
+            self._nccl.staged = None
+            if late is not None:
+                _end_with(late, done.hook)
+            return done
 
-    def combine(self, request: LowLatencyCombineRequest, schedule: Schedule) -> LowLatencyCombined:
+    def _dispatch(
+        self,
+        engine: CudaEngine,
+        request: LowLatencyDispatchRequest,
+        form: LowLatencyFormat,
+        schedule: Schedule,
+    ) -> LowLatencyDispatched:
+        """A call that all ranks have agreed on."""
+        endpoint = self.state.memory.endpoint
+        given = (request.x, request.topk_idx, request.topk_weights)
+        blocks = min(form.num_blocks, request.num_sms) if request.num_sms else form.num_blocks
+        completion = hook = None
+        if not schedule.asynchronous:
+            stream = streams.current_address(engine.index)
+            out = form.outputs(engine.device)
+            plan = LowLatencyPlan(form, request.x.shape[0], engine.device, stream)
+            if schedule.hook:
+                endpoint.dispatch(plan, *given, out, Halves.SEND, blocks, stream)
+                hook = self._dispatch_hook(engine, request, plan, out, blocks)
+            else:
+                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream)
+                if request.expert_counts is not None:
+                    _add_counts(request.expert_counts, out)
+        else:
+            with CommStream(engine.comm, endpoint.domain, None) as stream:
+                out = form.outputs(engine.device)
+                plan = LowLatencyPlan(form, request.x.shape[0], engine.device, stream)
+                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream)
+                if request.expert_counts is not None:
+                    _add_counts(request.expert_counts, out)
+            read = (*given, request.expert_counts)
+            completion = hand_out(engine.comm, None, schedule, read, out.tensors())
+        route = LowLatencyRoute(
+            out.source, out.ranges, form.num_max_tokens, form.hidden, request.num_experts, engine, plan
+        )
+        # A handle that is taken apart and put together again still has this tensor.
+        out.source._low_latency_plan = plan  # type: ignore[attr-defined]
+        return LowLatencyDispatched(out.x, out.scales, out.count, route, completion, hook)
+
+    def _dispatch_hook(
+        self,
+        engine: CudaEngine,
+        request: LowLatencyDispatchRequest,
+        plan: LowLatencyPlan,
+        out: LowLatencyArrays,
+        blocks: int,
+    ) -> Hook:
+        endpoint, counts = self.state.memory.endpoint, request.expert_counts
+        given = (request.x, request.topk_idx, request.topk_weights)
+
+        def receive(stream: int) -> None:
+            endpoint.dispatch(plan, *given, out, Halves.RECEIVE, blocks, stream)
+            if stream != plan.stream:
+                _record((plan.table, *out.tensors()), engine.index)
+            if counts is not None:
+                _add_counts(counts, out)
+
+        return self._hook(engine, Operation.LOW_LATENCY_DISPATCH, receive)
+
+    # combine
+
+    def combine(
+        self, engine: CudaEngine, request: LowLatencyCombineRequest, schedule: Schedule
+    ) -> LowLatencyCombined:
         """A weighted sum over k, ascending."""
-        return self._reference.combine(request, schedule)
+        operation, state, route = Operation.LOW_LATENCY_COMBINE, self.state, request.route
+        with self._control.issuing:
+            by_kernels, late = self._combines_by_kernels and not request.use_logfmt, None
+            plan: LowLatencyPlan | None = route.plan if by_kernels else None
+            try:
+                if self._control.pending_hook is not None:
+                    raise self._control.hook_pending_error()
+                if plan is None or not is_usual_combine(request, plan, engine):
+                    plan = checked_combine(request, by_kernels, engine)
+                x = self._nccl.staged_rows(route) if request.zero_copy else request.x
+            except ArgumentError as problem:
+                state.refuse(operation, problem, schedule)
+            if state.unsettled or state.has_fault():
+                late = state.late_error()
+            if plan is not None:
+                if not state.is_ready:  # other ranks take part than did in the dispatch
+                    state.agree(operation, plan.form)
+                done = self._combine(engine, request, x, plan, schedule)
+            else:
+                state.announce(operation)
+                done = self._nccl.combine(request, schedule)
+            self._nccl.staged = None
+            if late is not None:
+                _end_with(late, done.hook)
+            return done
+
+    def _combine(
+        self,
+        engine: CudaEngine,
+        request: LowLatencyCombineRequest,
+        x: Tensor,
+        plan: LowLatencyPlan,
+        schedule: Schedule,
+    ) -> LowLatencyCombined:
+        """A call whose dispatch all ranks have agreed on."""
+        endpoint = self.state.memory.endpoint
+        shape = (plan.num_tokens, plan.form.hidden)
+        given = (x, request.topk_idx, request.topk_weights)
+        most = plan.form.num_blocks
+        blocks = min(most, request.num_sms) if request.num_sms else most
+        completion = hook = None
+        if not schedule.asynchronous:
+            stream = streams.current_address(engine.index)
+            out = request.out
+            if out is None:
+                out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
+            halves = Halves.SEND if schedule.hook else Halves.BOTH
+            endpoint.combine(plan, *given, out, halves, blocks, stream)
+            if plan.stream != stream:
+                _record((plan.table,), engine.index)
+            if schedule.hook:
+                hook = self._combine_hook(engine, given, plan, out, blocks)
+        else:
+            with CommStream(engine.comm, endpoint.domain, None) as stream:
+                out = request.out
+                if out is None:
+                    out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
+                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream)
+            completion = hand_out(engine.comm, None, schedule, (*given, plan.table, request.out), (out,))
+        return LowLatencyCombined(out, completion, hook)
+
+    def _combine_hook(
+        self,
+        engine: CudaEngine,
+        given: tuple[Tensor, Tensor, Tensor],
+        plan: LowLatencyPlan,
+        out: Tensor,
+        blocks: int,
+    ) -> Hook:
+        endpoint, sent_on = self.state.memory.endpoint, streams.current_address(engine.index)
+
+        def receive(stream: int) -> None:
+            endpoint.combine(plan, *given, out, Halves.RECEIVE, blocks, stream)
+            if stream != sent_on:
+                _record((plan.table, out), engine.index)
+
+        return self._hook(engine, Operation.LOW_LATENCY_COMBINE, receive)
 
     def combine_buffer(self, route: LowLatencyRoute) -> Tensor:
-        """[L, R*M, H] bf16: where the next zero-copy combine reads from."""
-        return self._reference.combine_buffer(route)
+        """[L, R*M, H] bf16: where the next zero-copy combine reads from. Kernels read them where they lie."""
+        return self._nccl.combine_buffer(route)
 
     @property
     def staged_bytes(self) -> int:
         """Bytes of the rows that the next zero-copy combine reads from."""
-        return self._reference.staged_bytes
+        return self._nccl.staged_bytes
+
+    # hooks
+
+    def _hook(self, engine: CudaEngine, operation: Operation, receive: Callable[[int], None]) -> Hook:
+        """A hook that receives, once, on the stream that is current when it is called."""
+        control, state = self._control, self.state
+
+        is_called = False
+
+        def hook() -> None:
+            nonlocal is_called
+            with control.issuing:
+                if is_called:
+                    return
+                control.check_alive()
+                is_called = True
+                control.forget_hook()
+                receive(streams.current_address(engine.index))
+                late = state.late_error()
+            if late is not None:
+                raise late
+
+        control.await_hook(operation, hook)
+        return hook
+
+
+def _end_with(late: MismatchError, hook: Hook | None) -> NoReturn:
+    """Ends a call whose results nobody will see: all of it is made, or ranks would no longer be in step."""
+    if hook is not None:
+        hook()
+    raise late
+
+
+def _add_counts(counts: Tensor, out: LowLatencyArrays) -> None:
+    """Adds the rows received to the caller's counts [L], on the current stream."""
+    with torch.inference_mode():  # they may have been made in it
+        counts.add_(out.count)
+
+
+def _record(tensors: tuple[Tensor | None, ...], device: int) -> None:
+    """The current stream uses them, which is not the one that they belong to."""
+    stream = streams.current(device)
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(stream)

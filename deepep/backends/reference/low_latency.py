@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepep.backends.reference.low_latency_handles import check_handle, check_rows
 from deepep.backends.reference.wire import wire_over
-from deepep.errors import ArgumentError, ShapeError
+from deepep.errors import ArgumentError
 from deepep.reference import all_to_all_low_latency as low_latency
 from deepep.reference.all_to_all_low_latency import CombineUnderway, DispatchUnderway
 from deepep.reference.wire import Wire
@@ -22,6 +22,7 @@ from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
 from deepep.runtime.engine import Engine, EngineInfo
+from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
 from deepep.runtime.requests import (
     Hook,
     LowLatencyCombined,
@@ -34,80 +35,17 @@ from deepep.runtime.requests import (
 )
 
 
-def check_dispatch(request: LowLatencyDispatchRequest, info: EngineInfo) -> None:
-    """Checks what can be checked without reading values."""
-    x = checks.check_tensor(
-        "x", request.x, dtypes=(torch.bfloat16,), device_type=info.device_type, shape=("T", "H")
-    )
-    checks.check_row_bytes(x)
-    checks.check_topk_idx(request.topk_idx, info.device_type, x.shape[0])
-    most = checks.check_max_tokens(x.shape[0], request.num_max_tokens)
-    num_local = checks.check_num_experts(request.num_experts, info.num_ranks)
-    checks.check_int("num_max_dispatch_tokens_per_rank", info.num_ranks * most, 1, 2**31 - 1)
-    if request.use_fp8:
-        _check_groups(x, checks.FP8_GROUP, "use_fp8")
-    if request.use_ue8m0:
-        if not (request.use_fp8 and request.round_scale):
-            raise ArgumentError("use_ue8m0", "True", "True only with use_fp8 and round_scale")
-        _check_groups(x, checks.UE8M0_PACK, "use_ue8m0")
-    if request.expert_counts is not None:
-        checks.check_tensor(
-            "cumulative_local_expert_recv_stats",
-            request.expert_counts,
-            dtypes=(torch.int32,),
-            device_type=info.device_type,
-            shape=(num_local,),
-        )
-    _check_wait_stats("dispatch_wait_recv_cost_stats", request.wait_nanoseconds, info)
-
-
-def check_combine(request: LowLatencyCombineRequest, info: EngineInfo) -> None:
-    """Checks what can be checked without reading values."""
-    route = request.route
-    num_local = checks.check_num_experts(route.num_experts, info.num_ranks)
-    room = info.num_ranks * checks.check_int("handle", route.num_max_tokens, 1)
-    x = checks.check_tensor(
-        "x",
-        request.x,
-        dtypes=(torch.bfloat16,),
-        device_type=info.device_type,
-        shape=(num_local, room, route.hidden),
-        contiguous=not request.zero_copy,
-    )
-    checks.check_topk_idx(request.topk_idx, info.device_type)
-    checks.check_topk_weights(request.topk_weights, request.topk_idx.shape, info.device_type)
-    num_tokens = request.topk_idx.shape[0]
-    if num_tokens > route.num_max_tokens:
-        allowed = f"at most the {route.num_max_tokens} tokens of the dispatch"
-        raise ShapeError("topk_idx", checks.shape_text(request.topk_idx.shape), allowed)
-    for name, tensor, dtype, width in (
-        ("handle[0]", route.source_index, torch.int32, room),
-        ("handle[1]", route.ranges, torch.int64, info.num_ranks),
-    ):
-        checks.check_tensor(
-            name, tensor, dtypes=(dtype,), device_type=info.device_type, shape=(num_local, width)
-        )
-    if request.use_logfmt:
-        _check_groups(x, checks.FP8_GROUP, "use_logfmt")
-    if request.out is not None:
-        checks.check_tensor(
-            "out",
-            request.out,
-            dtypes=(torch.bfloat16,),
-            device_type=info.device_type,
-            shape=(num_tokens, route.hidden),
-        )
-    _check_wait_stats("combine_wait_recv_cost_stats", request.wait_nanoseconds, info)
-
-
 class LowLatencyOperations:
-    """The low-latency operations of one engine, over the links of its control plane."""
+    """The low-latency operations of one engine, over the links of its control plane.
+
+    staged: rows to be filled for the next operation, a zero-copy combine.
+    """
 
     def __init__(self, control: ControlPlane, engine: Engine) -> None:
         self._control = control
         # Weak, or the engine would be freed late: it owns this.
         self._owner = weakref.ref(engine)
-        self._staged: Tensor | None = None
+        self.staged: Tensor | None = None
 
     @property
     def _engine(self) -> Engine:
@@ -118,18 +56,18 @@ class LowLatencyOperations:
     @property
     def staged_bytes(self) -> int:
         """Bytes of the rows that the next zero-copy combine reads from."""
-        return 0 if self._staged is None else self._staged.nbytes
+        return 0 if self.staged is None else self.staged.nbytes
 
     def dispatch(self, request: LowLatencyDispatchRequest, schedule: Schedule) -> LowLatencyDispatched:
         """Checks and issues a dispatch."""
         engine = self._engine
         with self._control.issuing:
             try:
-                check_dispatch(request, engine.info)
+                check_low_latency_dispatch(request, engine.info)
                 out = self._allocate(request, schedule)
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
-            self._staged = None
+            self.staged = None
             done = _dispatch(self._control, engine.info, request, schedule, out)
             done.route = replace(done.route, engine=engine)
             return done
@@ -160,26 +98,27 @@ class LowLatencyOperations:
         with self._control.issuing:
             try:
                 checks.check_own(request.route, engine)
-                check_combine(request, engine.info)
+                check_low_latency_combine(request, engine.info)
                 if request.zero_copy:
-                    request = replace(request, x=self._staged_rows(request.route))
+                    request = replace(request, x=self.staged_rows(request.route))
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, schedule)
-            self._staged = None
+            self.staged = None
             return _combine(self._control, engine.info, request, schedule)
 
     def combine_buffer(self, route: LowLatencyRoute) -> Tensor:
         """[L, R*M, H] bf16: where the next zero-copy combine reads from."""
         checks.check_own(route, self._engine)
         # Fresh memory each time: an earlier combine may still be reading from what it was given.
-        self._staged = route.ranges.new_empty(self._slot_shape(route), dtype=torch.bfloat16)
-        return self._staged
+        self.staged = route.ranges.new_empty(self._slot_shape(route), dtype=torch.bfloat16)
+        return self.staged
 
-    def _staged_rows(self, route: LowLatencyRoute) -> Tensor:
-        if self._staged is None or self._staged.shape != self._slot_shape(route):
+    def staged_rows(self, route: LowLatencyRoute) -> Tensor:
+        """The rows that were filled in for a combine along this route. Raises ArgumentError if none were."""
+        if self.staged is None or self.staged.shape != self._slot_shape(route):
             allowed = "get_next_low_latency_combine_buffer called since the last low-latency operation"
             raise ArgumentError("zero_copy", "True, with no buffer filled for it", allowed)
-        return self._staged
+        return self.staged
 
     def _slot_shape(self, route: LowLatencyRoute) -> tuple[int, int, int]:
         num_ranks = self._control.num_ranks
@@ -347,18 +286,6 @@ def _issue(
     if schedule.hook:
         return None, control.hook(operation, completion, receive, tensors)
     return control.finish(schedule, completion), None
-
-
-def _check_groups(x: Tensor, group: int, option: str) -> None:
-    if x.shape[-1] % group:
-        raise ShapeError("x", checks.shape_text(x.shape), f"H a multiple of {group} with {option}")
-
-
-def _check_wait_stats(name: str, stats: Tensor | None, info: EngineInfo) -> None:
-    if stats is not None:
-        checks.check_tensor(
-            name, stats, dtypes=(torch.int64,), device_type=info.device_type, shape=(info.num_ranks,)
-        )
 
 
 def _timed(wait: Callable[[], object]) -> int:

@@ -77,7 +77,7 @@ class ControlPlane:
         self.observer: Observer | None = None
         self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
-        self._hook: Hook | None = None
+        self.pending_hook: Hook | None = None
         self._end = ""
         self._told: BaseException | None = None
         self._departs = False
@@ -121,10 +121,9 @@ class ControlPlane:
 
         inspect: checks of values, run once `schedule.after` has passed; what it refuses, all ranks refuse.
         """
-        self._check_alive()
-        pending = self._pending_hook()
-        if pending is not None:
-            self.refuse(operation, pending, schedule)
+        self.check_alive()
+        if self.pending_hook is not None:
+            self.refuse(operation, self.hook_pending_error(), schedule)
 
         def job() -> None:
             problem = self._inspect(schedule, inspect)
@@ -141,7 +140,7 @@ class ControlPlane:
         tensors: Iterable[torch.Tensor | None] = (),
     ) -> Completion:
         """Issues a further part of the operation issued last, without a control exchange."""
-        self._check_alive()
+        self.check_alive()
 
         def job() -> None:
             self.queue.wait_for(None, schedule.allocate_on_comm_stream)
@@ -158,7 +157,7 @@ class ControlPlane:
         tensors: Iterable[torch.Tensor | None] = (),
     ) -> Completion:
         """Runs a job that does not communicate, in its turn."""
-        self._check_alive()
+        self.check_alive()
 
         def waiting() -> None:
             self.queue.wait_for(schedule.after, schedule.allocate_on_comm_stream)
@@ -170,7 +169,7 @@ class ControlPlane:
         """Takes part in `operation` only to say that it cannot;
         raises what all raise, or `problem` at once.
         """
-        self._check_alive()
+        self.check_alive()
         problem = problem.at(self.rank)
 
         def job() -> None:
@@ -226,7 +225,6 @@ class ControlPlane:
 
         Calling it again does nothing.
         """
-        self._unreceived = operation.label
         is_called = False
 
         def hook() -> None:
@@ -234,19 +232,26 @@ class ControlPlane:
             with self.issuing:
                 if is_called:
                     return
-                self._check_alive()
+                self.check_alive()
                 is_called = True
-                self._unreceived = self._hook = None
+                self.forget_hook()
                 sent.current_stream_wait()
                 received = self.proceed("receive", Schedule(), lambda link: receive(), tensors)
             received.current_stream_wait()
 
-        self._hook = hook
+        self.await_hook(operation, hook)
         return hook
 
-    def _pending_hook(self) -> ArgumentError | None:
-        if self._unreceived is None:
-            return None
+    def await_hook(self, operation: Operation, hook: Hook) -> None:
+        """An operation has sent, and its hook receives: no other may begin before that is taken."""
+        self._unreceived, self.pending_hook = operation.label, hook
+
+    def forget_hook(self) -> None:
+        """Other operations may begin."""
+        self._unreceived = self.pending_hook = None
+
+    def hook_pending_error(self) -> ArgumentError:
+        """The refusal of an operation while a hook was not called."""
         return HookPendingError(
             "hook",
             f"a new operation while the hook of {self._unreceived} had not been called",
@@ -280,7 +285,8 @@ class ControlPlane:
 
     # the end
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises DestroyedError after the end."""
         if self._end:
             raise DestroyedError(f"rank {self.rank}: {self._end}")
 
@@ -289,7 +295,7 @@ class ControlPlane:
         with self.issuing:
             if self._end:
                 return
-            self._unreceived = self._hook = None
+            self._unreceived = self.pending_hook = None
             if len(self.membership.members) > 1 and self.membership.connected:
                 farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
@@ -314,7 +320,7 @@ class ControlPlane:
             if self._end:
                 return
             self._end = "the buffer was destroyed"
-            self._unreceived = self._hook = None
+            self._unreceived = self.pending_hook = None
             if not self.queue.close(seconds):
                 self.membership.disconnect()  # or a thread of ours would still wait when the process ends
                 self.queue.close(LAST_MOMENT)

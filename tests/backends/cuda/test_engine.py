@@ -57,7 +57,7 @@ def test_memory_is_made_by_the_first_dispatch() -> None:
             with pytest.raises(deepep.ShapeError):  # and by one that is refused: the others make it, too
                 buffer.get_dispatch_layout(idx.view(-1), 2)
             assert made(buffer) == 64 << 20
-            assert launches == ["layout", "refuse dispatch"]
+            assert launches == ["layout", "low_latency_dispatch", "refuse dispatch"]
         with stub_cuda.stub_buffer() as buffer:
             dispatch(buffer)
             assert made(buffer) == 64 << 20

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from deepep import _cuda
 from deepep.backends.cuda.launch import Endpoint
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec
 from deepep.backends.cuda.memory.ipc import Gather, share_heap
@@ -30,9 +31,16 @@ class SymmetricMemory:
     Collective over the members. A quarter of the heap is for rows that combine returns.
     """
 
-    def __init__(self, membership: Membership, device: torch.device, timeout: float, num_bytes: int) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        device: torch.device,
+        timeout: float,
+        num_bytes: int,
+        turns: _cuda.Turns,
+    ) -> None:
         members = membership.members
-        gather = _gathering(membership)
+        gather = gathering(membership)
         own = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._heap = share_heap(own, membership.rank, gather("share"))
         self.endpoint = Endpoint(
@@ -41,6 +49,7 @@ class SymmetricMemory:
             self._heap.addresses,
             staging_bytes=own.numel() // 4,
             timeout=timeout,
+            turns=turns,
         )
         self.endpoint.set_live(sum(1 << r for r in members))
         self.pool = ReceivePool(own, self.endpoint.pool_begin)
@@ -113,10 +122,10 @@ class SymmetricMemory:
         self.pool.leak(self.endpoint, self._heap)
 
 
-def _gathering(membership: Membership) -> Callable[[str], Gather]:
-    """A `Gather` over the members for each purpose, through the store."""
-    membership.begin("build")
-    exchange = membership.gathering("build")
+def gathering(membership: Membership, what: str = "build") -> Callable[[str], Gather]:
+    """A `Gather` over the members for each purpose, through the store. what: the name of what is built."""
+    membership.begin(what)
+    exchange = membership.gathering(what)
 
     def gather_as(purpose: str) -> Gather:
         def gather(mine: bytes) -> list[bytes | None]:

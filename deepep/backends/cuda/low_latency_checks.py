@@ -1,0 +1,172 @@
+"""Checks of low-latency calls, twice: quick ones, which usual calls pass; others, which say what is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepep.backends.cuda.low_latency_launch import LowLatencyFormat, LowLatencyPlan, num_blocks
+from deepep.errors import DeviceError, HandleError, LayoutError, ShapeError
+from deepep.runtime import checks
+from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
+from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
+
+if TYPE_CHECKING:
+    from deepep.backends.cuda.engine import CudaEngine
+
+MOST_ROWS = 1 << 15
+"""R * M: the number of a row has 16 bits on the wire."""
+MOST_EXPERTS = 1 << 13
+"""E: their counts lie in a block's shared memory."""
+
+Key = tuple[object, ...]
+"""All that ranks must pass alike to a dispatch."""
+
+
+def key_of(request: LowLatencyDispatchRequest) -> Key:
+    """Of a request whose x and topk_idx are matrices."""
+    x, topk_idx = request.x, request.topk_idx
+    return (
+        *(request.num_max_tokens, request.num_experts, x.shape[1], topk_idx.shape[1], topk_idx.dtype),
+        *(request.use_fp8, request.round_scale, request.use_ue8m0, request.topk_weights is not None),
+    )
+
+
+def served(num_ranks: int, num_max_tokens: int, num_experts: int) -> bool:
+    """True if the kernels serve calls of this size. All ranks decide alike: they agree on the arguments."""
+    return num_ranks * num_max_tokens <= MOST_ROWS and num_experts <= MOST_EXPERTS
+
+
+def usual_dispatch(
+    request: LowLatencyDispatchRequest, agreed: dict[Key, LowLatencyFormat], index: int
+) -> LowLatencyFormat | None:
+    """The format of a dispatch that passes all checks on device `index`, as far as that can be said
+    without them; None says nothing.
+    """
+    x, topk_idx, weights = request.x, request.topk_idx, request.topk_weights
+    if not (
+        type(x) is Tensor
+        and type(topk_idx) is Tensor
+        and x.dim() == 2
+        and topk_idx.dim() == 2
+        and request.expert_counts is None
+        and request.wait_nanoseconds is None
+        and request.num_sms >= 0
+    ):
+        return None
+    form = agreed.get(key_of(request))
+    tokens = x.shape[0]
+    if form is None or not (
+        tokens == topk_idx.shape[0]
+        and tokens <= form.num_max_tokens
+        and x.dtype is torch.bfloat16
+        and x.get_device() == index
+        and topk_idx.get_device() == index
+        and x.is_contiguous()
+        and topk_idx.is_contiguous()
+        and x.data_ptr() % 16 == 0
+    ):
+        return None
+    is_usual = weights is None or (
+        type(weights) is Tensor
+        and weights.dtype is torch.float32
+        and weights.shape == topk_idx.shape
+        and weights.get_device() == index
+        and weights.is_contiguous()
+    )
+    return form if is_usual else None
+
+
+def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> LowLatencyFormat:
+    """The format of a dispatch. Raises ArgumentErrors."""
+    check_low_latency_dispatch(request, engine.info)
+    _check_rows("x", request.x, engine.device)
+    _check_device("topk_idx", request.topk_idx, engine.device)
+    return LowLatencyFormat(
+        num_ranks=engine.info.num_ranks,
+        num_local_experts=request.num_experts // engine.info.num_ranks,
+        num_max_tokens=request.num_max_tokens,
+        num_topk=request.topk_idx.shape[1],
+        hidden=request.x.shape[1],
+        index_dtype=request.topk_idx.dtype,
+        use_fp8=request.use_fp8,
+        round_scale=request.round_scale,
+        use_ue8m0=request.use_ue8m0,
+        with_weights=request.topk_weights is not None,
+        num_blocks=num_blocks(request.num_max_tokens, engine.sms),
+    )
+
+
+def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, engine: CudaEngine) -> bool:
+    """True if all checks would pass, as far as that can be said without them; False says nothing."""
+    x, topk_idx, weights = request.x, request.topk_idx, request.topk_weights
+    form, index = plan.form, engine.index
+    if not (
+        type(x) is Tensor
+        and type(topk_idx) is Tensor
+        and type(weights) is Tensor
+        and request.route.engine is engine
+        and request.out is None
+        and not request.zero_copy
+        and request.wait_nanoseconds is None
+        and request.num_sms >= 0
+    ):
+        return False
+    return (
+        x.dtype is torch.bfloat16
+        and weights.dtype is torch.float32
+        and topk_idx.dtype in checks.INDEX_DTYPES
+        and x.shape == (form.num_local_experts, form.num_ranks * form.num_max_tokens, form.hidden)
+        and topk_idx.shape == (plan.num_tokens, form.num_topk)
+        and weights.shape == topk_idx.shape
+        and x.get_device() == index
+        and topk_idx.get_device() == index
+        and weights.get_device() == index
+        and x.is_contiguous()
+        and topk_idx.is_contiguous()
+        and weights.is_contiguous()
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def checked_combine(
+    request: LowLatencyCombineRequest, by_kernels: bool, engine: CudaEngine
+) -> LowLatencyPlan | None:
+    """The plan that a combine goes along; None if kernels do not serve it. Raises ArgumentErrors.
+
+    by_kernels: whether they do, as far as its size does not matter.
+    """
+    route = request.route
+    checks.check_own(route, engine)
+    check_low_latency_combine(request, engine.info)
+    if not request.zero_copy:
+        _check_rows("x", request.x, engine.device)
+    _check_device("topk_idx", request.topk_idx, engine.device)
+    if request.out is not None:
+        _check_rows("out", request.out, engine.device)
+    if not by_kernels or not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
+        return None
+    plan = route.plan
+    if plan is None:  # put together of a handle's own entries
+        plan = getattr(route.source_index, "_low_latency_plan", None)
+    if not isinstance(plan, LowLatencyPlan):
+        allowed = "the handle of low_latency_dispatch, or its own five entries"
+        raise HandleError("handle", "tensors that no dispatch here has made", allowed)
+    wanted = (plan.num_tokens, plan.form.num_topk)
+    if request.topk_idx.shape != wanted:
+        allowed = f"{checks.shape_text(wanted)}, as the dispatch's"
+        raise ShapeError("topk_idx", checks.shape_text(request.topk_idx.shape), allowed)
+    return plan
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise DeviceError(name, str(tensor.device), str(device))
+
+
+def _check_rows(name: str, rows: Tensor, device: torch.device) -> None:
+    _check_device(name, rows, device)
+    if rows.data_ptr() % 16 != 0:
+        raise LayoutError(name, "rows that do not start at a multiple of 16 bytes", "aligned rows")

@@ -1,0 +1,200 @@
+"""State around low-latency launches: memory, what ranks have agreed on, refusals, and reported faults.
+
+Ranks agree over the control plane, once, on sizes and formats that are new; that they still do, the digest
+beside the flags says from then on. Whatever goes over the control plane is announced in the kernels' own
+words, if there is memory: so a rank that launches what others must first agree on stops all at once.
+
+What this rank finds wrong is posted to the others, and raised at once. What kernels have reported is raised
+by the hook, or by the next call: that one is made nonetheless, and its results are lost, so that ranks stay
+in step. After a time-out nothing is made until the missing ranks are masked; then memory is made anew, while
+the old is kept for whoever still writes there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from deepep import _cuda
+from deepep.backends.cuda.low_latency_checks import Key
+from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
+from deepep.backends.cuda.memory.low_latency_memory import LowLatencyMemory
+from deepep.errors import ArgumentError, FaultRecord, MismatchError, PeerTimeoutError
+from deepep.runtime import streams
+from deepep.runtime.control.agreement import dtype_code
+from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.requests import Operation, Schedule
+
+if TYPE_CHECKING:
+    from deepep.backends.cuda.engine import CudaEngine
+
+
+class LowLatencyState:
+    """One engine's, under its lock.
+
+    memory: there if `is_ready`: made by the first call, of the size that it asks for, and made anew for a
+    larger one, or when other ranks take part. agreed: the formats that all ranks know. unsettled: it is not
+    ready, or something is to be raised; has_fault: whether a kernel has reported a fault.
+    """
+
+    memory: LowLatencyMemory
+
+    def __init__(self, control: ControlPlane, engine: CudaEngine, turns: _cuda.Turns) -> None:
+        self._control = control
+        self._owner = weakref.ref(engine)  # weak, or the engine would be freed late: it owns this
+        self._turns = turns
+        self._is_built = False
+        self._fault: FaultRecord | None = None
+        self.is_ready, self.unsettled = False, True
+        self.has_fault: Callable[[], bool] = _no_fault
+        self.agreed: dict[Key, LowLatencyFormat] = {}
+
+    @property
+    def engine(self) -> CudaEngine:
+        """The owner."""
+        engine = self._owner()
+        assert engine is not None
+        return engine
+
+    def agree(self, operation: Operation, form: LowLatencyFormat) -> None:
+        """Settles that all ranks make calls of this format, or all raise, with the name of what differs. Then
+        there is memory for such calls.
+        """
+        statement = {
+            "num_max_dispatch_tokens_per_rank": form.num_max_tokens,
+            "num_experts": form.num_local_experts * form.num_ranks,
+            "hidden": form.hidden,
+            "num_topk": form.num_topk,
+            "topk_idx dtype": dtype_code(form.index_dtype),
+            "use_fp8": form.use_fp8,
+            "round_scale": form.round_scale,
+            "use_ue8m0": form.use_ue8m0,
+            "topk_weights given": form.with_weights,
+        }
+        self.announce(operation)
+        self._meet(operation, statement)
+        room = form.room.joined(self.memory.room) if self._is_built else form.room
+        if self.is_ready and room == self.memory.room:
+            return
+        if self._is_built:
+            # Of a rank that is left out nobody knows that its kernels have ended; a graph is replayed again.
+            if not self.is_ready or self.memory.endpoint.domain.was_captured():
+                self.memory.leak()
+            self._is_built = self.is_ready = False
+            self.unsettled, self.has_fault = True, _no_fault
+        engine = self.engine
+        try:
+            with torch.cuda.device(engine.index):
+                self.memory = LowLatencyMemory(
+                    self._control.membership, engine.device, engine.info.options.timeout, room, self._turns
+                )
+        except PeerTimeoutError as error:
+            self._fault, self.unsettled = error.record, True
+            raise
+        self.has_fault = self.memory.endpoint.domain.has_fault
+        self._is_built = self.is_ready = True
+        self.unsettled = False
+
+    def _meet(self, operation: Operation, statement: Mapping[str, int]) -> None:
+        done = self._control.perform(operation, Schedule(), lambda link, limits: None, agreed=statement)
+        done.current_stream_wait()
+
+    def announce(self, operation: Operation) -> None:
+        """Posts to the others that this call goes over the control plane, and waits until all have said so.
+        So all kernels have ended then. Raises MismatchError if another rank has launched the call or refuses.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            allowed = "calls that CUDA kernels run, after one of their sizes and formats outside of a graph"
+            raise ArgumentError(operation.label, "captured, and to be agreed on by hosts", allowed)
+        if self.is_ready:
+            self._stay_out(operation, elsewhere=True)
+            self.raise_fault()
+
+    def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
+        """Refuses a call. The kernels of the others learn it in their own; the others raise MismatchError in
+        their next call at the latest.
+        """
+        problem = problem.at(self.engine.info.rank)
+        if torch.cuda.is_current_stream_capturing():
+            raise problem
+        if self._control.pending_hook is not None:
+            # Its words would be looked for under the number of what is posted now.
+            with contextlib.suppress(MismatchError):
+                self._control.pending_hook()
+        if not self.is_ready:
+            self._control.refuse(operation, problem, schedule)
+        if self._fault is not None:
+            raise PeerTimeoutError(self._fault)
+        self._stay_out(operation, elsewhere=False)
+        with contextlib.suppress(MismatchError):  # that is this rank's own doing
+            self.raise_fault()
+        raise problem
+
+    def _stay_out(self, operation: Operation, *, elsewhere: bool) -> None:
+        stream = streams.current_address(self.engine.index)
+        combine = operation is Operation.LOW_LATENCY_COMBINE
+        self.memory.endpoint.stay_out(combine=combine, elsewhere=elsewhere, stream=stream)
+        self.memory.endpoint.wait()
+
+    def late_error(self) -> MismatchError | None:
+        """A disagreement in an earlier call that kernels have reported: to be raised when the call that asks
+        has been made. Raises PeerTimeoutError at once.
+        """
+        if self._fault is not None:
+            raise PeerTimeoutError(self._fault)
+        if not self.is_ready or not self.has_fault() or torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            self.raise_fault()
+        except MismatchError as error:
+            return error
+        return None
+
+    def raise_fault(self) -> None:
+        """Raises what a kernel has reported since the last look."""
+        fault = self.memory.endpoint.take_fault(streams.current_address(self.engine.index))
+        if fault is None:
+            return
+        if fault.phase == "disagreement":
+            ranks = ", ".join(map(str, fault.waited_on))
+            got = f"other sizes, formats, handles or top-k indices than on rank {ranks}, or a refusal there"
+            raise MismatchError(fault.operation, got, "the same on all ranks", self.engine.info.rank)
+        self._fault, self.unsettled = fault, True
+        raise PeerTimeoutError(fault)
+
+    # memory, masks, the end
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of symmetric memory."""
+        return self.memory.num_bytes if self._is_built else 0
+
+    def change_members(self) -> None:
+        """Other ranks take part from the next call on. Earlier faults are settled."""
+        self._fault = None
+        self.agreed.clear()
+        self.is_ready, self.unsettled = False, True
+
+    def wait(self) -> None:
+        """Blocks the host until the operation launched last has ended."""
+        if self._is_built:
+            self.memory.endpoint.wait()
+
+    def close(self, *, others_may_write: bool) -> None:
+        """Lets go of the memory, or keeps it for good. Idempotent."""
+        if not self._is_built:
+            return
+        if others_may_write or self.memory.endpoint.domain.was_captured():
+            self.memory.leak()
+        self._is_built = self.is_ready = False
+        self.unsettled, self.has_fault = True, _no_fault
+        del self.memory
+
+
+def _no_fault() -> bool:
+    """There is no kernel yet to report one."""
+    return False

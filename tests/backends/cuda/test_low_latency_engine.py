@@ -1,0 +1,250 @@
+"""Low latency of the CUDA engine around its launches, on stubs: no GPU is needed. A process a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2]
+
+START = """
+import pytest, torch
+from harness import stub_cuda
+stub_cuda.install(8)
+import deepep
+from deepep.backends.cuda.launch import Phase
+x, idx = torch.zeros((8, 256), dtype=torch.bfloat16), torch.zeros((8, 2), dtype=torch.int64)
+weights = torch.ones((8, 2))
+
+launches, pending = [], []
+stub_cuda.Domain.launched = staticmethod(launches.append)
+stub_cuda.LowLatencyDomain.has_fault = lambda self: bool(pending)
+stub_cuda.LowLatencyDomain.take_fault = lambda self, stream: pending.pop() if pending else None
+
+def since():
+    made = list(launches)
+    launches.clear()
+    return made
+
+def fault(phase):
+    pending.append(stub_cuda.Fault(operation=4, phase=phase, missing=1, expected=1, seen=0))
+
+def buffer_of(**how):
+    return stub_cuda.stub_buffer(reduction="expert_rank", **how)
+
+def dispatch(buffer, most=8, experts=4, **how):
+    return buffer.low_latency_dispatch(x, idx, most, experts, use_fp8=False, **how)
+
+def memory(buffer):
+    return buffer.info.memory["low-latency memory"]
+
+agreements = []
+def watch(buffer):
+    control = buffer.runtime._control
+    perform = control.perform
+    def performing(operation, *args, **named):
+        agreements.append(operation.label)
+        return perform(operation, *args, **named)
+    control.perform = performing
+"""
+
+
+def on_stubs(test: str) -> None:
+    """Runs code with a stubbed extension; its assertions are the test's."""
+    done = subprocess.run(
+        [sys.executable, "-c", START + textwrap.dedent(test)],
+        cwd=TESTS,
+        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(64 << 20)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_ranks_agree_once_and_then_launch() -> None:
+    """Nothing of the host is in a call whose sizes and formats were seen; memory grows with them alone."""
+    on_stubs(
+        """
+        with buffer_of() as buffer:
+            watch(buffer)
+            assert memory(buffer) == 0
+            rows, _, handle, _, _ = dispatch(buffer)
+            assert since() == ["low_latency_dispatch"]
+            assert agreements == ["low_latency_dispatch"]
+            first = memory(buffer)
+            assert first > 0 and buffer.info.memory["symmetric memory"] == 0
+            for _ in range(2):
+                dispatch(buffer, num_sms=3)
+                buffer.low_latency_combine(rows, idx, weights, handle)
+                buffer.low_latency_combine(rows, idx, weights, tuple(handle))
+            assert since() == ["low_latency_dispatch", "low_latency_combine", "low_latency_combine"] * 2
+            assert len(agreements) == 1
+            dispatch(buffer, most=32)  # agreed on, after all have said that they do not launch
+            assert since() == ["low_latency_dispatch elsewhere", "low_latency_dispatch"]
+            assert len(agreements) == 2 and memory(buffer) == 4 * first
+            dispatch(buffer, topk_weights=weights)
+            dispatch(buffer)
+            assert len(agreements) == 3 and memory(buffer) == 4 * first
+            buffer.low_latency_combine(rows, idx, weights, handle)  # a handle is not bound to memory
+        """
+    )
+
+
+def test_hooks_are_launches_of_halves() -> None:
+    on_stubs(
+        """
+        with buffer_of() as buffer:
+            rows, _, handle, _, hook = dispatch(buffer, return_recv_hook=True)
+            assert since() == ["low_latency_dispatch send"]
+            hook()
+            hook()
+            assert since() == ["low_latency_dispatch receive"]
+            _, _, hook = buffer.low_latency_combine(rows, idx, weights, handle, return_recv_hook=True)
+            assert since() == ["low_latency_combine send"]
+            for call in (
+                lambda: dispatch(buffer),
+                lambda: buffer.low_latency_combine(rows, idx, weights, handle),
+            ):
+                with pytest.raises(deepep.HookPendingError, match="low_latency_combine"):
+                    call()
+                # What was sent is received, so that the words of the refusal are not taken for its.
+                assert since()[0] == "low_latency_combine receive"
+                hook()
+                assert since() == []
+                _, _, hook = buffer.low_latency_combine(rows, idx, weights, handle, return_recv_hook=True)
+                since()
+            with pytest.raises(deepep.HookPendingError):
+                buffer.clean_low_latency_buffer(8, 256, 4)
+            hook()
+            assert since() == ["low_latency_combine receive"]
+            buffer.clean_low_latency_buffer(8, 256, 4)
+        """
+    )
+
+
+def test_a_refusal_is_posted_and_raised() -> None:
+    on_stubs(
+        """
+        with buffer_of() as buffer:
+            with pytest.raises(deepep.CapacityError):  # no memory yet: over the control plane
+                dispatch(buffer, most=4)
+            assert since() == [] and memory(buffer) == 0
+            rows, _, handle, _, _ = dispatch(buffer)
+            since()
+            with pytest.raises(deepep.CapacityError):
+                dispatch(buffer, most=4)
+            assert since() == ["low_latency_dispatch refused"]
+            with pytest.raises(deepep.ArgumentError, match="one of the two"):
+                dispatch(buffer, async_finish=True, return_recv_hook=True)
+            assert since() == ["low_latency_dispatch refused"]
+            copies = (handle[0].clone(), *handle[1:])
+            for change in (
+                {"x": rows[:, 1:]},
+                {"topk_idx": idx[:4], "topk_weights": weights[:4]},
+                {"topk_weights": weights.double()},
+                {"handle": copies},
+                {"out": torch.zeros((8, 257), dtype=torch.bfloat16)[:, 1:]},
+            ):
+                given = dict(x=rows, topk_idx=idx, topk_weights=weights, handle=handle)
+                with pytest.raises(deepep.ArgumentError):
+                    buffer.low_latency_combine(**{**given, **change})
+                assert since() == ["low_latency_combine refused"], change
+        """
+    )
+
+
+def test_what_kernels_report_is_raised_by_the_next_call() -> None:
+    """A disagreement once, by a call that is made nonetheless; a missing peer until it is masked."""
+    on_stubs(
+        """
+        with buffer_of(enable_shrink=True) as buffer:
+            rows, _, handle, _, _ = dispatch(buffer)
+            since()
+            fault(Phase.DISAGREEMENT)
+            with pytest.raises(deepep.MismatchError):
+                buffer.low_latency_combine(rows, idx, weights, handle, return_recv_hook=True)
+            assert since() == ["low_latency_combine send", "low_latency_combine receive"]
+            dispatch(buffer)
+            *_, hook = dispatch(buffer, return_recv_hook=True)
+            fault(Phase.DISAGREEMENT)
+            with pytest.raises(deepep.MismatchError):
+                hook()
+            since()
+            fault(Phase.ROWS)
+            for _ in range(2):
+                with pytest.raises(deepep.PeerTimeoutError):
+                    dispatch(buffer)
+                with pytest.raises(deepep.PeerTimeoutError):
+                    dispatch(buffer, most=4)  # whatever else is wrong with it
+            assert since() == []
+            built = buffer.runtime._low_latency.state.memory
+            buffer.low_latency_clean_mask_buffer()
+            buffer.low_latency_combine(rows, idx, weights, handle)
+            assert since() == ["low_latency_combine"]
+            assert buffer.runtime._low_latency.state.memory is not built
+        """
+    )
+
+
+def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
+    on_stubs(
+        """
+        from deepep.backends.reference.low_latency import LowLatencyOperations
+        from deepep.runtime.requests import LowLatencyCombined, LowLatencyDispatched, LowLatencyRoute
+
+        def dispatch_by_nccl(self, request, schedule):
+            launches.append("fallback")
+            route = LowLatencyRoute(idx, idx, 1 << 16, 256, 4, self._engine)
+            return LowLatencyDispatched(x, None, idx, route)
+
+        def combine_by_nccl(self, request, schedule):
+            launches.append("fallback")
+            return LowLatencyCombined(x)
+
+        LowLatencyOperations.dispatch, LowLatencyOperations.combine = dispatch_by_nccl, combine_by_nccl
+        with buffer_of() as buffer:
+            assert buffer.info.operations["low-latency dispatch"] == "CUDA kernels"
+            rows, _, handle, _, _ = dispatch(buffer)
+            since()
+            buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True)
+            assert since() == ["low_latency_combine elsewhere", "fallback"]
+            staged = buffer.get_next_low_latency_combine_buffer(handle)
+            buffer.low_latency_combine(rows, idx, weights, handle, zero_copy=True)
+            assert since() == ["low_latency_combine"]
+            with pytest.raises(deepep.ArgumentError, match="no buffer filled"):
+                buffer.low_latency_combine(rows, idx, weights, handle, zero_copy=True)
+            since()
+            dispatch(buffer, most=1 << 16)
+            assert since() == ["low_latency_dispatch elsewhere", "fallback"]
+        with stub_cuda.stub_buffer(reduction="exact") as buffer:
+            assert "NCCL" in buffer.info.operations["low-latency combine"]
+            rows, _, handle, _, _ = dispatch(buffer)
+            buffer.low_latency_combine(rows, idx, weights, handle)
+            assert since() == ["low_latency_dispatch", "low_latency_combine elsewhere", "fallback"]
+        """
+    )
+
+
+def test_a_capture_does_not_begin_with_an_agreement() -> None:
+    on_stubs(
+        """
+        with buffer_of() as buffer:
+            for most in (8, 16):
+                torch.cuda.is_current_stream_capturing = lambda: True
+                with pytest.raises(deepep.ArgumentError, match="outside of a graph"):
+                    dispatch(buffer, most=most)
+                torch.cuda.is_current_stream_capturing = lambda: False
+                dispatch(buffer, most=most)
+                torch.cuda.is_current_stream_capturing = lambda: True
+                dispatch(buffer, most=most)
+            since()
+            with pytest.raises(deepep.CapacityError):
+                dispatch(buffer, most=4)
+            assert since() == []  # a graph would post it again and again
+            torch.cuda.is_current_stream_capturing = lambda: False
+        """
+    )
