@@ -119,6 +119,10 @@ class DispatchUnderway:
     num_max_tokens: int
     num_experts: int
 
+    def wait(self) -> Tensor:
+        """The records that have come; blocks until they have."""
+        return self.rows.wait()
+
     def finish(self, out: LowLatencyTensors | None = None) -> LowLatencyTensors:
         """Receive, and spread each row to the experts that it is for. `out` comes from `allocate`."""
         num_ranks = self.wire.num_ranks
@@ -214,6 +218,10 @@ class CombineUnderway:
     topk_idx: Tensor
     topk_weights: Tensor
     reduce: Literal["token", "rank"]
+
+    def wait(self) -> Tensor:
+        """The rows that have come, of those in LogFMT their payload; blocks until they have."""
+        return self.rows.payload.wait() if isinstance(self.rows, RowsInLogfmt) else self.rows.wait()
 
     def finish(self, out: Tensor | None = None) -> Tensor:
         """Receive and sum: [T, H] bfloat16, written to `out` if given."""

@@ -1,11 +1,12 @@
 """The emulator backend: the kernels' own source on the CPU, behind the same calls.
 
-High-throughput operations run on emulated machines (deepep.sim.emulator.all_to_all); everything around
-them, and all other operations, are the reference's. For tests: an operation takes milliseconds to seconds.
+Operations run on emulated machines (deepep.sim.emulator.all_to_all, low_latency_exchange); everything around
+them, and what kernels do not do, are the reference's. For tests: an operation takes milliseconds to seconds.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.engine import ReferenceEngine
+from deepep.backends.reference.low_latency import LowLatencyOperations
 from deepep.errors import ArgumentTypeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
@@ -30,6 +32,7 @@ from deepep.runtime.requests import (
     Schedule,
 )
 from deepep.sim.emulator.all_to_all import EmulatedAllToAll
+from deepep.sim.emulator.low_latency_exchange import EmulatedLowLatencyExchange
 
 
 class EmulatorEngine(ReferenceEngine):
@@ -37,10 +40,15 @@ class EmulatorEngine(ReferenceEngine):
 
     def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
         super().__init__(options, control)
-        kernels = dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "emulated kernels")
-        operations = {**self.info.operations, **kernels}
+        names = ("layout", "dispatch", "cached dispatch", "combine", "low-latency dispatch")
+        operations = {**self.info.operations, **dict.fromkeys(names, "emulated kernels")}
+        if options.reduction == "expert_rank":
+            fallback = operations["low-latency combine"]
+            operations["low-latency combine"] = f"emulated kernels (LogFMT: {fallback})"
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._kernels = EmulatedAllToAll()
+        exchange = EmulatedLowLatencyExchange(int(os.environ.get("DEEPEP_EMULATOR_SEED", "0")))
+        self._low_latency = LowLatencyOperations(self._control, self, exchange)
 
     def _layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule

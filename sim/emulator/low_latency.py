@@ -81,6 +81,24 @@ class LowLatencyHandleAt(NamedTuple):
     routes: int
 
 
+@dataclass(frozen=True)
+class KeptHandle:
+    """A handle's contents, as its rank keeps them from a dispatch to its combines.
+
+    identity [2], send_position [T, R], num_messages [R]; routes: of each source [messages, 1 + 2 K]; int32.
+    """
+
+    identity: Tensor
+    send_position: Tensor
+    num_messages: Tensor
+    routes: list[Tensor]
+
+    @property
+    def num_topk(self) -> int:
+        """K of the dispatch."""
+        return (self.routes[0].shape[1] - 1) // 2
+
+
 class LowLatencyResultsAt(NamedTuple):
     """Addresses of a dispatch's results."""
 
@@ -144,6 +162,32 @@ class EmulatedLowLatency:
             self._allocate(f"routes@{rank}", "device", rank, 4 * ranks * call.num_max_tokens * words),
         )
 
+    def read_handle(self, rank: int, call: LowLatencyCall, at: LowLatencyHandleAt) -> KeptHandle:
+        """The contents of a handle that a dispatch has filled."""
+        tokens, topk = call.topk_idx.shape
+        ranks, words = self.num_ranks, 1 + 2 * topk
+        counts = self.read(rank, at.num_messages, torch.int32, (ranks,))
+        return KeptHandle(
+            self.read(rank, at.identity, torch.int32, (2,)),
+            self.read(rank, at.send_position, torch.int32, (tokens, ranks)),
+            counts,
+            [  # no more of it was written
+                self.read(rank, at.routes + 4 * s * call.num_max_tokens * words, torch.int32, (count, words))
+                for s, count in enumerate(counts.tolist())
+            ],
+        )
+
+    def given_handle(self, rank: int, call: LowLatencyCall, kept: KeptHandle) -> LowLatencyHandleAt:
+        """A handle with the contents of one that an earlier dispatch has filled."""
+        tokens, topk = call.topk_idx.shape
+        at, words = self.new_handle(rank, call), 1 + 2 * topk
+        self._write(rank, at.identity, kept.identity)
+        self._write(rank, at.send_position, kept.send_position[:tokens])
+        self._write(rank, at.num_messages, kept.num_messages)
+        for source, routes in enumerate(kept.routes):
+            self._write(rank, at.routes + 4 * source * call.num_max_tokens * words, routes)
+        return at
+
     def dispatch(
         self, rank: int, call: LowLatencyCall, cast: RowCast, x: Tensor, handle: LowLatencyHandleAt
     ) -> tuple[dict[str, Any], LowLatencyResultsAt]:
@@ -166,6 +210,32 @@ class EmulatedLowLatency:
             **at._asdict(),
         }
         return args, at
+
+    def read_results(
+        self, rank: int, call: LowLatencyCall, cast: RowCast, at: LowLatencyResultsAt
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """A dispatch's x, scales or None, count, source and ranges. Rows that did not come are zeros."""
+        local, room = call.num_local_experts, self.num_ranks * call.num_max_tokens
+        count = self.read(rank, at.recv_count, torch.int32, (local,))
+        dtype = torch.float8_e4m3fn if cast.fp8 else torch.bfloat16
+        width = call.hidden * dtype.itemsize
+        # Only rows that came: the others were never written.
+        x = torch.zeros((local, room, call.hidden), dtype=dtype, device="cpu")
+        for expert, rows in enumerate(count.tolist()):
+            first = at.recv_x + expert * room * width
+            x[expert, :rows] = self.read(rank, first, dtype, (rows, call.hidden))
+        scales = None
+        if cast.fp8:
+            columns = call.hidden // (512 if cast.ue8m0 else 128)
+            kind = torch.int32 if cast.ue8m0 else torch.float32
+            scales = torch.zeros((local, columns, room), dtype=kind, device="cpu").transpose(1, 2)
+            for expert, rows in enumerate(count.tolist()):
+                for column in range(columns):
+                    first = at.recv_scales + 4 * (expert * columns + column) * room
+                    scales[expert, :rows, column] = self.read(rank, first, kind, (rows,))
+        source = self.read(rank, at.recv_source, torch.int32, (local, room))
+        ranges = self.read(rank, at.recv_range, torch.int64, (local, self.num_ranks))
+        return x, scales, count, source, ranges
 
     def launch_dispatch(self, rank: int, args: dict[str, Any], halves: int) -> None:
         """Launches a dispatch, or a half of it."""
@@ -242,7 +312,10 @@ class EmulatedLowLatency:
 
     def _put(self, name: str, rank: int, tensor: Tensor) -> int:
         address = self._allocate(name, "device", rank, tensor.numel() * tensor.element_size())
+        self._write(rank, address, tensor)
+        return address
+
+    def _write(self, rank: int, address: int, tensor: Tensor) -> None:
         if tensor.numel():
             plain = tensor.detach().contiguous().flatten().view(torch.uint8)
             self.machine.write(rank, address, plain.numpy())
-        return address

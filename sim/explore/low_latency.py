@@ -25,7 +25,6 @@ from deepep.sim.emulator.low_latency import (
     LowLatencyCall,
     LowLatencyGpu,
     LowLatencyHandleAt,
-    LowLatencyResultsAt,
     LowLatencySizes,
     RowCast,
 )
@@ -212,7 +211,9 @@ class _LowLatencyRun:
         handle = domain.new_handle(rank, call)
         dispatch_args, received = domain.dispatch(rank, call, cast, given.tokens, handle)
         yield from self._carry_out(rank, lambda halves: domain.launch_dispatch(rank, dispatch_args, halves))
-        self._judge(rank, index, self._received(rank, case, cast, received))
+        view = RankView()
+        fill_low_latency(view, *domain.read_results(rank, call, cast, received))
+        self._judge(rank, index, view)
         if rank in case.masked:
             return
         domain.set_live(rank, members)
@@ -282,32 +283,6 @@ class _LowLatencyRun:
             call = replace(call, topk_idx=other)
         args, _ = self.domain.combine(rank, call, rows, handle)
         yield from self._refuse(rank, lambda halves: self.domain.launch_combine(rank, args, halves))
-
-    def _received(self, rank: int, case: Case, cast: RowCast, at: LowLatencyResultsAt) -> RankView:
-        read = self.domain.read
-        local, room = case.num_local_experts, self.num_ranks * case.num_max_tokens
-        count = read(rank, at.recv_count, torch.int32, (local,))
-        dtype = torch.float8_e4m3fn if cast.fp8 else torch.bfloat16
-        width = case.hidden * dtype.itemsize
-        # Only rows that came: the others were never written.
-        recv_x = torch.zeros(local, room, case.hidden, dtype=dtype)
-        for expert, rows in enumerate(count.tolist()):
-            first = at.recv_x + expert * room * width
-            recv_x[expert, :rows] = read(rank, first, dtype, (rows, case.hidden))
-        scales = None
-        if cast.fp8:
-            columns = case.hidden // (512 if cast.ue8m0 else 128)
-            kind = torch.int32 if cast.ue8m0 else torch.float32
-            scales = torch.zeros(local, columns, room, dtype=kind).transpose(1, 2)
-            for expert, rows in enumerate(count.tolist()):
-                for column in range(columns):
-                    first = at.recv_scales + 4 * (expert * columns + column) * room
-                    scales[expert, :rows, column] = read(rank, first, kind, (rows,))
-        view = RankView()
-        source = read(rank, at.recv_source, torch.int32, (local, room))
-        ranges = read(rank, at.recv_range, torch.int64, (local, self.num_ranks))
-        fill_low_latency(view, recv_x, scales, count, source, ranges)
-        return view
 
     def _carry_out(self, rank: int, launch: Callable[[int], None]) -> Program:
         for halves in (SEND, RECEIVE) if self.scenario.hooked else (BOTH,):

@@ -147,8 +147,11 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "use_fabric": False,
     },
     "low_latency_dispatch": {
-        **{"topk_weights": None, "num_sms": 0},
-        **{"use_nvfp4": False, "x_global_scale": None, "align_fp8_quantization": True},
+        "topk_weights": None,
+        "num_sms": 0,
+        "use_nvfp4": False,
+        "x_global_scale": None,
+        "align_fp8_quantization": True,
     },
     "low_latency_combine": {
         "num_sms": 0,

@@ -53,6 +53,65 @@ def test_the_same_bits_as_the_reference_backend(world_of: Callable[[int], World]
     assert world.run(round_trip, "emulator") == world.run(round_trip, "reference")
 
 
+def decode_step(ctx: RankContext, backend: str, hooked: bool, with_weights: bool) -> list[bytes]:
+    """The bits of a low-latency dispatch, and of two combines along it, one of the handle taken apart."""
+    from deepep import Buffer
+
+    generator = torch.Generator().manual_seed(ctx.rank)
+    num_tokens = 5 - 2 * ctx.rank
+    x = torch.randn(num_tokens, 256, generator=generator).to(torch.bfloat16)
+    idx = torch.randint(-1, 6, (num_tokens, 4), generator=generator, dtype=torch.int32)
+    weights = torch.rand(num_tokens, 4, generator=generator)
+    buffer = Buffer(ctx.group, backend=backend, low_latency_mode=True, reduction="expert_rank", timeout=60.0)
+    rows, count, handle, _, hook = buffer.low_latency_dispatch(
+        *(x, idx, 6, 6),
+        use_fp8=False,
+        return_recv_hook=hooked,
+        topk_weights=weights if with_weights else None,
+    )
+    if hook is not None:
+        hook()
+    made = [count, handle.recv_src_info, handle.layout_range]
+    made += [rows[expert, :number] for expert, number in enumerate(count.tolist())]
+    for given in (handle, tuple(handle)):
+        sums, _, hook = buffer.low_latency_combine(rows, idx, weights, given, return_recv_hook=hooked)
+        if hook is not None:
+            hook()
+        made.append(sums)
+    buffer.destroy()
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in made]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_low_latency_gives_the_bits_of_the_reference(
+    world_of: Callable[[int], World], hooked: bool, with_weights: bool
+) -> None:
+    world = world_of(2)
+    emulated = world.run(decode_step, "emulator", hooked, with_weights)
+    assert emulated == world.run(decode_step, "reference", hooked, with_weights)
+
+
+def test_a_combine_along_other_indices_is_refused(world_of: Callable[[int], World]) -> None:
+    def run(ctx: RankContext) -> str:
+        from deepep import ArgumentError, Buffer
+
+        buffer = Buffer(
+            ctx.group, backend="emulator", low_latency_mode=True, reduction="expert_rank", timeout=60.0
+        )
+        assert "emulated kernels" in buffer.info.operations["low-latency combine"]
+        x, idx = torch.ones(3, 128).bfloat16(), torch.tensor([[0, 1], [1, 0], [0, -1]])
+        rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 4, 2, use_fp8=False)
+        other = idx.flip(0) if ctx.rank == 1 else idx
+        with pytest.raises(ArgumentError, match="top-k indices"):
+            buffer.low_latency_combine(rows, other, torch.ones(3, 2), handle)
+        sums, _, _ = buffer.low_latency_combine(rows, idx, torch.ones(3, 2), handle)
+        buffer.destroy()
+        return str(torch.equal(sums, torch.tensor([[2.0], [2.0], [1.0]]).expand(3, 128).bfloat16()))
+
+    assert world_of(2).run(run) == ["True", "True"]
+
+
 def test_it_is_not_chosen_unless_asked_for(world_of: Callable[[int], World]) -> None:
     def chosen(ctx: RankContext, name: str | None) -> str:
         return registry.choose(name, ctx.group)[0].name

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,13 @@ from deepep.backends.reference.low_latency_handles import check_handle, check_ro
 from deepep.backends.reference.wire import wire_over
 from deepep.errors import ArgumentError
 from deepep.reference import all_to_all_low_latency as low_latency
-from deepep.reference.all_to_all_low_latency import CombineUnderway, DispatchUnderway
 from deepep.reference.wire import Wire
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
-from deepep.runtime.engine import Engine, EngineInfo
+from deepep.runtime.engine import Engine, EngineInfo, Reduction
 from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
 from deepep.runtime.requests import (
     Hook,
@@ -35,14 +35,68 @@ from deepep.runtime.requests import (
 )
 
 
+class LowLatencyUnderway(Protocol):
+    """An operation whose send half has run, as deepep.reference.all_to_all_low_latency has them."""
+
+    @property
+    def wire(self) -> Wire:
+        """Between whom."""
+
+    def wait(self) -> object:
+        """Blocks until all rows have come."""
+
+    def finish(self, out: Any) -> object:
+        """Receives into `out`."""
+
+
+class LowLatencyExchange:
+    """The send halves of both operations, over all_to_all. A backend may put its own in their place."""
+
+    def start_dispatch(
+        self, wire: Wire, request: LowLatencyDispatchRequest, hooked: bool
+    ) -> LowLatencyUnderway:
+        """Sends; hooked: the receive half runs when the caller says so."""
+        return low_latency.start_dispatch(
+            wire,
+            request.x,
+            request.topk_idx,
+            request.num_max_tokens,
+            request.num_experts,
+            fp8=request.use_fp8,
+            round_scale=request.round_scale,
+            ue8m0=request.use_ue8m0,
+        )
+
+    def start_combine(
+        self, wire: Wire, request: LowLatencyCombineRequest, reduction: Reduction, hooked: bool
+    ) -> LowLatencyUnderway:
+        """The same of a combine."""
+        route = request.route
+        return low_latency.start_combine(
+            wire,
+            request.x,
+            request.topk_idx,
+            request.topk_weights,
+            route.source_index,
+            route.ranges,
+            num_max_tokens=route.num_max_tokens,
+            num_experts=route.num_experts,
+            logfmt=request.use_logfmt,
+            reduce="rank" if reduction == "expert_rank" else "token",
+        )
+
+
 class LowLatencyOperations:
     """The low-latency operations of one engine, over the links of its control plane.
 
     staged: rows to be filled for the next operation, a zero-copy combine.
     """
 
-    def __init__(self, control: ControlPlane, engine: Engine) -> None:
+    def __init__(
+        self, control: ControlPlane, engine: Engine, exchange: LowLatencyExchange | None = None
+    ) -> None:
         self._control = control
+        self._exchange = exchange or LowLatencyExchange()
         # Weak, or the engine would be freed late: it owns this.
         self._owner = weakref.ref(engine)
         self.staged: Tensor | None = None
@@ -68,7 +122,7 @@ class LowLatencyOperations:
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
             self.staged = None
-            done = _dispatch(self._control, engine.info, request, schedule, out)
+            done = _dispatch(self._control, engine.info, self._exchange, request, schedule, out)
             done.route = replace(done.route, engine=engine)
             return done
 
@@ -104,7 +158,7 @@ class LowLatencyOperations:
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, schedule)
             self.staged = None
-            return _combine(self._control, engine.info, request, schedule)
+            return _combine(self._control, engine.info, self._exchange, request, schedule)
 
     def combine_buffer(self, route: LowLatencyRoute) -> Tensor:
         """[L, R*M, H] bf16: where the next zero-copy combine reads from."""
@@ -128,32 +182,23 @@ class LowLatencyOperations:
 def _dispatch(
     control: ControlPlane,
     info: EngineInfo,
+    exchange: LowLatencyExchange,
     request: LowLatencyDispatchRequest,
     schedule: Schedule,
     out: low_latency.LowLatencyTensors,
 ) -> LowLatencyDispatched:
     """A checked request, issued."""
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
-    underway: list[DispatchUnderway] = []
+    given = replace(request, x=x, topk_idx=topk_idx)
+    underway: list[LowLatencyUnderway] = []
 
     def send(link: Link) -> None:
         control.enter("send")
-        underway.append(
-            low_latency.start_dispatch(
-                wire_over(link),
-                x,
-                topk_idx,
-                request.num_max_tokens,
-                request.num_experts,
-                fp8=request.use_fp8,
-                round_scale=request.round_scale,
-                ue8m0=request.use_ue8m0,
-            )
-        )
+        underway.append(exchange.start_dispatch(wire_over(link), given, schedule.hook))
 
     def receive() -> None:
         started = underway.pop()
-        waited = _timed(started.rows.wait)
+        waited = _timed(started.wait)
         started.finish(out)
         if request.expert_counts is not None:
             request.expert_counts.add_(out.recv_count)
@@ -191,7 +236,11 @@ def _dispatch(
 
 
 def _combine(
-    control: ControlPlane, info: EngineInfo, request: LowLatencyCombineRequest, schedule: Schedule
+    control: ControlPlane,
+    info: EngineInfo,
+    exchange: LowLatencyExchange,
+    request: LowLatencyCombineRequest,
+    schedule: Schedule,
 ) -> LowLatencyCombined:
     """A checked request, issued; of a zero-copy one, `x` is the staged rows already."""
     route, x = request.route, request.x.detach()
@@ -201,7 +250,8 @@ def _combine(
         with control.queue.allocating(schedule.allocate_on_comm_stream):
             out = x.new_empty(topk_idx.shape[0], route.hidden)
     result = out
-    underway: list[CombineUnderway] = []
+    underway: list[LowLatencyUnderway] = []
+    given = replace(request, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
 
     def inspect() -> None:
         checks.check_index_range(topk_idx, route.num_experts)
@@ -210,25 +260,11 @@ def _combine(
     def send(link: Link) -> None:
         check_rows(link, topk_idx, route, info.num_ranks)
         control.enter("send")
-        underway.append(
-            low_latency.start_combine(
-                wire_over(link),
-                x,
-                topk_idx,
-                topk_weights,
-                route.source_index,
-                route.ranges,
-                num_max_tokens=route.num_max_tokens,
-                num_experts=route.num_experts,
-                logfmt=request.use_logfmt,
-                reduce="rank" if info.options.reduction == "expert_rank" else "token",
-            )
-        )
+        underway.append(exchange.start_combine(wire_over(link), given, info.options.reduction, schedule.hook))
 
     def receive() -> None:
         started = underway.pop()
-        rows = getattr(started.rows, "payload", started.rows)  # of rows in LogFMT, what is under way
-        waited = _timed(rows.wait)
+        waited = _timed(started.wait)
         started.finish(result)
         _add_waits(request.wait_nanoseconds, waited, started.wire)
 
