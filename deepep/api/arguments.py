@@ -28,6 +28,7 @@ from deepep.runtime.requests import (
     DispatchRequest,
     Layout,
     LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
     Schedule,
 )
 
@@ -261,6 +262,39 @@ def combine_request(
     return CombineRequest(x, route, topk_weights, biases, num_sms)
 
 
+def low_latency_dispatch_request(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    num_max_tokens: int,
+    num_experts: int,
+    *,
+    use_fp8: bool,
+    round_scale: bool,
+    use_ue8m0: bool,
+    expert_counts: torch.Tensor | None,
+    wait_nanoseconds: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_sms: int,
+) -> LowLatencyDispatchRequest:
+    """A low-latency dispatch."""
+    if not (type(num_max_tokens) is type(num_experts) is int):  # they travel: numpy's and tensors' do not
+        num_max_tokens = check_int("num_max_dispatch_tokens_per_rank", num_max_tokens, 1, MOST)
+        num_experts = check_int("num_experts", num_experts, 1, MOST)
+    return LowLatencyDispatchRequest(
+        x,
+        topk_idx,
+        num_max_tokens,
+        num_experts,
+        use_fp8=use_fp8 if type(use_fp8) is bool else check_flag("use_fp8", use_fp8),
+        round_scale=round_scale if type(round_scale) is bool else check_flag("round_scale", round_scale),
+        use_ue8m0=use_ue8m0 if type(use_ue8m0) is bool else check_flag("use_ue8m0", use_ue8m0),
+        expert_counts=expert_counts,
+        wait_nanoseconds=wait_nanoseconds,
+        topk_weights=topk_weights,
+        num_sms=num_sms if type(num_sms) is int else check_int("num_sms", num_sms, 0, MOST),
+    )
+
+
 def low_latency_combine_request(
     x: torch.Tensor,
     topk_idx: torch.Tensor,
@@ -272,7 +306,7 @@ def low_latency_combine_request(
     zero_copy: bool,
     out: torch.Tensor | None,
     wait_nanoseconds: torch.Tensor | None,
-    num_sms: int = 0,
+    num_sms: int,
 ) -> LowLatencyCombineRequest:
     """A low-latency combine of what `handle`'s dispatch brought."""
     logfmt = use_logfmt if type(use_logfmt) is bool else check_flag("use_logfmt", use_logfmt)
@@ -292,5 +326,5 @@ def low_latency_combine_request(
         zero_copy=staged,
         out=out,
         wait_nanoseconds=wait_nanoseconds,
-        num_sms=num_sms,
+        num_sms=num_sms if type(num_sms) is int else check_int("num_sms", num_sms, 0, MOST),
     )

@@ -13,7 +13,7 @@ from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import LowLatencyDispatchRequest, Operation, Schedule
+from deepep.runtime.requests import Operation, Schedule
 
 
 class LowLatencyCalls:
@@ -101,20 +101,11 @@ class LowLatencyCalls:
             schedule = AT_ONCE
             if async_finish is not False or return_recv_hook is not False:
                 schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
-            most, experts = num_max_dispatch_tokens_per_rank, num_experts
-            if not (type(most) is type(experts) is int):  # they travel: numpy's and tensors' do not
-                most = check_int("num_max_dispatch_tokens_per_rank", most, 1, MOST)
-                experts = check_int("num_experts", experts, 1, MOST)
-            request = LowLatencyDispatchRequest(
-                x,
-                topk_idx,
-                most,
-                experts,
-                use_fp8=use_fp8 if type(use_fp8) is bool else check_flag("use_fp8", use_fp8),
-                round_scale=round_scale
-                if type(round_scale) is bool
-                else check_flag("round_scale", round_scale),
-                use_ue8m0=use_ue8m0 if type(use_ue8m0) is bool else check_flag("use_ue8m0", use_ue8m0),
+            request = arguments.low_latency_dispatch_request(
+                *(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts),
+                use_fp8=use_fp8,
+                round_scale=round_scale,
+                use_ue8m0=use_ue8m0,
                 expert_counts=cumulative_local_expert_recv_stats,
                 wait_nanoseconds=dispatch_wait_recv_cost_stats,
                 topk_weights=topk_weights,
