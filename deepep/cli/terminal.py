@@ -43,6 +43,8 @@ def demand_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
         misused(f"{option}: got {path}; allowed: a name that ends in {', '.join(endings)}")
     if path.is_dir():
         misused(f"{option}: {path} is a folder")
+    if path.exists() and not path.is_file():  # a FIFO: writing would wait for a reader, after the work
+        misused(f"{option}: {path} is not a regular file")
     if not path.parent.is_dir():
         misused(f"{option}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -56,6 +56,28 @@ def test_explore_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str],
     assert name in misuse(capsys, "explore", "--replay", name)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fuzz", "--backend", "oracle", "--replay"),
+        ("fuzz", "--backend", "oracle", "--trace"),
+        ("bench", "--device", "cpu", "--trace"),
+        ("bench", "--device", "cpu", "--json"),
+    ],
+    ids=" ".join,
+)
+def test_fifos_and_folders_are_no_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Opened, a FIFO is waited for: with a measurement behind it, or before it, for good."""
+    os.mkfifo(tmp_path / "fifo.json")
+    assert "is not a regular file" in misuse(capsys, *words, str(tmp_path / "fifo.json"))
+    (tmp_path / "folder.json").mkdir()
+    said = misuse(capsys, *words, str(tmp_path / "folder.json"))
+    assert "is not a regular file" in said or "is a folder" in said
+
+
 def test_brackets_in_the_folder_of_an_output(tmp_path: Path) -> None:
     """The demo used to train first, and to fail at the name of its pictures."""
     out = tmp_path / "run[/b]"
