@@ -101,6 +101,8 @@ class LowLatencyCalls:
             schedule = AT_ONCE
             if async_finish is not False or return_recv_hook is not False:
                 schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
+            if type(num_sms) is not int or not 0 <= num_sms <= MOST:
+                num_sms = check_int("num_sms", num_sms, 0, MOST)
             request = arguments.low_latency_dispatch_request(
                 *(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts),
                 use_fp8=use_fp8,
@@ -175,6 +177,8 @@ class LowLatencyCalls:
             schedule = AT_ONCE
             if async_finish is not False or return_recv_hook is not False:
                 schedule = arguments.low_latency_schedule(async_finish, return_recv_hook)
+            if type(num_sms) is not int or not 0 <= num_sms <= MOST:
+                num_sms = check_int("num_sms", num_sms, 0, MOST)
             request = arguments.low_latency_combine_request(
                 x,
                 topk_idx,
