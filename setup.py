@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -101,8 +102,11 @@ class BuildExtensions(build_ext):
         if not is_up_to_date(state, made_by):
             folder.mkdir(parents=True, exist_ok=True)
             print(f"deepep: {ext.name.rpartition('.')[2]}: compiling {source}", flush=True)
+            began = time.time()
             said = run(command, f"compiling {source}")
-            state.write_text(json.dumps({"made_by": made_by, "files": digests(depends), "said": said}))
+            files = digests(depends)
+            if all(Path(name).stat().st_mtime < began for name in files):  # else: edited meanwhile
+                state.write_text(json.dumps({"made_by": made_by, "files": files, "said": said}))
         return target
 
     def link(self, ext: Extension, objects: list[Path]) -> None:
