@@ -223,6 +223,7 @@ class LowLatencyDomain:
         send_position: int,
         num_messages: int,
         routes: int,
+        weights_travel: bool,
         casts: bool,
         rounds_scales: bool,
         packs_scales: bool,

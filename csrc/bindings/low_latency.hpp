@@ -32,6 +32,7 @@ inline constexpr Parameter<host::LowLatencyDispatchCall> kLowLatencyDispatch[] =
     parameter<DispatchCall>("send_position", [](auto& c) -> auto& { return c.args.handle.send_position; }),
     parameter<DispatchCall>("num_messages", [](auto& c) -> auto& { return c.args.handle.num_messages; }),
     parameter<DispatchCall>("routes", [](auto& c) -> auto& { return c.args.handle.routes; }),
+    parameter<DispatchCall>("weights_travel", [](auto& c) -> auto& { return c.args.weights_travel; }),
     parameter<DispatchCall>("casts", [](auto& c) -> auto& { return c.args.casts; }),
     parameter<DispatchCall>("rounds_scales", [](auto& c) -> auto& { return c.args.rounds_scales; }),
     parameter<DispatchCall>("packs_scales", [](auto& c) -> auto& { return c.args.packs_scales; }),

@@ -204,6 +204,7 @@ class EmulatedLowLatency:
         )
         args = self._common(rank, call, handle, with_weights=call.carries_weights) | {
             "x": self._put(f"x@{rank}", rank, x),
+            "weights_travel": call.carries_weights,
             "casts": cast.fp8,
             "rounds_scales": cast.round_scale,
             "packs_scales": cast.ue8m0,
@@ -311,6 +312,8 @@ class EmulatedLowLatency:
         return address
 
     def _put(self, name: str, rank: int, tensor: Tensor) -> int:
+        if tensor.numel() == 0:
+            return 0  # as torch's data_ptr
         address = self._allocate(name, "device", rank, tensor.numel() * tensor.element_size())
         self._write(rank, address, tensor)
         return address

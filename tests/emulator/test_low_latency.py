@@ -111,8 +111,12 @@ def test_calls_that_all_ranks_make_by_other_means_are_no_fault(hooked: bool) -> 
     run_all(scenario_of(routing, 6, spoils="meeting", hooked=hooked))
 
 
-def test_nobody_has_a_token() -> None:
-    run_all(scenario_of([np.zeros((0, 2), dtype=np.int64)] * 3, 3))
+@pytest.mark.parametrize("carries_weights", [False, True])
+def test_some_or_all_have_no_token(carries_weights: bool) -> None:
+    """Arrays of nothing lie at address 0: that says nothing about the call."""
+    none = np.zeros((0, 2), dtype=np.int64)
+    run_all(scenario_of([none] * 3, 3, carries_weights=carries_weights))
+    run_all(scenario_of([none, np.array([[0, 2]]), none], 3, carries_weights=carries_weights))
 
 
 def test_many_operations_in_a_row() -> None:

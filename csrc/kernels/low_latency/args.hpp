@@ -23,7 +23,8 @@ struct LowLatencyDispatchArgs {
   LowLatencyHandle handle;
   bool refused;    // only post to the others that this rank does not take part in this call
   bool elsewhere;  // with `refused`: the call is made by other means; no fault if it is on all ranks
-  bool casts;    // to FP8
+  bool weights_travel;  // with the rows; else combine sends them
+  bool casts;           // to FP8
   bool rounds_scales;
   bool packs_scales;  // UE8M0
   int num_tokens;     // T
@@ -34,7 +35,7 @@ struct LowLatencyDispatchArgs {
   int index_bytes;               // 4 or 8
   const std::byte* x;            // [T, H] bf16
   const void* topk_idx;          // [T, K]
-  const uint32_t* topk_weights;  // [T, K] float32 bits, or null: combine sends them
+  const uint32_t* topk_weights;  // [T, K] float32 bits, if they travel; null too where T is 0
   std::byte* recv_x;             // [L, R * M, H]
   uint32_t* recv_scales;         // float32 or UE8M0, column-major: [L, columns, R * M]
   int32_t* recv_count;           // [L]

@@ -40,7 +40,7 @@ struct LowLatencyDispatchShared {
   digest.add(static_cast<uint32_t>(args.num_local_experts));
   digest.add(static_cast<uint32_t>(args.num_topk));
   digest.add((args.casts ? 1u : 0u) | (args.rounds_scales ? 2u : 0u) | (args.packs_scales ? 4u : 0u));
-  digest.add(args.topk_weights != nullptr ? 1u : 0u);
+  digest.add(args.weights_travel ? 1u : 0u);
   return digest.value | 1u;
 }
 

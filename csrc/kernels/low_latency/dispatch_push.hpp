@@ -62,7 +62,7 @@ DEEPEP_DEVICE void post_words(const LowLatencyDispatchCall& call) {
                               pack_tagged(value, call.epoch));
   }
   if (args.refused) return;
-  const uint32_t part = hash_topk(args, args.topk_weights != nullptr);
+  const uint32_t part = hash_topk(args, args.weights_travel);
   hash.add(0, part);
   sync_block();
   if (thread() != 0) return;
@@ -122,7 +122,7 @@ DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call, const Desti
   const int num_local = args.num_local_experts;
   const int owner = place.expert >= 0 ? place.expert / num_local : -1;
   uint32_t weight = 0;
-  if (args.topk_weights != nullptr && lane() < args.num_topk)
+  if (args.weights_travel && lane() < args.num_topk)
     weight = load_once(args.topk_weights + t * args.num_topk + lane());
 #pragma unroll 1
   for (uint32_t ranks = to.ranks; ranks != 0; ranks &= ranks - 1) {

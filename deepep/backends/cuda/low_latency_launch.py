@@ -215,6 +215,7 @@ class LowLatencyEndpoint:
             send_position=plan.send_position,
             num_messages=plan.num_messages,
             routes=plan.routes,
+            weights_travel=form.with_weights,
             casts=form.use_fp8,
             rounds_scales=form.round_scale,
             packs_scales=form.use_ue8m0,
@@ -276,7 +277,7 @@ class LowLatencyEndpoint:
             self.domain.combine(**call, weights_travelled=True, out=0, refused=True, elsewhere=elsewhere)
             return
         received = dict.fromkeys(("recv_x", "recv_scales", "recv_count", "recv_source", "recv_range"), 0)
-        call |= received | dict.fromkeys(("casts", "rounds_scales", "packs_scales"), 0)
+        call |= received | dict.fromkeys(("weights_travel", "casts", "rounds_scales", "packs_scales"), 0)
         self.domain.dispatch(**call, refused=True, elsewhere=elsewhere)
 
     def wait(self) -> None:
