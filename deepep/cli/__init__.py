@@ -7,6 +7,7 @@ A command that cannot be imported (a missing extra) says which extra it needs in
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 #: name -> (module, one line for the list of commands)
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"`deepep {args[0]}` needs {missing}: pip install 'deepep[cli,sim]'") from error
     import typer
 
+    # As for Ctrl-C, ranks are ended and temporary folders removed on the way out.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name=args[0])(command)
     try:
@@ -52,4 +55,6 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(" ".join(error.format_message().split()), file=sys.stderr)
         status = 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise SystemExit(status if isinstance(status, int) else 0)

@@ -19,6 +19,7 @@ from deepep.bench.figures import BenchReport
 from deepep.bench.low_latency.rank import run_low_latency_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
+from deepep.cli.launcher import launched_ranks
 from deepep.cli.terminal import FAILED, demand_file, make_console, misused
 from deepep.errors import ArgumentError
 from deepep.trace import RoutingTrace, TraceError
@@ -64,7 +65,7 @@ def command(
     bytes. With --mode low-latency the calls of that mode, their halves and pairs in a graph, against a bare
     exchange.
 
-    Numbers may be lists ("4096,128"). Under torchrun (RANK set) the ranks are torchrun's. Exit status 1 if a
+    Numbers may be lists ("4096,128"). Under torchrun the ranks are torchrun's. Exit status 1 if a
     result is wrong, 2 for misuse.
     """
     console = make_console()
@@ -72,10 +73,10 @@ def command(
         demand_file("--json", json_file)
     if plot is not None:
         demand_file("--plot", plot, (".png", ".svg", ".pdf"))
-    under_torchrun = "RANK" in os.environ
+    launched = launched_ranks()
     try:
         cuda = _on_cuda(device)
-        num_ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else ranks
+        num_ranks = ranks if launched is None else launched
         num_ranks = num_ranks if num_ranks is not None else (torch.cuda.device_count() if cuda else 2)
         own = RoutingTrace.load(trace) if trace is not None else None
         is_decode = mode == "low-latency"
@@ -112,14 +113,16 @@ def command(
             raise ArgumentError("plot", str(plot), "none: low latency has no SM counts to draw over")
         if cuda and not sweep.sms and not is_decode:
             raise ArgumentError("sms", "none", "one SM count or more")
-        if cuda and not under_torchrun and num_ranks > torch.cuda.device_count():
+        if cuda and not launched is not None and num_ranks > torch.cuda.device_count():
             raise ArgumentError("ranks", str(num_ranks), f"at most the {torch.cuda.device_count()} GPUs")
     except (ArgumentError, TraceError, OSError) as error:
         misused(error)
     # All-to-all does not use NVLink multicast, and NCCL need not set up what a host may not permit.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     try:
-        report = _run_under_torchrun(sweep, cuda) if under_torchrun else _run_in_own_processes(sweep, cuda)
+        report = (
+            _run_under_torchrun(sweep, cuda) if launched is not None else _run_in_own_processes(sweep, cuda)
+        )
     except (ArgumentError, TraceError) as error:
         misused(error)
     if report is None:  # a rank of torchrun's other than 0
@@ -131,9 +134,7 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
     from deepep.bench.low_latency.table import print_low_latency_report
     from deepep.bench.table import print_report
 
-    launcher = (
-        f"torchrun --nproc-per-node {report.environment['ranks']}" if "RANK" in os.environ else "python"
-    )
+    launcher = f"torchrun --nproc-per-node {report.environment['ranks']}" if launched_ranks() else "python"
     report.environment["command"] = f"{launcher} -m deepep {shlex.join(sys.argv[1:])}"
     if report.environment.get("mode") == "low-latency":
         print_low_latency_report(report, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from deepep.cli.launcher import launched_ranks
 from deepep.cli.terminal import FAILED, demand_folder, make_console, misused
 from deepep.demo.config import DemoConfig
 from deepep.demo.report import Comparison, outcome, print_tables, write_outputs
@@ -43,17 +43,18 @@ def command(
     combine.
 
     Then trains the same model in one process, and fails unless every loss is equal, bit for bit. Under
-    torchrun (RANK set) the ranks are torchrun's.
+    torchrun the ranks are torchrun's.
     """
     console = make_console()
     demand_folder("--out", out)
     try:
-        num_ranks = int(os.environ.get("WORLD_SIZE", ranks))
+        launched = launched_ranks()
+        num_ranks = ranks if launched is None else launched
         config = DemoConfig.for_ranks(num_ranks, steps, seed, num_experts=experts, num_topk=topk)
     except ArgumentError as error:
         misused(error)
     started = time.perf_counter()
-    records = _train_under_torchrun(config) if "RANK" in os.environ else _train_in_own_processes(config)
+    records = _train_in_own_processes(config) if launched is None else _train_under_torchrun(config)
     if records is None:  # a rank of torchrun's other than 0
         return
     with _progress(console, "one process", config.steps) as on_step:

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from deepep.cli.fuzz_faults import fuzz_faults
 from deepep.cli.terminal import FAILED, PASSED, demand_folder, make_console, misused
 from deepep.runtime.backends import backends
 from deepep.sim.cases.case import Limits, draw_case
@@ -64,6 +65,9 @@ def command(
         Path | None, typer.Option(help="Run a failing example saved earlier, and no others.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for failing examples.")] = Path("fuzz-output"),
+    faults: Annotated[
+        bool, typer.Option("--faults", help="Kill and freeze ranks at any moment instead.")
+    ] = False,
 ) -> None:
     """Fuzz routing layouts against the reference.
 
@@ -73,6 +77,10 @@ def command(
     if replay is None:
         demand_folder("--out", out)
     console = make_console()
+    if faults:
+        if ranks < 2:
+            misused("--ranks: got 1; allowed with --faults: 2 or more")
+        raise typer.Exit(fuzz_faults(console, ranks, seed, examples, minutes))
     try:
         chosen = subjects_of(backend)
     except ValueError as error:

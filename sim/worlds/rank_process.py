@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -75,6 +76,7 @@ class BareException:
 def main(connection: Connection, lifeline: Connection, spec: RankSpec) -> None:
     """Joins the world, then runs what arrives until the parent says stop or is gone."""
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    _end_even_if_stopped()
     # Ctrl-C is for the parent, which ends its ranks. A stack is written on request, even inside a
     # blocked collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -117,6 +119,12 @@ def _join(spec: RankSpec) -> RankContext:
         spec.backend, store=store, rank=spec.rank, world_size=spec.num_ranks, timeout=timeout
     )
     return RankContext(spec.rank, spec.num_ranks, dist.group.WORLD, device)
+
+
+def _end_even_if_stopped() -> None:
+    """Has Linux kill this process when the one that forked it ends: a stopped rank cannot end itself."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _serve(connection: Connection, context: RankContext) -> None:

@@ -19,7 +19,6 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +27,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
+from deepep.runtime.control.transport import serve_store
 from deepep.sim.worlds.outcomes import Outcome, Status, failure_of
 from deepep.sim.worlds.rank_handle import RankHandle
 from deepep.sim.worlds.rank_process import RankContext, RankSpec
@@ -126,8 +126,7 @@ class World:
         self._folder = TemporaryDirectory(prefix="deepep-world-", ignore_cleanup_errors=True)
         place = f"file:{self._folder.name}/store"
         if self._store_kind == "tcp":
-            timeout = timedelta(seconds=self.timeout)
-            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self._store = serve_store(loopback=True, timeout=self.timeout)
             place = f"tcp:{self._store.port}"
         specs = [
             RankSpec(

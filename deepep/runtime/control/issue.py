@@ -296,15 +296,14 @@ class ControlPlane:
             if self._end:
                 return
             self._unreceived = self.pending_hook = None
-            if len(self.membership.members) > 1 and self.membership.connected:
+            all_came = len(self.membership.members) == 1
+            if not all_came and self.membership.connected:
                 farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
                     farewell.host_wait()
-                    self._departs = False
-            elif len(self.membership.members) == 1:
-                self._departs = False
+                    all_came = True
             self.close(self.timeout)
-            if not self._departs:
+            if all_came:
                 self.membership.finish()
 
     def abandon(self) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch.distributed.distributed_c10d import Store
 
 _MET = b"met"
-_STAGES = ("known", "arrived", "engine", "report", "left")
+_STAGES = ("known", "arrived", "engine", "report", "left", "departed")
 """Stages of meetings that failed may still be in the store when nobody remembers them."""
 _SHARED = ("verdict", "alarm", "arrived/outcome", "engine/outcome")
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from deepep.errors import ArgumentTypeError
-from deepep.runtime.control.transport import private_group
+from deepep.runtime.control.transport import private_group, serve_store
 
 _SECONDS = 600.0
 
@@ -23,10 +23,10 @@ def group_of_communicator(comm: Any) -> dist.ProcessGroup:
     if not all(hasattr(comm, name) for name in ("Get_rank", "Get_size", "allgather")):
         raise ArgumentTypeError("comm", type(comm).__name__, "an mpi4py communicator")
     rank, size = comm.Get_rank(), comm.Get_size()
-    server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
-    everyone = comm.allgather((socket.gethostname(), None if server is None else server.port))
-    host, port = everyone[0]
-    if all(name == host for name, _ in everyone):
-        host = "127.0.0.1"  # a host's own name need not resolve, inside a container say
-    store = server or TCPStore(host, port, is_master=False)
+    hosts = comm.allgather(socket.gethostname())
+    is_one_host = all(name == hosts[0] for name in hosts)
+    server = serve_store(is_one_host) if rank == 0 else None
+    port = comm.allgather(None if server is None else server.port)[0]
+    # A host's own name need not resolve, inside a container say.
+    store = server or TCPStore("127.0.0.1" if is_one_host else hosts[0], port, is_master=False)
     return private_group(PrefixStore("mpi", store), rank, size, _SECONDS, "cpu")

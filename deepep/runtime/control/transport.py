@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
 from deepep.errors import RangeError
@@ -111,6 +113,23 @@ def device_type_of(group: dist.ProcessGroup) -> str:
     """
     served = {device.type for device in group._device_types}
     return "cuda" if served == {"cuda"} else "cpu"
+
+
+def serve_store(loopback: bool, timeout: float = 300.0) -> TCPStore:
+    """A store that this process serves, for ranks on this host alone or on any."""
+    listener = socket.socket()
+    with listener:
+        listener.bind(("127.0.0.1" if loopback else "0.0.0.0", 0))
+        listener.listen(128)
+        port = listener.getsockname()[1]
+        return TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_timedelta(timeout),
+            master_listen_fd=listener.detach(),
+        )
 
 
 def store_of(group: dist.ProcessGroup) -> Store:

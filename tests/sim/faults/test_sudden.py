@@ -1,0 +1,39 @@
+"""Ranks that are killed or frozen at any moment: 20 of them, none missed; and a judge with teeth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deepep.sim import RandomChoices, Violation, World
+from deepep.sim.faults.fault import Effect
+from deepep.sim.faults.sudden import STAGES, Ended, SuddenEnd, demand_kept, draw_sudden_end, judge_sudden_end
+
+RANKS, TIMEOUT = 3, 3.0
+
+
+@pytest.mark.slow
+def test_twenty_ends_none_missed() -> None:
+    ends = [draw_sudden_end(RandomChoices(seed), RANKS) for seed in range(20)]
+    assert len({end.stage for end in ends}) >= len(STAGES) - 1
+    assert {end.effect for end in ends} == {Effect.KILL, Effect.STALL}
+    with World(RANKS, store="tcp") as world:
+        for end in ends:
+            assert len(judge_sudden_end(world, end, TIMEOUT)) == RANKS - 1
+
+
+def test_what_was_not_promised_is_noticed() -> None:
+    end = SuddenEnd(Effect.KILL, 1, "dispatch", 0, 0.0)
+    good = Ended("dispatch", "PeerTimeoutError", "", (1,), 1.0, True)
+    demand_kept(end, 0, good, TIMEOUT)
+    demand_kept(end, 0, replace(good, works=None), TIMEOUT)
+    for wrong in (
+        replace(good, waited_on=(2,)),
+        replace(good, waited_on=(1, 2)),
+        replace(good, error="MismatchError"),
+        replace(good, seconds=60.0),
+        replace(good, works=False),
+    ):
+        with pytest.raises(Violation):
+            demand_kept(end, 0, wrong, TIMEOUT)
