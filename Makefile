@@ -88,12 +88,18 @@ check-types: | $(QUICK)
 	ln -s $(CURDIR)/sim build/types/deepep/sim
 	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p deepep
 
+# Several tests at a time; those that measure how long ranks wait for each other, with nothing beside them.
+TEST_JOBS ?= 2
+SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal -m "not alone"
+
 # Buffer's own tests, on the kernels' source.
 test-emulator: install
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q -m alone tests/api
 
 unit: install
-	$(PY) -m pytest
+	$(PY) -m pytest $(SIDE_BY_SIDE)
+	$(PY) -m pytest -m alone
 
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)

@@ -11,6 +11,8 @@ import torch
 
 import deepep
 
+pytestmark = pytest.mark.alone
+
 RANKS, VICTIM, EXPERTS, TOPK, TOKENS, MOST = 4, 2, 8, 3, 5, 6
 TIMEOUT = 10.0
 GRACE = 3.0  # what the library allows itself (1 s + 5 %), and what two busy cores add

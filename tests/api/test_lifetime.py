@@ -18,6 +18,8 @@ import torch
 
 import deepep
 
+pytestmark = pytest.mark.alone
+
 
 def there_and_back(buffer: Any, routing: Any, factor: float = 1.0) -> None:
     """A dispatch and a combine whose result is known: every token comes back once per rank it went to."""

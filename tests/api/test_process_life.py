@@ -9,10 +9,13 @@ import sys
 import threading
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from harness.rank_threads import raised, works
 
 import deepep
+
+pytestmark = pytest.mark.alone
 
 LONG = 60.0  # a time-out that no test waits for
 

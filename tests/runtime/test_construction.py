@@ -14,6 +14,8 @@ from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, PeerT
 from deepep.runtime import backends as registry
 from deepep.runtime.control import connecting
 
+pytestmark = pytest.mark.alone
+
 LONG = 60.0  # a time-out that no test waits for
 SHORT = 1.0
 

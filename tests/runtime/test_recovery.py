@@ -11,6 +11,8 @@ from harness.rank_threads import Ranks, raised, works
 import deepep
 from deepep.errors import DestroyedError, PeerTimeoutError
 
+pytestmark = pytest.mark.alone
+
 SHORT, LONG = 1.0, 60.0
 
 

@@ -10,6 +10,8 @@ from harness.deaths import Death, Setting, deaths, play, play_return, prepare
 
 from deepep.sim import World
 
+pytestmark = pytest.mark.alone
+
 POINTS = deaths(graphs=False)
 
 

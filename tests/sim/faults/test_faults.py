@@ -15,6 +15,8 @@ from deepep.sim.faults.fault import CHANGES, Effect, Fault, FaultyBuffer, LeftOu
 from deepep.sim.faults.judge import draw_faulty_examples, judge_fault
 from deepep.sim.rules.checking import Violation
 
+pytestmark = pytest.mark.alone
+
 RANKS = 3
 RUNS = 100
 AT_ONCE = 4

@@ -10,6 +10,8 @@ from deepep.sim import RandomChoices, Violation, World
 from deepep.sim.faults.fault import Effect
 from deepep.sim.faults.sudden import STAGES, Ended, SuddenEnd, demand_kept, draw_sudden_end, judge_sudden_end
 
+pytestmark = pytest.mark.alone
+
 RANKS, TIMEOUT = 3, 3.0
 
 
