@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,13 +12,7 @@ import torch
 
 from deepep import errors
 from deepep.runtime.control import liveness
-from deepep.runtime.control.agreement import (
-    compare_statements,
-    decode_error,
-    dtype_code,
-    encode_error,
-    encode_statement,
-)
+from deepep.runtime.control.agreement import agree, decode_error, dtype_code, encode_error
 from deepep.runtime.control.comm_queue import ThreadQueue
 
 
@@ -44,16 +39,40 @@ def test_every_argument_error_travels_as_itself() -> None:
         assert type(decode_error(encode_error(kind("a", "b", "c", 0)))) is kind
 
 
+class Met:
+    """A membership of rank 0, which meets the others' posts."""
+
+    rank = 0
+
+    def __init__(self, **posts: bytes) -> None:
+        self.posts = {int(name[-1]): post for name, post in posts.items()}
+        self.identities: dict[int, str] = {}
+
+    def exchange(self, stage: str, mine: str, why: str) -> dict[int, bytes]:
+        return {0: mine.encode(), **self.posts}
+
+    def introduce(self, identities: dict[int, str]) -> None:
+        self.identities = identities
+
+
 def test_statements() -> None:
-    same = {"low_latency": True, "masks": False}
-    posts = {r: encode_statement(same, f"process {r}", None).encode() for r in range(3)}
-    assert compare_statements(posts) == {0: "process 0", 1: "process 1", 2: "process 2"}
-    posts[1] = encode_statement({**same, "masks": True}, "process 1", None).encode()
+    def post(**stated: bool) -> bytes:
+        return json.dumps([{"low_latency": True, "masks": False, **stated}, "process", {"able": 1}]).encode()
+
+    mine = {"low_latency": True, "masks": False}
+    met = Met(rank1=post(), rank2=post())
+    assert agree(met, "engine", mine, None)[2] == {"able": 1}  # type: ignore[arg-type]
+    assert met.identities == {0: liveness.identity(), 1: "process", 2: "process"}
+    met = Met(rank1=post(masks=True), rank2=post())
     with pytest.raises(errors.MismatchError, match="rank 1: masks: got True; allowed: False, as on rank 0"):
-        compare_statements(posts)
-    posts[2] = encode_statement(same, "", errors.RangeError("num_nvl_bytes", "1", "128", 2)).encode()
+        agree(met, "engine", mine, None)  # type: ignore[arg-type]
+    refused = errors.RangeError("num_nvl_bytes", "1", "128", 2)
+    met = Met(rank1=post(masks=True), rank2=encode_error(refused))
     with pytest.raises(errors.RangeError, match="rank 2: num_nvl_bytes"):
-        compare_statements(posts)
+        agree(met, "engine", mine, None)  # type: ignore[arg-type]
+    own = errors.RangeError("num_rdma_bytes", "1", "128")
+    with pytest.raises(errors.RangeError, match="rank 0: num_rdma_bytes"):
+        agree(met, "engine", mine, own)  # type: ignore[arg-type]
 
 
 def test_dtypes_have_codes_of_their_own() -> None:
