@@ -44,13 +44,13 @@ def test_drawn_calls_give_the_references_bits() -> None:
 
 @pytest.mark.slow
 def test_many_drawn_calls_give_the_references_bits() -> None:
-    for tally in explore_side_by_side(explore_low_latency, first_seed=1000, runs=1000):
+    for tally in explore_side_by_side(explore_low_latency, first_seed=1000, runs=600):
         assert tally.failure is None, str(tally.failure)
 
 
 @pytest.mark.slow
 def test_ranks_that_stop_leave_faults_and_nobody_waiting() -> None:
-    for tally in explore_side_by_side(explore_low_latency, first_seed=5000, runs=600, with_stops=True):
+    for tally in explore_side_by_side(explore_low_latency, first_seed=5000, runs=400, with_stops=True):
         assert tally.failure is None, str(tally.failure)
         assert tally.kinds["fault"] > 0
 

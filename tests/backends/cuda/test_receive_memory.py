@@ -214,25 +214,25 @@ def test_when_a_pool_is_reset(
     arena = _cuda.arena_open(1 << 44, size * megabyte)
     assert _cuda.arena_reserve(arena, size * megabyte) == 1 << 44  # the pool has all of it
     pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
-    pool.num_bytes, pool._arena, pool._tail, pool._settled = size * megabyte, arena, 0, 0
+    pool.num_bytes, pool._arena, pool._tail, pool._num_freed = size * megabyte, arena, 0, 0
     pool._backoff, pool._was_full, pool._pool = receive_pool.Backoff(), False, Pool(*segments)  # type: ignore[assignment]
     pool.users = streams.Users(0)
     pool.users.known = {0: Stream(0, False), 48: Stream(48, others_idle)}  # type: ignore[dict-item]
     tries: list[int] = []
     renewed: list[int] = []
-    settled = False
+    reclaimed = False
 
     def try_to_take(arrays: Any) -> Any:
         tries.append(len(renewed))
-        return ["made"] if settled else None
+        return ["made"] if reclaimed else None
 
-    def settle(stream: int) -> bool:
-        nonlocal settled
-        settled = bool(renewed)
-        return settled
+    def reclaim_returned(stream: int) -> bool:
+        nonlocal reclaimed
+        reclaimed = bool(renewed)
+        return reclaimed
 
     monkeypatch.setattr(pool, "_try", try_to_take)
-    monkeypatch.setattr(pool, "_settle", settle)
+    monkeypatch.setattr(pool, "_reclaim_returned", reclaim_returned)
     monkeypatch.setattr(pool, "_poll_freed", lambda: None)
     monkeypatch.setattr(pool, "_reset", lambda: renewed.append(1))
     arrays = [torch.empty((1, 1), dtype=torch.uint8).expand(wanted, megabyte)]
@@ -247,7 +247,7 @@ def test_when_a_pool_is_reset(
     _cuda.arena_close(arena)
 
 
-def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
+def test_what_came_back_is_reclaimed_when_other_streams_are_idle() -> None:
     from deepep import _cuda
     from deepep.backends.cuda.memory import pool as receive_pool
     from deepep.runtime import streams
@@ -258,18 +258,18 @@ def test_what_came_back_is_settled_when_other_streams_are_idle() -> None:
     ]
     arena = _cuda.arena_open(1 << 44, 1024)
     pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
-    pool._arena, pool._settled, pool.users = arena, 0, streams.Users(0)
+    pool._arena, pool._num_freed, pool.users = arena, 0, streams.Users(0)
     other = Stream(48, False)
     pool.users.known = {0: Stream(0, False), 48: other}  # type: ignore[dict-item]
     block = _cuda.arena_reserve(arena, 1024)
-    assert not pool._settle(0), "there is nothing to settle"
+    assert not pool._reclaim_returned(0), "nothing has come back"
     functions.deepep_arena_give_back(block, 1024, 0, None)
-    assert not pool._settle(0)
-    assert not pool._settle(48)
+    assert not pool._reclaim_returned(0)
+    assert not pool._reclaim_returned(48)
     assert _cuda.arena_reserve(arena, 512) == 0
     other._idle = True
-    assert pool._settle(0)
-    assert not pool._settle(0)
+    assert pool._reclaim_returned(0)
+    assert not pool._reclaim_returned(0)
     assert _cuda.arena_reserve(arena, 1024) == block
     _cuda.arena_close(arena)
 
