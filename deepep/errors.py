@@ -111,7 +111,7 @@ class PeerTimeoutError(DeepEPError, TimeoutError):
 
     Nothing of the interrupted operation's outputs may be used. The buffer works on once the ranks in
     `record.waited_on` are masked (`low_latency_update_mask_buffer`), or all of them have come back: each has
-    been told by a call of its own that it was late. Also raised, at once, when a rank raises something of its
+    learnt by a call of its own that it was late. Also raised, at once, when a rank raises something of its
     own; `reason` says what.
     """
 

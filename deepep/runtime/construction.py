@@ -27,7 +27,7 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
     ranks; MismatchError if they ask for different things; PeerTimeoutError if not all of them come.
     """
     if not registry.is_group(options.group)[0]:
-        registry.choose(backend, options.group, device)  # refuses it, here alone: there is nobody to tell
+        registry.choose(backend, options.group, device)  # refuses it, here alone: there are no peers
     membership = membership_of(options.group, options.timeout)
     try:
         name, among = _agree_on_backend(membership, backend or registry.default_name(), options.problem)

@@ -6,5 +6,5 @@
     graph        calls in a CUDA graph           kernels  time of a call's kernels, by torch's profiler
     rank         all of it, on one rank          table    how it is shown
 
-Floors: deepep.bench.exchange, and deepep.bench.floor, a copy that nobody is told of.
+Floors: deepep.bench.exchange, and deepep.bench.floor, a copy without a signal.
 """

@@ -36,7 +36,7 @@ Key = tuple[str, Dtype]  # operation, what is dispatched
 
 @dataclass(frozen=True)
 class Least:
-    """The floors of an operation: a bare exchange, and a copy of its bytes that nobody is told of."""
+    """The floors of an operation: a bare exchange, and a copy of its bytes without a signal."""
 
     timing: Timing
     sms: int

@@ -1,6 +1,6 @@
 """Meetings: numbered attempts of some ranks to do something together, through the store.
 
-One rule says who is told what, and when: a meeting ends in one verdict, the first that is posted, and every
+One rule says who learns what, and when: a meeting ends in one verdict, the first that is posted, and every
 rank that takes part raises it, at once. A rank that fails posts the verdict itself, one that waits in vain
 does so at its deadline. The next attempt is another meeting; its number comes from the store and not from
 each rank's own count, so ranks that have missed an attempt find the others.
@@ -13,9 +13,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
+_Value = TypeVar("_Value")
 _MET = b"met"
 _STAGES = ("known", "arrived", "engine", "report", "left", "departed")
 """Stages of meetings that failed may still be in the store when nobody remembers them."""
@@ -38,26 +40,26 @@ class ControlStore:
 
     def set(self, key: str, value: str) -> None:
         """Posts a value."""
-        self._ask(lambda name: self._store.set(name, value), key)
+        self._call(lambda name: self._store.set(name, value), key)
 
     def has(self, key: str) -> bool:
         """Says whether there is a value."""
-        return bool(self._ask(lambda name: self._store.check([name]), key))
+        return bool(self._call(lambda name: self._store.check([name]), key))
 
     def get(self, key: str) -> bytes | None:
         """The value, or None."""
-        return self._ask(lambda name: self._store.get(name), key) if self.has(key) else None
+        return self._call(lambda name: self._store.get(name), key) if self.has(key) else None
 
     def settle(self, key: str, expected: str, desired: str) -> bytes:
         """Replaces `expected` (empty: nothing) by `desired`, if it is there; the value there is then."""
-        return self._ask(lambda name: self._store.compare_set(name, expected, desired), key)
+        return self._call(lambda name: self._store.compare_set(name, expected, desired), key)
 
     def remove(self, key: str) -> None:
         """Removes a value, if there is one and the store can."""
         with contextlib.suppress(Exception):  # not every store can
             self._store.delete_key(f"{self.prefix}/{key}")
 
-    def _ask(self, call: Callable[[str], object], key: str):  # type: ignore[no-untyped-def]
+    def _call(self, call: Callable[[str], _Value], key: str) -> _Value:
         try:
             return call(f"{self.prefix}/{key}")
         except Exception as error:  # a store may be anybody's code
@@ -126,12 +128,12 @@ class Meeting:
         self.store.set(key, value)
 
     def mark(self) -> None:
-        """Notes that this rank knows of the meeting: it is not told of its end again."""
+        """Notes that this rank knows of the meeting: its end is not raised here again."""
         self.post("known", "")
 
     @property
     def is_known(self) -> bool:
-        """True if this rank has taken part, or been told of the end."""
+        """True if this rank has taken part, or knows of the end."""
         return self.store.has(f"known/{self.rank}")
 
     # waiting
@@ -232,11 +234,12 @@ def join(
     rank: int,
     members: tuple[int, ...],
     is_dead: Callable[[int], bool],
-    tells: Callable[[Verdict], bool],
+    concerns_this: Callable[[Verdict], bool],
 ) -> Meeting:
     """The meeting for `purpose` that is open, or the next one.
 
-    Raises MeetingFailed if the last one ended without this rank, and `tells` says that it is to know.
+    Raises MeetingFailed if the last one ended without this rank, and `concerns_this` says that it is to be
+    raised here.
     """
     number = int(store.settle(f"{purpose}/number", "", "1"))
     while True:
@@ -244,16 +247,16 @@ def join(
         if not meeting.is_known:
             verdict = meeting.verdict()
             meeting.mark()
-            # All that were at the last but one have been told, or are not going to be.
+            # All that were at the last but one have raised its end, or are not going to.
             _remove(store, f"{purpose}/{number - 2}", rank)
             if verdict is None:
                 return meeting
-            if tells(verdict):
+            if concerns_this(verdict):
                 meeting.report()
                 raise MeetingFailed(verdict)
         last, number = number, int(store.settle(f"{purpose}/number", str(number), str(number + 1)))
         if number <= last:
-            raise StoreError("compare_set does not replace what it was told to expect")
+            raise StoreError("compare_set does not replace what it was to expect")
 
 
 def clear(store: ControlStore, purpose: str, rank: int, num_ranks: int) -> None:

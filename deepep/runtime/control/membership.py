@@ -124,7 +124,7 @@ class Membership:
             self._forget()
 
     def _forget(self) -> None:
-        """Knows of the members' last meeting: this rank is not told in its next call how that ended."""
+        """Knows of the members' last meeting: how that ended is not raised in this rank's next call."""
         purpose, store = f"link/{self._people()}", self._store
         number = store.get(f"{purpose}/number")
         if number is not None:
@@ -156,7 +156,7 @@ class Membership:
         and returns every member's. Raises PeerTimeoutError.
         """
         try:
-            meeting = self._join(purpose, tells=lambda verdict: True)
+            meeting = self._join(purpose, concerns_this=lambda verdict: True)
         except MeetingFailed as failed:
             raise self._blame(failed.verdict) from None
         except StoreError as error:
@@ -172,26 +172,26 @@ class Membership:
 
         return gather
 
-    def _join(self, purpose: str, tells: Callable[[Verdict], bool]) -> Meeting:
+    def _join(self, purpose: str, concerns_this: Callable[[Verdict], bool]) -> Meeting:
         purpose = f"{purpose}/{self._people()}"
         self._purposes.add(purpose)
-        return join(self._store, purpose, self.rank, self.members, self.is_dead, tells)
+        return join(self._store, purpose, self.rank, self.members, self.is_dead, concerns_this)
 
     def _join_next(self) -> Meeting:
         """The next meeting that a link comes from; the very first is that of the construction."""
         with self._joining:
             if self._meeting is not None:
                 self._past.append(self._meeting)
-                self._meeting = self._join("link", tells=lambda verdict: True)
+                self._meeting = self._join("link", concerns_this=lambda verdict: True)
                 return self._meeting
-            # A rank that was told of an earlier construction, to which it did not come, would never catch up.
+            # A rank that raised the end of each construction to which it did not come would never catch up.
             self._meeting = join(
                 self._store,
                 "construct",
                 self.rank,
                 self.members,
                 self.is_dead,
-                tells=lambda verdict: verdict.withdrew and self.rank not in verdict.missing,
+                concerns_this=lambda verdict: verdict.withdrew and self.rank not in verdict.missing,
             )
             self._store = self._meeting.store
             return self._meeting
