@@ -4,10 +4,11 @@ One rank's side of each operation, on a `Wire`; `start_...` sends, `finish` of w
 Routing is worked out here, on purpose, without layout.py and low_latency.py: the two forms judge each other.
 
 - dispatch: a token crosses to a rank once, in a record (x | scales | top-k indices | token), and is spread to
-its experts there. Two exchanges: how many, then the records. - combine, reduce="token": every (token, expert)
-row returns. One exchange; both sides know what travels. - combine, reduce="rank": the owner sends each
-token's weights to the token's ranks, which return one partial sum. Two exchanges. - LogFMT adds one: the
-metadata goes first, and says to the receiver what the rest takes.
+its experts there. Two exchanges: how many, then the records.
+- combine, reduce="rank": the owner sends each token's weights to the token's ranks, which return one partial
+sum. Two exchanges.
+- combine, reduce="token": every (token, expert) row returns. One exchange; both sides know what travels.
+- LogFMT adds one: the metadata goes first, and says to the receiver what the rest takes.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def start_combine(
     num_max_tokens: int,
     num_experts: int,
     logfmt: bool = False,
-    reduce: Literal["token", "rank"] = "token",
+    reduce: Literal["rank", "token"] = "rank",
 ) -> CombineUnderway:
-    """Send the rows `x` [L, R*M, H] bfloat16 back to their tokens, to be summed there with weights.
+    """Send what becomes of the rows `x` [L, R*M, H] bfloat16 back to their tokens, to be summed there.
 
     `recv_src_info` [L, R*M] and `layout_range` [L, R] are the dispatch's; `topk_idx` [T, K] and
     `topk_weights` [T, K] float32 those of this rank's own tokens. What the sum is stands at
@@ -185,7 +186,7 @@ def start_combine(
         topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
         f"topk_weights: got {topk_weights.dtype} {list(topk_weights.shape)}; allowed: float32 [T, K]",
     )
-    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "token", "rank"')
+    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "rank", "token"')
     require(
         list(recv_src_info.shape) == [num_local, room] and list(layout_range.shape) == [num_local, num_ranks],
         "recv_src_info, layout_range: not of a dispatch with these sizes",
@@ -217,7 +218,7 @@ class CombineUnderway:
     wants: Tensor  # [T, E] bool
     topk_idx: Tensor
     topk_weights: Tensor
-    reduce: Literal["token", "rank"]
+    reduce: Literal["rank", "token"]
 
     def wait(self) -> Tensor:
         """The rows that have come, of those in LogFMT their payload; blocks until they have."""

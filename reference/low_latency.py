@@ -109,21 +109,22 @@ def combine(
     num_max_tokens: int,
     num_experts: int,
     logfmt: bool = False,
-    reduce: Literal["token", "rank"] = "token",
+    reduce: Literal["rank", "token"] = "rank",
     masked: Collection[int] = (),
 ) -> list[Tensor]:
-    """Sum each token's rows, weighted: topk_weights[t, k] * row over k ascending; [T, H] bfloat16 each.
+    """Sum each token's rows, weighted: topk_weights[t, k] * row over k; [T, H] bfloat16 each.
 
     `xs[r]` [L, R*M, H] bfloat16 in the rows of `layouts[r]`, `topk_weights[r]` [T_r, K] float32. Products and
-    sums are rounded to float32 one by one, the sum starts from the first product and is rounded once to
-    bfloat16. `reduce="rank"`: each rank sums its own k first and rounds that to bfloat16; the token's owner
-    sums these by ascending rank. `logfmt`: what travels, rows or partial sums, is what logfmt_roundtrip makes
+    sums are rounded to float32 one by one, a sum starts from its first term and is rounded once to bfloat16.
+    `reduce="rank"`: each rank sums the rows of its own experts, k ascending, and rounds; the token's owner
+    sums these partial sums, ranks ascending, and rounds. `reduce="token"`: the owner sums all rows, k
+    ascending, and rounds once. `logfmt`: what travels, partial sums or rows, is what logfmt_roundtrip makes
     of it. Entries of -1 and of masked ranks are left out, without renormalising; a token without others gives
     +0.0. Raises ValueError for malformed arguments, and for a token that its expert's layout does not have.
     """
     num_ranks = len(xs)
     num_local = local_experts(num_experts, num_ranks)
-    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "token", "rank"')
+    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "rank", "token"')
     for name, per_rank in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("layouts", layouts)):
         require(
             len(per_rank) == num_ranks,

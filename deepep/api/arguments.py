@@ -55,7 +55,7 @@ def engine_options(
     masks: bool,
     timeout: float | None,
     symmetric_bytes: int | None,
-    reduction: str | None,
+    reduction: str,
     device: object,
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
@@ -114,11 +114,9 @@ def _symmetric_bytes(given: int | None) -> int:
     return _check_bytes("DEEPEP_SYMMETRIC_BYTES", int(text), 1)
 
 
-def _reduction(given: str | None) -> Reduction:
-    if given is None:
-        return "expert_rank" if os.environ.get("DEEPEP_REDUCE_ON_EXPERT_RANK", "0") == "1" else "exact"
+def _reduction(given: object) -> Reduction:
     if given not in get_args(Reduction):
-        raise RangeError("reduction", repr(given), "'exact' or 'expert_rank'")
+        raise RangeError("reduction", repr(given), "'expert_rank' or 'exact'")
     return cast(Reduction, given)
 
 

@@ -62,9 +62,9 @@ class Buffer(LowLatencyCalls):
     timeout: seconds to wait for peers; None: DEEPEP_TIMEOUT, else 100.
     symmetric_bytes: symmetric memory per rank that outputs and returning rows take (CUDA backend), a multiple
         of 128; None: DEEPEP_SYMMETRIC_BYTES, else the backend's default.
-    reduction: where low-latency combine sums. "exact": all at the token's rank, one rounding. "expert_rank":
-        an expert's rank sums its own rows first, fewer bytes and one more rounding. None: "expert_rank" if
-        DEEPEP_REDUCE_ON_EXPERT_RANK is 1, else "exact".
+    reduction: where low-latency combine sums, the same on all ranks. "expert_rank": an expert's rank sums a
+        token's rows and returns one, rounded to bf16. "exact": every row returns, and the token's rank rounds
+        once: up to K times the bytes.
 
     Without effect, accepted because V1's clients pass them:
     num_qps_per_rank: no backend opens queue pairs of its own.
@@ -105,7 +105,7 @@ class Buffer(LowLatencyCalls):
         use_fabric: bool = False,
         timeout: float | None = None,
         symmetric_bytes: int | None = None,
-        reduction: str | None = None,
+        reduction: str = "expert_rank",
     ) -> None:
         if torch.is_inference_mode_enabled():
             plainly(Buffer.__init__, locals())

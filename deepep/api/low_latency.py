@@ -158,10 +158,11 @@ class LowLatencyCalls:
         Of forks: overlap: refused, a combine reads all of x; without it, packed_recv_count, comp_signal,
             block_m, threshold, src_signals and src_signal_expect_value say nothing.
 
-        Returns (combined_x [T, H] bf16, event, hook or None): sum over k ascending of topk_weights[t, k]
-        times the row of expert topk_idx[t, k], in fp32, each product rounded, one rounding to bf16 (with
-        reduction="expert_rank": one per rank and one at the end). -1 is skipped; so are experts of masked
-        ranks, without renormalising.
+        Returns (combined_x [T, H] bf16, event, hook or None): sum over k of topk_weights[t, k] times the row
+        of expert topk_idx[t, k], in fp32, each product rounded before it is added. Each rank sums the rows of
+        its own experts, k ascending, and rounds to bf16; the token's rank sums these, ranks ascending, and
+        rounds again. With reduction="exact" it sums all rows, k ascending, and rounds once. -1 is skipped; so
+        are experts of masked ranks, without renormalising.
 
         Raises as `low_latency_dispatch` does, and HandleError.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,8 @@ def run_check(
     options: dict[str, Any] = {"timeout": 20.0, "device": context.device}
     if name == MISSING_RANK:
         options |= {"timeout": 2.0, "enable_shrink": True}
+    if name == EXACT_SUMS:
+        options["reduction"] = "exact"
     buffer = Buffer(context.group, low_latency_mode=low_latency_mode, backend=backend, **options)
     try:
         seen = CHECKS[name](make_site(buffer, context.device))
@@ -259,6 +261,18 @@ def _low_latency(site: Site, fp8: bool) -> list[low_latency.LowLatencyOutput]:
 
 @check("low latency: FP8 dispatch with a hook, weighted combine")
 def _low_latency_fp8(site: Site) -> str:
+    return _low_latency_round_trip(site, "rank")
+
+
+EXACT_SUMS = 'low latency: the same with reduction="exact"'
+
+
+@check(EXACT_SUMS)
+def _low_latency_exact(site: Site) -> str:
+    return _low_latency_round_trip(site, "token")
+
+
+def _low_latency_round_trip(site: Site, reduce: Literal["rank", "token"]) -> str:
     x, idx, weights = site.mine(site.xs), site.mine(site.topk_idx), site.mine(site.topk_weights)
     (recv_x, scales), count, handle, _, hook = site.buffer.low_latency_dispatch(
         x, idx, MAX_TOKENS, site.num_experts, return_recv_hook=True
@@ -287,6 +301,7 @@ def _low_latency_fp8(site: Site) -> str:
         expected,
         num_max_tokens=MAX_TOKENS,
         num_experts=site.num_experts,
+        reduce=reduce,
     )
     demand_same("combined_x", combined, sums[site.rank])
     return f"{int(count.sum())} rows, rows past the count ignored"

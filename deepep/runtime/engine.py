@@ -35,9 +35,9 @@ Observer = Callable[[str, str], None]
 
 
 Reduction = Literal["exact", "expert_rank"]
-"""Where a low-latency combine sums a token's rows. "exact": every row returns to the token's owner, who sums
-them and rounds once. "expert_rank": a rank sums its own experts' rows first and returns one, rounded to bf16:
-fewer bytes, one more rounding."""
+"""Where a low-latency combine sums a token's rows. "expert_rank", the default: a rank sums its own experts'
+rows and returns one, rounded to bf16; the token's owner sums those, ranks ascending, and rounds once more.
+"exact": every row returns to the owner, who sums them, k ascending, and rounds once: more bytes."""
 
 
 _CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class EngineOptions:
     masks: bool = False
     low_latency_bytes: int = 0
     symmetric_bytes: int = 0
-    reduction: Reduction = "exact"
+    reduction: Reduction = "expert_rank"
     device: torch.device = _CPU
     problem: ArgumentError | None = None
 

@@ -38,7 +38,7 @@ class Options:
         low_latency: dtype of low-latency rows and scales.
         spare_slots: M less the most tokens of any rank.
         logfmt, zero_copy, given_out: options of the low-latency combine.
-        reduce: where a low-latency combine sums: at the token, or first on each expert's rank.
+        reduce: where a low-latency combine sums: first on each expert's rank, or at the token alone.
         stats: whether receive statistics are collected.
         ranks_per_node: for node counts and two-level routing.
         skew: how ranks are delayed against each other: not, one of them, or each at random.
@@ -64,7 +64,7 @@ class Options:
     logfmt: bool = False
     zero_copy: bool = False
     given_out: bool = False
-    reduce: str = "token"
+    reduce: str = "rank"
     stats: bool = False
     ranks_per_node: int = 8
     skew: str = "none"
@@ -94,7 +94,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "logfmt": (False, True),
     "zero_copy": (False, True),
     "given_out": (False, True),
-    "reduce": ("token", "rank"),
+    "reduce": ("rank", "token"),
     "stats": (False, True),
     "ranks_per_node": (8, 1, 2, 3, 4),
     "skew": ("none", "one", "all"),

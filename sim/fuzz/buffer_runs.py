@@ -24,15 +24,27 @@ from deepep.sim.worlds.rank_process import RankContext
 #: Seconds a buffer of the simulator waits for its peers.
 TIMEOUT = 20.0
 
+#: Buffer's word for where a low-latency combine sums, by the case's.
+REDUCTIONS = {"rank": "expert_rank", "token": "exact"}
+
 
 def as_buffer_call(case: Case) -> Case:
-    """The nearest case in terms of V1's interface: nodes of eight ranks, and one way of reducing."""
-    return case.with_options(ranks_per_node=8, reduce="token")
+    """The nearest case in terms of V1's interface: nodes of eight ranks, and a buffer's default reduction."""
+    return case.with_options(ranks_per_node=8, reduce="rank")
+
+
+def as_call_of_some_buffer(case: Case) -> Case:
+    """The same, but for low latency the case says which reduction the buffer is constructed with."""
+    return as_buffer_call(case).with_options(reduce=_reduce_of(case))
+
+
+def _reduce_of(case: Case) -> str:
+    return case.options.reduce if case.options.mode == "ll" else "rank"
 
 
 def run_buffer(ctx: RankContext, case: Case, backend: str | None = None) -> RankView:
-    """One rank's part of a case, on this rank's buffer, which is kept from case to case."""
-    buffer = buffer_of(ctx, backend)
+    """One rank's part of a case, on this rank's buffer of its reduction, kept from case to case."""
+    buffer = buffer_of(ctx, backend, REDUCTIONS[_reduce_of(case)])
     view = RankView()
     if _mask(case, buffer, "dispatch"):
         view = run_on_buffer(case, buffer)
@@ -65,16 +77,21 @@ def _mask(case: Case, buffer: Any, when: str) -> bool:
     return stays
 
 
-def buffer_of(ctx: RankContext, backend: str | None) -> Any:
-    """This rank's buffer; constructed once, by all ranks."""
+def buffer_of(ctx: RankContext, backend: str | None, reduction: str = "expert_rank") -> Any:
+    """This rank's buffer; each constructed once, by all ranks."""
     from deepep import Buffer
 
-    buffers = ctx.scratch.setdefault("buffers", {})
-    if backend not in buffers:
-        buffers[backend] = Buffer(
-            ctx.group, low_latency_mode=True, enable_shrink=True, backend=backend, timeout=TIMEOUT
+    buffers, key = ctx.scratch.setdefault("buffers", {}), (backend, reduction)
+    if key not in buffers:
+        buffers[key] = Buffer(
+            ctx.group,
+            low_latency_mode=True,
+            enable_shrink=True,
+            backend=backend,
+            timeout=TIMEOUT,
+            reduction=reduction,
         )
-    return buffers[backend]
+    return buffers[key]
 
 
 def _high_throughput(case: Case, buffer: Any, view: RankView) -> None:

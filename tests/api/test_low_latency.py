@@ -53,11 +53,13 @@ def run(
     options: dict[str, bool],
     logfmt: bool,
     early: str,
+    reduction: str | None = None,
 ) -> None:
     from deepep.reference import low_latency as oracle
 
     rank, num_ranks = ctx.rank, ctx.num_ranks
-    buffer, num_experts = buffer_of(ctx), num_local * num_ranks
+    buffer = buffer_of(ctx) if reduction is None else buffer_of(ctx, reduction=reduction)
+    num_experts = num_local * num_ranks
     everyone = range(num_ranks)
     topk = [topk_of(r, pattern, num_ranks, num_experts, num_topk).to(index_dtype) for r in everyone]
     xs, weights = zip(*(inputs_of(r, topk[r]) for r in everyone), strict=True)
@@ -107,6 +109,7 @@ def run(
         num_max_tokens=MOST,
         num_experts=num_experts,
         logfmt=logfmt,
+        reduce="token" if reduction == "exact" else "rank",
     )[rank]
     for out, zero_copy in itertools.product(
         (None, torch.empty(len(topk[rank]), HIDDEN).bfloat16()), (False, True)
@@ -157,6 +160,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_oracle(world_of: Any, buffer_of: Any, same_bits: Any, case: str, num_ranks: int) -> None:
     world_of(num_ranks).run(run, buffer_of, same_bits, *CASES[case])
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "bf16, hook", "packed, hook", "LogFMT", "T = M", "duplicates", "K = 32"]
+)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_exact_mode_matches_the_oracle(
+    world_of: Any, buffer_of: Any, same_bits: Any, case: str, num_ranks: int
+) -> None:
+    world_of(num_ranks).run(run, buffer_of, same_bits, *CASES[case], "exact")
 
 
 def repeated(ctx: Any, buffer_of: Any, same_bits: Any, routing: Any) -> None:
@@ -218,34 +231,25 @@ def test_wait_statistics_add_up(world_of: Any, buffer_of: Any, routing: Any) -> 
     world_of(2).run(wait_statistics, buffer_of, routing)
 
 
-def partial_sums(ctx: Any, same_bits: Any) -> None:
-    import os
-
-    from deepep import Buffer
-    from deepep.reference import low_latency as oracle
-
-    os.environ["DEEPEP_REDUCE_ON_EXPERT_RANK"] = "1"
-    try:
-        buffer = Buffer(ctx.group, low_latency_mode=True, timeout=30.0)
-    finally:
-        del os.environ["DEEPEP_REDUCE_ON_EXPERT_RANK"]
-    rank, num_ranks, num_experts = ctx.rank, ctx.num_ranks, 3 * ctx.num_ranks
-    topk = [topk_of(r, "random", num_ranks, num_experts, 5) for r in range(num_ranks)]
-    xs, weights = zip(*(inputs_of(r, topk[r]) for r in range(num_ranks)), strict=True)
-    layouts = oracle.dispatch(list(xs), topk, MOST, num_experts, fp8=False)
-    received, _, handle, _, _ = buffer.low_latency_dispatch(
-        xs[rank], topk[rank], MOST, num_experts, use_fp8=False
-    )
-    combined, _, _ = buffer.low_latency_combine(received, topk[rank], weights[rank], handle)
-    rows = [layout.recv_x for layout in layouts]
-    sizes = {"num_max_tokens": MOST, "num_experts": num_experts}
-    wanted = oracle.combine(rows, topk, list(weights), layouts, **sizes, reduce="rank")
-    assert same_bits(combined, wanted[rank])
-    buffer.destroy()
+def where_it_rounds(ctx: Any, buffer_of: Any, reduction: str) -> float:
+    """The sum of one token's rows: 1 of rank 0, 256 and 1 of rank 1. 257 is a tie: 256 in bf16."""
+    buffer = buffer_of(ctx, reduction=reduction) if reduction else buffer_of(ctx)
+    idx = torch.tensor([[0, 2, 3]]) if ctx.rank == 0 else torch.empty(0, 3, dtype=torch.int64)
+    x, weights = torch.ones(len(idx), 128).bfloat16(), torch.ones(idx.shape)
+    handle = buffer.low_latency_dispatch(x, idx, 1, 4, use_fp8=False)[2]
+    rows = torch.ones(2, 2, 128).bfloat16()
+    if ctx.rank == 1:
+        rows[0] = 256
+    sums = buffer.low_latency_combine(rows, idx, weights, handle)[0]
+    return float(sums[0, 0]) if ctx.rank == 0 else 0.0
 
 
-def test_partial_sums_on_the_experts_rank(world_of: Any, same_bits: Any) -> None:
-    world_of(3).run(partial_sums, same_bits)
+@pytest.mark.parametrize(("reduction", "wanted"), [("", 256.0), ("expert_rank", 256.0), ("exact", 258.0)])
+def test_experts_ranks_sum_first_unless_told_otherwise(
+    world_of: Any, buffer_of: Any, reduction: str, wanted: float
+) -> None:
+    # rank 1 has 256 + 1, which rounds to 256 on its way; the owner's 1 + 256 is the same tie again.
+    assert world_of(2).run(where_it_rounds, buffer_of, reduction)[0] == wanted
 
 
 def forks(ctx: Any, buffer_of: Any, same_bits: Any) -> None:

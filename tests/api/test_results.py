@@ -102,7 +102,7 @@ def info(ctx: Any) -> str:
         assert (about.rank, about.num_ranks, about.timeout) == (ctx.rank, ctx.num_ranks, 25.0)
         assert (about.device, about.num_sms) == (torch.device("cpu"), deepep.Buffer.num_sms)
         assert (about.low_latency_mode, about.enable_shrink) == (True, True)
-        assert (about.reduction, about.masked_ranks) == ("exact", ())
+        assert (about.reduction, about.masked_ranks) == ("expert_rank", ())
         assert about.ranks_per_domain == 8
         assert set(about.operations) == OPERATIONS
         assert all(about.operations.values())
@@ -136,20 +136,17 @@ def test_info(world_of: Any) -> None:
 
 
 def sums_and_sizes(ctx: Any) -> None:
-    variables = {"DEEPEP_REDUCE_ON_EXPERT_RANK": "1", "DEEPEP_SYMMETRIC_BYTES": "1048576"}
-    os.environ.update(variables)
+    os.environ["DEEPEP_SYMMETRIC_BYTES"] = "1048576"
     try:
         with deepep.Buffer(ctx.group, timeout=30.0) as buffer:
-            assert buffer.info.reduction == "expert_rank"
             assert buffer._engine.info.options.symmetric_bytes == 1 << 20
         # What the constructor is given comes first.
         with deepep.Buffer(ctx.group, timeout=30.0, symmetric_bytes=1 << 21, reduction="exact") as buffer:
             assert buffer.info.reduction == "exact"
             assert buffer._engine.info.options.symmetric_bytes == 1 << 21
     finally:
-        for name in variables:
-            del os.environ[name]
-    with deepep.Buffer(ctx.group, timeout=30.0, reduction="expert_rank") as buffer:
+        del os.environ["DEEPEP_SYMMETRIC_BYTES"]
+    with deepep.Buffer(ctx.group, timeout=30.0) as buffer:
         assert buffer.info.reduction == "expert_rank"
         assert buffer._engine.info.options.symmetric_bytes == 0
 
@@ -180,12 +177,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], type, str]] = {
     "float": ({"symmetric_bytes": 1.5}, {}, deepep.ArgumentTypeError, "symmetric_bytes: got float"),
     "no such sum": ({"reduction": "tree"}, {}, deepep.RangeError, "rank 1: reduction: got 'tree'"),
     "a list": ({"reduction": ["exact"]}, {}, deepep.RangeError, "rank 1: reduction: got ['exact']"),
+    "no sum": ({"reduction": None}, {}, deepep.RangeError, "rank 1: reduction: got None"),
     "text": ({}, {"DEEPEP_SYMMETRIC_BYTES": "3G"}, deepep.RangeError, "DEEPEP_SYMMETRIC_BYTES: got '3G'"),
     "other sums": (
-        {"reduction": "expert_rank"},
+        {"reduction": "exact"},
         {},
         deepep.MismatchError,
-        "reduction: got expert_rank; allowed: exact, as on rank 0",
+        "reduction: got exact; allowed: expert_rank, as on rank 0",
     ),
     "other sizes": (
         {"symmetric_bytes": 1 << 20},

@@ -143,7 +143,8 @@ BUFFER: dict[str, dict[str, Any]] = {
 # This library's own, and those of DeepEP's forks; by keyword alone.
 KEYWORDS: dict[str, dict[str, Any]] = {
     "__init__": {
-        **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "reduction")),
+        **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes")),
+        "reduction": "expert_rank",
         "use_fabric": False,
     },
     "low_latency_dispatch": {

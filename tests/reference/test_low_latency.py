@@ -219,6 +219,18 @@ class TestNumbers:
         )  # 256, and 256 + 1 again a tie
         assert self.sum_of([258.0, 1.0, 1.0, 0.0], [1.0] * 4, "rank", num_ranks=2).item() == 260.0
 
+    def test_ranks_sum_first_unless_told_otherwise(self) -> None:
+        x, topk = (
+            torch.ones(1, 4, dtype=torch.bfloat16),
+            [torch.tensor([[0, 2, 3]]), torch.zeros(0, 3).long()],
+        )
+        layouts = dispatch([x, x[:0]], topk, 1, 4, fp8=False)
+        rows = [torch.full((2, 2, 4), value).to(torch.bfloat16) for value in (1.0, 1.0)]
+        rows[1][0] = 256.0
+        given = (rows, topk, [torch.ones(1, 3), torch.ones(0, 3)], layouts)
+        assert (combine(*given, num_max_tokens=1, num_experts=4)[0] == 256.0).all()
+        assert (combine(*given, num_max_tokens=1, num_experts=4, reduce="token")[0] == 258.0).all()
+
     @pytest.mark.parametrize("reduce", ["token", "rank"])
     def test_a_lone_minus_zero_stays(self, reduce: str) -> None:
         assert self.sum_of([-0.0], [1.0], reduce).view(torch.int16).item() == -(1 << 15)

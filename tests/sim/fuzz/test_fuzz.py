@@ -19,6 +19,7 @@ from deepep.sim.fuzz.fuzzer import DIFFERS, Finding, Fuzzer
 from deepep.sim.fuzz.shrinking import shrink, simpler, weight
 from deepep.sim.fuzz.stored import StoredExample
 from deepep.sim.rules.checking import Property, Violation, always
+from deepep.sim.rules.observed import first_difference
 from deepep.sim.rules.oracle import observe
 from deepep.sim.rules.properties import PROPERTIES, check
 
@@ -46,6 +47,17 @@ def test_a_fuzz_run_with_a_fixed_seed_finds_nothing(world_of, capsys):
     with capsys.disabled():  # docs/simulator.md has figures
         rate = report.examples_per_second
         print(f"\nfuzz: {EXAMPLES} examples on core, oracle, all_to_all and Buffer, {rate:.1f} a second")
+
+
+def test_buffers_of_both_reductions_are_fuzzed(world_of):
+    subject = subjects.buffer(world_of, backend="reference")
+    limits = Limits(ranks=(3,), fixed={"mode": "ll", "combine_rows": "other"})
+    cases = [subject.adapt(draw_case(RandomChoices(f"sums/{seed}"), limits)) for seed in range(12)]
+    assert {case.options.reduce for case in cases} == {"rank", "token"}
+    for case, views in zip(cases, subject.observe(cases), strict=True):
+        assert first_difference(views, observe(case)) is None
+    both = subject.adapt(cases[0].with_options(mode="ht", reduce="token"))
+    assert both.options.reduce == "rank", "throughput calls are all on one buffer"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
