@@ -119,8 +119,9 @@ def combine(
     `reduce="rank"`: each rank sums the rows of its own experts, k ascending, and rounds; the token's owner
     sums these partial sums, ranks ascending, and rounds. `reduce="token"`: the owner sums all rows, k
     ascending, and rounds once. `logfmt`: what travels, partial sums or rows, is what logfmt_roundtrip makes
-    of it. Entries of -1 and of masked ranks are left out, without renormalising; a token without others gives
-    +0.0. Raises ValueError for malformed arguments, and for a token that its expert's layout does not have.
+    of it; a partial sum is rounded to bfloat16 first, as it travels where LogFMT does not qualify.
+    Entries of -1 and of masked ranks are left out, without renormalising; a token without others gives +0.0.
+    Raises ValueError for malformed arguments, and for a token that its expert's layout does not have.
     """
     num_ranks = len(xs)
     num_local = local_experts(num_experts, num_ranks)

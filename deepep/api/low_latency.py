@@ -152,7 +152,8 @@ class LowLatencyCalls:
 
         x: [L, R*M, H] bf16, the rows where dispatch put their inputs. topk_idx, topk_weights: [T, K].
         handle: of the dispatch.
-        use_logfmt: 10-bit LogFMT on the wire where it qualifies; not with zero_copy.
+        use_logfmt: 10-bit LogFMT on the wire where it qualifies (H % 128 == 0; `docs/low_latency.md`): of the
+            rows that ranks return, in bf16 before that. The same on all ranks; not with zero_copy.
         zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)`; x only gives the shape.
         out: [T, H] bf16 to write to. combine_wait_recv_cost_stats: [R] int64, num_sms: as for dispatch.
         Of forks: overlap: refused, a combine reads all of x; without it, packed_recv_count, comp_signal,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from deepep.reference.formats import fp8_cast, ue8m0_pack
@@ -172,6 +174,49 @@ def test_combine_float_by_float(
             got = outputs[owner]
             assert got.dtype == torch.bfloat16
             assert got.float().tolist() == [[float(v) for v in row] for row in want]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), num_ranks=st.integers(1, 4), scale=st.integers(-6, 2))
+def test_logfmt_encodes_the_rounded_partial_sums(
+    seed: int, num_ranks: int, scale: int, draw_routing: Draw, patterns: tuple[str, ...], same_bits: SameBits
+) -> None:
+    """A row that a rank returns is encoded as it would travel without LogFMT: in bfloat16.
+
+    A rank's partial sum is what all comes to if the token's other entries are -1.
+    """
+    hidden, room = 512, 9
+    num_experts, topk = draw_routing(seed % 997, num_ranks, patterns[seed % len(patterns)])
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.zeros(idx.shape[0], hidden, dtype=torch.bfloat16) for idx in topk]
+    layouts = dispatch(xs, topk, room, num_experts, fp8=False)
+    shape = (num_experts // num_ranks, num_ranks * room, hidden)
+    experts = [
+        (torch.randn(shape, generator=generator) * 2.0**scale).to(torch.bfloat16) for _ in range(num_ranks)
+    ]
+    weights = [torch.rand(idx.shape, generator=generator) for idx in topk]
+
+    def combined(indices: list[Tensor], logfmt: bool) -> list[Tensor]:
+        sizes = {"num_max_tokens": room, "num_experts": num_experts}
+        return combine(experts, indices, weights, layouts, **sizes, logfmt=logfmt)
+
+    totals: list[Tensor | None] = [None] * num_ranks
+    started = [torch.zeros(idx.shape[0], 1, dtype=torch.bool) for idx in topk]
+    for rank in range(num_ranks):
+        of_rank = [idx // (num_experts // num_ranks) == rank for idx in topk]
+        mine = [torch.where(here, idx, -1) for here, idx in zip(of_rank, topk, strict=True)]
+        for owner, partial in enumerate(combined(mine, logfmt=False)):
+            sent, total = logfmt_roundtrip(partial), totals[owner]
+            here = of_rank[owner].any(1, keepdim=True)
+            if total is None:
+                total = torch.zeros_like(sent)
+            added = torch.where(started[owner], total + sent, sent)
+            totals[owner] = torch.where(here, added, total)
+            started[owner] |= here
+    for owner, got in enumerate(combined(topk, logfmt=True)):
+        total = totals[owner]
+        assert total is not None
+        assert same_bits(got, total.to(torch.bfloat16))
 
 
 class TestNumbers:
