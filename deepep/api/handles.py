@@ -9,9 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from deepep.api.rebuilt import NUM_ENTRIES, PREFIX, SEAL, SOURCES, TABLE, rebuilt_route, seal
+from deepep.api.rebuilt import (
+    NUM_ENTRIES,
+    PREFIX,
+    SEAL,
+    SOURCES,
+    TABLE,
+    rebuilt_low_latency_route,
+    rebuilt_route,
+    seal,
+)
 from deepep.errors import ArgumentTypeError, DeepEPError, HandleError
-from deepep.runtime.checks import check_int
 from deepep.runtime.completion import Completion
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import LowLatencyRoute, Route
@@ -121,8 +129,4 @@ def low_latency_route_of(handle: object, engine: Engine) -> LowLatencyRoute:
         return handle.route
     if not isinstance(handle, (tuple, list)) or len(handle) != 5:
         raise ArgumentTypeError("handle", type(handle).__name__, "the handle of low_latency_dispatch")
-    for index, entry in enumerate(handle[:2]):
-        if not isinstance(entry, torch.Tensor):
-            raise ArgumentTypeError(f"handle[{index}]", type(entry).__name__, "a tensor")
-    most, hidden, experts = (check_int(f"handle[{i}]", handle[i], 1, 2**63 - 1) for i in (2, 3, 4))
-    return LowLatencyRoute(handle[0], handle[1], most, hidden, experts, engine)
+    return rebuilt_low_latency_route(handle, engine)

@@ -7,6 +7,7 @@ import torch
 from deepep.api import arguments
 from deepep.api.arguments import AT_ONCE
 from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
+from deepep.api.rebuilt import keep
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
 from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, DeviceError, ModeError, RangeError
 from deepep.events import EventHandle, EventOverlap
@@ -123,6 +124,7 @@ class LowLatencyCalls:
             route.source_index, route.ranges, route.num_max_tokens, route.hidden, route.num_experts
         )
         handle.route = route
+        keep(route)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         return LowLatencyDispatchResult(recv_x, done.counts, handle, event, done.hook)
 

@@ -4,6 +4,11 @@ V1's handle is a tuple of tensors, so its clients do with it what is done with t
 entries to `ctx.save_for_backward` and passes `ctx.saved_tensors` on, which may have been copied to the host
 and back meanwhile. So a handle's entries say all that a route is, and one of them, the seal, says of which
 buffer it is and what the others must hold: a tuple that was edited, or of another buffer, is refused.
+
+A low-latency handle has V1's five entries and no place for a seal, nor do they say what kernels leave on the
+device for a combine. So what the seal says, and the plan, are kept here, for as long as its first tensor
+lives: `keep`. A copy of that tensor is one that nothing is known of; what becomes of it is the backend's
+affair.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from hashlib import blake2b
 import torch
 
 from deepep.errors import ArgumentTypeError, HandleError
+from deepep.runtime.checks import check_int
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import Route
+from deepep.runtime.requests import LowLatencyRoute, Route
 
 NUM_ENTRIES = 6
 PREFIX, SEAL, SOURCES, TABLE = 0, 1, 3, 4
@@ -59,7 +65,7 @@ def rebuilt_route(entries: Sequence[object], engine: Engine) -> Route:
     *words, digest = sealed.tolist()
     number, num_experts, num_rows = words
     if number != _number_of(engine):
-        raise HandleError("handle", "the handle of another buffer", "a handle of this buffer")
+        raise _of_another_buffer()
     if digest != _digest(words, (prefix, sources, table)):
         raise HandleError("handle", "entries that are not those of a dispatch", _ALLOWED)
     with torch.inference_mode(False), torch.no_grad():
@@ -69,6 +75,60 @@ def rebuilt_route(entries: Sequence[object], engine: Engine) -> Route:
         route = engine.restore_route(table.detach().to(device), counts, num_experts)
     route.num_rows = num_rows
     return route
+
+
+class _Kept(weakref.ref[torch.Tensor]):
+    """A dispatch's facts, kept for a tensor that is not held by them. numbers: M, H and E."""
+
+    __slots__ = ("engine", "key", "numbers", "plan")
+    key: int
+    engine: weakref.ref[Engine]
+    numbers: tuple[int, int, int]
+    plan: object
+
+
+_kept: dict[int, _Kept] = {}
+"""By the address of the tensor object."""
+
+
+def _forget(kept: weakref.ref[torch.Tensor], everything: dict[int, _Kept] = _kept) -> None:
+    assert isinstance(kept, _Kept)
+    everything.pop(kept.key, None)
+
+
+def keep(route: LowLatencyRoute) -> None:
+    """Keeps what a low-latency dispatch has made, to be found by the first tensor of its handle."""
+    assert route.engine is not None
+    kept = _Kept(route.source_index, _forget)
+    kept.key, kept.engine, kept.plan = id(route.source_index), weakref.ref(route.engine), route.plan
+    kept.numbers = (route.num_max_tokens, route.hidden, route.num_experts)
+    _kept[kept.key] = kept
+
+
+def rebuilt_low_latency_route(entries: Sequence[object], engine: Engine) -> LowLatencyRoute:
+    """The route of a low-latency handle whose five entries came one by one; its plan, if the first is the
+    dispatch's own tensor. Raises ArgumentTypeError, RangeError or HandleError.
+    """
+    source, ranges = entries[:2]
+    for index, entry in enumerate((source, ranges)):
+        if not isinstance(entry, torch.Tensor):
+            raise ArgumentTypeError(f"handle[{index}]", type(entry).__name__, "a tensor")
+    assert isinstance(source, torch.Tensor)
+    assert isinstance(ranges, torch.Tensor)
+    most, hidden, experts = (check_int(f"handle[{i}]", entries[i], 1, 2**63 - 1) for i in (2, 3, 4))
+    kept = _kept.get(id(source))
+    if kept is None or kept() is not source:
+        return LowLatencyRoute(source, ranges, most, hidden, experts, engine)
+    if kept.engine() is not engine:
+        raise _of_another_buffer()
+    for index, (number, wanted) in enumerate(zip((most, hidden, experts), kept.numbers, strict=True), 2):
+        if number != wanted:
+            raise HandleError(f"handle[{index}]", str(number), f"{wanted}, as the dispatch's")
+    return LowLatencyRoute(source, ranges, most, hidden, experts, engine, kept.plan)
+
+
+def _of_another_buffer() -> HandleError:
+    return HandleError("handle", "the handle of another buffer", "a handle of this buffer")
 
 
 def _number_of(engine: Engine) -> int:

@@ -191,8 +191,8 @@ class LowLatencyRoute:
     """A low-latency dispatch's route, as its combine needs it.
 
     source_index [L, R*M] int32: source token of each row. ranges [L, R] int64: (begin << 32) | count.
-    engine: the engine that made it, or None when the caller put the tuple together. plan: the backend's own,
-    None if it has none or the caller put the tuple together.
+    engine: the engine that made it. plan: the backend's own, None if it has none, or if the caller put the
+    tuple together of other tensors than a dispatch's (deepep.api.rebuilt).
     """
 
     source_index: torch.Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepep import _emulator
-from deepep.backends.reference.low_latency import LowLatencyExchange, LowLatencyUnderway
+from deepep.backends.reference.low_latency import KeptFromDispatch, LowLatencyExchange, LowLatencyUnderway
 from deepep.errors import MismatchError
 from deepep.reference.all_to_all_low_latency import LowLatencyTensors
 from deepep.reference.wire import Wire
@@ -78,7 +78,6 @@ class EmulatedUnderway:
 
     wire: Wire
     made: Any
-    kept: tuple[KeptHandle, bool] | None = None
 
     def wait(self) -> None:
         """There is nothing to wait for."""
@@ -95,8 +94,6 @@ class EmulatedUnderway:
             out.recv_scales.copy_(scales)
         for to, made in ((out.recv_count, count), (out.recv_src_info, source), (out.layout_range, ranges)):
             to.copy_(made)
-        # A handle that is taken apart and put together again still has this tensor.
-        out.recv_src_info._low_latency_plan = self.kept  # type: ignore[attr-defined]
 
 
 class EmulatedLowLatencyExchange(LowLatencyExchange):
@@ -107,7 +104,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         self._operations = 0
 
     def start_dispatch(
-        self, wire: Wire, request: LowLatencyDispatchRequest, hooked: bool
+        self, wire: Wire, request: LowLatencyDispatchRequest, kept: KeptFromDispatch, hooked: bool
     ) -> LowLatencyUnderway:
         self._operations += 1
         carries_weights = request.topk_weights is not None
@@ -124,8 +121,9 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         )
         cast = RowCast(request.use_fp8, request.round_scale, request.use_ue8m0)
         share = _DispatchShare(request.x, call, cast, wire.members, hooked)
-        made, kept = _agreed(at_leader(wire, share, self._run_dispatch), wire, "low_latency_dispatch")
-        return EmulatedUnderway(wire, made, (kept, carries_weights))
+        made, handle = _agreed(at_leader(wire, share, self._run_dispatch), wire, "low_latency_dispatch")
+        kept.by_kernels = (handle, carries_weights)
+        return EmulatedUnderway(wire, made)
 
     def start_combine(
         self, wire: Wire, request: LowLatencyCombineRequest, reduction: Reduction, hooked: bool
@@ -134,7 +132,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             return super().start_combine(wire, request, reduction, hooked)
         self._operations += 1
         route, call, kept = request.route, None, None
-        plan = getattr(route.source_index, "_low_latency_plan", None)
+        plan = route.plan.by_kernels if isinstance(route.plan, KeptFromDispatch) else None
         if plan is not None and request.topk_idx.shape[1] == plan[0].num_topk:
             kept, carries_weights = plan
             call = LowLatencyCall(

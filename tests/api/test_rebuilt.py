@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -154,8 +155,27 @@ def of_another_buffer(ctx: Any, buffer_of: Any) -> None:
             buffer.combine(rows, tuple(handle))
 
 
+def of_another_decode_buffer(ctx: Any, buffer_of: Any) -> None:
+    buffer = buffer_of(ctx)
+    x, idx = torch.randn(4, 128).bfloat16(), torch.arange(8).view(4, 2) % EXPERTS
+    other = deepep.Buffer(ctx.group, timeout=30.0, low_latency_mode=True)
+    rows, _, handle, _, _ = other.low_latency_dispatch(x, idx, 8, EXPERTS, use_fp8=False)
+    for alive in (True, False):
+        with pytest.raises(deepep.HandleError, match="another buffer"):
+            buffer.low_latency_combine(rows, idx, torch.ones(4, 2), tuple(handle))
+        with pytest.raises(deepep.HandleError, match="another buffer"):
+            buffer.get_next_low_latency_combine_buffer(tuple(handle))
+        if alive:
+            entries = tuple(handle)
+            other.destroy()
+            del other, handle
+            gc.collect()
+            handle = entries
+
+
 def test_entries_of_another_buffers_handle(world_of: Any, buffer_of: Any) -> None:
     world_of(2).run(of_another_buffer, buffer_of)
+    world_of(RANKS).run(of_another_decode_buffer, buffer_of)
 
 
 def low_latency_parts(ctx: Any, buffer_of: Any, same_bits: Any) -> None:
@@ -171,3 +191,49 @@ def low_latency_parts(ctx: Any, buffer_of: Any, same_bits: Any) -> None:
 
 def test_low_latency_handles_put_together_again(world_of: Any, buffer_of: Any, same_bits: Any) -> None:
     world_of(RANKS).run(low_latency_parts, buffer_of, same_bits)
+
+
+def edited_low_latency(ctx: Any, buffer_of: Any) -> list[Any]:
+    buffer = buffer_of(ctx)
+    x, idx = torch.randn(4, 128).bfloat16(), torch.arange(8).view(4, 2) % EXPERTS
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, EXPERTS, use_fp8=False)
+    outcomes: list[Any] = []
+    for index in (2, 3, 4):
+        given = one(tuple(handle), index, 2 * handle[index]) if ctx.rank == BAD else tuple(handle)
+        try:
+            buffer.low_latency_combine(rows, idx, torch.ones(4, 2), given)
+        except deepep.HandleError as error:
+            outcomes.append((error.argument, error.rank))
+    buffer.low_latency_combine(rows, idx, torch.ones(4, 2), list(handle))
+    return outcomes
+
+
+def test_other_numbers_than_the_dispatchs_are_refused(world_of: Any, buffer_of: Any) -> None:
+    wanted = [(f"handle[{index}]", BAD) for index in (2, 3, 4)]
+    assert world_of(RANKS).run(edited_low_latency, buffer_of) == [wanted] * RANKS
+
+
+def forgotten(ctx: Any, buffer_of: Any) -> list[int]:
+    """Number of facts kept, more than before: with three handles alive, and with none."""
+    from deepep.api import rebuilt
+
+    buffer = buffer_of(ctx)
+    x, idx = torch.randn(4, 128).bfloat16(), torch.arange(8).view(4, 2) % EXPERTS
+    gc.collect()
+    before = len(rebuilt._kept)
+    handles = [
+        buffer.low_latency_dispatch(x, idx, 8, EXPERTS, use_fp8=False, return_recv_hook=hooked)[2:]
+        for hooked in (False, False, True)
+    ]
+    handles[-1][-1]()
+    entries = [tuple(handle) for handle, *_ in handles]
+    del handles
+    gc.collect()
+    found = [len(rebuilt._kept) - before]
+    del entries
+    gc.collect()
+    return [*found, len(rebuilt._kept) - before]
+
+
+def test_what_is_kept_for_a_handle_ends_with_its_tensors(world_of: Any, buffer_of: Any) -> None:
+    assert world_of(RANKS).run(forgotten, buffer_of) == [[3, 0]] * RANKS

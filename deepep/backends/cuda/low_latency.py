@@ -142,8 +142,6 @@ class CudaLowLatency:
         route = LowLatencyRoute(
             out.source, out.ranges, form.num_max_tokens, form.hidden, request.num_experts, engine, plan
         )
-        # A handle that is taken apart and put together again still has this tensor.
-        out.source._low_latency_plan = plan  # type: ignore[attr-defined]
         return LowLatencyDispatched(out.x, out.scales, out.count, route, completion, hook)
 
     def _dispatch_hook(
@@ -175,7 +173,7 @@ class CudaLowLatency:
         operation, state, route = Operation.LOW_LATENCY_COMBINE, self.state, request.route
         with self._control.issuing:
             by_kernels, late = self._combines_by_kernels and not request.use_logfmt, None
-            plan: LowLatencyPlan | None = route.plan if by_kernels else None
+            plan = route.plan if by_kernels and isinstance(route.plan, LowLatencyPlan) else None
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()

@@ -149,8 +149,6 @@ def checked_combine(
     if not by_kernels or not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
         return None
     plan = route.plan
-    if plan is None:  # put together of a handle's own entries
-        plan = getattr(route.source_index, "_low_latency_plan", None)
     if not isinstance(plan, LowLatencyPlan):
         allowed = "the handle of low_latency_dispatch, or its own five entries"
         raise HandleError("handle", "tensors that no dispatch here has made", allowed)

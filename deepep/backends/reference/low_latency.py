@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -49,13 +49,23 @@ class LowLatencyUnderway(Protocol):
         """Receives into `out`."""
 
 
+@dataclass(eq=False)
+class KeptFromDispatch:
+    """A dispatch's leavings for combines along it, filled in when it has sent: the plan of its route.
+
+    by_kernels: what another exchange than this one has made.
+    """
+
+    by_kernels: Any = None
+
+
 class LowLatencyExchange:
     """The send halves of both operations, over all_to_all. A backend may put its own in their place."""
 
     def start_dispatch(
-        self, wire: Wire, request: LowLatencyDispatchRequest, hooked: bool
+        self, wire: Wire, request: LowLatencyDispatchRequest, kept: KeptFromDispatch, hooked: bool
     ) -> LowLatencyUnderway:
-        """Sends; hooked: the receive half runs when the caller says so."""
+        """Sends, and fills in `kept`; hooked: the receive half runs when the caller says so."""
         return low_latency.start_dispatch(
             wire,
             request.x,
@@ -123,7 +133,7 @@ class LowLatencyOperations:
                 engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
             self.staged = None
             done = _dispatch(self._control, engine.info, self._exchange, request, schedule, out)
-            done.route = replace(done.route, engine=engine)
+            done.route.engine = engine
             return done
 
     def _allocate(
@@ -191,10 +201,11 @@ def _dispatch(
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
     given = replace(request, x=x, topk_idx=topk_idx)
     underway: list[LowLatencyUnderway] = []
+    kept = KeptFromDispatch()
 
     def send(link: Link) -> None:
         control.enter("send")
-        underway.append(exchange.start_dispatch(wire_over(link), given, schedule.hook))
+        underway.append(exchange.start_dispatch(wire_over(link), given, kept, schedule.hook))
 
     def receive() -> None:
         started = underway.pop()
@@ -229,9 +240,8 @@ def _dispatch(
         num_tokens=x.shape[0],
         tensors=tensors,
     )
-    route = LowLatencyRoute(
-        out.recv_src_info, out.layout_range, request.num_max_tokens, x.shape[1], request.num_experts
-    )
+    sizes = (request.num_max_tokens, x.shape[1], request.num_experts)
+    route = LowLatencyRoute(out.recv_src_info, out.layout_range, *sizes, plan=kept)
     return LowLatencyDispatched(out.recv_x, out.recv_scales, out.recv_count, route, completion, hook)
 
 
