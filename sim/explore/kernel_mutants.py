@@ -20,6 +20,10 @@ COPY_FILE = "kernels/copy/bulk_copy.hpp"
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
+#: Files that take effect where copy engines return a combine's rows.
+COPY_ENGINE_FILES = tuple(
+    f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")
+)
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
@@ -358,10 +362,10 @@ def _function_at(text: str, position: int) -> str:
     return names[-1] if names else "?"
 
 
-#: Flags of a mutant's build: it is compiled once and run for seconds.
+#: Flags of a mutant's build: most fail in their first schedules, so compiling is what costs.
 _FLAGS = (
     "-std=c++20",
-    "-O1",
+    "-O0",
     "-g0",
     "-fPIC",
     "-fvisibility=hidden",

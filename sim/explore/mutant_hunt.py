@@ -13,10 +13,12 @@ from pathlib import Path
 from threading import Event
 
 from deepep import _emulator
+from deepep.sim.emulator.shapes import GPUS
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.exchange_runs import explore_exchanges
 from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
 from deepep.sim.explore.kernel_mutants import (
+    COPY_ENGINE_FILES,
     COPY_FILE,
     EXCHANGE_FILES,
     HARMLESS,
@@ -32,6 +34,8 @@ from deepep.sim.explore.scenarios import RunReport, Scenario
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
 
+#: Launch shapes of _copy_engine_scenario.
+_WITH_COPY_ENGINES = tuple(gpu for gpu in GPUS if gpu.ce_chunks > 0)
 
 LOW_LATENCY_HUNTING_LIMITS = replace(
     LOW_LATENCY_LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128)
@@ -52,6 +56,14 @@ def _scenario(seed: int) -> Scenario:
     if seed % 4 == 3:
         return draw_tall_scenario(seed // 4)
     return draw_scenario(seed, limits=HUNTING_LIMITS)
+
+
+@lru_cache(maxsize=4096)
+def _copy_engine_scenario(seed: int) -> Scenario:
+    """A dispatch, and combines whose rows copy engines return, one after the other into the same staging."""
+    scenario = draw_scenario(seed, limits=HUNTING_LIMITS, num_cases=1)
+    gpu = replace(_WITH_COPY_ENGINES[seed % len(_WITH_COPY_ENGINES)], calls_before=scenario.gpu.calls_before)
+    return replace(scenario, gpu=gpu, use_layout="no", use_barrier=False, short_slots=False, num_combines=3)
 
 
 @dataclass(frozen=True)
@@ -115,12 +127,13 @@ def hunt(
         )
         found = None if calls.failure is None else calls.failure.report
         return Catch(mutant, found, calls.runs, calls.seconds, built - begin)
+    by_copy_engine = mutant.file in COPY_ENGINE_FILES
     tally = explore(
         runs=runs,
         seconds=seconds,
-        schedules_per_scenario=2,
+        schedules_per_scenario=4 if by_copy_engine else 2,
         with_stops=True,
-        scenarios=_scenario,
+        scenarios=_copy_engine_scenario if by_copy_engine else _scenario,
         kernels=kernels,
         progress=progress,
     )
