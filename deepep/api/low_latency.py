@@ -79,8 +79,9 @@ class LowLatencyCalls:
         use_ue8m0: with round_scale: scales come as packed exponents (H % 512 == 0).
         async_finish: return early with an event.
         return_recv_hook: only send now; the hook receives. Not with async_finish.
-        topk_weights: [T, K] float32, those that the combine will be given, if they are known: sent now, the
-            combine need not wait for them. num_sms: SMs that kernels may use, 0 for as many as pay.
+        topk_weights: [T, K] float32, on all ranks or on none: the combine's, which takes no others then.
+            Without them combine's send half, also a hooked one's, lasts until those of the other ranks have
+            begun. The bits are the same. num_sms: SMs that kernels may use, 0 for as many as pay.
         Of forks: use_nvfp4, x_global_scale: refused, there is no NVFP4 here. align_fp8_quantization: the cast
             has the bits of `deepep.formats.fp8_cast` in either case.
 
@@ -152,7 +153,8 @@ class LowLatencyCalls:
     ) -> LowLatencyCombineResult:
         """Bring the experts' rows back and sum them with their weights.
 
-        x: [L, R*M, H] bf16, the rows where dispatch put their inputs. topk_idx, topk_weights: [T, K].
+        x: [L, R*M, H] bf16, the rows where dispatch put their inputs. topk_idx: [T, K], the dispatch's.
+        topk_weights: [T, K] float32; the dispatch's, if it was given some.
         handle: of the dispatch.
         use_logfmt: 10-bit LogFMT on the wire where it qualifies (H % 128 == 0; `docs/low_latency.md`): of the
             rows that ranks return, in bf16 before that. The same on all ranks; not with zero_copy.

@@ -13,7 +13,15 @@ from deepep import _emulator
 from deepep.reference import formats
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.options import Options
-from deepep.sim.emulator.low_latency import LowLatencyGpu
+from deepep.sim.emulator.low_latency import (
+    BOTH,
+    SEND,
+    EmulatedLowLatency,
+    LowLatencyCall,
+    LowLatencyGpu,
+    LowLatencySizes,
+    RowCast,
+)
 from deepep.sim.explore.explorer import draw_schedule
 from deepep.sim.explore.low_latency import LowLatencyScenario, run
 from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
@@ -117,6 +125,39 @@ def test_some_or_all_have_no_token(carries_weights: bool) -> None:
     none = np.zeros((0, 2), dtype=np.int64)
     run_all(scenario_of([none] * 3, 3, carries_weights=carries_weights))
     run_all(scenario_of([none, np.array([[0, 2]]), none], 3, carries_weights=carries_weights))
+
+
+def combine_sent_by(ranks: tuple[int, ...], carries_weights: bool) -> str:
+    """Outcome when these of two ranks launch the send half of a combine, each with rows of both."""
+    gpu = LowLatencyGpu(num_blocks=2)
+    machine = _emulator.Machine(
+        num_ranks=2,
+        copy_engines=False,
+        max_blocks=gpu.num_blocks,
+        max_threads=gpu.num_threads,
+        strategy="random",
+        seed=1,
+        max_steps=10**9,
+    )
+    domain = EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, 2, LowLatencySizes(1, 2, 1, 128))
+    call = LowLatencyCall(torch.tensor([[0], [1]]), torch.ones(2, 1), 2, 1, 128, carries_weights)
+    handles = [domain.new_handle(rank, call) for rank in range(2)]
+    for rank, handle in enumerate(handles):
+        args, _ = domain.dispatch(rank, call, RowCast(), torch.ones(2, 128).bfloat16(), handle)
+        domain.launch_dispatch(rank, args, BOTH)
+    assert machine.run().status == "done"
+    for rank in ranks:
+        args, _ = domain.combine(rank, call, torch.ones(1, 4, 128).bfloat16(), handles[rank])
+        domain.launch_combine(rank, args, SEND)
+    outcome = machine.run()
+    return "done" if outcome.status == "done" else str(outcome.text)
+
+
+def test_a_hooked_combine_sends_alone_if_its_dispatch_carried_the_weights() -> None:
+    """Else its send half waits for the send halves of the other ranks, and for nothing more."""
+    assert combine_sent_by((0,), carries_weights=True) == "done"
+    assert "low_latency_combine_send" in combine_sent_by((0,), carries_weights=False)
+    assert combine_sent_by((0, 1), carries_weights=False) == "done"
 
 
 def test_many_operations_in_a_row() -> None:

@@ -51,11 +51,12 @@ class LowLatencyUnderway(Protocol):
 
 @dataclass(eq=False)
 class KeptFromDispatch:
-    """A dispatch's leavings for combines along it, filled in when it has sent: the plan of its route.
+    """A dispatch's leavings for combines along it, filled in when it sends: the plan of its route.
 
-    by_kernels: what another exchange than this one has made.
+    topk_weights: [T, K] float32, if it was given some. by_kernels: what another exchange has made.
     """
 
+    topk_weights: Tensor | None = None
     by_kernels: Any = None
 
 
@@ -199,12 +200,14 @@ def _dispatch(
 ) -> LowLatencyDispatched:
     """A checked request, issued."""
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
-    given = replace(request, x=x, topk_idx=topk_idx)
+    weights = None if request.topk_weights is None else request.topk_weights.detach()
+    given = replace(request, x=x, topk_idx=topk_idx, topk_weights=weights)
     underway: list[LowLatencyUnderway] = []
     kept = KeptFromDispatch()
 
     def send(link: Link) -> None:
         control.enter("send")
+        kept.topk_weights = None if weights is None else weights.clone()
         underway.append(exchange.start_dispatch(wire_over(link), given, kept, schedule.hook))
 
     def receive() -> None:
@@ -224,9 +227,10 @@ def _dispatch(
         "use_fp8": request.use_fp8,
         "round_scale": request.round_scale,
         "use_ue8m0": request.use_ue8m0,
+        "topk_weights given": weights is not None,
     }
     tensors = (
-        *(x, topk_idx, request.expert_counts, request.wait_nanoseconds),
+        *(x, topk_idx, weights, request.expert_counts, request.wait_nanoseconds),
         *(out.recv_x, out.recv_scales, out.recv_count, out.recv_src_info, out.layout_range),
     )
     completion, hook = _issue(
@@ -266,6 +270,7 @@ def _combine(
     def inspect() -> None:
         checks.check_index_range(topk_idx, route.num_experts)
         check_handle(route)
+        _check_weights(topk_weights, route)
 
     def send(link: Link) -> None:
         check_rows(link, topk_idx, route, info.num_ranks)
@@ -332,6 +337,15 @@ def _issue(
     if schedule.hook:
         return None, control.hook(operation, completion, receive, tensors)
     return control.finish(schedule, completion), None
+
+
+def _check_weights(topk_weights: Tensor, route: LowLatencyRoute) -> None:
+    """They are those that the dispatch was given, if it was given some. Kernels sum with the ones it sent."""
+    kept = route.plan.topk_weights if isinstance(route.plan, KeptFromDispatch) else None
+    if kept is None:
+        return
+    if not torch.equal(kept.view(torch.int32), topk_weights.view(torch.int32)):
+        raise ArgumentError("topk_weights", "others than the dispatch was given", "the same, bit for bit")
 
 
 def _timed(wait: Callable[[], object]) -> int:
