@@ -86,7 +86,7 @@ def decode_step(ctx: RankContext, backend: str, hooked: bool, with_weights: bool
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_low_latency_gives_the_bits_of_the_reference(world_of: Callable[[int], World], hooked: bool) -> None:
-    """Whether weights come with the dispatch or with the combine."""
+    """Weights may come with the dispatch or with the combine."""
     world = world_of(2)
     made = [
         world.run(decode_step, backend, hooked, with_weights)
