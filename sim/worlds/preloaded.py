@@ -1,5 +1,6 @@
 """Modules that the fork server imports once, so that no rank has to: worlds are rebuilt after every fault."""
 
+import gc
 import importlib
 from contextlib import suppress
 
@@ -15,3 +16,7 @@ for _name in (
     # A module that cannot be imported says so to whoever uses it; the fork server must not die of it.
     with suppress(Exception):
         importlib.import_module(_name)
+
+# Collectors of ranks do not look at what is loaded here: each rank would copy nearly all of its memory.
+gc.collect()
+gc.freeze()
