@@ -8,6 +8,7 @@ for _name in (
     "torch.distributed",
     "deepep.api.buffer",
     "deepep.backends.reference.engine",
+    "deepep.sim.emulator.engine",
     "deepep.sim.fuzz.all_to_all_runs",
     "deepep.sim.fuzz.buffer_runs",
     "deepep.sim.faults.judge",

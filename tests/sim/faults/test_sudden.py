@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,16 +14,27 @@ from deepep.sim.faults.sudden import STAGES, Ended, SuddenEnd, demand_kept, draw
 pytestmark = pytest.mark.alone
 
 RANKS, TIMEOUT = 3, 3.0
+AT_ONCE = 4
 
 
 @pytest.mark.slow
 def test_twenty_ends_none_missed() -> None:
+    """Several worlds side by side: most of an end is waiting."""
     drawn = [draw_sudden_end(RandomChoices(seed), RANKS) for seed in range(20)]
     ends = [replace(end, stage=STAGES[number % len(STAGES)]) for number, end in enumerate(drawn)]
     assert {end.effect for end in ends} == {Effect.KILL, Effect.STALL}
-    with World(RANKS, store="tcp") as world:
-        for end in ends:
-            assert len(judge_sudden_end(world, end, TIMEOUT)) == RANKS - 1
+    worlds = [World(RANKS, store="tcp") for _ in range(AT_ONCE)]
+
+    def series(number: int) -> None:
+        for end in ends[number::AT_ONCE]:
+            assert len(judge_sudden_end(worlds[number], end, TIMEOUT)) == RANKS - 1
+
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            assert list(pool.map(series, range(AT_ONCE))) == [None] * AT_ONCE
+    finally:
+        for world in worlds:
+            world.close()
 
 
 def test_what_was_not_promised_is_noticed() -> None:
