@@ -208,29 +208,6 @@ def test_a_handle_taken_apart_and_put_together(
     world_of(2).run(plain_tuples, buffer_of, same_bits, routing)
 
 
-def wait_statistics(ctx: Any, buffer_of: Any, routing: Any) -> None:
-    buffer, num_ranks = buffer_of(ctx), ctx.num_ranks
-    idx = routing(ctx.rank, num_ranks, num_ranks, 1, 4)
-    x, weights = torch.ones(4, 128).bfloat16(), torch.ones(4, 1)
-    waited = [torch.zeros(num_ranks, dtype=torch.int64) for _ in range(2)]
-    received, _, handle, _, _ = buffer.low_latency_dispatch(
-        x, idx, MOST, num_ranks, dispatch_wait_recv_cost_stats=waited[0], use_fp8=False
-    )
-    before = waited[0].clone()
-    buffer.low_latency_combine(received, idx, weights, handle, combine_wait_recv_cost_stats=waited[1])
-    assert torch.equal(waited[0], before)
-    for stats in waited:
-        assert stats[ctx.rank] == 0
-        assert bool((stats >= 0).all())
-        assert int(stats.sum()) > 0
-    buffer.low_latency_dispatch(x, idx, MOST, num_ranks, dispatch_wait_recv_cost_stats=waited[0])
-    assert int(waited[0].sum()) > int(before.sum())
-
-
-def test_wait_statistics_add_up(world_of: Any, buffer_of: Any, routing: Any) -> None:
-    world_of(2).run(wait_statistics, buffer_of, routing)
-
-
 def where_it_rounds(ctx: Any, buffer_of: Any, reduction: str) -> float:
     """The sum of one token's rows: 1 of rank 0, 256 and 1 of rank 1. 257 is a tie: 256 in bf16."""
     buffer = buffer_of(ctx, reduction=reduction) if reduction else buffer_of(ctx)

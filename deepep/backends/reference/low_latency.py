@@ -203,20 +203,29 @@ def _dispatch(
     weights = None if request.topk_weights is None else request.topk_weights.detach()
     given = replace(request, x=x, topk_idx=topk_idx, topk_weights=weights)
     underway: list[LowLatencyUnderway] = []
-    kept = KeptFromDispatch()
+    kept, waits = KeptFromDispatch(), _Waits(request.wait_nanoseconds)
+
+    def inspect() -> None:
+        checks.check_index_range(topk_idx, request.num_experts)
+        if not schedule.hook:
+            waits.begin()
 
     def send(link: Link) -> None:
+        if not schedule.hook:
+            waits.end()
         control.enter("send")
         kept.topk_weights = None if weights is None else weights.clone()
         underway.append(exchange.start_dispatch(wire_over(link), given, kept, schedule.hook))
 
     def receive() -> None:
         started = underway.pop()
-        waited = _timed(started.wait)
+        waits.begin(unless_begun=True)
+        started.wait()
+        waits.end()
         started.finish(out)
         if request.expert_counts is not None:
             request.expert_counts.add_(out.recv_count)
-        _add_waits(request.wait_nanoseconds, waited, started.wire)
+        waits.add_to_all(started.wire)
 
     agreed = {
         "num_max_dispatch_tokens_per_rank": request.num_max_tokens,
@@ -240,7 +249,8 @@ def _dispatch(
         send,
         receive,
         agreed=agreed,
-        inspect=lambda: checks.check_index_range(topk_idx, request.num_experts),
+        inspect=inspect,
+        waits=waits,
         num_tokens=x.shape[0],
         tensors=tensors,
     )
@@ -263,7 +273,7 @@ def _combine(
     if out is None:
         with control.queue.allocating(schedule.allocate_on_comm_stream):
             out = x.new_empty(topk_idx.shape[0], route.hidden)
-    result = out
+    result, waits = out, _Waits(request.wait_nanoseconds)
     underway: list[LowLatencyUnderway] = []
     given = replace(request, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
 
@@ -271,17 +281,23 @@ def _combine(
         checks.check_index_range(topk_idx, route.num_experts)
         check_handle(route)
         _check_weights(topk_weights, route)
+        if not schedule.hook:
+            waits.begin()
 
     def send(link: Link) -> None:
         check_rows(link, topk_idx, route, info.num_ranks)
+        if not schedule.hook:
+            waits.end()
         control.enter("send")
         underway.append(exchange.start_combine(wire_over(link), given, info.options.reduction, schedule.hook))
 
     def receive() -> None:
         started = underway.pop()
-        waited = _timed(started.wait)
+        waits.begin(unless_begun=True)
+        started.wait()
+        waits.end()
         started.finish(result)
-        _add_waits(request.wait_nanoseconds, waited, started.wire)
+        waits.add_to_all(started.wire)
 
     agreed = {
         "num_max_dispatch_tokens_per_rank": route.num_max_tokens,
@@ -299,6 +315,7 @@ def _combine(
         receive,
         agreed=agreed,
         inspect=inspect,
+        waits=waits,
         num_tokens=topk_idx.shape[0],
         tensors=(x, topk_idx, topk_weights, route.source_index, route.ranges, out, request.wait_nanoseconds),
     )
@@ -314,6 +331,7 @@ def _issue(
     *,
     agreed: dict[str, int],
     inspect: Callable[[], None],
+    waits: _Waits,
     num_tokens: int,
     tensors: tuple[Tensor | None, ...],
 ) -> tuple[Completion | None, Hook | None]:
@@ -335,7 +353,13 @@ def _issue(
         tensors=tensors,
     )
     if schedule.hook:
-        return None, control.hook(operation, completion, receive, tensors)
+        received = control.hook(operation, completion, receive, tensors)
+
+        def hook() -> None:
+            waits.begin(unless_begun=True)
+            received()
+
+        return None, hook
     return control.finish(schedule, completion), None
 
 
@@ -348,17 +372,34 @@ def _check_weights(topk_weights: Tensor, route: LowLatencyRoute) -> None:
         raise ArgumentError("topk_weights", "others than the dispatch was given", "the same, bit for bit")
 
 
-def _timed(wait: Callable[[], object]) -> int:
-    """Nanoseconds that the host spent in `wait`."""
-    begun = time.perf_counter_ns()
-    wait()
-    return time.perf_counter_ns() - begun
+class _Waits:
+    """Nanoseconds that this rank waits for the others in one operation: for the late ones, then for rows.
 
+    A hooked call waits from its hook on: what passes before that is no wait. One exchange brings all rows, so
+    every other rank is charged the same. On CUDA the host does not wait.
 
-def _add_waits(stats: Tensor | None, nanoseconds: int, wire: Wire) -> None:
-    """One exchange brings all rows: every other rank is charged the same. On CUDA the host does not wait."""
-    if stats is None or stats.is_cuda:
-        return
-    for member in wire.members:
-        if member != wire.rank:
-            stats[member] += nanoseconds
+    stats: [R] int64 to add them to, or None.
+    """
+
+    def __init__(self, stats: Tensor | None) -> None:
+        self._stats = None if stats is None or stats.is_cuda else stats
+        self._begun: int | None = None
+        self._total = 0
+
+    def begin(self, *, unless_begun: bool = False) -> None:
+        """A wait begins now."""
+        if self._begun is None or not unless_begun:
+            self._begun = time.perf_counter_ns()
+
+    def end(self) -> None:
+        """The wait is over."""
+        assert self._begun is not None
+        self._total += time.perf_counter_ns() - self._begun
+        self._begun = None
+
+    def add_to_all(self, wire: Wire) -> None:
+        """Charges the other ranks that take part."""
+        if self._stats is not None:
+            for member in wire.members:
+                if member != wire.rank:
+                    self._stats[member] += self._total
