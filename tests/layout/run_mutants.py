@@ -6,8 +6,8 @@ Prints one JSON object a line: first {"name": "(none)"} for the core as it is, w
 each defect: what caught it ("caught_by", null if nothing did), the seconds and cases that took, the message.
 
 A defect replaces text in a copy of one header, and what includes the header is compiled again; Python's
-binding is not part of that and is compiled once. Each build runs in a forked child: a defect may well write
-where it must not.
+binding is not part of that and is compiled once, as are the standard headers. Each build runs in a forked
+child: a defect may well write where it must not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from deepep.sim.rules.layout import PROPERTIES, Laid
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]
+STANDARD = re.compile(r"^#include <(\w+)>", re.MULTILINE)
 SECONDS = 20.0  # a defect that is still running then, hangs
 SMALL = Limits(masks=False)
 WIDE = Limits(ranks=(33, 40), max_local_experts=2, max_topk=10, max_tokens=3, masks=False)
@@ -62,15 +64,25 @@ class Builds:
         self.compiler = os.environ.get("CXX", "g++")
         self.sources = {source.stem: source for source in (CSRC / "layout" / "rules").glob("*.cpp")}
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        self.standard = self.precompile()
         jobs = {
             "bindings": (CSRC / "bindings/core.cpp", includes),
-            **{n: (s, []) for n, s in self.sources.items()},
+            **{n: (s, self.standard) for n, s in self.sources.items()},
         }
         with ThreadPoolExecutor(2) as pool:
             objects = pool.map(lambda job: self.compile(self.folder / job[0], *job[1]), jobs.items())
             self.objects = dict(zip(jobs, objects, strict=True))
         scan = ["-std=c++20", f"-I{CSRC}", "-MM"]
         self.includes = {name: self.run(*scan, str(source)) for name, source in self.sources.items()}
+
+    def precompile(self) -> list[str]:
+        """Compiles the standard headers that the sources and csrc/layout include; the options to use them."""
+        files = [*self.sources.values(), *(CSRC / "layout").rglob("*.hpp")]
+        names = {name for file in files for name in STANDARD.findall(file.read_text())}
+        header = self.folder / "standard.hpp"
+        header.write_text("".join(f"#include <{name}>\n" for name in sorted(names)))
+        self.run(*FLAGS, "-x", "c++-header", str(header), "-o", f"{header}.gch")
+        return ["-include", str(header)]
 
     def compile(self, target: Path, source: Path, includes: list[str]) -> Path:
         out = target.with_suffix(".o")
@@ -95,7 +107,7 @@ class Builds:
         (folder / "layout" / mutation.header).write_text(text.replace(mutation.old, mutation.new))
         objects = dict(self.objects)
         for name in self.users_of(mutation.header):  # the copy comes first on the include path
-            objects[name] = self.compile(folder / name, self.sources[name], [f"-I{folder}"])
+            objects[name] = self.compile(folder / name, self.sources[name], [*self.standard, f"-I{folder}"])
         return self.link(folder, objects)
 
     def link(self, folder: Path, objects: dict[str, Path]) -> Path:
