@@ -89,7 +89,7 @@ check-types: | $(QUICK)
 	ln -s $(CURDIR)/deepep/* build/types/deepep/
 	ln -s $(CURDIR)/reference build/types/deepep/reference
 	ln -s $(CURDIR)/sim build/types/deepep/sim
-	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p deepep
+	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p deepep
 
 # Several tests at a time; those that measure how long ranks wait for each other, with nothing beside them.
 TEST_JOBS ?= 2
