@@ -46,6 +46,7 @@ def weight(case: Case) -> tuple[int, ...]:
     used = sum(int((indices >= 0).sum()) for indices in case.topk_idx)
     plain = case.options.to_json()
     return (
+        case.parent is not None,
         case.num_ranks,
         sum(case.num_tokens),
         case.num_topk,
@@ -60,6 +61,12 @@ def weight(case: Case) -> tuple[int, ...]:
 
 
 def _candidates(case: Case) -> Iterator[Case]:
+    if case.parent is not None:
+        yield replace(case, parent=None)
+        # Its tensors are cut from the other case's, so it keeps their shapes and dtypes.
+        yield from _fewer_entries(case)
+        yield from _lower_entries(case)
+        return
     yield from _fewer_ranks(case)
     yield from _fewer_tokens(case)
     yield from _fewer_choices(case)
@@ -104,13 +111,18 @@ def _without_tokens(case: Case, rank: int, start: int, stop: int) -> Case:
 
 
 def _fewer_choices(case: Case) -> Iterator[Case]:
-    """Without gaps; without one of the K columns; without the choices of one token, or one choice."""
+    """Without gaps; without one of the K columns; without choices."""
     widest = max((int((row >= 0).sum()) for indices in case.topk_idx for row in indices), default=0)
     if max(widest, 1) < case.num_topk:
         yield replace(case, topk_idx=tuple(_packed(i, max(widest, 1)) for i in case.topk_idx))
     if case.num_topk > 1:
         for column in reversed(range(case.num_topk)):
             yield replace(case, topk_idx=tuple(np.delete(i, column, axis=1) for i in case.topk_idx))
+    yield from _fewer_entries(case)
+
+
+def _fewer_entries(case: Case) -> Iterator[Case]:
+    """Without the choices of one token, or one choice."""
     for rank, indices in enumerate(case.topk_idx):
         for token in range(len(indices)):
             if (indices[token] >= 0).sum() > 1:

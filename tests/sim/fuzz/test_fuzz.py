@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from deepep.sim.cases.case import Case, Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.cases.files import CaseError
 from deepep.sim.cases.options import SPACE, Options
+from deepep.sim.cases.values import inputs
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.drawing import as_text, expected_origins, received_origins, save_picture
 from deepep.sim.fuzz.fuzzer import DIFFERS, Finding, Fuzzer
@@ -21,7 +23,7 @@ from deepep.sim.fuzz.stored import StoredExample
 from deepep.sim.rules.checking import Property, Violation, always
 from deepep.sim.rules.observed import first_difference
 from deepep.sim.rules.oracle import observe
-from deepep.sim.rules.properties import PROPERTIES, check
+from deepep.sim.rules.properties import PROPERTIES, RELATIONS, check
 
 SEED = 20
 EXAMPLES = 160
@@ -186,6 +188,58 @@ def test_a_failure_that_needs_the_examples_before_it_keeps_them():
     assert again is not None
     assert len(again.cases) == 3
     subject.close()
+
+
+def fails_on_derived_examples(ctx, case):
+    """As a backend that ends in the second of two examples."""
+    from deepep.sim.fuzz.all_to_all_runs import run_all_to_all
+
+    if case.parent is not None and ctx.rank == 0:
+        raise KeyError("derived")
+    return run_all_to_all(ctx, case)
+
+
+def test_a_failure_of_a_derived_example_is_shrunk_saved_and_replayed(tmp_path):
+    subject = subjects.InWorld("touchy", fails_on_derived_examples)
+    finding = hunt(subject)
+    assert finding is not None
+    assert finding.rule == "KeyError"
+    assert len(finding.cases) == 1
+    assert finding.case.parent is not None
+    assert sum(int((indices >= 0).sum()) for indices in finding.case.topk_idx) == 0
+    StoredExample.of(finding).save(tmp_path / "failure.json")
+    stored = StoredExample.load(tmp_path / "failure.json")
+    again = Fuzzer([subject]).replay(stored.cases, stored.rule)
+    subject.close()
+    assert again is not None
+    assert again.rule == finding.rule
+
+
+def test_a_derived_example_that_fails_by_itself_is_shrunk_like_any_other():
+    def has_tokens(case):
+        return sum(case.num_tokens) > 0
+
+    case = draw_case(RandomChoices(2), Limits(ranks=(2,), max_tokens=4))
+    for relation in RELATIONS:
+        if relation.applies(case):
+            for derived in relation.derive(case):
+                if sum(derived.num_tokens):
+                    smallest = shrink(derived, has_tokens, seconds=600)
+                    assert (smallest.parent, smallest.num_ranks, sum(smallest.num_tokens)) == (None, 1, 1)
+
+
+def test_what_is_simpler_than_a_derived_example_has_inputs():
+    for seed in range(12):
+        case = draw_case(RandomChoices(seed), Limits(max_tokens=4, max_topk=3))
+        for relation in RELATIONS:
+            for derived in relation.derive(case) if relation.applies(case) else ():
+                for candidate in islice(simpler(derived), 40):
+                    for rank in range(candidate.num_ranks):
+                        given = inputs(candidate, rank)
+                        assert given.x.shape == (candidate.num_tokens[rank], candidate.hidden)
+                        shape = candidate.topk_idx[rank].shape
+                        assert given.topk_idx.shape == given.topk_weights.shape == shape
+                        assert len(given.biases) == candidate.options.biases
 
 
 def test_a_hang_is_a_finding():
