@@ -111,8 +111,9 @@ class PeerTimeoutError(DeepEPError, TimeoutError):
 
     Nothing of the interrupted operation's outputs may be used. The buffer works on once the ranks in
     `record.waited_on` are masked (`low_latency_update_mask_buffer`), or all of them have come back: each has
-    learnt by a call of its own that it was late. Also raised, at once, when a rank raises something of its
-    own; `reason` says what.
+    learnt by a call of its own that it was late. With `enable_shrink` a rank that the others have masked in
+    low latency raises it, until it is taken in again. Also raised, at once, when a rank raises something of
+    its own; `reason` says what.
     """
 
     def __init__(self, record: FaultRecord, reason: str = "") -> None:

@@ -54,7 +54,10 @@ class Buffer(LowLatencyCalls):
         the backend's own affair, so these only size what `get_local_buffer_tensor` gives, and num_rdma_bytes
         the low-latency buffer of backends that have one.
     low_latency_mode: low-latency operations will be used.
-    enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode.
+    enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode; and a low-latency
+        dispatch or combine on the CPU masks those that die or time out by itself, on all ranks that are
+        left, and returns without their rows (`low_latency_query_mask_buffer` says so). It costs such a call a
+        second exchange of words.
 
     backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
     device: where tensors lie: "cpu", or "cuda" for this rank's current device. None: DEEPEP_DEVICE, else CUDA

@@ -41,7 +41,7 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
         options = replace(options, device=where)
         session = Session.of(options.group, where)
         about = {"backend": chosen.name, "device": where.type}
-        control = ControlPlane(session, membership, about)
+        control = ControlPlane(session, membership, about, options.masks)
         try:
             return chosen.create(options, control)
         except BaseException:

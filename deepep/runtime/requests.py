@@ -36,11 +36,16 @@ class Operation(IntEnum):
     LOW_LATENCY_COMBINE = 4
     BARRIER = 5
     DESTROY = 6
+    ACKNOWLEDGE = 7
 
     @property
     def label(self) -> str:
         """The name that users see in errors and fault records."""
         return self.name.lower()
+
+
+LOW_LATENCY = frozenset({Operation.LOW_LATENCY_DISPATCH, Operation.LOW_LATENCY_COMBINE})
+"""The operations that go on without a rank that is missing (`EngineOptions.masks`)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs examples through Buffer while a fault befalls one rank, and judges whether the promises were kept.
 
 The promises: nobody hangs. A rank that dies or stalls is named, on all others, by a PeerTimeoutError within
-the deadline; once it is masked the others carry on with right results. Ranks that pass different arguments
+the deadline; once it is masked the others carry on with right results. In low latency it is masked by the
+library, and no call fails. Ranks that pass different arguments
 all get the same kind of error, and the buffer works on. Ranks whose calls do not match all get an error. A
 delay below the deadline changes nothing.
 """
@@ -38,6 +39,7 @@ class Tale:
         waited_on: the ranks that a PeerTimeoutError names.
         blamed: the rank that an ArgumentError names.
         seconds: from the call to the error.
+        masked: the ranks masked in the end, by the library or because a PeerTimeoutError names them.
         after: view of an example that was run afterwards, if there was one.
     """
 
@@ -47,13 +49,14 @@ class Tale:
     waited_on: tuple[int, ...] = ()
     blamed: int | None = None
     seconds: float = 0.0
+    masked: tuple[int, ...] = ()
     after: RankView | None = None
 
 
 def run_with_fault(ctx: RankContext, cases: Sequence[Case], fault: Fault, timeout: float) -> Tale:
     """One rank's part: the examples on a fresh buffer, until an error; then one more example, if that can be.
 
-    After a PeerTimeoutError the ranks it names are masked first.
+    After a PeerTimeoutError the ranks it names are masked first; the last example is without those masked.
     """
     from deepep import Buffer
     from deepep.errors import ArgumentError, PeerTimeoutError
@@ -75,11 +78,13 @@ def run_with_fault(ctx: RankContext, cases: Sequence[Case], fault: Fault, timeou
             if tale.waited_on and ctx.rank not in tale.waited_on:
                 for rank in tale.waited_on:
                     buffer.low_latency_update_mask_buffer(rank, True)
-                tale.after = run_on_buffer(_without(cases[-1], tale.waited_on), buffer)
         else:
             tale.blamed = error.rank
             if fault.effect is Effect.CHANGE:
                 tale.after = run_on_buffer(cases[-1], buffer)
+    tale.masked = buffer.info.masked_ranks
+    if tale.masked:
+        tale.after = run_on_buffer(_without(cases[-1], tale.masked), buffer)
     return tale
 
 
@@ -123,7 +128,9 @@ def judge_fault(world: World, cases: Sequence[Case], fault: Fault, timeout: floa
     )
     try:
         tales = _tales(outcomes, fault, gone)
-        if gone:
+        if gone and cases[0].options.mode == "ll":
+            _others_go_on(tales, cases, fault)
+        elif gone:
             _others_name_the_missing(tales, cases, fault, timeout)
         elif fault.effect is Effect.DELAY:
             _nothing_happened(tales, cases)
@@ -160,10 +167,36 @@ def _others_name_the_missing(
             raise Violation(f"rank {rank}: got {tale.error or 'no error'}: {tale.message}", rank)
         if tale.seconds > timeout + GRACE:
             raise Violation(f"rank {rank}: the error took {tale.seconds:.1f} s, not {timeout}", rank)
+    _goes_on_without(tales, cases, fault)
+    _finished_are_right(tales, cases)
+
+
+def _goes_on_without(tales: dict[int, Tale], cases: Sequence[Case], fault: Fault) -> None:
     after = _without(cases[-1], (fault.rank,))
     views = [tales[r].after or RankView() if r in tales else RankView() for r in range(after.num_ranks)]
     _same(after, views, "after masking the missing rank")
-    _finished_are_right(tales, cases)
+
+
+def _others_go_on(tales: dict[int, Tale], cases: Sequence[Case], fault: Fault) -> None:
+    """Examples are complete up to the one that the fault struck, which is so or without the rank from its
+    dispatch or its combine on; those after it are without it.
+    """
+    if fault.rank in tales:
+        raise Violation("the fault did not strike", fault.rank)
+    for rank, tale in tales.items():
+        if tale.error or tale.masked != (fault.rank,):
+            raise Violation(f"rank {rank}: masked {tale.masked}; {tale.error}: {tale.message}", rank)
+    struck = fault.call // 2
+    for position, case in enumerate(cases):
+        without = _without(case, (fault.rank,))
+        allowed = [without] if position > struck else [case]
+        if position == struck:
+            allowed += [without.with_options(mask_at="combine"), without]
+        views = [tales[r].views[position] if r in tales else RankView() for r in range(case.num_ranks)]
+        differences = [first_difference(oracle.observe(one), views) for one in allowed]
+        if all(differences):
+            raise Violation(f"example {position}: {differences}", fault.rank)
+    _goes_on_without(tales, cases, fault)
 
 
 def _nothing_happened(tales: dict[int, Tale], cases: Sequence[Case]) -> None:
@@ -187,7 +220,7 @@ def _all_refuse_alike(tales: dict[int, Tale], cases: Sequence[Case], fault: Faul
 
 def _all_notice(tales: dict[int, Tale], timeout: float) -> None:
     """Calls that do not match end in errors; who had made its last call before that is exempt."""
-    if not any(tale.error for tale in tales.values()):
+    if not any(tale.error or tale.masked for tale in tales.values()):
         raise Violation("nobody noticed that the calls do not match")
     for rank, tale in tales.items():
         if tale.seconds > timeout + GRACE:

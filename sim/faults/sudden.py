@@ -2,7 +2,8 @@
 
 A life is construction, a dispatch with its combine, the same in low latency, a reconnection, and destruction;
 lives follow each other until a rank raises. What is promised: every other rank raises PeerTimeoutError that
-names the lost one and nobody else, within the time-out, and works on once it is masked.
+names the lost one and nobody else, within the time-out, and works on once it is masked; in low latency the
+library masks it, and nothing is raised.
 
 The world's store has to be "tcp": a rank that is frozen while it holds the lock of a store in a file stops
 all others, whatever they do.
@@ -45,7 +46,8 @@ class SuddenEnd:
 @dataclass(frozen=True)
 class Ended:
     """A survivor's account: the stage that raised, what, whom it names, after how many seconds; and whether
-    it worked on. works: None where there was no buffer to work on with.
+    it worked on. error: "" if the stage did not raise, and `waited_on` was masked in it. works: None where
+    there was no buffer to work on with.
     """
 
     stage: str
@@ -135,6 +137,10 @@ def live_until(ctx: RankContext, end: SuddenEnd, timeout: float) -> Ended:
                 if life.buffer is not None and named == (end.rank,):
                     works = life.works_without(named)
                 return Ended(stage, type(error).__name__, str(error), named, seconds, works)
+            masked = () if life.buffer is None else life.buffer.info.masked_ranks
+            if masked:
+                seconds = time.monotonic() - begun
+                return Ended(stage, "", "", masked, seconds, life.works_without(masked))
         lives += 1
 
 
@@ -167,7 +173,8 @@ def judge_sudden_end(world: World, end: SuddenEnd, timeout: float) -> list[Ended
 
 def demand_kept(end: SuddenEnd, rank: int, ended: Ended, timeout: float) -> None:
     """Raises Violation unless a survivor's account is as promised."""
-    if ended.error != "PeerTimeoutError" or ended.waited_on != (end.rank,) or ended.works is False:
+    is_kept = ended.error == "PeerTimeoutError" or (not ended.error and ended.stage == "low latency")
+    if not is_kept or ended.waited_on != (end.rank,) or ended.works is False:
         raise Violation(f"{end}: rank {rank}: {ended}", rank)
     if ended.seconds > timeout + GRACE:
         raise Violation(f"{end}: rank {rank}: the error took {ended.seconds:.1f} s", rank)

@@ -201,6 +201,9 @@ def _dispatch(
     """A checked request, issued."""
     x, topk_idx = request.x.detach(), request.topk_idx.detach()
     weights = None if request.topk_weights is None else request.topk_weights.detach()
+    if _may_be_repeated(info, schedule):
+        x, topk_idx = x.clone(), topk_idx.clone()
+        weights = None if weights is None else weights.clone()
     given = replace(request, x=x, topk_idx=topk_idx, topk_weights=weights)
     underway: list[LowLatencyUnderway] = []
     kept, waits = KeptFromDispatch(), _Waits(request.wait_nanoseconds)
@@ -223,6 +226,7 @@ def _dispatch(
         started.wait()
         waits.end()
         started.finish(out)
+        control.acknowledge()
         if request.expert_counts is not None:
             request.expert_counts.add_(out.recv_count)
         waits.add_to_all(started.wire)
@@ -275,6 +279,8 @@ def _combine(
             out = x.new_empty(topk_idx.shape[0], route.hidden)
     result, waits = out, _Waits(request.wait_nanoseconds)
     underway: list[LowLatencyUnderway] = []
+    if _may_be_repeated(info, schedule):
+        x, topk_idx, topk_weights = x.clone(), topk_idx.clone(), topk_weights.clone()
     given = replace(request, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
 
     def inspect() -> None:
@@ -297,6 +303,7 @@ def _combine(
         started.wait()
         waits.end()
         started.finish(result)
+        control.acknowledge()
         waits.add_to_all(started.wire)
 
     agreed = {
@@ -320,6 +327,11 @@ def _combine(
         tensors=(x, topk_idx, topk_weights, route.source_index, route.ranges, out, request.wait_nanoseconds),
     )
     return LowLatencyCombined(result, completion, hook)
+
+
+def _may_be_repeated(info: EngineInfo, schedule: Schedule) -> bool:
+    """True if a hook may have to send again, when the caller has long had its inputs back."""
+    return schedule.hook and info.options.masks
 
 
 def _issue(
@@ -392,10 +404,10 @@ class _Waits:
             self._begun = time.perf_counter_ns()
 
     def end(self) -> None:
-        """The wait is over."""
-        assert self._begun is not None
-        self._total += time.perf_counter_ns() - self._begun
-        self._begun = None
+        """The wait is over, if there was one: an operation that is made again has not begun another."""
+        if self._begun is not None:
+            self._total += time.perf_counter_ns() - self._begun
+            self._begun = None
 
     def add_to_all(self, wire: Wire) -> None:
         """Charges the other ranks that take part."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
+from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError, PeerTimeoutError
 from deepep.runtime.ambient import job_modes
 from deepep.runtime.completion import Completion
 from deepep.runtime.control import agreement, processes
@@ -22,13 +22,13 @@ from deepep.runtime.control.agreement import NO_LIMIT, Header
 from deepep.runtime.control.comm_queue import CommQueue, StreamQueue, ThreadQueue
 from deepep.runtime.control.meeting import StoreError
 from deepep.runtime.control.membership import Membership, Progress
+from deepep.runtime.control.shrinking import ACKNOWLEDGE, Course
 from deepep.runtime.control.transport import Link, LinkError
 from deepep.runtime.engine import Observer
-from deepep.runtime.requests import Hook, Operation, Schedule
+from deepep.runtime.requests import LOW_LATENCY, Hook, Operation, Schedule
 from deepep.runtime.session import Session
 
 LAST_MOMENT = 0.5  # seconds that an abandoned operation has for reaching its peers
-
 
 _Lock: Any = type(threading.RLock())
 
@@ -60,11 +60,24 @@ class Issuing(_Lock):
         self._at_fork_reinit()
 
 
+class _Repeated(Exception):
+    """The operation is made again. Internal."""
+
+
 class ControlPlane:
     """One per engine. Calls may come from several threads; each operation is issued as a whole."""
 
-    def __init__(self, session: Session, membership: Membership, about: Mapping[str, int | str]) -> None:
-        """about: what is being constructed; part of what the ranks have to state alike."""
+    def __init__(
+        self,
+        session: Session,
+        membership: Membership,
+        about: Mapping[str, int | str],
+        masks: bool = False,
+    ) -> None:
+        """about: what is being constructed; part of what the ranks have to state alike.
+
+        masks: low-latency operations on the host go on without ranks that are missing.
+        """
         self.session, self.membership, self._about = session, membership, about
         membership.device_type = session.device.type
         self.rank, self.num_ranks, self.timeout = session.rank, session.num_ranks, membership.timeout
@@ -73,7 +86,9 @@ class ControlPlane:
             self.queue = StreamQueue(session.stream)
         else:
             self.queue = ThreadQueue(f"deepep-rank-{self.rank}", processes.weak_method(self.interrupt))
-        self._masked: frozenset[int] = frozenset()
+        self._shrinks = masks and session.stream is None
+        self._again: Callable[[], None] | None = None
+        self._owes_word = False
         self.observer: Observer | None = None
         self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
@@ -127,8 +142,15 @@ class ControlPlane:
 
         def job() -> None:
             problem = self._inspect(schedule, inspect)
-            limits = self._control(operation, problem, agreed, num_tokens, limit)
-            body(self.membership.payload(), limits)
+            self._owes_word = self._shrinks
+
+            def attempt() -> None:
+                limits = self._control(operation, problem, agreed, num_tokens, limit)
+                body(self.membership.payload(), limits)
+
+            self._attempt(operation, attempt, attempt)
+            if schedule.hook and self._shrinks:
+                self._again = attempt
 
         return self.queue.submit(self._guarded(job), tensors)
 
@@ -142,11 +164,23 @@ class ControlPlane:
         """Issues a further part of the operation issued last, without a control exchange."""
         self.check_alive()
 
+        def attempt() -> None:
+            self.enter(phase)
+            body(self.membership.payload())
+
         def job() -> None:
             self.queue.wait_for(None, schedule.allocate_on_comm_stream)
             self.progress.restart()
-            self.enter(phase)
-            body(self.membership.payload())
+            begin, self._again = self._again, None
+            if begin is None:
+                attempt()
+                return
+
+            def again() -> None:
+                begin()
+                attempt()
+
+            self._attempt(None, attempt, again)
 
         return self.queue.submit(self._guarded(job), tensors)
 
@@ -172,8 +206,14 @@ class ControlPlane:
         self.check_alive()
         problem = problem.at(self.rank)
 
-        def job() -> None:
+        def attempt() -> None:
             self._control(operation, problem, {}, 0, NO_LIMIT)
+
+        def job() -> None:
+            try:
+                self._attempt(operation, attempt, attempt)
+            finally:
+                self._owes_word = False  # the others had this in its place
 
         completion = self.queue.submit(self._guarded(job))
         if not (schedule.asynchronous or schedule.hook):
@@ -197,13 +237,12 @@ class ControlPlane:
         """Leaves a rank out from the next operation on, or takes it in again."""
         change = self.membership.mask if masked else self.membership.unmask
         with self.issuing:
-            self._masked = self._masked | {rank} if masked else self._masked - {rank}
             self.locally(lambda: change(rank), Schedule()).host_wait()
 
     @property
     def masked(self) -> frozenset[int]:
         """The ranks that are left out."""
-        return self._masked
+        return self.membership.masked
 
     def finish(self, schedule: Schedule, completion: Completion) -> Completion | None:
         """Waits for a synchronous operation; gives back the completion of an asynchronous one."""
@@ -333,6 +372,47 @@ class ControlPlane:
         self.issuing.renew()
 
     # inside the queue
+
+    def acknowledge(self) -> None:
+        """In the body of a low-latency operation, once this rank has its rows: waits until every rank has.
+
+        So no rank is more than one operation behind when a fault is settled. Without masks it does nothing.
+        """
+        if not self._owes_word:
+            return
+        self.enter(ACKNOWLEDGE)
+        try:
+            header = Header(Operation.ACKNOWLEDGE, self.progress.sequence)
+            agreement.exchange(self.membership.payload(), header, None)
+        except ArgumentError:
+            self.progress.sequence += 1  # a rank has refused its next operation, and not called its hook
+            raise
+        except LinkError as error:
+            if self.membership.rejoin():  # one that has changed the members since has passed here
+                return
+            if self.membership.shrink(self.membership.fault(error)) is not Course.GO_ON:
+                raise _Repeated from None
+
+    def _attempt(
+        self, operation: Operation | None, first: Callable[[], object], again: Callable[[], object]
+    ) -> None:
+        """Runs `first`, and after a fault `again` as long as the survivors go on; `operation` None: they do
+        if there are masks, as in low latency.
+        """
+        attempt = first
+        while True:
+            try:
+                attempt()
+                return
+            except _Repeated:
+                pass
+            except (LinkError, PeerTimeoutError) as error:
+                if not self._shrinks or (operation is not None and operation not in LOW_LATENCY):
+                    raise
+                fault = self.membership.fault(error) if isinstance(error, LinkError) else error
+                if self.membership.shrink(fault) is Course.GO_ON:
+                    return
+            attempt = again
 
     def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:

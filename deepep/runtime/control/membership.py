@@ -36,7 +36,11 @@ from deepep.runtime.control.meeting import (
     clear,
     join,
 )
+from deepep.runtime.control.shrinking import Course, course
 from deepep.runtime.control.transport import Link, LinkError, hang_up, private_group
+
+LEFT_OUT = "masked by the other ranks, until all call low_latency_clean_mask_buffer"
+"""The reason that a rank is given whom the others go on without."""
 
 
 @dataclass
@@ -88,6 +92,9 @@ class Membership:
         self._payload: Link | None = None
         self._fault: FaultRecord | None = None
         self._fault_meeting: Meeting | None = None
+        self._verdict: Verdict | None = None
+        self._is_left_out = False
+        self._returns = False
         self.progress = Progress(started=time.monotonic())
 
     # members
@@ -115,6 +122,8 @@ class Membership:
         """
         if rank in self._masked or (self._fault is not None and rank in self._fault.waited_on):
             self._fault = self._fault_meeting = None
+        if rank == self.rank:
+            self._is_left_out = False
         if rank in self._masked:
             self._masked -= {rank}
             self.leave_link()
@@ -137,6 +146,7 @@ class Membership:
 
     def begin(self, operation: str) -> None:
         """An operation begins: its deadline counts from here."""
+        self._verdict = None
         self.progress.operation = operation
         self.progress.restart()
 
@@ -248,13 +258,14 @@ class Membership:
     def _connect(self) -> None:
         members = self.members
         self._forgive()
-        self.progress.phase = "connect"
+        self.progress.phase, self.progress.sequence = "connect", 0
         people = self._people()
         try:
             self._store.set(f"members/{self.rank}", people)
             meeting = self._join_next()
             try:
-                meeting.exchange("arrived", "", self._deadline, "they did not come to connect")
+                reason = "they did not come to connect"
+                meeting.exchange("arrived", self.progress.operation, self._deadline, reason)
             except MeetingFailed as failed:
                 self._check_same_members(failed.verdict.missing, people)
                 raise
@@ -273,7 +284,7 @@ class Membership:
             raise self._adopt(failed.verdict) from None
         except StoreError as error:
             raise self.store_lost(error) from None
-        self.progress.sequence = 0
+        self._returns = False
         for past in [past for past in self._past if set(past.members) <= set(members)]:
             past.remove()  # whoever came here needs nothing of what was before
             self._past.remove(past)
@@ -285,6 +296,11 @@ class Membership:
         """
         if self._fault is None:
             return
+        if self._is_left_out:
+            with self._failing():
+                self._is_left_out = not self._is_awaited()
+            if self._is_left_out:
+                raise PeerTimeoutError(self._fault, f"{LEFT_OUT}, since then")
         named = set(self._fault.waited_on) & set(self.members)
         meeting = self._fault_meeting
         with self._failing():
@@ -333,6 +349,7 @@ class Membership:
             is_blamed = verdict is not None and self.rank in verdict.missing
             again = self._is_left(meeting) or (is_blamed and self._is_awaited())
         if again:
+            self._returns = True
             self.disconnect()
         return again
 
@@ -374,9 +391,10 @@ class Membership:
     def _settle(self, reason: str) -> Verdict:
         meeting, progress = self._meeting, self.progress
         assert meeting is not None
-        report = {"at": [progress.sequence, progress.operation, progress.phase], "seconds": progress.seconds}
-        meeting.report(report)
         connects = progress.phase == "connect"  # then all members are there
+        number = progress.sequence + connects
+        report = {"at": [number, progress.operation, progress.phase], "seconds": progress.seconds}
+        meeting.report(report)
         deadline = max(0.0 if connects else self._deadline, time.monotonic()) + self.grace
         try:
             seen = meeting.collect("report", self.members, deadline)
@@ -413,8 +431,32 @@ class Membership:
             with contextlib.suppress(StoreError):
                 meeting.report()
         error = self._blame(verdict)
-        self._fault, self._fault_meeting = error.record, meeting
+        self._fault, self._fault_meeting, self._verdict = error.record, meeting, verdict
         return error
+
+    def shrink(self, fault: PeerTimeoutError) -> Course:
+        """After `fault` in low latency: masks the missing ranks, if the survivors go on without them.
+
+        Raises it, or the error of a rank that the others go on without. That rank masks nobody, nor does one
+        that finds its way back to others who have changed the members, before it has a link again.
+        """
+        meeting, verdict = self._fault_meeting, self._verdict
+        self._verdict = None
+        if meeting is None or verdict is None or self._returns:
+            raise fault
+        try:
+            taken = course(meeting, verdict, self.members)
+        except StoreError as error:
+            raise self.store_lost(error) from None
+        if taken is Course.RAISE:
+            raise fault
+        if taken is Course.LEFT_OUT:
+            self._is_left_out = self._returns = True
+            raise PeerTimeoutError(fault.record, f"{verdict.reason}; {LEFT_OUT}")
+        if verdict.seen < len(self.members):
+            self._masked |= set(verdict.missing)
+        self._fault = self._fault_meeting = None
+        return taken
 
     def _blame(self, verdict: Verdict) -> PeerTimeoutError:
         return self.blame(verdict.missing, verdict.seen, verdict.reason)

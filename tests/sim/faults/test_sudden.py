@@ -42,7 +42,11 @@ def test_what_was_not_promised_is_noticed() -> None:
     good = Ended("dispatch", "PeerTimeoutError", "", (1,), 1.0, True)
     demand_kept(end, 0, good, TIMEOUT)
     demand_kept(end, 0, replace(good, works=None), TIMEOUT)
+    masked = Ended("low latency", "", "", (1,), 1.0, True)
+    demand_kept(end, 0, masked, TIMEOUT)
     for wrong in (
+        replace(masked, stage="dispatch"),
+        replace(masked, works=False),
         replace(good, waited_on=(2,)),
         replace(good, waited_on=(1, 2)),
         replace(good, error="MismatchError"),
