@@ -31,7 +31,7 @@ from deepep.config import (
     dispatch_config,
     low_latency_size_hint,
 )
-from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
+from deepep.errors import ArgumentTypeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
@@ -320,8 +320,8 @@ class Buffer(LowLatencyCalls):
             self._check_alive()
         try:
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
-        except ArgumentError as problem:
-            self._engine.refuse(Operation.DISPATCH, problem, Schedule(asynchronous=True))
+        except BaseException as error:
+            self._refuse(Operation.DISPATCH, error, Schedule(asynchronous=True))
         made, completion = self._engine.layout(topk_idx, num_experts, schedule)
         return DispatchLayoutResult(
             made.num_tokens_per_rank,
@@ -398,8 +398,8 @@ class Buffer(LowLatencyCalls):
                 num_worst_tokens=num_worst_tokens,
                 num_sms=Buffer.num_sms if config is None else arguments.num_sms_of(config),
             )
-        except ArgumentError as problem:
-            self._engine.refuse(Operation.DISPATCH, problem, arguments.refusal(async_finish))
+        except BaseException as error:
+            self._refuse(Operation.DISPATCH, error, arguments.refusal(async_finish))
         done = self._engine.dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
@@ -440,8 +440,8 @@ class Buffer(LowLatencyCalls):
             schedule = arguments.schedule(previous_event, async_finish, allocate_on_comm_stream)
             sms = Buffer.num_sms if config is None else arguments.num_sms_of(config)
             request = arguments.combine_request(x, handle, topk_weights, bias, sms, self._engine)
-        except ArgumentError as problem:
-            self._engine.refuse(Operation.COMBINE, problem, arguments.refusal(async_finish))
+        except BaseException as error:
+            self._refuse(Operation.COMBINE, error, arguments.refusal(async_finish))
         done = self._engine.combine(request, schedule)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         return CombineResult(done.x, done.topk_weights, event)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from deepep.api import arguments
@@ -9,7 +11,15 @@ from deepep.api.arguments import AT_ONCE
 from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
 from deepep.api.rebuilt import keep
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
-from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, DeviceError, ModeError, RangeError
+from deepep.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeepEPError,
+    DestroyedError,
+    DeviceError,
+    ModeError,
+    RangeError,
+)
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
@@ -44,8 +54,8 @@ class LowLatencyCalls:
                 "hidden": check_int("hidden", hidden, 1, MOST),
                 "num_experts": check_int("num_experts", num_experts, 1, MOST),
             }
-        except ArgumentError as problem:
-            self._engine.refuse(Operation.BARRIER, problem, AT_ONCE)
+        except BaseException as error:
+            self._refuse(Operation.BARRIER, error, AT_ONCE)
         self._engine.barrier(AT_ONCE, sizes)
 
     def low_latency_dispatch(
@@ -115,9 +125,9 @@ class LowLatencyCalls:
                 topk_weights=topk_weights,
                 num_sms=num_sms,
             )
-        except ArgumentError as problem:
+        except BaseException as error:
             early = arguments.refusal(async_finish, return_recv_hook)
-            self._engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, early)
+            self._refuse(Operation.LOW_LATENCY_DISPATCH, error, early)
         done = self._engine.low_latency_dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         route = done.route
@@ -197,9 +207,9 @@ class LowLatencyCalls:
                 wait_nanoseconds=combine_wait_recv_cost_stats,
                 num_sms=num_sms,
             )
-        except ArgumentError as problem:
+        except BaseException as error:
             early = arguments.refusal(async_finish, return_recv_hook)
-            self._engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, early)
+            self._refuse(Operation.LOW_LATENCY_COMBINE, error, early)
         done = self._engine.low_latency_combine(request, schedule)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         return LowLatencyCombineResult(done.x, event, done.hook)
@@ -215,8 +225,8 @@ class LowLatencyCalls:
         try:
             self._check_low_latency()
             return self._engine.low_latency_combine_buffer(low_latency_route_of(handle, self._engine))
-        except ArgumentError as problem:
-            self._engine.refuse(Operation.LOW_LATENCY_COMBINE, problem, Schedule(asynchronous=True))
+        except BaseException as error:
+            self._refuse(Operation.LOW_LATENCY_COMBINE, error, Schedule(asynchronous=True))
 
     # masks
 
@@ -252,6 +262,16 @@ class LowLatencyCalls:
             self._engine.mask(rank, False)
 
     # inside
+
+    def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
+        """Raises what a collective call raises before the engine has it, and takes it to the peers:
+        a wrong argument is refused, and that this rank raises anything else is told.
+        """
+        if isinstance(error, ArgumentError):
+            self._engine.refuse(operation, error, schedule)
+        if not isinstance(error, DeepEPError) and self._engine.tell_peers is not None:
+            self._engine.tell_peers(error)
+        raise error
 
     def _check_alive(self) -> None:
         if self._destroyed:

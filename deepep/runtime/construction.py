@@ -43,10 +43,12 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
         about = {"backend": chosen.name, "device": where.type}
         control = ControlPlane(session, membership, about, options.masks)
         try:
-            return chosen.create(options, control)
+            engine = chosen.create(options, control)
         except BaseException:
             control.close(0.0)
             raise
+        engine.tell_peers = control.withdraw
+        return engine
     except DeepEPError:
         raise
     except BaseException as error:

@@ -105,6 +105,10 @@ class Engine(ABC):
 
     info: EngineInfo
 
+    tell_peers: Callable[[BaseException], None] | None = None
+    """Called with an exception that is none of this library's and that a collective call raises on this rank
+    alone: the peers raise PeerTimeoutError with its name. Set by whoever constructs the engine."""
+
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds at present for the engine, by what they are for."""
         return {}

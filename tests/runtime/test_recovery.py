@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,6 +118,126 @@ def test_what_a_rank_raises_in_a_call_the_others_learn_at_once(phase: str, error
         assert isinstance(other, PeerTimeoutError), other
         assert other.record.waited_on == (1,)
         assert f"rank 1 raised {type(error).__name__}" in str(other)
+
+
+class Raises:
+    """An argument whose conversion raises something of its own."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __index__(self) -> int:
+        raise type(self.error)(*self.error.args)
+
+
+class RaisingHandle(tuple[Any, ...]):
+    """The same of a handle."""
+
+    def __new__(cls, error: BaseException) -> RaisingHandle:
+        return super().__new__(cls, (error,))
+
+    def __len__(self) -> int:
+        raise type(self[0])(*self[0].args)
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()])
+def test_what_a_rank_raises_before_the_engine_the_others_learn_at_once(error: BaseException) -> None:
+    """In each collective call: while its arguments are converted."""
+    import torch
+
+    ranks = Ranks(2)
+    odd, idx = Raises(error), torch.tensor([[0]])
+    calls: dict[str, dict[str, Any]] = {
+        "get_dispatch_layout": {"topk_idx": idx, "num_experts": odd},
+        "dispatch": {"x": None, "expert_alignment": odd},
+        "combine": {"x": None, "handle": RaisingHandle(error)},
+        "clean_low_latency_buffer": {
+            "num_max_dispatch_tokens_per_rank": 1,
+            "hidden": odd,
+            "num_experts": 2,
+        },
+        "low_latency_dispatch": {
+            "x": None,
+            "topk_idx": idx,
+            "num_max_dispatch_tokens_per_rank": 1,
+            "num_experts": odd,
+        },
+        "low_latency_combine": {
+            "x": None,
+            "topk_idx": idx,
+            "topk_weights": None,
+            "handle": None,
+            "num_sms": odd,
+        },
+        "get_next_low_latency_combine_buffer": {"handle": RaisingHandle(error)},
+    }
+
+    def part(rank: int) -> Any:
+        buffer = buffer_on(ranks, rank, LONG, low_latency_mode=True)
+        assert works(buffer, rank, 2)
+        told = []
+        for name, bad in calls.items():
+            method = getattr(buffer, name)
+            if rank == 1:
+                told.append(raised(partial(method, **bad)))
+            else:
+                told.append(raised(lambda: works(buffer, rank, 2)))
+            ranks.meet()
+            assert works(buffer, rank, 2)
+        buffer.destroy()
+        return told
+
+    first, second = ranks.run(part)
+    assert [type(one) for one in second] == [type(error)] * len(calls), second
+    for name, one in zip(calls, first, strict=True):
+        assert isinstance(one, PeerTimeoutError), (name, one)
+        assert f"rank 1 raised {type(error).__name__}" in str(one), name
+
+
+class InlineQueue:
+    """A queue as CUDA's: jobs run when they are submitted, and raise there."""
+
+    def submit(self, job: Any, tensors: Any = ()) -> Any:
+        job()
+        return self
+
+    def host_wait(self) -> None:
+        pass
+
+    current_stream_wait = host_wait
+
+    def wait_for(self, after: Any, owns_outputs: bool) -> None:
+        pass
+
+    def allocating(self, on_queue: bool) -> Any:
+        return contextlib.nullcontext()
+
+    def close(self, seconds: float) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("leaves", ["masked", "late"])
+def test_a_rank_that_was_left_out_may_leave(inline: bool, leaves: str) -> None:
+    """destroy() raises nothing there, be it that it was masked by hand or that it does not know yet."""
+    ranks = Ranks(3)
+
+    def part(rank: int) -> Any:
+        buffer = buffer_on(ranks, rank, SHORT, enable_shrink=True)
+        if inline:
+            buffer.runtime._control.queue.close(LONG)
+            buffer.runtime._control.queue = InlineQueue()
+        assert works(buffer, rank, 3)
+        ranks.meet()
+        if rank != 1:
+            if leaves == "late":
+                assert isinstance(raised(lambda: works(buffer, rank, 3)), PeerTimeoutError)
+            buffer.low_latency_update_mask_buffer(1, True)
+            works(buffer, rank, 3)
+        ranks.meet()
+        return raised(buffer.destroy)
+
+    assert ranks.run(part) == [None] * 3
 
 
 def test_reconnecting_leaves_nothing_in_the_store() -> None:

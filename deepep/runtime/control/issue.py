@@ -337,9 +337,10 @@ class ControlPlane:
             self._unreceived = self.pending_hook = None
             all_came = len(self.membership.members) == 1
             if not all_came and self.membership.connected:
-                farewell = self.perform(Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={})
                 with contextlib.suppress(DeepEPError):  # whoever is missing then is not missed any more
-                    farewell.host_wait()
+                    self.perform(
+                        Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={}
+                    ).host_wait()
                     all_came = True
             self.close(self.timeout)
             if all_came:
