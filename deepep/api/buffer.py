@@ -36,6 +36,7 @@ from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
 from deepep.runtime.construction import construct
+from deepep.runtime.control.processes import only_here
 from deepep.runtime.requests import Operation, Schedule
 
 
@@ -144,7 +145,8 @@ class Buffer(LowLatencyCalls):
         self._destroyed = False
         self._scratch: dict[bool, torch.Tensor] = {}
         # Also at interpreter exit: what was issued may still reach the peers, and no wait is without end.
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, only_here(self._engine.close))
+        self._leave, self._abandon = only_here(self._engine.leave), only_here(self._engine.abandon)
 
     def destroy(self) -> None:
         """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
@@ -154,7 +156,7 @@ class Buffer(LowLatencyCalls):
         """
         if not self._destroyed:
             self._destroyed = True
-            self._engine.leave()
+            self._leave()
             self._finalizer.detach()
             self._scratch.clear()
 
@@ -172,7 +174,7 @@ class Buffer(LowLatencyCalls):
             self._destroyed = True
             self._finalizer.detach()
             with contextlib.suppress(Exception):
-                self._engine.abandon()
+                self._abandon()
             self._scratch.clear()
 
     def __repr__(self) -> str:

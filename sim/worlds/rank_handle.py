@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -76,6 +77,12 @@ class RankHandle:
         frames = text.splitlines()
         own = [i for i, line in enumerate(frames) if "rank_process.py" in line]
         return "\n".join(frames[: own[0]] if own else frames)
+
+    def forked(self) -> None:
+        """In a child of the parent, which is to end nobody: multiprocessing would, when it ends."""
+        with suppress(AttributeError):
+            multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
+        self._lifeline.close()
 
     def end(self) -> None:
         if self.alive:

@@ -21,13 +21,14 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
+from deepep.runtime.control import processes
 from deepep.runtime.control.transport import serve_store
+from deepep.sim.worlds.folder import OwnFolder
 from deepep.sim.worlds.outcomes import Outcome, Status, failure_of
 from deepep.sim.worlds.rank_handle import RankHandle
 from deepep.sim.worlds.rank_process import RankContext, RankSpec
@@ -78,10 +79,11 @@ class World:
         self._ranks: list[RankHandle] = []
         self._store_kind = store
         self._store: TCPStore | None = None
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder: OwnFolder | None = None
         self._pending: PendingRun | None = None
         self._creator = os.getpid()
         _open_worlds.add(self)
+        processes.leak_in_children(self)
 
     # life
 
@@ -123,7 +125,7 @@ class World:
             return
         self.discard()
         self.generation += 1
-        self._folder = TemporaryDirectory(prefix="deepep-world-", ignore_cleanup_errors=True)
+        self._folder = OwnFolder("deepep-world-")
         place = f"file:{self._folder.name}/store"
         if self._store_kind == "tcp":
             self._store = serve_store(loopback=True, timeout=self.timeout)
@@ -152,6 +154,11 @@ class World:
             for rank in self._ranks:
                 rank.process.join(max(0.0, deadline - time.monotonic()))
         self.discard()
+
+    def forked(self) -> None:
+        """In a child of this process: the ranks are the parent's."""
+        for rank in self._ranks:
+            rank.forked()
 
     def discard(self) -> None:
         """Ends the rank processes without asking them. The next run starts new ones."""

@@ -76,6 +76,70 @@ def test_a_forked_child_gets_an_error_and_the_rank_lives(fresh_world: Any) -> No
     assert fresh_world(2).run(forking) == [0, 0]
 
 
+WORLD = """
+import atexit, os, sys
+from deepep.sim import World
+world = World(2, store="tcp")
+assert world.run(lambda ctx: ctx.rank) == [0, 1]
+child = os.fork()
+if child == 0:
+    del world
+    atexit._run_exitfuncs()  # multiprocessing's among them, which end the children that it knows of
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.isdir(world._folder.name))
+print(world.run(lambda ctx: ctx.rank), world.generation)
+world.close()
+print([name for name in os.listdir(sys.argv[1]) if name.startswith("deepep")])
+"""
+
+
+def test_a_forked_child_ends_nothing_of_a_world(tmp_path: Any) -> None:
+    """Neither its ranks, nor its folder, nor its store; whose own end leaves nothing behind."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WORLD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(tmp_path)},
+    )
+    assert ran.stdout.splitlines() == ["0 True", "[0, 1] 1", "[]"], ran.stdout + ran.stderr
+
+
+def closing(ctx: Any) -> int:
+    """A child of rank 0 ends: the parent's engine is not told, whatever a backend would do then."""
+    import atexit
+
+    from deepep.backends.reference.engine import ReferenceEngine
+
+    parent, leave, close = os.getpid(), ReferenceEngine.leave, ReferenceEngine.close
+
+    def only_here(function: Any) -> Any:
+        def call(engine: Any) -> None:
+            if os.getpid() != parent:
+                os._exit(4)
+            function(engine)
+
+        return call
+
+    ReferenceEngine.leave, ReferenceEngine.close = only_here(leave), only_here(close)
+    buffer, other = (deepep.Buffer(ctx.group, timeout=LONG) for _ in range(2))
+    child = os.fork()
+    if child == 0:
+        other.destroy()
+        atexit._run_exitfuncs()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    dist.barrier(group=ctx.group)
+    for one in (buffer, other):
+        assert works(one, ctx.rank, ctx.num_ranks)
+        one.destroy()
+    return status
+
+
+def test_a_forked_child_closes_no_engine(fresh_world: Any) -> None:
+    assert fresh_world(2).run(closing) == [0, 0]
+
+
 ENDS = """
 import os, signal, sys, threading, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[3])

@@ -31,6 +31,17 @@ def weak_method(method: Callable[[Any], None]) -> Callable[[Any], None]:
     return call
 
 
+def only_here(function: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `function` in this process, and does nothing in its forks."""
+    creator = os.getpid()
+
+    def call() -> None:
+        if os.getpid() == creator:
+            function()
+
+    return call
+
+
 def _in_child() -> None:
     for owner in list(_living):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
