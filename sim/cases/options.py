@@ -26,7 +26,7 @@ class Options:
         scale_layout: memory layout of the scales.
         scale_columns: P, scales per token.
         idx_dtype: of topk_idx.
-        topk: whether top-k indices and weights travel with the dispatch.
+        topk: whether top-k indices and weights travel with the dispatch; in low latency, only weights.
         cached: whether the dispatch is repeated, with other data, from the handle of the first.
         expert_alignment: of the reported counts, and of the expanded layout.
         worst: num_worst_tokens: not used, exactly the rows needed, or more.

@@ -163,6 +163,7 @@ def _low_latency(case: Case, buffer: Any, view: RankView) -> None:
         use_fp8=options.low_latency != "bf16",
         round_scale=options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
         use_ue8m0=options.low_latency == "fp8+ue8m0",
+        topk_weights=mine.topk_weights if options.topk else None,
         **how,
     )
     pause(case, rank, 1)

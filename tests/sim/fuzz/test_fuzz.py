@@ -55,7 +55,8 @@ def test_buffers_of_both_reductions_are_fuzzed(world_of):
     subject = subjects.buffer(world_of, backend="reference")
     limits = Limits(ranks=(3,), fixed={"mode": "ll", "combine_rows": "other"})
     cases = [subject.adapt(draw_case(RandomChoices(f"sums/{seed}"), limits)) for seed in range(12)]
-    assert {case.options.reduce for case in cases} == {"rank", "token"}
+    drawn = {(case.options.reduce, case.options.topk) for case in cases}
+    assert drawn == {(reduce, early) for reduce in ("rank", "token") for early in (False, True)}
     for case, views in zip(cases, subject.observe(cases), strict=True):
         assert first_difference(views, observe(case)) is None
     both = subject.adapt(cases[0].with_options(mode="ht", reduce="token"))
