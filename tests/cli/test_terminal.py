@@ -163,9 +163,12 @@ def test_ctrl_c_ends_an_exploration(tmp_path: Path, words: tuple[str, ...]) -> N
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        time.sleep(8.0)  # somewhere in its work; before that it is the interpreter that ends
-        os.killpg(process.pid, signal.SIGINT)
         try:
+            deadline = time.monotonic() + 60.0
+            while (tmp_path / "out").stat().st_size == 0 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(1.0)  # somewhere in its work; before its first words it is the interpreter that ends
+            os.killpg(process.pid, signal.SIGINT)
             status = process.wait(60.0)  # of the five minutes
         finally:
             process.kill()
