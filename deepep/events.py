@@ -51,13 +51,16 @@ class EventOverlap:
     """
 
     event: EventHandle | None = None
-    extra_tensors: tuple[torch.Tensor, ...] | None = None
+    extra_tensors: tuple[torch.Tensor | None, ...] | list[torch.Tensor | None] | None = None
     _hook: Callable[[], None] | None = field(default=None, init=False, repr=False)
     _release_on_exit: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.event is not None and not isinstance(self.event, EventHandle):
             raise ArgumentTypeError("event", type(self.event).__name__, "an EventHandle or None")
+        kept = self.extra_tensors
+        if kept is not None and not isinstance(kept, (tuple, list)):
+            raise ArgumentTypeError("extra_tensors", type(kept).__name__, "a tuple of tensors or None")
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Wait for the event, then run and forget the registered hook.

@@ -110,7 +110,8 @@ class RoutingTrace:
         for name, index in (("step_index", step_index), ("layer", layer)):
             check_int(name, index, -(2**63), 2**63 - 1)
         if not (0 <= step_index < self.num_steps and 0 <= layer < self.num_layers):
-            raise TraceIndexError(f"no layer {layer} in recorded step {step_index}")
+            got = f"step_index {step_index}, layer {layer}"
+            raise TraceIndexError(f"{got}: allowed: below {self.num_steps} and {self.num_layers}, from 0")
         first = (step_index * self.num_layers + layer) * self.num_ranks
         bounds = self.row_splits[first : first + self.num_ranks + 1].tolist()
         parts = [slice(bounds[r], bounds[r + 1]) for r in range(self.num_ranks)]
@@ -127,7 +128,7 @@ class RoutingTrace:
         for name in _TENSORS:
             tensor = getattr(self, name)
             _demand(isinstance(tensor, torch.Tensor), f"{name} is {type(tensor).__name__}, not a tensor")
-            _demand(not tensor.is_meta and tensor.layout == torch.strided, f"{name} holds no values")
+            _demand(_has_values(tensor), f"{name} holds no values")
             described[name] = (tensor.dtype, tuple(tensor.shape))
         sizes = {name: getattr(self, name) for name in ("num_layers", "num_ranks", "num_experts")}
         _check_description(sizes, described)
@@ -273,7 +274,7 @@ class TraceWriter:
         """Copies of one rank's indices and weights, as they are kept."""
         for name, tensor in (("topk_idx", idx), ("topk_weights", weights)):
             _demand(isinstance(tensor, torch.Tensor), f"{name} holds {_kind(tensor)}; allowed: tensors")
-            _demand(not tensor.is_meta and tensor.layout == torch.strided, f"{name} holds no values")
+            _demand(_has_values(tensor), f"{name} holds no values")
         _demand(idx.dtype in _INTEGERS, f"topk_idx is {idx.dtype}; allowed: integers")
         _demand(weights.dtype.is_floating_point, f"topk_weights is {weights.dtype}; allowed: floating point")
         _demand(
@@ -311,6 +312,11 @@ class TraceWriter:
         )
         trace.validate()
         return trace
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    is_plain = type(tensor).__torch_dispatch__ == torch.Tensor.__torch_dispatch__  # no DTensor, FakeTensor
+    return is_plain and not tensor.is_meta and tensor.layout == torch.strided
 
 
 def _check_description(

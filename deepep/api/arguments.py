@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any, cast, get_args
@@ -42,6 +43,7 @@ AT_ONCE = Schedule()
 """The schedule of a call that neither waits for an event nor returns one."""
 
 _BYTES_ALIGNMENT = 128
+_MOST_BYTES = 1 << 62
 
 # The constructor: its arguments first, the environment second.
 
@@ -49,6 +51,8 @@ _BYTES_ALIGNMENT = 128
 def engine_options(
     group: Any,
     *,
+    num_qps_per_rank: int,
+    flags: Mapping[str, object],
     num_nvl_bytes: int,
     num_rdma_bytes: int,
     low_latency: bool,
@@ -59,6 +63,8 @@ def engine_options(
     device: object,
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
+
+    num_qps_per_rank, flags: those without effect, by name.
 
     Bad ones are not raised but handed on as `problem`, for all ranks to raise; a rank with a bad time-out
     waits for the others as long as it would without one.
@@ -71,6 +77,9 @@ def engine_options(
             low_latency=check_flag("low_latency_mode", low_latency),
             masks=check_flag("enable_shrink", masks),
         )
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        check_int("num_qps_per_rank", num_qps_per_rank, 0, MOST)
         _check_bytes("num_nvl_bytes", num_nvl_bytes)
         low_latency_bytes = _check_bytes("num_rdma_bytes", num_rdma_bytes)
         options = replace(
@@ -115,13 +124,15 @@ def _symmetric_bytes(given: int | None) -> int:
 
 
 def _reduction(given: object) -> Reduction:
+    if not isinstance(given, str):
+        raise ArgumentTypeError("reduction", type(given).__name__, "'expert_rank' or 'exact'")
     if given not in get_args(Reduction):
         raise RangeError("reduction", repr(given), "'expert_rank' or 'exact'")
     return cast(Reduction, given)
 
 
 def _check_bytes(name: str, size: object, least: int = 0) -> int:
-    number = check_int(name, size, least)
+    number = check_int(name, size, least, _MOST_BYTES)
     if number % _BYTES_ALIGNMENT:
         raise RangeError(name, str(number), f"a multiple of {_BYTES_ALIGNMENT}")
     return number

@@ -122,6 +122,13 @@ class Buffer(LowLatencyCalls):
             group = group_of_communicator(comm)
         options, asked = arguments.engine_options(
             group,
+            num_qps_per_rank=num_qps_per_rank,
+            flags={
+                "allow_nvlink_for_low_latency_mode": allow_nvlink_for_low_latency_mode,
+                "allow_mnnvl": allow_mnnvl,
+                "explicitly_destroy": explicitly_destroy,
+                "use_fabric": use_fabric,
+            },
             num_nvl_bytes=num_nvl_bytes,
             num_rdma_bytes=num_rdma_bytes,
             low_latency=low_latency_mode,

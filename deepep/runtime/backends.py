@@ -74,7 +74,7 @@ def choose(
 
     among: what every rank's machine can run. Raises RangeError with every backend's reason if there is none.
     """
-    wanted = name or default_name()
+    wanted = default_name() if name is None else name
     if wanted is not None:
         check_name(wanted)
     reasons = []

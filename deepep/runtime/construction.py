@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepep.errors import ArgumentError, DeepEPError, MismatchError
+from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, MismatchError
 from deepep.runtime import backends as registry
 from deepep.runtime.control import agreement
 from deepep.runtime.control.issue import ControlPlane
@@ -26,11 +26,15 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
     backend, device: those asked for, or None. Raises `options.problem`, or what another rank refuses, on all
     ranks; MismatchError if they ask for different things; PeerTimeoutError if not all of them come.
     """
-    if not registry.is_group(options.group)[0]:
-        registry.choose(backend, options.group, device)  # refuses it, here alone: there are no peers
+    if not registry.is_group(options.group)[0]:  # refused here alone: there are no peers
+        if not isinstance(options.group, torch.distributed.ProcessGroup):
+            got = type(options.group).__name__
+            raise ArgumentTypeError("group", got, "a torch.distributed process group")
+        registry.choose(backend, options.group, device)
     membership = membership_of(options.group, options.timeout)
+    asked = registry.default_name() if backend is None else backend
     try:
-        name, among = _agree_on_backend(membership, backend or registry.default_name(), options.problem)
+        name, among = _agree_on_backend(membership, asked, options.problem)
         problem: ArgumentError | None = None
         try:
             chosen, where = registry.choose(name, options.group, device, among)
