@@ -14,7 +14,7 @@ from deepep.sim.faults.sudden import STAGES, Ended, SuddenEnd, demand_kept, draw
 pytestmark = pytest.mark.alone
 
 RANKS, TIMEOUT = 3, 3.0
-AT_ONCE = 4
+AT_ONCE = 2
 
 
 @pytest.mark.slow
