@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.nn.operators import operator
-from deepep.nn.precision import is_distributed, operands
-from deepep.runtime.checks import check_int
+from deepep.nn.precision import check_input, is_distributed, known_device, operands
+from deepep.runtime.checks import INDEX_DTYPES, check_int
 
 MAX_EXPERTS = 1 << 16
 MAX_HIDDEN = 1 << 20
@@ -133,6 +133,17 @@ def _(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], x.shape[1], grad.shape[1])
 
 
+def _check_counts(counts: object) -> None:
+    """Raises ArgumentTypeError for what is no dense tensor of integers."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(counts, Tensor):
+        raise ArgumentTypeError("counts", type(counts).__name__, "a tensor")
+    if counts.layout != torch.strided or counts.dtype not in INDEX_DTYPES:
+        got = f"{counts.dtype}, {counts.layout}".replace("torch.", "")
+        raise ArgumentTypeError("counts", got, "a dense tensor of int64")
+
+
 def _split(counts: Tensor, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
     sizes = counts.tolist()
     if sum(sizes) != len(tensors[0]) or min(sizes, default=0) < 0:
@@ -214,7 +225,12 @@ class GroupedSwiGLU(nn.Module):
                 fill(weight, target)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [P, H] sorted by expert, counts [L] int64 on the CPU -> [P, H]."""
+        """x [P, H] sorted by expert, counts [L] int64 on the CPU -> [P, H].
+
+        Raises ArgumentTypeError, ShapeError or DeviceError.
+        """
+        check_input(x, self.down, self.gate_up.shape[1], ndim=2)
+        _check_counts(counts)
         x, gate_up, down = operands(x, self.gate_up, self.down)
         gate, up = grouped_mm(x, gate_up, counts).chunk(2, dim=1)
         return grouped_mm(nn.functional.silu(gate) * up, down, counts)
@@ -250,7 +266,8 @@ class SwiGLU(nn.Module):
                 fill(weight, normal(weight.shape, weight.shape[0], generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., H] -> [.., H]."""
+        """x [.., H] -> [.., H]. Raises ArgumentTypeError, ShapeError or DeviceError."""
+        check_input(x, self.down, self.gate_up.shape[0])
         x, gate_up, down = operands(x, self.gate_up, self.down)
         gate, up = (x @ gate_up).chunk(2, dim=-1)
         return (nn.functional.silu(gate) * up) @ down
@@ -259,7 +276,15 @@ class SwiGLU(nn.Module):
 def parameter(
     shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
-    """A parameter without values, fit for training even if it is made in torch.inference_mode."""
+    """A parameter without values, fit for training even if it is made in torch.inference_mode.
+
+    Raises ArgumentTypeError or RangeError.
+    """
+    if device is not None:
+        device = known_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        got = str(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise ArgumentTypeError("dtype", got, "a floating-point torch.dtype")
     with torch.inference_mode(False):
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 

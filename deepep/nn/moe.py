@@ -182,6 +182,9 @@ def apply_experts(experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_wei
     ShapeError or RangeError.
     """
     if not torch.compiler.is_compiling():
+        if not (callable(experts) and isinstance(getattr(experts, "num_local_experts", None), int)):
+            allowed = "a module of local experts, with num_local_experts"
+            raise ArgumentTypeError("experts", type(experts).__name__, allowed)
         _check_received(x, topk_idx, topk_weights)
     pairs, counts, slots = expert_rows(topk_idx, experts.num_local_experts)
     y = experts(expand_rows(x, pairs, slots), counts)  # [P, H]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepep.errors import ArgumentTypeError, DeviceError, RangeError
+from deepep.errors import ArgumentTypeError, DeviceError, RangeError, ShapeError
 from deepep.runtime.checks import SUM_DTYPES, dtype_names
 
 
@@ -34,12 +34,7 @@ def parameter_options(
         if target.type == "cpu" and on_cuda:
             target = torch.device("cuda", torch.cuda.current_device())
     else:
-        if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
-            raise ArgumentTypeError("device", type(device).__name__, "a torch.device or its name")
-        try:
-            target = torch.device(device)
-        except RuntimeError as error:
-            raise RangeError("device", repr(device), "a device that torch knows") from error
+        target = known_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if on_cuda or target.type == "cuda" else torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype):
@@ -51,6 +46,33 @@ def parameter_options(
             reason += "; for float32 weights under torch.autocast call .float() on the layer"
         raise ArgumentTypeError("dtype", dtype_names([dtype]), f"{dtype_names(allowed)}: {reason}")
     return {"device": target, "dtype": dtype}
+
+
+def known_device(device: object) -> torch.device:
+    """A device by its name or number. Raises ArgumentTypeError or RangeError."""
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise ArgumentTypeError("device", type(device).__name__, "a torch.device or its name")
+    try:
+        return torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise RangeError("device", repr(device), "a device that torch knows") from error
+
+
+def check_input(x: object, weight: Tensor, hidden: int, ndim: int | None = None) -> None:
+    """Rows [.., H] for a layer with this weight; ndim: [T, H] alone. Traced ones are torch.compile's affair.
+
+    Raises ArgumentTypeError, ShapeError or DeviceError.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError("x", type(x).__name__, "a tensor")
+    if x.layout != torch.strided or x.is_nested:
+        raise ArgumentTypeError("x", "a nested or sparse tensor", "a dense tensor")
+    if x.ndim == 0 or x.shape[-1] != hidden or (ndim is not None and x.ndim != ndim):
+        raise ShapeError("x", str(list(x.shape)), f"[{'..' if ndim is None else 'T'}, {hidden}]")
+    if x.device.type != weight.device.type:
+        raise DeviceError("x", str(x.device), f"{weight.device}, where the weights are")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

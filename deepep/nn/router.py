@@ -13,7 +13,7 @@ from deepep.errors import ArgumentTypeError, ShapeError
 from deepep.gate import Routing, sigmoid_topk
 from deepep.nn.balance import count_load, rate_problem, summed_load
 from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
-from deepep.nn.precision import without_autocast
+from deepep.nn.precision import check_input, without_autocast
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 
 #: Maps logits [T, E], K and `bias=` [E] to a Routing, or to anything with its `topk_idx` [T, K], int32 or
@@ -68,7 +68,11 @@ class Router(nn.Module):
         self.load.zero_()
 
     def forward(self, x: Tensor) -> Routing:
-        """x [T, H] -> Routing: topk_idx [T, K], topk_weights [T, K], scores [T, E]."""
+        """x [T, H] -> Routing: topk_idx [T, K], topk_weights [T, K], scores [T, E].
+
+        Raises ArgumentTypeError, ShapeError or DeviceError.
+        """
+        check_input(x, self.weight, self.weight.shape[1], ndim=2)
         if self.bias.dtype != torch.float32:
             allowed = "float32: leave the bias out of what casts buffers"
             raise ArgumentTypeError("router.bias", dtype_names([self.bias.dtype]), allowed)
@@ -98,6 +102,8 @@ class Router(nn.Module):
                 raise problem
             load = self.load.clone()
         else:
+            if not isinstance(group, torch.distributed.ProcessGroup):
+                raise ArgumentTypeError("group", type(group).__name__, "a process group or None")
             load = summed_load(self.load, rate, group)
         # sign(mean - load) without a division: sum - E * load has the same sign, exactly.
         self.bias += rate * torch.sign(load.sum() - load.numel() * load).to(self.bias.dtype)

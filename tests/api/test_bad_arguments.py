@@ -8,8 +8,6 @@ Collective calls: on every rank the same, if one rank is bad as if all are; and 
 from __future__ import annotations
 
 import inspect
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from harness import bad_arguments as bad
 
 import deepep
-from deepep import formats, gate, trace
+from deepep import formats, gate
 
 RANKS, LOCAL, TOPK, TOKENS, HIDDEN, MOST = 2, 2, 2, 3, 512, 4
 EXPERTS = RANKS * LOCAL
@@ -44,41 +42,6 @@ UNUSED = {
     *("num_tokens_per_rdma_rank", "packed_recv_count", "comp_signal", "block_m", "threshold"),
     *("src_signals", "src_signal_expect_value", "align_fp8_quantization"),
 }
-
-
-#: tensors that are none for whoever reads memory
-NO_TENSORS = {"sparse", "negated in place", "on meta", "complex", "without memory"}
-#: those of them that functions of torch alone may take: torch reads them as what they say
-OF_TORCH = {"negated in place", "on meta", "without memory"}
-
-
-def fits(words: set[str], name: str, value: Any) -> bool:
-    """True if a value may be taken where an annotation consists of these words."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    kinds: dict[str, bool] = {
-        "None": value is None,
-        "bool": value is None or (isinstance(value, (bool, int, numpy.bool_)) and value in (0, 1)),
-        "int": is_number and isinstance(value, int) and abs(value) < 1 << 63,
-        "float": is_number and math.isfinite(value),
-        "Tensor": isinstance(value, torch.Tensor) and name not in NO_TENSORS,
-        "Rows": isinstance(value, (tuple, torch.Tensor)) and name not in NO_TENSORS,
-        "str": isinstance(value, str),
-        "dtype": isinstance(value, torch.dtype),
-        "Size": isinstance(value, (tuple, list)),
-        "Mapping": isinstance(value, dict),
-        "Callable": callable(value),
-        "Gate": callable(value),
-        "Any": True,
-    }
-    return any(kinds.get(word, type(value).__name__ == word) for word in words)
-
-
-def wrongly_taken(function: Callable[..., Any], parameter: str, name: str, value: Any) -> str:
-    """The complaint about a value that was taken and is plainly wrong, or nothing."""
-    annotation = inspect.signature(function).parameters[parameter].annotation
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
-    words = set(re.findall(r"\w+", text)) - {"torch", "os"}
-    return "" if fits(words, name, value) else f"took it, as {text}"
 
 
 class Calls:
@@ -175,7 +138,7 @@ def collective(ctx: Any, backend: str, method: str, everyone: bool) -> list[Any]
 
             outcome, wrong = bad.judge(parameter, work, NAMES.get(parameter, ()))
             if outcome is not None and outcome[0] == "took it" and parameter in given:
-                wrong = wrongly_taken(call, parameter, name, given[parameter])
+                wrong = bad.wrongly_taken(call, parameter, name, given[parameter])
             found.append((f"{method}: {parameter} is {name}", outcome, wrong))
             if outcome is None:
                 return found  # the ranks may be out of step
@@ -233,41 +196,8 @@ def local_methods(ctx: Any) -> list[str]:
             wrong
             for name, good in LOCAL_METHODS.items()
             if good
-            for wrong in complaints_of(getattr(buffer, name), good)
+            for wrong in bad.complaints_of(getattr(buffer, name), good)
         ]
-
-
-def other_value(function: Callable[..., Any], good: dict[str, Any], parameter: str, value: Any) -> str:
-    """The complaint if a negated view does not give what its values in memory give, or nothing."""
-    with torch.no_grad():
-        got, wanted = (function(**{**good, parameter: v}) for v in (value, value.resolve_neg()))
-    parts = [x if isinstance(x, tuple) else (x,) for x in (got, wanted)]
-    same = all(
-        torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True) if isinstance(a, torch.Tensor)
-    )
-    return "" if same else "took its memory for its values"
-
-
-def complaints_of(
-    function: Callable[..., Any], good: dict[str, Any], is_of_torch: bool = False, names: tuple[str, ...] = ()
-) -> list[str]:
-    """Complaints about a local callable's answers to odd values; names: other names of its arguments."""
-    function(**good)
-    found = []
-    for parameter in bad.parameters(function):
-        for name, value in bad.odd_values(good.get(parameter)):
-            if name == "without memory" and is_of_torch:
-                continue  # torch.compile traces these functions with tensors like these
-            outcome, wrong = bad.judge(
-                parameter, lambda v=value, p=parameter: function(**{**good, p: v}), (*good, *names)
-            )
-            if outcome is not None and outcome[0] == "took it":
-                wrong = wrongly_taken(function, parameter, name, value)
-                if is_of_torch and name in OF_TORCH:
-                    wrong = other_value(function, good, parameter, value) if value.is_neg() else ""
-            if wrong:
-                found.append(f"{function.__qualname__}: {parameter} is {name}: {wrong}")
-    return found
 
 
 def test_local_methods() -> None:
@@ -310,7 +240,7 @@ PLAIN: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("function", "good"), PLAIN, ids=[f.__qualname__ for f, _ in PLAIN])
 def test_local_callables(function: Any, good: dict[str, Any]) -> None:
-    found = complaints_of(function, good, is_of_torch=True)
+    found = bad.complaints_of(function, good, is_of_torch=True)
     assert not found, "\n".join(found)
 
 
@@ -333,7 +263,7 @@ def test_local_callables(function: Any, good: dict[str, Any]) -> None:
     ],
 )
 def test_what_may_be_taken(words: set[str], name: str, value: Any, wanted: bool) -> None:
-    assert fits(words, name, value) is wanted
+    assert bad.fits(words, name, value) is wanted
 
 
 # The constructor
@@ -359,7 +289,7 @@ def constructor(ctx: Any, everyone: bool) -> list[Any]:
 
             outcome, wrong = bad.judge(parameter, work, ("group, comm",))
             if outcome is not None and outcome[0] == "took it" and is_bad:
-                wrong = wrongly_taken(deepep.Buffer, parameter, name, value)
+                wrong = bad.wrongly_taken(deepep.Buffer, parameter, name, value)
             found.append((f"Buffer: {parameter} is {name}", outcome, wrong))
             if outcome is None:
                 return found  # the ranks may be out of step
@@ -376,85 +306,3 @@ def test_the_constructor(fresh_world: Any, everyone: bool) -> None:
     assert not complaints, "\n".join(complaints)
     for mine, theirs in zip(*ranks, strict=True):
         assert mine[1][:2] == theirs[1][:2], f"{mine}\n{theirs}"
-
-
-# Traces
-
-
-def trace_of(**changes: Any) -> Any:
-    parts: dict[str, Any] = {
-        "num_layers": 1,
-        "num_ranks": 2,
-        "num_experts": 4,
-        "step": torch.tensor([3]),
-        "topk_idx": torch.zeros(4, 2, dtype=torch.int16),
-        "topk_weights": torch.ones(4, 2),
-        "row_splits": torch.tensor([0, 1, 4]),
-        **changes,
-    }
-    return trace.RoutingTrace(**parts)
-
-
-def validated(**changes: Any) -> None:
-    trace_of(**changes).validate()
-
-
-def added(**changes: Any) -> None:
-    """A batch added to a recording; refused, it leaves that as it was."""
-    writer = trace.TraceWriter(num_layers=1, num_ranks=1, num_experts=4, num_topk=2)
-    good = {"step": 0, "layer": 0, "topk_idx": [torch.zeros(3, 2, dtype=torch.int64)]}
-    good["topk_weights"] = [torch.ones(3, 2)]
-    try:
-        writer.add(**{**good, **changes})
-    except deepep.DeepEPError:
-        writer.add(**good)
-        raise
-    writer.finish()
-
-
-SIZES = {"num_layers": 1, "num_ranks": 1, "num_experts": 4, "num_topk": 2}
-PARTS = {
-    "num_layers": int,
-    "num_ranks": int,
-    "num_experts": int,
-    "step": "Tensor",
-    "topk_idx": "Tensor",
-    "topk_weights": "Tensor",
-    "row_splits": "Tensor",
-    "notes": "Mapping",
-}
-
-
-def traced(function: Callable[..., Any], good: dict[str, Any], kinds: dict[str, str]) -> list[str]:
-    """Complaints of a function of traces, whose errors name the argument in their text."""
-    function(**good)
-    found = []
-    for parameter, kind in kinds.items():
-        for name, value in bad.odd_values(good.get(parameter)):
-            outcome, wrong = bad.judge(parameter, lambda v=value, p=parameter: function(**{**good, p: v}))
-            if outcome is not None:
-                words = set(re.findall(r"\w+", kind))
-                is_named = any(part in outcome[2] for part in (parameter, *good))
-                is_fine = fits(words, name, value) if outcome[0] == "took it" else is_named
-                is_fine |= outcome[0] == "took it" and name == "negated in place"  # read as what it says
-                wrong = "" if is_fine else f"{outcome}"
-            if wrong:
-                found.append(f"{function.__qualname__}: {parameter} is {name}: {wrong}")
-    return found
-
-
-def test_traces(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    notes = {"notes": "Mapping None"}
-    found = traced(trace.TraceWriter, SIZES, {**dict.fromkeys(SIZES, "int"), **notes})
-    found += complaints_of(trace_of().batch(0, 0).reshard, {"num_ranks": 2})
-    found += traced(trace_of().batch, {"step_index": 0, "layer": 0}, {"step_index": "int", "layer": "int"})
-    found += traced(added, {}, {"step": "int", "layer": "int", "topk_idx": "none", "topk_weights": "none"})
-    good = {name: getattr(trace_of(), name) for name in PARTS}
-    kinds = {name: "int" if kind is int else str(kind) for name, kind in PARTS.items()}
-    found += traced(validated, good, kinds)
-    path = tmp_path / "trace"
-    trace_of().save(path)
-    found += traced(trace_of().save, {"path": path}, {"path": "str"})
-    found += traced(trace.RoutingTrace.load, {"path": path}, {"path": "str"})
-    assert not found, "\n".join(found)

@@ -7,6 +7,8 @@ names the argument.
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,3 +123,71 @@ def judge(parameter: str, call: Callable[[], Any], names: tuple[str, ...] = ()) 
     if kind not in ("took it", "MismatchError") and not (argument and named):
         return outcome, f"does not name the argument: {text[:150]}"
     return outcome, ""
+
+
+#: tensors that are none for whoever reads memory
+NO_TENSORS = {"sparse", "negated in place", "on meta", "complex", "without memory"}
+#: those of them that functions of torch alone may take: torch reads them as what they say
+OF_TORCH = {"negated in place", "on meta", "without memory"}
+
+
+def fits(words: set[str], name: str, value: Any) -> bool:
+    """True if a value may be taken where an annotation consists of these words."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kinds: dict[str, bool] = {
+        "None": value is None,
+        "bool": value is None or (isinstance(value, (bool, int, numpy.bool_)) and value in (0, 1)),
+        "int": is_number and isinstance(value, int) and abs(value) < 1 << 63,
+        "float": is_number and math.isfinite(value),
+        "Tensor": isinstance(value, torch.Tensor) and name not in NO_TENSORS,
+        "Rows": isinstance(value, (tuple, torch.Tensor)) and name not in NO_TENSORS,
+        "str": isinstance(value, str),
+        "dtype": isinstance(value, torch.dtype),
+        "Size": isinstance(value, (tuple, list)),
+        "Mapping": isinstance(value, dict),
+        "Callable": callable(value),
+        "Gate": callable(value),
+        "Any": True,
+    }
+    return any(kinds.get(word, type(value).__name__ == word) for word in words)
+
+
+def wrongly_taken(function: Callable[..., Any], parameter: str, name: str, value: Any) -> str:
+    """The complaint about a value that was taken and is plainly wrong, or nothing."""
+    annotation = inspect.signature(function).parameters[parameter].annotation
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
+    words = set(re.findall(r"\w+", text)) - {"torch", "os"}
+    return "" if fits(words, name, value) else f"took it, as {text}"
+
+
+def other_value(function: Callable[..., Any], good: dict[str, Any], parameter: str, value: Any) -> str:
+    """The complaint if a negated view does not give what its values in memory give, or nothing."""
+    with torch.no_grad():
+        got, wanted = (function(**{**good, parameter: v}) for v in (value, value.resolve_neg()))
+    parts = [x if isinstance(x, tuple) else (x,) for x in (got, wanted)]
+    same = all(
+        torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True) if isinstance(a, torch.Tensor)
+    )
+    return "" if same else "took its memory for its values"
+
+
+def complaints_of(
+    function: Callable[..., Any], good: dict[str, Any], is_of_torch: bool = False, names: tuple[str, ...] = ()
+) -> list[str]:
+    """Complaints about a local callable's answers to odd values; names: other names of its arguments."""
+    function(**good)
+    found = []
+    for parameter in parameters(function):
+        for name, value in odd_values(good.get(parameter)):
+            if name == "without memory" and is_of_torch:
+                continue  # torch.compile traces these functions with tensors like these
+            outcome, wrong = judge(
+                parameter, lambda v=value, p=parameter: function(**{**good, p: v}), (*good, *names)
+            )
+            if outcome is not None and outcome[0] == "took it":
+                wrong = wrongly_taken(function, parameter, name, value)
+                if is_of_torch and name in OF_TORCH:
+                    wrong = other_value(function, good, parameter, value) if value.is_neg() else ""
+            if wrong:
+                found.append(f"{function.__qualname__}: {parameter} is {name}: {wrong}")
+    return found
