@@ -15,7 +15,7 @@ from deepep.errors import DestroyedError, PeerTimeoutError
 
 pytestmark = pytest.mark.alone
 
-SHORT, LONG = 1.0, 60.0
+SHORT, LONG = 2.0, 60.0
 
 
 def buffer_on(ranks: Ranks, rank: int, timeout: float, **options: Any) -> Any:
