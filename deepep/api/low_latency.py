@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 
 from deepep.api import arguments
 from deepep.api.arguments import AT_ONCE
+from deepep.api.construction import Constructed
 from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
 from deepep.api.rebuilt import keep
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
 from deepep.errors import (
-    ArgumentError,
     ArgumentTypeError,
-    DeepEPError,
-    DestroyedError,
     DeviceError,
     ModeError,
     RangeError,
@@ -23,19 +19,11 @@ from deepep.errors import (
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
-from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
 
 
-class LowLatencyCalls:
+class LowLatencyCalls(Constructed):
     """Buffer's calls for decode. Shapes and terms: deepep.api.buffer."""
-
-    rank: int
-    group_size: int
-    low_latency_mode: bool
-    enable_shrink: bool
-    _engine: Engine
-    _destroyed: bool
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -262,20 +250,6 @@ class LowLatencyCalls:
             self._engine.mask(rank, False)
 
     # inside
-
-    def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
-        """Raises what a collective call raises before the engine has it, and takes it to the peers:
-        a wrong argument is refused, and that this rank raises anything else is told.
-        """
-        if isinstance(error, ArgumentError):
-            self._engine.refuse(operation, error, schedule)
-        if not isinstance(error, DeepEPError) and self._engine.tell_peers is not None:
-            self._engine.tell_peers(error)
-        raise error
-
-    def _check_alive(self) -> None:
-        if self._destroyed:
-            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
 
     def _check_low_latency(self) -> None:
         if not self.low_latency_mode:

@@ -176,8 +176,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], type, str]] = {
     "uneven": ({"symmetric_bytes": 1000}, {}, deepep.RangeError, "a multiple of 128"),
     "float": ({"symmetric_bytes": 1.5}, {}, deepep.ArgumentTypeError, "symmetric_bytes: got float"),
     "no such sum": ({"reduction": "tree"}, {}, deepep.RangeError, "rank 1: reduction: got 'tree'"),
-    "a list": ({"reduction": ["exact"]}, {}, deepep.RangeError, "rank 1: reduction: got ['exact']"),
-    "no sum": ({"reduction": None}, {}, deepep.RangeError, "rank 1: reduction: got None"),
+    "a list": ({"reduction": ["exact"]}, {}, deepep.ArgumentTypeError, "rank 1: reduction: got list"),
+    "no sum": ({"reduction": None}, {}, deepep.ArgumentTypeError, "rank 1: reduction: got NoneType"),
     "text": ({}, {"DEEPEP_SYMMETRIC_BYTES": "3G"}, deepep.RangeError, "DEEPEP_SYMMETRIC_BYTES: got '3G'"),
     "other sums": (
         {"reduction": "exact"},

@@ -1,0 +1,133 @@
+"""Construction of a Buffer, which all ranks make or none, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from deepep.api import arguments
+from deepep.errors import ArgumentError, DeepEPError, DestroyedError
+from deepep.runtime.ambient import plainly
+from deepep.runtime.construction import construct
+from deepep.runtime.control.processes import only_here
+from deepep.runtime.requests import Operation, Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Constructed:
+    """A rank's part of a buffer, from its construction to its end. Arguments: deepep.api.buffer.Buffer."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        *,
+        backend: str | None = None,
+        device: str | torch.device | None = None,
+        use_fabric: bool = False,
+        timeout: float | None = None,
+        symmetric_bytes: int | None = None,
+        reduction: str = "expert_rank",
+    ) -> None:
+        if torch.is_inference_mode_enabled():
+            plainly(Constructed.__init__, locals())
+            return
+        if group is None:
+            if comm is None:
+                raise ValueError("group, comm: got None for both; allowed: a process group or a communicator")
+            from deepep.runtime.control.mpi import group_of_communicator
+
+            group = group_of_communicator(comm)
+        options, asked = arguments.engine_options(
+            group,
+            num_qps_per_rank=num_qps_per_rank,
+            flags={
+                "allow_nvlink_for_low_latency_mode": allow_nvlink_for_low_latency_mode,
+                "allow_mnnvl": allow_mnnvl,
+                "explicitly_destroy": explicitly_destroy,
+                "use_fabric": use_fabric,
+            },
+            num_nvl_bytes=num_nvl_bytes,
+            num_rdma_bytes=num_rdma_bytes,
+            low_latency=low_latency_mode,
+            masks=enable_shrink,
+            timeout=timeout,
+            symmetric_bytes=symmetric_bytes,
+            reduction=reduction,
+            device=device,
+        )
+        self._engine = construct(options, backend, asked)
+        self.group = group
+        self.rank = self._engine.info.rank
+        self.group_size = self._engine.info.num_ranks
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = options.low_latency
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = options.masks
+        self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+        self.runtime = self._engine
+        self._destroyed = False
+        self._scratch: dict[bool, torch.Tensor] = {}
+        # Also at interpreter exit: what was issued may still reach the peers, and no wait is without end.
+        self._finalizer = weakref.finalize(self, only_here(self._engine.close))
+        self._leave, self._abandon = only_here(self._engine.leave), only_here(self._engine.abandon)
+
+    def destroy(self) -> None:
+        """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
+
+        Collective: waits, up to the time-out, for the other ranks to come to the same point, so that none of
+        them loses a message under way. A peer that does not come is not an error here.
+        """
+        if not self._destroyed:
+            self._destroyed = True
+            self._leave()
+            self._finalizer.detach()
+            self._scratch.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.destroy()
+        elif not self._destroyed:
+            # The others may be in another operation, or gone: nothing collective any more. And whatever goes
+            # wrong here as well, the caller's error is the one to see.
+            self._destroyed = True
+            self._finalizer.detach()
+            with contextlib.suppress(Exception):
+                self._abandon()
+            self._scratch.clear()
+
+    def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
+        """Raises what a collective call raises before the engine has it, and takes it to the peers:
+        a wrong argument is refused, and that this rank raises anything else is told.
+        """
+        if isinstance(error, ArgumentError):
+            self._engine.refuse(operation, error, schedule)
+        if not isinstance(error, DeepEPError) and self._engine.tell_peers is not None:
+            self._engine.tell_peers(error)
+        raise error
+
+    def _check_alive(self) -> None:
+        if self._destroyed:
+            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
