@@ -1,7 +1,7 @@
 """Buffer: DeepEP V1's public interface, on whatever engine serves the group.
 
-This file and low_latency.py know V1's names, defaults, tuple orders and option rules; the work is the
-engine's (deepep.backends). Interface and semantics: V1 of DeepEP.
+This file, low_latency.py and lifetime.py (construction, the end) know V1's names, defaults, tuple orders and
+option rules; the work is the engine's (deepep.backends). Interface and semantics: V1 of DeepEP.
 
 Shapes in docstrings: R ranks, E experts, L = E / R local experts, K top-k, T tokens on this rank, H hidden
 size, M maximum tokens per rank, N rows received. "Current stream" on CPU means the caller itself.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Constructed:
+class BufferLifetime:
     """A rank's part of a buffer, from its construction to its end. Arguments: deepep.api.buffer.Buffer."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Constructed:
         reduction: str = "expert_rank",
     ) -> None:
         if torch.is_inference_mode_enabled():
-            plainly(Constructed.__init__, locals())
+            plainly(BufferLifetime.__init__, locals())
             return
         if group is None:
             if comm is None:

@@ -6,8 +6,8 @@ import torch
 
 from deepep.api import arguments
 from deepep.api.arguments import AT_ONCE
-from deepep.api.construction import Constructed
 from deepep.api.handles import AnyLowLatencyHandle, OwnedLowLatencyHandle, low_latency_route_of
+from deepep.api.lifetime import BufferLifetime
 from deepep.api.rebuilt import keep
 from deepep.api.results import LowLatencyCombineResult, LowLatencyDispatchResult, Rows
 from deepep.errors import (
@@ -22,7 +22,7 @@ from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
 from deepep.runtime.requests import Operation, Schedule
 
 
-class LowLatencyCalls(Constructed):
+class LowLatencyCalls(BufferLifetime):
     """Buffer's calls for decode. Shapes and terms: deepep.api.buffer."""
 
     def clean_low_latency_buffer(
