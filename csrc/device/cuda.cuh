@@ -35,6 +35,7 @@ DEEPEP_DEVICE T shuffle(T v, int source_lane) {
   return __shfl_sync(0xffffffffu, v, source_lane);
 }
 DEEPEP_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
+DEEPEP_DEVICE uint32_t warp_or(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
 /// The sum of the lanes before this one.
 DEEPEP_DEVICE int warp_exclusive_sum(int v) {
   int sum = v;
@@ -89,6 +90,9 @@ DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v) {
 }
 
 DEEPEP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEEPEP_DEVICE void prefetch(const void* p, int64_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(static_cast<uint32_t>(bytes)));
+}
 
 // ---- ordered memory ----------------------------------------------------------------------------------------
 
@@ -408,6 +412,12 @@ DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
   uint32_t sum;
   asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
   return sum;
+}
+/// Of each half the larger magnitude: `a` is one already. A NaN has none.
+DEEPEP_DEVICE uint32_t larger_bf16(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b & 0x7fff7fffu));
+  return larger;
 }
 /// The sum, never contracted with a neighbouring product.
 DEEPEP_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }

@@ -5,11 +5,13 @@
 // includes this file and nothing else of either, so its source is one.
 //
 //   who am I     thread() lane() warp() block() num_threads() num_warps() num_blocks()
-//   together     sync_block() sync_warp() ballot(p) shuffle(v, lane) warp_sum(v) warp_exclusive_sum(v)
+//   together     sync_block() sync_warp() ballot(p) shuffle(v, lane)
+//                warp_sum(v) warp_exclusive_sum(v) warp_or(v)
 //   memory       load(p) store(p, v)                     plain; a race on it is an error
 //                load_once(p)                            data nobody writes while the kernel runs
 //                load_streaming(p) store_streaming(p, v) plain, 16 bytes, and not worth a place in L1
 //                prefetch(p)                             a hint: the line at p will be read
+//                prefetch(p, bytes)                      the same of more; 16-byte addresses and sizes
 //                load<Order, Scope>(p) store<Order, Scope>(p, v)
 //                fetch_add<Order, Scope>(p, v) fetch_or<Order, Scope>(p, v)
 //                fence<Order, Scope>()

@@ -106,6 +106,9 @@ DEEPEP_DEVICE int warp_sum(int v, emu::Site site = emu::Site::current()) {
 DEEPEP_DEVICE int warp_exclusive_sum(int v, emu::Site site = emu::Site::current()) {
   return static_cast<int>(emu::machine->warp_exclusive_sum(v, site));
 }
+DEEPEP_DEVICE uint32_t warp_or(uint32_t v, emu::Site site = emu::Site::current()) {
+  return emu::machine->warp_or(v, site);
+}
 DEEPEP_DEVICE int popcount(uint32_t bits) { return std::popcount(bits); }
 DEEPEP_DEVICE int lowest_bit(uint32_t bits) { return bits == 0 ? -1 : std::countr_zero(bits); }
 
@@ -138,6 +141,7 @@ DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v, emu::Site site = emu::Site
 
 /// A hint: it reads nothing, so nothing is checked.
 DEEPEP_DEVICE void prefetch(const void*) {}
+DEEPEP_DEVICE void prefetch(const void*, int64_t) {}
 
 // ---- ordered memory ----------------------------------------------------------------------------------------
 
@@ -355,6 +359,10 @@ DEEPEP_DEVICE float float_of_bits(uint32_t bits) { return std::bit_cast<float>(b
 DEEPEP_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
   return e4m3_of_bits(bits_of(a)) | e4m3_of_bits(bits_of(b)) << 8 | e4m3_of_bits(bits_of(c)) << 16 |
          e4m3_of_bits(bits_of(d)) << 24;
+}
+DEEPEP_DEVICE uint32_t larger_bf16(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t of, uint32_t than) { return than <= 0x7f80u && than > of ? than : of; };
+  return larger(a & 0xffffu, b & 0x7fffu) | larger(a >> 16, (b >> 16) & 0x7fffu) << 16;
 }
 /// By way of fp32, which has enough digits for that.
 DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {

@@ -23,13 +23,14 @@ class LowLatencyLauncher {
   LowLatencyLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads)
       : machine_(machine), kernels_(kernels), rank_(rank), num_threads_(num_threads) {}
 
+  /// Of a block.
+  [[nodiscard]] int num_warps() const { return num_threads_ / dev::kWarpSize; }
+
   void start(const kernels::LowLatencyDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
-    const kernels::LowLatencyDispatchShared shared{args.group.num_ranks, args.num_local_experts};
-    launch("low_latency_dispatch", args, num_blocks, halves, shared.bytes());
+    launch("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
-    launch("low_latency_combine", args, num_blocks, halves,
-           kernels::LowLatencyCombineShared{args.group.num_ranks}.bytes());
+    launch("low_latency_combine", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
 
   /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be

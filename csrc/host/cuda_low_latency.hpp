@@ -18,6 +18,9 @@ class CudaLowLatencyLauncher {
     kernels::load_low_latency();
   }
 
+  /// Of a block.
+  [[nodiscard]] static int num_warps() { return kernels::low_latency_warps(); }
+
   template <class Args>
   void start(const Args& args, int num_blocks, Halves halves, void* stream) {
     if (turns_->take(stream, [&] { kernels::launch_low_latency(args, num_blocks, halves, stream); }))

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/low_latency/args.hpp"
+#include "kernels/low_latency/share.hpp"
 
 namespace deepep::host {
 
@@ -92,9 +92,11 @@ class LowLatencyDomain {
     if (a.hidden < 8 || a.hidden % 8 != 0 || int64_t{2} * a.hidden > options_.max_row_bytes)
       refuse("a hidden size that the buffer was not made for");
     if (call.halves < 0 || call.halves > 2) refuse("there are two halves");
+    if (call.num_blocks < 1) refuse("a launch has blocks");
     auto args = call.args;
     args.group = group_;
     args.slots = slots_;
+    args.share = kernels::share_of(args, call.num_blocks, launcher_.num_warps());
     launcher_.start(args, call.num_blocks, static_cast<Halves>(call.halves), call.stream);
   }
 

@@ -48,6 +48,24 @@ template <class Int>
   return a < b ? b : a;
 }
 
+/// Division by a number that is known beforehand, without a division: exact while n * by < 2^32.
+struct Divisor {
+  Divisor() = default;
+  DEEPEP_HD constexpr explicit Divisor(int number)
+      : by(number),
+        inverse_(((uint64_t{1} << 32) + static_cast<uint64_t>(number) - 1) / static_cast<uint64_t>(number)) {}
+
+  [[nodiscard]] DEEPEP_HD constexpr int quotient(int n) const {
+    return static_cast<int>((static_cast<uint64_t>(n) * inverse_) >> 32);
+  }
+  [[nodiscard]] DEEPEP_HD constexpr int remainder(int n) const { return n - quotient(n) * by; }
+
+  int by;
+
+ private:
+  uint64_t inverse_;  // 2^32 / by, rounded up
+};
+
 /// Whether a size computed in 128 bits can be used as a 64-bit
 /// byte offset. What does not fit is refused on the host.
 [[nodiscard]] DEEPEP_HD constexpr bool fits_int64(wide_t value) {

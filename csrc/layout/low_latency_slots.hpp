@@ -13,42 +13,56 @@ namespace deepep::layout {
 /// Channels that share a scale in the fused FP8 cast.
 inline constexpr int kFp8Group = 128;
 
-/// A token on its way to a rank: a header, its channels, its scales. A header is the token's number, then for
-/// each of its K top-k entries where the row goes at that rank, then the weights.
+/// A token on its way to a rank: a header, its channels, its scales. A header has for each of the token's K
+/// top-k entries where the row goes at that rank, then the weights.
 struct LowLatencyMessage {
   int num_topk;
   int64_t row_bytes;  // of channels, as they travel: a multiple of 16
   int num_scales;     // float32; 0: none
 
   /// Words of a header.
-  [[nodiscard]] DEEPEP_HD static constexpr int header_words(int num_topk) { return 1 + 2 * num_topk; }
-  [[nodiscard]] DEEPEP_HD constexpr int64_t entry(int k) const { return 4 * (1 + k); }
-  [[nodiscard]] DEEPEP_HD constexpr int64_t weight(int k) const { return 4 * (1 + num_topk + k); }
+  [[nodiscard]] DEEPEP_HD static constexpr int header_words(int num_topk) { return 2 * num_topk; }
+  [[nodiscard]] DEEPEP_HD constexpr int64_t entry(int k) const { return 4 * k; }
+  [[nodiscard]] DEEPEP_HD constexpr int64_t weight(int k) const { return 4 * (num_topk + k); }
   [[nodiscard]] DEEPEP_HD constexpr int64_t row() const { return align_up(4 * header_words(num_topk), 16); }
   [[nodiscard]] DEEPEP_HD constexpr int64_t scales() const { return row() + row_bytes; }
   [[nodiscard]] DEEPEP_HD constexpr int64_t bytes() const { return align_up(scales() + 4 * num_scales, 16); }
 };
 
 /// An entry of a header: the local expert and the number of the row among those that this source sends it;
-/// behind the receiver's counts, the number among all rows of the expert. Both have 16 bits: E <= 1024, R * M
-/// <= 32768.
+/// behind the receiver's counts, the number among all rows of the expert. E <= 8192, R * M <= 32768.
 inline constexpr uint32_t kNoEntry = 0xffffffffu;
+/// On an entry of a header: one before it has the same row.
+inline constexpr uint32_t kRepeated = 0x80000000u;
 [[nodiscard]] DEEPEP_HD constexpr uint32_t pack_entry(int local_expert, int row) {
   return static_cast<uint32_t>(local_expert) << 16 | static_cast<uint32_t>(row);
 }
-[[nodiscard]] DEEPEP_HD constexpr int entry_expert(uint32_t entry) { return static_cast<int>(entry >> 16); }
+[[nodiscard]] DEEPEP_HD constexpr int entry_expert(uint32_t entry) {
+  return static_cast<int>((entry & ~kRepeated) >> 16);
+}
 [[nodiscard]] DEEPEP_HD constexpr int entry_row(uint32_t entry) { return static_cast<int>(entry & 0xffffu); }
 
-/// Words of a dispatch, which come before rows: what must be the same everywhere, the source's messages, its
-/// rows for each local expert. A source posts words for as many experts as the buffer has room for: a receiver
-/// that expects another number of them finds the digest that says so, and waits for none in vain.
+/// Words of a dispatch, which come before rows: what must be the same everywhere; the source's tokens that come
+/// here, as bits; its rows for each local expert. A source posts all words that the buffer has room for: a
+/// receiver that expects another number of them finds the digest that says so, and waits for none in vain.
 struct LowLatencyWords {
+  int max_tokens;
   int num_local_experts;
 
   static constexpr int kDigest = 0;
-  static constexpr int kMessages = 1;
-  static constexpr int kRows = 2;  // of the first local expert
-  [[nodiscard]] DEEPEP_HD constexpr int count() const { return kRows + num_local_experts; }
+  static constexpr int kTokens = 1;  // of the first 32 tokens
+  [[nodiscard]] DEEPEP_HD constexpr int token_words() const { return (max_tokens + 31) / 32; }
+  /// Of the first local expert.
+  [[nodiscard]] DEEPEP_HD constexpr int rows() const { return kTokens + token_words(); }
+  [[nodiscard]] DEEPEP_HD constexpr int count() const { return rows() + num_local_experts; }
+};
+
+/// Words of a combine: what must be the same everywhere, posted at its start; whether its top-k indices are the
+/// dispatch's, which takes longer to find out.
+struct LowLatencyDigests {
+  static constexpr int kShapes = 0;
+  static constexpr int kIndices = 1;
+  static constexpr int kCount = 2;
 };
 
 /// One rank's memory: what `source` writes there. Made by the host.
@@ -57,8 +71,8 @@ struct LowLatencySlots {
   /// Sizes of the largest call: M tokens a rank, K top-k, rows of so many bytes in bf16 (FP8 with scales takes
   /// less).
   DEEPEP_HD LowLatencySlots(int ranks, int local_experts, int max_tokens, int max_topk, int64_t max_row_bytes)
-      : num_words_(LowLatencyWords{local_experts}.count()),
-        words_bytes_(align_up(8 * num_words_, kLine)),
+      : words_{max_tokens, local_experts},
+        words_bytes_(align_up(8 * words_.count(), kLine)),
         flags_bytes_(align_up(4 * max_tokens, kLine)),
         weights_bytes_(align_up(int64_t{8} * max_tokens * max_topk, kLine)),
         messages_bytes_(align_up(max_tokens * LowLatencyMessage{max_topk, max_row_bytes, 0}.bytes(), kLine)),
@@ -66,14 +80,14 @@ struct LowLatencySlots {
         both_(2 * ranks),
         num_ranks_(ranks) {}
 
-  /// How many words a source posts.
-  [[nodiscard]] DEEPEP_HD int num_words() const { return num_words_; }
+  /// The words that a source posts.
+  [[nodiscard]] DEEPEP_HD const LowLatencyWords& words() const { return words_; }
   /// Tagged words of `source`'s dispatch: LowLatencyWords.
   [[nodiscard]] DEEPEP_HD int64_t words(uint32_t epoch, int source) const {
     return number(epoch, source) * words_bytes_;
   }
-  /// What `source` begins to combine: a tagged word.
-  [[nodiscard]] DEEPEP_HD int64_t digest(uint32_t epoch, int source) const {
+  /// What `source` begins to combine: two tagged words, LowLatencyDigests.
+  [[nodiscard]] DEEPEP_HD int64_t digests(uint32_t epoch, int source) const {
     return both_ * words_bytes_ + number(epoch, source) * kLine;
   }
   /// uint32 [M]: epoch of the dispatch whose message is there.
@@ -92,11 +106,11 @@ struct LowLatencySlots {
   [[nodiscard]] DEEPEP_HD int64_t control_bytes() const {
     return both_ * (words_bytes_ + kLine + 2 * flags_bytes_ + weights_bytes_);
   }
-  /// Messages of `source`'s dispatch, by their number among those for this rank.
+  /// Messages of `source`'s dispatch, by token.
   [[nodiscard]] DEEPEP_HD int64_t messages(uint32_t epoch, int source) const {
     return control_bytes() + number(epoch, source) * messages_bytes_;
   }
-  /// bf16 rows that `source` returns, by the number that their token's message had.
+  /// bf16 rows that `source` returns, by token.
   [[nodiscard]] DEEPEP_HD int64_t returns(uint32_t epoch, int source) const {
     return control_bytes() + both_ * messages_bytes_ + number(epoch, source) * returns_bytes_;
   }
@@ -109,7 +123,7 @@ struct LowLatencySlots {
     return static_cast<int64_t>(epoch & 1u) * num_ranks_ + source;
   }
 
-  int num_words_;
+  LowLatencyWords words_;
   int64_t words_bytes_;
   int64_t flags_bytes_;
   int64_t weights_bytes_;

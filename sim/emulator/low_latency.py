@@ -76,8 +76,8 @@ class LowLatencyHandleAt(NamedTuple):
     """Addresses of a rank's handle (csrc/kernels/low_latency/args.hpp)."""
 
     identity: int
-    send_position: int
-    num_messages: int
+    sent: int
+    came: int
     routes: int
 
 
@@ -85,18 +85,19 @@ class LowLatencyHandleAt(NamedTuple):
 class KeptHandle:
     """A handle's contents, as its rank keeps them from a dispatch to its combines.
 
-    identity [2], send_position [T, R], num_messages [R]; routes: of each source [messages, 1 + 2 K]; int32.
+    identity [2]; sent [T]: the ranks that a token went to, as bits; came [R, M / 32, rounded up]: tokens of
+    each source, as bits; routes [R, M, 2 K], zeros where no token came; int32.
     """
 
     identity: Tensor
-    send_position: Tensor
-    num_messages: Tensor
-    routes: list[Tensor]
+    sent: Tensor
+    came: Tensor
+    routes: Tensor
 
     @property
     def num_topk(self) -> int:
         """K of the dispatch."""
-        return (self.routes[0].shape[1] - 1) // 2
+        return self.routes.shape[2] // 2
 
 
 class LowLatencyResultsAt(NamedTuple):
@@ -154,38 +155,32 @@ class EmulatedLowLatency:
     def new_handle(self, rank: int, call: LowLatencyCall) -> LowLatencyHandleAt:
         """Room for a handle; a dispatch fills it."""
         tokens, topk = call.topk_idx.shape
-        ranks, words = self.num_ranks, 1 + 2 * topk
         return LowLatencyHandleAt(
             self._allocate(f"identity@{rank}", "device", rank, 8),
-            self._allocate(f"send_position@{rank}", "device", rank, 4 * tokens * ranks),
-            self._allocate(f"num_messages@{rank}", "device", rank, 4 * ranks),
-            self._allocate(f"routes@{rank}", "device", rank, 4 * ranks * call.num_max_tokens * words),
+            self._allocate(f"sent@{rank}", "device", rank, 4 * tokens),
+            self._allocate(f"came@{rank}", "device", rank, 4 * self.num_ranks * _token_words(call)),
+            self._allocate(f"routes@{rank}", "device", rank, 8 * self.num_ranks * call.num_max_tokens * topk),
         )
 
     def read_handle(self, rank: int, call: LowLatencyCall, at: LowLatencyHandleAt) -> KeptHandle:
         """The contents of a handle that a dispatch has filled."""
         tokens, topk = call.topk_idx.shape
-        ranks, words = self.num_ranks, 1 + 2 * topk
-        counts = self.read(rank, at.num_messages, torch.int32, (ranks,))
-        return KeptHandle(
-            self.read(rank, at.identity, torch.int32, (2,)),
-            self.read(rank, at.send_position, torch.int32, (tokens, ranks)),
-            counts,
-            [  # no more of it was written
-                self.read(rank, at.routes + 4 * s * call.num_max_tokens * words, torch.int32, (count, words))
-                for s, count in enumerate(counts.tolist())
-            ],
-        )
+        came = self.read(rank, at.came, torch.int32, (self.num_ranks, _token_words(call)))
+        routes = torch.zeros(self.num_ranks, call.num_max_tokens, 2 * topk, dtype=torch.int32, device="cpu")
+        with_weights = 2 * topk if call.carries_weights else topk
+        for source, token in _tokens_that_came(came):  # no more of it was written
+            place = at.routes + 8 * topk * (source * call.num_max_tokens + token)
+            routes[source, token, :with_weights] = self.read(rank, place, torch.int32, (with_weights,))
+        identity = self.read(rank, at.identity, torch.int32, (2,))
+        return KeptHandle(identity, self.read(rank, at.sent, torch.int32, (tokens,)), came, routes)
 
     def given_handle(self, rank: int, call: LowLatencyCall, kept: KeptHandle) -> LowLatencyHandleAt:
         """A handle with the contents of one that an earlier dispatch has filled."""
-        tokens, topk = call.topk_idx.shape
-        at, words = self.new_handle(rank, call), 1 + 2 * topk
+        at = self.new_handle(rank, call)
         self._write(rank, at.identity, kept.identity)
-        self._write(rank, at.send_position, kept.send_position[:tokens])
-        self._write(rank, at.num_messages, kept.num_messages)
-        for source, routes in enumerate(kept.routes):
-            self._write(rank, at.routes + 4 * source * call.num_max_tokens * words, routes)
+        self._write(rank, at.sent, kept.sent[: call.topk_idx.shape[0]])
+        self._write(rank, at.came, kept.came)
+        self._write(rank, at.routes, kept.routes)
         return at
 
     def dispatch(
@@ -322,3 +317,14 @@ class EmulatedLowLatency:
         if tensor.numel():
             plain = tensor.detach().contiguous().flatten().view(torch.uint8)
             self.machine.write(rank, address, plain.numpy())
+
+
+def _token_words(call: LowLatencyCall) -> int:
+    """Words of a bit for each of a source's tokens."""
+    return -(-call.num_max_tokens // 32)
+
+
+def _tokens_that_came(came: Tensor) -> list[tuple[int, int]]:
+    """(source, token) of each bit."""
+    bits = (came.unsqueeze(-1) >> torch.arange(32, device="cpu")) & 1
+    return [(source, token) for source, token in bits.flatten(1).nonzero().tolist()]

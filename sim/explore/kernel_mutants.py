@@ -218,13 +218,13 @@ EDITS = (
     Edit(
         "sums without digests",
         "kernels/low_latency/combine_digest.hpp",
-        "    if (!is_live(g, source)) continue;\n    uint32_t value = 0;\n",
-        "    if (!is_live(g, source) || source != g.rank) continue;\n    uint32_t value = 0;\n",
+        "    if (!is_live(g, source)) continue;\n",
+        "    if (!is_live(g, source) || source != g.rank) continue;\n",
         "nobody sees that ranks combine along other dispatches, or have not read what came before",
     ),
     Edit(
         "words without a tag",
-        "kernels/low_latency/dispatch_push.hpp",
+        "kernels/low_latency/dispatch_count.hpp",
         "pack_tagged(value, call.epoch)",
         "pack_tagged(value, call.epoch & 1u)",
         "a parity instead of a generation",
@@ -232,9 +232,23 @@ EDITS = (
     Edit(
         "any top-k indices",
         "kernels/low_latency/combine_digest.hpp",
-        "|| load_once(args.handle.identity + 1) != hash.get(0))",
-        ")",
+        "  if (!args.refused && load_once(args.handle.identity + 1) != hash.get(0)) value = kRefusal;\n",
+        "",
         "a combine along indices that are not those of its dispatch",
+    ),
+    Edit(
+        "any dispatch",
+        "kernels/low_latency/combine_digest.hpp",
+        "epoch == 0 ? kRefusal : epoch | 1u << 31",
+        "epoch == 0 ? kRefusal : 1u << 31",
+        "ranks that combine along different dispatches",
+    ),
+    Edit(
+        "words that nobody waited for",
+        "kernels/low_latency/dispatch_spread.hpp",
+        "  return stopped.get(0) == 0 && !args.refused;\n",
+        "  return !args.refused;\n",
+        "messages are spread by words that have not come, or of ranks that disagree",
     ),
 )
 
@@ -245,6 +259,7 @@ _WORD_ALONE = "the word is all that is read"
 _KERNEL_END = "the end of the kernel before it is a fence"
 _BARRIER_BEHIND = "place_tokens has a block barrier, too, before any of these words is used"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
+_ONE_WORD = "the emulator orders stores to one word as they run: it cannot show what this order is for"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
 #: Mutants that nothing can catch, and why they do no harm. What is not here must be caught.
@@ -258,6 +273,8 @@ HARMLESS: dict[str, str] = {
     "dispatch/dispatch.hpp dispatch_kernel: sync_block removed": _BARRIER_BEHIND,
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
+    "low_latency/dispatch_count.hpp post_words: store gpu -> block": _ONE_WORD,
+    "low_latency/dispatch_count.hpp post_words: store release -> relaxed": _ONE_WORD,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,

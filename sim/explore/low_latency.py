@@ -33,9 +33,10 @@ from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView, bits, fill_low_latency, first_difference
 
 #: Ways in which a rank spoils an operation for all: its host refuses it, it has another number of experts, it
-#: combines along other indices, it makes the dispatch by other means than kernels. "meeting" spoils nothing:
-#: all ranks make an operation of each kind by other means, before each real one.
-SPOILS = ("", "dispatch", "shape", "combine", "indices", "elsewhere", "meeting")
+#: combines along other indices, or along the dispatch before ("older"), it makes the dispatch by other means
+#: than kernels. "meeting" spoils nothing: all ranks make an operation of each kind by other means, before
+#: each real one.
+SPOILS = ("", "dispatch", "shape", "combine", "indices", "older", "elsewhere", "meeting")
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,11 @@ class _LowLatencyRun:
         if spoils in ("dispatch", "shape", "elsewhere"):
             rows = _rows(case, rank, self.scenario, index)
             yield from self._spoil_dispatch(rank, call, cast, given.tokens, rows, is_spoiler=rank == spoiler)
+        older = None
+        if spoils == "older":
+            older = domain.new_handle(rank, call)
+            older_args, _ = domain.dispatch(rank, call, cast, given.tokens, older)
+            yield from self._carry_out(rank, lambda halves: domain.launch_dispatch(rank, older_args, halves))
         handle = domain.new_handle(rank, call)
         dispatch_args, received = domain.dispatch(rank, call, cast, given.tokens, handle)
         yield from self._carry_out(rank, lambda halves: domain.launch_dispatch(rank, dispatch_args, halves))
@@ -219,8 +225,12 @@ class _LowLatencyRun:
         domain.set_live(rank, members)
         rows = _rows(case, rank, self.scenario, index)
         for number in range(self.scenario.num_combines):
-            if spoils in ("combine", "indices"):
-                yield from self._spoil_combine(rank, call, rows, handle, is_spoiler=rank == spoiler)
+            if spoils in ("combine", "indices", "older"):
+                # A rank alone agrees with itself along any dispatch: it refuses.
+                along = older if rank == spoiler and older is not None and len(members) > 1 else handle
+                yield from self._spoil_combine(
+                    rank, call, rows, along, is_spoiler=rank == spoiler and along is handle
+                )
             args, out = domain.combine(rank, call, rows, handle)
             yield from self._combine(rank, args)
             x = domain.read(rank, out, torch.bfloat16, (call.topk_idx.shape[0], case.hidden))
@@ -272,7 +282,7 @@ class _LowLatencyRun:
         *,
         is_spoiler: bool,
     ) -> Program:
-        if is_spoiler and self.scenario.spoils == "combine":
+        if is_spoiler and self.scenario.spoils != "indices":
             call = replace(call, refused=True)
         elif is_spoiler:
             other = call.topk_idx.clone()

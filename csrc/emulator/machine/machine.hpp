@@ -94,6 +94,7 @@ class Machine {
   [[nodiscard]] virtual uint64_t shuffle(uint64_t value, int source_lane, Site site) = 0;
   [[nodiscard]] virtual int64_t warp_sum(int64_t value, Site site) = 0;
   [[nodiscard]] virtual int64_t warp_exclusive_sum(int64_t value, Site site) = 0;
+  [[nodiscard]] virtual uint32_t warp_or(uint32_t value, Site site) = 0;
 
   [[nodiscard]] virtual uint64_t clock_ns() = 0;
   /// Lets others run.

@@ -138,6 +138,7 @@ class Simulation final : public Machine, private Environment {
   uint64_t shuffle(uint64_t value, int source_lane, Site site) override;
   int64_t warp_sum(int64_t value, Site site) override;
   int64_t warp_exclusive_sum(int64_t value, Site site) override;
+  uint32_t warp_or(uint32_t value, Site site) override;
   uint64_t clock_ns() override;
   void pause() override;
   std::byte* shared(int64_t byte_offset) override;
@@ -228,7 +229,7 @@ class Simulation final : public Machine, private Environment {
     uint64_t deadline_ns = 0;
     uint32_t waits = 0;  // how many there have been: a wake-up for a former one is void
   };
-  enum class Collective : uint8_t { sync, ballot, shuffle, sum, exclusive_sum };
+  enum class Collective : uint8_t { sync, ballot, shuffle, sum, exclusive_sum, disjunction };
   struct Warp {
     uint32_t ready = 0;   // lanes that can run
     uint32_t parked = 0;  // lanes that could, were the rank not frozen

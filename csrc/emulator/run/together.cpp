@@ -158,15 +158,21 @@ void Simulation::arrive(Collective collective, uint64_t value, int source_lane, 
     return;
   }
   const Slot first = running_ - lane;
-  uint64_t all = 0;
+  uint64_t sum = 0, any = 0, bits = 0;
   for (uint32_t l = 0; l < 32; ++l) {
     uint64_t& result = fibers_[first + l].result;
-    if (collective == Collective::exclusive_sum) result = all;
+    if (collective == Collective::exclusive_sum) result = sum;
     if (collective == Collective::shuffle) result = warp.values[warp.sources[l]];
-    all += collective == Collective::ballot ? (warp.values[l] & 1u) << l : warp.values[l];
+    sum += warp.values[l];
+    any |= warp.values[l];
+    bits |= (warp.values[l] & 1u) << l;
   }
-  if (collective == Collective::ballot || collective == Collective::sum)
-    for (uint32_t l = 0; l < 32; ++l) fibers_[first + l].result = all;
+  for (uint32_t l = 0; l < 32; ++l) {
+    uint64_t& result = fibers_[first + l].result;
+    if (collective == Collective::ballot) result = bits;
+    if (collective == Collective::sum) result = sum;
+    if (collective == Collective::disjunction) result = any;
+  }
   // Of the collectives only the barrier orders memory; a ballot or a shuffle does not.
   if (collective == Collective::sync) {
     agents_.clear();
@@ -194,6 +200,11 @@ uint64_t Simulation::shuffle(uint64_t value, int source_lane, Site site) {
 int64_t Simulation::warp_sum(int64_t value, Site site) {
   arrive(Collective::sum, static_cast<uint64_t>(value), 0, site);
   return static_cast<int64_t>(self().result);
+}
+
+uint32_t Simulation::warp_or(uint32_t value, Site site) {
+  arrive(Collective::disjunction, value, 0, site);
+  return static_cast<uint32_t>(self().result);
 }
 
 int64_t Simulation::warp_exclusive_sum(int64_t value, Site site) {

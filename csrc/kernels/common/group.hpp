@@ -24,10 +24,8 @@ inline constexpr uint32_t kRefusal = 0;
 /// The number of this call, read by every block at its start. All threads. Never 0, which is what words hold
 /// that nobody has written yet; nor 1 after 2^32 - 1, for what lies in two places in turn goes by the lowest
 /// bit.
-[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) {
-  const uint32_t last = dev::load(epoch);
-  return last == 0xffffffffu ? 2 : last + 1;
-}
+[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(uint32_t last) { return last == 0xffffffffu ? 2 : last + 1; }
+[[nodiscard]] DEEPEP_DEVICE uint32_t next_epoch(const uint32_t* epoch) { return next_epoch(dev::load(epoch)); }
 
 /// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and
 /// without a wait, so that no block needs another one to be resident. One thread of every block, behind a block

@@ -11,18 +11,38 @@ enum class Halves : int { kBoth = 0, kSend = 1, kReceive = 2 };
 
 /// What a combine needs of its dispatch, in memory that the handle owns.
 struct LowLatencyHandle {
-  uint32_t* identity;      // [2]: the dispatch's epoch, and a hash of its top-k; the epoch is 0 if it failed
-  int32_t* send_position;  // [T, R]: number of the token's message among those for a rank, or -1
-  int32_t* num_messages;   // [R]: how many came from each source
-  uint32_t* routes;        // [R, M, 1 + 2 K]: their headers, with the numbers of rows among all of their expert
+  uint32_t* identity;  // [2]: the dispatch's epoch, 0 if it failed, and a hash of its top-k
+  uint32_t* sent;      // [T]: the ranks that this rank's token went to, as bits
+  uint32_t* came;      // [R, M / 32, rounded up]: tokens that came from each source, as bits
+  uint32_t* routes;    // [R, M, 2 K]: their headers, with the numbers of rows among all of their expert
+};
+
+/// How a launch shares out its work, and what else the host works out so that no warp has to
+/// (host/low_latency.hpp).
+struct LowLatencyShare {
+  uint32_t digest;       // of what ranks must pass alike
+  int first_sender;      // of the blocks that send tokens: 1 if block 0, which posts words, can be spared
+  int first_worker;      // of those that have messages, the same
+  int num_sources;       // whose messages are dealt to blocks: R, and in a dispatch R - 1
+  int tokens_per_block;  // one block's tokens lie together in a dispatch, and num_blocks apart in a combine
+  int token_shift;       // 2^token_shift warps share a token that is sent or summed,
+  int message_shift;     // a message that came,
+  int own_shift;         // in a dispatch, one of this rank's own
+  int rank_shift;        // 2^rank_shift >= R
+  layout::Divisor by_local_experts;
+  layout::Divisor by_topk;
+  layout::Divisor by_tokens;  // T, and
+  layout::Divisor by_rest;    // M - T; 1 in place of 0
+  layout::Divisor by_words;   // of a source, in a dispatch
 };
 
 struct LowLatencyDispatchArgs {
   Group group;  // its heaps are laid out by `slots`, and its state and fault record are low latency's own
   layout::LowLatencySlots slots;
+  LowLatencyShare share;
   LowLatencyHandle handle;
-  bool refused;    // only post to the others that this rank does not take part in this call
-  bool elsewhere;  // with `refused`: the call is made by other means; no fault if it is on all ranks
+  bool refused;         // only post to the others that this rank does not take part in this call
+  bool elsewhere;       // with `refused`: the call is made by other means; no fault if it is on all ranks
   bool weights_travel;  // with the rows; else combine sends them
   bool casts;           // to FP8
   bool rounds_scales;
@@ -46,6 +66,7 @@ struct LowLatencyDispatchArgs {
 struct LowLatencyCombineArgs {
   Group group;
   layout::LowLatencySlots slots;
+  LowLatencyShare share;
   LowLatencyHandle handle;
   bool refused;  // as of a dispatch
   bool elsewhere;

@@ -2,11 +2,10 @@
 // same.
 #pragma once
 
-#include "kernels/low_latency/common.hpp"
+#include "kernels/low_latency/dispatch_call.hpp"
 
 namespace deepep::kernels {
 
-inline constexpr int kSendUnroll = 4;    // 16-byte accesses a lane has in flight
 inline constexpr int kLanesOfGroup = 8;  // a lane casts 16 channels, so 8 lanes share a scale
 
 /// Where a token goes. Lane r: the address of its message at rank r.
@@ -15,40 +14,40 @@ struct Destinations {
   uint64_t message;
 };
 
-/// A part of a row of bf16. One warp.
-DEEPEP_DEVICE void copy_channels(const LowLatencyDispatchArgs& args, const layout::LowLatencyMessage& message,
-                                 const Destinations& to, int t, int part, int parts) {
+/// A unit of a row, on its way through a warp's registers: 16 channels a lane, side by side where they are
+/// cast, else in two pieces that lie a warp apart.
+struct RowUnit {
+  dev::Vec16 first;
+  dev::Vec16 second;
+};
+
+[[nodiscard]] DEEPEP_DEVICE int num_units(int hidden) { return (hidden + kUnit - 1) / kUnit; }
+
+/// Unit `unit` of token t's row.
+[[nodiscard]] DEEPEP_DEVICE RowUnit load_unit(const LowLatencyDispatchArgs& args, int t, int unit) {
   using namespace dev;
   const int pieces = args.hidden / 8;
   const Vec16* from = reinterpret_cast<const Vec16*>(args.x) + int64_t{t} * pieces;
-  const int end = pieces * (part + 1) / parts;
-#pragma unroll 1
-  for (int begin = pieces * part / parts + lane(); begin < end + lane(); begin += kSendUnroll * kWarpSize) {
-    const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
-    Vec16 v[kSendUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kSendUnroll; ++u)
-      if (u * kWarpSize < left) v[u] = load_once(from + begin + u * kWarpSize);
-#pragma unroll 1
-    for (uint32_t ranks = to.ranks; ranks != 0; ranks &= ranks - 1) {
-      Vec16* row = reinterpret_cast<Vec16*>(shuffle(to.message, lowest_bit(ranks)) + message.row()) + begin;
-#pragma unroll
-      for (int u = 0; u < kSendUnroll; ++u)
-        if (u * kWarpSize < left) store_streaming(row + u * kWarpSize, v[u]);
-    }
-  }
+  const int first = 2 * kWarpSize * unit + (args.casts ? 2 * lane() : lane());
+  const int second = first + (args.casts ? 1 : kWarpSize);
+  RowUnit row = {};
+  if (first < pieces) row.first = load_once(from + first);
+  if (second < pieces) row.second = load_once(from + second);
+  return row;
 }
 
-/// The largest magnitude of eight bf16 that is not NaN, as float32 bits.
-[[nodiscard]] DEEPEP_DEVICE uint32_t largest_of(const dev::Vec16& v, uint32_t largest) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = (v.w[i] << 16) & 0x7fffffffu;
-    const uint32_t high = v.w[i] & 0x7fff0000u;
-    if (low <= 0x7f800000u && low > largest) largest = low;
-    if (high <= 0x7f800000u && high > largest) largest = high;
+/// As it is. One warp.
+DEEPEP_DEVICE void copy_unit(const LowLatencyDispatchArgs& args, const layout::LowLatencyMessage& message,
+                             const Destinations& to, int unit, const RowUnit& row) {
+  using namespace dev;
+  const int left = args.hidden / 8 - 2 * kWarpSize * unit - lane();  // pieces from this lane's first on
+#pragma unroll 1
+  for (uint32_t ranks = to.ranks; ranks != 0; ranks &= ranks - 1) {
+    std::byte* there = reinterpret_cast<std::byte*>(shuffle(to.message, lowest_bit(ranks)));
+    Vec16* piece = reinterpret_cast<Vec16*>(there + message.row()) + 2 * kWarpSize * unit + lane();
+    if (left > 0) store_streaming(piece, row.first);
+    if (left > kWarpSize) store_streaming(piece + kWarpSize, row.second);
   }
-  return largest;
 }
 
 /// What a group's channels are multiplied by, and what restores them. Every step is one rounding.
@@ -68,47 +67,39 @@ struct Fp8Scale {
   return {div_rounded(1.0f, power), power};
 }
 
-/// Eight channels.
+/// Four channels.
 [[nodiscard]] DEEPEP_DEVICE uint32_t cast_pair(uint32_t first, uint32_t second, float scale) {
   using namespace dev;
   return pack_e4m3(mul_rounded(bf16_low(first), scale), mul_rounded(bf16_high(first), scale),
                    mul_rounded(bf16_low(second), scale), mul_rounded(bf16_high(second), scale));
 }
 
-/// A part of a row, in whole groups, with their scales. One warp.
-DEEPEP_DEVICE void cast_channels(const LowLatencyDispatchArgs& args, const layout::LowLatencyMessage& message,
-                                 const Destinations& to, int t, int part, int parts) {
+/// Whole groups, with their scales. One warp.
+DEEPEP_DEVICE void cast_unit(const LowLatencyDispatchArgs& args, const layout::LowLatencyMessage& message,
+                             const Destinations& to, int unit, const RowUnit& row) {
   using namespace dev;
-  const int groups = args.hidden / layout::kFp8Group;
-  const Vec16* from = reinterpret_cast<const Vec16*>(args.x) + int64_t{t} * (args.hidden / 8);
-  const int end = groups * (part + 1) / parts * kLanesOfGroup;
-#pragma unroll 1
-  for (int piece = groups * part / parts * kLanesOfGroup + lane(); piece < end + lane(); piece += kWarpSize) {
-    const bool is_mine = piece < end;
-    Vec16 first = {}, second = {};
-    if (is_mine) {
-      first = load_once(from + 2 * piece);
-      second = load_once(from + 2 * piece + 1);
-    }
-    uint32_t largest = largest_of(second, largest_of(first, 0));
+  const int piece = kWarpSize * unit + lane();
+  const bool is_mine = piece < args.hidden / 16;
+  uint32_t largest = 0;  // two bf16
 #pragma unroll
-    for (int distance = 1; distance < kLanesOfGroup; distance *= 2) {
-      const uint32_t other = shuffle(largest, lane() ^ distance);
-      largest = other > largest ? other : largest;
-    }
-    const Fp8Scale scale = scale_of_group(largest, args.rounds_scales);
-    const Vec16 cast{
-        {cast_pair(first.w[0], first.w[1], scale.scale), cast_pair(first.w[2], first.w[3], scale.scale),
-         cast_pair(second.w[0], second.w[1], scale.scale), cast_pair(second.w[2], second.w[3], scale.scale)}};
+  for (int i = 0; i < 4; ++i) largest = larger_bf16(larger_bf16(largest, row.first.w[i]), row.second.w[i]);
+#pragma unroll
+  for (int distance = 1; distance < kLanesOfGroup; distance *= 2)
+    largest = larger_bf16(largest, shuffle(largest, lane() ^ distance));
+  largest = larger_bf16(largest, largest >> 16) << 16;  // as a float32
+  const Fp8Scale scale = scale_of_group(largest, args.rounds_scales);
+  const Vec16 cast{{cast_pair(row.first.w[0], row.first.w[1], scale.scale),
+                    cast_pair(row.first.w[2], row.first.w[3], scale.scale),
+                    cast_pair(row.second.w[0], row.second.w[1], scale.scale),
+                    cast_pair(row.second.w[2], row.second.w[3], scale.scale)}};
 #pragma unroll 1
-    for (uint32_t ranks = to.ranks; ranks != 0; ranks &= ranks - 1) {
-      std::byte* there = reinterpret_cast<std::byte*>(shuffle(to.message, lowest_bit(ranks)));
-      if (!is_mine) continue;
-      store_streaming(reinterpret_cast<Vec16*>(there + message.row()) + piece, cast);
-      if (piece % kLanesOfGroup == 0)
-        store(reinterpret_cast<uint32_t*>(there + message.scales()) + piece / kLanesOfGroup,
-              bits_of(scale.inverse));
-    }
+  for (uint32_t ranks = to.ranks; ranks != 0; ranks &= ranks - 1) {
+    std::byte* there = reinterpret_cast<std::byte*>(shuffle(to.message, lowest_bit(ranks)));
+    if (!is_mine) continue;
+    store_streaming(reinterpret_cast<Vec16*>(there + message.row()) + piece, cast);
+    if (piece % kLanesOfGroup == 0)
+      store(reinterpret_cast<uint32_t*>(there + message.scales()) + piece / kLanesOfGroup,
+            bits_of(scale.inverse));
   }
 }
 

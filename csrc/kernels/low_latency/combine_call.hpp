@@ -8,15 +8,21 @@ namespace deepep::kernels {
 /// The block's dynamic shared memory.
 struct LowLatencyCombineShared {
   int num_ranks;
+  int token_words;
 
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
-  [[nodiscard]] DEEPEP_HD int64_t stopped() const {
-    return 4;
-  }  // uint32: the same of the wait for digests alone
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }   // uint32
-  [[nodiscard]] DEEPEP_HD int64_t list() const { return 16; }  // int32 [R + 1]
-  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return layout::align_up(list() + 4 * (num_ranks + 1), 16); }
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }   // uint32: bits of Phases
+  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 4; }  // the same of waits for digests alone
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }     // uint32
+  /// uint32 [R, token words]: tokens that came from each source, as bits.
+  [[nodiscard]] DEEPEP_HD int64_t tokens() const { return 16; }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const {
+    return layout::align_up(tokens() + 4 * num_ranks * token_words, 16);
+  }
 };
+
+[[nodiscard]] DEEPEP_HD LowLatencyCombineShared shared_of(const LowLatencyCombineArgs& args) {
+  return {args.group.num_ranks, (args.max_tokens + 31) / 32};
+}
 
 struct LowLatencyCombineCall {
   const LowLatencyCombineArgs& args;
@@ -24,7 +30,7 @@ struct LowLatencyCombineCall {
   uint32_t epoch;
   dev::Deadline deadline;
 
-  [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineShared shared() const { return {g.num_ranks}; }
+  [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineShared shared() const { return shared_of(args); }
 };
 
 /// Clears the block's words. A block barrier has to follow.
@@ -40,10 +46,18 @@ struct LowLatencyCombineCall {
   return call;
 }
 
-/// Of a launch that sends: reads the epoch.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args) {
-  const uint32_t epoch = next_epoch(&args.group.state->combine_epoch);
-  return begin_call(args, epoch);
+/// The epoch of the call before.
+[[nodiscard]] DEEPEP_DEVICE uint32_t last_epoch(const LowLatencyCombineArgs& args) {
+  return dev::load(&args.group.state->combine_epoch);
+}
+
+/// Of a launch that sends. All threads, with a barrier.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, uint32_t last) {
+  using namespace dev;
+  const uint32_t epoch = next_epoch(last);
+  const LowLatencyCombineCall call = begin_call(args, epoch);
+  sync_block();
+  return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
@@ -52,7 +66,7 @@ struct LowLatencyCombineCall {
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
-  if (dev::thread() == 0) advance_epoch(call.g, &call.g.state->combine_epoch, call.epoch);
+  advance_epoch(call, &call.g.state->combine_epoch);
 }
 
 /// True on one thread of a block in which something was waited for in vain, or that has found a disagreement:

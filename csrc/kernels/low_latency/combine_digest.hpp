@@ -1,64 +1,68 @@
-// Whether ranks combine alike: each posts a digest before it sends, and nobody sums before it has seen
-// everybody's.
+// Whether ranks combine alike: each posts what must be the same everywhere, then whether its top-k indices are
+// those of the dispatch; and nobody sums before it has seen everybody's.
 #pragma once
 
 #include "kernels/low_latency/combine_call.hpp"
 
 namespace deepep::kernels {
 
-/// What ranks must pass alike, in one word.
-[[nodiscard]] DEEPEP_HD uint32_t digest_of(const LowLatencyCombineArgs& args, uint32_t dispatch_epoch) {
-  Digest digest;
-  digest.add(static_cast<uint32_t>(args.max_tokens));
-  digest.add(static_cast<uint32_t>(args.hidden));
-  digest.add(static_cast<uint32_t>(args.num_local_experts));
-  digest.add(static_cast<uint32_t>(args.num_topk));
-  digest.add(args.weights_travelled ? 1u : 0u);
-  digest.add(dispatch_epoch);
-  return digest.value | 1u;
+using Digests = layout::LowLatencyDigests;
+
+/// What this rank's second word says: along which dispatch it combines. Of one that failed none does.
+[[nodiscard]] DEEPEP_DEVICE uint32_t dispatch_of(const LowLatencyCombineArgs& args) {
+  if (args.refused) return absence_of(args);
+  const uint32_t epoch = dev::load_once(args.handle.identity);
+  return epoch == 0 ? kRefusal : epoch | 1u << 31;
 }
 
-/// The digest of this rank, as far as it can be known without a hash of the top-k indices.
-[[nodiscard]] DEEPEP_DEVICE uint32_t own_digest(const LowLatencyCombineArgs& args) {
-  return args.refused ? absence_of(args) : digest_of(args, dev::load_once(args.handle.identity));
-}
-
-/// By block 0. Refuses if the top-k indices are not those of the dispatch, or that has failed.
-DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call) {
+DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call, int word, uint32_t value) {
   using namespace dev;
-  const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
-  if (block() != 0) return;
-  SharedArray<uint32_t> hash(call.shared().hash());
-  if (!args.refused) hash.add(0, hash_topk(args, args.weights_travelled));
-  sync_block();
-  uint32_t digest = own_digest(args);
-  if (!args.refused &&
-      (load_once(args.handle.identity) == 0 || load_once(args.handle.identity + 1) != hash.get(0)))
-    digest = kRefusal;
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (is_live(g, peer))
-      store<relaxed, sys_scope>(at<uint64_t>(g, peer, args.slots.digest(call.epoch, g.rank)),
-                                pack_tagged(digest, call.epoch));
+      store<relaxed, sys_scope>(at<uint64_t>(g, peer, call.args.slots.digests(call.epoch, g.rank)) + word,
+                                pack_tagged(value, call.epoch));
 }
 
-/// The digests of all live ranks. All threads, with a barrier. False on all if one does not come or disagrees;
-/// a fault is noted. False, too, if the call is made by other means.
-[[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call) {
+/// By block 0.
+DEEPEP_DEVICE void post_shapes(const LowLatencyCombineCall& call) {
+  if (dev::block() == 0) post_digest(call, Digests::kShapes, call.args.share.digest);
+}
+
+/// By block 0. Top-k indices that are not the dispatch's are refused.
+DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
+  using namespace dev;
+  const LowLatencyCombineArgs& args = call.args;
+  if (block() != 0) return;
+  SharedArray<uint32_t> hash(call.shared().hash());
+  if (!args.refused) hash_topk(args, args.weights_travelled, call.shared().hash());
+  sync_block();
+  uint32_t value = dispatch_of(args);
+  if (!args.refused && load_once(args.handle.identity + 1) != hash.get(0)) value = kRefusal;
+  post_digest(call, Digests::kIndices, value);
+}
+
+/// Words [first, end) of the digests of all live ranks. All threads, with a barrier; from the last on, since
+/// the first may still wait for what they have sent. False on all if one does not come or disagrees; a fault is
+/// noted. False, too, if the call is made by other means.
+[[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call, int first, int end) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> stopped(call.shared().stopped());
-  const uint32_t digest = own_digest(args);
 #pragma unroll 1
-  for (int source = thread(); source < g.num_ranks; source += num_threads()) {
+  for (int i = num_threads() - 1 - thread(); i < (end - first) * g.num_ranks; i += num_threads()) {
+    const bool is_second = i >= g.num_ranks;
+    const int source = is_second ? i - g.num_ranks : i;
+    const int word = first + (is_second ? 1 : 0);
     if (!is_live(g, source)) continue;
+    const uint32_t wanted = word == Digests::kShapes ? args.share.digest : dispatch_of(args);
     uint32_t value = 0;
-    const int64_t offset = args.slots.digest(call.epoch, source);
+    const int64_t offset = args.slots.digests(call.epoch, source) + 8 * word;
     if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-    } else if (value != digest || value == kRefusal) {
-      note_fault(g, Phase::kDisagreement, 1u << source, digest, value);
+    } else if (value != wanted || value == kRefusal) {
+      note_fault(g, Phase::kDisagreement, 1u << source, wanted, value);
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     }
   }
@@ -66,9 +70,15 @@ DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call) {
   return stopped.get(0) == 0 && !args.refused;
 }
 
-/// Where weights come with the combine, digests are looked at before them: a rank that refuses posts none.
+/// Before rows are weighted, where weights come with the combine: a rank that refuses posts none. Else all is
+/// looked at behind the rows.
 [[nodiscard]] DEEPEP_DEVICE bool wait_owners(const LowLatencyCombineCall& call) {
-  return call.args.weights_travelled || wait_digests(call);
+  return call.args.weights_travelled || wait_digests(call, Digests::kShapes, Digests::kIndices);
+}
+
+/// Before rows are summed.
+[[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
+  return wait_digests(call, Digests::kShapes, Digests::kCount);
 }
 
 }  // namespace deepep::kernels

@@ -1,8 +1,9 @@
 // The receive half of a low-latency combine, in a launch of its own: the hook.
 //
 // Phases:
+//   first_ranks      asks for what the sums need
 //   start_receive    the epoch of its send
-//   wait_digests     every block, for the digests of all live ranks: they combine along the same dispatch
+//   wait_partners    every block, for the digests of all live ranks: they combine along the same dispatch
 //   sum_tokens       the rows that have come back of each token, ranks ascending
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
@@ -16,9 +17,10 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
+  const uint32_t ranks = first_ranks(args);
   const LowLatencyCombineCall call = start_receive(args);
   sync_block();
-  if (wait_digests(call)) sum_tokens(call);
+  if (wait_partners(call)) sum_tokens(call, ranks);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

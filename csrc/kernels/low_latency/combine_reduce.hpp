@@ -7,104 +7,210 @@
 
 namespace deepep::kernels {
 
-/// By block 0, where the dispatch carried none: tagged words. An expert's rank finds them by token and entry.
-DEEPEP_DEVICE void post_weights(const LowLatencyCombineCall& call) {
+inline constexpr int kWeightUnroll = 2;  // weights that a thread has asked for at once
+
+struct Weights {
+  uint32_t weight[kWeightUnroll];
+};
+
+/// Weights first + thread, first + thread + threads, ... of [T, K].
+[[nodiscard]] DEEPEP_DEVICE Weights load_weights(const LowLatencyCombineArgs& args, int first) {
+  using namespace dev;
+  Weights weights = {};
+#pragma unroll
+  for (int u = 0; u < kWeightUnroll; ++u) {
+    const int i = first + u * num_threads() + thread();
+    if (i < args.num_tokens * args.num_topk) weights.weight[u] = load_once(args.topk_weights + i);
+  }
+  return weights;
+}
+
+/// True where weights are posted: by block 0, if the dispatch carried none.
+[[nodiscard]] DEEPEP_DEVICE bool posts_weights(const LowLatencyCombineArgs& args) {
+  return dev::block() == 0 && !args.weights_travelled && !args.refused;
+}
+
+/// What is posted first: asked for before anything else.
+[[nodiscard]] DEEPEP_DEVICE Weights first_weights(const LowLatencyCombineArgs& args) {
+  return posts_weights(args) ? load_weights(args, 0) : Weights{};
+}
+
+/// Tagged words, all to each rank. An expert's rank finds them by token and entry; that a combine has other
+/// indices than its dispatch keeps none from coming.
+DEEPEP_DEVICE void post_weights(const LowLatencyCombineCall& call, Weights weights) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
-  if (block() != 0 || args.weights_travelled || args.refused) return;
+  if (!posts_weights(args)) return;
+  const int end = args.num_tokens * args.num_topk;
+  const int step = kWeightUnroll * num_threads();
 #pragma unroll 1
-  for (int i = thread(); i < args.num_tokens * args.num_topk; i += num_threads()) {
-    const int expert = expert_at(args, i);
-    const int rank = expert >= 0 ? expert / args.num_local_experts : -1;
-    if (rank < 0 || !is_live(g, rank)) continue;
-    store<relaxed, sys_scope>(at<uint64_t>(g, rank, args.slots.weights(call.epoch, g.rank)) + i,
-                              pack_tagged(load_once(args.topk_weights + i), call.epoch));
+  for (int first = 0; first < end; first += step) {
+    DEEPEP_ROLLED
+    for (int peer = 0; peer < g.num_ranks; ++peer) {
+      if (!is_live(g, peer)) continue;
+      uint64_t* words = at<uint64_t>(g, peer, args.slots.weights(call.epoch, g.rank));
+#pragma unroll
+      for (int u = 0; u < kWeightUnroll; ++u) {
+        const int i = first + u * num_threads() + thread();
+        if (i < end) store<relaxed, sys_scope>(words + i, pack_tagged(weights.weight[u], call.epoch));
+      }
+    }
+    weights = load_weights(args, first + step);
   }
 }
 
-/// The messages whose rows go back, this rank's own last: others' have a way to go.
-[[nodiscard]] DEEPEP_DEVICE MessageList returns_of(const LowLatencyCombineCall& call) {
-  const int first = call.g.rank + 1 < call.g.num_ranks ? call.g.rank + 1 : 0;
-  return {dev::SharedArray<int32_t>(call.shared().list()), first, call.g.num_ranks};
-}
-
-/// Fills the list: none of a rank that is masked, nor of what a dispatch that failed has left in the handle.
-/// All threads, with a barrier.
+/// Which tokens' rows go back: those that came, but of a rank that is masked, and none of what a dispatch that
+/// failed has left in the handle. All threads, with a barrier.
 DEEPEP_DEVICE void list_returns(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
-  const bool any = !args.refused && load_once(args.handle.identity) != 0;
-  const auto count = [&](int s) {
-    return any && is_live(call.g, s) ? load_once(args.handle.num_messages + s) : 0;
-  };
-  if (thread() == 0) list_messages(returns_of(call), count);
+  const LowLatencyCombineShared shared = call.shared();
+  SharedArray<uint32_t> tokens(shared.tokens());
+  DEEPEP_ROLLED
+  for (int s = 0; s < shared.num_ranks; ++s) {
+    const bool any = !args.refused && is_live(call.g, s);
+    for (int word = thread(); word < shared.token_words; word += num_threads()) {
+      const int i = s * shared.token_words + word;
+      tokens.set(i, any && load_once(args.handle.identity) != 0 ? load_once(args.handle.came + i) : 0);
+    }
+  }
   sync_block();
 }
 
-/// The rows of a message and their weights. One warp; nothing if a weight does not come in time.
-[[nodiscard]] DEEPEP_DEVICE SumRows rows_of_message(const LowLatencyCombineCall& call, const MessageAt& where) {
+[[nodiscard]] DEEPEP_DEVICE Presence present_of(const LowLatencyCombineCall& call) {
+  const LowLatencyCombineShared shared = call.shared();
+  return {dev::SharedArray<uint32_t>(shared.tokens()), shared.token_words};
+}
+
+/// A message on its way back. Lane k: its k-th entry's.
+struct Return {
+  MessageAt where;
+  uint32_t rows;     // entries that have a row, as bits; 0: there is no such message
+  uint64_t address;  // of the row
+};
+
+[[nodiscard]] DEEPEP_DEVICE const uint32_t* route_of(const LowLatencyCombineArgs& args,
+                                                     const MessageAt& where) {
+  return args.handle.routes + (int64_t{where.source} * args.max_tokens + where.token) *
+                                  layout::LowLatencyMessage::header_words(args.num_topk);
+}
+
+/// One warp. Nothing if there is no such message.
+[[nodiscard]] DEEPEP_DEVICE Return find_return(const LowLatencyCombineCall& call, const MessageAt& where) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
-  const Group& g = call.g;
-  const uint32_t* route = args.handle.routes + (int64_t{where.source} * args.max_tokens + where.position) *
-                                                   layout::LowLatencyMessage::header_words(args.num_topk);
-  uint32_t entry = layout::kNoEntry, weight = 0;
-  bool came = true;
-  if (lane() < args.num_topk) entry = load_once(route + 1 + lane());
+  if (where.token < 0) return {where, 0, 0};
+  uint32_t entry = layout::kNoEntry;
+  if (lane() < args.num_topk) entry = load_once(route_of(args, where) + lane());
   const bool has_row = entry != layout::kNoEntry;
-  if (has_row && args.weights_travelled) weight = load_once(route + 1 + args.num_topk + lane());
-  if (has_row && !args.weights_travelled) {
-    const int64_t word = int64_t{load_once(route)} * args.num_topk + lane();
-    came = wait_word(g, args.slots.weights(call.epoch, where.source) + 8 * word, where.source, Phase::kWeights,
-                     call.epoch, call.deadline, weight);
-  }
-  const int64_t row = has_row ? layout::packed_row(g.num_ranks, args.max_tokens, layout::entry_expert(entry),
-                                                   layout::entry_row(entry))
+  const int64_t row = has_row ? layout::packed_row(call.g.num_ranks, args.max_tokens,
+                                                   layout::entry_expert(entry), layout::entry_row(entry))
                               : 0;
-  const uint32_t rows = ballot(!came) != 0 ? 0 : ballot(has_row);
-  return {rows, reinterpret_cast<uint64_t>(args.x + row * args.hidden * 2), float_of_bits(weight)};
+  return {where, ballot(has_row), reinterpret_cast<uint64_t>(args.x + row * args.hidden * 2)};
 }
 
-/// The block's messages: each one's rows to one, which goes to the token's owner.
-DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call) {
+/// This warp's 16-byte pieces of a row.
+struct Pieces {
+  int begin;
+  int end;
+};
+
+[[nodiscard]] DEEPEP_DEVICE Pieces pieces_of(const LowLatencyCombineCall& call, const Team& team, int shift) {
+  const int pieces = call.args.hidden / 8;
+  return {(pieces * team.part) >> shift, (pieces * (team.part + 1)) >> shift};
+}
+
+/// Has this warp's part of a message's rows fetched: they are not used before the weights are here.
+DEEPEP_DEVICE void prefetch_rows(const Return& back, const Pieces& mine) {
+  using namespace dev;
+  if (((back.rows >> lane()) & 1u) != 0 && mine.begin < mine.end)
+    prefetch(reinterpret_cast<const Vec16*>(back.address) + mine.begin, int64_t{16} * (mine.end - mine.begin));
+}
+
+/// The messages that a team returns.
+struct Returning {
+  MessageWalk<LowLatencyCombineArgs> walk;
+  Return back;  // the one whose rows are on their way
+};
+
+[[nodiscard]] DEEPEP_DEVICE Return next_return(const LowLatencyCombineCall& call, Returning& returning,
+                                               const Pieces& mine) {
+  const Return back = find_return(call, returning.walk.next());
+  prefetch_rows(back, mine);
+  return back;
+}
+
+/// Of this warp's team: the first one's rows are on their way.
+[[nodiscard]] DEEPEP_DEVICE Returning first_return(const LowLatencyCombineCall& call) {
+  const int shift = call.args.share.message_shift;
+  const Team team = team_of_warp(shift);
+  Returning returning{walk_of(call.args, present_of(call), team), {}};
+  returning.back = next_return(call, returning, pieces_of(call, team, shift));
+  return returning;
+}
+
+/// The rows of a message with their weights. One warp; none if a weight does not come in time.
+[[nodiscard]] DEEPEP_DEVICE SumRows weighted_rows(const LowLatencyCombineCall& call, const Return& back) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
-  const Group& g = call.g;
-  SharedArray<uint32_t> failed(call.shared().failed());
-  const MessageList list = returns_of(call);
-  const int count = rows_of_block(list.size());
-  const WarpRows mine = rows_of_warp(count);
-  const int pieces = args.hidden / 8;
-  const int64_t row_bytes = int64_t{2} * args.hidden;
+  const MessageAt& where = back.where;
+  const bool has_row = (back.rows >> lane()) & 1u;
+  uint32_t weight = 0;
+  bool came = true;
+  if (has_row && args.weights_travelled) weight = load_once(route_of(args, where) + args.num_topk + lane());
+  if (has_row && !args.weights_travelled) {
+    const int word = where.token * args.num_topk + lane();
+    came = wait_word(call.g, args.slots.weights(call.epoch, where.source) + int64_t{8} * word, where.source,
+                     Phase::kWeights, call.epoch, call.deadline, weight);
+  }
+  return {ballot(!came) != 0 ? 0 : back.rows, back.address, float_of_bits(weight)};
+}
+
+/// A part of a message's rows to one, in the memory of the token's owner. One warp. False if a weight does not
+/// come: the deadline has passed.
+[[nodiscard]] DEEPEP_DEVICE bool reduce_message(const LowLatencyCombineCall& call, const Return& back,
+                                                const Pieces& mine) {
+  using namespace dev;
+  const SumRows rows = weighted_rows(call, back);
+  if (rows.rows == 0) {
+    if (lane() == 0)
+      SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kWeights));
+    return false;
+  }
+  const int64_t row_bytes = int64_t{2} * call.args.hidden;
+  Vec16* out = at<Vec16>(call.g, back.where.source,
+                         call.args.slots.returns(call.epoch, call.g.rank) + back.where.token * row_bytes);
+  sum_rows<true>(out, rows, mine.begin, mine.end);
+  return true;
+}
+
+/// The block's messages.
+DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning returning) {
+  const int shift = call.args.share.message_shift;
+  const Pieces mine = pieces_of(call, team_of_warp(shift), shift);
 #pragma unroll 1
-  for (int i = mine.first; i < count; i += mine.step) {
-    const MessageAt where = message_at(list, block() + i * num_blocks());
-    const SumRows rows = rows_of_message(call, where);
-    if (rows.rows == 0) {
-      if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kWeights));
-      return;  // the deadline has passed
-    }
-    Vec16* out =
-        at<Vec16>(g, where.source, args.slots.returns(call.epoch, g.rank) + where.position * row_bytes);
-    sum_rows<true>(out, rows, pieces * mine.part / mine.parts, pieces * (mine.part + 1) / mine.parts);
+  while (returning.back.rows != 0) {
+    const Return back = returning.back;
+    returning.back = next_return(call, returning, mine);
+    if (!reduce_message(call, back, mine)) return;
   }
 }
 
-/// The flags of the block's rows, a thread each: the block barrier orders the rows of all warps before them.
-/// None if one of them was not made.
+/// The flags of the block's rows, a lane each, by the last warp: the block barrier orders the rows of
+/// all warps before them. None if one of them was not made.
 DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
   using namespace dev;
+  const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> failed(call.shared().failed());
   sync_block();
-  const MessageList list = returns_of(call);
-  const int count = failed.get(0) == 0 ? rows_of_block(list.size()) : 0;
+  if (!is_signaller() || failed.get(0) != 0) return;
+  MessageWalk<LowLatencyCombineArgs> walk{args, present_of(call), kWarpSize, lane()};
 #pragma unroll 1
-  for (int i = thread(); i < count; i += num_threads()) {
-    const MessageAt where = message_at(list, block() + i * num_blocks());
-    uint32_t* flags = at<uint32_t>(g, where.source, call.args.slots.return_flags(call.epoch, g.rank));
-    store<release, sys_scope>(flags + where.position, call.epoch);
+  for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
+    uint32_t* flags = at<uint32_t>(g, where.source, args.slots.return_flags(call.epoch, g.rank));
+    store<release, sys_scope>(flags + where.token, call.epoch);
   }
 }
 

@@ -1,14 +1,18 @@
 // The send half of a low-latency combine, in a launch of its own.
 //
 // Phases:
-//   start            reads the epoch
+//   last_epoch       of the call before
+//   first_weights    block 0 asks for what it posts
+//   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
-//   post_digest      block 0: that this rank combines, along which dispatch, or that it refuses to
-//   post_weights     block 0, where the dispatch carried none: to the ranks of the experts
-//   wait_owners      in that case, for the digests of all live ranks
+//   post_shapes      block 0: that this rank combines, and how, or that it refuses to
+//   post_weights     block 0, where the dispatch carried none: to all ranks
 //   list_returns     the messages whose rows go back
+//   first_return     asks for the first one's rows
+//   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
+//   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
 //   reduce_messages  each message's rows, weighted, to one, which goes to the token's owner
-//   signal_returns   a flag for each, behind the block's rows
+//   signal_returns   the last warp: a flag for each, behind the block's rows
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
@@ -22,14 +26,17 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const LowLatencyCombineCall call = start(args);
-  sync_block();
+  const uint32_t last = last_epoch(args);
+  const Weights weights = first_weights(args);
+  const LowLatencyCombineCall call = start(args, last);
   advance_epoch(call);
-  post_digest(call);
-  post_weights(call);
+  post_shapes(call);
+  post_weights(call, weights);
+  list_returns(call);
+  const Returning first = first_return(call);
+  post_indices(call);
   if (wait_owners(call)) {
-    list_returns(call);
-    reduce_messages(call);
+    reduce_messages(call, first);
     signal_returns(call);
   }
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);

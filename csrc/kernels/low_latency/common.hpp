@@ -3,32 +3,33 @@
 #pragma once
 
 #include "kernels/common/fault.hpp"
-#include "kernels/low_latency/args.hpp"
+#include "kernels/low_latency/share.hpp"
 
 namespace deepep::kernels {
 
 inline constexpr int kLowLatencyThreads = 512;
-/// Up to so many warps of a block share a row.
-inline constexpr int kMaxWarpsOfRow = 16;
+/// Channels that a warp moves at once, 16 a lane.
+inline constexpr int kUnit = 16 * dev::kWarpSize;
 
-/// In place of a digest, the word of a rank whose call is made by other means; digests are odd.
-inline constexpr uint32_t kElsewhere = 2;
-
-/// What a rank posts that takes no part in a call.
+/// Entry i of a [T, K] array of top-k indices, as it is.
 template <class Args>
-[[nodiscard]] DEEPEP_HD uint32_t absence_of(const Args& args) {
-  return args.elsewhere ? kElsewhere : kRefusal;
+[[nodiscard]] DEEPEP_DEVICE int64_t load_entry(const Args& args, int i) {
+  using namespace dev;
+  return args.index_bytes == 8 ? load_once(static_cast<const int64_t*>(args.topk_idx) + i)
+                               : int64_t{load_once(static_cast<const int32_t*>(args.topk_idx) + i)};
 }
 
-/// Entry i of a [T, K] array of top-k indices; -1 for no expert.
+/// The expert of an entry; -1 for none.
+template <class Args>
+[[nodiscard]] DEEPEP_DEVICE int expert_of(const Args& args, int64_t entry) {
+  const int num_experts = args.num_local_experts * args.group.num_ranks;
+  return entry >= 0 && entry < num_experts ? static_cast<int>(entry) : -1;
+}
+
+/// Entry i's expert.
 template <class Args>
 [[nodiscard]] DEEPEP_DEVICE int expert_at(const Args& args, int i) {
-  using namespace dev;
-  const int num_experts = args.num_local_experts * args.group.num_ranks;
-  const int64_t entry = args.index_bytes == 8
-                            ? load_once(static_cast<const int64_t*>(args.topk_idx) + i)
-                            : int64_t{load_once(static_cast<const int32_t*>(args.topk_idx) + i)};
-  return entry >= 0 && entry < num_experts ? static_cast<int>(entry) : -1;
+  return expert_of(args, load_entry(args, i));
 }
 
 /// One value of a hash whose parts are summed, so that every thread can add some of them.
@@ -39,81 +40,100 @@ template <class Args>
   return h ^ (h >> 15);
 }
 
-/// This thread's part of the hash of a rank's top-k indices, and of its weights if they travel with the
-/// dispatch.
+/// The hash of a rank's top-k indices, and of its weights if they travel with the dispatch, added to a word of
+/// shared memory. All threads; a block barrier has to follow.
 template <class Args>
-[[nodiscard]] DEEPEP_DEVICE uint32_t hash_topk(const Args& args, bool with_weights) {
+DEEPEP_DEVICE void hash_topk(const Args& args, bool with_weights, int64_t word) {
   using namespace dev;
   uint32_t hash = 0;
   for (int i = thread(); i < args.num_tokens * args.num_topk; i += num_threads()) {
     hash += hash_part(2u * i, static_cast<uint32_t>(expert_at(args, i)));
     if (with_weights) hash += hash_part(2u * i + 1u, load_once(args.topk_weights + i));
   }
-  return hash;
+  const auto of_warp = static_cast<uint32_t>(warp_sum(static_cast<int>(hash)));
+  if (lane() == 0) SharedArray<uint32_t>(word).add(0, of_warp);
 }
 
-/// What a warp takes of `count` rows of its block: rows first, first + step, ..., of each the `part`-th of
-/// `parts`.
-struct WarpRows {
-  int first;
-  int step;
-  int part;
-  int parts;
+/// Warps of a block in teams of 2^shift, each at one thing at a time.
+struct Team {
+  int number;
+  int teams;
+  int part;   // of this warp,
+  int parts;  // in its team
 };
 
-[[nodiscard]] DEEPEP_DEVICE WarpRows rows_of_warp(int count) {
-  const int warps = dev::num_warps();
-  int parts = 1;
-  DEEPEP_ROLLED
-  while (parts < kMaxWarpsOfRow && count * (parts + 1) <= warps) ++parts;
-  const int team = dev::warp() / parts;
-  const int teams = warps / parts;
-  return {team < teams ? team : count, teams, dev::warp() - team * parts, parts};
+/// Number `warp` of `warps`.
+[[nodiscard]] DEEPEP_DEVICE Team team_of(int warp, int warps, int shift) {
+  const int parts = 1 << shift;
+  return {warp >> shift, warps >> shift, warp & (parts - 1), parts};
+}
+[[nodiscard]] DEEPEP_DEVICE Team team_of_warp(int shift) {
+  return team_of(dev::warp(), dev::num_warps(), shift);
 }
 
-/// Of `count` rows dealt to blocks in turn, how many this block has.
-[[nodiscard]] DEEPEP_DEVICE int rows_of_block(int count) {
-  const int left = count - dev::block();
-  return left > 0 ? (left + dev::num_blocks() - 1) / dev::num_blocks() : 0;
+/// Item i of those that this block has of a row of them dealt in turn from the last block on: the first block,
+/// which has words to post, has the fewest. Past any end where this block has none.
+[[nodiscard]] DEEPEP_DEVICE int item_of_block(int i, int first_block) {
+  using namespace dev;
+  return block() < first_block ? 0x7fffffff : num_blocks() - 1 - block() + i * (num_blocks() - first_block);
 }
 
-/// Messages of all sources as one list, source by source from `first_source` on.
-struct MessageList {
-  dev::SharedArray<int32_t> first;  // [R + 1]: of each source in that order, and the end
-  int first_source;
-  int num_ranks;
-
-  [[nodiscard]] DEEPEP_DEVICE int source(int order) const {
-    const int s = first_source + order;
-    return s < num_ranks ? s : s - num_ranks;
-  }
-  [[nodiscard]] DEEPEP_DEVICE int size() const { return first.get(num_ranks); }
-};
-
-/// One message of the list.
+/// A token of a source, on its way to or from it.
 struct MessageAt {
   int source;
-  int position;  // among those of its source
+  int token;  // -1: there is none
 };
 
-[[nodiscard]] DEEPEP_DEVICE MessageAt message_at(const MessageList& list, int message) {
-  int order = 0;
-  DEEPEP_ROLLED
-  while (order + 1 < list.num_ranks && list.first.get(order + 1) <= message) ++order;
-  return {list.source(order), message - list.first.get(order)};
-}
+/// Which tokens of each source there are, as bits in a block's shared memory: [R, M / 32, rounded up].
+struct Presence {
+  dev::SharedArray<uint32_t> bits;
+  int words;  // of a source
 
-/// Fills the list from each source's number of messages. One thread; `count(s)`.
-template <class Count>
-DEEPEP_DEVICE void list_messages(const MessageList& list, const Count& count) {
-  dev::SharedArray<int32_t> first = list.first;
-  int32_t sum = 0;
-  DEEPEP_ROLLED
-  for (int order = 0; order < list.num_ranks; ++order) {
-    first.set(order, sum);
-    sum += count(list.source(order));
+  [[nodiscard]] DEEPEP_DEVICE bool has(int source, int token) const {
+    return (bits.get(source * words + token / 32) >> (token % 32)) & 1u;
   }
-  first.set(list.num_ranks, sum);
+};
+
+/// The messages that a team has: source by source from the next rank on, this rank last; first those of as many
+/// tokens as this rank has, so that blocks have alike when ranks have.
+template <class Args>
+struct MessageWalk {
+  const Args& args;
+  Presence present;
+  int step;
+  int i;  // of the block's
+
+  /// The next that there is.
+  [[nodiscard]] DEEPEP_DEVICE MessageAt next() {
+    const LowLatencyShare& share = args.share;
+    const int rest = args.max_tokens - args.num_tokens;
+    DEEPEP_ROLLED
+    for (;; i += step) {
+      int item = item_of_block(i, share.first_worker);
+      int order = 0, token = 0;
+      if (item < share.num_sources * args.num_tokens) {
+        order = share.by_tokens.quotient(item);
+        token = item - order * args.num_tokens;
+      } else {
+        item -= share.num_sources * args.num_tokens;
+        if (item >= share.num_sources * rest) return {0, -1};
+        order = share.by_rest.quotient(item);
+        token = args.num_tokens + item - order * rest;
+      }
+      int source = args.group.rank + 1 + order;
+      if (source >= args.group.num_ranks) source -= args.group.num_ranks;
+      if (!present.has(source, token)) continue;
+      i += step;
+      return {source, token};
+    }
+  }
+};
+
+/// By any warp: the messages of its team from the first on.
+template <class Args>
+[[nodiscard]] DEEPEP_DEVICE MessageWalk<Args> walk_of(const Args& args, const Presence& present,
+                                                      const Team& team) {
+  return {args, present, team.teams, team.number};
 }
 
 /// Waits for a word that carries this call's epoch; notes a fault of `phase` if it does not come. Acquire: by
@@ -136,6 +156,17 @@ template <class Call>
   if (wait_masked<acquire, sys_scope>(flag, 0xffffffffu, call.epoch, call.deadline, seen)) return true;
   note_fault(call.g, phase, 1u << source, call.epoch, seen);
   return false;
+}
+
+/// The warp that raises a block's flags: the last, which waits until what they follow is there.
+[[nodiscard]] DEEPEP_DEVICE bool is_signaller() { return dev::warp() == dev::num_warps() - 1; }
+
+/// Advances an operation's epoch, behind a block barrier. By a warp that others seldom wait for.
+template <class Call>
+DEEPEP_DEVICE void advance_epoch(const Call& call, uint32_t* epoch) {
+  using namespace dev;
+  const int one = layout::max_of(num_threads() - 2 * kWarpSize, 0);
+  if (thread() == one) advance_epoch(call.g, epoch, call.epoch);
 }
 
 }  // namespace deepep::kernels

@@ -2,46 +2,56 @@
 #pragma once
 
 #include "kernels/low_latency/common.hpp"
-#include "layout/prefix.hpp"
 
 namespace deepep::kernels {
 
-/// The block's dynamic shared memory, of both halves: they use it one after the other, but for `failed`.
+/// The block's dynamic shared memory.
 struct LowLatencyDispatchShared {
   int num_ranks;
   int num_local_experts;
+  int token_words;
+  int num_sent;
 
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 4; }    // uint32
-  /// Of the send half: int32 [E] rows of each expert, then [R] messages for each rank.
-  [[nodiscard]] DEEPEP_HD int64_t counts() const { return 16; }
-  /// Of the receive half: int32 [R, L] rows from each source, then those of the sources before it.
-  [[nodiscard]] DEEPEP_HD int64_t bases() const { return 16; }
-  /// int32 [R], [R + 1] and [L]: messages of each source, the list of all, rows of each expert.
-  [[nodiscard]] DEEPEP_HD int64_t messages() const { return bases() + 4 * num_ranks * num_local_experts; }
-  [[nodiscard]] DEEPEP_HD int64_t list() const { return messages() + 4 * num_ranks; }
-  [[nodiscard]] DEEPEP_HD int64_t totals() const { return list() + 4 * (num_ranks + 1); }
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }    // uint32: bits of Phases
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 4; }      // uint32
+  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 16; }  // as `failed`, of the wait for words alone
+  /// An mbarrier: all words are here, or will not come.
+  [[nodiscard]] DEEPEP_HD int64_t listed() const { return 8; }
+  /// uint32 [tokens_per_block]: ranks that the block's tokens go to, as bits.
+  [[nodiscard]] DEEPEP_HD int64_t sent() const { return 20; }
+  /// int32 [R, L]: rows for each expert, then rows from each source.
+  [[nodiscard]] DEEPEP_HD int64_t rows() const { return sent() + 4 * num_sent; }
+  /// uint32 [R, token words]: tokens for each rank as bits, then tokens from each source. Block 0 alone has the
+  /// former.
+  [[nodiscard]] DEEPEP_HD int64_t tokens() const { return rows() + 4 * num_ranks * num_local_experts; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
-    return layout::align_up(totals() + 4 * num_local_experts, 16);
+    return layout::align_up(tokens() + 4 * num_ranks * token_words, 16);
   }
 };
+
+[[nodiscard]] DEEPEP_HD LowLatencyDispatchShared shared_of(const LowLatencyDispatchArgs& args) {
+  return {args.group.num_ranks, args.num_local_experts, args.slots.words().token_words(),
+          args.share.tokens_per_block};
+}
 
 [[nodiscard]] DEEPEP_HD layout::LowLatencyMessage message_of(const LowLatencyDispatchArgs& args) {
   if (args.casts) return {args.num_topk, int64_t{args.hidden}, args.hidden / layout::kFp8Group};
   return {args.num_topk, 2 * int64_t{args.hidden}, 0};
 }
 
-/// What ranks must pass alike, in one word; of a rank that takes no part, that.
-[[nodiscard]] DEEPEP_HD uint32_t digest_of(const LowLatencyDispatchArgs& args) {
-  if (args.refused) return absence_of(args);
-  Digest digest;
-  digest.add(static_cast<uint32_t>(args.max_tokens));
-  digest.add(static_cast<uint32_t>(args.hidden));
-  digest.add(static_cast<uint32_t>(args.num_local_experts));
-  digest.add(static_cast<uint32_t>(args.num_topk));
-  digest.add((args.casts ? 1u : 0u) | (args.rounds_scales ? 2u : 0u) | (args.packs_scales ? 4u : 0u));
-  digest.add(args.weights_travel ? 1u : 0u);
-  return digest.value | 1u;
+/// The block sends tokens [begin, end).
+struct SentTokens {
+  int begin;
+  int end;
+};
+
+[[nodiscard]] DEEPEP_DEVICE SentTokens tokens_of_block(const LowLatencyDispatchArgs& args) {
+  using namespace dev;
+  const int tokens = args.refused ? 0 : args.num_tokens;
+  const int each = args.share.tokens_per_block;
+  const int begin = (block() - args.share.first_sender) * each;
+  if (block() < args.share.first_sender || begin >= tokens) return {0, 0};
+  return {begin, layout::min_of(begin + each, tokens)};
 }
 
 struct LowLatencyDispatchCall {
@@ -50,37 +60,45 @@ struct LowLatencyDispatchCall {
   uint32_t epoch;
   dev::Deadline deadline;
   layout::LowLatencyMessage message;
-  int begin;  // the block sends tokens [begin, end)
-  int end;
+  SentTokens tokens;
 
-  [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchShared shared() const {
-    return {g.num_ranks, args.num_local_experts};
-  }
+  [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchShared shared() const { return shared_of(args); }
 };
+
+/// Warps that wait for words: all but the one that raises flags.
+[[nodiscard]] DEEPEP_DEVICE int num_listeners() { return layout::max_of(dev::num_warps() - 1, 1); }
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall begin_call(const LowLatencyDispatchArgs& args,
                                                               uint32_t epoch) {
   using namespace dev;
-  const layout::SplitOf<int> split{args.refused ? 0 : args.num_tokens, num_blocks()};
   const LowLatencyDispatchCall call{.args = args,
                                     .g = args.group,
                                     .epoch = epoch,
                                     .deadline = Deadline::in(args.group.timeout_ns),
                                     .message = message_of(args),
-                                    .begin = split.begin(block()),
-                                    .end = split.end(block())};
+                                    .tokens = tokens_of_block(args)};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
+    mbarrier_init(SharedArray<uint64_t>(call.shared().listed()).at(0), static_cast<uint32_t>(num_listeners()));
   }
   return call;
 }
 
-/// Of a launch that sends: reads the epoch.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args) {
-  const uint32_t epoch = next_epoch(&args.group.state->dispatch_epoch);
-  return begin_call(args, epoch);
+/// The epoch of the call before.
+[[nodiscard]] DEEPEP_DEVICE uint32_t last_epoch(const LowLatencyDispatchArgs& args) {
+  return dev::load(&args.group.state->dispatch_epoch);
+}
+
+/// Of a launch that sends. All threads, with a barrier.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args, uint32_t last) {
+  using namespace dev;
+  const uint32_t epoch = next_epoch(last);
+  const LowLatencyDispatchCall call = begin_call(args, epoch);
+  sync_block();
+  return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
@@ -89,7 +107,7 @@ struct LowLatencyDispatchCall {
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
-  if (dev::thread() == 0) advance_epoch(call.g, &call.g.state->dispatch_epoch, call.epoch);
+  advance_epoch(call, &call.g.state->dispatch_epoch);
 }
 
 /// True on one thread of a block in which something was waited for in vain: it has a fault to report. A combine
@@ -97,8 +115,9 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
 [[nodiscard]] DEEPEP_DEVICE bool finish(const LowLatencyDispatchCall& call) {
   using namespace dev;
   SharedArray<uint32_t> failed(call.shared().failed());
+  SharedArray<uint32_t> stopped(call.shared().stopped());
   sync_block();
-  if (thread() != 0 || failed.get(0) == 0) return false;
+  if (thread() != 0 || (failed.get(0) == 0 && stopped.get(0) == 0)) return false;
   if (!call.args.refused) store<relaxed, gpu_scope>(call.args.handle.identity, 0u);
   return true;
 }

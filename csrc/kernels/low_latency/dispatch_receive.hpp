@@ -3,8 +3,9 @@
 // Phases:
 //   start_receive    the epoch of its send
 //   wait_words       every block, for the words of all live ranks: they fix where every row goes
-//   list_rows        counts and ranges to the user, and where each source's rows begin
-//   spread_messages  each message, as it comes, to the rows of its experts
+//   hand_out         block 0: counts and ranges to the user
+//   spread_messages  each message, as it comes, to the rows of its experts; this rank's own first
+//   mark_rest        rows of the outputs that nothing came for
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
@@ -20,8 +21,9 @@ DEEPEP_KERNEL(low_latency_dispatch_receive_kernel, LowLatencyDispatchArgs, kLowL
   const LowLatencyDispatchCall call = start_receive(args);
   sync_block();
   if (wait_words(call)) {
-    list_rows(call);
+    hand_out(call);
     spread_messages(call);
+    mark_rest(call);
   }
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyDispatch);
 }

@@ -1,12 +1,17 @@
 // The send half of a low-latency dispatch, in a launch of its own.
 //
 // Phases:
-//   start            reads the epoch
+//   last_epoch       of the call before
+//   first_entries    asks for what is counted first
+//   first_outgoing   asks for what is sent first
+//   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
-//   count_rows       rows of each expert and messages for each rank, of the tokens before the block's
-//   post_words       block 0: to each rank, its counts and what must be the same everywhere
-//   push_messages    every token to the ranks of its experts, once each, cast on the way
-//   signal_messages  a flag for each, behind the block's rows
+//   push_rows        every token's channels to the ranks of its experts, once each, cast on the way
+//   count_rows       rows of each expert, of the tokens before the block's
+//   post_words       block 0: to each rank, which tokens come, how many rows, and what all must pass alike
+//   write_headers    where each message's rows go
+//   signal_messages  the last warp: a flag for each that goes to another rank, behind all that the block stored
+//   keep_hash        block 0: of the top-k indices, for the combine
 //
 // Who waits for whom: nobody.
 #pragma once
@@ -17,13 +22,17 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_dispatch_send_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
-  const LowLatencyDispatchCall call = start(args);
-  sync_block();
+  const uint32_t last = last_epoch(args);
+  const Entries entries = first_entries(args);
+  const Outgoing first = first_outgoing(args);
+  const LowLatencyDispatchCall call = start(args, last);
   advance_epoch(call);
-  count_rows(call);
+  push_rows(call, first);
+  count_rows(call, entries);
   post_words(call);
-  push_messages(call);
+  write_headers(call);
   signal_messages(call);
+  keep_hash(call);
 }
 
 }  // namespace deepep::kernels

@@ -6,81 +6,95 @@
 
 namespace deepep::kernels {
 
-inline constexpr int kSpreadUnroll = 4;
+inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in flight
 
-/// The words of all live ranks: counts into shared memory, 0 of a rank that is masked. All threads, with a
-/// barrier. False on all if some do not come, or ranks disagree; a fault is noted. False, too, if the call is
-/// made by other means.
+/// The words of all live ranks: into shared memory, 0 of a rank that is masked. False if some do not come, or
+/// ranks disagree; a fault is noted. False, too, if the call is made by other means. All threads; the warp that
+/// raises flags may still be at that, and does not look.
 [[nodiscard]] DEEPEP_DEVICE bool wait_words(const LowLatencyDispatchCall& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
-  const int num_local = args.num_local_experts;
   using Words = layout::LowLatencyWords;
-  const Words words{num_local};
+  const Words& room = args.slots.words();
+  const int num_local = args.num_local_experts;
+  const layout::Divisor& by_words = args.share.by_words;
   const LowLatencyDispatchShared shared = call.shared();
-  SharedArray<uint32_t> failed(shared.failed());
-  SharedArray<int32_t> bases(shared.bases());
-  SharedArray<int32_t> messages(shared.messages());
-  const uint32_t digest = digest_of(args);
+  SharedArray<uint32_t> stopped(shared.stopped());
+  SharedArray<int32_t> rows(shared.rows());
+  SharedArray<uint32_t> tokens(shared.tokens());
+  uint64_t* listed = SharedArray<uint64_t>(shared.listed()).at(0);
+  if (warp() < num_listeners()) {
 #pragma unroll 1
-  for (int i = thread(); i < words.count() * g.num_ranks; i += num_threads()) {
-    const int source = i / words.count();
-    const int word = i - source * words.count();
-    uint32_t value = 0;
-    if (is_live(g, source)) {
-      const int64_t offset = args.slots.words(call.epoch, source) + 8 * word;
-      if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
-        failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      } else if (word == Words::kDigest && (value != digest || value == kRefusal)) {
-        note_fault(g, Phase::kDisagreement, 1u << source, digest, value);
-        failed.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+    for (int i = thread(); i < by_words.by * g.num_ranks; i += num_listeners() * kWarpSize) {
+      const int source = by_words.quotient(i);
+      const int word = i - source * by_words.by;
+      uint32_t value = 0;
+      if (is_live(g, source)) {
+        const int64_t offset = args.slots.words(call.epoch, source) + 8 * word;
+        if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
+          stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
+        } else if (word == Words::kDigest && (value != args.share.digest || value == kRefusal)) {
+          note_fault(g, Phase::kDisagreement, 1u << source, args.share.digest, value);
+          stopped.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+        }
       }
+      if (word == Words::kDigest) continue;
+      if (word < room.rows())
+        tokens.set(source * shared.token_words + word - Words::kTokens, value);
+      else if (word < room.rows() + num_local)
+        rows.set(source * num_local + word - room.rows(), static_cast<int32_t>(value));
     }
-    if (word >= Words::kRows) bases.set(source * num_local + word - Words::kRows, static_cast<int32_t>(value));
-    if (word == Words::kMessages) messages.set(source, static_cast<int32_t>(value));
+    sync_warp();
+    if (lane() == 0) mbarrier_arrive<release, block_scope>(listed);
   }
-  sync_block();
-  return failed.get(0) == 0 && !args.refused;
+  // Whoever looks for words arrives at its deadline, if only in vain: a warp that has still not seen it after
+  // as long again was kept from running.
+  const Deadline late{call.deadline.end_ns + g.timeout_ns};
+  if (ballot(!mbarrier_wait<acquire, block_scope>(listed, 0, late)) != 0) {
+    if (lane() == 0) {
+      note_fault(g, Phase::kCounts, 1u << g.rank, call.epoch, 0);
+      SharedArray<uint32_t>(shared.failed()).bit_or(0, static_cast<uint32_t>(Phase::kCounts));
+    }
+    return false;
+  }
+  return stopped.get(0) == 0 && !args.refused;
 }
 
-/// The messages of a dispatch, this rank's own first: they come first.
-[[nodiscard]] DEEPEP_DEVICE MessageList messages_of(const LowLatencyDispatchCall& call) {
-  return {dev::SharedArray<int32_t>(call.shared().list()), call.g.rank, call.g.num_ranks};
+/// Rows that sources before `source` send a local expert: in (source rank, source token) order those of
+/// `source` begin there.
+[[nodiscard]] DEEPEP_DEVICE int rows_before(const LowLatencyDispatchCall& call, int source, int expert) {
+  dev::SharedArray<int32_t> rows(call.shared().rows());
+  int before = 0;
+  DEEPEP_ROLLED
+  for (int s = 0; s < source; ++s) before += rows.get(s * call.args.num_local_experts + expert);
+  return before;
 }
 
-/// Makes of each source's counts where its rows begin; block 0 hands them out. All threads, with a barrier.
-DEEPEP_DEVICE void list_rows(const LowLatencyDispatchCall& call) {
+/// Counts and ranges to the user, and to the handle which tokens came. By block 0.
+DEEPEP_DEVICE void hand_out(const LowLatencyDispatchCall& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
-  const int num_local = args.num_local_experts;
-  const int room = g.num_ranks * args.max_tokens;
+  if (block() != 0) return;
   const LowLatencyDispatchShared shared = call.shared();
-  SharedArray<int32_t> bases(shared.bases());
-  SharedArray<int32_t> messages(shared.messages());
-  SharedArray<int32_t> totals(shared.totals());
-  for (int l = thread(); l < num_local; l += num_threads()) {
+  SharedArray<int32_t> rows(shared.rows());
+  SharedArray<uint32_t> tokens(shared.tokens());
+  for (int l = thread(); l < args.num_local_experts; l += num_threads()) {
     int32_t row = 0;
     DEEPEP_ROLLED
     for (int s = 0; s < g.num_ranks; ++s) {
-      const int32_t rows = bases.get(s * num_local + l);
-      bases.set(s * num_local + l, row);
-      if (block() == 0) store(args.recv_range + l * g.num_ranks + s, layout::pack_range(row, rows));
-      row += rows;
+      const int32_t count = rows.get(s * args.num_local_experts + l);
+      store(args.recv_range + l * g.num_ranks + s, layout::pack_range(row, count));
+      row += count;
     }
-    totals.set(l, row);
-    if (block() == 0) store(args.recv_count + l, row);
+    store(args.recv_count + l, row);
   }
-  if (block() == 0)
-    for (int s = thread(); s < g.num_ranks; s += num_threads())
-      store(args.handle.num_messages + s, messages.get(s));
-  if (thread() == 0) list_messages(messages_of(call), [&](int s) { return messages.get(s); });
-  sync_block();
-#pragma unroll 1
-  for (int l = block(); l < num_local; l += num_blocks())
-    for (int row = totals.get(l) + thread(); row < room; row += num_threads())
-      store(args.recv_source + l * room + row, -1);
+  const int words = (args.max_tokens + 31) / 32;
+  DEEPEP_ROLLED
+  for (int s = 0; s < g.num_ranks; ++s)
+    for (int word = thread(); word < words; word += num_threads())
+      store(args.handle.came + s * words + word, tokens.get(s * shared.token_words + word));
 }
 
 /// A message's rows: lane k has its k-th entry's.
@@ -88,131 +102,190 @@ struct SpreadTo {
   uint32_t entries;  // those that have a row of their own, as bits: of several for one expert the first
   uint32_t entry;    // with the number among all rows of the expert, or kNoEntry
   int64_t row;       // of [L * R * M]
+  uint32_t scale;    // of [L, columns, R * M]: of the row's first column
 };
 
-/// Where a message goes, and its route into the handle. One warp; `keeps`: it writes the route.
+/// Where a message goes. One warp.
 [[nodiscard]] DEEPEP_DEVICE SpreadTo read_header(const LowLatencyDispatchCall& call, const std::byte* message,
-                                                 const MessageAt& at, bool keeps) {
+                                                 const MessageAt& at) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
-  const Group& g = call.g;
-  SharedArray<int32_t> bases(call.shared().bases());
-  const bool has_entry = lane() < args.num_topk;
-  SpreadTo to{0, layout::kNoEntry, 0};
-  if (has_entry) to.entry = load(reinterpret_cast<const uint32_t*>(message + call.message.entry(lane())));
-  bool is_first = to.entry != layout::kNoEntry;
-  if (is_first) {
+  SpreadTo to{0, layout::kNoEntry, 0, 0};
+  if (lane() < args.num_topk)
+    to.entry = load(reinterpret_cast<const uint32_t*>(message + call.message.entry(lane())));
+  bool is_first = false;
+  if (to.entry != layout::kNoEntry) {
+    is_first = (to.entry & layout::kRepeated) == 0;
     const int expert = layout::entry_expert(to.entry);
-    const int row = bases.get(at.source * args.num_local_experts + expert) + layout::entry_row(to.entry);
+    const int row = rows_before(call, at.source, expert) + layout::entry_row(to.entry);
     to.entry = layout::pack_entry(expert, row);
-    to.row = layout::packed_row(g.num_ranks, args.max_tokens, expert, row);
-  }
-#pragma unroll 1
-  for (int k = 0; k < args.num_topk; ++k) {
-    const uint32_t earlier = shuffle(to.entry, k);
-    is_first = is_first && (k >= lane() || earlier != to.entry);
+    to.row = layout::packed_row(call.g.num_ranks, args.max_tokens, expert, row);
+    const int columns = args.packs_scales ? call.message.num_scales / 4 : call.message.num_scales;
+    const int room = call.g.num_ranks * args.max_tokens;
+    to.scale =
+        static_cast<uint32_t>(expert * columns) * static_cast<uint32_t>(room) + static_cast<uint32_t>(row);
   }
   to.entries = ballot(is_first);
-  if (!keeps) return to;
-  const uint32_t token = load(reinterpret_cast<const uint32_t*>(message));
-  uint32_t* route = args.handle.routes + (int64_t{at.source} * args.max_tokens + at.position) *
-                                             layout::LowLatencyMessage::header_words(args.num_topk);
-  if (lane() == 0) store(route, token);
-  if (has_entry) {
-    store(route + 1 + lane(), to.entry);
-    const uint32_t weight = load(reinterpret_cast<const uint32_t*>(message + call.message.weight(lane())));
-    store(route + 1 + args.num_topk + lane(), weight);
-  }
-  if (is_first) store(args.recv_source + to.row, static_cast<int32_t>(token));
   return to;
 }
 
-/// A part of a message's channels to all its rows. One warp.
-DEEPEP_DEVICE void spread_channels(const LowLatencyDispatchCall& call, const std::byte* message,
-                                   const SpreadTo& to, const WarpRows& mine) {
-  using namespace dev;
-  const int pieces = static_cast<int>(call.message.row_bytes / 16);
-  const Vec16* from = reinterpret_cast<const Vec16*>(message + call.message.row());
-  const uint64_t target = reinterpret_cast<uint64_t>(call.args.recv_x + to.row * call.message.row_bytes);
-  const int end = pieces * (mine.part + 1) / mine.parts;
-#pragma unroll 1
-  for (int begin = pieces * mine.part / mine.parts + lane(); begin < end + lane();
-       begin += kSpreadUnroll * kWarpSize) {
-    const int left = end - begin;
-    Vec16 v[kSpreadUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kSpreadUnroll; ++u)
-      if (u * kWarpSize < left) v[u] = load_streaming(from + begin + u * kWarpSize);
-#pragma unroll 1
-    for (uint32_t entries = to.entries; entries != 0; entries &= entries - 1) {
-      Vec16* row = reinterpret_cast<Vec16*>(shuffle(target, lowest_bit(entries))) + begin;
-#pragma unroll
-      for (int u = 0; u < kSpreadUnroll; ++u)
-        if (u * kWarpSize < left) store_streaming(row + u * kWarpSize, v[u]);
-    }
-  }
-}
-
-/// A message's scales to all its rows: columns lie apart. One warp.
-DEEPEP_DEVICE void spread_scales(const LowLatencyDispatchCall& call, const std::byte* message,
-                                 const SpreadTo& to) {
+/// A message's route into the handle, and where its rows came from to the user. One warp.
+DEEPEP_DEVICE void keep_route(const LowLatencyDispatchCall& call, const std::byte* message, const MessageAt& at,
+                              const SpreadTo& to) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
-  const int64_t room = int64_t{call.g.num_ranks} * args.max_tokens;
-  const int each = args.packs_scales ? 4 : 1;  // scales in a word
-  const int columns = call.message.num_scales / each;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(message + call.message.scales());
-  const uint32_t entry = to.entry;
+  uint32_t* route = args.handle.routes + (int64_t{at.source} * args.max_tokens + at.token) *
+                                             layout::LowLatencyMessage::header_words(args.num_topk);
+  if (lane() < args.num_topk) {
+    store(route + lane(), to.entry);
+    if (args.weights_travel)
+      store(route + args.num_topk + lane(),
+            load(reinterpret_cast<const uint32_t*>(message + call.message.weight(lane()))));
+  }
+  if ((to.entries >> lane()) & 1u) store(args.recv_source + to.row, at.token);
+}
+
+/// Some of a message's chunks, 512 bytes of channels each, in a warp's registers; with the scales of FP8, which
+/// lanes 0, 8, 16, 24 hold.
+struct Chunks {
+  dev::Vec16 channels[kSpreadUnroll];
+  uint32_t scale[kSpreadUnroll];
+};
+
+/// Chunks first, first + step, ...
+[[nodiscard]] DEEPEP_DEVICE Chunks load_chunks(const LowLatencyDispatchCall& call, const std::byte* message,
+                                               int first, int step) {
+  using namespace dev;
+  const int pieces = static_cast<int>(call.message.row_bytes / 16);
+  const Vec16* channels = reinterpret_cast<const Vec16*>(message + call.message.row());
+  const uint32_t* scales = reinterpret_cast<const uint32_t*>(message + call.message.scales());
+  const bool has_scale = call.args.casts && lane() % 8 == 0;
+  Chunks chunks = {};
+#pragma unroll
+  for (int u = 0; u < kSpreadUnroll; ++u) {
+    const int piece = (first + u * step) * kWarpSize + lane();
+    if (piece >= pieces) continue;
+    chunks.channels[u] = load_streaming(channels + piece);
+    if (has_scale) chunks.scale[u] = load(scales + piece / 8);
+  }
+  return chunks;
+}
+
+/// UE8M0: the exponents of a chunk's scales, four to a word.
+[[nodiscard]] DEEPEP_DEVICE uint32_t pack_scales(uint32_t scale) {
+  using namespace dev;
+  const uint32_t exponent = (scale >> 23) & 0xffu;
+  return shuffle(exponent, 0) | shuffle(exponent, 8) << 8 | shuffle(exponent, 16) << 16 |
+         shuffle(exponent, 24) << 24;
+}
+
+/// Chunks first, first + step, ... to all the rows of their message. One warp.
+DEEPEP_DEVICE void spread_chunks(const LowLatencyDispatchCall& call, Chunks chunks, const SpreadTo& to,
+                                 int first, int step) {
+  using namespace dev;
+  const LowLatencyDispatchArgs& args = call.args;
+  const int pieces = static_cast<int>(call.message.row_bytes / 16);
+  const int room = call.g.num_ranks * args.max_tokens;
+  const uint64_t target = reinterpret_cast<uint64_t>(args.recv_x + to.row * call.message.row_bytes);
+  const bool packs = args.casts && args.packs_scales;
+  const bool has_scale = args.casts && lane() % (packs ? kWarpSize : 8) == 0;
+  if (packs)
+#pragma unroll
+    for (int u = 0; u < kSpreadUnroll; ++u) chunks.scale[u] = pack_scales(chunks.scale[u]);
+  // Columns lie apart.
+  const int column = packs ? first : 4 * first + lane() / 8, column_step = packs ? step : 4 * step;
 #pragma unroll 1
-  for (int column = lane(); column < columns + lane(); column += kWarpSize) {
-    uint32_t word = 0;
-    if (column < columns) {
-      word = load(from + column * each);
-      if (args.packs_scales) {
-        word = (word >> 23) & 0xffu;
-#pragma unroll 1
-        for (int i = 1; i < 4; ++i) word |= ((load(from + column * 4 + i) >> 23) & 0xffu) << (8 * i);
-      }
-    }
-#pragma unroll 1
-    for (uint32_t entries = to.entries; entries != 0; entries &= entries - 1) {
-      const uint32_t there = shuffle(entry, lowest_bit(entries));
-      if (column >= columns) continue;
-      store(args.recv_scales + (int64_t{layout::entry_expert(there)} * columns + column) * room +
-                layout::entry_row(there),
-            word);
+  for (uint32_t entries = to.entries; entries != 0; entries &= entries - 1) {
+    const int entry = lowest_bit(entries);
+    Vec16* row = reinterpret_cast<Vec16*>(shuffle(target, entry));
+    uint32_t* scales = args.recv_scales + shuffle(to.scale, entry);
+#pragma unroll
+    for (int u = 0; u < kSpreadUnroll; ++u) {
+      const int piece = (first + u * step) * kWarpSize + lane();
+      if (piece >= pieces) continue;
+      store_streaming(row + piece, chunks.channels[u]);
+      if (has_scale) store(scales + int64_t{column + u * column_step} * room, chunks.scale[u]);
     }
   }
 }
 
-/// The block's messages, each when it is there. One whose flag does not come in time is a fault.
-DEEPEP_DEVICE void spread_messages(const LowLatencyDispatchCall& call) {
+[[nodiscard]] DEEPEP_DEVICE Presence present_of(const LowLatencyDispatchCall& call) {
+  const LowLatencyDispatchShared shared = call.shared();
+  return {dev::SharedArray<uint32_t>(shared.tokens()), shared.token_words};
+}
+
+[[nodiscard]] DEEPEP_DEVICE const std::byte* message_of(const LowLatencyDispatchCall& call,
+                                                        const MessageAt& where) {
+  return at<std::byte>(call.g, call.g.rank,
+                       call.args.slots.messages(call.epoch, where.source) + where.token * call.message.bytes());
+}
+
+/// One message, which is here, by a team.
+DEEPEP_DEVICE void spread_message(const LowLatencyDispatchCall& call, const MessageAt& where,
+                                  const Team& team) {
+  using namespace dev;
+  const std::byte* message = message_of(call, where);
+  const int chunks = static_cast<int>((call.message.row_bytes + 16 * kWarpSize - 1) / (16 * kWarpSize));
+  const Chunks first = load_chunks(call, message, team.part, team.parts);
+  const SpreadTo to = read_header(call, message, where);
+  spread_chunks(call, first, to, team.part, team.parts);
+  if (team.part == team.parts - 1) keep_route(call, message, where, to);
+#pragma unroll 1
+  for (int chunk = team.part + kSpreadUnroll * team.parts; chunk < chunks; chunk += kSpreadUnroll * team.parts)
+    spread_chunks(call, load_chunks(call, message, chunk, team.parts), to, chunk, team.parts);
+}
+
+/// This rank's own messages: those that the block has written, or had written in a launch before.
+DEEPEP_DEVICE void spread_own(const LowLatencyDispatchCall& call, const Team& team) {
+  const Presence present = present_of(call);
+#pragma unroll 1
+  for (int t = call.tokens.begin + team.number; t < call.tokens.end; t += team.teams)
+    if (present.has(call.g.rank, t)) spread_message(call, {call.g.rank, t}, team);
+}
+
+/// Others' messages, each when it is there. One whose flag does not come in time is a fault.
+DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team& team) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> failed(call.shared().failed());
-  const MessageList list = messages_of(call);
-  const int count = rows_of_block(list.size());
-  const WarpRows mine = rows_of_warp(count);
+  MessageWalk<LowLatencyDispatchArgs> walk = walk_of(args, present_of(call), team);
 #pragma unroll 1
-  for (int i = mine.first; i < count; i += mine.step) {
-    const MessageAt where = message_at(list, block() + i * num_blocks());
+  for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     bool came = true;
     if (lane() == 0) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.message_flags(call.epoch, where.source));
-      came = wait_flag(call, flags + where.position, where.source, Phase::kRows);
+      came = wait_flag(call, flags + where.token, where.source, Phase::kRows);
     }
     if (ballot(!came) != 0) {
       if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kRows));
       return;  // the deadline has passed: what is still missing will not be waited for again
     }
     sync_warp();  // lane 0's acquire comes before the whole warp's reads
-    const std::byte* message = at<std::byte>(
-        g, g.rank, args.slots.messages(call.epoch, where.source) + where.position * call.message.bytes());
-    const SpreadTo to = read_header(call, message, where, mine.part == 0);
-    spread_channels(call, message, to, mine);
-    if (mine.part == 0 && args.casts) spread_scales(call, message, to);
+    spread_message(call, where, team);
   }
+}
+
+/// The lower half of the warps spreads this rank's messages, while the upper half, of which one may still raise
+/// flags, waits for others'.
+DEEPEP_DEVICE void spread_messages(const LowLatencyDispatchCall& call) {
+  using namespace dev;
+  const LowLatencyShare& share = call.args.share;
+  const int half = num_warps() / 2;
+  const bool has_own = warp() < half || half == 0;
+  if (has_own) spread_own(call, team_of(warp(), layout::max_of(half, 1), share.own_shift));
+  if (warp() >= half) spread_others(call, team_of(warp() - half, num_warps() - half, share.message_shift));
+}
+
+/// -1 past each expert's last row. All warps of all blocks.
+DEEPEP_DEVICE void mark_rest(const LowLatencyDispatchCall& call) {
+  using namespace dev;
+  const LowLatencyDispatchArgs& args = call.args;
+  const int room = call.g.num_ranks * args.max_tokens;
+#pragma unroll 1
+  for (int l = warp() * num_blocks() + block(); l < args.num_local_experts; l += num_warps() * num_blocks())
+    for (int row = rows_before(call, call.g.num_ranks, l) + lane(); row < room; row += kWarpSize)
+      store(args.recv_source + l * room + row, -1);
 }
 
 }  // namespace deepep::kernels

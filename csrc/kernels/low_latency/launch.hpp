@@ -5,6 +5,8 @@
 
 namespace deepep::kernels {
 
+/// Warps of a block.
+[[nodiscard]] int low_latency_warps();
 /// Throws std::runtime_error with CUDA's words if a launch is refused. `stream` is a cudaStream_t. A launch of
 /// both halves has no more blocks than there are SMs: all must be resident together.
 void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream);

@@ -30,15 +30,15 @@ Kernel<LowLatencyCombineArgs> combine_of(Halves halves) {
 
 }  // namespace
 
+int low_latency_warps() { return kLowLatencyThreads / dev::kWarpSize; }
+
 void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
-  const LowLatencyDispatchShared shared{args.group.num_ranks, args.num_local_experts};
-  launch(dispatch_of(halves), args, num_blocks, kLowLatencyThreads, shared.bytes(), stream,
+  launch(dispatch_of(halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
          "low-latency dispatch");
 }
 
 void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
-  const LowLatencyCombineShared shared{args.group.num_ranks};
-  launch(combine_of(halves), args, num_blocks, kLowLatencyThreads, shared.bytes(), stream,
+  launch(combine_of(halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
          "low-latency combine");
 }
 

@@ -17,27 +17,30 @@ struct SumRows {
   float weight;
 };
 
-/// Adds eight channels; the first row starts the sums, so that -0.0 alone stays -0.0. A product is rounded
-/// before it is added.
+/// Adds eight channels. A product is rounded before it is added.
 template <bool kWeighted>
-DEEPEP_DEVICE void add_channels(float (&sum)[8], const dev::Vec16& v, float weight, bool is_first) {
+DEEPEP_DEVICE void add_channels(float (&sum)[8], const dev::Vec16& v, float weight) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float channel = i % 2 == 0 ? dev::bf16_low(v.w[i / 2]) : dev::bf16_high(v.w[i / 2]);
-    const float term = kWeighted ? dev::mul_rounded(channel, weight) : channel;
-    sum[i] = is_first ? term : dev::add_rounded(sum[i], term);
+    sum[i] = dev::add_rounded(sum[i], kWeighted ? dev::mul_rounded(channel, weight) : channel);
   }
 }
 
-/// The 16-byte pieces [from, end) of the sum, to `out`. No row gives +0.0.
+/// The 16-byte pieces [from, end) of the sum, to `out`. Sums start from -0.0, which adds nothing, not even a
+/// sign; no row gives +0.0.
 template <bool kWeighted>
 DEEPEP_DEVICE void sum_rows(dev::Vec16* out, const SumRows& given, int from, int end) {
   using namespace dev;
+  const float nothing = given.rows == 0 ? 0.0f : -0.0f;
 #pragma unroll 1
   for (int begin = from + lane(); begin < end + lane(); begin += kSumUnroll * kWarpSize) {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
-    float sum[kSumUnroll][8] = {};
-    bool is_first = true;
+    float sum[kSumUnroll][8];
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[u][i] = nothing;
 #pragma unroll 1
     for (uint32_t rows = given.rows; rows != 0;) {
       Vec16 v[kSumRows][kSumUnroll] = {};
@@ -59,8 +62,7 @@ DEEPEP_DEVICE void sum_rows(dev::Vec16* out, const SumRows& given, int from, int
       for (int i = 0; i < kSumRows; ++i) {
         if (i >= count) continue;
 #pragma unroll
-        for (int u = 0; u < kSumUnroll; ++u) add_channels<kWeighted>(sum[u], v[i][u], weight[i], is_first);
-        is_first = false;
+        for (int u = 0; u < kSumUnroll; ++u) add_channels<kWeighted>(sum[u], v[i][u], weight[i]);
       }
     }
 #pragma unroll

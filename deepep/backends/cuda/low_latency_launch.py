@@ -22,11 +22,12 @@ from deepep.runtime.checks import FP8_GROUP, UE8M0_PACK
 
 LEAST_BLOCKS = 16
 _HANDLE_ALIGNMENT = 4  # words
+_TOKENS_OF_WORD = 32  # each a bit
 
 
 def num_blocks(num_max_tokens: int, num_sms: int) -> int:
-    """Blocks of a launch: one a token, on an SM each; with fewer tokens some, for the rows that come."""
-    return max(1, min(num_sms, max(LEAST_BLOCKS, num_max_tokens)))
+    """Blocks of a launch, one an SM: one for each token, one for words; at least some, for rows that come."""
+    return max(1, min(num_sms, max(LEAST_BLOCKS, num_max_tokens + 1)))
 
 
 class Halves(IntEnum):
@@ -124,23 +125,23 @@ class LowLatencyArrays:
 class LowLatencyPlan:
     """A dispatch's handle: what its combine needs, in device memory (csrc/kernels/low_latency/args.hpp).
 
-    form: of the dispatch. num_tokens: T. stream: that the memory belongs to. identity, send_position,
-    num_messages, routes: addresses in it.
+    form: of the dispatch. num_tokens: T. stream: that the memory belongs to. identity, sent, came, routes:
+    addresses in it.
     """
 
-    ADDRESSES: ClassVar[tuple[str, ...]] = ("identity", "send_position", "num_messages", "routes")
+    ADDRESSES: ClassVar[tuple[str, ...]] = ("identity", "sent", "came", "routes")
     __slots__ = (*ADDRESSES, "form", "num_tokens", "stream", "table")
 
     def __init__(self, form: LowLatencyFormat, num_tokens: int, device: torch.device, stream: int) -> None:
-        ranks = form.num_ranks
-        begin = _HANDLE_ALIGNMENT + -(-ranks // _HANDLE_ALIGNMENT) * _HANDLE_ALIGNMENT
-        routes = begin + num_tokens * ranks
-        words = routes + ranks * form.num_max_tokens * (1 + 2 * form.num_topk)
+        came = _HANDLE_ALIGNMENT + num_tokens
+        routes = came + form.num_ranks * -(-form.num_max_tokens // _TOKENS_OF_WORD)
+        routes = -(-routes // _HANDLE_ALIGNMENT) * _HANDLE_ALIGNMENT
+        words = routes + form.num_ranks * form.num_max_tokens * 2 * form.num_topk
         self.form, self.num_tokens, self.stream = form, num_tokens, stream
         self.table = torch.empty(words, dtype=torch.int32, device=device)
         self.identity = self.table.data_ptr()
-        self.num_messages = self.identity + 4 * _HANDLE_ALIGNMENT
-        self.send_position = self.identity + 4 * begin
+        self.sent = self.identity + 4 * _HANDLE_ALIGNMENT
+        self.came = self.identity + 4 * came
         self.routes = self.identity + 4 * routes
 
 
@@ -212,8 +213,8 @@ class LowLatencyEndpoint:
             topk_idx=topk_idx.data_ptr(),
             topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
             identity=plan.identity,
-            send_position=plan.send_position,
-            num_messages=plan.num_messages,
+            sent=plan.sent,
+            came=plan.came,
             routes=plan.routes,
             weights_travel=form.with_weights,
             casts=form.use_fp8,
@@ -256,8 +257,8 @@ class LowLatencyEndpoint:
             topk_idx=topk_idx.data_ptr(),
             topk_weights=topk_weights.data_ptr(),
             identity=plan.identity,
-            send_position=plan.send_position,
-            num_messages=plan.num_messages,
+            sent=plan.sent,
+            came=plan.came,
             routes=plan.routes,
             weights_travelled=form.with_weights,
             out=out.data_ptr(),

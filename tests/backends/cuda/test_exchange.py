@@ -79,6 +79,7 @@ def test_what_was_sent_lies_there_and_was_read(ranks: int, num_bytes: int) -> No
         reads = epoch % 3 != 0
         for source in world.sources:
             source.random_(0, 256)
+        torch.cuda.synchronize()  # the exchanges run on streams of their own
         world.run(reads=reads)
         for rank in range(ranks):
             assert world.missing(rank) == 0

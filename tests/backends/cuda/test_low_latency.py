@@ -102,7 +102,7 @@ prepared = functools.lru_cache(maxsize=16)(prepare)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.cpu().contiguous().view(torch.uint8)
+    return t.cpu().contiguous().flatten().view(torch.uint8)  # one column has any stride
 
 
 def check_received(got: Any, wanted: oracle.LowLatencyOutput) -> None:
@@ -428,10 +428,17 @@ def through_buffer(ctx: Any, shape: LowLatencyShape, seed: int, early: str, zero
 @pytest.mark.parametrize("form", FORMATS)
 def test_buffer(pair: World, form: str, zero_copy: bool, early: str) -> None:
     shape = LowLatencyShape(
-        (128, 100), most=128, hidden=7168, topk=8, local_experts=128, pattern="distinct", **FORMATS[form]
+        (64, 50), most=64, hidden=1536, topk=8, local_experts=16, pattern="distinct", **FORMATS[form]
     )
     for with_weights in (False, True):
         pair.run(through_buffer, replace(shape, with_weights=with_weights), 0, early, zero_copy)
+
+
+def test_buffer_at_full_size(pair: World) -> None:
+    shape = LowLatencyShape(
+        (128, 100), most=128, hidden=7168, topk=8, local_experts=128, pattern="distinct", fp8=True
+    )
+    pair.run(through_buffer, shape, 0, "sync", False)
 
 
 def test_memory_grows_with_the_shapes_of_calls_and_graphs_go_on(pair: World) -> None:
