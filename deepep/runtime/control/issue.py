@@ -7,61 +7,29 @@ sequence numbers, an un-called hook, the end. A backend gives it the body of eac
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError, PeerTimeoutError
+from deepep.errors import ArgumentError, DeepEPError, DestroyedError, HookPendingError
 from deepep.runtime.ambient import job_modes
 from deepep.runtime.completion import Completion
 from deepep.runtime.control import agreement, processes
 from deepep.runtime.control.agreement import NO_LIMIT, Header
 from deepep.runtime.control.comm_queue import CommQueue, StreamQueue, ThreadQueue
+from deepep.runtime.control.issuing import Issuing
 from deepep.runtime.control.meeting import StoreError
-from deepep.runtime.control.membership import Membership, Progress
-from deepep.runtime.control.shrinking import ACKNOWLEDGE, Course
+from deepep.runtime.control.membership import Membership
+from deepep.runtime.control.retrying import Retries
+from deepep.runtime.control.settling import Progress
+from deepep.runtime.control.shrinking import ACKNOWLEDGE
 from deepep.runtime.control.transport import Link, LinkError
 from deepep.runtime.engine import Observer
-from deepep.runtime.requests import LOW_LATENCY, Hook, Operation, Schedule
+from deepep.runtime.requests import Hook, Operation, Schedule
 from deepep.runtime.session import Session
 
 LAST_MOMENT = 0.5  # seconds that an abandoned operation has for reaching its peers
-
-_Lock: Any = type(threading.RLock())
-
-
-class Issuing(_Lock):
-    """The lock under which a rank issues an operation; and where every call that fails passes.
-
-    failed: called with an exception that is none of this library's: only this rank knows of it.
-    """
-
-    def __new__(cls, failed: Callable[[BaseException], None]) -> Issuing:
-        lock: Issuing = super().__new__(cls)
-        return lock
-
-    def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        self._failed = failed
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if error is not None and not isinstance(error, DeepEPError):
-                self._failed(error)
-        finally:
-            self.release()
-
-    def renew(self) -> None:
-        """Frees the lock in a child, whichever of the parent's threads held it."""
-        self._at_fork_reinit()
-
-
-class _Repeated(Exception):
-    """The operation is made again. Internal."""
 
 
 class ControlPlane:
@@ -86,9 +54,7 @@ class ControlPlane:
             self.queue = StreamQueue(session.stream)
         else:
             self.queue = ThreadQueue(f"deepep-rank-{self.rank}", processes.weak_method(self.interrupt))
-        self._shrinks = masks and session.stream is None
-        self._again: Callable[[], None] | None = None
-        self._owes_word = False
+        self._retries = Retries(membership, shrinks=masks and session.stream is None)
         self.observer: Observer | None = None
         self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
@@ -142,15 +108,15 @@ class ControlPlane:
 
         def job() -> None:
             problem = self._inspect(schedule, inspect)
-            self._owes_word = self._shrinks
+            self._retries.owes_word = self._retries.shrinks
 
             def attempt() -> None:
                 limits = self._control(operation, problem, agreed, num_tokens, limit)
                 body(self.membership.payload(), limits)
 
-            self._attempt(operation, attempt, attempt)
-            if schedule.hook and self._shrinks:
-                self._again = attempt
+            self._retries.attempt(operation, attempt, attempt)
+            if schedule.hook and self._retries.shrinks:
+                self._retries.first_half = attempt
 
         return self.queue.submit(self._guarded(job), tensors)
 
@@ -171,7 +137,7 @@ class ControlPlane:
         def job() -> None:
             self.queue.wait_for(None, schedule.allocate_on_comm_stream)
             self.progress.restart()
-            begin, self._again = self._again, None
+            begin, self._retries.first_half = self._retries.first_half, None
             if begin is None:
                 attempt()
                 return
@@ -180,7 +146,7 @@ class ControlPlane:
                 begin()
                 attempt()
 
-            self._attempt(None, attempt, again)
+            self._retries.attempt(None, attempt, again)
 
         return self.queue.submit(self._guarded(job), tensors)
 
@@ -211,9 +177,9 @@ class ControlPlane:
 
         def job() -> None:
             try:
-                self._attempt(operation, attempt, attempt)
+                self._retries.attempt(operation, attempt, attempt)
             finally:
-                self._owes_word = False  # the others had this in its place
+                self._retries.owes_word = False  # the others had this in its place
 
         completion = self.queue.submit(self._guarded(job))
         if not (schedule.asynchronous or schedule.hook):
@@ -379,41 +345,9 @@ class ControlPlane:
 
         So no rank is more than one operation behind when a fault is settled. Without masks it does nothing.
         """
-        if not self._owes_word:
-            return
-        self.enter(ACKNOWLEDGE)
-        try:
-            header = Header(Operation.ACKNOWLEDGE, self.progress.sequence)
-            agreement.exchange(self.membership.payload(), header, None)
-        except ArgumentError:
-            self.progress.sequence += 1  # a rank has refused its next operation, and not called its hook
-            raise
-        except LinkError as error:
-            if self.membership.rejoin():  # one that has changed the members since has passed here
-                return
-            if self.membership.shrink(self.membership.fault(error)) is not Course.GO_ON:
-                raise _Repeated from None
-
-    def _attempt(
-        self, operation: Operation | None, first: Callable[[], object], again: Callable[[], object]
-    ) -> None:
-        """Runs `first`, and after a fault `again` as long as the survivors go on; `operation` None: they do
-        if there are masks, as in low latency.
-        """
-        attempt = first
-        while True:
-            try:
-                attempt()
-                return
-            except _Repeated:
-                pass
-            except (LinkError, PeerTimeoutError) as error:
-                if not self._shrinks or (operation is not None and operation not in LOW_LATENCY):
-                    raise
-                fault = self.membership.fault(error) if isinstance(error, LinkError) else error
-                if self.membership.shrink(fault) is Course.GO_ON:
-                    return
-            attempt = again
+        if self._retries.owes_word:
+            self.enter(ACKNOWLEDGE)
+            self._retries.acknowledge()
 
     def _guarded(self, job: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:

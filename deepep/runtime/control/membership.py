@@ -1,33 +1,22 @@
 """Membership: the ranks that take part, the private group between them, and what happens when one is missing.
 
-torch's gloo groups do not survive a failure: one dead peer closes the connections of all. So a failure is
-settled through the store, which must outlive any rank (torchrun's agent holds it, or the parent process):
-
-1. Whoever sees its transport fail drops its connections, so that all others see it too, and posts a report.
-2. It waits for the other members' reports until its operation's deadline. Who has not reported by then is
-missing. 3. The first to conclude ends the meeting that the link came from (meeting.py) with a verdict; all
-others adopt it. All raise PeerTimeoutError with the same ranks. A rank that raises something of its own in a
-call ends the meeting itself, so nobody waits.
-
-A missing rank is then masked by its peers, or comes back: it learns of the verdict in its next call, and
-reports. The next operation builds a fresh group of the members.
+After a failure the survivors agree on who is missing (settling.py), and raise PeerTimeoutError with the same
+ranks. A missing rank is then masked by its peers, or comes back: it learns of the verdict in its next call,
+and reports. The next operation builds a fresh group of the members.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from deepep.errors import FaultRecord, MismatchError, PeerTimeoutError
 from deepep.runtime.control import connecting, liveness
 from deepep.runtime.control.meeting import (
-    Absent,
     ControlStore,
     Meeting,
     MeetingFailed,
@@ -36,30 +25,12 @@ from deepep.runtime.control.meeting import (
     clear,
     join,
 )
+from deepep.runtime.control.settling import Progress, settle
 from deepep.runtime.control.shrinking import Course, course
 from deepep.runtime.control.transport import Link, LinkError, hang_up, private_group
 
 LEFT_OUT = "masked by the other ranks, until all call low_latency_clean_mask_buffer"
 """The reason that a rank is given whom the others go on without."""
-
-
-@dataclass
-class Progress:
-    """This rank's position: operation and phase as users read them, when the operation began."""
-
-    operation: str = "construct"
-    phase: str = "meet"
-    sequence: int = 0
-    started: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the operation began, or its part that runs now."""
-        return time.monotonic() - self.started
-
-    def restart(self) -> None:
-        """The deadline counts from here."""
-        self.started = time.monotonic()
 
 
 class Membership:
@@ -384,26 +355,12 @@ class Membership:
         """Settles with the other survivors who is missing; the error that all of them raise."""
         self.disconnect()
         try:
-            return self._adopt(self._settle(str(error)))
+            meeting = self._meeting
+            assert meeting is not None
+            verdict = settle(meeting, self.members, self.progress, self._deadline, self.grace, str(error))
+            return self._adopt(verdict)
         except StoreError as lost:
             return self.store_lost(lost, f"{error}; and ")
-
-    def _settle(self, reason: str) -> Verdict:
-        meeting, progress = self._meeting, self.progress
-        assert meeting is not None
-        connects = progress.phase == "connect"  # then all members are there
-        number = progress.sequence + connects
-        report = {"at": [number, progress.operation, progress.phase], "seconds": progress.seconds}
-        meeting.report(report)
-        deadline = max(0.0 if connects else self._deadline, time.monotonic()) + self.grace
-        try:
-            seen = meeting.collect("report", self.members, deadline)
-            missing = () if connects else _latest({rank: json.loads(raw) for rank, raw in seen.items()})
-        except MeetingFailed as failed:
-            return failed.verdict
-        except Absent as absent:
-            seen, missing = absent.seen, absent.missing
-        return meeting.end(Verdict(missing, len(seen), reason))
 
     def withdraw(self, reason: str) -> None:
         """Ends the present meeting, or the one that the others are about to come to, because this rank raises
@@ -481,14 +438,3 @@ class Membership:
             seconds=progress.seconds,
         )
         return PeerTimeoutError(record, reason)
-
-
-def _latest(reports: dict[int, dict[str, object]]) -> tuple[int, ...]:
-    """Everybody reported in the end: the cause is whoever came to the operation after the others had given
-    up.
-
-    Those have waited much less than the longest wait. Where all waited alike, nobody can be named.
-    """
-    waits = {rank: float(str(report["seconds"])) for rank, report in reports.items() if report}
-    longest = max(waits.values(), default=0.0)
-    return tuple(sorted(rank for rank, seconds in waits.items() if seconds < longest / 2))
