@@ -70,9 +70,8 @@ class VirtualLowLatency:
         """Launches one rank's dispatch on its stream, in two halves if `hooked`."""
         with torch.cuda.stream(self.streams[rank]):
             stream = self.streams[rank].cuda_stream
-            out = form.outputs(self.device)
+            out, plan = form.outputs(given.x.shape[0], self.device, stream)
             out.x.view(torch.uint8).fill_(0xEE)
-            plan = LowLatencyPlan(form, given.x.shape[0], self.device, stream)
             weights = given.topk_weights if form.with_weights else None
             for halves in (Halves.SEND, Halves.RECEIVE) if hooked else (Halves.BOTH,):
                 self.endpoints[rank].dispatch(

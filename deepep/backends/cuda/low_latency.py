@@ -121,8 +121,7 @@ class CudaLowLatency:
         completion = hook = None
         if not schedule.asynchronous:
             stream = streams.current_address(engine.index)
-            out = form.outputs(engine.device)
-            plan = LowLatencyPlan(form, request.x.shape[0], engine.device, stream)
+            out, plan = form.outputs(request.x.shape[0], engine.device, stream)
             if schedule.hook:
                 endpoint.dispatch(plan, *given, out, Halves.SEND, blocks, stream)
                 hook = self._dispatch_hook(engine, request, plan, out, blocks)
@@ -132,8 +131,7 @@ class CudaLowLatency:
                     _add_counts(request.expert_counts, out)
         else:
             with CommStream(engine.comm, endpoint.domain, None) as stream:
-                out = form.outputs(engine.device)
-                plan = LowLatencyPlan(form, request.x.shape[0], engine.device, stream)
+                out, plan = form.outputs(request.x.shape[0], engine.device, stream)
                 endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream)
                 if request.expert_counts is not None:
                     _add_counts(request.expert_counts, out)

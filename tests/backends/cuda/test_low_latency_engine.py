@@ -248,3 +248,39 @@ def test_a_capture_does_not_begin_with_an_agreement() -> None:
             torch.cuda.is_current_stream_capturing = lambda: False
         """
     )
+
+
+def test_arrays_are_made_like_templates_that_hold_no_memory() -> None:
+    on_stubs(
+        """
+        from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
+
+        cpu = torch.device("cpu")
+        for how in ({}, {"use_fp8": True}, {"use_fp8": True, "round_scale": True, "use_ue8m0": True}):
+            form = LowLatencyFormat(3, 5, 7, 2, 1024, torch.int64, **how)
+            (out, plan), (other, _) = (form.outputs(4, cpu, 0) for _ in range(2))
+            template = form.templates[cpu]
+            for array in (template.x, template.words, template.scales):
+                assert array is None or array.untyped_storage().nbytes() == 0
+            rows = 3 * 7
+            dtype = torch.float8_e4m3fn if how else torch.bfloat16
+            assert out.x.shape == (5, rows, 1024) and out.x.dtype == dtype and out.x.is_contiguous()
+            assert out.count.shape == (5,) and out.count.dtype == torch.int32
+            assert out.source.shape == (5, rows) and out.source.dtype == torch.int32
+            assert out.ranges.shape == (5, 3) and out.ranges.dtype == torch.int64
+            if how:
+                columns = 1024 // (512 if "use_ue8m0" in how else 128)
+                assert out.scales.shape == (5, rows, columns)
+                assert out.scales.stride() == (columns * rows, 1, rows)  # column-major
+            # Nothing lies in anything else: parts of one array side by side, behind the handle's own.
+            begins = [plan.sent, plan.came, plan.routes]
+            ends = [plan.identity + 8, plan.sent + 4 * 7, plan.came + 4 * 3]
+            parts = [out.count, out.ranges, out.source]
+            begins += [part.data_ptr() for part in parts]
+            ends += [plan.routes + 4 * rows * 2 * 2, *(p.data_ptr() + p.nbytes for p in parts[:-1])]
+            assert all(end <= begin for end, begin in zip(ends, begins, strict=True))
+            assert all(begin % 16 == 0 for begin in begins)
+            assert parts[-1].data_ptr() + parts[-1].nbytes <= plan.identity + plan.table.nbytes
+            assert other.count.data_ptr() != out.count.data_ptr()
+        """
+    )
