@@ -56,16 +56,16 @@ T* result(Array<T>& array, std::initializer_list<int64_t> shape, const char* nam
 
 template <class Index>
 void dispatch_layout(const Array<Index>& topk_idx, int64_t num_experts, int64_t num_ranks,
-                     int64_t ranks_per_node, Array<int32_t> per_rank, Array<int32_t> per_node,
+                     int64_t ranks_per_domain, Array<int32_t> per_rank, Array<int32_t> per_domain,
                      Array<int32_t> per_expert, Array<bool> is_token_in_rank) {
-  const host::Group group{num_experts, num_ranks, ranks_per_node};
+  const host::Group group{num_experts, num_ranks, ranks_per_domain};
   const auto topk = matrix(topk_idx, "topk_idx");
   int32_t* to_rank = result(per_rank, {num_ranks}, "num_tokens_per_rank");
-  int32_t* to_node = result(per_node, {host::num_domains(group)}, "num_tokens_per_node");
+  int32_t* to_domain = result(per_domain, {host::num_domains(group)}, "num_tokens_per_node");
   int32_t* to_expert = result(per_expert, {num_experts}, "num_tokens_per_expert");
   bool* in_rank = result(is_token_in_rank, {topk.rows, num_ranks}, "is_token_in_rank");
   const py::gil_scoped_release unlocked;
-  host::dispatch_layout(topk, group, to_rank, to_node, to_expert, reinterpret_cast<uint8_t*>(in_rank));
+  host::dispatch_layout(topk, group, to_rank, to_domain, to_expert, reinterpret_cast<uint8_t*>(in_rank));
 }
 
 template <class Index>
@@ -168,20 +168,20 @@ void low_latency_send_rows(const Array<Index>& topk_idx, const Array<int32_t>& r
   host::low_latency_send_rows(topk, counts, source, num_max_tokens, num_parts, out);
 }
 
-int64_t forwarding_rank(int64_t source, int64_t node, int64_t num_ranks, int64_t ranks_per_node) {
-  return host::forwarding_rank({num_ranks, num_ranks, ranks_per_node}, source, node);
+int64_t forwarding_rank(int64_t source, int64_t domain, int64_t num_ranks, int64_t ranks_per_domain) {
+  return host::forwarding_rank({num_ranks, num_ranks, ranks_per_domain}, source, domain);
 }
 
-void node_positions(const Array<bool>& is_token_in_rank, int64_t ranks_per_node, int64_t num_parts,
+void node_positions(const Array<bool>& is_token_in_rank, int64_t ranks_per_domain, int64_t num_parts,
                     Array<int64_t> masks, Array<int32_t> position, Array<int32_t> counts) {
   const auto in_rank = table(is_token_in_rank);
-  const host::Group group{in_rank.cols, in_rank.cols, ranks_per_node};
-  const int64_t num_nodes = host::num_domains(group);
-  int64_t* bits = result(masks, {in_rank.rows, num_nodes}, "masks");
-  int32_t* positions = result(position, {in_rank.rows, num_nodes}, "position");
-  int32_t* sent = result(counts, {num_nodes}, "counts");
+  const host::Group group{in_rank.cols, in_rank.cols, ranks_per_domain};
+  const int64_t num_domains = host::num_domains(group);
+  int64_t* bits = result(masks, {in_rank.rows, num_domains}, "masks");
+  int32_t* positions = result(position, {in_rank.rows, num_domains}, "position");
+  int32_t* sent = result(counts, {num_domains}, "counts");
   const py::gil_scoped_release unlocked;
-  host::node_positions(in_rank, group, num_parts, reinterpret_cast<uint64_t*>(bits), positions, sent);
+  host::domain_positions(in_rank, group, num_parts, reinterpret_cast<uint64_t*>(bits), positions, sent);
 }
 
 void forwarded_rows(const Array<int64_t>& masks, const Array<int64_t>& first_rows, Array<int64_t> rows) {

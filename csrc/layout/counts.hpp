@@ -8,10 +8,10 @@
 
 namespace deepep::layout {
 
-/// Where `count_topk` adds. `per_node` and `is_token_in_rank` may be null.
+/// Where `count_topk` adds. `per_domain` and `is_token_in_rank` may be null.
 struct TopkCounts {
   int32_t* per_rank;          // [R] tokens, each once per rank
-  int32_t* per_node;          // [D] tokens, each once per domain
+  int32_t* per_domain;        // [D] tokens, each once per domain
   int32_t* per_expert;        // [E] top-k entries, duplicates included
   uint8_t* is_token_in_rank;  // [T, R] bytes 0 or 1; the rows of the range are overwritten
 };
@@ -32,7 +32,9 @@ DEEPEP_HD void count_topk(const Index* topk_idx, int num_topk, int64_t begin, in
       const int32_t rank = place.rank_of_expert(expert);
       ++counts.per_rank[rank];
       if (in_rank) in_rank[rank] = 1;
-      if (counts.per_node && is_first_of_domain(row, k, place)) ++counts.per_node[place.domain_of_rank(rank)];
+      if (counts.per_domain && is_first_of_domain(row, k, place)) {
+        ++counts.per_domain[place.domain_of_rank(rank)];
+      }
     }
   }
 }

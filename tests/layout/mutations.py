@@ -86,8 +86,8 @@ MUTATIONS = [
     Mutation(
         "domain counted once per rank",
         "counts.hpp",
-        "counts.per_node && is_first_of_domain(row, k, place)",
-        "counts.per_node",
+        "counts.per_domain && is_first_of_domain(row, k, place)",
+        "counts.per_domain",
     ),
     Mutation(
         "expert counted once per rank",

@@ -32,7 +32,7 @@ __global__ void lay_out(const int* topk, const unsigned char* in_rank, const int
   fill_send_rows(in_rank, 8, begin, end, rows, rows + 8);
   fill_expert_rows(topk, 8, begin, end, place, rows, rows + 64);
   fill_expanded_rows(topk, 8, begin, end, rows, rows + 64);
-  fill_node_positions(in_rank, begin, end, place, rows, reinterpret_cast<uint64_t*>(rows), out);
+  fill_domain_positions(in_rank, begin, end, place, rows, reinterpret_cast<uint64_t*>(rows), out);
 }
 """
 

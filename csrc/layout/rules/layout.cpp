@@ -20,12 +20,12 @@ constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
 
 layout::Placement placement(const Group& group) {
   expect(group.num_ranks > 0 && group.num_ranks <= kInt32, "num_ranks", group.num_ranks, "1 or more");
-  expect(group.ranks_per_node > 0 && group.ranks_per_node <= kInt32, "ranks_per_node", group.ranks_per_node,
-         "1 or more");
+  expect(group.ranks_per_domain > 0 && group.ranks_per_domain <= kInt32, "ranks_per_node",
+         group.ranks_per_domain, "1 or more");
   const int64_t experts = group.num_experts;
   expect(experts > 0 && experts <= kInt32 && experts % group.num_ranks == 0, "num_experts", experts,
          "a multiple of num_ranks = " + std::to_string(group.num_ranks));
-  return layout::Placement(int32_t(experts), int32_t(group.num_ranks), int32_t(group.ranks_per_node));
+  return layout::Placement(int32_t(experts), int32_t(group.num_ranks), int32_t(group.ranks_per_domain));
 }
 
 /// Entries are -1 or an expert; anything else is named with its place. No more of them than counts can hold.
@@ -76,15 +76,15 @@ int64_t num_domains(const Group& group) { return placement(group).num_domains();
 // ---- high throughput
 
 template <class Index>
-void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* per_rank, int32_t* per_node,
+void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* per_rank, int32_t* per_domain,
                      int32_t* per_expert, uint8_t* is_token_in_rank) {
   const layout::Placement place = placement(group);
   expect_experts("topk_idx", topk_idx, group.num_experts);
   std::fill_n(per_rank, place.num_ranks, 0);
-  std::fill_n(per_node, place.num_domains(), 0);
+  std::fill_n(per_domain, place.num_domains(), 0);
   std::fill_n(per_expert, place.num_experts, 0);
   layout::count_topk(topk_idx.data, int(topk_idx.cols), 0, topk_idx.rows, place,
-                     {per_rank, per_node, per_expert, is_token_in_rank});
+                     {per_rank, per_domain, per_expert, is_token_in_rank});
 }
 
 template <class Index>
@@ -240,36 +240,36 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
 
 // ---- two levels
 
-int64_t forwarding_rank(const Group& group, int64_t source, int64_t node) {
+int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain) {
   const layout::Placement place = placement(group);
   expect_index("source", source, place.num_ranks);
-  expect_index("node", node, place.num_domains());
-  return layout::forwarding_rank(int32_t(source), int32_t(node), place);
+  expect_index("node", domain, place.num_domains());
+  return layout::forwarding_rank(int32_t(source), int32_t(domain), place);
 }
 
-void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
-                    uint64_t* masks, int32_t* position, int32_t* counts) {
+void domain_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
+                      uint64_t* masks, int32_t* position, int32_t* counts) {
   const layout::Placement place = placement(group);
   expect(place.num_ranks_of_domain(0) <= 64, "ranks_per_node", place.ranks_per_domain, "at most 64");
   const uint8_t* in_rank = is_token_in_rank.data;
   const auto last = count_then_number(
       is_token_in_rank.rows, num_parts, std::vector<int64_t>(size_t(place.num_domains()), 0),
       [&](int64_t begin, int64_t end, int64_t* part) {
-        for (int32_t node = 0; node < place.num_domains(); ++node) {
-          part[node] = layout::count_sent_to_domain(in_rank, node, begin, end, place);
+        for (int32_t domain = 0; domain < place.num_domains(); ++domain) {
+          part[domain] = layout::count_sent_to_domain(in_rank, domain, begin, end, place);
         }
       },
       [&](int64_t begin, int64_t end, int64_t* next) {
-        layout::fill_node_positions(in_rank, begin, end, place, next, masks, position);
+        layout::fill_domain_positions(in_rank, begin, end, place, next, masks, position);
       });
   std::copy(last.begin(), last.end(), counts);
 }
 
-void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows, int64_t node_ranks,
-                    int64_t* rows) {
-  expect(node_ranks <= 64, "first_rows", node_ranks, "at most 64 ranks of a node");
-  std::vector<int64_t> next(first_rows, first_rows + node_ranks);
-  layout::fill_forwarded_rows(masks, num_forwarded, int32_t(node_ranks), next.data(), rows);
+void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
+                    int64_t domain_ranks, int64_t* rows) {
+  expect(domain_ranks <= 64, "first_rows", domain_ranks, "at most 64 ranks of a domain");
+  std::vector<int64_t> next(first_rows, first_rows + domain_ranks);
+  layout::fill_forwarded_rows(masks, num_forwarded, int32_t(domain_ranks), next.data(), rows);
 }
 
 // ---- the two index types the interface takes

@@ -23,15 +23,15 @@ struct Matrix {
 struct Group {
   int64_t num_experts;
   int64_t num_ranks;
-  int64_t ranks_per_node;
+  int64_t ranks_per_domain;
 };
 
-/// Nodes of the group, after checking it.
+/// Domains of the group, after checking it.
 [[nodiscard]] int64_t num_domains(const Group& group);
 
-/// Fills per_rank [R], per_node [D], per_expert [E] and is_token_in_rank [T, R] from topk_idx [T, K].
+/// Fills per_rank [R], per_domain [D], per_expert [E] and is_token_in_rank [T, R] from topk_idx [T, K].
 template <class Index>
-void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* per_rank, int32_t* per_node,
+void dispatch_layout(Matrix<const Index> topk_idx, const Group& group, int32_t* per_rank, int32_t* per_domain,
                      int32_t* per_expert, uint8_t* is_token_in_rank);
 
 /// masks [T]: the distinct ranks of each token as bits; at most 64 ranks.
@@ -83,12 +83,12 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
 [[nodiscard]] int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain);
 
 /// masks [T, D], position [T, D], counts [D] of the tokens a source sends to each domain.
-void node_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
-                    uint64_t* masks, int32_t* position, int32_t* counts);
+void domain_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
+                      uint64_t* masks, int32_t* position, int32_t* counts);
 
-/// rows [n, node_ranks] of the tokens one source sent to a
-/// domain; first_rows [node_ranks]: its first row at each rank.
-void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows, int64_t node_ranks,
-                    int64_t* rows);
+/// rows [n, domain_ranks] of the tokens one source sent to a
+/// domain; first_rows [domain_ranks]: its first row at each rank.
+void forwarded_rows(const uint64_t* masks, int64_t num_forwarded, const int64_t* first_rows,
+                    int64_t domain_ranks, int64_t* rows);
 
 }  // namespace deepep::host

@@ -16,7 +16,7 @@ namespace deepep::layout {
   return place.first_rank_of_domain(domain) + local % place.num_ranks_of_domain(domain);
 }
 
-/// The domain's ranks a token goes to, as bits by local rank (ranks_per_node <= 64): travels with the token.
+/// The domain's ranks a token goes to, as bits by local rank (ranks_per_domain <= 64): travels with the token.
 /// `in_rank` is the token's row of is_token_in_rank. Zero: the token does not go to the domain.
 [[nodiscard]] DEEPEP_HD constexpr uint64_t local_ranks_of_token(const uint8_t* in_rank, int32_t domain,
                                                                 const Placement& place) {
@@ -41,9 +41,9 @@ namespace deepep::layout {
 /// What a source sends to each domain, for tokens [begin, end): masks [T, D]
 /// and position [T, D], the token's place among those that go to the domain,
 /// or -1. next [D] comes in as the counts of the ranges before this one.
-DEEPEP_HD constexpr void fill_node_positions(const uint8_t* is_token_in_rank, int64_t begin, int64_t end,
-                                             const Placement& place, int64_t* next, uint64_t* masks,
-                                             int32_t* position) {
+DEEPEP_HD constexpr void fill_domain_positions(const uint8_t* is_token_in_rank, int64_t begin, int64_t end,
+                                               const Placement& place, int64_t* next, uint64_t* masks,
+                                               int32_t* position) {
   for (int64_t token = begin; token < end; ++token) {
     for (int32_t domain = 0; domain < place.num_domains(); ++domain) {
       const int64_t at = token * place.num_domains() + domain;
@@ -54,14 +54,14 @@ DEEPEP_HD constexpr void fill_node_positions(const uint8_t* is_token_in_rank, in
 }
 
 /// At the forwarding rank: final rows of the tokens one source sent, in the order they were sent. masks [n];
-/// next [node_ranks] comes in as the source's first row at each rank of the domain; rows [n, node_ranks], or
-/// -1. A token that skips the domain goes to none of its ranks, so counting the forwarded tokens counts them
-/// all.
-DEEPEP_HD constexpr void fill_forwarded_rows(const uint64_t* masks, int64_t num_forwarded, int32_t node_ranks,
+/// next [domain_ranks] comes in as the source's first row at each rank of the domain; rows [n, domain_ranks],
+/// or -1. A token that skips the domain goes to none of its ranks, so counting the forwarded tokens counts
+/// them all.
+DEEPEP_HD constexpr void fill_forwarded_rows(const uint64_t* masks, int64_t num_forwarded, int32_t domain_ranks,
                                              int64_t* next, int64_t* rows) {
   for (int64_t i = 0; i < num_forwarded; ++i) {
-    for (int32_t local = 0; local < node_ranks; ++local) {
-      rows[i * node_ranks + local] = take_next((masks[i] >> local & 1) != 0, next[local]);
+    for (int32_t local = 0; local < domain_ranks; ++local) {
+      rows[i * domain_ranks + local] = take_next((masks[i] >> local & 1) != 0, next[local]);
     }
   }
 }
