@@ -1,7 +1,8 @@
 """Mutants of the kernels: their own source with one ordering operation weakened, removed or misdirected.
 
 What the explorer is measured by: it must catch them all. Mutants are made from the text of csrc/kernels, so a
-kernel that is new or changed has its own at once. Each is compiled into a library that the emulator loads.
+kernel that is new or changed has its own at once; kernel_edits.py lists those made by hand. Each is compiled
+into a library that the emulator loads.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-#: The copies are kernels by themselves: their mutants are hunted with them alone.
-COPY_FILE = "kernels/copy/bulk_copy.hpp"
-#: So is the bare exchange: files, and the layout that they run.
+from deepep.sim.explore.kernel_edits import EDITS, Edit
+
+#: The bare exchange is a kernel by itself, and hunted with it alone: files, and the layout that they run.
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
@@ -57,200 +58,6 @@ class Mutant:
     file: str  # relative to csrc
     line: int
     text: str  # of the whole file
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A mutation that no pattern makes: a bug that this field has published, or a rule of the protocol.
-
-    `old` occurs once in the file; `why` says what it removes.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    why: str
-
-
-#: Mutations by hand. Those whose text is gone fail the test that lists them: a rule has moved or was dropped.
-EDITS = (
-    Edit(
-        "one mailbox for all epochs",
-        "layout/symmetric_layout.hpp",
-        "(2 * s + static_cast<int>(epoch & 1u)) * mailbox_bytes_",
-        "(2 * s + static_cast<int>(epoch & 0u)) * mailbox_bytes_",
-        "a word is written again while a slower block of its receiver still reads it",
-    ),
-    Edit(
-        "one digest for all epochs",
-        "layout/symmetric_layout.hpp",
-        "(2 * s + static_cast<int>(epoch & 1u)) * kLine32",
-        "(2 * s + static_cast<int>(epoch & 0u)) * kLine32",
-        "the same of what ranks compare before a combine",
-    ),
-    Edit(
-        "staging granted a combine too early",
-        "kernels/combine/credit.hpp",
-        "wait_reached<acquire, sys_scope>(word, call.epoch - 1, call.deadline)",
-        "wait_reached<acquire, sys_scope>(word, call.epoch - 2, call.deadline)",
-        "rows are written over those of the combine before, which may still be read",
-    ),
-    Edit(
-        "a copy engine that does not wait for credit",
-        "kernels/combine/drive.hpp",
-        "bool granted = wait_owners(call);",
-        "bool granted = true;",
-        "rows are copied over those of the combine before",
-    ),
-    Edit(
-        "flags a chunk ahead of the copy engine",
-        "kernels/combine/drive.hpp",
-        "args.copy_engine.chunks.num_chunks - 1 - chunk)",
-        "args.copy_engine.chunks.num_chunks - chunk)",
-        "a chunk's flags say that the one before it is there",
-    ),
-    Edit(
-        "a peer that is not warned of what is written over",
-        "kernels/combine/drive.hpp",
-        "    if (!granted) post_overwrite_warning(g, call.epoch);\n",
-        "",
-        "who was given up sums what lies where its rows were",
-    ),
-    Edit(
-        "a doorbell that rings only where all have granted credit",
-        "kernels/combine/drive.hpp",
-        "    store<release, sys_scope>(&g.state->ce_doorbell,",
-        "    if (granted) store<release, sys_scope>(&g.state->ce_doorbell,",
-        "a stream waits indefinitely where an owner was given up",
-    ),
-    Edit(
-        "sums without a look for warnings behind them",
-        "kernels/combine/finish.hpp",
-        "has_reduced && is_overwritten(call.g)",
-        "false",
-        "the same, by the reader",
-    ),
-    Edit(
-        "epochs that come by 0",
-        "kernels/common/group.hpp",
-        "last == 0xffffffffu ? 2 : last + 1",
-        "last + 1",
-        "a word that nobody has written is taken for this call's, once in 2^32",
-    ),
-    Edit(
-        "two odd epochs in a row",
-        "kernels/common/group.hpp",
-        "last == 0xffffffffu ? 2 : last + 1",
-        "last == 0xffffffffu ? 1 : last + 1",
-        "what lies in two places in turn is written over while it is read, once in 2^32",
-    ),
-    Edit(
-        "a mailbox word without its tag",
-        "kernels/dispatch/metadata.hpp",
-        "pack_tagged(value, call.epoch)",
-        "pack_tagged(value, call.epoch & 1u)",
-        "a parity instead of a generation",
-    ),
-    Edit(
-        "a stage is filled while it is stored",
-        COPY_FILE,
-        "if (next < ring.count) ring.fill(read_stage, next);",
-        "if (next < ring.count) ring.fill((read_stage + 1) % num_stages, next);",
-        "the stage of a store that nobody has waited for is loaded again: stages - 1 groups are too many",
-    ),
-    Edit(
-        "a ring whose rounds are not counted",
-        COPY_FILE,
-        "      ++round;\n",
-        "",
-        "each round waits for the phase of the first, which is long complete",
-    ),
-    Edit(
-        "half of a chunk expected",
-        COPY_FILE,
-        "static_cast<uint32_t>(bytes_of(i))",
-        "static_cast<uint32_t>(bytes_of(i) / 2)",
-        "a phase that waits for other bytes than come",
-    ),
-    Edit(
-        "mbarriers of one warp over another's",
-        COPY_FILE,
-        "SharedArray<uint64_t>(int64_t{8} * warp() * num_stages)",
-        "SharedArray<uint64_t>(int64_t{8} * warp() * (num_stages - 1))",
-        "one shared object in two hands",
-    ),
-    Edit(
-        "stages over the mbarriers",
-        COPY_FILE,
-        "layout::align_up(int64_t{8} * num_warps * num_stages, int64_t{128})",
-        "layout::align_up(int64_t{8} * num_warps, int64_t{16})",
-        "a copy overwrites the mbarrier that another completes on",
-    ),
-    Edit(
-        "one place for all epochs",
-        "layout/exchange_slots.hpp",
-        "static_cast<int64_t>(epoch & 1u) * num_ranks_ + source",
-        "static_cast<int64_t>(epoch & 0u) * num_ranks_ + source",
-        "rows are pushed over those of the exchange before, which may still be read",
-    ),
-    Edit(
-        "flags of one block for all",
-        "kernels/exchange/flags.hpp",
-        "args.slots.flag(source, block())",
-        "args.slots.flag(source, 0)",
-        "another block's flag says nothing of these rows",
-    ),
-    Edit(
-        "rows of a rank that did not come",
-        "kernels/exchange/read.hpp",
-        "  if (SharedArray<uint32_t>(0).get(0) != 0) return;\n",
-        "",
-        "what was waited for in vain is read",
-    ),
-    Edit(
-        "one stretch for all epochs",
-        "layout/low_latency_slots.hpp",
-        "static_cast<int64_t>(epoch & 1u) * num_ranks_ + source",
-        "static_cast<int64_t>(epoch & 0u) * num_ranks_ + source",
-        "a message is written over one that its receiver still spreads",
-    ),
-    Edit(
-        "sums without digests",
-        "kernels/low_latency/combine_digest.hpp",
-        "    if (!is_live(g, source)) continue;\n",
-        "    if (!is_live(g, source) || source != g.rank) continue;\n",
-        "nobody sees that ranks combine along other dispatches, or have not read what came before",
-    ),
-    Edit(
-        "words without a tag",
-        "kernels/low_latency/dispatch_count.hpp",
-        "pack_tagged(value, call.epoch)",
-        "pack_tagged(value, call.epoch & 1u)",
-        "a parity instead of a generation",
-    ),
-    Edit(
-        "any top-k indices",
-        "kernels/low_latency/combine_digest.hpp",
-        "  if (!args.refused && load_once(args.handle.identity + 1) != hash.get(0)) value = kRefusal;\n",
-        "",
-        "a combine along indices that are not those of its dispatch",
-    ),
-    Edit(
-        "any dispatch",
-        "kernels/low_latency/combine_digest.hpp",
-        "epoch == 0 ? kRefusal : epoch | 1u << 31",
-        "epoch == 0 ? kRefusal : 1u << 31",
-        "ranks that combine along different dispatches",
-    ),
-    Edit(
-        "words that nobody waited for",
-        "kernels/low_latency/dispatch_spread.hpp",
-        "  return stopped.get(0) == 0 && !args.refused;\n",
-        "  return !args.refused;\n",
-        "messages are spread by words that have not come, or of ranks that disagree",
-    ),
-)
 
 
 _ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order before"

@@ -17,9 +17,9 @@ from deepep.sim.emulator.shapes import GPUS
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.exchange_runs import explore_exchanges
 from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.explore.kernel_edits import COPY_FILE
 from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
-    COPY_FILE,
     EXCHANGE_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
