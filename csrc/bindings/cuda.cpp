@@ -37,7 +37,8 @@ void bind_turns(py::module_& m) {
           },
           "before"_a, "stream"_a, "Has what `stream` gets from now on run after what `before` holds now.")
       .def("wait", &Turns::wait, py::call_guard<py::gil_scoped_release>(),
-           "Blocks the host, without the GIL, until the last operation has ended.");
+           "Blocks the host, without the GIL, until the last operation has ended.")
+      .def("is_idle", &Turns::is_idle, "Whether it has ended.");
 }
 
 /// Methods that every domain has: order, and what its kernels have reported.
@@ -53,6 +54,9 @@ void bind_order(py::class_<D>& domain) {
       .def(
           "wait", [](D& self) { self.launcher().turns().wait(); }, py::call_guard<py::gil_scoped_release>(),
           "Blocks the host, without the GIL, until the last operation has ended.")
+      .def(
+          "is_idle", [](D& self) { return self.launcher().turns().is_idle(); }, "Whether it has ended.")
+      .def("was_captured", [](D& self) { return self.launcher().was_captured(); })
       .def("has_fault", [](D& self) { return deepep::host::has_fault(self.group()); });
 }
 
@@ -70,6 +74,7 @@ void bind_domain(py::module_& m) {
              "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
   deepep::bindings::bind_operations(domain);
   bind_order(domain);
+  domain.def("has_copies_under_way", [](Domain& self) { return self.launcher().has_copies_under_way(); });
 }
 
 void bind_low_latency_domain(py::module_& m) {
@@ -86,14 +91,12 @@ void bind_low_latency_domain(py::module_& m) {
              "max_row_bytes"_a, "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
   deepep::bindings::bind_low_latency(domain);
   bind_order(domain);
-  domain
-      .def(
-          "take_fault",
-          [](LowLatencyDomain& self, uintptr_t stream) {
-            return self.launcher().take_fault(self.group(), pointer<void>(stream));
-          },
-          "stream"_a = 0)
-      .def("was_captured", [](LowLatencyDomain& self) { return self.launcher().was_captured(); });
+  domain.def(
+      "take_fault",
+      [](LowLatencyDomain& self, uintptr_t stream) {
+        return self.launcher().take_fault(self.group(), pointer<void>(stream));
+      },
+      "stream"_a = 0);
   m.def("low_latency_bytes", &deepep::bindings::low_latency_bytes, "num_ranks"_a, "max_local_experts"_a,
         "max_tokens"_a, "max_topk"_a, "max_row_bytes"_a);
 }

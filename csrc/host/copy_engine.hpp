@@ -105,6 +105,8 @@ class CopyEngine {
     return true;
   }
 
+  [[nodiscard]] cudaStream_t stream() const { return stream_; }
+
  private:
   void copy(std::byte* to, const void* from, int64_t bytes) const {
     kernels::check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_),

@@ -58,6 +58,14 @@ class CudaLauncher {
 
   [[nodiscard]] Turns& turns() { return *turns_; }
 
+  /// True once a launch was captured: graphs hold the addresses of this domain's memory.
+  [[nodiscard]] bool was_captured() const { return was_captured_; }
+
+  /// Whether the copy engine still has rows to write: it may, behind a combine that has given it up.
+  [[nodiscard]] bool has_copies_under_way() const {
+    return copy_engine_ != nullptr && !is_idle(copy_engine_->stream());
+  }
+
  private:
   [[nodiscard]] static bool has_blocking_launches() {
     const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
@@ -66,11 +74,12 @@ class CudaLauncher {
 
   template <class Launch>
   void in_turn(void* stream, const Launch& launch) {
-    turns_->take(stream, launch);
+    if (turns_->take(stream, launch)) was_captured_ = true;
   }
 
   std::shared_ptr<Turns> turns_;
   std::unique_ptr<CopyEngine> copy_engine_;  // once a combine leaves rows to it
+  bool was_captured_ = false;
   bool launches_block_ = has_blocking_launches();
 };
 

@@ -36,6 +36,18 @@ class Event {
   void hold_back(cudaStream_t stream) {
     kernels::check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
   }
+  /// Whether what was recorded last has been done. Asking disturbs no thread's capture.
+  [[nodiscard]] bool has_passed() const {
+    auto mode = cudaStreamCaptureModeRelaxed;
+    kernels::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const cudaError_t status = cudaEventQuery(event_);
+    kernels::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    if (status == cudaErrorNotReady)
+      (void)cudaGetLastError();
+    else
+      kernels::check(status, "cudaEventQuery");
+    return status == cudaSuccess;
+  }
   void wait() { kernels::check(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
 
  private:

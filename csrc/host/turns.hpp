@@ -71,6 +71,12 @@ class Turns {
     ended_.wait();
   }
 
+  /// Whether it has.
+  [[nodiscard]] bool is_idle() {
+    const DeviceScope scope(device_);
+    return ended_.has_passed();
+  }
+
  private:
   int device_ = 0;
   Event ended_;

@@ -85,12 +85,3 @@ class Users:
         """
         others = (stream for address, stream in self.known.items() if address != but)
         return all(stream is not None and is_idle(stream) for stream in others)
-
-    def hold(self, tensor: torch.Tensor) -> bool:
-        """Has torch reuse its memory after what they hold when it is freed. False if nobody can say so."""
-        if None in self.known.values():
-            return False
-        for stream in self.known.values():
-            assert stream is not None
-            tensor.record_stream(stream)
-        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -107,8 +108,35 @@ def test_the_dead_are_known_and_nobody_else() -> None:
     while liveness._start_time(child.pid) != -1:
         threading.Event().wait(0.001)
     assert liveness.is_dead(theirs, mine)
+    while not liveness.is_gone(theirs, mine):  # once the last of its threads has ended
+        threading.Event().wait(0.001)
     child.communicate()
     assert liveness.is_dead(theirs, mine)
+    assert liveness.is_gone(theirs, mine)
+
+
+@pytest.mark.skipif(not liveness.identity(), reason="needs /proc")
+def test_a_process_is_not_gone_while_threads_of_it_run() -> None:
+    mine = liveness.identity()
+    code = (
+        "import ctypes, sys, threading; from deepep.runtime.control import liveness; "
+        "threading.Thread(target=sys.stdin.read).start(); print(liveness.identity(), flush=True); "
+        "ctypes.CDLL(None).syscall(60, 0)  # the first thread ends, and no other"
+    )
+    if os.uname().machine != "x86_64":
+        pytest.skip("the number of exit is another")
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    theirs = child.stdout.readline().strip()
+    while not liveness.is_dead(theirs, mine):
+        threading.Event().wait(0.001)
+    assert not liveness.is_gone(theirs, mine)
+    child.kill()
+    while not liveness.is_gone(theirs, mine):
+        threading.Event().wait(0.001)
+    child.communicate()
 
 
 def test_the_queue_runs_in_order_and_keeps_failures_apart() -> None:

@@ -61,6 +61,15 @@ class Domain:
 
     def wait(self) -> None: ...
 
+    def is_idle(self) -> bool:
+        return True
+
+    def was_captured(self) -> bool:
+        return False
+
+    def has_copies_under_way(self) -> bool:
+        return False
+
     def prepare_cached(self, **named: object) -> Opaque:
         return Opaque()
 
@@ -85,9 +94,6 @@ class Domain:
 
 class LowLatencyDomain(Domain):
     """The same of low latency."""
-
-    def was_captured(self) -> bool:
-        return False
 
     def dispatch(self, *args: object, **named: object) -> None:
         self.launched(_named("low_latency_dispatch", named))
@@ -130,13 +136,20 @@ class Opaque:
     def __init__(self, *args: object, **named: object) -> None: ...
 
 
+class Turns(Opaque):
+    """Turns, none of which takes time."""
+
+    def is_idle(self) -> bool:
+        return True
+
+
 def extension(num_rows: int) -> ModuleType:
     """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
     stub: Any = ModuleType("deepep._cuda")
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
-    stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Opaque
+    stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns
     stub.low_latency_bytes = lambda num_ranks, experts, tokens, topk, row_bytes: (tokens * row_bytes, 64)
     stub.Counts, stub.FaultRecord = Counts, Fault
     stub.wait_counts = lambda *args, **named: Counts(0, num_rows, num_rows, 0, Opaque(), [num_rows])
@@ -148,7 +161,7 @@ def extension(num_rows: int) -> ModuleType:
     for name in ("select", "close", "free_returned"):
         setattr(stub, f"arena_{name}", lambda *args: None)
     stub.arena_returned = lambda arena: 0
-    stub.arena_used = lambda arena: 1  # so the pool's end leaves the heap to whoever holds it
+    stub.arena_used = lambda arena: 0
     for name in ("reserve_tail", "reserve"):
         setattr(stub, f"arena_{name}", lambda arena, num_bytes: torch.empty(num_bytes).data_ptr())
     return stub
@@ -189,15 +202,15 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
     """A Buffer of one rank on the CUDA backend, after `install`."""
     import deepep
     from deepep.backends.cuda.engine import CudaEngine
-    from deepep.backends.cuda.memory import heap, low_latency_memory
+    from deepep.backends.cuda.memory import generations
     from deepep.backends.cuda.memory.ipc import SymmetricHeap
     from deepep.runtime import backends, streams
     from deepep.runtime.control.transport import private_group
     from deepep.runtime.session import Session
 
     streams.current = lambda device: Stream()  # type: ignore[assignment]
-    for user in (heap, low_latency_memory):
-        user.share_heap = lambda own, rank, gather: SymmetricHeap(own, [own])  # type: ignore[assignment]
+    generations.export_heap = lambda own: b""  # type: ignore[assignment]
+    generations.map_heaps = lambda own, rank, exported: SymmetricHeap(own, [own])  # type: ignore[assignment]
     group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
     session = Session(group, torch.device("cpu"))
     session._stream = Stream()  # type: ignore[assignment]

@@ -8,7 +8,8 @@ memory, what it refuses, and what kernels have reported.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import torch
@@ -21,7 +22,9 @@ from deepep.backends.cuda.cached import cached
 from deepep.backends.cuda.launch import Counts, Endpoint, Phase, Plan
 from deepep.backends.cuda.layout import LayoutKernel
 from deepep.backends.cuda.low_latency import CudaLowLatency
+from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
+from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
     ArgumentError,
@@ -33,7 +36,7 @@ from deepep.errors import (
 )
 from deepep.runtime import checks, streams
 from deepep.runtime.completion import Completion
-from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.control.issue import LAST_MOMENT, ControlPlane
 from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
@@ -89,6 +92,7 @@ class CudaEngine(Engine):
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
+        self._generations = Generations(control.membership, self.device, "build")
         self._low_latency = CudaLowLatency(self._control, self, self._turns, options.reduction)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self._live = (1 << session.num_ranks) - 1
@@ -97,6 +101,7 @@ class CudaEngine(Engine):
         self._refused = False
         self._fault: FaultRecord | None = None
         control.agree({**options.statement(), "symmetric_bytes": self._num_bytes})
+        self._generations.free()  # of buffers that are no more: the peers have come here, too
 
     # operations
 
@@ -235,8 +240,8 @@ class CudaEngine(Engine):
         the ranks have changed. While a graph is captured nothing of this can be done.
 
         After a time-out the ranks' kernels no longer count alike, and a rank that comes late may still write
-        to this one's memory. So nothing runs until the missing ranks are masked; and then on other memory,
-        while the old is kept for whoever still writes there.
+        to this one's memory. So nothing runs until the missing ranks are masked; and then on other memory:
+        when the old is freed, memory/generations.py decides.
         """
         if capturing:
             if not self._is_built:
@@ -263,20 +268,17 @@ class CudaEngine(Engine):
             raise
 
     def _build(self) -> None:
-        """Symmetric memory over the ranks that take part; collective. Of what was built before nothing is
-        freed: a peer that was given up may still write there.
-        """
-        if self._is_built:
-            self.symmetric.endpoint.wait()
-            self.symmetric.leak()
-            self._is_built = False
-        timeout = self.info.options.timeout
+        """Symmetric memory over the ranks that take part; collective."""
+        membership, timeout, live = self._control.membership, self.info.options.timeout, self._live
+
+        def make(heap: SymmetricHeap) -> SymmetricMemory:
+            return SymmetricMemory(membership.rank, live, heap, timeout=timeout, turns=self._turns)
+
+        self._control.check_alive()
+        self._is_built, self.unsettled = False, True
         try:
             with torch.cuda.device(self.index):
-                membership = self._control.membership
-                self.symmetric = SymmetricMemory(
-                    membership, self.device, timeout, self._num_bytes, self._turns
-                )
+                self.symmetric = self._generations.build(self._num_bytes, make)
         except PeerTimeoutError as error:
             self._fault = error.record
             raise
@@ -330,6 +332,8 @@ class CudaEngine(Engine):
         return {
             "symmetric memory": symmetric,
             "low-latency memory": self._low_latency.state.num_bytes,
+            "kept memory": self._generations.num_kept_bytes
+            + self._low_latency.state.generations.num_kept_bytes,
             "staged rows": self._low_latency.staged_bytes,
         }
 
@@ -347,21 +351,30 @@ class CudaEngine(Engine):
         self._control.observer = observer
 
     def leave(self) -> None:
-        if self._is_built:
-            self.symmetric.endpoint.wait()
-        self._low_latency.state.wait()
-        self._control.leave()  # no rank leaves before all have come to this, so nobody writes here any more
-        self._close_memory(others_may_write=False)
+        with self.issuing:
+            is_quiet = self._retire(wait=True)
+            came = self._control.leave(is_quiet)
+            self._close_memory(came)
 
     def abandon(self) -> None:
-        self._control.abandon()
-        self._close_memory(others_may_write=True)
+        with self.issuing:
+            self._control.abandon(self._retire(wait=False))
+            self._close_memory(())
 
     def close(self) -> None:
-        self._control.close(self.info.options.timeout)
-        self._close_memory(others_may_write=True)
+        with self.issuing:
+            deadline = time.monotonic() + LAST_MOMENT
+            while not self._turns.is_idle() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            self._control.close(self.info.options.timeout, self._retire(wait=False))
+            self._close_memory(())
 
-    def _close_memory(self, *, others_may_write: bool) -> None:
-        if self._is_built:
-            self.symmetric.close()
-        self._low_latency.state.close(others_may_write=others_may_write)
+    def _retire(self, *, wait: bool) -> bool:
+        """Launches nothing more; `Generations.retire`."""
+        self._is_built, self._must_build, self.unsettled = False, True, True
+        is_quiet = self._generations.retire(wait=wait)
+        return self._low_latency.state.retire(wait=wait) and is_quiet
+
+    def _close_memory(self, came: Collection[int]) -> None:
+        for generations in (self._generations, self._low_latency.state.generations):
+            generations.close(came)

@@ -6,8 +6,8 @@ words, if there is memory: so a rank that launches what others must first agree 
 
 What this rank finds wrong is posted to the others, and raised at once. What kernels have reported is raised
 by the hook, or by the next call: that one is made nonetheless, and its results are lost, so that ranks stay
-in step. After a time-out nothing is made until the missing ranks are masked; then memory is made anew, while
-the old is kept for whoever still writes there.
+in step. After a time-out nothing is made until the missing ranks are masked; then memory is made anew, and
+memory/generations.py decides when the old is freed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from deepep import _cuda
 from deepep.backends.cuda.low_latency_checks import Key
 from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
+from deepep.backends.cuda.memory.generations import Generations
+from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.low_latency_memory import LowLatencyMemory
 from deepep.errors import ArgumentError, FaultRecord, MismatchError, PeerTimeoutError
 from deepep.runtime import streams
@@ -47,6 +49,7 @@ class LowLatencyState:
         self._control = control
         self._owner = weakref.ref(engine)  # weak, or the engine would be freed late: it owns this
         self._turns = turns
+        self.generations = Generations(control.membership, engine.device, "low-latency memory")
         self._is_built = False
         self._fault: FaultRecord | None = None
         self.is_ready, self.unsettled = False, True
@@ -80,18 +83,19 @@ class LowLatencyState:
         room = form.room.joined(self.memory.room) if self._is_built else form.room
         if self.is_ready and room == self.memory.room:
             return
-        if self._is_built:
-            # Of a rank that is left out nobody knows that its kernels have ended; a graph is replayed again.
-            if not self.is_ready or self.memory.endpoint.domain.was_captured():
-                self.memory.leak()
-            self._is_built = self.is_ready = False
-            self.unsettled, self.has_fault = True, _no_fault
-        engine = self.engine
+        self._end()
+        engine, membership = self.engine, self._control.membership
+        num_bytes, _ = room.num_bytes(membership.num_ranks)
+        timeout, live = engine.info.options.timeout, membership.live
+
+        def make(heap: SymmetricHeap) -> LowLatencyMemory:
+            return LowLatencyMemory(
+                membership.rank, live, heap, room=room, timeout=timeout, turns=self._turns
+            )
+
         try:
             with torch.cuda.device(engine.index):
-                self.memory = LowLatencyMemory(
-                    self._control.membership, engine.device, engine.info.options.timeout, room, self._turns
-                )
+                self.memory = self.generations.build(num_bytes, make)
         except PeerTimeoutError as error:
             self._fault, self.unsettled = error.record, True
             raise
@@ -179,20 +183,17 @@ class LowLatencyState:
         self.agreed.clear()
         self.is_ready, self.unsettled = False, True
 
-    def wait(self) -> None:
-        """Blocks the host until the operation launched last has ended."""
-        if self._is_built:
-            self.memory.endpoint.wait()
+    def retire(self, *, wait: bool) -> bool:
+        """Ends what there is; `Generations.retire`."""
+        self._end()
+        return self.generations.retire(wait=wait)
 
-    def close(self, *, others_may_write: bool) -> None:
-        """Lets go of the memory, or keeps it for good. Idempotent."""
-        if not self._is_built:
-            return
-        if others_may_write or self.memory.endpoint.domain.was_captured():
-            self.memory.leak()
-        self._is_built = self.is_ready = False
-        self.unsettled, self.has_fault = True, _no_fault
-        del self.memory
+    def _end(self) -> None:
+        """Launches nothing more on the memory there is."""
+        if self._is_built:
+            self._is_built = self.is_ready = False
+            self.unsettled, self.has_fault = True, _no_fault
+            del self.memory
 
 
 def _no_fault() -> bool:

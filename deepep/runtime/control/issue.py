@@ -295,11 +295,15 @@ class ControlPlane:
         if self._end:
             raise DestroyedError(f"rank {self.rank}: {self._end}")
 
-    def leave(self) -> None:
-        """A last exchange, so that no rank closes while another still reads; then close."""
+    def leave(self, is_quiet: bool = False) -> tuple[int, ...]:
+        """A last exchange, so that no rank closes while another still reads; then close. The ranks that came
+        to it: all members, or none.
+
+        is_quiet: nothing of this rank writes to its peers' memory any more.
+        """
         with self.issuing:
             if self._end:
-                return
+                return ()
             self._unreceived = self.pending_hook = None
             all_came = len(self.membership.members) == 1
             if not all_came and self.membership.connected:
@@ -308,18 +312,20 @@ class ControlPlane:
                         Operation.DESTROY, Schedule(), lambda link, limits: None, agreed={}
                     ).host_wait()
                     all_came = True
-            self.close(self.timeout)
-            if all_came:
-                self.membership.finish()
+            self.close(self.timeout, is_quiet)
+            if not all_came:
+                return ()
+            self.membership.finish()
+            return self.membership.members
 
-    def abandon(self) -> None:
+    def abandon(self, is_quiet: bool = False) -> None:
         """Leaves after a failure of this rank: peers learn that it will not come.
 
         Nothing is waited for, but for a moment what is under way.
         """
-        self.close(min(self.timeout, LAST_MOMENT))
+        self.close(min(self.timeout, LAST_MOMENT), is_quiet)
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float, is_quiet: bool = False) -> None:
         """Ends after what was issued, or after `seconds`. Idempotent."""
         with self.issuing:
             if self._end:
@@ -330,7 +336,7 @@ class ControlPlane:
                 self.membership.disconnect()  # or a thread of ours would still wait when the process ends
                 self.queue.close(LAST_MOMENT)
             if self._departs:
-                self.membership.depart()
+                self.membership.depart(is_quiet)
             self.membership.disconnect()
 
     def forked(self) -> None:

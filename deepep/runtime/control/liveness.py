@@ -28,19 +28,48 @@ def identity() -> str:
 
 def is_dead(theirs: str, mine: str) -> bool:
     """True if the process `theirs` is gone. False if it runs on another host, or nothing is known."""
-    if not theirs or not mine or theirs.split()[:2] != mine.split()[:2]:
+    place = _place(theirs, mine)
+    if place is None:
         return False
-    pid, started = (int(word) for word in theirs.split()[2:])
+    pid, started = place
     try:
         return _start_time(pid) != started
     except OSError:
         return True
 
 
+def is_gone(theirs: str, mine: str) -> bool:
+    """True if the process `theirs` is gone with all its threads, unlike `is_dead`: one whose first thread has
+    ended is a zombie before the others have let go of the device.
+    """
+    place = _place(theirs, mine)
+    if place is None:
+        return False
+    pid, started = place
+    try:
+        fields = _fields(pid)
+    except OSError:
+        return True
+    return int(fields[19]) != started or (fields[0] in "ZX" and int(fields[17]) <= 1)
+
+
+def _place(theirs: str, mine: str) -> tuple[int, int] | None:
+    """Process id and start time, if the process runs where this one does."""
+    if not theirs or not mine or theirs.split()[:2] != mine.split()[:2]:
+        return None
+    pid, started = (int(word) for word in theirs.split()[2:])
+    return pid, started
+
+
+def _fields(pid: int) -> list[str]:
+    """/proc's words on a process, from its state on."""
+    # Before them is the command's name, in parentheses, which may contain anything.
+    return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+
+
 def _start_time(pid: int) -> int:
     """Clock ticks since boot at which a process started,
     so that a reused id is not taken for it; -1: a zombie.
     """
-    # Fields after the command's name, which is in parentheses and may contain anything.
-    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    fields = _fields(pid)
     return -1 if fields[0] in "ZX" else int(fields[19])

@@ -31,6 +31,7 @@ from deepep.runtime.control.transport import Link, LinkError, hang_up, private_g
 
 LEFT_OUT = "masked by the other ranks, until all call low_latency_clean_mask_buffer"
 """The reason that a rank is given whom the others go on without."""
+_QUIET = "quiet"
 
 
 class Membership:
@@ -74,6 +75,11 @@ class Membership:
     def members(self) -> tuple[int, ...]:
         """The ranks that take part, ascending."""
         return tuple(r for r in range(self.num_ranks) if r not in self._masked)
+
+    @property
+    def live(self) -> int:
+        """The same as bits: bit r is rank r."""
+        return sum(1 << rank for rank in self.members)
 
     @property
     def masked(self) -> frozenset[int]:
@@ -195,16 +201,30 @@ class Membership:
         """Exchanges the ranks' processes, by `liveness.identity`."""
         self._identities = identities
 
-    def depart(self) -> None:
-        """Posts that this rank takes part in nothing from now on, so that nobody waits for it."""
+    def depart(self, is_quiet: bool) -> None:
+        """Posts that this rank takes part in nothing from now on, so that nobody waits for it.
+
+        is_quiet: and that nothing of it writes to its peers' memory any more.
+        """
         with contextlib.suppress(StoreError):  # without a store, peers learn when their connections end
-            self._store.set(f"departed/{self.rank}", "")
+            self._store.set(f"departed/{self.rank}", _QUIET if is_quiet else "")
 
     def is_dead(self, rank: int) -> bool:
         """True if nobody needs to wait for `rank`: its process is gone, or it has departed."""
         if self._store.has(f"departed/{rank}"):
             return True
         return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
+
+    def is_over(self, rank: int) -> bool:
+        """True if nothing of `rank` can write to its peers' memory any more: it has departed, and said so, or
+        its process is gone, with all threads. Beyond doubt, unlike `is_dead`.
+        """
+        mine = self._identities.get(self.rank, "")
+        if liveness.is_gone(self._identities.get(rank, ""), mine):
+            return True
+        with contextlib.suppress(StoreError):
+            return self._store.get(f"departed/{rank}") == _QUIET.encode()
+        return False
 
     # links
 

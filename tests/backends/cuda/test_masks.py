@@ -13,7 +13,6 @@ from deepep.sim import World
 pytestmark = pytest.mark.gpu
 
 RANKS = 3
-#: Of a rank: what was built before is kept for whoever was given up, so it adds up.
 SYMMETRIC_BYTES = 64 << 20
 SEED = int(os.environ.get("DEEPEP_TEST_SEED", "5"))
 

@@ -375,17 +375,27 @@ def test_who_is_asked_for_memory(heap: Heap, is_guess: bool, rows: int | None, a
         assert received.overflow_stream == ("stream" if "overflows" in asked else None)
 
 
-def test_a_heap_with_readers_that_nobody_can_ask_is_not_let_go() -> None:
+def test_a_heap_with_readers_is_not_let_go() -> None:
+    """Until its tensors are freed and its streams idle; those that cannot be asked, until the device was."""
+    from deepep import _cuda
+    from deepep.backends.cuda.memory import pool as receive_pool
     from deepep.runtime import streams
 
-    recorded: list[Any] = []
-
-    class Tensor:
-        record_stream = recorded.append
-
-    users = streams.Users(0)
-    users.known = {0: "one", 48: "another"}  # type: ignore[dict-item]
-    assert users.hold(Tensor())  # type: ignore[arg-type]
-    assert recorded == ["one", "another"]
-    users.known[64] = None
-    assert not users.hold(Tensor())  # type: ignore[arg-type]
+    arena = _cuda.arena_open(1 << 44, 1 << 20)
+    pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
+    pool._arena, pool._pool, pool.users = arena, None, streams.Users(0)
+    assert not pool.is_in_use()
+    reader = Stream(0, False)
+    pool.users.known = {0: reader}  # type: ignore[dict-item]
+    assert pool.is_in_use()
+    reader._idle = True
+    assert not pool.is_in_use()
+    pool.users.known[64] = None
+    assert pool.is_in_use()
+    pool.mark_synchronized()
+    assert not pool.is_in_use()
+    pool.users.known[64] = None
+    _cuda.arena_reserve(arena, 512)  # stands for a tensor that is held
+    pool.mark_synchronized()
+    assert pool.is_in_use()
+    _cuda.arena_close(arena)

@@ -1,23 +1,24 @@
-"""The life of a rank's symmetric memory: built over the ranks that take part, built anew when they change."""
+"""A rank's symmetric memory: what lies on the heap of one generation (generations.py)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
 
 import torch
 
 from deepep import _cuda
 from deepep.backends.cuda.launch import Endpoint
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec
-from deepep.backends.cuda.memory.ipc import Gather, share_heap
+from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.overflow import OverflowArea
 from deepep.backends.cuda.memory.pool import SEGMENT, ReceivePool
-from deepep.runtime.control.membership import Membership
 
 DEFAULT_SYMMETRIC_BYTES = 3 << 30
 #: rows to receive if all else fails, until the rows are counted
 LEAST_ROWS = 64
+#: seconds that a copy engine has for its last rows once the kernels have ended; else it keeps the heaps
+LAST_COPIES = 1.0
 
 
 def symmetric_bytes(given: int = 0) -> int:
@@ -26,38 +27,25 @@ def symmetric_bytes(given: int = 0) -> int:
 
 
 class SymmetricMemory:
-    """One rank's heap, mapped by its peers: what signals and returning rows take, and the receive pool.
+    """On one rank's heap, mapped by its peers: what signals and returning rows take, and the receive pool.
 
-    Collective over the members. A quarter of the heap is for rows that combine returns.
+    A quarter of the heap is for rows that combine returns. live: the ranks that take part, as bits.
     """
 
     def __init__(
-        self,
-        membership: Membership,
-        device: torch.device,
-        timeout: float,
-        num_bytes: int,
-        turns: _cuda.Turns,
+        self, rank: int, live: int, heap: SymmetricHeap, *, timeout: float, turns: _cuda.Turns
     ) -> None:
-        members = membership.members
-        gather = gathering(membership)
-        own = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._heap = share_heap(own, membership.rank, gather("share"))
+        own = heap.own
+        staging_bytes = own.numel() // 4
         self.endpoint = Endpoint(
-            membership.rank,
-            own,
-            self._heap.addresses,
-            staging_bytes=own.numel() // 4,
-            timeout=timeout,
-            turns=turns,
+            rank, own, heap.addresses, staging_bytes=staging_bytes, timeout=timeout, turns=turns
         )
-        self.endpoint.set_live(sum(1 << r for r in members))
+        self.endpoint.set_live(live)
         self.pool = ReceivePool(own, self.endpoint.pool_begin)
         self.overflow = OverflowArea(self.pool)
         self.num_bytes = own.numel()
-        self._device = device
+        self._device = own.device
         self._captured: torch.Tensor | None = None
-        gather("ready")(b"")  # no rank sends before all heaps are zeroed
 
     def acquire(self, spec: ReceiveSpec, capacity: int, is_guess: bool, stream: int) -> ReceiveArrays | None:
         """Arrays for `capacity` rows, for a dispatch on the current stream, `stream`. None if no place can be
@@ -111,27 +99,34 @@ class SymmetricMemory:
         total = self.num_bytes
         return f"room for them: raise DEEPEP_SYMMETRIC_BYTES ({total}) by {more}, to {total + more}{remedy}"
 
-    def close(self) -> None:
-        """Ends the pool; what is still held stays valid."""
+    # its end: memory/generations.py: HeapContents
+
+    def wait(self) -> None:
+        """Blocks the host until this rank's operations have ended, and its copies, or nearly so."""
+        self.endpoint.wait()
+        domain, deadline = self.endpoint.domain, time.monotonic() + LAST_COPIES
+        while domain.has_copies_under_way() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def is_idle(self) -> bool:
+        """True if this rank's operations have ended, and this is no time of capturing a graph."""
+        return not torch.cuda.is_current_stream_capturing() and self.endpoint.domain.is_idle()
+
+    def may_write(self) -> bool:
+        """True if graphs or the copy engine may still write: to heaps, or to the endpoint's words."""
+        return self.endpoint.domain.was_captured() or self.endpoint.domain.has_copies_under_way()
+
+    def is_in_use(self) -> bool:
+        """True if tensors in the heap are held, or streams that used it have not done what they hold."""
+        return self.pool.is_in_use()
+
+    def mark_synchronized(self) -> None:
+        """Notes that the whole device was idle just now."""
+        self.pool.mark_synchronized()
+
+    def free(self) -> None:
+        """Lets go of the heap."""
         self.pool.close()
-
-    def leak(self) -> None:
-        """The same, and the heap is kept for good: a peer that was given up may still write to it. So are the
-        peers' heaps and this endpoint's words: a copy engine that was given up may still write to those.
-        """
-        self.pool.leak(self.endpoint, self._heap)
-
-
-def gathering(membership: Membership, what: str = "build") -> Callable[[str], Gather]:
-    """A `Gather` over the members for each purpose, through the store. what: the name of what is built."""
-    membership.begin(what)
-    exchange = membership.gathering(what)
-
-    def gather_as(purpose: str) -> Gather:
-        def gather(mine: bytes) -> list[bytes | None]:
-            met = exchange(purpose, mine.decode())
-            return [met.get(rank) for rank in range(membership.num_ranks)]
-
-        return gather
-
-    return gather_as
+        self.overflow.close()
+        self.endpoint.heap = self.endpoint.heap[:0].clone()
+        self._captured = None

@@ -46,8 +46,11 @@ class HeapHandle:
     def export(cls, heap: torch.Tensor) -> HeapHandle:
         """Exports a tensor that begins its storage."""
         assert heap.storage_offset() == 0
-        exported = heap.untyped_storage()._share_cuda_()
-        _, memory, storage_bytes, offset, counter, counter_offset, event, event_sync = exported
+        storage = heap.untyped_storage()
+        _, memory, storage_bytes, offset, counter, counter_offset, event, event_sync = storage._share_cuda_()
+        # torch keeps what it has exported until a process that has mapped it says that it has let go, which
+        # one that was killed never does. generations.py decides when a heap is freed; so that is said here.
+        torch.UntypedStorage._release_ipc_counter_cuda(counter, counter_offset)
         return cls(
             num_bytes=heap.numel(),
             storage_bytes=storage_bytes,
@@ -129,7 +132,16 @@ def share_heap(own: torch.Tensor, rank: int, gather: Gather) -> SymmetricHeap:
     For a rank that takes no part this rank's own heap stands in, for nobody to use. Raises RuntimeError where
     a peer's memory cannot be mapped, ValueError where heaps differ in size.
     """
-    exported = gather(HeapHandle.export(own).encode())
+    return map_heaps(own, rank, gather(export_heap(own)))
+
+
+def export_heap(own: torch.Tensor) -> bytes:
+    """This rank's heap, for `map_heaps` of the others."""
+    return HeapHandle.export(own).encode()
+
+
+def map_heaps(own: torch.Tensor, rank: int, exported: list[bytes | None]) -> SymmetricHeap:
+    """Maps the heaps that all ranks have exported; as `share_heap`. Waits for all work on the device."""
     handles = [None if raw is None else HeapHandle.decode(raw) for raw in exported]
     sizes = [None if handle is None else handle.num_bytes for handle in handles]
     if len(set(sizes) - {None}) > 1:

@@ -6,39 +6,51 @@ import torch
 
 from deepep import _cuda
 from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint, LowLatencyRoom
-from deepep.backends.cuda.memory.heap import gathering
-from deepep.backends.cuda.memory.ipc import share_heap
-from deepep.runtime.control.membership import Membership
-
-_leaked: list[object] = []
-"""Memory that peers which were given up, or graphs, may still write to."""
+from deepep.backends.cuda.memory.ipc import SymmetricHeap
 
 
 class LowLatencyMemory:
-    """One rank's slots, mapped by its peers, and the launcher of the operations on them.
+    """On one rank's heap, mapped by its peers: the slots, and the launcher of the operations on them.
 
-    Collective over the members.
+    live: the ranks that take part, as bits.
     """
 
     def __init__(
         self,
-        membership: Membership,
-        device: torch.device,
-        timeout: float,
+        rank: int,
+        live: int,
+        heap: SymmetricHeap,
+        *,
         room: LowLatencyRoom,
+        timeout: float,
         turns: _cuda.Turns,
     ) -> None:
-        gather = gathering(membership, "low-latency memory")
-        self.room = room
-        self.num_bytes, _ = room.num_bytes(membership.num_ranks)
-        own = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
-        self._heap = share_heap(own, membership.rank, gather("share"))
+        self.room, self.num_bytes = room, heap.own.numel()
         self.endpoint = LowLatencyEndpoint(
-            membership.rank, own, self._heap.addresses, room=room, timeout=timeout, turns=turns
+            rank, heap.own, heap.addresses, room=room, timeout=timeout, turns=turns
         )
-        self.endpoint.domain.set_live(sum(1 << r for r in membership.members))
-        gather("ready")(b"")  # no rank sends before all flags are zeroed
+        self.endpoint.domain.set_live(live)
 
-    def leak(self) -> None:
-        """Keeps all of it for good."""
-        _leaked.append(self)
+    # its end: memory/generations.py: HeapContents
+
+    def wait(self) -> None:
+        """Blocks the host until this rank's operations have ended."""
+        self.endpoint.wait()
+
+    def is_idle(self) -> bool:
+        """True if they have, and this is no time of capturing a graph."""
+        return not torch.cuda.is_current_stream_capturing() and self.endpoint.domain.is_idle()
+
+    def may_write(self) -> bool:
+        """True if graphs may replay calls that write here, and to the peers."""
+        return self.endpoint.domain.was_captured()
+
+    def is_in_use(self) -> bool:
+        """False: no tensor lies here that a caller is given."""
+        return False
+
+    def mark_synchronized(self) -> None:
+        """Nothing waits for that."""
+
+    def free(self) -> None:
+        """Nothing: the heap is the generation's alone."""

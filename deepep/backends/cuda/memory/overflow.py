@@ -69,3 +69,7 @@ class OverflowArea:
                 return received.copy(rows)
             finally:  # some may have been copied before memory ran out
                 self._copied.record(stream)
+
+    def close(self) -> None:
+        """Lets go of the heap."""
+        self._stretch, self.num_bytes = None, 0

@@ -25,9 +25,7 @@ from deepep.runtime import streams
 #: torch takes large blocks in multiples of this, and what dispatches receive is large
 SEGMENT = 2 << 20
 _ARENA_UNIT = 512
-
-#: kept for good: heaps whose buffer is gone, while tensors in them are held or peers may still write to them
-_leaked: list[object] = []
+_NO_STREAM = -1
 
 
 class Backoff:
@@ -206,20 +204,30 @@ class ReceivePool:
         begin = address - self._heap.data_ptr()
         return self._heap[begin : begin + num_bytes]
 
-    def close(self) -> None:
-        """Ends the pool.
+    # the end
 
-        Tensors that are still held stay valid, and then so does the heap, for good. Idempotent.
+    def is_in_use(self) -> bool:
+        """True if a tensor of the pool is held, or a stream that used it has not done all it holds. Waits for
+        nothing. The pool is not used any more: it ends once nobody holds anything.
         """
-        if self._pool is None:
-            return
-        self._pool = None  # torch gives back what nobody holds
-        if _cuda.arena_used(self._arena) == 0 and self.users.hold(self._heap):
-            _cuda.arena_close(self._arena)
-        else:
-            self.leak()
+        return self._is_held() or not self.users.are_idle(but=_NO_STREAM)
 
-    def leak(self, *also: object) -> None:
-        """Ends the pool and keeps the heap for good, and `also`: a peer that was given up may still write."""
+    def _is_held(self) -> bool:
+        if self._pool is not None:
+            self._poll_freed()
+            _, held, may_go = self._survey()
+            if held or not may_go:
+                return True
+            self._pool = None  # torch gives back what nobody holds
+        return _cuda.arena_used(self._arena) != 0
+
+    def mark_synchronized(self) -> None:
+        """Notes that the whole device was idle just now: whatever was read of freed tensors has been read."""
+        if None in self.users.known.values() and not self._is_held():
+            self.users.known.clear()
+
+    def close(self) -> None:
+        """Lets go of the heap, which is not in use."""
         self._pool = None
-        _leaked.append((self._heap, self._allocator, *also))
+        _cuda.arena_close(self._arena)
+        self._heap = self._heap[:0].clone()
