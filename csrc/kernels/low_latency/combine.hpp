@@ -13,8 +13,8 @@
 //   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
 //   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
 //   reduce_messages  each message's rows, weighted, to one, which goes to the token's owner
-//   signal_returns   the last warp: a flag for each, behind the block's rows
 //   wait_partners    every block, for the digests of all live ranks: they combine along the same dispatch
+//   signal_returns   the last warp: a flag for each row, behind all of the block's
 //   sum_tokens       the rows that have come back of each token, ranks ascending
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
@@ -42,8 +42,10 @@ DEEPEP_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThre
   post_indices(call);
   if (wait_owners(call)) {
     reduce_messages(call, first);
-    signal_returns(call);
-    if (wait_partners(call)) sum_tokens(call, ranks);
+    if (wait_partners(call)) {
+      signal_returns(call);
+      sum_tokens(call, ranks);
+    }
   }
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }

@@ -10,9 +10,12 @@ struct LowLatencyCombineShared {
   int num_ranks;
   int token_words;
 
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }   // uint32: bits of Phases
-  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 4; }  // the same of waits for digests alone
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }     // uint32
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
+  /// The same of the waits for digests alone, before rows are weighted and before they are summed: what one has
+  /// found is read while the other may find something.
+  [[nodiscard]] DEEPEP_HD int64_t stopped_owners() const { return 4; }
+  [[nodiscard]] DEEPEP_HD int64_t stopped_partners() const { return 12; }
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }  // uint32
   /// uint32 [R, token words]: tokens that came from each source, as bits.
   [[nodiscard]] DEEPEP_HD int64_t tokens() const { return 16; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
@@ -40,7 +43,8 @@ struct LowLatencyCombineCall {
   const LowLatencyCombineCall call{args, args.group, epoch, Deadline::in(args.group.timeout_ns)};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
-    SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().stopped_owners()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().stopped_partners()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
   }
   return call;
@@ -73,10 +77,13 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
 /// it has a fault to report.
 [[nodiscard]] DEEPEP_DEVICE bool finish(const LowLatencyCombineCall& call) {
   using namespace dev;
-  SharedArray<uint32_t> failed(call.shared().failed());
-  SharedArray<uint32_t> stopped(call.shared().stopped());
+  const LowLatencyCombineShared shared = call.shared();
   sync_block();
-  return thread() == 0 && (failed.get(0) != 0 || stopped.get(0) != 0);
+  if (thread() != 0) return false;
+  uint32_t phases = 0;
+  for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
+    phases |= SharedArray<uint32_t>(word).get(0);
+  return phases != 0;
 }
 
 }  // namespace deepep::kernels

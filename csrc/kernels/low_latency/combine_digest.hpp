@@ -42,14 +42,15 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
   post_digest(call, Digests::kIndices, value);
 }
 
-/// Words [first, end) of the digests of all live ranks. All threads, with a barrier; from the last on, since
-/// the first may still wait for what they have sent. False on all if one does not come or disagrees; a fault is
-/// noted. False, too, if the call is made by other means.
-[[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call, int first, int end) {
+/// Words [first, end) of the digests of all live ranks; `found`: the word of shared memory for what is wrong.
+/// All threads, with a barrier. False on all if one does not come or disagrees; a fault is noted. False, too,
+/// if the call is made by other means.
+[[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call, int first, int end,
+                                              int64_t found) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
-  SharedArray<uint32_t> stopped(call.shared().stopped());
+  SharedArray<uint32_t> stopped(found);
 #pragma unroll 1
   for (int i = num_threads() - 1 - thread(); i < (end - first) * g.num_ranks; i += num_threads()) {
     const bool is_second = i >= g.num_ranks;
@@ -73,12 +74,13 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
 /// Before rows are weighted, where weights come with the combine: a rank that refuses posts none. Else all is
 /// looked at behind the rows.
 [[nodiscard]] DEEPEP_DEVICE bool wait_owners(const LowLatencyCombineCall& call) {
-  return call.args.weights_travelled || wait_digests(call, Digests::kShapes, Digests::kIndices);
+  return call.args.weights_travelled ||
+         wait_digests(call, Digests::kShapes, Digests::kIndices, call.shared().stopped_owners());
 }
 
 /// Before rows are summed.
 [[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
-  return wait_digests(call, Digests::kShapes, Digests::kCount);
+  return wait_digests(call, Digests::kShapes, Digests::kCount, call.shared().stopped_partners());
 }
 
 }  // namespace deepep::kernels

@@ -197,15 +197,15 @@ DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning 
   }
 }
 
-/// The flags of the block's rows, a lane each, by the last warp: the block barrier orders the rows of
-/// all warps before them. None if one of them was not made.
+/// The flags of the block's rows, a lane each, by the last warp: behind a block barrier, which orders the rows
+/// of all warps before them. None if one of them was not made.
 DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> failed(call.shared().failed());
-  sync_block();
-  if (!is_signaller() || failed.get(0) != 0) return;
+  // An atomic, since other warps may have gone on and note what they miss.
+  if (!is_signaller() || (failed.bit_or(0, 0u) & static_cast<uint32_t>(Phase::kWeights)) != 0) return;
   MessageWalk<LowLatencyCombineArgs> walk{args, present_of(call), kWarpSize, lane()};
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {

@@ -37,6 +37,7 @@ DEEPEP_KERNEL(low_latency_combine_send_kernel, LowLatencyCombineArgs, kLowLatenc
   post_indices(call);
   if (wait_owners(call)) {
     reduce_messages(call, first);
+    sync_block();
     signal_returns(call);
   }
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);

@@ -71,56 +71,82 @@ DEEPEP_DEVICE void push_rows(const LowLatencyDispatchCall& call, Outgoing curren
   }
 }
 
+/// What a header says of a token, before rows are counted. Lane k: of its k-th entry.
+struct HeaderDraft {
+  int expert;     // or -1
+  int owner;      // its rank, or -1
+  bool is_again;  // an entry before it has the same expert
+  uint32_t weight;
+};
+
+/// The token of the block that a warp writes headers of, the last warp first: it has the least to push.
+[[nodiscard]] DEEPEP_DEVICE int header_token(const LowLatencyDispatchArgs& args) {
+  return tokens_of_block(args).begin + dev::num_warps() - 1 - dev::warp();
+}
+
+[[nodiscard]] DEEPEP_DEVICE HeaderDraft draft_header(const LowLatencyDispatchArgs& args, int t) {
+  using namespace dev;
+  HeaderDraft draft = {-1, -1, false, 0};
+  if (t >= tokens_of_block(args).end) return draft;
+  if (lane() < args.num_topk) {
+    draft.expert = expert_at(args, t * args.num_topk + lane());
+    if (args.weights_travel) draft.weight = load_once(args.topk_weights + t * args.num_topk + lane());
+  }
+  draft.owner = owner_of(args, draft.expert);
+#pragma unroll 1
+  for (int k = 0; k < args.num_topk - 1; ++k) {
+    const int earlier = shuffle(draft.expert, k);
+    draft.is_again = draft.is_again || (k < lane() && earlier == draft.expert);
+  }
+  return draft;
+}
+
+/// Of the first token that this warp writes headers of.
+[[nodiscard]] DEEPEP_DEVICE HeaderDraft first_header(const LowLatencyDispatchArgs& args) {
+  return draft_header(args, header_token(args));
+}
+
 /// Lane k: the k-th entry of a token, for the header that its rank gets. One warp.
-[[nodiscard]] DEEPEP_DEVICE uint32_t entry_of(const LowLatencyDispatchCall& call, int expert, int owner,
+[[nodiscard]] DEEPEP_DEVICE uint32_t entry_of(const LowLatencyDispatchCall& call, const HeaderDraft& draft,
                                               int t) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   // The counts of block 0 are of all tokens, and none comes before its own.
   SharedArray<int32_t> rows(call.shared().rows());
-  int row = expert >= 0 && block() != 0 ? rows.get(expert) : 0;
-  bool is_again = false;
-#pragma unroll 1
-  for (int k = 0; k < args.num_topk - 1; ++k) {
-    const int earlier = shuffle(expert, k);
-    is_again = is_again || (k < lane() && earlier == expert);
-  }
+  int row = draft.expert >= 0 && block() != 0 ? rows.get(draft.expert) : 0;
 #pragma unroll 1
   for (int before = call.tokens.begin; before < t; ++before) {
     const int its_expert = lane() < args.num_topk ? expert_at(args, before * args.num_topk + lane()) : -1;
     bool has = false;
 #pragma unroll 1
-    for (int k = 0; k < args.num_topk; ++k) has = shuffle(its_expert, k) == expert || has;
+    for (int k = 0; k < args.num_topk; ++k) has = shuffle(its_expert, k) == draft.expert || has;
     row += has ? 1 : 0;
   }
-  if (expert < 0) return layout::kNoEntry;
-  return layout::pack_entry(expert - owner * args.num_local_experts, row) | (is_again ? layout::kRepeated : 0u);
+  if (draft.expert < 0) return layout::kNoEntry;
+  return layout::pack_entry(draft.expert - draft.owner * args.num_local_experts, row) |
+         (draft.is_again ? layout::kRepeated : 0u);
 }
 
-/// The headers of the block's messages, a token a warp.
-DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call) {
+/// The headers of the block's messages, a token a warp. `draft`: of the warp's first.
+DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call, HeaderDraft draft) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> sent(call.shared().sent());
 #pragma unroll 1
-  for (int t = call.tokens.begin + warp(); t < call.tokens.end; t += num_warps()) {
-    const bool has_entry = lane() < args.num_topk;
-    const int expert = has_entry ? expert_at(args, t * args.num_topk + lane()) : -1;
-    const int owner = owner_of(args, expert);
-    const uint32_t own = entry_of(call, expert, owner, t);
-    uint32_t weight = 0;
-    if (args.weights_travel && has_entry) weight = load_once(args.topk_weights + t * args.num_topk + lane());
+  for (int t = header_token(args); t < call.tokens.end; t += num_warps()) {
+    const uint32_t own = entry_of(call, draft, t);
     const int64_t offset = args.slots.messages(call.epoch, g.rank) + t * call.message.bytes();
 #pragma unroll 1
     for (uint32_t ranks = sent.get(t - call.tokens.begin); ranks != 0; ranks &= ranks - 1) {
       const int rank = lowest_bit(ranks);
       std::byte* there = at<std::byte>(g, rank, offset);
-      if (!has_entry) continue;
+      if (lane() >= args.num_topk) continue;
       store(reinterpret_cast<uint32_t*>(there + call.message.entry(lane())),
-            owner == rank ? own : layout::kNoEntry);
-      store(reinterpret_cast<uint32_t*>(there + call.message.weight(lane())), weight);
+            draft.owner == rank ? own : layout::kNoEntry);
+      store(reinterpret_cast<uint32_t*>(there + call.message.weight(lane())), draft.weight);
     }
+    draft = draft_header(args, t + num_warps());
   }
 }
 

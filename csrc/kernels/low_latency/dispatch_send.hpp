@@ -6,6 +6,7 @@
 //   first_outgoing   asks for what is sent first
 //   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
+//   first_header     what can be said of a token before rows are counted
 //   push_rows        every token's channels to the ranks of its experts, once each, cast on the way
 //   count_rows       rows of each expert, of the tokens before the block's
 //   post_words       block 0: to each rank, which tokens come, how many rows, and what all must pass alike
@@ -27,10 +28,11 @@ DEEPEP_KERNEL(low_latency_dispatch_send_kernel, LowLatencyDispatchArgs, kLowLate
   const Outgoing first = first_outgoing(args);
   const LowLatencyDispatchCall call = start(args, last);
   advance_epoch(call);
+  const HeaderDraft draft = first_header(args);
   push_rows(call, first);
   count_rows(call, entries);
   post_words(call);
-  write_headers(call);
+  write_headers(call, draft);
   signal_messages(call);
   keep_hash(call);
 }

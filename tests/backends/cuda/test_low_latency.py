@@ -102,7 +102,7 @@ prepared = functools.lru_cache(maxsize=16)(prepare)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.cpu().contiguous().flatten().view(torch.uint8)  # one column has any stride
+    return t.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def check_received(got: Any, wanted: oracle.LowLatencyOutput) -> None:
