@@ -19,9 +19,14 @@ from torch.distributed.distributed_c10d import Store
 
 _Value = TypeVar("_Value")
 _MET = b"met"
-_STAGES = ("known", "arrived", "engine", "report", "left", "departed")
+MEMORY_STAGES = ("leave", "share", "ready")
+"""The stages in which ranks build symmetric memory."""
+_STAGES = ("known", "arrived", "engine", "report", "left", "departed", *MEMORY_STAGES)
 """Stages of meetings that failed may still be in the store when nobody remembers them."""
-_SHARED = ("verdict", "alarm", "arrived/outcome", "engine/outcome")
+_SHARED = (
+    *("verdict", "alarm", "arrived/outcome", "engine/outcome"),
+    *(f"{stage}/outcome" for stage in MEMORY_STAGES),
+)
 
 
 class StoreError(Exception):

@@ -32,7 +32,7 @@ class Contents:
     """On a heap: operations that may still run, and whatever else keeps the heap."""
 
     def __init__(self) -> None:
-        self.runs = self.is_captured = self.is_held = False
+        self.runs = self.is_captured = self.has_tensors = self.is_read = False
 
     def wait(self) -> None:
         self.runs = False
@@ -44,9 +44,13 @@ class Contents:
         return self.is_captured
 
     def is_in_use(self) -> bool:
-        return self.is_held
+        return self.has_tensors or self.is_read
 
-    def mark_synchronized(self) -> None: ...
+    def is_held(self) -> bool:
+        return self.has_tensors
+
+    def mark_read(self) -> None:
+        self.is_read = False
 
     def free(self) -> None: ...
 
@@ -69,9 +73,10 @@ class Machine:
         monkeypatch.setattr(generations, "export_heap", self._export)
         monkeypatch.setattr(generations, "map_heaps", self._map)
         monkeypatch.setattr(generations, "_left", [])
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(liveness, "is_gone", lambda theirs, mine: int(theirs) in self.dead)
         monkeypatch.setattr(liveness, "is_dead", lambda theirs, mine: int(theirs) in self.dead)
-        store = dist.HashStore()
+        self.store = store = dist.HashStore()
         self.memberships = [
             Membership(ControlStore(store, "test"), store, rank, num_ranks, 20.0) for rank in range(num_ranks)
         ]
@@ -165,6 +170,16 @@ def test_memory_is_flat_while_all_come_and_go(machine: Callable[[int], Machine])
         assert m.counts(0, 1, 2) == [2, 2, 1], "rank 2 lives, and may write to one of them"
 
 
+def test_the_store_keeps_a_bounded_number_of_keys(machine: Callable[[int], Machine]) -> None:
+    m = machine(3)
+    seen = []
+    for _ in range(12):
+        m.build(0, 1, 2)
+        m.build(0, 1)
+        seen.append(m.store.num_keys())
+    assert seen[-1] == seen[3], seen
+
+
 def test_what_a_silent_rank_may_write_to_is_one_heap(machine: Callable[[int], Machine]) -> None:
     m = machine(4)
     m.build(0, 1, 2, 3)
@@ -217,12 +232,25 @@ def test_held_tensors_keep_a_heap_until_they_are_freed(machine: Callable[[int], 
     m = machine(2)
     m.build(0, 1)
     held = m.contents[0]
-    held.is_held = True
+    held.has_tensors = True
     m.build(0, 1)
     assert m.counts(0, 1) == [2, 1]
-    held.is_held = False
+    held.has_tensors = False
     m.build(0, 1)
     assert m.counts(0, 1) == [1, 1]
+
+
+def test_readers_under_way_keep_no_heap(machine: Callable[[int], Machine]) -> None:
+    """Streams are busy whenever ranks begin anew: that waits for the device. An end does not."""
+    m = machine(2)
+    for _ in range(3):
+        m.build(0, 1)
+        for contents in m.contents.values():
+            contents.is_read = True
+        assert m.counts(0, 1) == [1, 1]
+    m.each((0, 1), lambda rank: m.generations[rank].retire(wait=True))
+    m.generations[0].close((0, 1))
+    assert m.counts(0) == [1]
 
 
 @pytest.mark.parametrize("before_sharing", [True, False])

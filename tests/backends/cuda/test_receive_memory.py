@@ -390,12 +390,14 @@ def test_a_heap_with_readers_is_not_let_go() -> None:
     assert pool.is_in_use()
     reader._idle = True
     assert not pool.is_in_use()
+    reader._idle = False
+    pool.mark_read()
+    assert not pool.is_in_use(), "nothing is read any more"
     pool.users.known[64] = None
     assert pool.is_in_use()
-    pool.mark_synchronized()
+    pool.mark_read()
     assert not pool.is_in_use()
-    pool.users.known[64] = None
     _cuda.arena_reserve(arena, 512)  # stands for a tensor that is held
-    pool.mark_synchronized()
+    assert pool.is_held()
     assert pool.is_in_use()
     _cuda.arena_close(arena)

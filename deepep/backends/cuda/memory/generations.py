@@ -41,11 +41,14 @@ class HeapContents(Protocol):
     def may_write(self) -> bool:
         """True if graphs or copies of this rank may write to peers' heaps behind its operations."""
 
-    def is_in_use(self) -> bool:
-        """True if tensors in the heap are held, or streams may still read there. Waits for nothing."""
+    def is_held(self) -> bool:
+        """True if tensors in the heap are held."""
 
-    def mark_synchronized(self) -> None:
-        """Notes that the whole device was idle just now."""
+    def is_in_use(self) -> bool:
+        """True if they are, or streams may still read there. Waits for nothing."""
+
+    def mark_read(self) -> None:
+        """Notes that the whole device was idle after nothing was held any more."""
 
     def free(self) -> None:
         """Lets go of the heap."""
@@ -86,7 +89,7 @@ class Generation:
     """
 
     def __init__(self, name: str, num_bytes: int, device: torch.device, membership: Membership) -> None:
-        self.name, self.num_bytes = name, num_bytes
+        self.name, self.num_bytes, self.device = name, num_bytes, device
         self.writers = {rank for rank in membership.members if rank != membership.rank}
         self.contents: HeapContents | None = None
         self.mapped: list[torch.Tensor] = []
@@ -174,20 +177,31 @@ class Generations:
         arrivals = {r: Arrival.decode(raw) for r, raw in enumerate(came) if raw is not None}
         for generation in self._kept:
             generation.strike(arrivals)
+        self._wait_for_readers()
         self.free()
         first = min(arrivals)
         made = Generation(f"{first}:{arrivals[first].number}", num_bytes, self._device, self._membership)
         self._kept.append(made)  # whatever happens from here on, peers may have mapped it
         heap = made.map(gather("share")(made.export()))
-        for generation in (*self._kept, *_left):  # mapping has waited for the device
-            if generation.contents is not None:
-                generation.contents.mark_synchronized()
         made.contents = contents = make(heap)
         del heap  # an error's traceback may be held for long
         gather("ready")(b"")  # no rank sends before all heaps are zeroed
         self._kept.remove(made)
         self._present = made
         return contents
+
+    def _wait_for_readers(self) -> None:
+        """Waits for the device, as mapping does later: what was read of freed tensors has been read then."""
+        retired = [
+            generation.contents
+            for generation in (*self._kept, *_left)
+            if generation.contents is not None and generation.device == self._device
+        ]
+        torch.cuda.synchronize(self._device)  # tensors whose streams have not caught up are held until then
+        freed = [contents for contents in retired if not contents.is_held()]
+        torch.cuda.synchronize(self._device)
+        for contents in freed:
+            contents.mark_read()
 
     def retire(self, *, wait: bool) -> bool:
         """Ends the present generation: nothing is launched on it any more. With `wait` what was launched has

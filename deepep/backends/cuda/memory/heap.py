@@ -116,13 +116,17 @@ class SymmetricMemory:
         """True if graphs or the copy engine may still write: to heaps, or to the endpoint's words."""
         return self.endpoint.domain.was_captured() or self.endpoint.domain.has_copies_under_way()
 
+    def is_held(self) -> bool:
+        """True if tensors in the heap are held."""
+        return self.pool.is_held()
+
     def is_in_use(self) -> bool:
-        """True if tensors in the heap are held, or streams that used it have not done what they hold."""
+        """True if they are, or streams that used it have not done what they hold."""
         return self.pool.is_in_use()
 
-    def mark_synchronized(self) -> None:
-        """Notes that the whole device was idle just now."""
-        self.pool.mark_synchronized()
+    def mark_read(self) -> None:
+        """Notes that the whole device was idle after nothing was held any more."""
+        self.pool.mark_read()
 
     def free(self) -> None:
         """Lets go of the heap."""

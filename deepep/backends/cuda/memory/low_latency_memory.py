@@ -45,11 +45,15 @@ class LowLatencyMemory:
         """True if graphs may replay calls that write here, and to the peers."""
         return self.endpoint.domain.was_captured()
 
-    def is_in_use(self) -> bool:
+    def is_held(self) -> bool:
         """False: no tensor lies here that a caller is given."""
         return False
 
-    def mark_synchronized(self) -> None:
+    def is_in_use(self) -> bool:
+        """False: nothing but operations reads here."""
+        return False
+
+    def mark_read(self) -> None:
         """Nothing waits for that."""
 
     def free(self) -> None:

@@ -206,13 +206,8 @@ class ReceivePool:
 
     # the end
 
-    def is_in_use(self) -> bool:
-        """True if a tensor of the pool is held, or a stream that used it has not done all it holds. Waits for
-        nothing. The pool is not used any more: it ends once nobody holds anything.
-        """
-        return self._is_held() or not self.users.are_idle(but=_NO_STREAM)
-
-    def _is_held(self) -> bool:
+    def is_held(self) -> bool:
+        """True if a tensor of the pool is held. The pool is not used any more, and ends once none is."""
         if self._pool is not None:
             self._poll_freed()
             _, held, may_go = self._survey()
@@ -221,10 +216,13 @@ class ReceivePool:
             self._pool = None  # torch gives back what nobody holds
         return _cuda.arena_used(self._arena) != 0
 
-    def mark_synchronized(self) -> None:
-        """Notes that the whole device was idle just now: whatever was read of freed tensors has been read."""
-        if None in self.users.known.values() and not self._is_held():
-            self.users.known.clear()
+    def is_in_use(self) -> bool:
+        """True if one is, or a stream that used the pool has not done all it holds. Waits for nothing."""
+        return self.is_held() or not self.users.are_idle(but=_NO_STREAM)
+
+    def mark_read(self) -> None:
+        """Notes that the whole device was idle after nothing was held any more: nobody reads here."""
+        self.users.known.clear()
 
     def close(self) -> None:
         """Lets go of the heap, which is not in use."""
