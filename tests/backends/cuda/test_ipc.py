@@ -20,12 +20,10 @@ HANDLES = st.builds(
     storage_bytes=NUMBER,
     offset=NUMBER,
     memory=st.binary(max_size=200),
-    counter=st.binary(max_size=64),
-    counter_offset=NUMBER,
     event=st.binary(max_size=64),
     event_sync=st.booleans(),
 )
-ONE = HeapHandle(1 << 30, 1 << 30, 512, b"\x01\xff" * 33, b"/torch_1_2", 7, b"\0" * 64, True)
+ONE = HeapHandle(1 << 30, 1 << 30, 512, b"\x01\xff" * 33, b"\0" * 64, True)
 
 
 @given(HANDLES)

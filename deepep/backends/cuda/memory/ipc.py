@@ -22,6 +22,7 @@ Gather = Callable[[bytes], list[bytes | None]]
 """Brings every rank's bytes to every rank, by rank; None for a rank that takes no part. Collective."""
 
 _MOST_BYTES = 1 << 12  # of a handle in bytes; CUDA's own take 64 each
+_NO_COUNTER = b"/deepep-counts-nothing"  # no shared memory has this name: torch passes over what is gone
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class HeapHandle:
     """An exported heap: what another process needs to map it, as torch exports a storage.
 
     num_bytes: of the heap. storage_bytes, offset: of its memory inside the allocation that `memory` names.
-    counter, counter_offset: torch's count of the processes that use it, in shared memory of the exporter.
     event: of the exporter's stream, waited for if `event_sync`.
     """
 
@@ -37,8 +37,6 @@ class HeapHandle:
     storage_bytes: int
     offset: int
     memory: bytes
-    counter: bytes
-    counter_offset: int
     event: bytes
     event_sync: bool
 
@@ -48,16 +46,15 @@ class HeapHandle:
         assert heap.storage_offset() == 0
         storage = heap.untyped_storage()
         _, memory, storage_bytes, offset, counter, counter_offset, event, event_sync = storage._share_cuda_()
-        # torch keeps what it has exported until a process that has mapped it says that it has let go, which
-        # one that was killed never does. generations.py decides when a heap is freed; so that is said here.
+        # torch keeps what it has exported until one process that has mapped it says that it has let go: one
+        # that was killed never does, and a second one is one too many. generations.py decides when a heap is
+        # freed; so that is said here, and those who map it count nowhere.
         torch.UntypedStorage._release_ipc_counter_cuda(counter, counter_offset)
         return cls(
             num_bytes=heap.numel(),
             storage_bytes=storage_bytes,
             offset=offset,
             memory=memory,
-            counter=counter,
-            counter_offset=counter_offset,
             event=event,
             event_sync=event_sync,
         )
@@ -92,8 +89,8 @@ class HeapHandle:
             self.memory,
             self.storage_bytes,
             self.offset,
-            self.counter,
-            self.counter_offset,
+            _NO_COUNTER,
+            0,
             self.event,
             self.event_sync,
         )
