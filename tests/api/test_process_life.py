@@ -146,19 +146,28 @@ sys.path.insert(0, sys.argv[3])
 from harness.rank_threads import exchange
 from deepep import Buffer
 rank, how = int(sys.argv[1]), sys.argv[4]
+sign = sys.argv[2] + ".ends"
+
+def interrupt():
+    open(sign, "w").close()
+    os.kill(os.getpid(), signal.SIGINT)
+
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 buffer = Buffer(dist.group.WORLD, timeout=60.0)
 exchange(buffer, rank, 2)
 if rank == 0:
     if how == "interrupt":
-        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.5, interrupt).start()
         exchange(buffer, rank, 2)
     elif how == "leave":
+        open(sign, "w").close()
         sys.exit(0)
 else:
     try:
         import time
-        time.sleep(1.0)
+        while not os.path.exists(sign):  # or it would take part in the call that is to be interrupted
+            time.sleep(0.02)
+        time.sleep(0.5)
         exchange(buffer, rank, 2)
     except Exception as error:
         print(type(error).__name__, error.record.waited_on, flush=True)
