@@ -36,6 +36,7 @@ class LowLatencyShape:
     ue8m0: bool = False
     with_weights: bool = False
     hooked: bool = False
+    nonfinite: bool = False
 
     @property
     def ranks(self) -> int:
@@ -68,6 +69,10 @@ def draw(shape: LowLatencyShape, rank: int, seed: int) -> tuple[torch.Tensor, to
         idx = torch.rand((tokens, shape.num_experts), generator=generator).topk(shape.topk, dim=1).indices
     x = torch.randn((tokens, shape.hidden), generator=generator)
     x = (x * torch.exp2(torch.randint(-12, 4, x.shape, generator=generator))).to(torch.bfloat16)
+    if shape.nonfinite:
+        for value in (float("nan"), float("inf"), float("-inf"), 1e-40, 0.0, -0.0):
+            x[torch.rand(x.shape, generator=generator) < 0.05] = value
+        x[: tokens // 2, :128] = float("nan")  # a whole group
     weights = torch.rand((tokens, shape.topk), generator=generator)
     return x, idx.to(shape.index_dtype), weights
 
@@ -180,6 +185,12 @@ def test_formats(form: str, with_weights: bool, hooked: bool) -> None:
     domain = domain_of(shape)
     for seed in range(3):
         round_trip(domain, shape, seed)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_channels_that_are_not_finite(form: str) -> None:
+    shape = LowLatencyShape((37, 64), hidden=1024, nonfinite=True, **FORMATS[form])
+    round_trip(domain_of(shape), shape, seed=2)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
