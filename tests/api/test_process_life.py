@@ -146,6 +146,7 @@ sys.path.insert(0, sys.argv[3])
 from harness.rank_threads import exchange
 from deepep import Buffer
 rank, how = int(sys.argv[1]), sys.argv[4]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with none
 sign = sys.argv[2] + ".ends"
 
 def interrupt():
