@@ -120,7 +120,7 @@ class BufferLifetime:
 
     def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
         """Raises what a collective call raises before the engine has it, and takes it to the peers:
-        a wrong argument is refused, and that this rank raises anything else is told.
+        a wrong argument is refused, and that this rank raises anything else is posted.
         """
         if isinstance(error, ArgumentError):
             self._engine.refuse(operation, error, schedule)

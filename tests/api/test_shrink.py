@@ -174,7 +174,7 @@ def absent(ctx: Any, same_bits: Any, routing: Any, how: str, point: Any, options
     caller = Caller(ctx, same_bits, routing, "reference", options)
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
     dist.all_gather(pids, torch.tensor([os.getpid()]), group=ctx.group)
-    told = []
+    learned = []
     for _ in range(2):
         assert caller.round() == [(), ()]
         if ctx.rank == VICTIM:
@@ -184,7 +184,7 @@ def absent(ctx: Any, same_bits: Any, routing: Any, how: str, point: Any, options
                 caller.strike(*point, lambda: os.kill(os.getpid(), signal.SIGSTOP))
             error = caller.error()
             again = caller.error()  # at once, and so on until it is taken in
-            told.append((error.record.waited_on, again.record.waited_on, "masked" in str(error)))
+            learned.append((error.record.waited_on, again.record.waited_on, "masked" in str(error)))
             assert "masked" in str(again)
             assert caller.masks() == [0] * RANKS
         else:
@@ -200,15 +200,15 @@ def absent(ctx: Any, same_bits: Any, routing: Any, how: str, point: Any, options
         assert caller.masks() == [0] * RANKS
     assert caller.round() == [(), ()]
     caller.buffer.destroy()
-    return told
+    return learned
 
 
 @pytest.mark.parametrize("hooks", [False, True], ids=["", "hooks"])
 def test_a_late_rank_is_masked_and_taken_in_again(
     world_of: Any, same_bits: Any, routing: Any, hooks: bool
 ) -> None:
-    told = world_of(RANKS).run(absent, same_bits, routing, "late", ("", ""), {"hooks": hooks})
-    assert told[VICTIM] == [((VICTIM,), (VICTIM,), True)] * 2
+    learned = world_of(RANKS).run(absent, same_bits, routing, "late", ("", ""), {"hooks": hooks})
+    assert learned[VICTIM] == [((VICTIM,), (VICTIM,), True)] * 2
 
 
 @pytest.mark.parametrize(("point", "hooks"), [(POINTS[1], False), (POINTS[3], True), (POINTS[6], True)])
@@ -218,8 +218,8 @@ def test_a_frozen_rank_is_masked_and_taken_in_again(
     from deepep.sim import World
 
     with World(RANKS, store="tcp") as world:
-        told = world.run(absent, same_bits, routing, "frozen", point, {"hooks": hooks})
-    assert told[VICTIM] == [((VICTIM,), (VICTIM,), True)] * 2
+        learned = world.run(absent, same_bits, routing, "frozen", point, {"hooks": hooks})
+    assert learned[VICTIM] == [((VICTIM,), (VICTIM,), True)] * 2
 
 
 def left_behind(ctx: Any, same_bits: Any, routing: Any) -> Any:
@@ -312,7 +312,7 @@ def test_other_faults_are_raised(fresh_world: Any, same_bits: Any, routing: Any,
 
 
 def hook_forgotten(ctx: Any, same_bits: Any, routing: Any) -> Any:
-    """A rank begins another operation before its hook: all are told, and all stay in step."""
+    """A rank begins another operation before its hook: all learn it, and all stay in step."""
     caller = Caller(ctx, same_bits, routing, "reference", {"timeout": 20.0, "hooks": True})
     found = []
     for _ in range(2):
@@ -338,7 +338,7 @@ def test_a_hook_that_is_forgotten(world_of: Any, same_bits: Any, routing: Any) -
 
 
 def raising(ctx: Any, same_bits: Any, routing: Any) -> Any:
-    """A rank that raises something of its own has not timed out: the others are told, as ever."""
+    """A rank that raises something of its own has not timed out: the others learn it, as ever."""
     import torch.distributed as dist
 
     caller = Caller(ctx, same_bits, routing, "reference", {"timeout": 20.0})
@@ -357,5 +357,5 @@ def raising(ctx: Any, same_bits: Any, routing: Any) -> Any:
     caller.buffer.destroy()
 
 
-def test_what_a_rank_raises_is_told_and_not_masked(world_of: Any, same_bits: Any, routing: Any) -> None:
+def test_what_a_rank_raises_is_posted_and_not_masked(world_of: Any, same_bits: Any, routing: Any) -> None:
     world_of(RANKS).run(raising, same_bits, routing)

@@ -17,14 +17,13 @@ struct LowLatencyHandle {
   uint32_t* routes;    // [R, M, 2 K]: their headers, with the numbers of rows among all of their expert
 };
 
-/// How a launch shares out its work, and what else the host works out so that no warp has to
-/// (host/low_latency.hpp).
+/// How a launch shares out its work, and what else the host works out so that no warp has to (share.hpp).
 struct LowLatencyShare {
   uint32_t digest;       // of what ranks must pass alike
   int first_sender;      // of the blocks that send tokens: 1 if block 0, which posts words, can be spared
   int first_worker;      // of those that have messages, the same
   int num_sources;       // whose messages are dealt to blocks: R, and in a dispatch R - 1
-  int tokens_per_block;  // one block's tokens lie together in a dispatch, and num_blocks apart in a combine
+  int tokens_per_block;  // one block's tokens: side by side in a dispatch, num_blocks apart in a combine
   int token_shift;       // 2^token_shift warps share a token that is sent or summed,
   int message_shift;     // a message that came,
   int own_shift;         // in a dispatch, one of this rank's own

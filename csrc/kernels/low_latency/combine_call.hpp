@@ -14,8 +14,8 @@ struct LowLatencyCombineShared {
   /// The same of the waits for digests alone, before rows are weighted and before they are summed: what one has
   /// found is read while the other may find something.
   [[nodiscard]] DEEPEP_HD int64_t stopped_owners() const { return 4; }
-  [[nodiscard]] DEEPEP_HD int64_t stopped_partners() const { return 12; }
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }  // uint32
+  [[nodiscard]] DEEPEP_HD int64_t stopped_partners() const { return 8; }
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 12; }  // uint32
   /// uint32 [R, token words]: tokens that came from each source, as bits.
   [[nodiscard]] DEEPEP_HD int64_t tokens() const { return 16; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {

@@ -12,11 +12,11 @@ struct LowLatencyDispatchShared {
   int token_words;
   int num_sent;
 
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }    // uint32: bits of Phases
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 4; }      // uint32
-  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 16; }  // as `failed`, of the wait for words alone
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 4; }    // uint32
   /// An mbarrier: all words are here, or will not come.
   [[nodiscard]] DEEPEP_HD int64_t listed() const { return 8; }
+  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 16; }  // as `failed`, of the wait for words alone
   /// uint32 [tokens_per_block]: ranks that the block's tokens go to, as bits.
   [[nodiscard]] DEEPEP_HD int64_t sent() const { return 20; }
   /// int32 [R, L]: rows for each expert, then rows from each source.

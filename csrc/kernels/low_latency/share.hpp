@@ -16,14 +16,21 @@ template <class Args>
   return args.elsewhere ? kElsewhere : kRefusal;
 }
 
-/// What ranks must pass alike, in one word; of a rank that takes no part, that.
-[[nodiscard]] inline uint32_t digest_of(const LowLatencyDispatchArgs& args) {
-  if (args.refused) return absence_of(args);
+/// The sizes that ranks must pass alike to either operation.
+template <class Args>
+[[nodiscard]] Digest digest_of_sizes(const Args& args) {
   Digest digest;
   digest.add(static_cast<uint32_t>(args.max_tokens));
   digest.add(static_cast<uint32_t>(args.hidden));
   digest.add(static_cast<uint32_t>(args.num_local_experts));
   digest.add(static_cast<uint32_t>(args.num_topk));
+  return digest;
+}
+
+/// What ranks must pass alike, in one word; of a rank that takes no part, that.
+[[nodiscard]] inline uint32_t digest_of(const LowLatencyDispatchArgs& args) {
+  if (args.refused) return absence_of(args);
+  Digest digest = digest_of_sizes(args);
   digest.add((args.casts ? 1u : 0u) | (args.rounds_scales ? 2u : 0u) | (args.packs_scales ? 4u : 0u));
   digest.add(args.weights_travel ? 1u : 0u);
   return digest.value | 1u;
@@ -32,11 +39,7 @@ template <class Args>
 /// The same.
 [[nodiscard]] inline uint32_t digest_of(const LowLatencyCombineArgs& args) {
   if (args.refused) return absence_of(args);
-  Digest digest;
-  digest.add(static_cast<uint32_t>(args.max_tokens));
-  digest.add(static_cast<uint32_t>(args.hidden));
-  digest.add(static_cast<uint32_t>(args.num_local_experts));
-  digest.add(static_cast<uint32_t>(args.num_topk));
+  Digest digest = digest_of_sizes(args);
   digest.add(args.weights_travelled ? 1u : 0u);
   return digest.value | 1u;
 }

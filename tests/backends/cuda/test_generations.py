@@ -99,19 +99,19 @@ def test_memory_is_flat_over_masks(three: World, mode: str) -> None:
 
 def hold_handles(ctx: Any, mode: str) -> list[int]:
     """Bytes kept while a handle of each of three generations is held, and when all are freed."""
-    buffer, handles, told = buffer_of(ctx), [], []
+    buffer, handles, seen = buffer_of(ctx), [], []
     for leaves in (True, False, True):
         if change(buffer, 2, leaves):
             results = call(buffer, ctx, mode)
             handles.append(results[0][4] if mode == "throughput" else results[1])
             del results
-    told.append(kept(buffer))
+    seen.append(kept(buffer))
     handles.clear()
     change(buffer, 2, False)
     call(buffer, ctx, mode)
-    told.append(kept(buffer))
+    seen.append(kept(buffer))
     buffer.destroy()
-    return told
+    return seen
 
 
 @pytest.mark.parametrize("mode", ["throughput", "low latency"])
@@ -128,19 +128,19 @@ def hold_results(ctx: Any) -> list[int]:
     """Bytes kept while results of an old generation are held, and when they are freed."""
     buffer = buffer_of(ctx)
     results = call(buffer, ctx, "throughput")
-    rows, told = results[0][0], []
+    rows, seen = results[0][0], []
     want = rows.clone()
     del results
     change(buffer, 0, False)
     call(buffer, ctx, "throughput")
-    told.append(kept(buffer))
+    seen.append(kept(buffer))
     assert torch.equal(rows, want)
     del rows
     change(buffer, 0, False)
     call(buffer, ctx, "throughput")
-    told.append(kept(buffer))
+    seen.append(kept(buffer))
     buffer.destroy()
-    return told
+    return seen
 
 
 def test_held_results_keep_their_heap_until_they_are_freed(three: World) -> None:

@@ -9,7 +9,7 @@ freed when each peer that had mapped it is known to write no more, because
 - or its process is gone.
 All other heaps are kept. A peer that lives and is silent keeps one: to be waited for in another it would have
 had to come and build that, and so is waited for in none before. None is used again while it is kept: flags
-carry epochs, but rows carry nothing that tells one written late from one of the call that reads them.
+carry epochs, but rows carry nothing by which one written late differs from one of the call that reads them.
 
 A rank whose graphs may replay old calls, or whose copy engine still has rows to write, names those
 generations when it comes; they are kept, here and there. So are heaps in which somebody holds tensors, until
