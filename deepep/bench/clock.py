@@ -102,7 +102,7 @@ class HostClock(Clock):
 class CudaClock(Clock):
     """For CUDA tensors: between two events on the current stream.
 
-    align: queues a barrier of all ranks' current streams.
+    align: queues a barrier of all ranks' current streams. host_calls: see HOST_CALLS.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class CudaClock(Clock):
     ) -> None:
         super().__init__(group, device, iterations, warmup)
         self._align = align
+        self.host_calls = HOST_CALLS
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self._begin, self._end = _event(), _event()
         self._head_start = self._cycles(HEAD_START_US)
@@ -139,7 +140,7 @@ class CudaClock(Clock):
         self._align()
         torch.cuda.synchronize(self._device)
         elapsed = 0.0
-        for _ in range(HOST_CALLS):
+        for _ in range(self.host_calls):
             timed, end = _staged(call)
             begin = time.perf_counter()
             result = timed()
@@ -147,7 +148,7 @@ class CudaClock(Clock):
             end(result)
         torch.cuda.synchronize(self._device)
         del result
-        return elapsed / HOST_CALLS
+        return elapsed / self.host_calls
 
     def _cycles(self, microseconds: float) -> int:
         """Cycles that `torch.cuda._sleep` takes for so long, by this device's own clock."""

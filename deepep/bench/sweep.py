@@ -11,7 +11,7 @@ Dtype = Literal["bf16", "fp8"]
 #: an FP8 row has one float32 scale for so many channels
 SCALE_GROUP = 128
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
-MODES = ("throughput", "low-latency")
+MODES = ("throughput", "low-latency", "layer")
 ROUTINGS = ("uniform", "zipf", "trace")
 SCALES = ("row-major", "column-major")
 PEERS = ("all_to_all", "deep_ep")
@@ -40,7 +40,8 @@ class Shape:
 class Sweep:
     """All that a run measures. Every rank gets the same.
 
-    mode: whose operations; low latency chooses its SM counts itself, and casts to FP8 itself.
+    mode: whose operations; low latency chooses its SM counts itself, and casts to FP8 itself; a layer chooses
+    them, too. width: of a layer's experts.
     sms: SM counts, ascending; empty where there are none to choose (CPU). trace: a routing trace file, and
     layer the layer of it, for the routing "trace". scales: how FP8 scales [T, P] lie in memory. peers: what
     else is measured. backend: of Buffer; None: its own choice. iterations: samples of each figure.
@@ -63,6 +64,7 @@ class Sweep:
     warmup: int = 10
     seed: int = 0
     mode: str = "throughput"
+    width: int = 2048
 
     def __post_init__(self) -> None:
         _at_least("ranks", self.num_ranks, 1)
@@ -84,6 +86,13 @@ class Sweep:
             raise ArgumentError("trace", str(self.trace), "a file with --routing trace, and only then")
         if self.mode == "low-latency" and self.sms:
             raise ArgumentError("sms", str(self.sms), "none: low latency takes as many as pay")
+        _at_least("width", self.width, 8)
+        if self.width % 8:
+            raise RangeError("width", str(self.width), "a multiple of 8")
+        if self.mode == "layer" and self.sms:
+            raise ArgumentError("sms", str(self.sms), "none: the layer's exchanges take as many as pay")
+        if self.mode == "layer" and self.routing != "uniform":
+            raise ArgumentError("routing", self.routing, "uniform: the layer has a router of its own")
         if self.mode == "low-latency" and self.scales != "row-major":
             raise ArgumentError("scales", self.scales, "none: low latency makes them itself")
         for shape in self.shapes:

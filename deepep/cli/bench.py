@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from deepep.bench.figures import BenchReport
+from deepep.bench.layer.rank import run_layer_rank
 from deepep.bench.low_latency.rank import run_low_latency_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
@@ -34,15 +35,21 @@ def command(
         int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
-    mode: Annotated[str, typer.Option(help="throughput or low-latency.")] = "throughput",
+    mode: Annotated[str, typer.Option(help="throughput, low-latency or layer.")] = "throughput",
     tokens: Annotated[
-        str, typer.Option(help="T, tokens of a rank. [4096,128; low latency 1 to 512; on CPU 64; 1,8]")
+        str,
+        typer.Option(
+            help="T, tokens of a rank. [4096,128; low latency 1 to 512; layer 4096,512; on CPU 64; 1,8]"
+        ),
     ] = "",
     hidden: Annotated[str, typer.Option(help="H. [7168; on CPU 512]")] = "",
     topk: Annotated[str, typer.Option(help="K. [8; on CPU 4; a trace's own]")] = "",
-    experts: Annotated[str, typer.Option(help="E, of all ranks. [256; on CPU 8 a rank; a trace's own]")] = "",
+    experts: Annotated[
+        str, typer.Option(help="E, of all ranks. [256; layer 64; on CPU 8 a rank; a trace's own]")
+    ] = "",
+    width: Annotated[int | None, typer.Option(help="Of a layer's experts. [2048; on CPU 64]")] = None,
     dtype: Annotated[str, typer.Option(help="What is dispatched.")] = "bf16,fp8",
-    sms: Annotated[str | None, typer.Option(help="SM counts. [8,16,24; low latency chooses itself]")] = None,
+    sms: Annotated[str | None, typer.Option(help="SM counts. [8,16,24; others choose themselves]")] = None,
     routing: Annotated[str, typer.Option(help="uniform, zipf or trace.")] = "uniform",
     trace: Annotated[Path | None, typer.Option(help="A routing trace (docs/trace.md).")] = None,
     layer: Annotated[int, typer.Option(help="The layer of the trace whose routing is used.")] = 0,
@@ -63,7 +70,8 @@ def command(
     """Measures get_dispatch_layout, dispatch and combine: operation-complete time of the slowest rank, median
     and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
     bytes. With --mode low-latency the calls of that mode, their halves and pairs in a graph, against a bare
-    exchange.
+    exchange. With --mode layer an MoE layer, forward (without gradients) and forward + backward, against
+    plain torch and its matrix products alone.
 
     Numbers may be lists ("4096,128"). Under torchrun the ranks are torchrun's. Exit status 1 if a
     result is wrong, 2 for misuse.
@@ -79,10 +87,12 @@ def command(
         num_ranks = ranks if launched is None else launched
         num_ranks = num_ranks if num_ranks is not None else (torch.cuda.device_count() if cuda else 2)
         own = RoutingTrace.load(trace) if trace is not None else None
-        is_decode = mode == "low-latency"
+        is_decode, is_layer = mode == "low-latency", mode == "layer"
         few, many = ("1,8", "1,8,32,64,128,256,512") if is_decode else ("64", "4096,128")
+        if is_layer:
+            many = "4096,512"
         small = {"tokens": few, "hidden": "512", "topk": "4", "experts": str(8 * num_ranks)}
-        large = {"tokens": many, "hidden": "7168", "topk": "8", "experts": "256"}
+        large = {"tokens": many, "hidden": "7168", "topk": "8", "experts": "64" if is_layer else "256"}
         default = large if cuda else small
         if own is not None:
             default |= {"topk": str(own.num_topk), "experts": str(own.num_experts)}
@@ -96,7 +106,7 @@ def command(
                 for t in _numbers("tokens", tokens or default["tokens"])
             ),
             dtypes=_words(dtype),  # type: ignore[arg-type]  # Sweep checks them
-            sms=_sm_counts(sms, cuda, is_decode),
+            sms=_sm_counts(sms, cuda, is_decode or is_layer),
             routing=routing,
             trace=None if trace is None else str(trace.resolve()),
             layer=layer,
@@ -108,10 +118,11 @@ def command(
             warmup=warmup,
             seed=seed,
             mode=mode,
+            width=width if width is not None else (2048 if cuda else 64),
         )
-        if plot is not None and is_decode:
-            raise ArgumentError("plot", str(plot), "none: low latency has no SM counts to draw over")
-        if cuda and not sweep.sms and not is_decode:
+        if plot is not None and (is_decode or is_layer):
+            raise ArgumentError("plot", str(plot), f"none: {mode} has no SM counts to draw over")
+        if cuda and not sweep.sms and not (is_decode or is_layer):
             raise ArgumentError("sms", "none", "one SM count or more")
         if cuda and not launched is not None and num_ranks > torch.cuda.device_count():
             raise ArgumentError("ranks", str(num_ranks), f"at most the {torch.cuda.device_count()} GPUs")
@@ -131,6 +142,7 @@ def command(
 
 
 def _show(report: BenchReport, console: Console, json_file: Path | None, plot: Path | None) -> None:
+    from deepep.bench.layer.table import print_layer_report
     from deepep.bench.low_latency.table import print_low_latency_report
     from deepep.bench.table import print_report
 
@@ -138,6 +150,8 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
     report.environment["command"] = f"{launcher} -m deepep {shlex.join(sys.argv[1:])}"
     if report.environment.get("mode") == "low-latency":
         print_low_latency_report(report, console)
+    elif report.environment.get("mode") == "layer":
+        print_layer_report(report, console)
     else:
         print_report(report, console)
     if json_file is not None:
@@ -186,12 +200,12 @@ def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
 
 
 def _runner(sweep: Sweep) -> Callable[..., BenchReport]:
-    return run_low_latency_rank if sweep.mode == "low-latency" else run_rank
+    return {"low-latency": run_low_latency_rank, "layer": run_layer_rank}.get(sweep.mode, run_rank)
 
 
-def _sm_counts(given: str | None, cuda: bool, is_decode: bool) -> tuple[int, ...]:
-    """Ascending; none on CPU, which has none to choose. Low latency refuses any."""
-    if (is_decode and given is None) or not (cuda or is_decode):
+def _sm_counts(given: str | None, cuda: bool, refuses: bool) -> tuple[int, ...]:
+    """Ascending; none on CPU, which has none to choose. Low latency and the layer refuse any."""
+    if (refuses and given is None) or not (cuda or refuses):
         return ()
     return tuple(sorted(_numbers("sms", "8,16,24" if given is None else given)))
 

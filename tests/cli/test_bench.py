@@ -114,6 +114,20 @@ def test_the_command_measures_low_latency(tmp_path: Path) -> None:
     assert any("not captured in a graph" in note for note in written["notes"])
 
 
+def test_the_command_measures_a_layer(tmp_path: Path) -> None:
+    done = run(
+        "deepep", "bench", "--mode", "layer", "--device", "cpu", "--ranks", "2", "--tokens", "3",
+        "--hidden", "128", "--width", "16", "--iterations", "50", "--warmup", "0",
+        "--json", str(tmp_path / "b.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "functional figures" in done.stdout
+    assert "x products" in done.stdout
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert [f["by"] for f in written["figures"]] == ["deepep", "plain torch", "products alone"] * 2
+    assert (written["environment"]["mode"], written["environment"]["width"]) == ("layer", 16)
+
+
 def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
     """Replays in `bench` what `demo` recorded, and reports how skewed it is."""
     demo = run("deepep", "demo", "--ranks", "2", "--steps", "2", "--experts", "6", "--topk", "1",
@@ -172,6 +186,9 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
         (["--mode", "low-latency", "--sms", "8"], "sms: got (8,); allowed: none"),
         (["--mode", "low-latency", "--scales", "column-major"], "scales: got column-major"),
         (["--mode", "low-latency", "--plot", "curve.png"], "plot: got curve.png"),
+        (["--mode", "layer", "--sms", "8"], "sms: got (8,); allowed: none"),
+        (["--mode", "layer", "--plot", "curve.png"], "plot: got curve.png"),
+        (["--mode", "layer", "--width", "12"], "width: got 12; allowed: a multiple of 8"),
         (["--trace", "nowhere.safetensors", "--routing", "trace"], "nowhere.safetensors"),
         (["--backend", "nonsense"], "backend: got 'nonsense'"),  # by the ranks
     ],

@@ -1,0 +1,1 @@
+"""Benchmark of the MoE layer, against plain torch and its matrix products alone."""
