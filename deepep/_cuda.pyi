@@ -204,6 +204,7 @@ class LowLatencyDomain:
         max_tokens: int,
         max_topk: int,
         max_row_bytes: int,
+        entry_stretches: int,
         state: int,
         fault: int,
         timeout_seconds: float,
@@ -259,6 +260,7 @@ class LowLatencyDomain:
         came: int,
         routes: int,
         weights_travelled: bool,
+        returned: int,
         out: int,
         stream: int = 0,
         refused: bool = False,
@@ -273,7 +275,12 @@ class LowLatencyDomain:
     def was_captured(self) -> bool: ...
 
 def low_latency_bytes(
-    num_ranks: int, max_local_experts: int, max_tokens: int, max_topk: int, max_row_bytes: int
+    num_ranks: int,
+    max_local_experts: int,
+    max_tokens: int,
+    max_topk: int,
+    max_row_bytes: int,
+    entry_stretches: int = 0,
 ) -> tuple[int, int]: ...
 def copy(
     source: int,

@@ -304,7 +304,12 @@ class Exchange:
 def exchange_bytes(num_ranks: int, pair_bytes: int) -> int: ...
 def exchange_rows(num_ranks: int, pair_bytes: int, epoch: int, source: int) -> int: ...
 def low_latency_bytes(
-    num_ranks: int, max_local_experts: int, max_tokens: int, max_topk: int, max_row_bytes: int
+    num_ranks: int,
+    max_local_experts: int,
+    max_tokens: int,
+    max_topk: int,
+    max_row_bytes: int,
+    entry_stretches: int = 0,
 ) -> tuple[int, int]: ...
 def cast_to_e4m3(floats: bytes) -> bytes: ...
 
@@ -325,6 +330,7 @@ class LowLatencyDomain:
         max_tokens: int,
         max_topk: int,
         max_row_bytes: int,
+        entry_stretches: int,
         state: int,
         fault: int,
         timeout_seconds: float,
@@ -379,6 +385,7 @@ class LowLatencyDomain:
         came: int,
         routes: int,
         weights_travelled: bool,
+        returned: int,
         out: int,
         stream: int = 0,
         refused: bool = False,

@@ -63,6 +63,7 @@ inline constexpr Parameter<host::LowLatencyCombineCall> kLowLatencyCombine[] = {
     parameter<CombineCall>("came", [](auto& c) -> auto& { return c.args.handle.came; }),
     parameter<CombineCall>("routes", [](auto& c) -> auto& { return c.args.handle.routes; }),
     parameter<CombineCall>("weights_travelled", [](auto& c) -> auto& { return c.args.weights_travelled; }),
+    parameter<CombineCall>("returned", [](auto& c) -> auto& { return c.args.returned; }),
     parameter<CombineCall>("out", [](auto& c) -> auto& { return c.args.out; }),
     parameter<CombineCall>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
     parameter<CombineCall>("refused", [](auto& c) -> auto& { return c.args.refused; }, "False"),
@@ -82,8 +83,8 @@ void bind_low_latency(py::class_<Domain>& domain) {
 /// What a LowLatencyDomain is made of, but for what its launcher wants.
 inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<uintptr_t>& heaps,
                                                    int max_local_experts, int max_tokens, int max_topk,
-                                                   int64_t max_row_bytes, uintptr_t state, uintptr_t fault,
-                                                   double timeout_seconds) {
+                                                   int64_t max_row_bytes, int entry_stretches,
+                                                   uintptr_t state, uintptr_t fault, double timeout_seconds) {
   std::vector<std::byte*> addresses;
   for (const uintptr_t heap : heaps) addresses.push_back(reinterpret_cast<std::byte*>(heap));
   return {.rank = rank,
@@ -92,6 +93,7 @@ inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<u
           .max_tokens = max_tokens,
           .max_topk = max_topk,
           .max_row_bytes = max_row_bytes,
+          .entry_stretches = entry_stretches,
           .state = reinterpret_cast<kernels::LocalState*>(state),
           .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
           .timeout_seconds = timeout_seconds};
@@ -99,8 +101,10 @@ inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<u
 
 /// Of the memory that a LowLatencyDomain is given: bytes, and how many of them are to be zero.
 inline std::pair<int64_t, int64_t> low_latency_bytes(int num_ranks, int max_local_experts, int max_tokens,
-                                                     int max_topk, int64_t max_row_bytes) {
-  const layout::LowLatencySlots slots(num_ranks, max_local_experts, max_tokens, max_topk, max_row_bytes);
+                                                     int max_topk, int64_t max_row_bytes,
+                                                     int entry_stretches) {
+  const layout::LowLatencySlots slots(num_ranks, max_local_experts, max_tokens, max_topk, max_row_bytes,
+                                      entry_stretches);
   return {slots.bytes(), slots.control_bytes()};
 }
 

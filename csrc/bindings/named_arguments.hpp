@@ -43,6 +43,14 @@ void read(T& into, PyObject* value) {
     into = static_cast<T>(wide);
   }
 }
+/// Its number.
+template <class T>
+  requires std::is_enum_v<T>
+void read(T& into, PyObject* value) {
+  std::underlying_type_t<T> number = 0;
+  read(number, value);
+  into = static_cast<T>(number);
+}
 /// An address; 0 is null.
 template <class T>
 void read(T*& into, PyObject* value) {

@@ -9,6 +9,9 @@
 #include "emulator/run/simulation.hpp"
 #include "host/low_latency.hpp"
 #include "kernels/low_latency/combine.hpp"
+#include "kernels/low_latency/combine_exact.hpp"
+#include "kernels/low_latency/combine_exact_receive.hpp"
+#include "kernels/low_latency/combine_exact_send.hpp"
 #include "kernels/low_latency/combine_receive.hpp"
 #include "kernels/low_latency/combine_send.hpp"
 #include "kernels/low_latency/dispatch.hpp"
@@ -30,7 +33,8 @@ class LowLatencyLauncher {
     launch("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
-    launch("low_latency_combine", args, num_blocks, halves, kernels::shared_of(args).bytes());
+    launch(kernels::returns_entries(args) ? "low_latency_combine_exact" : "low_latency_combine", args,
+           num_blocks, halves, kernels::shared_of(args).bytes());
   }
 
   /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be

@@ -41,6 +41,7 @@ struct LowLatencyOptions {
   int max_tokens = 0;
   int max_topk = 0;
   int64_t max_row_bytes = 0;  // of bf16
+  int entry_stretches = 0;    // LowLatencySlots: of rows that go back for each entry
   kernels::LocalState* state = nullptr;
   kernels::FaultRecord* fault = nullptr;
   double timeout_seconds = 0;
@@ -48,7 +49,8 @@ struct LowLatencyOptions {
 
 [[nodiscard]] inline layout::LowLatencySlots low_latency_slots(const LowLatencyOptions& given) {
   return layout::LowLatencySlots(static_cast<int>(given.heaps.size()), given.max_local_experts,
-                                 given.max_tokens, given.max_topk, given.max_row_bytes);
+                                 given.max_tokens, given.max_topk, given.max_row_bytes,
+                                 given.entry_stretches);
 }
 
 template <class L>
@@ -73,7 +75,11 @@ class LowLatencyDomain {
   void set_live(uint32_t live) { group_.live = live; }
 
   void dispatch(const LowLatencyDispatchCall& call) { start(call, "low_latency_dispatch"); }
-  void combine(const LowLatencyCombineCall& call) { start(call, "low_latency_combine"); }
+  void combine(const LowLatencyCombineCall& call) {
+    if (kernels::returns_entries(call.args) != (options_.entry_stretches > 0) && !call.args.refused)
+      throw std::invalid_argument("low_latency_combine: a sum that the buffer was not made for");
+    start(call, "low_latency_combine");
+  }
 
   [[nodiscard]] const kernels::Group& group() const { return group_; }
   [[nodiscard]] L& launcher() { return launcher_; }

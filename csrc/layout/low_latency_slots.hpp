@@ -69,16 +69,21 @@ struct LowLatencyDigests {
 struct LowLatencySlots {
   LowLatencySlots() = default;
   /// Sizes of the largest call: M tokens a rank, K top-k, rows of so many bytes in bf16 (FP8 with scales takes
-  /// less).
-  DEEPEP_HD LowLatencySlots(int ranks, int local_experts, int max_tokens, int max_topk, int64_t max_row_bytes)
+  /// less). entry_stretches: 0 where a rank returns one row for each token. Else every top-k entry of a token
+  /// has a row of its own: 1, there is one stretch of those for all sources, since an entry has one; R, one for
+  /// each source, where a rank that was given up may still write when others go on in the same memory.
+  DEEPEP_HD LowLatencySlots(int ranks, int local_experts, int max_tokens, int max_topk, int64_t max_row_bytes,
+                            int entry_stretches = 0)
       : words_{max_tokens, local_experts},
         words_bytes_(align_up(8 * words_.count(), kLine)),
         flags_bytes_(align_up(4 * max_tokens, kLine)),
         weights_bytes_(align_up(int64_t{8} * max_tokens * max_topk, kLine)),
         messages_bytes_(align_up(max_tokens * LowLatencyMessage{max_topk, max_row_bytes, 0}.bytes(), kLine)),
-        returns_bytes_(align_up(max_tokens * max_row_bytes, kLine)),
+        returns_bytes_(
+            align_up((entry_stretches > 0 ? max_topk : 1) * max_tokens * max_row_bytes, kLine)),
         both_(2 * ranks),
-        num_ranks_(ranks) {}
+        num_ranks_(ranks),
+        num_returns_(entry_stretches > 0 ? entry_stretches : ranks) {}
 
   /// The words that a source posts.
   [[nodiscard]] DEEPEP_HD const LowLatencyWords& words() const { return words_; }
@@ -114,8 +119,13 @@ struct LowLatencySlots {
   [[nodiscard]] DEEPEP_HD int64_t returns(uint32_t epoch, int source) const {
     return control_bytes() + both_ * messages_bytes_ + number(epoch, source) * returns_bytes_;
   }
+  /// The same where each entry has a row: [T, K].
+  [[nodiscard]] DEEPEP_HD int64_t entries(uint32_t epoch, int source) const {
+    const int64_t stretch = static_cast<int64_t>(epoch & 1u) * num_returns_ + source % num_returns_;
+    return control_bytes() + both_ * messages_bytes_ + stretch * returns_bytes_;
+  }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
-    return control_bytes() + both_ * (messages_bytes_ + returns_bytes_);
+    return control_bytes() + both_ * messages_bytes_ + 2 * num_returns_ * returns_bytes_;
   }
 
  private:
@@ -131,6 +141,7 @@ struct LowLatencySlots {
   int64_t returns_bytes_;
   int64_t both_;
   int num_ranks_;
+  int num_returns_;  // stretches of an epoch
 };
 
 }  // namespace deepep::layout

@@ -22,12 +22,17 @@ BOTH, SEND, RECEIVE = 0, 1, 2
 
 @dataclass(frozen=True)
 class LowLatencySizes:
-    """The largest call that the ranks' memory has room for."""
+    """The largest call that the ranks' memory has room for.
+
+    entry_stretches: 0 where sums go back; where each top-k entry has a row that does, for how many sources
+    there is room of their own: 1, they share it, or all R.
+    """
 
     num_local_experts: int
     num_max_tokens: int
     num_topk: int
     hidden: int
+    entry_stretches: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class LowLatencyCall:
     """Arguments that both operations of a rank have: topk_idx [T, K] int32 or int64, topk_weights float32.
 
     carries_weights: whether they travel with the dispatch. refused: this rank takes no part in this call, and
-    only posts that to the others; elsewhere: because it is made by other means.
+    only posts that to the others; elsewhere: because it is made by other means. exact: a combine returns the
+    row of each top-k entry.
     """
 
     topk_idx: Tensor
@@ -61,6 +67,7 @@ class LowLatencyCall:
     carries_weights: bool = False
     refused: bool = False
     elsewhere: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,14 @@ class EmulatedLowLatency:
         self.gpu = gpu
         self.num_ranks = num_ranks
         everyone = range(num_ranks)
-        room = (sizes.num_local_experts, sizes.num_max_tokens, sizes.num_topk, 2 * sizes.hidden)
-        num_bytes, control = _emulator.low_latency_bytes(num_ranks, *room)
+        num_bytes, control = _emulator.low_latency_bytes(
+            num_ranks,
+            sizes.num_local_experts,
+            sizes.num_max_tokens,
+            sizes.num_topk,
+            2 * sizes.hidden,
+            sizes.entry_stretches,
+        )
         heaps = [self._allocate(f"slots@{r}", "symmetric", r, num_bytes) for r in everyone]
         self._domains = []
         for rank in everyone:
@@ -141,6 +154,7 @@ class EmulatedLowLatency:
                     max_tokens=sizes.num_max_tokens,
                     max_topk=sizes.num_topk,
                     max_row_bytes=2 * sizes.hidden,
+                    entry_stretches=sizes.entry_stretches,
                     state=state,
                     fault=self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
                     timeout_seconds=gpu.timeout,
@@ -245,6 +259,7 @@ class EmulatedLowLatency:
         args = self._common(rank, call, handle, with_weights=True) | {
             "x": self._put(f"expert rows@{rank}", rank, x),
             "weights_travelled": call.carries_weights,
+            "returned": 2 if call.exact else 0,
             "out": out,
         }
         return args, out

@@ -128,7 +128,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
     def start_combine(
         self, wire: Wire, request: LowLatencyCombineRequest, reduction: Reduction, hooked: bool
     ) -> LowLatencyUnderway:
-        if reduction != "expert_rank" or request.use_logfmt:
+        if request.use_logfmt:
             return super().start_combine(wire, request, reduction, hooked)
         self._operations += 1
         route, call, kept = request.route, None, None
@@ -142,6 +142,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
                 num_local_experts=route.num_experts // wire.num_ranks,
                 hidden=route.hidden,
                 carries_weights=carries_weights,
+                exact=reduction == "exact",
             )
         share = _CombineShare(request.x, call, kept, wire.members, hooked)
         made = at_leader(wire, share, self._run_combine)
@@ -207,7 +208,8 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             max_steps=10**9,
         )
         num_topk = call.topk_idx.shape[1]
-        sizes = LowLatencySizes(call.num_local_experts, call.num_max_tokens, num_topk, call.hidden)
+        stretches = (1, num_ranks)[number % 2] if call.exact else 0
+        sizes = LowLatencySizes(call.num_local_experts, call.num_max_tokens, num_topk, call.hidden, stretches)
         return EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, num_ranks, sizes)
 
 

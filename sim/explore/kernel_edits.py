@@ -165,6 +165,20 @@ EDITS = (
         "a message is written over one that its receiver still spreads",
     ),
     Edit(
+        "one stretch of entries for all epochs",
+        "layout/low_latency_slots.hpp",
+        "static_cast<int64_t>(epoch & 1u) * num_returns_",
+        "static_cast<int64_t>(epoch & 0u) * num_returns_",
+        "a row of an entry is written over one that its owner still sums",
+    ),
+    Edit(
+        "entries of which some have not come",
+        "kernels/low_latency/combine_entry_sum.hpp",
+        "    if (lane() != g.rank && ((ranks >> lane()) & 1u) != 0) {\n",
+        "    if (lane() < g.rank && ((ranks >> lane()) & 1u) != 0) {\n",
+        "a flag of one rank says nothing of another's rows",
+    ),
+    Edit(
         "sums without digests",
         "kernels/low_latency/combine_digest.hpp",
         "    if (!is_live(g, source)) continue;\n",

@@ -21,6 +21,11 @@ from deepep.sim.explore.kernel_edits import EDITS, Edit
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
+#: Of these, files that take effect where every row of a token goes back.
+EXACT_FILES = tuple(
+    f"kernels/low_latency/combine_{name}.hpp"
+    for name in ("entries", "entry_sum", "exact", "exact_send", "exact_receive")
+)
 #: Files that take effect where copy engines return a combine's rows.
 COPY_ENGINE_FILES = tuple(
     f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")

@@ -45,6 +45,7 @@ class LowLatencyScenario:
 
     hooked: sends and receives are launches of their own. carries_weights: with the dispatch. num_combines:
     along each handle. spoils: one of SPOILS; one rank, in turn, does that before each real operation.
+    own_stretches: rows of entries, where they return, have a stretch for each source. All cases sum alike.
     """
 
     cases: tuple[Case, ...]
@@ -53,11 +54,17 @@ class LowLatencyScenario:
     carries_weights: bool = False
     num_combines: int = 1
     spoils: str = ""
+    own_stretches: bool = False
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
         """The oracle's results, by case and rank."""
         return [oracle.observe(case) for case in self.cases]
+
+
+def is_exact(case: Case) -> bool:
+    """True if every row of a token returns, and its owner sums."""
+    return case.options.reduce == "token"
 
 
 class _WrongBits(Exception):
@@ -121,6 +128,7 @@ class _LowLatencyRun:
             num_max_tokens=max(case.num_max_tokens for case in cases),
             num_topk=max(case.num_topk for case in cases),
             hidden=max(case.hidden for case in cases),
+            entry_stretches=(1, self.num_ranks)[scenario.own_stretches] if is_exact(cases[0]) else 0,
         )
         self.domain = EmulatedLowLatency(self.machine, kernels, gpu, self.num_ranks, sizes)
         self.watched: Any = None
@@ -195,6 +203,7 @@ class _LowLatencyRun:
             num_local_experts=case.num_local_experts,
             hidden=case.hidden,
             carries_weights=self.scenario.carries_weights,
+            exact=is_exact(case),
             # Of one that refuses; a rank alone would agree with itself.
             elsewhere=spoils == "elsewhere" and len(case.dispatch_members) > 1,
         )

@@ -32,7 +32,6 @@ LOW_LATENCY_LIMITS = Limits(
     hidden=(128, 16, 136, 512),
     fixed={
         "mode": "ll",
-        "reduce": "rank",
         "logfmt": False,
         "schedule": "sync",
         "skew": "none",
@@ -49,7 +48,9 @@ def draw_low_latency(
     """One to three cases and how they are launched. A function of its arguments."""
     choices = RandomChoices(seed)
     first = draw_case(choices, limits)
-    same = replace(limits, ranks=(first.num_ranks,))
+    # Memory is made for one way to sum.
+    fixed = {**limits.fixed, "reduce": first.options.reduce}
+    same = replace(limits, ranks=(first.num_ranks,), fixed=fixed)
     count = choices.integer(1, 4) if num_cases is None else num_cases
     cases = [first, *(draw_case(choices, same) for _ in range(count - 1))]
     # A rank that was left out has missed epochs and cannot come back: only the last case may have masks.
@@ -68,6 +69,7 @@ def draw_low_latency(
         carries_weights=choices.flag(),
         num_combines=choices.pick((1, 1, 0, 2)),
         spoils=choices.pick(("", "", "", *SPOILS[1:])),
+        own_stretches=choices.flag(),
     )
     return replace(scenario, spoils="") if cases[-1].masked else scenario
 

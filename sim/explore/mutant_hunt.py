@@ -20,6 +20,7 @@ from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenari
 from deepep.sim.explore.kernel_edits import COPY_FILE
 from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
+    EXACT_FILES,
     EXCHANGE_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
@@ -43,8 +44,19 @@ LOW_LATENCY_HUNTING_LIMITS = replace(
 
 
 @lru_cache(maxsize=4096)
+def _exact_scenario(seed: int) -> LowLatencyScenario:
+    return _low_latency_call(seed, {"reduce": "token"})
+
+
+@lru_cache(maxsize=4096)
 def _low_latency_scenario(seed: int) -> LowLatencyScenario:
-    scenario = draw_low_latency(seed, limits=LOW_LATENCY_HUNTING_LIMITS, num_cases=1 + seed % 3)
+    return _low_latency_call(seed, {})
+
+
+def _low_latency_call(seed: int, fixed: dict[str, object]) -> LowLatencyScenario:
+    limits = LOW_LATENCY_HUNTING_LIMITS
+    limits = replace(limits, fixed={**limits.fixed, **fixed})
+    scenario = draw_low_latency(seed, limits=limits, num_cases=1 + seed % 3)
     if seed % 4 != 3 or scenario.cases[-1].masked:
         return scenario
     # Refusals between combines along one handle: nothing but digests puts those in order.
@@ -122,7 +134,7 @@ def hunt(
             seconds=seconds,
             schedules_per_scenario=4,  # in three of them a rank stops
             with_stops=True,
-            scenarios=_low_latency_scenario,
+            scenarios=_exact_scenario if mutant.file in EXACT_FILES else _low_latency_scenario,
             kernels=kernels,
         )
         found = None if calls.failure is None else calls.failure.report

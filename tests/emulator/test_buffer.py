@@ -53,8 +53,12 @@ def test_the_same_bits_as_the_reference_backend(world_of: Callable[[int], World]
     assert world.run(round_trip, "emulator") == world.run(round_trip, "reference")
 
 
-def decode_step(ctx: RankContext, backend: str, hooked: bool, with_weights: bool) -> list[bytes]:
-    """The bits of a low-latency dispatch, and of two combines along it, one of the handle taken apart."""
+def decode_step(
+    ctx: RankContext, backend: str, hooked: bool, with_weights: bool, reduction: str
+) -> list[bytes]:
+    """The bits of a low-latency dispatch, and of three combines along it: one along the handle taken apart,
+    one of rows that were filled in where it reads them, into memory of the caller's.
+    """
     from deepep import Buffer
 
     generator = torch.Generator().manual_seed(ctx.rank)
@@ -62,7 +66,7 @@ def decode_step(ctx: RankContext, backend: str, hooked: bool, with_weights: bool
     x = torch.randn(num_tokens, 256, generator=generator).to(torch.bfloat16)
     idx = torch.randint(-1, 6, (num_tokens, 4), generator=generator, dtype=torch.int32)
     weights = torch.rand(num_tokens, 4, generator=generator)
-    buffer = Buffer(ctx.group, backend=backend, low_latency_mode=True, reduction="expert_rank", timeout=60.0)
+    buffer = Buffer(ctx.group, backend=backend, low_latency_mode=True, reduction=reduction, timeout=60.0)
     rows, count, handle, _, hook = buffer.low_latency_dispatch(
         *(x, idx, 6, 6),
         use_fp8=False,
@@ -78,18 +82,30 @@ def decode_step(ctx: RankContext, backend: str, hooked: bool, with_weights: bool
         if hook is not None:
             hook()
         made.append(sums)
+    buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
+    out, given = torch.empty_like(sums), torch.full_like(rows, float("nan"))
+    sums, _, hook = buffer.low_latency_combine(
+        given, idx, weights, handle, zero_copy=True, out=out, return_recv_hook=hooked
+    )
+    if hook is not None:
+        hook()
+    assert sums is out
+    made.append(out)
     if backend == "emulator":
-        assert buffer._engine._low_latency._exchange._operations == 3, "all of them on kernels"
+        assert buffer._engine._low_latency._exchange._operations == 4, "all of them on kernels"
     buffer.destroy()
     return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in made]
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_low_latency_gives_the_bits_of_the_reference(world_of: Callable[[int], World], hooked: bool) -> None:
+@pytest.mark.parametrize("reduction", ["expert_rank", "exact"])
+def test_low_latency_gives_the_bits_of_the_reference(
+    world_of: Callable[[int], World], hooked: bool, reduction: str
+) -> None:
     """Weights may come with the dispatch or with the combine."""
     world = world_of(2)
     made = [
-        world.run(decode_step, backend, hooked, with_weights)
+        world.run(decode_step, backend, hooked, with_weights, reduction)
         for backend in ("emulator", "reference")
         for with_weights in (False, True)
     ]

@@ -89,28 +89,46 @@ def test_formats_and_values(low_latency: str, values: str) -> None:
     run_all(scenario_of(routing, 4, low_latency=low_latency, values=values, carries_weights=True))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("values", ["normal", "nonfinite", "zeros"])
+def test_values_where_every_row_returns(values: str, hooked: bool) -> None:
+    routing = random_routing(3, 6, 5, 4, seed=3)
+    for carries_weights in (False, True):
+        how = {"hooked": hooked, "carries_weights": carries_weights, "own_stretches": hooked}
+        run_all(scenario_of(routing, 6, reduce="token", values=values, **how))
+
+
+#: Where a combine sums: at experts' ranks first, without and with weights that travel; at the token alone.
+SUMS = (
+    {"reduce": "rank", "carries_weights": False},
+    {"reduce": "rank", "carries_weights": True},
+    {"reduce": "token", "carries_weights": False},
+)
+
+
 @pytest.mark.parametrize("num_topk", [1, 31, 32])
 @pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("carries_weights", [False, True])
-def test_widths_of_topk(num_topk: int, hooked: bool, carries_weights: bool) -> None:
+@pytest.mark.parametrize("sums", SUMS)
+def test_widths_of_topk(num_topk: int, hooked: bool, sums: dict[str, object]) -> None:
     routing = random_routing(2, 64, num_topk, 3, seed=num_topk)
-    run_all(scenario_of(routing, 64, values="normal", hooked=hooked, carries_weights=carries_weights))
+    run_all(scenario_of(routing, 64, values="normal", hooked=hooked, **sums))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 8])
-def test_numbers_of_ranks(num_ranks: int) -> None:
+@pytest.mark.parametrize("reduce", ["rank", "token"])
+def test_numbers_of_ranks(num_ranks: int, reduce: str) -> None:
     routing = random_routing(num_ranks, 2 * num_ranks, 4, 3, seed=num_ranks)
-    run_all(scenario_of(routing, 2 * num_ranks, values="normal", spare_slots=2), schedules=2)
+    run_all(scenario_of(routing, 2 * num_ranks, values="normal", spare_slots=2, reduce=reduce), schedules=2)
 
 
 @pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices", "elsewhere"])
 @pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("carries_weights", [False, True])
+@pytest.mark.parametrize("sums", SUMS)
 def test_a_rank_that_spoils_a_call_stops_all_and_nothing_else(
-    spoils: str, hooked: bool, carries_weights: bool
+    spoils: str, hooked: bool, sums: dict[str, object]
 ) -> None:
     routing = random_routing(3, 6, 2, 3, seed=5)
-    run_all(scenario_of(routing, 6, spoils=spoils, hooked=hooked, carries_weights=carries_weights))
+    run_all(scenario_of(routing, 6, spoils=spoils, hooked=hooked, **sums))
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -127,7 +145,7 @@ def test_some_or_all_have_no_token(carries_weights: bool) -> None:
     run_all(scenario_of([none, np.array([[0, 2]]), none], 3, carries_weights=carries_weights))
 
 
-def combine_sent_by(ranks: tuple[int, ...], carries_weights: bool) -> str:
+def combine_sent_by(ranks: tuple[int, ...], *, carries_weights: bool = False, exact: bool = False) -> str:
     """Outcome when these of two ranks launch the send half of a combine, each with rows of both."""
     gpu = LowLatencyGpu(num_blocks=2)
     machine = _emulator.Machine(
@@ -139,8 +157,9 @@ def combine_sent_by(ranks: tuple[int, ...], carries_weights: bool) -> str:
         seed=1,
         max_steps=10**9,
     )
-    domain = EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, 2, LowLatencySizes(1, 2, 1, 128))
-    call = LowLatencyCall(torch.tensor([[0], [1]]), torch.ones(2, 1), 2, 1, 128, carries_weights)
+    sizes = LowLatencySizes(1, 2, 1, 128, entry_stretches=1 if exact else 0)
+    domain = EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, 2, sizes)
+    call = LowLatencyCall(torch.tensor([[0], [1]]), torch.ones(2, 1), 2, 1, 128, carries_weights, exact=exact)
     handles = [domain.new_handle(rank, call) for rank in range(2)]
     for rank, handle in enumerate(handles):
         args, _ = domain.dispatch(rank, call, RowCast(), torch.ones(2, 128).bfloat16(), handle)
@@ -158,6 +177,23 @@ def test_a_hooked_combine_sends_alone_if_its_dispatch_carried_the_weights() -> N
     assert combine_sent_by((0,), carries_weights=True) == "done"
     assert "low_latency_combine_send" in combine_sent_by((0,), carries_weights=False)
     assert combine_sent_by((0, 1), carries_weights=False) == "done"
+
+
+def test_a_hooked_combine_sends_alone_if_every_row_returns() -> None:
+    """No weight travels then."""
+    assert combine_sent_by((0,), exact=True) == "done"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_domain_sums_as_its_memory_was_made_for(exact: bool) -> None:
+    gpu = LowLatencyGpu(num_blocks=1)
+    machine = _emulator.Machine(num_ranks=1, max_blocks=1, max_threads=64, strategy="random", seed=1)
+    sizes = LowLatencySizes(1, 2, 1, 128, entry_stretches=1 if exact else 0)
+    domain = EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, 1, sizes)
+    call = LowLatencyCall(torch.tensor([[0]]), torch.ones(1, 1), 2, 1, 128, exact=not exact)
+    args, _ = domain.combine(0, call, torch.ones(1, 2, 128).bfloat16(), domain.new_handle(0, call))
+    with pytest.raises(ValueError, match="a sum that the buffer was not made for"):
+        domain.launch_combine(0, args, BOTH)
 
 
 def test_many_operations_in_a_row() -> None:
@@ -202,3 +238,11 @@ def test_memory_is_proportional_to_ranks_and_tokens(num_topk: int) -> None:
     for ranks, tokens in ((16, 128), (8, 256)):
         assert num_bytes(ranks, 288, tokens) == pytest.approx(2 * asked, rel=0.001)
     assert num_bytes(8, 1024, 128) == pytest.approx(asked, rel=0.001)
+
+
+@pytest.mark.parametrize("stretches", [1, 8])
+def test_rows_of_entries_take_memory_by_topk(stretches: int) -> None:
+    """A message of each token of each rank, and a row of each entry, once or for each source; two epochs."""
+    size, _ = _emulator.low_latency_bytes(8, 36, 128, 8, 2 * 7168, stretches)
+    rows = 2 * 128 * (8 + 8 * stretches) * (2 * 7168)
+    assert rows < size < 1.05 * rows

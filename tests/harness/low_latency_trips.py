@@ -28,6 +28,7 @@ class LowLatencyShape:
     with_weights: bool = False
     hooked: bool = False
     nonfinite: bool = False
+    exact: bool = False
 
     @property
     def ranks(self) -> int:
@@ -89,7 +90,7 @@ def prepare(shape: LowLatencyShape, seed: int) -> PreparedLowLatency:
     generator = torch.Generator().manual_seed(seed)
     size = (shape.local_experts, shape.ranks * shape.num_max_tokens, shape.hidden)
     rows = [torch.randn(size, generator=generator).to(torch.bfloat16) for _ in inputs]
-    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce="rank")
+    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce="token" if shape.exact else "rank")
     return PreparedLowLatency(inputs, layouts, rows, sums)
 
 

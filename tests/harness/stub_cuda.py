@@ -143,6 +143,13 @@ class Turns(Opaque):
         return True
 
 
+def low_latency_bytes(
+    num_ranks: int, experts: int, tokens: int, topk: int, row_bytes: int, entry_stretches: int = 0
+) -> tuple[int, int]:
+    """About what the real one says: rows of so many tokens, or of each of their entries."""
+    return tokens * row_bytes * (1 + topk * entry_stretches), 64
+
+
 def extension(num_rows: int) -> ModuleType:
     """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
     stub: Any = ModuleType("deepep._cuda")
@@ -150,7 +157,7 @@ def extension(num_rows: int) -> ModuleType:
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
     stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns
-    stub.low_latency_bytes = lambda num_ranks, experts, tokens, topk, row_bytes: (tokens * row_bytes, 64)
+    stub.low_latency_bytes = low_latency_bytes
     stub.Counts, stub.FaultRecord = Counts, Fault
     stub.wait_counts = lambda *args, **named: Counts(0, num_rows, num_rows, 0, Opaque(), [num_rows])
     stub.control_bytes = lambda *args: 1 << 12

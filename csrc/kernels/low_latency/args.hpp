@@ -9,6 +9,12 @@ namespace deepep::kernels {
 /// Which halves a launch has. A send is followed by its receive before another operation begins.
 enum class Halves : int { kBoth = 0, kSend = 1, kReceive = 2 };
 
+/// What goes back of a token that came.
+enum class Returned : int {
+  kSums = 0,     // one row: the sum of its experts' rows, weighted; the owner sums those, ranks ascending
+  kEntries = 2,  // a row for each of its top-k entries; the owner weights and sums all, k ascending
+};
+
 /// What a combine needs of its dispatch, in memory that the handle owns.
 struct LowLatencyHandle {
   uint32_t* identity;  // [2]: the dispatch's epoch, 0 if it failed, and a hash of its top-k
@@ -22,7 +28,7 @@ struct LowLatencyShare {
   uint32_t digest;       // of what ranks must pass alike
   int first_sender;      // of the blocks that send tokens: 1 if block 0, which posts words, can be spared
   int first_worker;      // of those that have messages, the same
-  int num_sources;       // whose messages are dealt to blocks: R, and in a dispatch R - 1
+  int num_sources;       // whose messages are dealt to blocks: R, or R - 1 without this rank
   int tokens_per_block;  // one block's tokens: side by side in a dispatch, num_blocks apart in a combine
   int token_shift;       // 2^token_shift warps share a token that is sent or summed,
   int message_shift;     // a message that came,
@@ -69,7 +75,8 @@ struct LowLatencyCombineArgs {
   LowLatencyHandle handle;
   bool refused;  // as of a dispatch
   bool elsewhere;
-  bool weights_travelled;  // with the dispatch; else they are sent first
+  bool weights_travelled;  // with the dispatch; else they are sent first, where sums go back
+  Returned returned;
   int num_tokens;
   int max_tokens;
   int num_topk;

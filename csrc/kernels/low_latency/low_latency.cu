@@ -1,4 +1,7 @@
 #include "kernels/low_latency/combine.hpp"
+#include "kernels/low_latency/combine_exact.hpp"
+#include "kernels/low_latency/combine_exact_receive.hpp"
+#include "kernels/low_latency/combine_exact_send.hpp"
 #include "kernels/low_latency/combine_receive.hpp"
 #include "kernels/low_latency/combine_send.hpp"
 #include "kernels/low_latency/dispatch.hpp"
@@ -20,11 +23,14 @@ Kernel<LowLatencyDispatchArgs> dispatch_of(Halves halves) {
   }
 }
 
-Kernel<LowLatencyCombineArgs> combine_of(Halves halves) {
+Kernel<LowLatencyCombineArgs> combine_of(Returned returned, Halves halves) {
+  const bool exact = returned == Returned::kEntries;
   switch (halves) {
-    case Halves::kSend: return low_latency_combine_send_kernel;
-    case Halves::kReceive: return low_latency_combine_receive_kernel;
-    default: return low_latency_combine_kernel;
+    case Halves::kSend:
+      return exact ? low_latency_combine_exact_send_kernel : low_latency_combine_send_kernel;
+    case Halves::kReceive:
+      return exact ? low_latency_combine_exact_receive_kernel : low_latency_combine_receive_kernel;
+    default: return exact ? low_latency_combine_exact_kernel : low_latency_combine_kernel;
   }
 }
 
@@ -38,14 +44,15 @@ void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halv
 }
 
 void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
-  launch(combine_of(halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
-         "low-latency combine");
+  launch(combine_of(args.returned, halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(),
+         stream, "low-latency combine");
 }
 
 void load_low_latency() {
   for (const Halves halves : {Halves::kBoth, Halves::kSend, Halves::kReceive}) {
     load(dispatch_of(halves), "low-latency dispatch");
-    load(combine_of(halves), "low-latency combine");
+    for (const Returned returned : {Returned::kSums, Returned::kEntries})
+      load(combine_of(returned, halves), "low-latency combine");
   }
 }
 

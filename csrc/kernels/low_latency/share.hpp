@@ -40,8 +40,13 @@ template <class Args>
 [[nodiscard]] inline uint32_t digest_of(const LowLatencyCombineArgs& args) {
   if (args.refused) return absence_of(args);
   Digest digest = digest_of_sizes(args);
-  digest.add(args.weights_travelled ? 1u : 0u);
+  digest.add((args.weights_travelled ? 1u : 0u) | static_cast<uint32_t>(args.returned) << 1);
   return digest.value | 1u;
+}
+
+/// True where each entry of a token has a row that goes back.
+[[nodiscard]] DEEPEP_HD bool returns_entries(const LowLatencyCombineArgs& args) {
+  return args.returned == Returned::kEntries;
 }
 
 /// The largest s with 2^s warps for each of so many items, one at least.
@@ -52,9 +57,11 @@ template <class Args>
 }
 
 /// Sources whose messages are dealt to blocks: those of others in a dispatch, where a block keeps its own
-/// tokens.
+/// tokens; and in a combine that returns entries, where those of this rank are read where they lie.
 [[nodiscard]] inline int num_sources(const LowLatencyDispatchArgs& args) { return args.group.num_ranks - 1; }
-[[nodiscard]] inline int num_sources(const LowLatencyCombineArgs& args) { return args.group.num_ranks; }
+[[nodiscard]] inline int num_sources(const LowLatencyCombineArgs& args) {
+  return args.group.num_ranks - (returns_entries(args) ? 1 : 0);
+}
 
 /// Warps for the messages that come: in a dispatch half of them, the others have this rank's own.
 [[nodiscard]] inline int warps_for_messages(const LowLatencyDispatchArgs&, int num_warps) {

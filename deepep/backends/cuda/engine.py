@@ -84,7 +84,7 @@ class CudaEngine(Engine):
             session.num_ranks,
             "cuda",
             options,
-            operations={**OPERATIONS, **CudaLowLatency.runs_on(options.reduction)},
+            operations={**OPERATIONS, **CudaLowLatency.runs_on()},
             ranks_per_domain=RANKS_PER_DOMAIN,
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -93,7 +93,7 @@ class CudaEngine(Engine):
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
         self._generations = Generations(control.membership, self.device, "build")
-        self._low_latency = CudaLowLatency(self._control, self, self._turns, options.reduction)
+        self._low_latency = CudaLowLatency(self._control, self, self._turns)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self._live = (1 << session.num_ranks) - 1
         self._is_built = False

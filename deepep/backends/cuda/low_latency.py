@@ -2,7 +2,7 @@
 
 A call is a launch, or two with a hook: between them nothing of this library runs. Nothing of the host crosses
 ranks, but where sizes and formats are new (low_latency_state.py). What the kernels do not do goes by NCCL, by
-a rule that all ranks decide alike: sizes beyond `served`, LogFMT, and reduction="exact".
+a rule that all ranks decide alike: sizes beyond `served`, and LogFMT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from deepep.backends.reference.low_latency import LowLatencyOperations
 from deepep.errors import ArgumentError, MismatchError
 from deepep.runtime import streams
 from deepep.runtime.control.issue import ControlPlane
-from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import (
     Hook,
     LowLatencyCombined,
@@ -56,21 +55,16 @@ RUNS_ON_NCCL = "all_to_all over NCCL"
 class CudaLowLatency:
     """The low-latency operations of one engine."""
 
-    def __init__(
-        self, control: ControlPlane, engine: CudaEngine, turns: _cuda.Turns, reduction: Reduction
-    ) -> None:
+    def __init__(self, control: ControlPlane, engine: CudaEngine, turns: _cuda.Turns) -> None:
         self._control = control
         self._nccl = LowLatencyOperations(control, engine)
-        self._combines_by_kernels = reduction == "expert_rank"
         self.state = LowLatencyState(control, engine, turns)
 
     @staticmethod
-    def runs_on(reduction: Reduction) -> dict[str, str]:
+    def runs_on() -> dict[str, str]:
         """By operation, what runs it."""
         kernels = "CUDA kernels"
-        combine = f"{RUNS_ON_NCCL} (reduction='exact')"
-        if reduction == "expert_rank":
-            combine = f"{kernels} (LogFMT: {RUNS_ON_NCCL})"
+        combine = f"{kernels} (LogFMT: {RUNS_ON_NCCL})"
         return {"low-latency dispatch": kernels, "low-latency combine": combine}
 
     # dispatch
@@ -170,7 +164,7 @@ class CudaLowLatency:
         """A weighted sum over k, ascending."""
         operation, state, route = Operation.LOW_LATENCY_COMBINE, self.state, request.route
         with self._control.issuing:
-            by_kernels, late = self._combines_by_kernels and not request.use_logfmt, None
+            by_kernels, late = not request.use_logfmt, None
             plan = route.plan if by_kernels and isinstance(route.plan, LowLatencyPlan) else None
             try:
                 if self._control.pending_hook is not None:

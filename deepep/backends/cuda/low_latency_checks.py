@@ -96,7 +96,16 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
         use_ue8m0=request.use_ue8m0,
         with_weights=request.topk_weights is not None,
         num_blocks=num_blocks(request.num_max_tokens, engine.sms),
+        entry_stretches=_entry_stretches(engine),
     )
+
+
+def _entry_stretches(engine: CudaEngine) -> int:
+    """LowLatencyRoom's. Where ranks can be left out, one of them may still write when others go on."""
+    options = engine.info.options
+    if options.reduction == "expert_rank":
+        return 0
+    return engine.info.num_ranks if options.masks else 1
 
 
 def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, engine: CudaEngine) -> bool:

@@ -31,6 +31,10 @@ def num_blocks(num_max_tokens: int, num_sms: int) -> int:
     return max(1, min(num_sms, max(LEAST_BLOCKS, num_max_tokens + 1)))
 
 
+RETURNS_SUMS, RETURNS_ENTRIES = 0, 2
+"""What goes back of a token; the numbers are csrc/kernels/low_latency/args.hpp's."""
+
+
 class Halves(IntEnum):
     """The halves that a launch has; the numbers are csrc/kernels/low_latency/args.hpp's."""
 
@@ -41,12 +45,17 @@ class Halves(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LowLatencyRoom:
-    """The largest call that memory has room for: L, M, K and H."""
+    """The largest call that memory has room for: L, M, K and H.
+
+    entry_stretches: 0 where one row of a token returns from a rank. Where each top-k entry has a row that
+    does: the sources that have room of their own for those, all R, or 1: they share it.
+    """
 
     num_local_experts: int
     num_max_tokens: int
     num_topk: int
     hidden: int
+    entry_stretches: int = 0
 
     def joined(self, other: LowLatencyRoom) -> LowLatencyRoom:
         """Room for either."""
@@ -55,12 +64,18 @@ class LowLatencyRoom:
             max(self.num_max_tokens, other.num_max_tokens),
             max(self.num_topk, other.num_topk),
             max(self.hidden, other.hidden),
+            max(self.entry_stretches, other.entry_stretches),
         )
 
     def num_bytes(self, num_ranks: int) -> tuple[int, int]:
         """Bytes of symmetric memory, and how many of them are to be zero before any rank sends."""
         return _cuda.low_latency_bytes(
-            num_ranks, self.num_local_experts, self.num_max_tokens, self.num_topk, 2 * self.hidden
+            num_ranks,
+            self.num_local_experts,
+            self.num_max_tokens,
+            self.num_topk,
+            2 * self.hidden,
+            self.entry_stretches,
         )
 
 
@@ -68,7 +83,8 @@ class LowLatencyRoom:
 class LowLatencyFormat:
     """All that ranks must pass alike to a dispatch, and what follows from it alone.
 
-    with_weights: they travel with the dispatch. num_blocks: of a launch. templates: by device.
+    with_weights: they travel with the dispatch. num_blocks: of a launch. entry_stretches: LowLatencyRoom's;
+    not 0 if its combines return the row of each top-k entry. templates: by device.
     """
 
     num_ranks: int
@@ -82,6 +98,7 @@ class LowLatencyFormat:
     use_ue8m0: bool = False
     with_weights: bool = False
     num_blocks: int = 1
+    entry_stretches: int = 0
     templates: dict[torch.device, LowLatencyTemplates] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -89,7 +106,9 @@ class LowLatencyFormat:
     @property
     def room(self) -> LowLatencyRoom:
         """The memory that it takes."""
-        return LowLatencyRoom(self.num_local_experts, self.num_max_tokens, self.num_topk, self.hidden)
+        return LowLatencyRoom(
+            self.num_local_experts, self.num_max_tokens, self.num_topk, self.hidden, self.entry_stretches
+        )
 
     def outputs(
         self, num_tokens: int, device: torch.device, stream: int
@@ -235,6 +254,7 @@ class LowLatencyEndpoint:
             max_tokens=room.num_max_tokens,
             max_topk=room.num_topk,
             max_row_bytes=2 * room.hidden,
+            entry_stretches=room.entry_stretches,
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
             timeout_seconds=timeout,
@@ -318,6 +338,7 @@ class LowLatencyEndpoint:
             came=plan.came,
             routes=plan.routes,
             weights_travelled=form.with_weights,
+            returned=RETURNS_ENTRIES if form.entry_stretches else RETURNS_SUMS,
             out=out.data_ptr(),
             stream=stream,
         )
@@ -332,7 +353,9 @@ class LowLatencyEndpoint:
         shape = {"num_blocks": 1, "max_tokens": 1, "num_topk": 1, "num_local_experts": 1, "hidden": 8}
         call: dict[str, Any] = nothing | handle | shape | {"index_bytes": 8, "stream": stream}
         if combine:
-            self.domain.combine(**call, weights_travelled=True, out=0, refused=True, elsewhere=elsewhere)
+            self.domain.combine(
+                **call, weights_travelled=True, returned=0, out=0, refused=True, elsewhere=elsewhere
+            )
             return
         received = dict.fromkeys(("recv_x", "recv_scales", "recv_count", "recv_source", "recv_range"), 0)
         call |= received | dict.fromkeys(("weights_travel", "casts", "rounds_scales", "packs_scales"), 0)

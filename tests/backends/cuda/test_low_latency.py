@@ -30,6 +30,7 @@ def form_of(shape: LowLatencyShape) -> Any:
         shape.round_scale,
         shape.ue8m0,
         shape.with_weights,
+        entry_stretches=1 if shape.exact else 0,
     )
 
 
@@ -73,14 +74,17 @@ def test_formats(form: str, with_weights: bool, hooked: bool) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_channels_that_are_not_finite(form: str) -> None:
-    shape = LowLatencyShape((37, 64), hidden=1024, nonfinite=True, **FORMATS[form])
-    round_trip(domain_of(shape), shape, seed=2)
+    for exact in (False, True):
+        shape = LowLatencyShape((37, 64), hidden=1024, nonfinite=True, exact=exact, **FORMATS[form])
+        round_trip(domain_of(shape), shape, seed=2)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("num_ranks", range(1, 9))
-def test_numbers_of_ranks(num_ranks: int, hooked: bool) -> None:
-    shape = LowLatencyShape(tuple(32 - 3 * r for r in range(num_ranks)), topk=6, hooked=hooked)
+@pytest.mark.parametrize("exact", [False, True])
+def test_numbers_of_ranks(num_ranks: int, hooked: bool, exact: bool) -> None:
+    tokens = tuple(32 - 3 * r for r in range(num_ranks))
+    shape = LowLatencyShape(tokens, topk=6, hooked=hooked, exact=exact)
     domain = domain_of(shape)
     for seed in range(3):
         round_trip(domain, shape, seed)
@@ -90,14 +94,16 @@ def test_numbers_of_ranks(num_ranks: int, hooked: bool) -> None:
 @pytest.mark.parametrize("tokens", [(0, 0), (1, 0), (0, 128), (128, 128), (5, 97)])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_routings(pattern: str, tokens: tuple[int, int], index_dtype: torch.dtype) -> None:
-    shape = LowLatencyShape(tokens, most=128, pattern=pattern, index_dtype=index_dtype)
-    round_trip(domain_of(shape), shape, seed=1)
+    for exact in (False, True):
+        shape = LowLatencyShape(tokens, most=128, pattern=pattern, index_dtype=index_dtype, exact=exact)
+        round_trip(domain_of(shape), shape, seed=1)
 
 
 @pytest.mark.parametrize("hidden", [8, 264, 1288, 2560, 7168])
 @pytest.mark.parametrize("topk", [1, 8, 31, 32])
-def test_widths(hidden: int, topk: int) -> None:
-    shape = LowLatencyShape((24, 31), hidden=hidden, topk=topk, local_experts=20)
+@pytest.mark.parametrize("exact", [False, True])
+def test_widths(hidden: int, topk: int, exact: bool) -> None:
+    shape = LowLatencyShape((24, 31), hidden=hidden, topk=topk, local_experts=20, exact=exact)
     round_trip(domain_of(shape), shape, seed=2)
 
 
@@ -109,19 +115,23 @@ def test_a_decode_step_of_full_size() -> None:
     for seed in range(2):
         round_trip(domain, shape, seed)
     round_trip(domain, replace(shape, hooked=True, with_weights=False), 3)
+    exact = replace(shape, exact=True)
+    round_trip(domain_of(exact), exact, 4)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 16])
-def test_any_number_of_blocks_gives_the_same_bits(num_blocks: int) -> None:
-    shape = LowLatencyShape((50, 7, 64, 33), topk=5, with_weights=True)
+@pytest.mark.parametrize("exact", [False, True])
+def test_any_number_of_blocks_gives_the_same_bits(num_blocks: int, exact: bool) -> None:
+    shape = LowLatencyShape((50, 7, 64, 33), topk=5, with_weights=True, exact=exact)
     domain = domain_of(shape, num_blocks=num_blocks)
     for hooked in (False, True):
         round_trip(domain, replace(shape, hooked=hooked), seed=4)
 
 
-def test_many_calls_in_a_row_of_any_shape() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_many_calls_in_a_row_of_any_shape(exact: bool) -> None:
     """Shapes, formats and halves take turns on one memory, far beyond what there are epochs of slots."""
-    largest = LowLatencyShape((64, 64, 64), hidden=1024, topk=8, local_experts=8)
+    largest = LowLatencyShape((64, 64, 64), hidden=1024, topk=8, local_experts=8, exact=exact)
     domain = domain_of(largest)
     generator = torch.Generator().manual_seed(SEED)
 
@@ -139,6 +149,7 @@ def test_many_calls_in_a_row_of_any_shape() -> None:
             pattern=pick("uniform", "holes", "one_rank"),
             with_weights=pick(False, True),
             hooked=pick(False, True),
+            exact=exact,
             **FORMATS[pick("bf16", "fp8", "rounded")],
         )
         round_trip(domain, shape, number % 7)
@@ -205,8 +216,9 @@ def test_ranks_that_pass_different_arguments_all_stop(change: str) -> None:
     round_trip(domain, shape, 1)
 
 
-def test_other_indices_than_the_dispatchs_stop_a_combine() -> None:
-    shape = LowLatencyShape((16, 16))
+@pytest.mark.parametrize("exact", [False, True])
+def test_other_indices_than_the_dispatchs_stop_a_combine(exact: bool) -> None:
+    shape = LowLatencyShape((16, 16), exact=exact)
     case, form = prepared(shape, 0), form_of(shape)
     given = [to_gpu(one) for one in case.inputs]
     domain = domain_of(shape, timeout=60.0)
@@ -222,9 +234,10 @@ def test_other_indices_than_the_dispatchs_stop_a_combine() -> None:
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
-def test_graphs_of_any_number_of_operations_among_eager_calls(pairs: int, hooked: bool) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_graphs_of_any_number_of_operations_among_eager_calls(pairs: int, hooked: bool, exact: bool) -> None:
     """A graph a rank: dispatches, each with its combine; replays with new inputs, among eager calls."""
-    shape = LowLatencyShape((32, 20), topk=4, hooked=hooked)
+    shape = LowLatencyShape((32, 20), topk=4, hooked=hooked, exact=exact)
     form, domain = form_of(shape), domain_of(shape)
     cases = [prepared(shape, seed) for seed in range(4)]
     held = [to_gpu(one) for one in cases[0].inputs]

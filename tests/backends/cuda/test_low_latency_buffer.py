@@ -21,12 +21,14 @@ def pair() -> Iterator[World]:
         yield world
 
 
-def buffer_of(ctx: Any) -> Any:
+def buffer_of(ctx: Any, reduction: str = "expert_rank") -> Any:
     import deepep
 
+    if "buffer" in ctx.scratch and ctx.scratch["buffer"].info.reduction != reduction:
+        ctx.scratch.pop("buffer").destroy()
     if "buffer" not in ctx.scratch:
         ctx.scratch["buffer"] = deepep.Buffer(
-            ctx.group, low_latency_mode=True, timeout=20.0, reduction="expert_rank"
+            ctx.group, low_latency_mode=True, timeout=20.0, reduction=reduction
         )
     assert ctx.scratch["buffer"].info.operations["low-latency dispatch"] == "CUDA kernels"
     return ctx.scratch["buffer"]
@@ -36,7 +38,8 @@ def through_buffer(ctx: Any, shape: LowLatencyShape, seed: int, early: str, zero
     """A round trip of `Buffer` and its bits."""
     from deepep.backends.cuda.low_latency_launch import LowLatencyArrays
 
-    buffer, case = buffer_of(ctx), prepare(shape, seed)
+    buffer = buffer_of(ctx, "exact" if shape.exact else "expert_rank")
+    case = prepare(shape, seed)
     x, idx, weights = (t.cuda() for t in case.inputs[ctx.rank])
     how = {"async_finish": early == "event", "return_recv_hook": early == "hook"}
     stats = torch.full((shape.local_experts,), 5, dtype=torch.int32, device="cuda")
@@ -68,6 +71,14 @@ def through_buffer(ctx: Any, shape: LowLatencyShape, seed: int, early: str, zero
         hook()
     assert out is None or sums is out
     assert torch.equal(bits(sums), bits(case.sums[ctx.rank]))
+
+
+@pytest.mark.parametrize("early", ["sync", "event", "hook"])
+@pytest.mark.parametrize("zero_copy", [False, True])
+def test_buffer_where_every_row_returns(pair: World, zero_copy: bool, early: str) -> None:
+    shape = LowLatencyShape((64, 50), most=64, hidden=1536, topk=8, local_experts=16, exact=True)
+    for with_weights in (False, True):
+        pair.run(through_buffer, replace(shape, with_weights=with_weights), 0, early, zero_copy)
 
 
 @pytest.mark.parametrize("early", ["sync", "event", "hook"])

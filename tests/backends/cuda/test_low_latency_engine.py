@@ -220,11 +220,33 @@ def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
             since()
             dispatch(buffer, most=1 << 16)
             assert since() == ["low_latency_dispatch elsewhere", "fallback"]
-        with stub_cuda.stub_buffer(reduction="exact") as buffer:
-            assert "NCCL" in buffer.info.operations["low-latency combine"]
-            rows, _, handle, _, _ = dispatch(buffer)
-            buffer.low_latency_combine(rows, idx, weights, handle)
-            assert since() == ["low_latency_dispatch", "low_latency_combine elsewhere", "fallback"]
+        """
+    )
+
+
+def test_the_exact_mode_has_kernels_and_memory_of_its_own() -> None:
+    """Room for a row of each top-k entry; of each source, where ranks can be left out."""
+    on_stubs(
+        """
+        sizes = []
+        for how in ({"reduction": "expert_rank"}, {"reduction": "exact"}, {"reduction": "expert_rank"}):
+            with stub_cuda.stub_buffer(**how) as buffer:
+                assert memory(buffer) == 0
+                rows, _, handle, _, _ = dispatch(buffer)
+                sizes.append(memory(buffer))
+                buffer.low_latency_combine(rows, idx, weights, handle)
+                buffer.get_next_low_latency_combine_buffer(handle)
+                _, _, hook = buffer.low_latency_combine(
+                    rows, idx, weights, handle, zero_copy=True, return_recv_hook=True
+                )
+                hook()
+                assert since() == [
+                    "low_latency_dispatch",
+                    "low_latency_combine",
+                    "low_latency_combine send",
+                    "low_latency_combine receive",
+                ]
+        assert sizes[0] == sizes[2] and sizes[1] == 3 * sizes[0]  # of the stub; K is 2
         """
     )
 

@@ -1,0 +1,59 @@
+// The sums of tokens, on the rank that owns them, where every top-k entry has a row that comes back: weighted
+// here, k ascending, with one rounding. This rank's own rows are read where the caller has them.
+#pragma once
+
+#include "kernels/low_latency/combine_entries.hpp"
+#include "kernels/low_latency/combine_sum.hpp"
+
+namespace deepep::kernels {
+
+/// The rows of a token of this rank, with their weights; those of its own experts where they lie. One warp.
+/// `ranks`: those whose rows are here.
+[[nodiscard]] DEEPEP_DEVICE SumRows entries_of(const LowLatencyCombineCall& call, int t, uint32_t ranks) {
+  using namespace dev;
+  const LowLatencyCombineArgs& args = call.args;
+  const int rank = call.g.rank;
+  const int expert = lane() < args.num_topk ? expert_at(args, t * args.num_topk + lane()) : -1;
+  const int source = expert < 0 ? 0 : args.share.by_local_experts.quotient(expert);
+  const bool has_row = expert >= 0 && ((ranks >> source) & 1u) != 0;
+  const float weight =
+      has_row ? float_of_bits(load_once(args.topk_weights + t * args.num_topk + lane())) : 0.0f;
+  uint64_t address = entry_at(call, rank, source, t);
+  if ((ranks >> rank & 1u) != 0) {
+    const Return own = find_return(call, {rank, t});
+    if (source == rank) address = own.address;
+  }
+  return {ballot(has_row), address, weight};
+}
+
+/// The block's tokens: all rows that come back, weighted, k ascending. One that does not come in time is a
+/// fault. `ranks`: of the first.
+DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call, uint32_t ranks) {
+  using namespace dev;
+  const LowLatencyCombineArgs& args = call.args;
+  const Group& g = call.g;
+  SharedArray<uint32_t> failed(call.shared().failed());
+  const int shift = args.share.token_shift;
+  const Team team = team_of_warp(shift);
+  const Pieces mine = pieces_of(call, team, shift);
+#pragma unroll 1
+  for (int i = team.number; item_of_block(i, 0) < args.num_tokens; i += team.teams) {
+    const int t = item_of_block(i, 0);
+    bool came = true;
+    if (lane() != g.rank && ((ranks >> lane()) & 1u) != 0) {
+      const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.return_flags(call.epoch, lane()));
+      came = wait_flag(call, flags + t, lane(), Phase::kReturn);
+    }
+    if (ballot(!came) != 0) {
+      if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kReturn));
+      return;  // the deadline has passed
+    }
+    const SumRows rows = entries_of(call, t, ranks);
+    sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
+    Vec16* out = reinterpret_cast<Vec16*>(args.out + t * int64_t{2} * args.hidden);
+    sum_rows<true>(out, rows, mine.begin, mine.end);
+    ranks = ranks_of(args, item_of_block(i + team.teams, 0));
+  }
+}
+
+}  // namespace deepep::kernels

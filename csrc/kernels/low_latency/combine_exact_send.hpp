@@ -1,0 +1,36 @@
+// The send half of a low-latency combine that rounds once, in a launch of its own.
+//
+// Phases:
+//   last_epoch      of the call before
+//   start           this call's epoch
+//   advance_epoch   each block has read it; the last one advances it
+//   post_shapes     block 0: that this rank combines, and how, or that it refuses to
+//   list_returns    the messages whose rows go back
+//   post_indices    block 0: whether the top-k indices are the dispatch's, and which that is
+//   return_entries  each message's rows, as they are, to the token's owner; this rank's own stay
+//   signal_returns  the last warp: a flag for each message, behind all of the block's rows
+//   finish          looks for what went wrong
+//   report_fault    one thread, if something did
+//
+// Who waits for whom: nobody.
+#pragma once
+
+#include "kernels/low_latency/combine_entries.hpp"
+
+namespace deepep::kernels {
+
+DEEPEP_KERNEL(low_latency_combine_exact_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+  using namespace dev;
+  const uint32_t last = last_epoch(args);
+  const LowLatencyCombineCall call = start(args, last);
+  advance_epoch(call);
+  post_shapes(call);
+  list_returns(call);
+  post_indices(call);
+  return_entries(call);
+  sync_block();
+  signal_returns(call);
+  if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
+}
+
+}  // namespace deepep::kernels
