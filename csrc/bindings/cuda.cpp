@@ -81,15 +81,16 @@ void bind_low_latency_domain(py::module_& m) {
   py::class_<LowLatencyDomain> domain(m, "LowLatencyDomain");
   domain.def(py::init([](int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens,
                          int max_topk, int64_t max_row_bytes, int entry_stretches, uintptr_t state,
-                         uintptr_t fault, double timeout_seconds, std::shared_ptr<Turns> turns) {
+                         uintptr_t fault, double timeout_seconds, bool shrinks, std::shared_ptr<Turns> turns) {
                return std::make_unique<LowLatencyDomain>(
                    deepep::bindings::low_latency_options(rank, heaps, max_local_experts, max_tokens, max_topk,
                                                          max_row_bytes, entry_stretches, state, fault,
-                                                         timeout_seconds),
+                                                         timeout_seconds, shrinks),
                    std::move(turns));
              }),
              py::kw_only(), "rank"_a, "heaps"_a, "max_local_experts"_a, "max_tokens"_a, "max_topk"_a,
-             "max_row_bytes"_a, "entry_stretches"_a, "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
+             "max_row_bytes"_a, "entry_stretches"_a, "state"_a, "fault"_a, "timeout_seconds"_a,
+             "shrinks"_a = false, "turns"_a);
   deepep::bindings::bind_low_latency(domain);
   bind_order(domain);
   domain.def(
@@ -98,6 +99,10 @@ void bind_low_latency_domain(py::module_& m) {
         return self.launcher().take_fault(self.group(), pointer<void>(stream));
       },
       "stream"_a = 0);
+  domain.def(
+      "masked", [](LowLatencyDomain& self) { return deepep::host::masked_ranks(self.group()); },
+      "Ranks that kernels have masked, as bits, as far as the host has seen.");
+  m.attr("MASKED_OFFSET") = offsetof(deepep::kernels::LocalState, masked);
   m.def("low_latency_bytes", &deepep::bindings::low_latency_bytes, "num_ranks"_a, "max_local_experts"_a,
         "max_tokens"_a, "max_topk"_a, "max_row_bytes"_a, "entry_stretches"_a = 0);
 }

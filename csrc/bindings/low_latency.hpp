@@ -83,8 +83,8 @@ void bind_low_latency(py::class_<Domain>& domain) {
 /// What a LowLatencyDomain is made of, but for what its launcher wants.
 inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<uintptr_t>& heaps,
                                                    int max_local_experts, int max_tokens, int max_topk,
-                                                   int64_t max_row_bytes, int entry_stretches,
-                                                   uintptr_t state, uintptr_t fault, double timeout_seconds) {
+                                                   int64_t max_row_bytes, int entry_stretches, uintptr_t state,
+                                                   uintptr_t fault, double timeout_seconds, bool shrinks) {
   std::vector<std::byte*> addresses;
   for (const uintptr_t heap : heaps) addresses.push_back(reinterpret_cast<std::byte*>(heap));
   return {.rank = rank,
@@ -96,13 +96,13 @@ inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<u
           .entry_stretches = entry_stretches,
           .state = reinterpret_cast<kernels::LocalState*>(state),
           .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
-          .timeout_seconds = timeout_seconds};
+          .timeout_seconds = timeout_seconds,
+          .shrinks = shrinks};
 }
 
 /// Of the memory that a LowLatencyDomain is given: bytes, and how many of them are to be zero.
 inline std::pair<int64_t, int64_t> low_latency_bytes(int num_ranks, int max_local_experts, int max_tokens,
-                                                     int max_topk, int64_t max_row_bytes,
-                                                     int entry_stretches) {
+                                                     int max_topk, int64_t max_row_bytes, int entry_stretches) {
   const layout::LowLatencySlots slots(num_ranks, max_local_experts, max_tokens, max_topk, max_row_bytes,
                                       entry_stretches);
   return {slots.bytes(), slots.control_bytes()};

@@ -55,6 +55,13 @@ class LowLatencyLauncher {
     return record;
   }
 
+  /// Ranks that kernels have masked, as bits. The rank's stream must be idle.
+  [[nodiscard]] uint32_t masked(const kernels::Group& group) {
+    uint32_t masked = 0;
+    machine_.host_read(rank_, reinterpret_cast<uintptr_t>(&group.fault->masked), &masked, sizeof(masked));
+    return masked;
+  }
+
  private:
   template <class Args>
   void launch(std::string kernel, const Args& args, int num_blocks, host::Halves halves, int64_t shared_bytes) {

@@ -45,6 +45,7 @@ struct LowLatencyOptions {
   kernels::LocalState* state = nullptr;
   kernels::FaultRecord* fault = nullptr;
   double timeout_seconds = 0;
+  bool shrinks = false;  // kernels mask a rank that is missing, and go on
 };
 
 [[nodiscard]] inline layout::LowLatencySlots low_latency_slots(const LowLatencyOptions& given) {
@@ -65,6 +66,7 @@ class LowLatencyDomain {
     group_.rank = given.rank;
     group_.num_ranks = static_cast<int>(num_ranks);
     group_.live = 0xffffffffu >> (32 - num_ranks);
+    group_.shrinks = given.shrinks;
     group_.timeout_ns = static_cast<uint64_t>(given.timeout_seconds * 1e9);
     for (size_t r = 0; r < num_ranks; ++r) group_.heap[r] = given.heaps[r];
     group_.state = given.state;

@@ -89,6 +89,11 @@ class Turns {
   return __atomic_load_n(&group.fault->pending, __ATOMIC_ACQUIRE) != 0;
 }
 
+/// Ranks that low-latency kernels have masked, as bits.
+[[nodiscard]] inline uint32_t masked_ranks(const kernels::Group& group) {
+  return __atomic_load_n(&group.fault->masked, __ATOMIC_RELAXED);
+}
+
 /// The fault that a kernel has recorded. It is cleared, and its notes on the device behind what was launched.
 [[nodiscard]] inline std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, Turns& turns,
                                                                     void* stream) {

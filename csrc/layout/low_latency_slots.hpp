@@ -107,10 +107,12 @@ struct LowLatencySlots {
   [[nodiscard]] DEEPEP_HD int64_t weights(uint32_t epoch, int source) const {
     return both_ * (words_bytes_ + kLine + 2 * flags_bytes_) + number(epoch, source) * weights_bytes_;
   }
-  /// What is zero before the first call; the rest is read behind flags alone.
-  [[nodiscard]] DEEPEP_HD int64_t control_bytes() const {
-    return both_ * (words_bytes_ + kLine + 2 * flags_bytes_ + weights_bytes_);
+  /// A tagged word, once: which operation `source` is held up in, and how long (low_latency/patience.hpp).
+  [[nodiscard]] DEEPEP_HD int64_t held(int source) const {
+    return both_ * (words_bytes_ + kLine + 2 * flags_bytes_ + weights_bytes_) + source * kLine;
   }
+  /// What is zero before the first call; the rest is read behind flags alone.
+  [[nodiscard]] DEEPEP_HD int64_t control_bytes() const { return held(num_ranks_); }
   /// Messages of `source`'s dispatch, by token.
   [[nodiscard]] DEEPEP_HD int64_t messages(uint32_t epoch, int source) const {
     return control_bytes() + number(epoch, source) * messages_bytes_;

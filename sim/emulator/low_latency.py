@@ -40,7 +40,7 @@ class LowLatencyGpu:
     """The shape of each rank's GPU.
 
     num_sms: how many blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before:
-    of each operation, modulo 2^32.
+    of each operation, modulo 2^32. shrinks: kernels mask a rank that is missing, and go on.
     """
 
     num_blocks: int = 2
@@ -48,6 +48,7 @@ class LowLatencyGpu:
     num_sms: int = 0
     timeout: float = 1.0
     calls_before: int = 0
+    shrinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class EmulatedLowLatency:
                     state=state,
                     fault=self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
                     timeout_seconds=gpu.timeout,
+                    shrinks=gpu.shrinks,
                 )
             )
         machine.meet()
@@ -165,6 +167,11 @@ class EmulatedLowLatency:
     def set_live(self, rank: int, live: tuple[int, ...]) -> None:
         """The ranks that take part in this rank's calls to come."""
         self._domains[rank].set_live(sum(1 << r for r in live))
+
+    def masked(self, rank: int) -> tuple[int, ...]:
+        """The ranks that this rank's kernels have masked. Its stream has to be idle."""
+        bits = self._domains[rank].masked()
+        return tuple(r for r in range(self.num_ranks) if bits >> r & 1)
 
     def new_handle(self, rank: int, call: LowLatencyCall) -> LowLatencyHandleAt:
         """Room for a handle; a dispatch fills it."""

@@ -181,8 +181,8 @@ EDITS = (
     Edit(
         "sums without digests",
         "kernels/low_latency/combine_digest.hpp",
-        "    if (!is_live(g, source)) continue;\n",
-        "    if (!is_live(g, source) || source != g.rank) continue;\n",
+        "    if (!is_live(call, source)) continue;\n",
+        "    if (!is_live(call, source) || source != g.rank) continue;\n",
         "nobody sees that ranks combine along other dispatches, or have not read what came before",
     ),
     Edit(
@@ -212,5 +212,40 @@ EDITS = (
         "  return stopped.get(0) == 0 && !args.refused;\n",
         "  return !args.refused;\n",
         "messages are spread by words that have not come, or of ranks that disagree",
+    ),
+    Edit(
+        "held up in silence",
+        "kernels/low_latency/patience.hpp",
+        "    post_held(call, count);\n",
+        "",
+        "a rank that waits for one that is gone is taken for gone by others",
+    ),
+    Edit(
+        "no more patience in mending",
+        "kernels/low_latency/mend.hpp",
+        "  if (next == Next::kFirst) call.deadline = Deadline::in(call.g.timeout_ns);\n",
+        "",
+        "who was held up, and comes late, is left out as well",
+    ),
+    Edit(
+        "masked, not mended",
+        "kernels/low_latency/mend.hpp",
+        "    mending.set(Mending::kMissing, notes.missing);\n    return Next::kFirst;\n",
+        "    mask(g, notes.missing);\n    return Next::kEnd;\n",
+        "some blocks' results have the rows of a rank that others have left out",
+    ),
+    Edit(
+        "one part mended",
+        "kernels/low_latency/mend.hpp",
+        "  if (call.block != num_blocks() - 1) return Next::kOther;\n",
+        "",
+        "what the other blocks have received is with the rank that is missing, or was never received",
+    ),
+    Edit(
+        "flags of rows that were not made",
+        "kernels/low_latency/combine_reduce.hpp",
+        "    if ((lost >> where.source) & 1u) continue;\n",
+        "",
+        "an owner whose weights came late takes what lies there for its row",
     ),
 )

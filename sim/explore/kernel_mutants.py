@@ -26,6 +26,9 @@ EXACT_FILES = tuple(
     f"kernels/low_latency/combine_{name}.hpp"
     for name in ("entries", "entry_sum", "exact", "exact_send", "exact_receive")
 )
+#: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
+MASKING_FILES = ("kernels/low_latency/mend.hpp", "kernels/low_latency/patience.hpp")
+MASKING_EDITS = ("flags of rows that were not made",)
 #: Files that take effect where copy engines return a combine's rows.
 COPY_ENGINE_FILES = tuple(
     f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")

@@ -15,7 +15,7 @@ import torch
 
 from deepep import _emulator
 from deepep.sim.cases.case import Case
-from deepep.sim.cases.values import inputs
+from deepep.sim.cases.values import RankInputs, inputs
 from deepep.sim.emulator.calls import DISAGREEMENT, KernelFault
 from deepep.sim.emulator.low_latency import (
     BOTH,
@@ -67,7 +67,7 @@ def is_exact(case: Case) -> bool:
     return case.options.reduce == "token"
 
 
-class _WrongBits(Exception):
+class WrongBits(Exception):
     """An operation finished with other bits than the oracle's."""
 
 
@@ -87,10 +87,12 @@ def run(
     max_steps: int = 5_000_000,
 ) -> RunReport:
     """Runs the scenario and judges every rank's results. kernels: default the product's own."""
-    return _LowLatencyRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
+    return LowLatencyRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
 
 
-class _LowLatencyRun:
+class LowLatencyRun:
+    """All ranks' programs on one machine."""
+
     def __init__(
         self,
         scenario: LowLatencyScenario,
@@ -152,7 +154,7 @@ class _LowLatencyRun:
                     break
                 self.watched = outcome
                 self._advance(outcome.rank)
-        except _WrongBits as error:
+        except WrongBits as error:
             report.kind, report.text = "wrong result", str(error)
         except _emulator.HostFailure as error:
             report.kind, _, report.text = str(error).partition("\n")
@@ -196,27 +198,14 @@ class _LowLatencyRun:
         members = case.members
         spoiler = members[index % len(members)]
         given = inputs(case, rank)
-        call = LowLatencyCall(
-            topk_idx=given.topk_idx,
-            topk_weights=given.topk_weights,
-            num_max_tokens=case.num_max_tokens,
-            num_local_experts=case.num_local_experts,
-            hidden=case.hidden,
-            carries_weights=self.scenario.carries_weights,
-            exact=is_exact(case),
-            # Of one that refuses; a rank alone would agree with itself.
-            elsewhere=spoils == "elsewhere" and len(case.dispatch_members) > 1,
-        )
-        cast = RowCast(
-            fp8=case.options.low_latency != "bf16",
-            round_scale=case.options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
-            ue8m0=case.options.low_latency == "fp8+ue8m0",
-        )
+        call, cast = call_of(case, given, carries_weights=self.scenario.carries_weights), cast_of(case)
+        # Of one that refuses; a rank alone would agree with itself.
+        call = replace(call, elsewhere=spoils == "elsewhere" and len(case.dispatch_members) > 1)
         domain.set_live(rank, case.dispatch_members)
         if spoils == "meeting":
             yield from self._meet(rank, call, given.tokens)
         if spoils in ("dispatch", "shape", "elsewhere"):
-            rows = _rows(case, rank, self.scenario, index)
+            rows = rows_of(case, rank, self.scenario.expected[index][rank])
             yield from self._spoil_dispatch(rank, call, cast, given.tokens, rows, is_spoiler=rank == spoiler)
         older = None
         if spoils == "older":
@@ -232,7 +221,7 @@ class _LowLatencyRun:
         if rank in case.masked:
             return
         domain.set_live(rank, members)
-        rows = _rows(case, rank, self.scenario, index)
+        rows = rows_of(case, rank, self.scenario.expected[index][rank])
         for number in range(self.scenario.num_combines):
             if spoils in ("combine", "indices", "older"):
                 # A rank alone agrees with itself along any dispatch: it refuses.
@@ -319,7 +308,7 @@ class _LowLatencyRun:
             if fault is not None and self.stops:
                 self.report.faults[rank] = fault
                 raise _RankGaveUp
-            raise _WrongBits(f"rank {rank}: of a refusal the kernel reported {fault}")
+            raise WrongBits(f"rank {rank}: of a refusal the kernel reported {fault}")
 
     def _settle(self, rank: int) -> Program:
         """Waits for the stream; where faults are to be expected, looks for one while the kernel runs, too."""
@@ -332,7 +321,7 @@ class _LowLatencyRun:
         yield "stream"
         fault = self.domain.take_fault(rank)
         if fault != early and early is not None:
-            raise _WrongBits(f"rank {rank}: a fault record that changed: {early}, then {fault}")
+            raise WrongBits(f"rank {rank}: a fault record that changed: {early}, then {fault}")
         if fault is not None:
             self.report.faults[rank] = fault
             raise _RankGaveUp
@@ -341,12 +330,33 @@ class _LowLatencyRun:
         views = [view if r == rank else RankView() for r in range(self.num_ranks)]
         difference = first_difference(self.scenario.expected[index], views)
         if difference is not None:
-            raise _WrongBits(f"case {index}: {difference}")
+            raise WrongBits(f"case {index}: {difference}")
 
 
-def _rows(case: Case, rank: int, scenario: LowLatencyScenario, index: int) -> torch.Tensor:
-    """Rows that the rank hands to combine: those it received, by the oracle, or others."""
-    view = scenario.expected[index][rank]
+def call_of(case: Case, given: RankInputs, *, carries_weights: bool) -> LowLatencyCall:
+    """A rank's call with what it is given."""
+    return LowLatencyCall(
+        topk_idx=given.topk_idx,
+        topk_weights=given.topk_weights,
+        num_max_tokens=case.num_max_tokens,
+        num_local_experts=case.num_local_experts,
+        hidden=case.hidden,
+        carries_weights=carries_weights,
+        exact=is_exact(case),
+    )
+
+
+def cast_of(case: Case) -> RowCast:
+    """The format of a case's rows."""
+    return RowCast(
+        fp8=case.options.low_latency != "bf16",
+        round_scale=case.options.low_latency in ("fp8+rounded", "fp8+ue8m0"),
+        ue8m0=case.options.low_latency == "fp8+ue8m0",
+    )
+
+
+def rows_of(case: Case, rank: int, view: RankView) -> torch.Tensor:
+    """Rows that the rank hands to combine: those it received, by the oracle's `view`, or others."""
     assert view.recv_count is not None
     assert view.recv_rows is not None
     count = torch.from_numpy(view.recv_count)

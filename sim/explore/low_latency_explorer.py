@@ -106,6 +106,7 @@ def explore_low_latency(
     schedules_per_scenario: int = 2,
     with_stops: bool = False,
     scenarios: Callable[[int], LowLatencyScenario] = draw_low_latency,
+    runner: Callable[..., RunReport] = run,
     kernels: Any = None,
 ) -> LowLatencyTally:
     """Runs drawn scenarios, each under several schedules, to the first failure or the end of the budget.
@@ -123,7 +124,7 @@ def explore_low_latency(
             if with_stops and i > 0:
                 stops = (draw_stop(number, scenario.cases[0].num_ranks, steps // i),)
             schedule = draw_schedule(number)
-            report = run(scenario, schedule, stops=stops, kernels=kernels)
+            report = runner(scenario, schedule, stops=stops, kernels=kernels)
             steps += report.steps
             tally.runs += 1
             tally.steps += report.steps

@@ -24,13 +24,16 @@ from deepep.sim.explore.kernel_mutants import (
     EXCHANGE_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
+    MASKING_EDITS,
+    MASKING_FILES,
     Mutant,
     build,
     precompile,
 )
-from deepep.sim.explore.low_latency import LowLatencyScenario
+from deepep.sim.explore.low_latency import LowLatencyScenario, run
 from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
 from deepep.sim.explore.scenarios import RunReport, Scenario
+from deepep.sim.explore.shrinking import draw_shrinking, run_shrinking
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
@@ -61,6 +64,11 @@ def _low_latency_call(seed: int, fixed: dict[str, object]) -> LowLatencyScenario
         return scenario
     # Refusals between combines along one handle: nothing but digests puts those in order.
     return replace(scenario, spoils="combine", num_combines=3)
+
+
+@lru_cache(maxsize=4096)
+def shrinking_scenario(seed: int) -> LowLatencyScenario:
+    return draw_shrinking(seed, limits=LOW_LATENCY_HUNTING_LIMITS)
 
 
 @lru_cache(maxsize=4096)
@@ -129,12 +137,15 @@ def hunt(
         found = None if exchanges.failure is None else exchanges.failure.report
         return Catch(mutant, found, exchanges.runs, exchanges.seconds, built - begin)
     if mutant.file.startswith(LOW_LATENCY_FILES):
+        masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
+        scenarios = _exact_scenario if mutant.file in EXACT_FILES else _low_latency_scenario
         calls = explore_low_latency(
             runs=runs,
             seconds=seconds,
             schedules_per_scenario=4,  # in three of them a rank stops
             with_stops=True,
-            scenarios=_exact_scenario if mutant.file in EXACT_FILES else _low_latency_scenario,
+            scenarios=shrinking_scenario if masks else scenarios,
+            runner=run_shrinking if masks else run,
             kernels=kernels,
         )
         found = None if calls.failure is None else calls.failure.report

@@ -80,7 +80,8 @@ class Scenario:
 class RunReport:
     """The outcome of a run.
 
-    kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), or what failed: "wrong result",
+    kind: "ok", "fault" (ranks gave up waiting, as they should after a stop), "masked" (they went on without
+    the one that stopped), or what failed: "wrong result",
     "needless fault", "unfinished", "stream that waits indefinitely", or a kind of the machine's ("data race",
     "deadlock", ...). text tells the story. faults: by rank, the fault record of the ranks that gave up. now:
     simulated seconds.
@@ -95,4 +96,4 @@ class RunReport:
 
     @property
     def failed(self) -> bool:
-        return self.kind not in ("ok", "fault")
+        return self.kind not in ("ok", "fault", "masked")

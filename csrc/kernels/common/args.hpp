@@ -43,6 +43,7 @@ struct FaultRecord {
   uint32_t expected;
   uint32_t seen;
   uint32_t pending;  // written last: 1 when the rest is there
+  uint32_t masked;   // ranks that low-latency kernels have masked so far, as bits; nobody takes it
 };
 
 /// This rank's own words in device memory: they survive graph replays. The host touches them only to clear
@@ -55,6 +56,8 @@ struct LocalState {
   uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
   uint32_t ce_doorbell;     // the copy engine may begin with its chunks up to this ticket
   uint32_t ce_completed;    // the chunks it has copied, a ticket each
+  uint32_t masked;           // low latency: ranks that its kernels have masked, as bits
+  uint32_t blocks_finished;  // low latency with masks: blocks of the running kernel that are done
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -77,6 +80,7 @@ struct Group {
   int rank;
   int num_ranks;
   uint32_t live;  // bit r: rank r takes part
+  bool shrinks;   // low latency: kernels mask a rank that is missing, and go on
   uint64_t timeout_ns;
   layout::ControlLayout control;
   int64_t staging_offset;

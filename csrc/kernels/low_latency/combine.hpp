@@ -1,7 +1,7 @@
 // A low-latency combine in one launch.
 //
 // Phases:
-//   last_epoch       of the call before
+//   read_before      the epoch of the call before, and who is masked
 //   first_weights    block 0 asks for what it posts
 //   first_ranks      asks for what is needed at the end
 //   start            this call's epoch
@@ -13,9 +13,9 @@
 //   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
 //   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
 //   reduce_messages  each message's rows, weighted, to one, which goes to the token's owner
-//   wait_partners    every block, for the digests of all live ranks: they combine along the same dispatch
 //   signal_returns   the last warp: a flag for each row, behind all of the block's
-//   sum_tokens       the rows that have come back of each token, ranks ascending
+//   receive_returns  the rows that come back of each token are summed, ranks ascending. Before that every block
+//                    waits for the digests of all live ranks: they combine along the same dispatch
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
@@ -30,23 +30,23 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t last = last_epoch(args);
+  const Before before = read_before(args);
   const Weights weights = first_weights(args);
-  const uint32_t ranks = first_ranks(args);
-  const LowLatencyCombineCall call = start(args, last);
+  const uint32_t ranks = first_ranks(args, block());
+  LowLatencyCombineCall call = start(args, before, ranks);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);
   list_returns(call);
   const Returning first = first_return(call);
   post_indices(call);
-  if (wait_owners(call)) {
+  const bool go = wait_owners(call);
+  if (go) {
     reduce_messages(call, first);
-    if (wait_partners(call)) {
-      signal_returns(call);
-      sum_tokens(call, ranks);
-    }
+    sync_block();
+    signal_returns(call);
   }
+  receive_returns(call, go);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

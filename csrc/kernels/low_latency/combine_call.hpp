@@ -1,7 +1,8 @@
 // A low-latency combine as its blocks see it: the call, its shared memory, how a launch begins and ends.
 #pragma once
 
-#include "kernels/low_latency/common.hpp"
+#include "kernels/low_latency/mend.hpp"
+#include "kernels/low_latency/patience.hpp"
 
 namespace deepep::kernels {
 
@@ -15,9 +16,12 @@ struct LowLatencyCombineShared {
   /// found is read while the other may find something.
   [[nodiscard]] DEEPEP_HD int64_t stopped_owners() const { return 4; }
   [[nodiscard]] DEEPEP_HD int64_t stopped_partners() const { return 8; }
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 12; }  // uint32
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 12; }     // uint32
+  [[nodiscard]] DEEPEP_HD int64_t mending() const { return 16; }  // uint32: Mending
+  /// uint32: owners of which a weight or a digest did not come, as bits.
+  [[nodiscard]] DEEPEP_HD int64_t lost() const { return mending() + 4 * Mending::kWords; }
   /// uint32 [R, token words]: tokens that came from each source, as bits.
-  [[nodiscard]] DEEPEP_HD int64_t tokens() const { return 16; }
+  [[nodiscard]] DEEPEP_HD int64_t tokens() const { return lost() + 4; }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
     return layout::align_up(tokens() + 4 * num_ranks * token_words, 16);
   }
@@ -28,45 +32,59 @@ struct LowLatencyCombineShared {
 }
 
 struct LowLatencyCombineCall {
-  const LowLatencyCombineArgs& args;
+  using Args = LowLatencyCombineArgs;
+
+  const Args& args;
   const Group& g;
   uint32_t epoch;
   dev::Deadline deadline;
+  uint32_t live;   // ranks that take part, as bits
+  int block;       // whose part of the receive this one has: its own, or in mending every one in turn
+  uint32_t ranks;  // that the first token went to which this warp sums, as bits
 
   [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineShared shared() const { return shared_of(args); }
 };
 
 /// Clears the block's words. A block barrier has to follow.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall begin_call(const LowLatencyCombineArgs& args,
-                                                             uint32_t epoch) {
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall begin_call(const LowLatencyCombineArgs& args, uint32_t epoch,
+                                                             uint32_t live, uint32_t ranks) {
   using namespace dev;
-  const LowLatencyCombineCall call{args, args.group, epoch, Deadline::in(args.group.timeout_ns)};
+  const LowLatencyCombineCall call{.args = args,
+                                   .g = args.group,
+                                   .epoch = epoch,
+                                   .deadline = Deadline::in(args.group.timeout_ns),
+                                   .live = live,
+                                   .block = block(),
+                                   .ranks = ranks};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
     SharedArray<uint32_t>(call.shared().stopped_owners()).set(0, 0);
     SharedArray<uint32_t>(call.shared().stopped_partners()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().lost()).set(0, 0);
+    begin_mending(call);
   }
   return call;
 }
 
-/// The epoch of the call before.
-[[nodiscard]] DEEPEP_DEVICE uint32_t last_epoch(const LowLatencyCombineArgs& args) {
-  return dev::load(&args.group.state->combine_epoch);
+/// Of the call before, or in a launch that only receives of its own send.
+[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyCombineArgs& args) {
+  return {dev::load(&args.group.state->combine_epoch), dev::load(&args.group.state->masked)};
 }
 
 /// Of a launch that sends. All threads, with a barrier.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, uint32_t last) {
-  using namespace dev;
-  const uint32_t epoch = next_epoch(last);
-  const LowLatencyCombineCall call = begin_call(args, epoch);
-  sync_block();
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, const Before& before,
+                                                        uint32_t ranks) {
+  const LowLatencyCombineCall call = begin_call(args, next_epoch(before.epoch), live_of(args, before), ranks);
+  dev::sync_block();
   return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start_receive(const LowLatencyCombineArgs& args) {
-  return begin_call(args, dev::load_once(&args.group.state->combine_epoch));
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start_receive(const LowLatencyCombineArgs& args,
+                                                                uint32_t ranks) {
+  const Before before = read_before(args);
+  return begin_call(args, before.epoch, live_of(args, before), ranks);
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
@@ -80,10 +98,22 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
   const LowLatencyCombineShared shared = call.shared();
   sync_block();
   if (thread() != 0) return false;
+  if (call.g.shrinks) return must_report(call);
   uint32_t phases = 0;
   for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
     phases |= SharedArray<uint32_t>(word).get(0);
   return phases != 0;
+}
+
+/// The epoch of the other kind of operation.
+[[nodiscard]] DEEPEP_DEVICE const uint32_t* other_epoch(const LowLatencyCombineCall& call) {
+  return &call.g.state->dispatch_epoch;
+}
+
+DEEPEP_DEVICE void forget_failures(const LowLatencyCombineCall& call) {
+  const LowLatencyCombineShared shared = call.shared();
+  for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
+    dev::SharedArray<uint32_t>(word).set(0, 0);
 }
 
 }  // namespace deepep::kernels

@@ -19,7 +19,7 @@ DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call, int word, uint
   using namespace dev;
   const Group& g = call.g;
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
-    if (is_live(g, peer))
+    if (is_live(call, peer))
       store<relaxed, sys_scope>(at<uint64_t>(g, peer, call.args.slots.digests(call.epoch, g.rank)) + word,
                                 pack_tagged(value, call.epoch));
 }
@@ -43,10 +43,10 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
 }
 
 /// Words [first, end) of the digests of all live ranks; `found`: the word of shared memory for what is wrong.
-/// All threads, with a barrier. False on all if one does not come or disagrees; a fault is noted. False, too,
-/// if the call is made by other means.
-[[nodiscard]] DEEPEP_DEVICE bool wait_digests(const LowLatencyCombineCall& call, int first, int end,
-                                              int64_t found) {
+/// All threads, with a barrier. The phases of what was wrong on all if one does not come or disagrees; a fault
+/// is noted.
+[[nodiscard]] DEEPEP_DEVICE uint32_t wait_digests(const LowLatencyCombineCall& call, int first, int end,
+                                                  int64_t found) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -56,31 +56,37 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
     const bool is_second = i >= g.num_ranks;
     const int source = is_second ? i - g.num_ranks : i;
     const int word = first + (is_second ? 1 : 0);
-    if (!is_live(g, source)) continue;
+    if (!is_live(call, source)) continue;
     const uint32_t wanted = word == Digests::kShapes ? args.share.digest : dispatch_of(args);
     uint32_t value = 0;
     const int64_t offset = args.slots.digests(call.epoch, source) + 8 * word;
-    if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
+    if (!wait_word(call, offset, source, Phase::kCounts, value)) {
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
+      SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 1u << source);
     } else if (value != wanted || value == kRefusal) {
       note_fault(g, Phase::kDisagreement, 1u << source, wanted, value);
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     }
   }
   sync_block();
-  return stopped.get(0) == 0 && !args.refused;
+  return stopped.get(0);
 }
 
 /// Before rows are weighted, where weights come with the combine: a rank that refuses posts none. Else all is
-/// looked at behind the rows.
+/// looked at behind the rows. False if this rank weights none; with masks it does for those that are there.
 [[nodiscard]] DEEPEP_DEVICE bool wait_owners(const LowLatencyCombineCall& call) {
-  return call.args.weights_travelled ||
-         wait_digests(call, Digests::kShapes, Digests::kIndices, call.shared().stopped_owners());
+  if (call.args.weights_travelled) return true;
+  uint32_t found = wait_digests(call, Digests::kShapes, Digests::kIndices, call.shared().stopped_owners());
+  if (call.g.shrinks) found &= ~static_cast<uint32_t>(Phase::kCounts);
+  return found == 0 && !call.args.refused;
 }
 
-/// Before rows are summed.
+/// Before rows are summed. False if this rank sums none: ranks disagree, one is missing, or the call is made by
+/// other means.
 [[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
-  return wait_digests(call, Digests::kShapes, Digests::kCount, call.shared().stopped_partners());
+  const uint32_t found =
+      wait_digests(call, Digests::kShapes, Digests::kCount, call.shared().stopped_partners());
+  return found == 0 && !call.args.refused;
 }
 
 }  // namespace deepep::kernels

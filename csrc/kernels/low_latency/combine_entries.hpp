@@ -62,7 +62,7 @@ DEEPEP_DEVICE void return_entries(const LowLatencyCombineCall& call) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
   const Pieces mine = pieces_of(call, team, shift);
-  MessageWalk<LowLatencyCombineArgs> walk = walk_of(call.args, present_of(call), team);
+  auto walk = walk_of(call, present_of(call), team);
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     const Return back = find_return(call, where);

@@ -26,9 +26,9 @@ namespace deepep::kernels {
   return {ballot(has_row), address, weight};
 }
 
-/// The block's tokens: all rows that come back, weighted, k ascending. One that does not come in time is a
-/// fault. `ranks`: of the first.
-DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call, uint32_t ranks) {
+/// The tokens of a block: all rows that come back, weighted, k ascending. One that does not come in time is a
+/// fault.
+DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -36,9 +36,11 @@ DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call, uint32_t ranks
   const int shift = args.share.token_shift;
   const Team team = team_of_warp(shift);
   const Pieces mine = pieces_of(call, team, shift);
+  uint32_t ranks = call.ranks;
 #pragma unroll 1
-  for (int i = team.number; item_of_block(i, 0) < args.num_tokens; i += team.teams) {
-    const int t = item_of_block(i, 0);
+  for (int i = team.number; item_of_block(call.block, i, 0) < args.num_tokens; i += team.teams) {
+    const int t = item_of_block(call.block, i, 0);
+    ranks &= call.live;
     bool came = true;
     if (lane() != g.rank && ((ranks >> lane()) & 1u) != 0) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.return_flags(call.epoch, lane()));
@@ -52,8 +54,16 @@ DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call, uint32_t ranks
     sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * int64_t{2} * args.hidden);
     sum_rows<true>(out, rows, mine.begin, mine.end);
-    ranks = ranks_of(args, item_of_block(i + team.teams, 0));
+    ranks = ranks_of(args, item_of_block(call.block, i + team.teams, 0));
   }
+}
+
+/// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
+DEEPEP_DEVICE void receive_entries(LowLatencyCombineCall& call) {
+#pragma unroll 1
+  do {
+    if (wait_partners(call)) sum_entries(call);
+  } while (mends(call));
 }
 
 }  // namespace deepep::kernels

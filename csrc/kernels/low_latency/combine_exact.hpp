@@ -1,19 +1,20 @@
 // A low-latency combine in one launch that rounds once: every row goes back, and the owner weights and sums.
 //
 // Phases:
-//   last_epoch      of the call before
-//   first_ranks     asks for what is needed at the end
-//   start           this call's epoch
-//   advance_epoch   each block has read it; the last one advances it
-//   post_shapes     block 0: that this rank combines, and how, or that it refuses to
-//   list_returns    the messages whose rows go back
-//   post_indices    block 0: whether the top-k indices are the dispatch's, and which that is
-//   return_entries  each message's rows, as they are, to the token's owner; this rank's own stay
-//   wait_partners   every block, for the digests of all live ranks: they combine along the same dispatch
-//   signal_returns  the last warp: a flag for each message, behind all of the block's rows
-//   sum_entries     the rows of each token, those that have come back and this rank's own, k ascending
-//   finish          looks for what went wrong
-//   report_fault    one thread, if something did
+//   read_before      the epoch of the call before, and who is masked
+//   first_ranks      asks for what is needed at the end
+//   start            this call's epoch
+//   advance_epoch    each block has read it; the last one advances it
+//   post_shapes      block 0: that this rank combines, and how, or that it refuses to
+//   list_returns     the messages whose rows go back
+//   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
+//   return_entries   each message's rows, as they are, to the token's owner; this rank's own stay
+//   signal_returns   the last warp: a flag for each message, behind all of the block's rows
+//   receive_entries  the rows of each token, those that have come back and this rank's own, are summed, k
+//                    ascending. Before that every block waits for the digests of all live ranks: they combine
+//                    along the same dispatch
+//   finish           looks for what went wrong
+//   report_fault     one thread, if something did
 //
 // Who waits for whom: every block for block 0 of every live rank, its own included, and for the blocks of other
 // ranks that return what it sums. No weight travels.
@@ -25,18 +26,17 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t last = last_epoch(args);
-  const uint32_t ranks = first_ranks(args);
-  const LowLatencyCombineCall call = start(args, last);
+  const Before before = read_before(args);
+  const uint32_t ranks = first_ranks(args, block());
+  LowLatencyCombineCall call = start(args, before, ranks);
   advance_epoch(call);
   post_shapes(call);
   list_returns(call);
   post_indices(call);
   return_entries(call);
-  if (wait_partners(call)) {
-    signal_returns(call);
-    sum_entries(call, ranks);
-  }
+  sync_block();
+  signal_returns(call);
+  receive_entries(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

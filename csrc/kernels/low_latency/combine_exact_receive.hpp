@@ -1,12 +1,13 @@
 // The receive half of a low-latency combine that rounds once, in a launch of its own: the hook.
 //
 // Phases:
-//   first_ranks    asks for what the sums need
-//   start_receive  the epoch of its send
-//   wait_partners  every block, for the digests of all live ranks: they combine along the same dispatch
-//   sum_entries    the rows of each token, those that have come back and this rank's own, k ascending
-//   finish         looks for what went wrong
-//   report_fault   one thread, if something did
+//   first_ranks      asks for what the sums need
+//   start_receive    the epoch of its send
+//   receive_entries  the rows of each token, those that have come back and this rank's own, are summed, k
+//                    ascending. Before that every block waits for the digests of all live ranks: they combine
+//                    along the same dispatch
+//   finish           looks for what went wrong
+//   report_fault     one thread, if something did
 //
 // Who waits for whom: every block for every live rank's send half, this rank's own included, which has ended.
 #pragma once
@@ -17,10 +18,10 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t ranks = first_ranks(args);
-  const LowLatencyCombineCall call = start_receive(args);
+  const uint32_t ranks = first_ranks(args, block());
+  LowLatencyCombineCall call = start_receive(args, ranks);
   sync_block();
-  if (wait_partners(call)) sum_entries(call, ranks);
+  receive_entries(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

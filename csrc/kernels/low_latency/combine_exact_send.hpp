@@ -1,7 +1,7 @@
 // The send half of a low-latency combine that rounds once, in a launch of its own.
 //
 // Phases:
-//   last_epoch      of the call before
+//   read_before     the epoch of the call before, and who is masked
 //   start           this call's epoch
 //   advance_epoch   each block has read it; the last one advances it
 //   post_shapes     block 0: that this rank combines, and how, or that it refuses to
@@ -21,8 +21,8 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t last = last_epoch(args);
-  const LowLatencyCombineCall call = start(args, last);
+  const Before before = read_before(args);
+  const LowLatencyCombineCall call = start(args, before, 0);
   advance_epoch(call);
   post_shapes(call);
   list_returns(call);

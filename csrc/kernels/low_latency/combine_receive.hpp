@@ -3,8 +3,8 @@
 // Phases:
 //   first_ranks      asks for what the sums need
 //   start_receive    the epoch of its send
-//   wait_partners    every block, for the digests of all live ranks: they combine along the same dispatch
-//   sum_tokens       the rows that have come back of each token, ranks ascending
+//   receive_returns  the rows that come back of each token are summed, ranks ascending. Before that every block
+//                    waits for the digests of all live ranks: they combine along the same dispatch
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
@@ -17,10 +17,10 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t ranks = first_ranks(args);
-  const LowLatencyCombineCall call = start_receive(args);
+  const uint32_t ranks = first_ranks(args, block());
+  LowLatencyCombineCall call = start_receive(args, ranks);
   sync_block();
-  if (wait_partners(call)) sum_tokens(call, ranks);
+  receive_returns(call, true);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

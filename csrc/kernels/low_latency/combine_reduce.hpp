@@ -48,7 +48,7 @@ DEEPEP_DEVICE void post_weights(const LowLatencyCombineCall& call, Weights weigh
   for (int first = 0; first < end; first += step) {
     DEEPEP_ROLLED
     for (int peer = 0; peer < g.num_ranks; ++peer) {
-      if (!is_live(g, peer)) continue;
+      if (!is_live(call, peer)) continue;
       uint64_t* words = at<uint64_t>(g, peer, args.slots.weights(call.epoch, g.rank));
 #pragma unroll
       for (int u = 0; u < kWeightUnroll; ++u) {
@@ -69,7 +69,7 @@ DEEPEP_DEVICE void list_returns(const LowLatencyCombineCall& call) {
   SharedArray<uint32_t> tokens(shared.tokens());
   DEEPEP_ROLLED
   for (int s = 0; s < shared.num_ranks; ++s) {
-    const bool any = !args.refused && is_live(call.g, s);
+    const bool any = !args.refused && is_live(call, s);
     for (int word = thread(); word < shared.token_words; word += num_threads()) {
       const int i = s * shared.token_words + word;
       tokens.set(i, any && load_once(args.handle.identity) != 0 ? load_once(args.handle.came + i) : 0);
@@ -145,9 +145,14 @@ struct Returning {
 [[nodiscard]] DEEPEP_DEVICE Returning first_return(const LowLatencyCombineCall& call) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
-  Returning returning{walk_of(call.args, present_of(call), team), {}};
+  Returning returning{walk_of(call, present_of(call), team), {}};
   returning.back = next_return(call, returning, pieces_of(call, team, shift));
   return returning;
+}
+
+/// Owners that the block has waited for in vain, as bits. An atomic: warps may go on and note what they miss.
+[[nodiscard]] DEEPEP_DEVICE uint32_t lost_owners(const LowLatencyCombineCall& call) {
+  return dev::SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 0u);
 }
 
 /// The rows of a message with their weights. One warp; none if a weight does not come in time.
@@ -159,24 +164,28 @@ struct Returning {
   uint32_t weight = 0;
   bool came = true;
   if (has_row && args.weights_travelled) weight = load_once(route_of(args, where) + args.num_topk + lane());
-  if (has_row && !args.weights_travelled) {
+  if (call.g.shrinks && ((lost_owners(call) >> where.source) & 1u)) {
+    came = false;
+  } else if (has_row && !args.weights_travelled) {
     const int word = where.token * args.num_topk + lane();
-    came = wait_word(call.g, args.slots.weights(call.epoch, where.source) + int64_t{8} * word, where.source,
-                     Phase::kWeights, call.epoch, call.deadline, weight);
+    came = wait_word(call, args.slots.weights(call.epoch, where.source) + int64_t{8} * word, where.source,
+                     Phase::kWeights, weight);
   }
   return {ballot(!came) != 0 ? 0 : back.rows, back.address, float_of_bits(weight)};
 }
 
 /// A part of a message's rows to one, in the memory of the token's owner. One warp. False if a weight does not
-/// come: the deadline has passed.
+/// come, and no other is to be waited for: the deadline has passed.
 [[nodiscard]] DEEPEP_DEVICE bool reduce_message(const LowLatencyCombineCall& call, const Return& back,
                                                 const Pieces& mine) {
   using namespace dev;
   const SumRows rows = weighted_rows(call, back);
   if (rows.rows == 0) {
-    if (lane() == 0)
+    if (lane() == 0) {
+      SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 1u << back.where.source);
       SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kWeights));
-    return false;
+    }
+    return call.g.shrinks;
   }
   const int64_t row_bytes = int64_t{2} * call.args.hidden;
   Vec16* out = at<Vec16>(call.g, back.where.source,
@@ -198,17 +207,17 @@ DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning 
 }
 
 /// The flags of the block's rows, a lane each, by the last warp: behind a block barrier, which orders the rows
-/// of all warps before them. None if one of them was not made.
+/// of all warps before them. None if one of them was not made; with masks, none to its owner.
 DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
-  SharedArray<uint32_t> failed(call.shared().failed());
-  // An atomic, since other warps may have gone on and note what they miss.
-  if (!is_signaller() || (failed.bit_or(0, 0u) & static_cast<uint32_t>(Phase::kWeights)) != 0) return;
-  MessageWalk<LowLatencyCombineArgs> walk{args, present_of(call), kWarpSize, lane()};
+  const uint32_t lost = lost_owners(call);
+  if (!is_signaller() || (lost != 0 && !g.shrinks)) return;
+  auto walk = walk_of(call, present_of(call), {.number = lane(), .teams = kWarpSize, .part = 0, .parts = 1});
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
+    if ((lost >> where.source) & 1u) continue;
     uint32_t* flags = at<uint32_t>(g, where.source, args.slots.return_flags(call.epoch, g.rank));
     store<release, sys_scope>(flags + where.token, call.epoch);
   }

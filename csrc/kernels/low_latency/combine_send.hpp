@@ -1,7 +1,7 @@
 // The send half of a low-latency combine, in a launch of its own.
 //
 // Phases:
-//   last_epoch       of the call before
+//   read_before      the epoch of the call before, and who is masked
 //   first_weights    block 0 asks for what it posts
 //   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
@@ -13,6 +13,7 @@
 //   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
 //   reduce_messages  each message's rows, weighted, to one, which goes to the token's owner
 //   signal_returns   the last warp: a flag for each, behind the block's rows
+//   mask_missing     with masks, the last block: ranks whose weights have not come
 //   finish           looks for what went wrong
 //   report_fault     one thread, if something did
 //
@@ -26,9 +27,9 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t last = last_epoch(args);
+  const Before before = read_before(args);
   const Weights weights = first_weights(args);
-  const LowLatencyCombineCall call = start(args, last);
+  const LowLatencyCombineCall call = start(args, before, 0);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);
@@ -40,6 +41,7 @@ DEEPEP_KERNEL(low_latency_combine_send_kernel, LowLatencyCombineArgs, kLowLatenc
     sync_block();
     signal_returns(call);
   }
+  mask_missing(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

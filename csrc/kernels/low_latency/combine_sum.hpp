@@ -6,22 +6,26 @@
 
 namespace deepep::kernels {
 
-/// The ranks that a token went to and that take part, as bits; 0 of a token past the last. The same on all
-/// lanes.
+/// The ranks that a token went to, as bits; 0 of a token past the last. The same on all lanes.
 [[nodiscard]] DEEPEP_DEVICE uint32_t ranks_of(const LowLatencyCombineArgs& args, int t) {
   if (args.refused || t >= args.num_tokens) return 0;
-  return dev::load_once(args.handle.sent + t) & args.group.live;
+  return dev::load_once(args.handle.sent + t);
 }
 
-/// Of the first token of this warp's team: asked for before it is needed.
-[[nodiscard]] DEEPEP_DEVICE uint32_t first_ranks(const LowLatencyCombineArgs& args) {
+/// Of the first token that a block has for this warp's team: asked for before it is needed.
+[[nodiscard]] DEEPEP_DEVICE uint32_t first_ranks(const LowLatencyCombineArgs& args, int block) {
   const Team team = team_of_warp(args.share.token_shift);
-  return ranks_of(args, item_of_block(team.number, 0));
+  return ranks_of(args, item_of_block(block, team.number, 0));
 }
 
-/// The block's tokens: the rows that come back, ranks ascending. One that does not come in time is a fault.
-/// `ranks`: of the first.
-DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call, uint32_t ranks) {
+/// Has the call's block receive what `block` has.
+DEEPEP_DEVICE void take_part(LowLatencyCombineCall& call, int block) {
+  call.block = block;
+  call.ranks = first_ranks(call.args, block);
+}
+
+/// The tokens of a block: the rows that come back, ranks ascending. One that does not come in time is a fault.
+DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -30,9 +34,11 @@ DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call, uint32_t ranks)
   const Team team = team_of_warp(shift);
   const int pieces = args.hidden / 8;
   const int64_t row_bytes = int64_t{args.hidden} * 2;
+  uint32_t ranks = call.ranks;
 #pragma unroll 1
-  for (int i = team.number; item_of_block(i, 0) < args.num_tokens; i += team.teams) {
-    const int t = item_of_block(i, 0);
+  for (int i = team.number; item_of_block(call.block, i, 0) < args.num_tokens; i += team.teams) {
+    const int t = item_of_block(call.block, i, 0);
+    ranks &= call.live;
     bool came = true;
     SumRows rows{ranks, 0, 0.0f};
     if ((ranks >> lane()) & 1u) {
@@ -48,8 +54,17 @@ DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call, uint32_t ranks)
     sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * row_bytes);
     sum_rows<false>(out, rows, (pieces * team.part) >> shift, (pieces * (team.part + 1)) >> shift);
-    ranks = ranks_of(args, item_of_block(i + team.teams, 0));
+    ranks = ranks_of(args, item_of_block(call.block, i + team.teams, 0));
   }
+}
+
+/// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
+/// go: false if ranks have been found to disagree.
+DEEPEP_DEVICE void receive_returns(LowLatencyCombineCall& call, bool go) {
+#pragma unroll 1
+  do {
+    if (go && wait_partners(call)) sum_tokens(call);
+  } while (mends(call));
 }
 
 }  // namespace deepep::kernels

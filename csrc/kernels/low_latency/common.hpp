@@ -71,11 +71,23 @@ struct Team {
   return team_of(dev::warp(), dev::num_warps(), shift);
 }
 
-/// Item i of those that this block has of a row of them dealt in turn from the last block on: the first block,
-/// which has words to post, has the fewest. Past any end where this block has none.
-[[nodiscard]] DEEPEP_DEVICE int item_of_block(int i, int first_block) {
-  using namespace dev;
-  return block() < first_block ? 0x7fffffff : num_blocks() - 1 - block() + i * (num_blocks() - first_block);
+/// Item i of those that a block has of a row of them dealt in turn from the last block on: the first block,
+/// which has words to post, has the fewest. Past any end where it has none.
+[[nodiscard]] DEEPEP_DEVICE int item_of_block(int block, int i, int first_block) {
+  const int blocks = dev::num_blocks();
+  return block < first_block ? 0x7fffffff : blocks - 1 - block + i * (blocks - first_block);
+}
+
+/// What a launch finds in this rank's own words.
+struct Before {
+  uint32_t epoch;   // of the call before
+  uint32_t masked;  // ranks that kernels have masked
+};
+
+/// The ranks that take part in a call, as bits.
+template <class Args>
+[[nodiscard]] DEEPEP_DEVICE uint32_t live_of(const Args& args, const Before& before) {
+  return args.group.live & ~before.masked;
 }
 
 /// A token of a source, on its way to or from it.
@@ -100,6 +112,7 @@ template <class Args>
 struct MessageWalk {
   const Args& args;
   Presence present;
+  int block;
   int step;
   int i;  // of the block's
 
@@ -109,7 +122,7 @@ struct MessageWalk {
     const int rest = args.max_tokens - args.num_tokens;
     DEEPEP_ROLLED
     for (;; i += step) {
-      int item = item_of_block(i, share.first_worker);
+      int item = item_of_block(block, i, share.first_worker);
       int order = 0, token = 0;
       if (item < share.num_sources * args.num_tokens) {
         order = share.by_tokens.quotient(item);
@@ -130,36 +143,31 @@ struct MessageWalk {
 };
 
 /// By any warp: the messages of its team from the first on.
-template <class Args>
-[[nodiscard]] DEEPEP_DEVICE MessageWalk<Args> walk_of(const Args& args, const Presence& present,
-                                                      const Team& team) {
-  return {args, present, team.teams, team.number};
-}
-
-/// Waits for a word that carries this call's epoch; notes a fault of `phase` if it does not come. Acquire: by
-/// the word its source says, too, that what it read in the operation before has been read, and later kernels
-/// write there.
-[[nodiscard]] DEEPEP_DEVICE bool wait_word(const Group& g, int64_t offset, int source, Phase phase,
-                                           uint32_t epoch, dev::Deadline deadline, uint32_t& value) {
-  using namespace dev;
-  const uint64_t* word = at<uint64_t>(g, g.rank, offset);
-  if (wait_tag<acquire, sys_scope>(word, epoch, deadline, value)) return true;
-  note_fault(g, phase, 1u << source, epoch, unpack_tagged(load<relaxed, sys_scope>(word)).tag);
-  return false;
-}
-
-/// Waits for the flag of a row that `source` writes; the same.
 template <class Call>
-[[nodiscard]] DEEPEP_DEVICE bool wait_flag(const Call& call, const uint32_t* flag, int source, Phase phase) {
-  using namespace dev;
-  uint32_t seen = 0;
-  if (wait_masked<acquire, sys_scope>(flag, 0xffffffffu, call.epoch, call.deadline, seen)) return true;
-  note_fault(call.g, phase, 1u << source, call.epoch, seen);
-  return false;
+[[nodiscard]] DEEPEP_DEVICE auto walk_of(const Call& call, const Presence& present, const Team& team) {
+  return MessageWalk<typename Call::Args>{
+      .args = call.args, .present = present, .block = call.block, .step = team.teams, .i = team.number};
 }
 
 /// The warp that raises a block's flags: the last, which waits until what they follow is there.
 [[nodiscard]] DEEPEP_DEVICE bool is_signaller() { return dev::warp() == dev::num_warps() - 1; }
+
+/// How far a block is with receiving once more, without ranks that are missing (mend.hpp): words of its shared
+/// memory, from that on which a call names.
+struct Mending {
+  enum Word {
+    kRound,    // of receiving; 0: as every block does
+    kMissing,  // ranks that are left out in this round
+    kNext,     // what comes behind it
+    kWords
+  };
+};
+
+/// The ranks that take part, while a call runs.
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool is_live(const Call& call, int rank) {
+  return (call.live >> rank) & 1u;
+}
 
 /// Advances an operation's epoch, behind a block barrier. By a warp that others seldom wait for.
 template <class Call>

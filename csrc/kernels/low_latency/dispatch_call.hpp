@@ -1,7 +1,8 @@
 // A low-latency dispatch as its blocks see it: the call, its shared memory, how a launch begins and ends.
 #pragma once
 
-#include "kernels/low_latency/common.hpp"
+#include "kernels/low_latency/mend.hpp"
+#include "kernels/low_latency/patience.hpp"
 
 namespace deepep::kernels {
 
@@ -17,8 +18,9 @@ struct LowLatencyDispatchShared {
   /// An mbarrier: all words are here, or will not come.
   [[nodiscard]] DEEPEP_HD int64_t listed() const { return 8; }
   [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 16; }  // as `failed`, of the wait for words alone
+  [[nodiscard]] DEEPEP_HD int64_t mending() const { return 20; }  // uint32: Mending
   /// uint32 [tokens_per_block]: ranks that the block's tokens go to, as bits.
-  [[nodiscard]] DEEPEP_HD int64_t sent() const { return 20; }
+  [[nodiscard]] DEEPEP_HD int64_t sent() const { return mending() + 4 * Mending::kWords; }
   /// int32 [R, L]: rows for each expert, then rows from each source.
   [[nodiscard]] DEEPEP_HD int64_t rows() const { return sent() + 4 * num_sent; }
   /// uint32 [R, token words]: tokens for each rank as bits, then tokens from each source. Block 0 alone has the
@@ -45,22 +47,28 @@ struct SentTokens {
   int end;
 };
 
-[[nodiscard]] DEEPEP_DEVICE SentTokens tokens_of_block(const LowLatencyDispatchArgs& args) {
-  using namespace dev;
+[[nodiscard]] DEEPEP_DEVICE SentTokens tokens_of_block(const LowLatencyDispatchArgs& args, int block) {
   const int tokens = args.refused ? 0 : args.num_tokens;
   const int each = args.share.tokens_per_block;
-  const int begin = (block() - args.share.first_sender) * each;
-  if (block() < args.share.first_sender || begin >= tokens) return {0, 0};
+  const int begin = (block - args.share.first_sender) * each;
+  if (block < args.share.first_sender || begin >= tokens) return {0, 0};
   return {begin, layout::min_of(begin + each, tokens)};
+}
+[[nodiscard]] DEEPEP_DEVICE SentTokens tokens_of_block(const LowLatencyDispatchArgs& args) {
+  return tokens_of_block(args, dev::block());
 }
 
 struct LowLatencyDispatchCall {
-  const LowLatencyDispatchArgs& args;
+  using Args = LowLatencyDispatchArgs;
+
+  const Args& args;
   const Group& g;
   uint32_t epoch;
   dev::Deadline deadline;
+  uint32_t live;  // ranks that take part, as bits
+  int block;      // whose part of the receive this one has: its own, or in mending every one in turn
   layout::LowLatencyMessage message;
-  SentTokens tokens;
+  SentTokens tokens;  // that this block sends
 
   [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchShared shared() const { return shared_of(args); }
 };
@@ -70,40 +78,43 @@ struct LowLatencyDispatchCall {
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall begin_call(const LowLatencyDispatchArgs& args,
-                                                              uint32_t epoch) {
+                                                              uint32_t epoch, uint32_t live) {
   using namespace dev;
   const LowLatencyDispatchCall call{.args = args,
                                     .g = args.group,
                                     .epoch = epoch,
                                     .deadline = Deadline::in(args.group.timeout_ns),
+                                    .live = live,
+                                    .block = block(),
                                     .message = message_of(args),
                                     .tokens = tokens_of_block(args)};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
     SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
+    begin_mending(call);
     mbarrier_init(SharedArray<uint64_t>(call.shared().listed()).at(0), static_cast<uint32_t>(num_listeners()));
   }
   return call;
 }
 
-/// The epoch of the call before.
-[[nodiscard]] DEEPEP_DEVICE uint32_t last_epoch(const LowLatencyDispatchArgs& args) {
-  return dev::load(&args.group.state->dispatch_epoch);
+/// Of the call before, or in a launch that only receives of its own send.
+[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyDispatchArgs& args) {
+  return {dev::load(&args.group.state->dispatch_epoch), dev::load(&args.group.state->masked)};
 }
 
 /// Of a launch that sends. All threads, with a barrier.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args, uint32_t last) {
-  using namespace dev;
-  const uint32_t epoch = next_epoch(last);
-  const LowLatencyDispatchCall call = begin_call(args, epoch);
-  sync_block();
+[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args,
+                                                         const Before& before) {
+  const LowLatencyDispatchCall call = begin_call(args, next_epoch(before.epoch), live_of(args, before));
+  dev::sync_block();
   return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start_receive(const LowLatencyDispatchArgs& args) {
-  return begin_call(args, dev::load_once(&args.group.state->dispatch_epoch));
+  const Before before = read_before(args);
+  return begin_call(args, before.epoch, live_of(args, before));
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
@@ -117,9 +128,22 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
   SharedArray<uint32_t> failed(call.shared().failed());
   SharedArray<uint32_t> stopped(call.shared().stopped());
   sync_block();
-  if (thread() != 0 || (failed.get(0) == 0 && stopped.get(0) == 0)) return false;
+  if (thread() != 0) return false;
+  if (call.g.shrinks ? !must_report(call) : failed.get(0) == 0 && stopped.get(0) == 0) return false;
   if (!call.args.refused) store<relaxed, gpu_scope>(call.args.handle.identity, 0u);
   return true;
+}
+
+/// The epoch of the other kind of operation.
+[[nodiscard]] DEEPEP_DEVICE const uint32_t* other_epoch(const LowLatencyDispatchCall& call) {
+  return &call.g.state->combine_epoch;
+}
+
+/// Has the call's block receive what `block` has.
+DEEPEP_DEVICE void take_part(LowLatencyDispatchCall& call, int block) { call.block = block; }
+DEEPEP_DEVICE void forget_failures(const LowLatencyDispatchCall& call) {
+  dev::SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
+  dev::SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
 }
 
 }  // namespace deepep::kernels

@@ -111,7 +111,7 @@ DEEPEP_DEVICE void post_words(const LowLatencyDispatchCall& call) {
   if (thread() == 0 && !args.refused) store<relaxed, gpu_scope>(args.handle.identity, call.epoch);
   DEEPEP_ROLLED
   for (int peer = 0; peer < g.num_ranks; ++peer) {
-    if (!is_live(g, peer)) continue;
+    if (!is_live(call, peer)) continue;
     uint64_t* words = at<uint64_t>(g, peer, args.slots.words(call.epoch, g.rank));
     for (int word = thread(); word < room.count(); word += num_threads()) {
       uint32_t value = 0;

@@ -44,7 +44,7 @@ DEEPEP_DEVICE void push_rows(const LowLatencyDispatchCall& call, Outgoing curren
   for (int t = call.tokens.begin + team.number; t < call.tokens.end; t += team.teams) {
     const int owner = owner_of(args, expert_of(args, current.entry));
     const Destinations to{
-        warp_or(owner >= 0 ? 1u << owner : 0u) & g.live,
+        warp_or(owner >= 0 ? 1u << owner : 0u) & call.live,
         lane() < g.num_ranks
             ? reinterpret_cast<uint64_t>(
                   at<std::byte>(g, lane(), args.slots.messages(call.epoch, g.rank) + t * call.message.bytes()))

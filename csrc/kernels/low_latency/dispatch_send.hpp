@@ -1,7 +1,7 @@
 // The send half of a low-latency dispatch, in a launch of its own.
 //
 // Phases:
-//   last_epoch       of the call before
+//   read_before      the epoch of the call before, and who is masked
 //   first_entries    asks for what is counted first
 //   first_outgoing   asks for what is sent first
 //   start            this call's epoch
@@ -23,10 +23,10 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_dispatch_send_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
-  const uint32_t last = last_epoch(args);
+  const Before before = read_before(args);
   const Entries entries = first_entries(args);
   const Outgoing first = first_outgoing(args);
-  const LowLatencyDispatchCall call = start(args, last);
+  const LowLatencyDispatchCall call = start(args, before);
   advance_epoch(call);
   const HeaderDraft draft = first_header(args);
   push_rows(call, first);

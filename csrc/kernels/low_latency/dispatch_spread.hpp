@@ -30,9 +30,9 @@ inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in fligh
       const int source = by_words.quotient(i);
       const int word = i - source * by_words.by;
       uint32_t value = 0;
-      if (is_live(g, source)) {
+      if (is_live(call, source)) {
         const int64_t offset = args.slots.words(call.epoch, source) + 8 * word;
-        if (!wait_word(g, offset, source, Phase::kCounts, call.epoch, call.deadline, value)) {
+        if (!wait_word(call, offset, source, Phase::kCounts, value)) {
           stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
         } else if (word == Words::kDigest && (value != args.share.digest || value == kRefusal)) {
           note_fault(g, Phase::kDisagreement, 1u << source, args.share.digest, value);
@@ -50,8 +50,8 @@ inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in fligh
   }
   // Whoever looks for words arrives at its deadline, if only in vain: a warp that has still not seen it after
   // as long again was kept from running.
-  const Deadline late{call.deadline.end_ns + g.timeout_ns};
-  if (ballot(!mbarrier_wait<acquire, block_scope>(listed, 0, late)) != 0) {
+  const Deadline late{last_deadline(call).end_ns + g.timeout_ns};
+  if (ballot(!mbarrier_wait<acquire, block_scope>(listed, round_of(call), late)) != 0) {
     if (lane() == 0) {
       note_fault(g, Phase::kCounts, 1u << g.rank, call.epoch, 0);
       SharedArray<uint32_t>(shared.failed()).bit_or(0, static_cast<uint32_t>(Phase::kCounts));
@@ -76,7 +76,7 @@ DEEPEP_DEVICE void hand_out(const LowLatencyDispatchCall& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
-  if (block() != 0) return;
+  if (call.block != 0) return;
   const LowLatencyDispatchShared shared = call.shared();
   SharedArray<int32_t> rows(shared.rows());
   SharedArray<uint32_t> tokens(shared.tokens());
@@ -238,8 +238,9 @@ DEEPEP_DEVICE void spread_message(const LowLatencyDispatchCall& call, const Mess
 /// This rank's own messages: those that the block has written, or had written in a launch before.
 DEEPEP_DEVICE void spread_own(const LowLatencyDispatchCall& call, const Team& team) {
   const Presence present = present_of(call);
+  const SentTokens tokens = tokens_of_block(call.args, call.block);
 #pragma unroll 1
-  for (int t = call.tokens.begin + team.number; t < call.tokens.end; t += team.teams)
+  for (int t = tokens.begin + team.number; t < tokens.end; t += team.teams)
     if (present.has(call.g.rank, t)) spread_message(call, {call.g.rank, t}, team);
 }
 
@@ -249,7 +250,7 @@ DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team&
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> failed(call.shared().failed());
-  MessageWalk<LowLatencyDispatchArgs> walk = walk_of(args, present_of(call), team);
+  auto walk = walk_of(call, present_of(call), team);
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     bool came = true;
@@ -283,9 +284,20 @@ DEEPEP_DEVICE void mark_rest(const LowLatencyDispatchCall& call) {
   const LowLatencyDispatchArgs& args = call.args;
   const int room = call.g.num_ranks * args.max_tokens;
 #pragma unroll 1
-  for (int l = warp() * num_blocks() + block(); l < args.num_local_experts; l += num_warps() * num_blocks())
+  for (int l = warp() * num_blocks() + call.block; l < args.num_local_experts; l += num_warps() * num_blocks())
     for (int row = rows_before(call, call.g.num_ranks, l) + lane(); row < room; row += kWarpSize)
       store(args.recv_source + l * room + row, -1);
+}
+
+/// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
+DEEPEP_DEVICE void receive_messages(LowLatencyDispatchCall& call) {
+#pragma unroll 1
+  do {
+    if (!wait_words(call)) continue;
+    hand_out(call);
+    spread_messages(call);
+    mark_rest(call);
+  } while (mends(call));
 }
 
 }  // namespace deepep::kernels
