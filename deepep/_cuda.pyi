@@ -3,6 +3,7 @@
 from typing import Protocol
 
 STATE_BYTES: int
+MASKED_OFFSET: int
 FAULT_BYTES: int
 MAX_RANKS: int
 CE_COMPLETED: int
@@ -208,6 +209,7 @@ class LowLatencyDomain:
         state: int,
         fault: int,
         timeout_seconds: float,
+        shrinks: bool = False,
         turns: Turns,
     ) -> None: ...
     def dispatch(
@@ -267,6 +269,9 @@ class LowLatencyDomain:
         elsewhere: bool = False,
     ) -> None: ...
     def set_live(self, live: int) -> None: ...
+    def masked(self) -> int:
+        """Ranks that kernels have masked, as bits, as far as the host has seen."""
+
     def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
     def follow(self, before: int, stream: int) -> None: ...
     def wait(self) -> None: ...
