@@ -24,6 +24,7 @@ class RowCounts:
     """Rows from each rank to each, [R, R] row by row."""
 
     def __init__(self, counts: list[int]) -> None: ...
+    def tolist(self) -> list[int]: ...
 
 class CachedDispatch:
     """What the cached dispatches along one handle have in common: `Domain.prepare_cached` makes it."""
@@ -340,3 +341,60 @@ def arena_reserve_tail(arena: int, num_bytes: int) -> int: ...
 def arena_returned(arena: int) -> int: ...
 def arena_free_returned(arena: int, count: int) -> None: ...
 def arena_reserve(arena: int, num_bytes: int) -> int: ...
+
+MAX_ROW_ENTRIES: int
+MAX_COUNTED_EXPERTS: int
+
+def sort_pairs(
+    *,
+    topk_idx: int,
+    index_bytes: int,
+    num_local_experts: int,
+    num_entries: int,
+    num_pairs: int,
+    pairs: int,
+    slots: int,
+    ends: int,
+    stream: int = 0,
+) -> None: ...
+def select_topk(
+    *, num_tokens: int, num_experts: int, num_topk: int, scores: int, topk_idx: int, stream: int = 0
+) -> None: ...
+def count_entries(
+    *,
+    topk_idx: int,
+    index_bytes: int,
+    num_experts: int,
+    num_entries: int,
+    load: int,
+    stream: int = 0,
+) -> None: ...
+def spread_rows(
+    *, num_rows: int, row_bytes: int, num_topk: int, slots: int, x: int, out: int, stream: int = 0
+) -> None: ...
+def reduce_rows(
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    y: int,
+    weights: int,
+    out: int,
+    stream: int = 0,
+) -> None: ...
+def weigh_rows(
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    grad: int,
+    y: int,
+    weights: int,
+    out: int,
+    out_weights: int,
+    stream: int = 0,
+) -> None: ...
+def swiglu(*, num_rows: int, width: int, h: int, out: int, stream: int = 0) -> None: ...
+def swiglu_backward(*, num_rows: int, width: int, h: int, grad: int, out: int, stream: int = 0) -> None: ...

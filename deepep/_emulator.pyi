@@ -134,6 +134,7 @@ class RowCounts:
     """Rows from each rank to each, [R, R] row by row."""
 
     def __init__(self, counts: list[int]) -> None: ...
+    def tolist(self) -> list[int]: ...
 
 class CachedDispatch:
     """What the cached dispatches along one handle have in common: `Domain.prepare_cached` makes it."""
@@ -398,3 +399,62 @@ class LowLatencyDomain:
     def watched_fault(self) -> FaultRecord | None: ...
     @property
     def fault_word(self) -> int: ...
+
+MAX_ROW_ENTRIES: int
+MAX_COUNTED_EXPERTS: int
+
+def sort_pairs_args(
+    *,
+    topk_idx: int,
+    index_bytes: int,
+    num_local_experts: int,
+    num_entries: int,
+    num_pairs: int,
+    pairs: int,
+    slots: int,
+    ends: int,
+    stream: int = 0,
+) -> bytes: ...
+def select_topk_args(
+    *, num_tokens: int, num_experts: int, num_topk: int, scores: int, topk_idx: int, stream: int = 0
+) -> bytes: ...
+def count_entries_args(
+    *,
+    topk_idx: int,
+    index_bytes: int,
+    num_experts: int,
+    num_entries: int,
+    load: int,
+    stream: int = 0,
+) -> bytes: ...
+def spread_rows_args(
+    *, num_rows: int, row_bytes: int, num_topk: int, slots: int, x: int, out: int, stream: int = 0
+) -> bytes: ...
+def reduce_rows_args(
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    y: int,
+    weights: int,
+    out: int,
+    stream: int = 0,
+) -> bytes: ...
+def weigh_rows_args(
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    grad: int,
+    y: int,
+    weights: int,
+    out: int,
+    out_weights: int,
+    stream: int = 0,
+) -> bytes: ...
+def swiglu_args(*, num_rows: int, width: int, h: int, out: int, stream: int = 0) -> bytes: ...
+def swiglu_backward_args(
+    *, num_rows: int, width: int, h: int, grad: int, out: int, stream: int = 0
+) -> bytes: ...

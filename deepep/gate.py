@@ -51,6 +51,10 @@ def stable_topk(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _stable_topk(values: torch.Tensor, k: int) -> torch.Tensor:
+    if values.is_cuda:
+        from deepep.nn.selection import select_topk  # deepep.nn imports this module
+
+        return select_topk(values.detach(), k)
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 

@@ -8,11 +8,13 @@
 #include "bindings/domain.hpp"
 #include "bindings/exchange.hpp"
 #include "bindings/low_latency.hpp"
+#include "bindings/rows.hpp"
 #include "host/arena.hpp"
 #include "host/cuda_launcher.hpp"
 #include "host/cuda_low_latency.hpp"
 #include "kernels/common/launch.hpp"
 #include "kernels/exchange/launch.hpp"
+#include "kernels/rows/launch.hpp"
 
 namespace py = pybind11;
 namespace dk = deepep::kernels;
@@ -26,6 +28,18 @@ using Domain = deepep::host::Domain<deepep::host::CudaLauncher>;
 using LowLatencyDomain = deepep::host::LowLatencyDomain<deepep::host::CudaLowLatencyLauncher>;
 
 namespace {
+
+/// See bindings/rows.hpp.
+struct RowLaunches {
+  static constexpr auto sort_pairs = dk::launch_sort_pairs;
+  static constexpr auto select_topk = dk::launch_select_topk;
+  static constexpr auto count_entries = dk::launch_count_entries;
+  static constexpr auto spread_rows = dk::launch_spread_rows;
+  static constexpr auto reduce_rows = dk::launch_reduce_rows;
+  static constexpr auto weigh_rows = dk::launch_weigh_rows;
+  static constexpr auto swiglu = dk::launch_swiglu;
+  static constexpr auto swiglu_backward = dk::launch_swiglu_backward;
+};
 
 void bind_turns(py::module_& m) {
   py::class_<Turns, std::shared_ptr<Turns>>(m, "Turns")
@@ -203,6 +217,7 @@ PYBIND11_MODULE(_cuda, m) {
                             pointer<void>(stream));
       },
       py::kw_only(), "source"_a, "sent"_a, "received"_a, "sums"_a, "num_blocks"_a, "stream"_a);
+  deepep::bindings::bind_rows<RowLaunches>(m, "");
   m.def(
       "stream_is_idle", [](uintptr_t stream) { return deepep::host::is_idle(pointer<CUstream_st>(stream)); },
       "stream"_a);

@@ -174,7 +174,8 @@ inline void bind_common(py::module_& m) {
   py::class_<host::CachedDispatch>(m, "CachedDispatch", py::module_local());
   py::class_<host::RowCounts>(m, "RowCounts", py::module_local())
       .def(py::init([](std::vector<int32_t> counts) { return host::RowCounts{std::move(counts)}; }),
-           "counts"_a);
+           "counts"_a)
+      .def("tolist", [](const host::RowCounts& self) { return self.counts; });
   py::class_<FaultRecord>(m, "FaultRecord", py::module_local())
       .def_readonly("operation", &FaultRecord::operation)
       .def_readonly("phase", &FaultRecord::phase)

@@ -8,6 +8,7 @@
 #include "bindings/domain.hpp"
 #include "bindings/emulator_low_latency.hpp"
 #include "bindings/exchange.hpp"
+#include "bindings/rows.hpp"
 #include "emulator/launcher.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/run/simulation.hpp"
@@ -95,6 +96,18 @@ template <class Args>
 py::bytes bytes_of(const Args& args) {
   return py::bytes(reinterpret_cast<const char*>(&args), sizeof(args));
 }
+
+/// See bindings/rows.hpp.
+struct RowBytes {
+  static py::bytes sort_pairs(const dk::SortPairsArgs& args, void*) { return bytes_of(args); }
+  static py::bytes select_topk(const dk::SelectTopkArgs& args, void*) { return bytes_of(args); }
+  static py::bytes count_entries(const dk::CountEntriesArgs& args, void*) { return bytes_of(args); }
+  static py::bytes spread_rows(const dk::SpreadRowsArgs& args, void*) { return bytes_of(args); }
+  static py::bytes reduce_rows(const dk::ReduceRowsArgs& args, void*) { return bytes_of(args); }
+  static py::bytes weigh_rows(const dk::WeighRowsArgs& args, void*) { return bytes_of(args); }
+  static py::bytes swiglu(const dk::SwigluArgs& args, void*) { return bytes_of(args); }
+  static py::bytes swiglu_backward(const dk::SwigluArgs& args, void*) { return bytes_of(args); }
+};
 
 void bind_kernels(py::module_& m) {
   py::class_<Kernels>(m, "Kernels").def_property_readonly("names", [](const Kernels& kernels) {
@@ -352,4 +365,5 @@ PYBIND11_MODULE(_emulator, m) {
   deepep::bindings::bind_emulated_low_latency<Kernels>(m);
   bind_layouts(m);
   bind_kernel_arguments(m);
+  deepep::bindings::bind_rows<RowBytes>(m, "_args");
 }

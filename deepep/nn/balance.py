@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError
+from deepep.nn import kernels
 from deepep.nn.operators import operator
 
 
@@ -28,8 +29,11 @@ def count_load(load: Tensor, topk_idx: Tensor) -> None:
     """
     if torch._C._current_graph_task_id() != -1:
         return
+    topk_idx = topk_idx.detach()
+    if kernels.count(topk_idx, load):
+        return
     experts = load.shape[0]
-    entries = topk_idx.detach().flatten().long()
+    entries = topk_idx.flatten().long()
     bins = torch.where((entries >= 0) & (entries < experts), entries, experts)
     counted = torch.zeros(experts + 1, dtype=torch.int64, device=load.device)
     load += counted.scatter_add_(0, bins, torch.ones_like(bins))[:-1]

@@ -3,11 +3,12 @@
 The backward of dispatch is combine (rows and top-k weights travel home and are summed), the backward of
 combine is a cached dispatch (the gradient of every token goes to all ranks that returned a row for it).
 
-Operators take and return tensors only, so a routing travels between them as two: `is_token_in_rank` [T, R]
-bool and `counts` [R, R] int64 on the CPU, rows from each source to each destination, the same on all ranks.
-Every backend can rebuild its own handle from these without communicating, so nothing has to be kept on the
-side: an operator's state lives as long as its tensors, through checkpointing, saved-tensor hooks and
-compiled graphs alike. Buffers are known to operators by number (`buffer_number`), weakly.
+Operators take and return tensors only, so a routing travels between them as three: `is_token_in_rank` [T, R]
+bool, `counts` [R, R] int64 on the CPU, rows from each source to each destination, the same on all ranks, and
+`table`, the backend's own. Every backend can rebuild its own handle from these without communicating, so
+nothing has to be kept on the side: an operator's state lives as long as its tensors, through checkpointing,
+saved-tensor hooks and compiled graphs alike. Buffers are known to operators by number (`buffer_number`),
+weakly.
 
 Collective: every rank must run the same operators in the same order, forward and backward, also with T = 0.
 Whether a backward exchanges must therefore not depend on what requires a gradient on this rank: where grad
@@ -43,25 +44,29 @@ class Received(NamedTuple):
     """Rows that `dispatch` gives a rank, in (source rank, source token) order, each once.
 
     x: [N, H]. topk_idx: [N, K], local expert index, -1 for other ranks' experts. topk_weights: [N, K], 0
-    where the index is -1. route: for `combine`.
+    where the index is -1. route: for `combine`. expert_counts: [L] int64 on the CPU, top-k entries of each
+    local expert.
     """
 
     x: Tensor
     topk_idx: Tensor
     topk_weights: Tensor
     route: RouteTensors
+    expert_counts: Tensor
 
 
 class RouteTensors(NamedTuple):
     """Ranks that each token went to, as tensors.
 
-    is_token_in_rank: [T, R] bool. counts: [R, R] int64 (source, destination), on the CPU.
+    is_token_in_rank: [T, R] bool. counts: [R, R] int64 (source, destination), on the CPU. table: [.., R]
+    int32, the backend's own; without it the device is waited for in every exchange.
     """
 
     is_token_in_rank: Tensor
     counts: Tensor
     num_experts: int
     buffer: int
+    table: Tensor | None = None
 
 
 def dispatch(
@@ -82,10 +87,11 @@ def dispatch(
     if topk_weights.dtype != torch.float32:
         topk_weights = topk_weights.float()
     anchor = None if x.requires_grad or topk_weights.requires_grad else _anchor()
-    recv_x, recv_idx, recv_weights, in_rank, counts = _dispatch(
+    recv_x, recv_idx, recv_weights, in_rank, counts, expert_counts, table = _dispatch(
         x, topk_idx, topk_weights, num_experts, number, anchor
     )
-    return Received(recv_x, recv_idx, recv_weights, RouteTensors(in_rank, counts, num_experts, number))
+    route = RouteTensors(in_rank, counts, num_experts, number, table)
+    return Received(recv_x, recv_idx, recv_weights, route, expert_counts)
 
 
 def combine(y: Tensor, route: RouteTensors) -> Tensor:
@@ -107,7 +113,9 @@ def combine(y: Tensor, route: RouteTensors) -> Tensor:
         if problem is not None:
             refuse(number, Operation.COMBINE, problem)
     anchor = None if y.requires_grad else _anchor()
-    return _combine(y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer, anchor)
+    return _combine(
+        y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer, anchor, route.table
+    )
 
 
 def _anchor() -> Tensor | None:
@@ -136,7 +144,7 @@ def _dispatch(
     num_experts: int,
     buffer: int,
     anchor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     engine = engine_of(buffer)
     started = time.perf_counter()
     topk_idx = _in_memory(topk_idx)
@@ -150,7 +158,16 @@ def _dispatch(
     counts = engine.route_counts(received.route)
     row_bytes = _row_bytes(x, topk_idx, topk_weights)
     _report(engine, "dispatch", counts.t(), row_bytes, started)
-    return received.x, received.topk_idx, received.topk_weights, layout.is_token_in_rank, counts
+    expert_counts = torch.tensor(received.num_tokens_per_expert, dtype=torch.int64, device="cpu")
+    return (
+        received.x,
+        received.topk_idx,
+        received.topk_weights,
+        layout.is_token_in_rank,
+        counts,
+        expert_counts,
+        engine.route_table(received.route),
+    )
 
 
 @_dispatch.register_fake
@@ -161,25 +178,35 @@ def _(
     num_experts: int,
     buffer: int,
     anchor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
-    num_ranks = engine_of(buffer).info.num_ranks
+    info = engine_of(buffer).info
+    num_ranks = info.num_ranks
+    table_rows = x.shape[0] + num_ranks if info.backend == "cuda" else 0
     return (
         x.new_empty(num_rows, x.shape[1]),
         topk_idx.new_empty(num_rows, topk_idx.shape[1]),
         topk_weights.new_empty(num_rows, topk_weights.shape[1]),
         x.new_empty(x.shape[0], num_ranks, dtype=torch.bool),
         torch.empty(num_ranks, num_ranks, dtype=torch.int64, device="cpu"),
+        torch.empty(num_experts // num_ranks, dtype=torch.int64, device="cpu"),
+        x.new_empty(table_rows, num_ranks, dtype=torch.int32),
     )
 
 
 @operator("dispatch_backward")
 def _dispatch_backward(
-    grad_x: Tensor, grad_weights: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int
+    grad_x: Tensor,
+    grad_weights: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_experts: int,
+    buffer: int,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """grad_x [N, H], grad_weights [N, K] -> [T, H], [T, K]: a combine with weights."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts)
+    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
     request = CombineRequest(_in_memory(grad_x), route, topk_weights=_in_memory(grad_weights))
     combined = engine.combine(request, Schedule())
     assert combined.topk_weights is not None
@@ -189,7 +216,13 @@ def _dispatch_backward(
 
 @_dispatch_backward.register_fake
 def _(
-    grad_x: Tensor, grad_weights: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int
+    grad_x: Tensor,
+    grad_weights: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_experts: int,
+    buffer: int,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_tokens = in_rank.shape[0]
     return (
@@ -200,10 +233,16 @@ def _(
 
 @operator("combine")
 def _combine(
-    y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int, anchor: Tensor | None = None
+    y: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_experts: int,
+    buffer: int,
+    anchor: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts)
+    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
     combined = engine.combine(CombineRequest(_in_memory(y), route), Schedule())
     _report(engine, "combine", counts, _row_bytes(y), started)
     return combined.x
@@ -211,59 +250,79 @@ def _combine(
 
 @_combine.register_fake
 def _(
-    y: Tensor, in_rank: Tensor, counts: Tensor, num_experts: int, buffer: int, anchor: Tensor | None = None
+    y: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_experts: int,
+    buffer: int,
+    anchor: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     return y.new_empty(in_rank.shape[0], y.shape[1])
 
 
 @operator("combine_backward")
 def _combine_backward(
-    grad: Tensor, in_rank: Tensor, counts: Tensor, num_rows: int, num_experts: int, buffer: int
+    grad: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_rows: int,
+    num_experts: int,
+    buffer: int,
+    table: Tensor | None = None,
 ) -> Tensor:
     """grad [T, H] -> [N, H]: a cached dispatch. `num_rows`: N, which the caller knows from the forward."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts)
+    route = _restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts, table)
     received = engine.dispatch(DispatchRequest(_in_memory(grad), route=route), Schedule())
     _report(engine, "combine_backward", counts.t(), _row_bytes(grad), started)
     return received.x
 
 
 @_combine_backward.register_fake
-def _(grad: Tensor, in_rank: Tensor, counts: Tensor, num_rows: int, num_experts: int, buffer: int) -> Tensor:
+def _(
+    grad: Tensor,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_rows: int,
+    num_experts: int,
+    buffer: int,
+    table: Tensor | None = None,
+) -> Tensor:
     return grad.new_empty(num_rows, grad.shape[1])
 
 
 def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, recv_idx, _, in_rank, counts = output
-    ctx.save_for_backward(recv_idx, in_rank, counts)
+    _, recv_idx, _, in_rank, counts, expert_counts, table = output
+    ctx.save_for_backward(recv_idx, in_rank, counts, table)
     ctx.num_experts, ctx.buffer = inputs[3], inputs[4]
-    ctx.mark_non_differentiable(recv_idx, in_rank, counts)
+    ctx.mark_non_differentiable(recv_idx, in_rank, counts, expert_counts, table)
 
 
 def _grad_of_dispatch(
     ctx: Any, grad_x: Tensor, _idx: None, grad_weights: Tensor, *_: None
 ) -> tuple[Tensor, None, Tensor, None, None, None]:
     _refuse_second_derivative(ctx.buffer, Operation.COMBINE, grad_x, grad_weights)
-    recv_idx, in_rank, counts = ctx.saved_tensors
+    recv_idx, in_rank, counts, table = ctx.saved_tensors
     # The weight of another rank's expert is a constant zero here, whatever the caller computed from it.
     grad_weights = torch.where(recv_idx >= 0, grad_weights, 0)
     grad_x, grad_weights = _dispatch_backward(
-        grad_x, grad_weights, in_rank, counts, ctx.num_experts, ctx.buffer
+        grad_x, grad_weights, in_rank, counts, ctx.num_experts, ctx.buffer, table
     )
     return grad_x, None, grad_weights, None, None, None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, in_rank, counts, ctx.num_experts, ctx.buffer, _ = inputs
+    y, in_rank, counts, ctx.num_experts, ctx.buffer, _, table = inputs
     ctx.num_rows = y.shape[0]
-    ctx.save_for_backward(in_rank, counts)
+    ctx.save_for_backward(in_rank, counts, table)
 
 
-def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
     _refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
-    in_rank, counts = ctx.saved_tensors
-    grad_y = _combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer)
-    return grad_y, None, None, None, None, None
+    in_rank, counts, table = ctx.saved_tensors
+    grad_y = _combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer, table)
+    return grad_y, None, None, None, None, None, None
 
 
 _dispatch.register_autograd(_grad_of_dispatch, setup_context=_save_dispatch)
@@ -277,7 +336,14 @@ def _refuse_second_derivative(buffer: int, operation: Operation, *grads: Tensor)
         refuse(buffer, operation, ArgumentError("create_graph", "True", allowed))
 
 
-def _restored(buffer: int, operation: Operation, in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
+def _restored(
+    buffer: int,
+    operation: Operation,
+    in_rank: Tensor,
+    counts: Tensor,
+    num_experts: int,
+    table: Tensor | None,
+) -> Route:
     """The engine's route of these tensors; on all ranks a HandleError for tensors that are no route here."""
     engine = engine_of(buffer)
     ranks, rank = engine.info.num_ranks, engine.info.rank
@@ -296,7 +362,10 @@ def _restored(buffer: int, operation: Operation, in_rank: Tensor, counts: Tensor
             got = f"a table of {sent.tolist()} tokens, counts of {stated.tolist()}"
     if got is not None:
         refuse(buffer, operation, HandleError("route", got, "the route of deepep.nn.dispatch, unchanged"))
-    return engine.restore_route(in_rank, counts, num_experts)
+    if table is not None and (table.dtype != torch.int32 or table.device != in_rank.device):
+        got = f"a table {dtype_names([table.dtype])} on {table.device}"
+        refuse(buffer, operation, HandleError("route", got, "the route of deepep.nn.dispatch, unchanged"))
+    return engine.restore_route(in_rank, counts, num_experts, table)
 
 
 def _in_memory(tensor: Tensor) -> Tensor:

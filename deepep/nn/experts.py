@@ -1,136 +1,24 @@
-"""Grouped SwiGLU experts over the rows a rank received, as operators that torch.compile traces through.
+"""SwiGLU experts: this rank's, over rows sorted by expert, and a dense one that every token visits.
 
-A received row may be wanted by several local experts. `expert_rows` lists the (row, top-k entry) pairs
-sorted by expert, `expand_rows` makes one row per pair, `grouped_mm` multiplies each expert's rows by that
-expert's matrix, and `reduce_rows` sums the pairs of a row again. expand and reduce are each other's
-backward, as dispatch and combine are one level up. Sums run over top-k entries ascending, so results do not
-depend on the device or on atomics.
-
-Shapes: N received rows, K top-k, P pairs (entries that are not -1), L local experts, H hidden, F expert
-hidden.
+Shapes: P rows, L local experts, H hidden, F expert hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepep.errors import ArgumentTypeError, RangeError, ShapeError
-from deepep.nn.operators import operator
-from deepep.nn.precision import check_input, is_distributed, known_device, operands
-from deepep.runtime.checks import INDEX_DTYPES, check_int
+from deepep.errors import ArgumentTypeError, DeviceError, ShapeError
+from deepep.nn.activation import gated
+from deepep.nn.grouped import grouped_mm
+from deepep.nn.precision import check_input, check_plain, is_distributed, known_device, operands
+from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 
 MAX_EXPERTS = 1 << 16
 MAX_HIDDEN = 1 << 20
 MAX_SEED = 1 << 42
-
-
-@operator("expert_rows")
-def expert_rows(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts the entries of `topk_idx` [N, K] (local expert or -1) by expert, then row, then k.
-
-    Returns pairs [P] int64: row * K + k of each valid entry; counts [L] int64 on the CPU: pairs of each
-    expert; slots [N, K] int64: where in `pairs` an entry stands, -1 for entries that are -1. Raises
-    RangeError for an entry that is no local expert.
-    """
-    flat = topk_idx.flatten()
-    order = torch.sort(flat, stable=True).indices  # the -1 entries first
-    outside = (flat < -1) | (flat >= num_local_experts)
-    bins = torch.where(outside, num_local_experts + 1, flat + 1)
-    counts = torch.bincount(bins, minlength=num_local_experts + 2).cpu()  # [-1, L experts, anything else]
-    if counts[-1]:
-        raise RangeError("topk_idx", f"{int(counts[-1])} others", f"-1 to {num_local_experts - 1}")
-    pairs = order[int(counts[0]) :].clone()
-    slots = torch.full_like(flat, -1, dtype=torch.int64)
-    slots[pairs] = torch.arange(len(pairs), device=flat.device)
-    return pairs, counts[1:-1].clone(), slots.view(topk_idx.shape)
-
-
-@expert_rows.register_fake
-def _(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    num_pairs = torch.library.get_ctx().new_dynamic_size()
-    return (
-        topk_idx.new_empty(num_pairs, dtype=torch.int64),
-        torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
-        torch.empty_like(topk_idx, dtype=torch.int64),
-    )
-
-
-@operator("expand_rows")
-def expand_rows(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
-    """x [N, H] -> [P, H]: row `pairs[p] // K` for every pair p."""
-    return x.index_select(0, pairs // slots.shape[1])
-
-
-@expand_rows.register_fake
-def _(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
-    return x.new_empty(pairs.shape[0], x.shape[1])
-
-
-@operator("reduce_rows")
-def reduce_rows(y: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
-    """y [P, H] -> [N, H]: the sum of a row's pairs, k ascending, in float32 at least, rounded once."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    total = y.new_zeros(slots.shape[0], y.shape[1], dtype=wide)
-    for k in range(slots.shape[1]):
-        rows = (slots[:, k] >= 0).nonzero().squeeze(1)  # each row once: no two addends race for one sum
-        total.index_add_(0, rows, y.index_select(0, slots[rows, k]).to(wide))
-    return total.to(y.dtype)
-
-
-@reduce_rows.register_fake
-def _(y: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
-    return y.new_empty(slots.shape[0], y.shape[1])
-
-
-def _save_rows(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2])
-
-
-expand_rows.register_autograd(
-    lambda ctx, grad: (reduce_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_rows
-)
-reduce_rows.register_autograd(
-    lambda ctx, grad: (expand_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_rows
-)
-
-
-@operator("grouped_mm")
-def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [P, A], weight [L, A, B], counts [L] on the CPU -> [P, B]: each expert's rows times its matrix.
-
-    counts add up to P. Raises ArgumentTypeError or ShapeError.
-    """
-    if x.dtype != weight.dtype:
-        raise ArgumentTypeError("x", str(x.dtype), f"{weight.dtype}, the weights' dtype")
-    if counts.shape != weight.shape[:1]:
-        raise ShapeError("counts", str(list(counts.shape)), f"[{weight.shape[0]}]")
-    out = x.new_empty(x.shape[0], weight.shape[2])
-    for expert, (rows, target) in enumerate(_split(counts, x, out)):
-        torch.mm(rows, weight[expert], out=target)
-    return out
-
-
-@grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-@operator("grouped_mm_weight_grad")
-def grouped_mm_weight_grad(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
-    """x [P, A], grad [P, B] -> [L, A, B]: the gradient of `grouped_mm` with respect to its weights."""
-    out = x.new_empty(counts.shape[0], x.shape[1], grad.shape[1])
-    for expert, (rows, grads) in enumerate(_split(counts, x, grad)):
-        torch.mm(rows.t(), grads, out=out[expert])
-    return out
-
-
-@grouped_mm_weight_grad.register_fake
-def _(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
-    return x.new_empty(counts.shape[0], x.shape[1], grad.shape[1])
 
 
 def _check_counts(counts: object) -> None:
@@ -144,34 +32,17 @@ def _check_counts(counts: object) -> None:
         raise ArgumentTypeError("counts", got, "a dense tensor of int64")
 
 
-def _split(counts: Tensor, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    sizes = counts.tolist()
-    if sum(sizes) != len(tensors[0]) or min(sizes, default=0) < 0:
-        raise ShapeError("counts", str(sizes), f"counts from 0 of sum {len(tensors[0])}, the rows")
-    return zip(*(t.split(sizes) for t in tensors), strict=True)
-
-
-def _save_grouped_mm(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, weight, counts = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_x = grouped_mm(grad, weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
-    grad_weight = grouped_mm_weight_grad(x, grad, counts) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_weight, None
-
-
-def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, grad, counts = ctx.saved_tensors
-    by_x = grouped_mm(grad, grad_weight.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
-    by_grad = grouped_mm(x, grad_weight, counts) if ctx.needs_input_grad[1] else None
-    return by_x, by_grad, None
-
-
-grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_grouped_mm)
-grouped_mm_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_grouped_mm)
+def _check_ends(ends: object, x: Tensor, num_local_experts: int) -> None:
+    """Raises ArgumentTypeError, ShapeError or DeviceError for what is no [L] int32 on x's device."""
+    if torch.compiler.is_compiling():
+        return
+    found = check_plain("ends", ends)
+    if found.dtype != torch.int32:
+        raise ArgumentTypeError("ends", dtype_names([found.dtype]), "int32")
+    if found.shape != (num_local_experts,):
+        raise ShapeError("ends", str(list(found.shape)), f"[{num_local_experts}]")
+    if found.device != x.device:
+        raise DeviceError("ends", str(found.device), f"{x.device}, where the rows are")
 
 
 class GroupedSwiGLU(nn.Module):
@@ -224,16 +95,18 @@ class GroupedSwiGLU(nn.Module):
             for weight, target in zip(weights, targets, strict=True):
                 fill(weight, target)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, ends: Tensor | None = None) -> Tensor:
         """x [P, H] sorted by expert, counts [L] int64 on the CPU -> [P, H].
 
-        Raises ArgumentTypeError, ShapeError or DeviceError.
+        ends [L] int32 on x's device: where each expert's rows end; made of counts, if not given. Raises
+        ArgumentTypeError, ShapeError or DeviceError.
         """
         check_input(x, self.down, self.gate_up.shape[1], ndim=2)
         _check_counts(counts)
+        if ends is not None:
+            _check_ends(ends, x, self.num_local_experts)
         x, gate_up, down = operands(x, self.gate_up, self.down)
-        gate, up = grouped_mm(x, gate_up, counts).chunk(2, dim=1)
-        return grouped_mm(nn.functional.silu(gate) * up, down, counts)
+        return grouped_mm(gated(grouped_mm(x, gate_up, counts, ends)), down, counts, ends)
 
 
 class SwiGLU(nn.Module):
@@ -269,8 +142,7 @@ class SwiGLU(nn.Module):
         """x [.., H] -> [.., H]. Raises ArgumentTypeError, ShapeError or DeviceError."""
         check_input(x, self.down, self.gate_up.shape[0])
         x, gate_up, down = operands(x, self.gate_up, self.down)
-        gate, up = (x @ gate_up).chunk(2, dim=-1)
-        return (nn.functional.silu(gate) * up) @ down
+        return gated(x @ gate_up) @ down
 
 
 def parameter(

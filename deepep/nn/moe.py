@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deepep.errors import ArgumentTypeError, RangeError, ShapeError
+from deepep.errors import ArgumentTypeError, DeviceError, RangeError, ShapeError
 from deepep.gate import sigmoid_topk
 from deepep.nn.buffers import BufferLike, buffer_number, buffer_of, posting_errors
 from deepep.nn.exchange import combine, dispatch
@@ -17,9 +17,6 @@ from deepep.nn.experts import (
     MAX_HIDDEN,
     GroupedSwiGLU,
     SwiGLU,
-    expand_rows,
-    expert_rows,
-    reduce_rows,
 )
 from deepep.nn.precision import (
     autocast_dtype,
@@ -30,6 +27,7 @@ from deepep.nn.precision import (
     summed_dtypes,
 )
 from deepep.nn.router import Gate, Router
+from deepep.nn.rows import ends_of, expand_rows, expert_rows, sort_pairs, weighted_sum
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 from deepep.runtime.requests import Operation
 
@@ -133,7 +131,13 @@ class ExpertParallelMoE(nn.Module):
             rows = tokens if dtype is None else tokens.to(dtype)
         received = dispatch(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
         with posting_errors(number, Operation.COMBINE, "experts"):
-            rows = apply_experts(self.experts, received.x, received.topk_idx, received.topk_weights)  # [N, H]
+            rows = apply_experts(
+                self.experts,
+                received.x,
+                received.topk_idx,
+                received.topk_weights,
+                received.expert_counts,
+            )  # [N, H]
         y = combine(rows, received.route)
         if self.shared is not None:
             y = y + self.shared(tokens)
@@ -174,22 +178,51 @@ class ExpertParallelMoE(nn.Module):
         )
 
 
-def apply_experts(experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+def apply_experts(
+    experts: GroupedExperts,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    expert_counts: Tensor | None = None,
+) -> Tensor:
     """The local experts' weighted sum for each received row: [N, H].
 
-    x [N, H], topk_idx [N, K] (local expert or -1), topk_weights [N, K]: as received. Weights multiply in the
-    rows' dtype; the sum runs over k ascending in float32 at least. Raises ArgumentTypeError, DeviceError,
-    ShapeError or RangeError.
+    x [N, H], topk_idx [N, K] (local expert or -1), topk_weights [N, K]: as received. expert_counts [L] int64
+    on the CPU, entries of each expert: as received, too; if not given, they are counted, and the device is
+    waited for. Weights multiply in the rows' dtype; the sum runs over k ascending in float32 at least. Raises
+    ArgumentTypeError, DeviceError, ShapeError or RangeError.
     """
     if not torch.compiler.is_compiling():
         if not (callable(experts) and isinstance(getattr(experts, "num_local_experts", None), int)):
             allowed = "a module of local experts, with num_local_experts"
             raise ArgumentTypeError("experts", type(experts).__name__, allowed)
         _check_received(x, topk_idx, topk_weights)
-    pairs, counts, slots = expert_rows(topk_idx, experts.num_local_experts)
-    y = experts(expand_rows(x, pairs, slots), counts)  # [P, H]
-    weights = topk_weights.flatten().index_select(0, pairs).to(y.dtype)  # [P]
-    return reduce_rows(y * weights.unsqueeze(1), pairs, slots)
+        if expert_counts is not None:
+            _check_expert_counts(expert_counts, experts.num_local_experts, topk_idx.numel())
+    if expert_counts is None:
+        pairs, expert_counts, slots = expert_rows(topk_idx, experts.num_local_experts)
+        ends = ends_of(expert_counts, x.device)
+    else:
+        pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
+    rows = expand_rows(x, pairs, slots)
+    if isinstance(experts, GroupedSwiGLU) and type(experts).forward is GroupedSwiGLU.forward:
+        y = experts(rows, expert_counts, ends)
+    else:
+        y = experts(rows, expert_counts)  # [P, H]
+    return weighted_sum(y, topk_weights, pairs, slots)
+
+
+def _check_expert_counts(counts: object, num_local_experts: int, num_entries: int) -> None:
+    found = check_plain("expert_counts", counts)
+    if found.dtype != torch.int64:
+        raise ArgumentTypeError("expert_counts", dtype_names([found.dtype]), "int64")
+    if found.device.type != "cpu":
+        raise DeviceError("expert_counts", str(found.device), "cpu: the host has to know them")
+    if found.shape != (num_local_experts,):
+        raise ShapeError("expert_counts", str(list(found.shape)), f"[{num_local_experts}]")
+    if int(found.min()) < 0 or int(found.max()) > num_entries or int(found.sum()) > num_entries:
+        allowed = f"counts from 0 that add up to at most {num_entries}, the entries"
+        raise RangeError("expert_counts", str(found.tolist()), allowed)
 
 
 def _check_received(x: object, topk_idx: object, topk_weights: object) -> None:

@@ -13,6 +13,7 @@ from deepep.errors import ArgumentTypeError, ShapeError
 from deepep.gate import Routing, sigmoid_topk
 from deepep.nn.balance import count_load, rate_problem, summed_load
 from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
+from deepep.nn.logits import router_logits
 from deepep.nn.precision import check_input, without_autocast
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 
@@ -76,9 +77,8 @@ class Router(nn.Module):
         if self.bias.dtype != torch.float32:
             allowed = "float32: leave the bias out of what casts buffers"
             raise ArgumentTypeError("router.bias", dtype_names([self.bias.dtype]), allowed)
-        wide = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
-            logits = x.to(wide) @ self.weight.to(wide).t()  # [T, E]
+            logits = router_logits(x, self.weight)  # [T, E]
             routing = self.gate(logits, self.num_topk, bias=self.bias)
         _check_routing(routing, x.shape[0])
         if self.training:

@@ -137,9 +137,20 @@ class Engine(ABC):
         """[N] int32: the source token of each received row; None where it was not kept."""
         raise NotImplementedError(f"{self.info.backend}: routes cannot be taken apart")
 
-    def restore_route(self, is_token_in_rank: torch.Tensor, counts: torch.Tensor, num_experts: int) -> Route:
+    def route_table(self, route: Route) -> torch.Tensor:
+        """[.., R] int32 on the device: what spares `restore_route` work; no rows where nothing does."""
+        in_rank = route.is_token_in_rank
+        return torch.empty((0, in_rank.shape[1]), dtype=torch.int32, device=in_rank.device)
+
+    def restore_route(
+        self,
+        is_token_in_rank: torch.Tensor,
+        counts: torch.Tensor,
+        num_experts: int,
+        table: torch.Tensor | None = None,
+    ) -> Route:
         """The route that a dispatch of this engine left, from its table [T, R] and `route_counts`; no
-        communication.
+        communication. table: what `route_table` gave of it.
 
         For callers that can keep tensors but no objects (operators of compiled graphs).
         """

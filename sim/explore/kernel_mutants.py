@@ -29,6 +29,8 @@ EXACT_FILES = tuple(
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
 MASKING_FILES = ("kernels/low_latency/mend.hpp", "kernels/low_latency/patience.hpp")
 MASKING_EDITS = ("flags of rows that were not made",)
+#: And the kernels around the local experts.
+ROW_FILES = ("kernels/rows/",)
 #: Files that take effect where copy engines return a combine's rows.
 COPY_ENGINE_FILES = tuple(
     f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")
@@ -93,6 +95,7 @@ HARMLESS: dict[str, str] = {
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,
+    "rows/weigh_rows.hpp weigh_row: load -> load_once": "no kernel writes the gradient while this one runs",
     "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
 }
 

@@ -26,12 +26,14 @@ from deepep.sim.explore.kernel_mutants import (
     LOW_LATENCY_FILES,
     MASKING_EDITS,
     MASKING_FILES,
+    ROW_FILES,
     Mutant,
     build,
     precompile,
 )
 from deepep.sim.explore.low_latency import LowLatencyScenario, run
 from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
+from deepep.sim.explore.row_runs import explore_rows
 from deepep.sim.explore.scenarios import RunReport, Scenario
 from deepep.sim.explore.shrinking import draw_shrinking, run_shrinking
 
@@ -136,6 +138,10 @@ def hunt(
         exchanges = explore_exchanges(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if exchanges.failure is None else exchanges.failure.report
         return Catch(mutant, found, exchanges.runs, exchanges.seconds, built - begin)
+    if mutant.file.startswith(ROW_FILES):
+        rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+        found = None if rows.failure is None else rows.failure.report
+        return Catch(mutant, found, rows.runs, rows.seconds, built - begin)
     if mutant.file.startswith(LOW_LATENCY_FILES):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
         scenarios = _exact_scenario if mutant.file in EXACT_FILES else _low_latency_scenario

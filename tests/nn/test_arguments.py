@@ -10,7 +10,8 @@ import torch
 
 import deepep.nn as dnn
 from deepep.errors import ArgumentError, ArgumentTypeError, DestroyedError, HandleError, RangeError
-from deepep.nn.experts import expand_rows, expert_rows, grouped_mm
+from deepep.nn.grouped import grouped_mm
+from deepep.nn.rows import expand_rows, expert_rows
 
 HIDDEN, EXPERTS, TOPK = 8, 4, 2
 

@@ -274,7 +274,7 @@ def test_operators_keep_their_promises_to_torch(on_ranks: Any) -> None:
         number = dnn.buffer_number(buffer)
         arguments = (x, given["idx"], weights, EXPERTS, number)
         torch.library.opcheck(_dispatch.overload, arguments)
-        recv_x, _, recv_weights, in_rank, counts = (t.detach() for t in _dispatch(*arguments))
+        recv_x, _, recv_weights, in_rank, counts, _, _ = (t.detach() for t in _dispatch(*arguments))
         torch.library.opcheck(
             _combine.overload, (recv_x.clone().requires_grad_(), in_rank, counts, EXPERTS, number)
         )

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep.nn.experts import (
-    GroupedSwiGLU,
-    SwiGLU,
-    expand_rows,
-    expert_rows,
-    grouped_mm,
-    grouped_mm_weight_grad,
-    reduce_rows,
-)
+from deepep.nn.experts import GroupedSwiGLU, SwiGLU
+from deepep.nn.grouped import grouped_mm, grouped_mm_weight_grad
 from deepep.nn.moe import apply_experts
+from deepep.nn.rows import expand_rows, expert_rows, reduce_rows
 
 LOCAL = 3
 

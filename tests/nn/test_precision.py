@@ -12,8 +12,9 @@ from harness.layers import EXPERTS, HIDDEN, TOPK, Lone, OnCuda, layer_on, tokens
 import deepep.nn as dnn
 from deepep.errors import ArgumentTypeError
 from deepep.gate import Routing, sigmoid_topk
-from deepep.nn.experts import expert_rows, grouped_mm
+from deepep.nn.grouped import grouped_mm
 from deepep.nn.precision import parameter_options
+from deepep.nn.rows import expert_rows
 
 
 def test_autocast_computes_experts_in_its_dtype_and_the_router_in_float32(on_ranks: Any) -> None:

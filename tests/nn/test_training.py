@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import deepep.nn as dnn
 from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
-from deepep.nn.experts import expert_rows, grouped_mm
+from deepep.nn.grouped import grouped_mm
+from deepep.nn.rows import expert_rows
 
 # wrappers, devices, checkpoints
 

@@ -179,24 +179,40 @@ class CudaEngine(Engine):
     # routes
 
     def route_counts(self, route: Route) -> Tensor:
-        return self._plan_of(route).counts.to("cpu", torch.int64)
+        plan, ranks = self._plan_of(route), self.info.num_ranks
+        if plan.known is None:
+            return plan.counts.to("cpu", torch.int64)
+        return torch.tensor(plan.known.tolist(), dtype=torch.int64, device="cpu").view(ranks, ranks)
 
     def route_sources(self, route: Route) -> Tensor | None:
         return self._plan_of(route).source
 
-    def restore_route(self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
-        rank, table = self.info.rank, counts.to(torch.int64)
-        tokens = is_token_in_rank.shape[0]
-        first_row = (table.cumsum(0) - table)[rank].to(self.device)  # [R]
+    def route_table(self, route: Route) -> Tensor:
+        return self._plan_of(route).table
+
+    def restore_route(
+        self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int, table: Tensor | None = None
+    ) -> Route:
+        rank, rows = self.info.rank, counts.to(torch.int64)
+        tokens, ranks = is_token_in_rank.shape
+        if table is None:
+            table = self._table_of(is_token_in_rank, rows)
+        elif table.shape != (tokens + ranks, ranks):
+            raise HandleError(
+                "route", f"a table {list(table.shape)}", f"one of {tokens} tokens, {ranks} ranks"
+            )
+        received = rows.sum(0)
+        plan = Plan(table, tokens, int(received[rank]), self._live, streams.current_address(self.index))
+        plan.most_rows = int(received.max())
+        plan.known = _cuda.RowCounts(rows.flatten().tolist())
+        return Route(self, tokens, num_experts, is_token_in_rank, plan.num_rows, plan)
+
+    def _table_of(self, is_token_in_rank: Tensor, counts: Tensor) -> Tensor:
+        """A plan's table, worked out anew: waits for the device."""
+        first_row = (counts.cumsum(0) - counts)[self.info.rank].to(self.device)  # [R]
         position = is_token_in_rank.to(torch.int32).cumsum(0) - 1 + first_row
         send_row = torch.where(is_token_in_rank, position, -1).to(torch.int32)
-        received = table.sum(0)
-        rows = int(received[rank])
-        both = torch.cat([send_row, table.to(self.device, torch.int32)])
-        plan = Plan(both, tokens, rows, self._live, streams.current_address(self.index))
-        plan.most_rows = int(received.max())
-        plan.known = _cuda.RowCounts(table.flatten().tolist())
-        return Route(self, tokens, num_experts, is_token_in_rank, rows, plan)
+        return torch.cat([send_row, counts.to(self.device, torch.int32)])
 
     def _plan_of(self, route: Route) -> Plan:
         if not isinstance(route.plan, Plan):

@@ -139,7 +139,9 @@ class ReferenceEngine(Engine):
     def route_sources(self, route: Route) -> Tensor | None:
         return high_throughput.plan_of(route).src_token
 
-    def restore_route(self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int) -> Route:
+    def restore_route(
+        self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int, table: Tensor | None = None
+    ) -> Route:
         plan = restore_plan(self.info.rank, is_token_in_rank, counts.tolist())
         return Route(self, plan.num_tokens, num_experts, is_token_in_rank, plan.num_recv_tokens, plan)
 
