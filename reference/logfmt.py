@@ -7,8 +7,10 @@ Groups are encoded by chunks of 1024 channels (512 where 1024 does not divide th
 shorter): only if low < log2 amax < 0 in every group of it. Other chunks travel as they are. The receiver
 finds out which from the metadata.
 
-log2 and exp2 are taken in float64 and rounded to float32, all else is float32: then results do not hang on
-the last bit of whatever log2 a machine has.
+No machine's log2 or exp2 is in this, since no two libraries give the same last bits: logarithms are integers
+in units of 2 ** -21, of a polynomial in the mantissa, and a value is a polynomial in the fraction of its
+logarithm. All steps are those of integers, or of float32, each rounded once: whoever takes them in this order
+gets these bits, and csrc/kernels/low_latency/logfmt.hpp does. They are off by less than 2 ** -20 in log2.
 """
 
 from __future__ import annotations
@@ -23,8 +25,28 @@ from .checks import require
 GROUP = 128  # channels
 LARGEST_CODE = 511
 SIGN_BIT = 9
-MAX_LOG2_RANGE = 32.0
+MAX_LOG2_RANGE = 32
 PACKED_VALUES, PACKED_WORDS = 16, 5  # 16 values of 10 bits in 5 words of 32
+
+STEPS = 510
+UNIT_BITS = 21  # a logarithm is a number of units of 2 ** -21
+FRACTION_BITS = 23  # of a value's own: as many as its mantissa has
+STEP_BITS = 36  # of a step
+LOG2_OF_ZERO = -(1 << 30)  # less than any other, by more than the range
+UPSCALE = 65536.0  # with which no bfloat16 is subnormal
+# log2(1 + x) in units is x * (a + x * (b + ...)), and 2 ** x is 1 + x * (a + ...); x from 0 to 1.
+LOG2_FACTORS = (
+    3025495.75,
+    -1511221.75,
+    993448.9375,
+    -684602.4375,
+    409381.28125,
+    -168416.140625,
+    33067.77734375,
+)
+EXP2_FACTORS = (0.6931517, 0.2401594, 0.055818193, 0.008991657, 0.0018790114)
+# Codes change at the middle, in linear terms, of two neighbours a step s apart: s / 2 + s * s * log(2) / 8.
+MIDDLE_FACTOR = 8.1009394e-11  # log(2) / 8 of a step, by units of the range
 
 
 class Encoded(NamedTuple):
@@ -42,13 +64,13 @@ def logfmt_encode(x: Tensor) -> Encoded:
     groups = x.unflatten(-1, (x.shape[-1] // GROUP, GROUP))
     magnitude = groups.abs()
     meta = torch.stack([magnitude.amax(-1), magnitude.amin(-1)], dim=-1)  # a NaN makes both NaN: not encoded
-    low, step, _ = _scale(meta)
-    # Codes change at the middle, in linear terms, of two neighbours: v * (1 + 2 ** step) / 2.
-    middle = _log2((1.0 + _exp2(step)) * 0.5) / step
-    distance = torch.div(
-        _log2(magnitude.float()) - low.unsqueeze(-1), step.unsqueeze(-1)
-    )  # in steps from amin
-    code = (distance + (2.0 - middle).unsqueeze(-1)).floor().nan_to_num(nan=0.0).clamp(0, LARGEST_CODE)
+    low, log_range = _scale(meta)
+    reach = log_range.float()
+    # A tensor, not a number: CUDA divides by numbers by way of a reciprocal, which rounds twice.
+    steps_of_unit = torch.div(reach.new_tensor(float(STEPS)), reach)
+    first = 1.5 - reach * MIDDLE_FACTOR  # code 1 stands for the low end, and begins half a step below
+    distance = (_log2(magnitude) - low.unsqueeze(-1)).float() * steps_of_unit.unsqueeze(-1)
+    code = (distance + first.unsqueeze(-1)).floor().clamp(0, LARGEST_CODE)
     sign = groups.signbit().to(torch.int16) << SIGN_BIT
     return Encoded((sign | code.to(torch.int16)).flatten(-2), meta, logfmt_qualifies(meta))
 
@@ -60,16 +82,20 @@ def logfmt_decode(codes: Tensor, meta: Tensor) -> Tensor:
         list(meta.shape) == [*codes.shape[:-1], num_groups, 2] and codes.shape[-1] % GROUP == 0,
         f"codes: got {list(codes.shape)}, meta {list(meta.shape)}; allowed: [..., H] and [..., H / 128, 2]",
     )
-    low, step, _ = _scale(meta)
-    code = (codes & LARGEST_CODE).unflatten(-1, (num_groups, GROUP))
-    exponent = (code - 1).float() * step.unsqueeze(-1) + low.unsqueeze(-1)
-    magnitude = torch.where(code == 0, 0.0, _exp2(exponent)).flatten(-2)
+    low, log_range = _scale(meta)
+    step = (log_range * (1 << (STEP_BITS - UNIT_BITS)) + STEPS // 2) // STEPS
+    code = (codes & LARGEST_CODE).to(torch.int64).unflatten(-1, (num_groups, GROUP))
+    finer = STEP_BITS - FRACTION_BITS
+    above = ((code - 1) * step.unsqueeze(-1) + (1 << (finer - 1))) >> finer
+    logarithm = (low << (FRACTION_BITS - UNIT_BITS)).unsqueeze(-1) + above
+    magnitude = torch.where(code == 0, 0.0, _exp2(logarithm)).flatten(-2)
     return torch.where((codes >> SIGN_BIT) != 0, -magnitude, magnitude)
 
 
 def logfmt_qualifies(meta: Tensor) -> Tensor:
     """The groups that travel encoded, [..., G] bool, from the metadata [..., G, 2] alone."""
-    good = _scale(meta)[2]
+    high, low = meta.float().unbind(-1)
+    good = (low < high) & (high < 1.0)  # a NaN is neither
     num_groups = good.shape[-1]
     per_chunk = 8 if num_groups % 8 == 0 else 4
     spare = -num_groups % per_chunk
@@ -106,18 +132,39 @@ def logfmt_unpack(words: Tensor) -> Tensor:
     return (sign | magnitude).to(torch.int16).flatten(-2)
 
 
-def _scale(meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(low, step, whether the group can be encoded) of metadata [..., 2]; each [...]."""
-    high, low = _log2(meta.float()).unbind(-1)
-    low = torch.maximum(low, high - MAX_LOG2_RANGE)
-    # A tensor, not a number: CUDA divides by numbers by way of a reciprocal, which rounds twice.
-    step = torch.div(high - low, low.new_tensor(510.0))
-    return low, step, (high < 0) & (low < high)
+def _scale(meta: Tensor) -> tuple[Tensor, Tensor]:
+    """(low, log2 amax - low) of metadata [..., 2], in units; int64 [...]. 1 at least, also where it is no group
+    that can be encoded.
+    """
+    high, low = _log2(meta).unbind(-1)
+    low = torch.maximum(low, high - (MAX_LOG2_RANGE << UNIT_BITS))
+    return low, (high - low).clamp(min=1)
 
 
-def _log2(x: Tensor) -> Tensor:
-    return x.double().log2().float()
+def _log2(magnitude: Tensor) -> Tensor:
+    """The logarithm of bfloat16 that are not negative, in units, int64. Of infinities and NaNs, any number."""
+    bits = (magnitude.float() * UPSCALE).view(torch.int32)
+    x = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
+    # What is added last is so large that the sum is rounded to a whole number, which its lowest bits are.
+    fraction = _polynomial(x, LOG2_FACTORS, float(1 << 23)).view(torch.int32) - (150 << 23)
+    exponent = (bits >> 23).to(torch.int64) - (127 + 16)
+    return torch.where(magnitude == 0, LOG2_OF_ZERO, (exponent << UNIT_BITS) + fraction)
 
 
-def _exp2(x: Tensor) -> Tensor:
-    return x.double().exp2().float()
+def _exp2(logarithm: Tensor) -> Tensor:
+    """2 ** (logarithm / 2 ** 23), float32, of int64 from -200 on."""
+    exponent = logarithm >> FRACTION_BITS
+    fraction = (logarithm & ((1 << FRACTION_BITS) - 1)).to(torch.int32)
+    mantissa = _polynomial((fraction | 0x3F800000).view(torch.float32) - 1.0, EXP2_FACTORS, 1.0)
+    normal = exponent.clamp(-126, 127)  # the others are subnormal: rounded once, by the product
+    value = (mantissa.view(torch.int32) + (normal << 23).to(torch.int32)).view(torch.float32)
+    rest = (exponent - normal).clamp(-126, 0) + 127
+    return value * (rest << 23).to(torch.int32).view(torch.float32)
+
+
+def _polynomial(x: Tensor, factors: tuple[float, ...], constant: float) -> Tensor:
+    """constant + x * (factors[0] + x * (factors[1] + ...)), float32: a product and a sum at a time."""
+    value = torch.full_like(x, factors[-1])
+    for factor in factors[-2::-1]:
+        value = value * x + factor
+    return value * x + constant

@@ -173,7 +173,7 @@ GLOBAL_VIEW = [
     Defect("exponent bytes in the other order", "formats",
            "dense(exponent.to(torch.uint8))",
            "dense(exponent.to(torch.uint8).flip(-1))"),
-    Defect("LogFMT rounds down", "logfmt", "(2.0 - middle)", "(1.0 + 0.0 * middle)"),
+    Defect("LogFMT rounds down", "logfmt", "first = 1.5 - reach", "first = 1.0 - reach"),
     Defect("LogFMT groups decided one by one", "logfmt",
            "per_chunk = 8 if num_groups % 8 == 0 else 4", "per_chunk = 1"),
     Defect("LogFMT signs in front of the magnitudes", "logfmt",
