@@ -31,7 +31,7 @@ PACKED_VALUES, PACKED_WORDS = 16, 5  # 16 values of 10 bits in 5 words of 32
 STEPS = 510
 UNIT_BITS = 21  # a logarithm is a number of units of 2 ** -21
 FRACTION_BITS = 23  # of a value's own: as many as its mantissa has
-STEP_BITS = 36  # of a step
+STEP_BITS = 35  # of a step, which has 32 bits then
 LOG2_OF_ZERO = -(1 << 30)  # less than any other, by more than the range
 UPSCALE = 65536.0  # with which no bfloat16 is subnormal
 # log2(1 + x) in units is x * (a + x * (b + ...)), and 2 ** x is 1 + x * (a + ...); x from 0 to 1.
@@ -133,8 +133,8 @@ def logfmt_unpack(words: Tensor) -> Tensor:
 
 
 def _scale(meta: Tensor) -> tuple[Tensor, Tensor]:
-    """(low, log2 amax - low) of metadata [..., 2], in units; int64 [...]. 1 at least, also where it is no group
-    that can be encoded.
+    """(low, log2 amax - low) of metadata [..., 2], in units; int64 [...]. The second is 1 at least, also of
+    groups that cannot be encoded.
     """
     high, low = _log2(meta).unbind(-1)
     low = torch.maximum(low, high - (MAX_LOG2_RANGE << UNIT_BITS))
@@ -142,7 +142,7 @@ def _scale(meta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log2(magnitude: Tensor) -> Tensor:
-    """The logarithm of bfloat16 that are not negative, in units, int64. Of infinities and NaNs, any number."""
+    """The logarithm of bfloat16 from 0 on, in units, int64; of infinities and NaNs, any number."""
     bits = (magnitude.float() * UPSCALE).view(torch.int32)
     x = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
     # What is added last is so large that the sum is rounded to a whole number, which its lowest bits are.

@@ -11,6 +11,19 @@
 
 namespace deepep::bindings {
 
+/// What a function makes of each item.
+template <class From, class To, class Make>
+py::bytes each(const std::string& items, const Make& make) {
+  std::string made(items.size() / sizeof(From) * sizeof(To), '\0');
+  for (size_t i = 0; i < items.size() / sizeof(From); ++i) {
+    From item;
+    std::memcpy(&item, items.data() + i * sizeof(From), sizeof(From));
+    const To result = static_cast<To>(make(item));
+    std::memcpy(made.data() + i * sizeof(To), &result, sizeof(To));
+  }
+  return py::bytes(made);
+}
+
 /// `Kernels`: a set of kernels as Python holds it.
 template <class Kernels>
 void bind_emulated_low_latency(py::module_& m) {
@@ -51,6 +64,21 @@ void bind_emulated_low_latency(py::module_& m) {
         return py::bytes(bytes);
       },
       py::arg("floats"), "A byte for each float32 of `floats`.");
+  m.def(
+      "logfmt_codes",
+      [](const std::string& values, uint32_t meta) {
+        const auto group = kernels::LogfmtEncoder::of({meta});
+        return each<uint16_t, uint16_t>(values, [&](uint16_t value) { return group.code(value); });
+      },
+      py::arg("values"), py::arg("meta"),
+      "The code, uint16, of each bf16 of `values`, in a group of this `meta`.");
+  m.def(
+      "logfmt_values",
+      [](const std::string& codes, uint32_t meta) {
+        const auto group = kernels::LogfmtDecoder::of({meta});
+        return each<uint16_t, float>(codes, [&](uint16_t code) { return group.value(code); });
+      },
+      py::arg("codes"), py::arg("meta"), "The float32 of each code of `codes`, in a group of this `meta`.");
   m.attr("LOW_LATENCY_EPOCHS") = offsetof(kernels::LocalState, barrier_epoch) / sizeof(uint32_t);
 }
 

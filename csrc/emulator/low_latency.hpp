@@ -10,8 +10,14 @@
 #include "host/low_latency.hpp"
 #include "kernels/low_latency/combine.hpp"
 #include "kernels/low_latency/combine_exact.hpp"
+#include "kernels/low_latency/combine_exact_logfmt.hpp"
+#include "kernels/low_latency/combine_exact_logfmt_receive.hpp"
+#include "kernels/low_latency/combine_exact_logfmt_send.hpp"
 #include "kernels/low_latency/combine_exact_receive.hpp"
 #include "kernels/low_latency/combine_exact_send.hpp"
+#include "kernels/low_latency/combine_logfmt.hpp"
+#include "kernels/low_latency/combine_logfmt_receive.hpp"
+#include "kernels/low_latency/combine_logfmt_send.hpp"
 #include "kernels/low_latency/combine_receive.hpp"
 #include "kernels/low_latency/combine_send.hpp"
 #include "kernels/low_latency/dispatch.hpp"
@@ -33,8 +39,9 @@ class LowLatencyLauncher {
     launch("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
-    launch(kernels::returns_entries(args) ? "low_latency_combine_exact" : "low_latency_combine", args,
-           num_blocks, halves, kernels::shared_of(args).bytes());
+    static constexpr const char* kNames[] = {"low_latency_combine", "low_latency_combine_logfmt",
+                                             "low_latency_combine_exact", "low_latency_combine_exact_logfmt"};
+    launch(kNames[static_cast<int>(args.returned)], args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
 
   /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be

@@ -78,8 +78,15 @@ class LowLatencyDomain {
 
   void dispatch(const LowLatencyDispatchCall& call) { start(call, "low_latency_dispatch"); }
   void combine(const LowLatencyCombineCall& call) {
-    if (kernels::returns_entries(call.args) != (options_.entry_stretches > 0) && !call.args.refused)
+    const auto& a = call.args;
+    if (static_cast<int>(a.returned) < 0 || static_cast<int>(a.returned) > 3)
+      throw std::invalid_argument("low_latency_combine: there are four ways for rows to go back");
+    if (kernels::returns_entries(a) != (options_.entry_stretches > 0) && !a.refused)
       throw std::invalid_argument("low_latency_combine: a sum that the buffer was not made for");
+    const bool in_logfmt =
+        a.returned == kernels::Returned::kSumsInLogfmt || a.returned == kernels::Returned::kEntriesInLogfmt;
+    if (in_logfmt && a.hidden % layout::kLogfmtGroup != 0)
+      throw std::invalid_argument("low_latency_combine: LogFMT takes whole groups of 128 channels");
     start(call, "low_latency_combine");
   }
 

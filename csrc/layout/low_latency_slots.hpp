@@ -13,6 +13,9 @@ namespace deepep::layout {
 /// Channels that share a scale in the fused FP8 cast.
 inline constexpr int kFp8Group = 128;
 
+/// Channels of a LogFMT group.
+inline constexpr int kLogfmtGroup = 128;
+
 /// A token on its way to a rank: a header, its channels, its scales. A header has for each of the token's K
 /// top-k entries where the row goes at that rank, then the weights.
 struct LowLatencyMessage {
@@ -81,6 +84,8 @@ struct LowLatencySlots {
         messages_bytes_(align_up(max_tokens * LowLatencyMessage{max_topk, max_row_bytes, 0}.bytes(), kLine)),
         returns_bytes_(
             align_up((entry_stretches > 0 ? max_topk : 1) * max_tokens * max_row_bytes, kLine)),
+        metadata_bytes_(align_up(
+            (entry_stretches > 0 ? max_topk : 1) * max_tokens * metadata_of(max_row_bytes), kLine)),
         both_(2 * ranks),
         num_ranks_(ranks),
         num_returns_(entry_stretches > 0 ? entry_stretches : ranks) {}
@@ -123,16 +128,27 @@ struct LowLatencySlots {
   }
   /// The same where each entry has a row: [T, K].
   [[nodiscard]] DEEPEP_HD int64_t entries(uint32_t epoch, int source) const {
-    const int64_t stretch = static_cast<int64_t>(epoch & 1u) * num_returns_ + source % num_returns_;
-    return control_bytes() + both_ * messages_bytes_ + stretch * returns_bytes_;
+    return control_bytes() + both_ * messages_bytes_ + stretch(epoch, source) * returns_bytes_;
+  }
+  /// Bytes of what LogFMT says of a bf16 row of so many: two of its values for each group.
+  [[nodiscard]] DEEPEP_HD static constexpr int64_t metadata_of(int64_t row_bytes) {
+    return row_bytes / (2 * kLogfmtGroup) * 4;
+  }
+  /// That of the rows that `source` returns, in their order.
+  [[nodiscard]] DEEPEP_HD int64_t metadata(uint32_t epoch, int source) const {
+    return control_bytes() + both_ * messages_bytes_ + 2 * num_returns_ * returns_bytes_ +
+           stretch(epoch, source) * metadata_bytes_;
   }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
-    return control_bytes() + both_ * messages_bytes_ + 2 * num_returns_ * returns_bytes_;
+    return control_bytes() + both_ * messages_bytes_ + 2 * num_returns_ * (returns_bytes_ + metadata_bytes_);
   }
 
  private:
   [[nodiscard]] DEEPEP_HD int64_t number(uint32_t epoch, int source) const {
     return static_cast<int64_t>(epoch & 1u) * num_ranks_ + source;
+  }
+  [[nodiscard]] DEEPEP_HD int64_t stretch(uint32_t epoch, int source) const {
+    return static_cast<int64_t>(epoch & 1u) * num_returns_ + (num_returns_ == 1 ? 0 : source);
   }
 
   LowLatencyWords words_;
@@ -141,6 +157,7 @@ struct LowLatencySlots {
   int64_t weights_bytes_;
   int64_t messages_bytes_;
   int64_t returns_bytes_;
+  int64_t metadata_bytes_;
   int64_t both_;
   int num_ranks_;
   int num_returns_;  // stretches of an epoch

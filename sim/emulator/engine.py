@@ -40,11 +40,11 @@ class EmulatorEngine(ReferenceEngine):
 
     def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
         super().__init__(options, control)
-        names = ("layout", "dispatch", "cached dispatch", "combine", "low-latency dispatch")
+        names = (
+            *("layout", "dispatch", "cached dispatch", "combine"),
+            *("low-latency dispatch", "low-latency combine"),
+        )
         operations = {**self.info.operations, **dict.fromkeys(names, "emulated kernels")}
-        if options.reduction == "expert_rank":
-            fallback = operations["low-latency combine"]
-            operations["low-latency combine"] = f"emulated kernels (LogFMT: {fallback})"
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._kernels = EmulatedAllToAll()
         exchange = EmulatedLowLatencyExchange(int(os.environ.get("DEEPEP_EMULATOR_SEED", "0")))

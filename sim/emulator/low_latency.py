@@ -57,7 +57,7 @@ class LowLatencyCall:
 
     carries_weights: whether they travel with the dispatch. refused: this rank takes no part in this call, and
     only posts that to the others; elsewhere: because it is made by other means. exact: a combine returns the
-    row of each top-k entry.
+    row of each top-k entry; logfmt: in LogFMT.
     """
 
     topk_idx: Tensor
@@ -69,6 +69,7 @@ class LowLatencyCall:
     refused: bool = False
     elsewhere: bool = False
     exact: bool = False
+    logfmt: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class EmulatedLowLatency:
         args = self._common(rank, call, handle, with_weights=True) | {
             "x": self._put(f"expert rows@{rank}", rank, x),
             "weights_travelled": call.carries_weights,
-            "returned": 2 if call.exact else 0,
+            "returned": 2 * call.exact + call.logfmt,
             "out": out,
         }
         return args, out

@@ -128,8 +128,6 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
     def start_combine(
         self, wire: Wire, request: LowLatencyCombineRequest, reduction: Reduction, hooked: bool
     ) -> LowLatencyUnderway:
-        if request.use_logfmt:
-            return super().start_combine(wire, request, reduction, hooked)
         self._operations += 1
         route, call, kept = request.route, None, None
         plan = route.plan.by_kernels if isinstance(route.plan, KeptFromDispatch) else None
@@ -143,6 +141,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
                 hidden=route.hidden,
                 carries_weights=carries_weights,
                 exact=reduction == "exact",
+                logfmt=request.use_logfmt,
             )
         share = _CombineShare(request.x, call, kept, wire.members, hooked)
         made = at_leader(wire, share, self._run_combine)

@@ -179,6 +179,20 @@ EDITS = (
         "a flag of one rank says nothing of another's rows",
     ),
     Edit(
+        "rows in LogFMT of which some have not come",
+        "kernels/low_latency/combine_decode.hpp",
+        "  if (((ranks >> lane()) & 1u) != 0) {\n",
+        "  if (((ranks >> lane()) & 1u) != 0 && lane() <= call.g.rank) {\n",
+        "a flag of one rank says nothing of another's rows",
+    ),
+    Edit(
+        "a group encoded by itself",
+        "kernels/low_latency/logfmt_rows.hpp",
+        "ballot(mine < groups && !meta.is_good()) == 0",
+        "ballot(mine < 1 && !meta.is_good()) == 0",
+        "who decodes goes by the metadata of the whole chunk",
+    ),
+    Edit(
         "sums without digests",
         "kernels/low_latency/combine_digest.hpp",
         "    if (!is_live(call, source)) continue;\n",

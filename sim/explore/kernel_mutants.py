@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,14 +21,34 @@ from deepep.sim.explore.kernel_edits import EDITS, Edit
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
-#: Of these, files that take effect where every row of a token goes back.
-EXACT_FILES = tuple(
-    f"kernels/low_latency/combine_{name}.hpp"
-    for name in ("entries", "entry_sum", "exact", "exact_send", "exact_receive")
-)
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
 MASKING_FILES = ("kernels/low_latency/mend.hpp", "kernels/low_latency/patience.hpp")
 MASKING_EDITS = ("flags of rows that were not made",)
+#: Of these, files that take effect in some combines alone, and the options of those.
+LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
+    f"kernels/low_latency/{name}.hpp": options
+    for names, options in (
+        (
+            ("combine_entry_sum", "combine_exact", "combine_exact_send", "combine_exact_receive"),
+            {"reduce": "token", "logfmt": False},
+        ),
+        (("combine_entries",), {"reduce": "token"}),
+        (("logfmt", "logfmt_rows", "combine_encode", "combine_decode"), {"logfmt": True}),
+        (
+            ("combine_logfmt", "combine_logfmt_send", "combine_logfmt_receive"),
+            {"reduce": "rank", "logfmt": True},
+        ),
+        (
+            ("combine_exact_logfmt", "combine_exact_logfmt_send", "combine_exact_logfmt_receive"),
+            {"reduce": "token", "logfmt": True},
+        ),
+        (
+            ("combine", "combine_send", "combine_receive", "combine_sum"),
+            {"reduce": "rank", "logfmt": False},
+        ),
+    )
+    for name in names
+}
 #: And the kernels around the local experts.
 ROW_FILES = ("kernels/rows/",)
 #: Files that take effect where copy engines return a combine's rows.

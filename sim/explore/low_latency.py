@@ -34,9 +34,9 @@ from deepep.sim.rules.observed import RankView, bits, fill_low_latency, first_di
 
 #: Ways in which a rank spoils an operation for all: its host refuses it, it has another number of experts, it
 #: combines along other indices, or along the dispatch before ("older"), it makes the dispatch by other means
-#: than kernels. "meeting" spoils nothing: all ranks make an operation of each kind by other means, before
-#: each real one.
-SPOILS = ("", "dispatch", "shape", "combine", "indices", "older", "elsewhere", "meeting")
+#: than kernels, it alone has rows travel in LogFMT, or as they are. "meeting" spoils nothing: all ranks make
+#: an operation of each kind by other means, before each real one.
+SPOILS = ("", "dispatch", "shape", "combine", "indices", "older", "elsewhere", "logfmt", "meeting")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class LowLatencyRun:
         domain.set_live(rank, members)
         rows = rows_of(case, rank, self.scenario.expected[index][rank])
         for number in range(self.scenario.num_combines):
-            if spoils in ("combine", "indices", "older"):
+            if spoils in ("combine", "indices", "older", "logfmt"):
                 # A rank alone agrees with itself along any dispatch: it refuses.
                 along = older if rank == spoiler and older is not None and len(members) > 1 else handle
                 yield from self._spoil_combine(
@@ -280,7 +280,9 @@ class LowLatencyRun:
         *,
         is_spoiler: bool,
     ) -> Program:
-        if is_spoiler and self.scenario.spoils != "indices":
+        if is_spoiler and self.scenario.spoils == "logfmt" and self.num_ranks > 1:
+            call = replace(call, logfmt=not call.logfmt)
+        elif is_spoiler and self.scenario.spoils != "indices":
             call = replace(call, refused=True)
         elif is_spoiler:
             other = call.topk_idx.clone()
@@ -343,6 +345,7 @@ def call_of(case: Case, given: RankInputs, *, carries_weights: bool) -> LowLaten
         hidden=case.hidden,
         carries_weights=carries_weights,
         exact=is_exact(case),
+        logfmt=case.options.logfmt,
     )
 
 

@@ -32,7 +32,6 @@ LOW_LATENCY_LIMITS = Limits(
     hidden=(128, 16, 136, 512),
     fixed={
         "mode": "ll",
-        "logfmt": False,
         "schedule": "sync",
         "skew": "none",
         "stats": False,

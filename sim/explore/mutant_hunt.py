@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
 from threading import Event
@@ -20,10 +20,10 @@ from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenari
 from deepep.sim.explore.kernel_edits import COPY_FILE
 from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
-    EXACT_FILES,
     EXCHANGE_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
+    LOW_LATENCY_OPTIONS,
     MASKING_EDITS,
     MASKING_FILES,
     ROW_FILES,
@@ -49,18 +49,10 @@ LOW_LATENCY_HUNTING_LIMITS = replace(
 
 
 @lru_cache(maxsize=4096)
-def _exact_scenario(seed: int) -> LowLatencyScenario:
-    return _low_latency_call(seed, {"reduce": "token"})
-
-
-@lru_cache(maxsize=4096)
-def _low_latency_scenario(seed: int) -> LowLatencyScenario:
-    return _low_latency_call(seed, {})
-
-
-def _low_latency_call(seed: int, fixed: dict[str, object]) -> LowLatencyScenario:
+def _low_latency_scenario(seed: int, file: str) -> LowLatencyScenario:
+    """One in which a mutant of this file takes effect."""
     limits = LOW_LATENCY_HUNTING_LIMITS
-    limits = replace(limits, fixed={**limits.fixed, **fixed})
+    limits = replace(limits, fixed={**limits.fixed, **LOW_LATENCY_OPTIONS.get(file, {})})
     scenario = draw_low_latency(seed, limits=limits, num_cases=1 + seed % 3)
     if seed % 4 != 3 or scenario.cases[-1].masked:
         return scenario
@@ -144,13 +136,12 @@ def hunt(
         return Catch(mutant, found, rows.runs, rows.seconds, built - begin)
     if mutant.file.startswith(LOW_LATENCY_FILES):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
-        scenarios = _exact_scenario if mutant.file in EXACT_FILES else _low_latency_scenario
         calls = explore_low_latency(
             runs=runs,
             seconds=seconds,
             schedules_per_scenario=4,  # in three of them a rank stops
             with_stops=True,
-            scenarios=shrinking_scenario if masks else scenarios,
+            scenarios=shrinking_scenario if masks else partial(_low_latency_scenario, file=mutant.file),
             runner=run_shrinking if masks else run,
             kernels=kernels,
         )

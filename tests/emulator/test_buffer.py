@@ -56,8 +56,8 @@ def test_the_same_bits_as_the_reference_backend(world_of: Callable[[int], World]
 def decode_step(
     ctx: RankContext, backend: str, hooked: bool, with_weights: bool, reduction: str
 ) -> list[bytes]:
-    """The bits of a low-latency dispatch, and of three combines along it: one along the handle taken apart,
-    one of rows that were filled in where it reads them, into memory of the caller's.
+    """The bits of a low-latency dispatch, and of four combines along it: one along the handle taken apart,
+    one in LogFMT, one of rows that were filled in where it reads them, into memory of the caller's.
     """
     from deepep import Buffer
 
@@ -82,6 +82,12 @@ def decode_step(
         if hook is not None:
             hook()
         made.append(sums)
+    sums, _, hook = buffer.low_latency_combine(
+        rows * 0.1, idx, weights, handle, use_logfmt=True, return_recv_hook=hooked
+    )
+    if hook is not None:
+        hook()
+    made.append(sums)
     buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
     out, given = torch.empty_like(sums), torch.full_like(rows, float("nan"))
     sums, _, hook = buffer.low_latency_combine(
@@ -92,7 +98,7 @@ def decode_step(
     assert sums is out
     made.append(out)
     if backend == "emulator":
-        assert buffer._engine._low_latency._exchange._operations == 4, "all of them on kernels"
+        assert buffer._engine._low_latency._exchange._operations == 5, "all of them on kernels"
     buffer.destroy()
     return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in made]
 

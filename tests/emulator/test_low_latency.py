@@ -10,7 +10,7 @@ import torch
 from harness.side_by_side import explore_side_by_side
 
 from deepep import Buffer, _emulator
-from deepep.reference import formats
+from deepep.reference import formats, logfmt
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.options import Options
 from deepep.sim.emulator.low_latency import (
@@ -121,7 +121,7 @@ def test_numbers_of_ranks(num_ranks: int, reduce: str) -> None:
     run_all(scenario_of(routing, 2 * num_ranks, values="normal", spare_slots=2, reduce=reduce), schedules=2)
 
 
-@pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices", "elsewhere"])
+@pytest.mark.parametrize("spoils", ["dispatch", "shape", "combine", "indices", "elsewhere", "logfmt"])
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("sums", SUMS)
 def test_a_rank_that_spoils_a_call_stops_all_and_nothing_else(
@@ -217,6 +217,90 @@ def test_the_cast_to_e4m3_is_the_references() -> None:
     expected[floats.isnan()] = formats.E4M3_NAN
     got = _emulator.cast_to_e4m3(floats.numpy().tobytes())
     assert list(got) == expected.tolist()
+
+
+def test_logfmt_in_the_kernels_is_the_references() -> None:
+    """Codes of every bf16 below 1 and values of every code, in float32, in groups of all sorts."""
+    generator = torch.Generator().manual_seed(1)
+    ends = torch.randint(0, 0x3F80, (300, 2), generator=generator).sort(1, descending=True).values
+    ends = torch.cat(
+        [ends[ends[:, 0] > ends[:, 1]], ends.new_tensor([[1, 0], [2, 1], [0x3F7F, 0], [127, 3]])]
+    )
+    bits = torch.arange(0x3F80, dtype=torch.int32)
+    both = torch.cat([bits, bits + 0x8000]).to(torch.int16)
+    for largest, smallest in ends.tolist():
+        inside = (bits[smallest : largest + 1] | 0).to(torch.int16)
+        inside = torch.cat([inside, both[(both & 0x7FFF >= smallest) & (both & 0x7FFF <= largest)]])
+        spare = -inside.numel() % (logfmt.GROUP - 2)
+        rows = torch.cat([inside, inside[:1].expand(spare)]).unflatten(0, (-1, logfmt.GROUP - 2))
+        rows = torch.cat([rows, rows.new_tensor([[largest, smallest]]).expand(len(rows), 2)], 1)
+        codes, meta, qualifies = logfmt.logfmt_encode(rows.contiguous().view(torch.bfloat16))
+        assert qualifies.all()
+        word = smallest << 16 | largest
+        got = _emulator.logfmt_codes(rows.contiguous().numpy().tobytes(), word)
+        assert got == codes.contiguous().numpy().tobytes(), ends
+        every = torch.arange(1024, dtype=torch.int16).view(8, 128)
+        values = logfmt.logfmt_decode(every, meta[:1].expand(8, 1, 2))
+        assert _emulator.logfmt_values(every.numpy().tobytes(), word) == values.numpy().tobytes(), ends
+
+
+#: H and the channels of a chunk: whole and short ones, of one unit or two, and short units.
+WIDTHS = (128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1536, 2048, 3072)
+
+
+@pytest.mark.parametrize("reduce", ["rank", "token"])
+@pytest.mark.parametrize("hidden", WIDTHS)
+def test_logfmt_of_any_width(hidden: int, reduce: str) -> None:
+    routing = random_routing(3, 6, 7, 3, seed=hidden)
+    for hooked in (False, True):
+        scenario = scenario_of(routing, 6, values="normal", reduce=reduce, logfmt=True, hooked=hooked)
+        cases = tuple(replace(case, hidden=hidden) for case in scenario.cases)
+        run_all(replace(scenario, cases=cases), schedules=1)
+
+
+@pytest.mark.parametrize("reduce", ["rank", "token"])
+@pytest.mark.parametrize("values", ["nonfinite", "zeros", "ids"])
+def test_logfmt_of_values_that_do_not_qualify(values: str, reduce: str) -> None:
+    routing = random_routing(3, 6, 3, 3, seed=8)
+    run_all(scenario_of(routing, 6, values=values, reduce=reduce, logfmt=True))
+
+
+@pytest.mark.parametrize("reduce", ["rank", "token"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 7])
+def test_logfmt_between_ranks(num_ranks: int, reduce: str) -> None:
+    """More ranks, and more entries of a token, than are read at once; -1 and duplicates among them."""
+    routing = random_routing(num_ranks, 2 * num_ranks, 9, 3, seed=num_ranks)
+    for carries_weights in (False, True):
+        run_all(
+            scenario_of(
+                routing,
+                2 * num_ranks,
+                values="normal",
+                reduce=reduce,
+                logfmt=True,
+                carries_weights=carries_weights,
+                own_stretches=carries_weights,
+            ),
+            schedules=2,
+        )
+
+
+@pytest.mark.parametrize("spoils", ["combine", "indices", "elsewhere", "logfmt", "meeting"])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("sums", SUMS)
+def test_a_rank_that_spoils_a_combine_in_logfmt(spoils: str, hooked: bool, sums: dict[str, object]) -> None:
+    routing = random_routing(3, 6, 2, 3, seed=5)
+    run_all(scenario_of(routing, 6, spoils=spoils, hooked=hooked, logfmt=True, **sums))
+
+
+def test_logfmt_takes_whole_groups_alone() -> None:
+    gpu = LowLatencyGpu(num_blocks=1)
+    machine = _emulator.Machine(num_ranks=1, max_blocks=1, max_threads=64, strategy="random", seed=1)
+    domain = EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, 1, LowLatencySizes(1, 2, 1, 136))
+    call = LowLatencyCall(torch.tensor([[0]]), torch.ones(1, 1), 2, 1, 136, logfmt=True)
+    args, _ = domain.combine(0, call, torch.ones(1, 2, 136).bfloat16(), domain.new_handle(0, call))
+    with pytest.raises(ValueError, match="whole groups of 128"):
+        domain.launch_combine(0, args, BOTH)
 
 
 @pytest.mark.parametrize("num_topk", [8, 32])

@@ -29,6 +29,7 @@ class LowLatencyShape:
     hooked: bool = False
     nonfinite: bool = False
     exact: bool = False
+    logfmt: bool = False
 
     @property
     def ranks(self) -> int:
@@ -90,7 +91,13 @@ def prepare(shape: LowLatencyShape, seed: int) -> PreparedLowLatency:
     generator = torch.Generator().manual_seed(seed)
     size = (shape.local_experts, shape.ranks * shape.num_max_tokens, shape.hidden)
     rows = [torch.randn(size, generator=generator).to(torch.bfloat16) for _ in inputs]
-    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce="token" if shape.exact else "rank")
+    if shape.logfmt:  # below 1 where it applies: not in every chunk
+        rows = [
+            r * torch.exp2(torch.randint(-20, 1, size[:2], generator=generator).unsqueeze(-1)) for r in rows
+        ]
+        rows = [r.to(torch.bfloat16) for r in rows]
+    reduce = "token" if shape.exact else "rank"
+    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce=reduce, logfmt=shape.logfmt)
     return PreparedLowLatency(inputs, layouts, rows, sums)
 
 

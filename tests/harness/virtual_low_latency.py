@@ -80,15 +80,30 @@ class VirtualLowLatency:
         return plan, out
 
     def combine_rank(
-        self, rank: int, plan: LowLatencyPlan, rows: Tensor, given: VirtualGiven, *, hooked: bool = False
+        self,
+        rank: int,
+        plan: LowLatencyPlan,
+        rows: Tensor,
+        given: VirtualGiven,
+        *,
+        hooked: bool = False,
+        **how: bool,
     ) -> Tensor:
-        """Launches one rank's combine on its stream, in two halves if `hooked`."""
+        """Launches one rank's combine on its stream, in two halves if `hooked`; how: in_logfmt."""
         with torch.cuda.stream(self.streams[rank]):
             stream = self.streams[rank].cuda_stream
             out = torch.empty((plan.num_tokens, plan.form.hidden), dtype=torch.bfloat16, device=self.device)
             for halves in (Halves.SEND, Halves.RECEIVE) if hooked else (Halves.BOTH,):
                 self.endpoints[rank].combine(
-                    plan, rows, given.topk_idx, given.topk_weights, out, halves, self.num_blocks, stream
+                    plan,
+                    rows,
+                    given.topk_idx,
+                    given.topk_weights,
+                    out,
+                    halves,
+                    self.num_blocks,
+                    stream,
+                    **how,
                 )
         return out
 

@@ -12,7 +12,9 @@ enum class Halves : int { kBoth = 0, kSend = 1, kReceive = 2 };
 /// What goes back of a token that came.
 enum class Returned : int {
   kSums = 0,     // one row: the sum of its experts' rows, weighted; the owner sums those, ranks ascending
+  kSumsInLogfmt = 1,
   kEntries = 2,  // a row for each of its top-k entries; the owner weights and sums all, k ascending
+  kEntriesInLogfmt = 3,
 };
 
 /// What a combine needs of its dispatch, in memory that the handle owns.

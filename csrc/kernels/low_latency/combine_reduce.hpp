@@ -174,6 +174,14 @@ struct Returning {
   return {ballot(!came) != 0 ? 0 : back.rows, back.address, float_of_bits(weight)};
 }
 
+/// One of an owner's. By one warp.
+DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int owner) {
+  using namespace dev;
+  if (lane() != 0) return;
+  SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 1u << owner);
+  SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kWeights));
+}
+
 /// A part of a message's rows to one, in the memory of the token's owner. One warp. False if a weight does not
 /// come, and no other is to be waited for: the deadline has passed.
 [[nodiscard]] DEEPEP_DEVICE bool reduce_message(const LowLatencyCombineCall& call, const Return& back,
@@ -181,10 +189,7 @@ struct Returning {
   using namespace dev;
   const SumRows rows = weighted_rows(call, back);
   if (rows.rows == 0) {
-    if (lane() == 0) {
-      SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 1u << back.where.source);
-      SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kWeights));
-    }
+    note_missing_weight(call, back.where.source);
     return call.g.shrinks;
   }
   const int64_t row_bytes = int64_t{2} * call.args.hidden;

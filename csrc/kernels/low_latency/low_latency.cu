@@ -1,7 +1,13 @@
 #include "kernels/low_latency/combine.hpp"
 #include "kernels/low_latency/combine_exact.hpp"
+#include "kernels/low_latency/combine_exact_logfmt.hpp"
+#include "kernels/low_latency/combine_exact_logfmt_receive.hpp"
+#include "kernels/low_latency/combine_exact_logfmt_send.hpp"
 #include "kernels/low_latency/combine_exact_receive.hpp"
 #include "kernels/low_latency/combine_exact_send.hpp"
+#include "kernels/low_latency/combine_logfmt.hpp"
+#include "kernels/low_latency/combine_logfmt_receive.hpp"
+#include "kernels/low_latency/combine_logfmt_send.hpp"
 #include "kernels/low_latency/combine_receive.hpp"
 #include "kernels/low_latency/combine_send.hpp"
 #include "kernels/low_latency/dispatch.hpp"
@@ -23,15 +29,19 @@ Kernel<LowLatencyDispatchArgs> dispatch_of(Halves halves) {
   }
 }
 
+/// By what goes back, then by halves.
+constexpr Kernel<LowLatencyCombineArgs> kCombines[][3] = {
+    {low_latency_combine_kernel, low_latency_combine_send_kernel, low_latency_combine_receive_kernel},
+    {low_latency_combine_logfmt_kernel, low_latency_combine_logfmt_send_kernel,
+     low_latency_combine_logfmt_receive_kernel},
+    {low_latency_combine_exact_kernel, low_latency_combine_exact_send_kernel,
+     low_latency_combine_exact_receive_kernel},
+    {low_latency_combine_exact_logfmt_kernel, low_latency_combine_exact_logfmt_send_kernel,
+     low_latency_combine_exact_logfmt_receive_kernel},
+};
+
 Kernel<LowLatencyCombineArgs> combine_of(Returned returned, Halves halves) {
-  const bool exact = returned == Returned::kEntries;
-  switch (halves) {
-    case Halves::kSend:
-      return exact ? low_latency_combine_exact_send_kernel : low_latency_combine_send_kernel;
-    case Halves::kReceive:
-      return exact ? low_latency_combine_exact_receive_kernel : low_latency_combine_receive_kernel;
-    default: return exact ? low_latency_combine_exact_kernel : low_latency_combine_kernel;
-  }
+  return kCombines[static_cast<int>(returned)][static_cast<int>(halves)];
 }
 
 }  // namespace
@@ -51,8 +61,7 @@ void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halve
 void load_low_latency() {
   for (const Halves halves : {Halves::kBoth, Halves::kSend, Halves::kReceive}) {
     load(dispatch_of(halves), "low-latency dispatch");
-    for (const Returned returned : {Returned::kSums, Returned::kEntries})
-      load(combine_of(returned, halves), "low-latency combine");
+    for (const auto& combines : kCombines) load(combines[static_cast<int>(halves)], "low-latency combine");
   }
 }
 

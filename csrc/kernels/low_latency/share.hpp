@@ -46,7 +46,7 @@ template <class Args>
 
 /// True where each entry of a token has a row that goes back.
 [[nodiscard]] DEEPEP_HD bool returns_entries(const LowLatencyCombineArgs& args) {
-  return args.returned == Returned::kEntries;
+  return args.returned == Returned::kEntries || args.returned == Returned::kEntriesInLogfmt;
 }
 
 /// The largest s with 2^s warps for each of so many items, one at least.
@@ -57,10 +57,10 @@ template <class Args>
 }
 
 /// Sources whose messages are dealt to blocks: those of others in a dispatch, where a block keeps its own
-/// tokens; and in a combine that returns entries, where those of this rank are read where they lie.
+/// tokens; and in a combine that returns entries as they are, where those of this rank are read where they lie.
 [[nodiscard]] inline int num_sources(const LowLatencyDispatchArgs& args) { return args.group.num_ranks - 1; }
 [[nodiscard]] inline int num_sources(const LowLatencyCombineArgs& args) {
-  return args.group.num_ranks - (returns_entries(args) ? 1 : 0);
+  return args.group.num_ranks - (args.returned == Returned::kEntries ? 1 : 0);
 }
 
 /// Warps for the messages that come: in a dispatch half of them, the others have this rank's own.

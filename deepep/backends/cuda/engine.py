@@ -55,8 +55,12 @@ from deepep.runtime.requests import (
     Schedule,
 )
 
+_BY_KERNELS = (
+    *("layout", "dispatch", "cached dispatch", "combine"),
+    *("low-latency dispatch", "low-latency combine"),
+)
 OPERATIONS = {
-    **dict.fromkeys(("layout", "dispatch", "cached dispatch", "combine"), "CUDA kernels"),
+    **dict.fromkeys(_BY_KERNELS, "CUDA kernels"),
     "barrier": "all_gather over gloo",
 }
 
@@ -84,7 +88,7 @@ class CudaEngine(Engine):
             session.num_ranks,
             "cuda",
             options,
-            operations={**OPERATIONS, **CudaLowLatency.runs_on()},
+            operations=OPERATIONS,
             ranks_per_domain=RANKS_PER_DOMAIN,
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count

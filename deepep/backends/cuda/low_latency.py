@@ -2,7 +2,7 @@
 
 A call is a launch, or two with a hook: between them nothing of this library runs. Nothing of the host crosses
 ranks, but where sizes and formats are new (low_latency_state.py). What the kernels do not do goes by NCCL, by
-a rule that all ranks decide alike: sizes beyond `served`, and LogFMT.
+a rule that all ranks decide alike: sizes beyond `served`.
 """
 
 from __future__ import annotations
@@ -48,9 +48,6 @@ from deepep.runtime.requests import (
 if TYPE_CHECKING:
     from deepep.backends.cuda.engine import CudaEngine
 
-RUNS_ON_NCCL = "all_to_all over NCCL"
-"""The fallback: the reference's low-latency operations on the control plane's NCCL links."""
-
 
 class CudaLowLatency:
     """The low-latency operations of one engine."""
@@ -59,13 +56,6 @@ class CudaLowLatency:
         self._control = control
         self._nccl = LowLatencyOperations(control, engine)
         self.state = LowLatencyState(control, engine, turns)
-
-    @staticmethod
-    def runs_on() -> dict[str, str]:
-        """By operation, what runs it."""
-        kernels = "CUDA kernels"
-        combine = f"{kernels} (LogFMT: {RUNS_ON_NCCL})"
-        return {"low-latency dispatch": kernels, "low-latency combine": combine}
 
     # dispatch
 
@@ -164,13 +154,13 @@ class CudaLowLatency:
         """A weighted sum over k, ascending."""
         operation, state, route = Operation.LOW_LATENCY_COMBINE, self.state, request.route
         with self._control.issuing:
-            by_kernels, late = not request.use_logfmt, None
-            plan = route.plan if by_kernels and isinstance(route.plan, LowLatencyPlan) else None
+            late = None
+            plan = route.plan if isinstance(route.plan, LowLatencyPlan) else None
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()
                 if plan is None or not is_usual_combine(request, plan, engine):
-                    plan = checked_combine(request, by_kernels, engine)
+                    plan = checked_combine(request, engine)
                 x = self._nccl.staged_rows(route) if request.zero_copy else request.x
             except ArgumentError as problem:
                 state.refuse(operation, problem, schedule)
@@ -209,17 +199,17 @@ class CudaLowLatency:
             if out is None:
                 out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
             halves = Halves.SEND if schedule.hook else Halves.BOTH
-            endpoint.combine(plan, *given, out, halves, blocks, stream)
+            endpoint.combine(plan, *given, out, halves, blocks, stream, request.use_logfmt)
             if plan.stream != stream:
                 _record((plan.table,), engine.index)
             if schedule.hook:
-                hook = self._combine_hook(engine, given, plan, out, blocks)
+                hook = self._combine_hook(engine, given, plan, out, blocks, request.use_logfmt)
         else:
             with CommStream(engine.comm, endpoint.domain, None) as stream:
                 out = request.out
                 if out is None:
                     out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
-                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream)
+                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt)
             completion = hand_out(engine.comm, None, schedule, (*given, plan.table, request.out), (out,))
         return LowLatencyCombined(out, completion, hook)
 
@@ -230,11 +220,12 @@ class CudaLowLatency:
         plan: LowLatencyPlan,
         out: Tensor,
         blocks: int,
+        in_logfmt: bool,
     ) -> Hook:
         endpoint, sent_on = self.state.memory.endpoint, streams.current_address(engine.index)
 
         def receive(stream: int) -> None:
-            endpoint.combine(plan, *given, out, Halves.RECEIVE, blocks, stream)
+            endpoint.combine(plan, *given, out, Halves.RECEIVE, blocks, stream, in_logfmt)
             if stream != sent_on:
                 _record((plan.table, out), engine.index)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from deepep.backends.cuda.low_latency_launch import LowLatencyFormat, LowLatencyPlan, num_blocks
 from deepep.errors import DeviceError, HandleError, LayoutError, ShapeError
 from deepep.runtime import checks
+from deepep.runtime.checks import FP8_GROUP
 from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
 from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
 
@@ -121,6 +122,7 @@ def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, en
         and not request.zero_copy
         and request.wait_nanoseconds is None
         and request.num_sms >= 0
+        and not (request.use_logfmt and form.hidden % FP8_GROUP)
     ):
         return False
     return (
@@ -140,13 +142,8 @@ def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, en
     )
 
 
-def checked_combine(
-    request: LowLatencyCombineRequest, by_kernels: bool, engine: CudaEngine
-) -> LowLatencyPlan | None:
-    """The plan that a combine goes along; None if kernels do not serve it. Raises ArgumentErrors.
-
-    by_kernels: whether they do, as far as its size does not matter.
-    """
+def checked_combine(request: LowLatencyCombineRequest, engine: CudaEngine) -> LowLatencyPlan | None:
+    """The plan that a combine goes along; None if kernels do not serve its size. Raises ArgumentErrors."""
     route = request.route
     checks.check_own(route, engine)
     check_low_latency_combine(request, engine.info)
@@ -155,7 +152,7 @@ def checked_combine(
     _check_device("topk_idx", request.topk_idx, engine.device)
     if request.out is not None:
         _check_rows("out", request.out, engine.device)
-    if not by_kernels or not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
+    if not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
         return None
     plan = route.plan
     if not isinstance(plan, LowLatencyPlan):

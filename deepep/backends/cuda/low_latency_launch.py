@@ -32,7 +32,7 @@ def num_blocks(num_max_tokens: int, num_sms: int) -> int:
 
 
 RETURNS_SUMS, RETURNS_ENTRIES = 0, 2
-"""What goes back of a token; the numbers are csrc/kernels/low_latency/args.hpp's."""
+"""What goes back of a token, one more if in LogFMT; the numbers are csrc/kernels/low_latency/args.hpp's."""
 
 
 class Halves(IntEnum):
@@ -315,10 +315,12 @@ class LowLatencyEndpoint:
         halves: Halves,
         num_blocks: int,
         stream: int,
+        in_logfmt: bool = False,
     ) -> None:
         """Launches a combine of x [L, R*M, H] bf16 into out [T, H] bf16, or half of one, along the plan.
 
         topk_idx [T, K] must be the dispatch's, and so must topk_weights, where those travelled with it.
+        in_logfmt: rows travel so; H is a multiple of 128 then.
         """
         form = plan.form
         self.domain.combine(
@@ -338,7 +340,7 @@ class LowLatencyEndpoint:
             came=plan.came,
             routes=plan.routes,
             weights_travelled=form.with_weights,
-            returned=RETURNS_ENTRIES if form.entry_stretches else RETURNS_SUMS,
+            returned=(RETURNS_ENTRIES if form.entry_stretches else RETURNS_SUMS) | in_logfmt,
             out=out.data_ptr(),
             stream=stream,
         )

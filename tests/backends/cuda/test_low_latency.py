@@ -10,6 +10,9 @@ import pytest
 import torch
 from harness.low_latency_trips import FORMATS, LowLatencyShape, bits, check_received, prepared
 
+from deepep.reference import logfmt
+from deepep.reference import low_latency as oracle
+
 pytestmark = pytest.mark.gpu
 
 #: Of the long runs: set DEEPEP_TEST_SEED to run others.
@@ -50,7 +53,7 @@ def round_trip(domain: Any, shape: LowLatencyShape, seed: int) -> None:
         check_received(out, wanted)
     plans, rows = [plan for plan, _ in made], [r.to("cuda") for r in case.rows]
     for _ in range(2):
-        sums = domain.combine(plans, rows, given, hooked=shape.hooked)
+        sums = domain.combine(plans, rows, given, hooked=shape.hooked, in_logfmt=shape.logfmt)
         assert domain.faults() == [None] * shape.ranks
         for got, wanted in zip(sums, case.sums, strict=True):
             assert torch.equal(bits(got), bits(wanted))
@@ -107,6 +110,47 @@ def test_widths(hidden: int, topk: int, exact: bool) -> None:
     round_trip(domain_of(shape), shape, seed=2)
 
 
+@pytest.mark.parametrize("hidden", [128, 384, 640, 896, 1024, 1536, 2048, 7168])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_logfmt(hidden: int, exact: bool, hooked: bool) -> None:
+    shape = LowLatencyShape((24, 31, 9), hidden=hidden, topk=8, exact=exact, hooked=hooked, logfmt=True)
+    domain = domain_of(shape)
+    for seed in range(2):
+        round_trip(domain, shape, seed)
+    round_trip(domain, replace(shape, nonfinite=True, with_weights=True, pattern="holes"), 2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 5, 8])
+@pytest.mark.parametrize("exact", [False, True])
+def test_logfmt_between_ranks(num_ranks: int, exact: bool) -> None:
+    tokens = tuple(32 - 3 * r for r in range(num_ranks))
+    shape = LowLatencyShape(tokens, hidden=1024, topk=13, exact=exact, logfmt=True)
+    round_trip(domain_of(shape), shape, 1)
+
+
+def test_logfmt_to_the_last_bit_of_float32() -> None:
+    """A row less what it decodes to, rounded to bf16, where that travels as it is: the rest is of float32."""
+    shape = LowLatencyShape((64,), hidden=1024, topk=2, local_experts=2, exact=True, logfmt=True)
+    case = prepared(shape, 0)
+    x, _, _ = case.inputs[0]
+    idx = torch.tensor([[0, 1]]).expand(64, 2).contiguous()
+    weights = torch.tensor([[1.0, -1.0]]).expand(64, 2).contiguous()
+    generator = torch.Generator().manual_seed(7)
+    ends = torch.exp2(torch.randint(-90, -8, (64, 1), generator=generator))
+    rows = (torch.randn((2, 64, 1024), generator=generator) * ends * 0.1).to(torch.bfloat16)
+    rows[1] = logfmt.logfmt_roundtrip(rows[0]).to(torch.bfloat16)
+    rows[1, :, 0] = 2.0  # so it does not qualify
+    layouts = oracle.dispatch([x], [idx], 64, 2, fp8=False)
+    sizes = {"num_max_tokens": 64, "num_experts": 2}
+    (wanted,) = oracle.combine([rows], [idx], [weights], layouts, **sizes, reduce="token", logfmt=True)
+    assert 0 < wanted[:, 1:].float().abs().max() < 0.01 * ends.max()
+    domain, given = domain_of(shape), [to_gpu((x, idx, weights))]
+    ((plan, _),) = domain.dispatch(form_of(shape), given)
+    (got,) = domain.combine([plan], [rows.cuda()], given, in_logfmt=True)
+    assert torch.equal(bits(got), bits(wanted))
+
+
 def test_a_decode_step_of_full_size() -> None:
     shape = LowLatencyShape(
         (128, 128), hidden=7168, topk=8, local_experts=128, pattern="distinct", fp8=True, with_weights=True
@@ -115,8 +159,9 @@ def test_a_decode_step_of_full_size() -> None:
     for seed in range(2):
         round_trip(domain, shape, seed)
     round_trip(domain, replace(shape, hooked=True, with_weights=False), 3)
+    round_trip(domain, replace(shape, logfmt=True), 4)
     exact = replace(shape, exact=True)
-    round_trip(domain_of(exact), exact, 4)
+    round_trip(domain_of(exact), exact, 5)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 16])
@@ -150,6 +195,7 @@ def test_many_calls_in_a_row_of_any_shape(exact: bool) -> None:
             with_weights=pick(False, True),
             hooked=pick(False, True),
             exact=exact,
+            logfmt=pick(False, True),
             **FORMATS[pick("bf16", "fp8", "rounded")],
         )
         round_trip(domain, shape, number % 7)
@@ -216,6 +262,19 @@ def test_ranks_that_pass_different_arguments_all_stop(change: str) -> None:
     round_trip(domain, shape, 1)
 
 
+def test_ranks_of_which_one_combines_in_logfmt_all_stop() -> None:
+    shape = LowLatencyShape((16, 16))
+    case, form = prepared(shape, 0), form_of(shape)
+    given = [to_gpu(one) for one in case.inputs]
+    domain = domain_of(shape, timeout=60.0)
+    plans = [plan for plan, _ in domain.dispatch(form, given)]
+    for rank in range(2):
+        domain.combine_rank(rank, plans[rank], case.rows[rank].cuda(), given[rank], in_logfmt=rank == 1)
+    torch.cuda.synchronize()
+    assert [fault and fault[0] for fault in domain.faults()] == ["disagreement"] * 2
+    round_trip(domain, shape, 1)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_other_indices_than_the_dispatchs_stop_a_combine(exact: bool) -> None:
     shape = LowLatencyShape((16, 16), exact=exact)
@@ -234,10 +293,12 @@ def test_other_indices_than_the_dispatchs_stop_a_combine(exact: bool) -> None:
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
-@pytest.mark.parametrize("exact", [False, True])
-def test_graphs_of_any_number_of_operations_among_eager_calls(pairs: int, hooked: bool, exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "logfmt"), [(False, False), (True, False), (False, True)])
+def test_graphs_of_any_number_of_operations_among_eager_calls(
+    pairs: int, hooked: bool, exact: bool, logfmt: bool
+) -> None:
     """A graph a rank: dispatches, each with its combine; replays with new inputs, among eager calls."""
-    shape = LowLatencyShape((32, 20), topk=4, hooked=hooked, exact=exact)
+    shape = LowLatencyShape((32, 20), topk=4, hooked=hooked, exact=exact, logfmt=logfmt)
     form, domain = form_of(shape), domain_of(shape)
     cases = [prepared(shape, seed) for seed in range(4)]
     held = [to_gpu(one) for one in cases[0].inputs]
@@ -249,7 +310,9 @@ def test_graphs_of_any_number_of_operations_among_eager_calls(pairs: int, hooked
         with torch.cuda.graph(graph, stream=domain.streams[rank], capture_error_mode="thread_local"):
             for _ in range(pairs):
                 plan, out = domain.dispatch_rank(rank, form, held[rank], hooked=hooked)
-                sums = domain.combine_rank(rank, plan, rows[rank], held[rank], hooked=hooked)
+                sums = domain.combine_rank(
+                    rank, plan, rows[rank], held[rank], hooked=hooked, in_logfmt=logfmt
+                )
                 results.append((out, sums))
         graphs.append(graph)
         made.append(results)

@@ -63,7 +63,11 @@ def through_buffer(ctx: Any, shape: LowLatencyShape, seed: int, early: str, zero
         buffer.get_next_low_latency_combine_buffer(handle).copy_(outputs)
     out = torch.empty((len(x), shape.hidden), dtype=torch.bfloat16, device="cuda") if zero_copy else None
     sums, event, hook = buffer.low_latency_combine(
-        outputs, idx, weights, tuple(handle), zero_copy=zero_copy, out=out, **how
+        *(outputs, idx, weights, tuple(handle)),
+        zero_copy=zero_copy,
+        use_logfmt=shape.logfmt,
+        out=out,
+        **how,
     )
     if early == "event":
         event.current_stream_wait()
@@ -79,6 +83,13 @@ def test_buffer_where_every_row_returns(pair: World, zero_copy: bool, early: str
     shape = LowLatencyShape((64, 50), most=64, hidden=1536, topk=8, local_experts=16, exact=True)
     for with_weights in (False, True):
         pair.run(through_buffer, replace(shape, with_weights=with_weights), 0, early, zero_copy)
+
+
+@pytest.mark.parametrize("early", ["sync", "event", "hook"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_buffer_in_logfmt(pair: World, exact: bool, early: str) -> None:
+    shape = LowLatencyShape((64, 50), most=64, hidden=1536, topk=8, exact=exact, logfmt=True)
+    pair.run(through_buffer, shape, 0, early, False)
 
 
 @pytest.mark.parametrize("early", ["sync", "event", "hook"])

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[2]
 
 START = """
@@ -210,8 +212,6 @@ def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
             assert buffer.info.operations["low-latency dispatch"] == "CUDA kernels"
             rows, _, handle, _, _ = dispatch(buffer)
             since()
-            buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True)
-            assert since() == ["low_latency_combine elsewhere", "fallback"]
             staged = buffer.get_next_low_latency_combine_buffer(handle)
             buffer.low_latency_combine(rows, idx, weights, handle, zero_copy=True)
             assert since() == ["low_latency_combine"]
@@ -220,6 +220,29 @@ def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
             since()
             dispatch(buffer, most=1 << 16)
             assert since() == ["low_latency_dispatch elsewhere", "fallback"]
+        """
+    )
+
+
+@pytest.mark.parametrize("reduction", ["expert_rank", "exact"])
+def test_logfmt_is_a_combine_of_its_own_of_whole_groups(reduction: str) -> None:
+    on_stubs(
+        f"""
+        with stub_cuda.stub_buffer(reduction="{reduction}") as buffer:
+            rows, _, handle, _, _ = dispatch(buffer)
+            since()
+            def combine(given=rows, along=handle, **how):
+                return buffer.low_latency_combine(given, idx, weights, along, use_logfmt=True, **how)
+            combine()
+            assert since() == ["low_latency_combine in LogFMT"]
+            combine(return_recv_hook=True)[2]()
+            assert since() == ["low_latency_combine in LogFMT send", "low_latency_combine in LogFMT receive"]
+            odd = x[:, :136].contiguous()
+            rows, _, handle, _, _ = buffer.low_latency_dispatch(odd, idx, 8, 4, use_fp8=False)
+            since()
+            with pytest.raises(deepep.ArgumentError, match="use_logfmt"):
+                combine(rows, handle)
+            assert since() == ["low_latency_combine refused"]
         """
     )
 

@@ -1,0 +1,52 @@
+// A low-latency combine in one launch whose rows travel in LogFMT.
+//
+// Phases:
+//   read_before      the epoch of the call before, and who is masked
+//   first_weights    block 0 asks for what it posts
+//   first_ranks      asks for what is needed at the end
+//   start            this call's epoch
+//   advance_epoch    each block has read it; the last one advances it
+//   post_shapes      block 0: that this rank combines, and how, or that it refuses to
+//   post_weights     block 0, where the dispatch carried none: to all ranks
+//   list_returns     the messages whose rows go back
+//   first_return     asks for the first one's rows
+//   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
+//   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
+//   encode_sums      each message's rows, weighted, to one, which goes to the token's owner in LogFMT
+//   signal_returns   the last warp: a flag for each row, behind all of the block's
+//   decode_returns   the rows that come back of each token are decoded and summed, ranks ascending. Before that
+//                    every block waits for the digests of all live ranks: they combine along the same dispatch
+//   finish           looks for what went wrong
+//   report_fault     one thread, if something did
+//
+// Who waits for whom: every block for block 0 of every live rank, and for the blocks that reduce what it sums,
+// this rank's own included. So all blocks must be resident together.
+#pragma once
+
+#include "kernels/low_latency/combine_decode.hpp"
+
+namespace deepep::kernels {
+
+DEEPEP_KERNEL(low_latency_combine_logfmt_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+  using namespace dev;
+  const Before before = read_before(args);
+  const Weights weights = first_weights(args);
+  const uint32_t ranks = first_ranks(args, block());
+  LowLatencyCombineCall call = start(args, before, ranks);
+  advance_epoch(call);
+  post_shapes(call);
+  post_weights(call, weights);
+  list_returns(call);
+  const Returning first = first_return(call);
+  post_indices(call);
+  const bool go = wait_owners(call);
+  if (go) {
+    encode_sums(call, first);
+    sync_block();
+    signal_returns(call);
+  }
+  decode_returns(call, go);
+  if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
+}
+
+}  // namespace deepep::kernels

@@ -1,0 +1,48 @@
+// The send half of a low-latency combine whose rows travel in LogFMT, in a launch of its own.
+//
+// Phases:
+//   read_before      the epoch of the call before, and who is masked
+//   first_weights    block 0 asks for what it posts
+//   start            this call's epoch
+//   advance_epoch    each block has read it; the last one advances it
+//   post_shapes      block 0: that this rank combines, and how, or that it refuses to
+//   post_weights     block 0, where the dispatch carried none: to all ranks
+//   list_returns     the messages whose rows go back
+//   first_return     asks for the first one's rows
+//   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
+//   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
+//   encode_sums      each message's rows, weighted, to one, which goes to the token's owner in LogFMT
+//   signal_returns   the last warp: a flag for each, behind the block's rows
+//   mask_missing     with masks, the last block: ranks whose weights have not come
+//   finish           looks for what went wrong
+//   report_fault     one thread, if something did
+//
+// Who waits for whom: where weights come with the combine, every block for block 0 of every live rank, its own
+// included; else nobody.
+#pragma once
+
+#include "kernels/low_latency/combine_encode.hpp"
+
+namespace deepep::kernels {
+
+DEEPEP_KERNEL(low_latency_combine_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+  using namespace dev;
+  const Before before = read_before(args);
+  const Weights weights = first_weights(args);
+  const LowLatencyCombineCall call = start(args, before, 0);
+  advance_epoch(call);
+  post_shapes(call);
+  post_weights(call, weights);
+  list_returns(call);
+  const Returning first = first_return(call);
+  post_indices(call);
+  if (wait_owners(call)) {
+    encode_sums(call, first);
+    sync_block();
+    signal_returns(call);
+  }
+  mask_missing(call);
+  if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
+}
+
+}  // namespace deepep::kernels
