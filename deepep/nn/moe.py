@@ -220,9 +220,10 @@ def _check_expert_counts(counts: object, num_local_experts: int, num_entries: in
         raise DeviceError("expert_counts", str(found.device), "cpu: the host has to know them")
     if found.shape != (num_local_experts,):
         raise ShapeError("expert_counts", str(list(found.shape)), f"[{num_local_experts}]")
-    if int(found.min()) < 0 or int(found.max()) > num_entries or int(found.sum()) > num_entries:
+    values = found.tolist()
+    if min(values) < 0 or sum(values) > num_entries:
         allowed = f"counts from 0 that add up to at most {num_entries}, the entries"
-        raise RangeError("expert_counts", str(found.tolist()), allowed)
+        raise RangeError("expert_counts", str(values), allowed)
 
 
 def _check_received(x: object, topk_idx: object, topk_weights: object) -> None:

@@ -17,18 +17,39 @@ T = TypeVar("T")
 NAMESPACE = "deepep_nn"
 
 
+#: Arguments that need no dispatcher: no subclass of a tensor, such as a DTensor.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, bool, float, type(None)))
+
+
+def _is_watched() -> bool:
+    """True where torch does something else with operators than to run them: modes, transforms, profiles."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 class Operator(Generic[P, T]):
     """`torch.ops.deepep_nn.<name>`, callable with the types of the function it was made of."""
 
     def __init__(self, name: str, function: Callable[P, T], mutates: tuple[str, ...] = ()) -> None:
         self.qualified_name = f"{NAMESPACE}::{name}"
         self.__doc__ = function.__doc__
+        self.function = function
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(self.qualified_name, schema)
         torch.library.impl(self.qualified_name, "default", function)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        # The way through torch's dispatcher costs tens of microseconds, and where nothing is differentiated,
+        # traced or transformed it leads to this function.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_watched():
+            return self.overload(*args, **kwargs)
+        if all(type(arg) in _PLAIN for arg in args) and not kwargs:
+            return self.function(*args, **kwargs)
         return self.overload(*args, **kwargs)
 
     def register_fake(self, function: Callable[P, T]) -> Callable[P, T]:

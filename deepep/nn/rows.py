@@ -57,7 +57,7 @@ def sort_pairs(topk_idx: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor
     Returns pairs [P] and slots [N, K] int64, and ends [L] int32 on the device: of each expert's pairs. Raises
     RangeError for other counts than those of the entries, where they lie on the CPU.
     """
-    num_pairs = int(counts.sum())
+    num_pairs = sum(counts.tolist())
     if kernels.serve(topk_idx):
         pairs = topk_idx.new_empty(num_pairs, dtype=torch.int64)
         slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,3 +79,30 @@ def test_operators_keep_their_promises_to_torch() -> None:
     torch.library.opcheck(swiglu.overload, (h,))
     torch.library.opcheck(select_topk.overload, (torch.randn(5, 7), 3))
     torch.library.opcheck(swiglu_backward.overload, (h.detach(), torch.randn(5, 8)))
+
+
+def test_what_is_traced_or_a_subclass_goes_through_the_dispatcher() -> None:
+    """Modes and subclasses of tensors see the operator, also where no gradient is wanted."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Tagged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    names: list[str] = []
+    h = torch.randn(5, 16)
+    with torch.no_grad():
+        wanted = swiglu(h)
+        with Seen():
+            assert torch.equal(swiglu(h), wanted)
+        assert any("swiglu" in name for name in names)
+        names.clear()
+        assert torch.equal(swiglu(h.as_subclass(Tagged)), wanted)
+        assert any("swiglu" in name for name in names)

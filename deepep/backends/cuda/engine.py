@@ -197,18 +197,19 @@ class CudaEngine(Engine):
     def restore_route(
         self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int, table: Tensor | None = None
     ) -> Route:
-        rank, rows = self.info.rank, counts.to(torch.int64)
         tokens, ranks = is_token_in_rank.shape
+        rows: list[list[int]] = counts.tolist()
         if table is None:
-            table = self._table_of(is_token_in_rank, rows)
+            table = self._table_of(is_token_in_rank, counts.to(torch.int64))
         elif table.shape != (tokens + ranks, ranks):
             raise HandleError(
                 "route", f"a table {list(table.shape)}", f"one of {tokens} tokens, {ranks} ranks"
             )
-        received = rows.sum(0)
-        plan = Plan(table, tokens, int(received[rank]), self._live, streams.current_address(self.index))
-        plan.most_rows = int(received.max())
-        plan.known = _cuda.RowCounts(rows.flatten().tolist())
+        received = [sum(column) for column in zip(*rows, strict=True)]
+        own = received[self.info.rank]
+        plan = Plan(table, tokens, own, self._live, streams.current_address(self.index))
+        plan.most_rows = max(received)
+        plan.known = _cuda.RowCounts([count for row in rows for count in row])
         return Route(self, tokens, num_experts, is_token_in_rank, plan.num_rows, plan)
 
     def _table_of(self, is_token_in_rank: Tensor, counts: Tensor) -> Tensor:
