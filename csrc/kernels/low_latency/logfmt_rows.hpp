@@ -180,24 +180,17 @@ template <bool kWeighted>
     LogfmtMeta meta{0};
     if (has_group)
       meta.word = load(reinterpret_cast<const uint32_t*>(metadata) + first * kUnitGroups + lane() % kGroups);
-    const uint32_t raw = ballot(has_group && !meta.is_good());
-    const LogfmtDecoder mine = LogfmtDecoder::of(meta);
+    // As if all were encoded, which the metadata will say: they are on their way.
     Vec16 v[kLogfmtRows][kSumUnroll] = {};
     float weight[kLogfmtRows] = {};
+    uint32_t to_read = at_hand;
 #pragma unroll
     for (int i = 0; i < kLogfmtRows; ++i) {
       if (i >= count) continue;
-      const int number = lowest_bit(at_hand);
-      at_hand &= at_hand - 1;
+      const int number = lowest_bit(to_read);
+      to_read &= to_read - 1;
       const auto row = reinterpret_cast<std::byte*>(shuffle(given.rows.address, number));
       if (kWeighted) weight[i] = shuffle(given.rows.weight, number);
-      if (((raw >> (kGroups * i)) & 0xffu) != 0) {
-        const Vec16* pieces = reinterpret_cast<const Vec16*>(row) + unit * kUnitPieces + lane();
-#pragma unroll
-        for (int u = 0; u < kSumUnroll; ++u)
-          if (u * kWarpSize < left) v[i][u] = load_streaming(pieces + u * kWarpSize);
-        continue;
-      }
       const LogfmtWords words = LogfmtWords::at(row, shape, unit);
       if (left > 0) {
         v[i][0].w[0] = load(words.word(0));
@@ -209,10 +202,21 @@ template <bool kWeighted>
         v[i][1].w[1] = load(words.word(4));
       }
     }
+    const uint32_t raw = ballot(has_group && !meta.is_good());
+    const LogfmtDecoder mine = LogfmtDecoder::of(meta);
 #pragma unroll
     for (int i = 0; i < kLogfmtRows; ++i) {
       if (i >= count) continue;
+      const int number = lowest_bit(at_hand);
+      at_hand &= at_hand - 1;
       const bool is_encoded = ((raw >> (kGroups * i)) & 0xffu) == 0;
+      if (!is_encoded) {
+        const Vec16* pieces = reinterpret_cast<const Vec16*>(shuffle(given.rows.address, number));
+#pragma unroll
+        for (int u = 0; u < kSumUnroll; ++u)
+          if (u * kWarpSize < left)
+            v[i][u] = load_streaming(pieces + unit * kUnitPieces + lane() + u * kWarpSize);
+      }
 #pragma unroll
       for (int u = 0; u < kSumUnroll; ++u) {
         const int from = kGroups * i + half * kUnitGroups + 2 * u + lane() / kGroupPieces;
