@@ -23,7 +23,7 @@ EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
 MASKING_FILES = ("kernels/low_latency/mend.hpp", "kernels/low_latency/patience.hpp")
-MASKING_EDITS = ("flags of rows that were not made",)
+MASKING_EDITS = ("low_latency/combine_reduce.hpp: flags of rows that were not made",)
 #: Of these, files that take effect in some combines alone, and the options of those.
 LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
     f"kernels/low_latency/{name}.hpp": options
