@@ -7,11 +7,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepep.errors import ArgumentTypeError, DeviceError, RangeError, ShapeError
 from deepep.gate import sigmoid_topk
 from deepep.nn.buffers import BufferLike, buffer_number, buffer_of, posting_errors
-from deepep.nn.exchange import combine, dispatch
+from deepep.nn.exchange import Received, combine, dispatch
 from deepep.nn.experts import (
     MAX_EXPERTS,
     MAX_HIDDEN,
@@ -59,6 +60,9 @@ class ExpertParallelMoE(nn.Module):
         gate: maps (logits [T, E], K, bias=[E]) to a Routing; deepep.gate's functions, or functools.partial
             of them.
         shared_hidden: width of the shared expert; 0 for none.
+        recompute: keep of the experts' forward nothing but the rows received, and repeat it in the backward:
+            activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
+            itself what it keeps.
         seed: of the weights.
         device: of the parameters; torch's default device where one is set, else the buffer's.
         dtype: of the parameters; bfloat16 on CUDA, torch's default dtype on the CPU.
@@ -87,6 +91,7 @@ class ExpertParallelMoE(nn.Module):
         num_topk: int,
         gate: Gate = sigmoid_topk,
         shared_hidden: int = 0,
+        recompute: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -100,6 +105,9 @@ class ExpertParallelMoE(nn.Module):
                 "num_experts", str(num_experts), f"a positive multiple of {num_ranks}, the ranks"
             )
         check_int("shared_hidden", shared_hidden, 0, MAX_HIDDEN)
+        if not isinstance(recompute, bool):
+            raise ArgumentTypeError("recompute", type(recompute).__name__, "a bool")
+        self.recompute = recompute
         made, self.row_dtypes = parameter_options(buffer, device, dtype), summed_dtypes(buffer)
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
         self.rank, self.num_local_experts = buffer.rank, num_experts // num_ranks
@@ -131,17 +139,18 @@ class ExpertParallelMoE(nn.Module):
             rows = tokens if dtype is None else tokens.to(dtype)
         received = dispatch(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
         with posting_errors(number, Operation.COMBINE, "experts"):
-            rows = apply_experts(
-                self.experts,
-                received.x,
-                received.topk_idx,
-                received.topk_weights,
-                received.expert_counts,
-            )  # [N, H]
+            rows = self._apply_experts(received)  # [N, H]
         y = combine(rows, received.route)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
+
+    def _apply_experts(self, received: Received) -> Tensor:
+        given = (received.x, received.topk_idx, received.topk_weights, received.expert_counts)
+        if not self.recompute or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return apply_experts(self.experts, *given)
+        kept: Tensor = checkpoint(apply_experts, self.experts, *given, use_reentrant=False)
+        return kept
 
     def _check(self, x: Tensor) -> None:
         """Raises for rows that cannot pass through router, exchange and experts."""

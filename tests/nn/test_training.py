@@ -99,6 +99,42 @@ def test_a_checkpoint_does_not_count_load_twice(on_ranks: Any, reentrant: bool) 
 # gradients
 
 
+def test_recomputed_experts_keep_less_and_dispatch_nothing_twice(on_ranks: Any) -> None:
+    """The same bits of outputs and gradients, and of the forward no tensor with a row for each pair."""
+
+    def body(buffer: Any) -> None:
+        found, exchanges, kept = [], [], []
+        for recompute in (False, True):
+            layer = layer_on(buffer, recompute=recompute, expert_hidden=24)
+            x = tokens(buffer.rank, 40).requires_grad_()
+            names: list[str] = []
+            saved: list[int] = []
+
+            def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+                saved.append(tensor.numel())
+                return tensor
+
+            with dnn.observe(lambda exchange, names=names: names.append(exchange.name)):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                    y = layer(x)
+                (y * y.detach().cos()).sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+            exchanges.append(names)
+            kept.append(sum(saved))
+        for plain, repeated in zip(*found, strict=True):
+            assert torch.equal(plain, repeated)
+        assert exchanges == [["dispatch", "combine", "combine_backward", "dispatch_backward"]] * 2
+        weights = sum(p.numel() for p in layer.experts.parameters())
+        assert kept[1] < kept[0] - weights  # those of every row and pair went as well
+
+    on_ranks(2, body)
+
+
+def test_recompute_is_a_bool() -> None:
+    with pytest.raises(ArgumentTypeError, match="recompute"):
+        layer_on(Lone(), recompute=1)
+
+
 @pytest.mark.parametrize("frozen", ["router", "all"])
 def test_backward_is_collective_whatever_requires_gradients_here(on_ranks: Any, frozen: str) -> None:
     """Rank 1 has no tokens, and nothing that needs a gradient: it exchanges as rank 0 does."""
