@@ -239,9 +239,7 @@ class LowLatencyCalls(BufferLifetime):
         if mask_status.dtype != torch.int32 or mask_status.shape != (self.group_size,):
             got = f"{mask_status.dtype} {list(mask_status.shape)}"
             raise ArgumentTypeError("mask_status", got, f"int32 [{self.group_size}]", self.rank)
-        masked = self._engine.masked
-        status = [int(rank in masked) for rank in range(self.group_size)]
-        mask_status.copy_(torch.tensor(status, dtype=torch.int32, device="cpu"))
+        self._engine.write_masked(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks in again, and forget earlier faults. Needs enable_shrink."""

@@ -189,6 +189,14 @@ class Engine(ABC):
     def masked(self) -> frozenset[int]:
         """The ranks that are left out."""
 
+    def write_masked(self, status: Tensor) -> None:
+        """Writes 1 for masked ranks, 0 for others, to status [R] int32; on a device in the current stream's
+        order.
+        """
+        masked = [int(rank in self.masked) for rank in range(len(status))]
+        with torch.inference_mode():  # the status may have been made in it
+            status.copy_(torch.tensor(masked, dtype=status.dtype, device="cpu"))
+
     @abstractmethod
     def comm_stream(self) -> torch.cuda.Stream | None:
         """The stream that communication runs on; None on CPU."""

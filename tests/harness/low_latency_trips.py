@@ -80,11 +80,11 @@ class PreparedLowLatency:
     sums: list[torch.Tensor]
 
 
-def prepare(shape: LowLatencyShape, seed: int) -> PreparedLowLatency:
-    """Draws what all ranks draw alike."""
+def prepare(shape: LowLatencyShape, seed: int, masked: tuple[int, ...] = ()) -> PreparedLowLatency:
+    """Draws what all ranks draw alike. masked: ranks that are left out."""
     inputs = [draw(shape, r, seed) for r in range(shape.ranks)]
     xs, idx, weights = (list(each) for each in zip(*inputs, strict=True))
-    sizes = {"num_max_tokens": shape.num_max_tokens, "num_experts": shape.num_experts}
+    sizes = {"num_max_tokens": shape.num_max_tokens, "num_experts": shape.num_experts, "masked": masked}
     layouts = oracle.dispatch(
         xs, idx, **sizes, fp8=shape.fp8, round_scale=shape.round_scale, ue8m0=shape.ue8m0
     )

@@ -93,13 +93,18 @@ class Domain:
 
 
 class LowLatencyDomain(Domain):
-    """The same of low latency."""
+    """The same of low latency. masked_ranks: that its kernels have masked, as bits."""
+
+    masked_ranks = 0
 
     def dispatch(self, *args: object, **named: object) -> None:
         self.launched(_named("low_latency_dispatch", named))
 
     def combine(self, *args: object, **named: object) -> None:
         self.launched(_named("low_latency_combine", named))
+
+    def masked(self) -> int:
+        return self.masked_ranks
 
 
 def _named(operation: str, given: dict[str, object]) -> str:
@@ -156,6 +161,7 @@ def extension(num_rows: int) -> ModuleType:
     stub: Any = ModuleType("deepep._cuda")
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
+    stub.MASKED_OFFSET = 0
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
     stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns
     stub.low_latency_bytes = low_latency_bytes

@@ -33,12 +33,16 @@ class VirtualGiven:
 
 @dataclass
 class VirtualLowLatency:
-    """`num_ranks` low-latency endpoints on one device, with room for calls up to `room`."""
+    """`num_ranks` low-latency endpoints on one device, with room for calls up to `room`.
+
+    shrinks: kernels mask a rank that is missing.
+    """
 
     num_ranks: int
     room: LowLatencyRoom
     num_blocks: int = 0
     timeout: float = 5.0
+    shrinks: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     endpoints: list[LowLatencyEndpoint] = field(init=False)
 
@@ -58,7 +62,11 @@ class VirtualLowLatency:
         self.streams = [torch.cuda.Stream(self.device) for _ in range(self.num_ranks)]
         self.endpoints = [
             LowLatencyEndpoint(
-                r, heaps[r], addresses, room=self.room, timeout=self.timeout, turns=_cuda.Turns()
+                *(r, heaps[r], addresses),
+                room=self.room,
+                timeout=self.timeout,
+                turns=_cuda.Turns(),
+                shrinks=self.shrinks,
             )
             for r in range(self.num_ranks)
         ]

@@ -338,6 +338,8 @@ class CudaEngine(Engine):
     # masks, the end, the rest
 
     def mask(self, rank: int, masked: bool) -> None:
+        for other in self._low_latency.state.masked - {rank}:  # by its kernels: now for all operations
+            self._control.mask(other, True)
         self._control.mask(rank, masked)
         self._live = sum(1 << r for r in range(self.info.num_ranks) if r not in self._control.masked)
         self._fault = None
@@ -346,7 +348,12 @@ class CudaEngine(Engine):
 
     @property
     def masked(self) -> frozenset[int]:
-        return self._control.masked
+        return self._control.masked | self._low_latency.state.masked
+
+    def write_masked(self, status: Tensor) -> None:
+        with self.issuing:
+            super().write_masked(status)
+            self._low_latency.state.write_masked(status)
 
     def memory(self) -> dict[str, int]:
         symmetric = self._num_bytes if self._is_built else 0

@@ -226,7 +226,8 @@ class LowLatencyEndpoint:
 
     heap: this rank's symmetric memory, uint8, of the bytes that `room` asks for; this clears its control
     part. addresses: where each rank's heap is mapped here. timeout: seconds a kernel waits for a peer before
-    it leaves with a fault record. turns: of this rank, shared with its throughput operations.
+    it leaves with a fault record; or, if it `shrinks`, masks the peer and goes on. turns: of this rank, shared
+    with its throughput operations.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class LowLatencyEndpoint:
         room: LowLatencyRoom,
         timeout: float,
         turns: _cuda.Turns,
+        shrinks: bool = False,
     ) -> None:
         self.rank, self.num_ranks, self.timeout = rank, len(addresses), timeout
         self.room, self.turns = room, turns
@@ -258,6 +260,7 @@ class LowLatencyEndpoint:
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
             timeout_seconds=timeout,
+            shrinks=shrinks,
             turns=turns,
         )
         torch.cuda.current_stream(self.device).synchronize()
@@ -362,6 +365,14 @@ class LowLatencyEndpoint:
         received = dict.fromkeys(("recv_x", "recv_scales", "recv_count", "recv_source", "recv_range"), 0)
         call |= received | dict.fromkeys(("weights_travel", "casts", "rounds_scales", "packs_scales"), 0)
         self.domain.dispatch(**call, refused=True, elsewhere=elsewhere)
+
+    def masked(self) -> int:
+        """The ranks that kernels have masked, as bits, as far as the host has seen."""
+        return self.domain.masked()
+
+    def masked_word(self) -> Tensor:
+        """[] int32 on the device: the same, as the next kernel finds it."""
+        return self._state.view(torch.int32)[_cuda.MASKED_OFFSET // 4]
 
     def wait(self) -> None:
         """Blocks the host, without the GIL, until the operation launched last has ended."""

@@ -8,6 +8,9 @@ What this rank finds wrong is posted to the others, and raised at once. What ker
 by the hook, or by the next call: that one is made nonetheless, and its results are lost, so that ranks stay
 in step. After a time-out nothing is made until the missing ranks are masked; then memory is made anew, and
 memory/generations.py decides when the old is freed.
+
+With `enable_shrink` kernels mask ranks themselves, and each rank has its own mask, in its device's memory.
+Hosts take it over when they have to agree on something: from then on it is the whole buffer's.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda.low_latency_checks import Key
@@ -79,18 +83,33 @@ class LowLatencyState:
             "topk_weights given": form.with_weights,
         }
         self.announce(operation)
-        self._meet(operation, statement)
+        while True:
+            try:
+                self._meet(operation, statement)
+                self._make_room(form)
+                return
+            except PeerTimeoutError as error:
+                self._leave_out(error)
+
+    def _make_room(self, form: LowLatencyFormat) -> None:
+        """Memory for calls of this format. Collective."""
         room = form.room.joined(self.memory.room) if self._is_built else form.room
         if self.is_ready and room == self.memory.room:
             return
         self._end()
         engine, membership = self.engine, self._control.membership
         num_bytes, _ = room.num_bytes(membership.num_ranks)
-        timeout, live = engine.info.options.timeout, membership.live
+        options, live = engine.info.options, membership.live
 
         def make(heap: SymmetricHeap) -> LowLatencyMemory:
             return LowLatencyMemory(
-                membership.rank, live, heap, room=room, timeout=timeout, turns=self._turns
+                membership.rank,
+                live,
+                heap,
+                room=room,
+                timeout=options.timeout,
+                turns=self._turns,
+                shrinks=options.masks,
             )
 
         try:
@@ -102,6 +121,16 @@ class LowLatencyState:
         self.has_fault = self.memory.endpoint.domain.has_fault
         self._is_built = self.is_ready = True
         self.unsettled = False
+
+    def _leave_out(self, error: PeerTimeoutError) -> None:
+        """Masks the ranks that were missing when hosts were to agree, as all that are left do. Raises the error
+        where ranks may not be masked, and on a rank that is missing itself.
+        """
+        engine, missing = self.engine, error.record.waited_on
+        if not engine.info.options.masks or not missing or engine.info.rank in missing:
+            raise error
+        for rank in missing:
+            engine.mask(rank, True)
 
     def _meet(self, operation: Operation, statement: Mapping[str, int]) -> None:
         done = self._control.perform(operation, Schedule(), lambda link, limits: None, agreed=statement)
@@ -117,6 +146,8 @@ class LowLatencyState:
         if self.is_ready:
             self._stay_out(operation, elsewhere=True)
             self.raise_fault()
+            for rank in self.masked - self._control.masked:
+                self.engine.mask(rank, True)
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
         """Refuses a call. The kernels of the others learn it in their own; the others raise MismatchError in
@@ -171,6 +202,22 @@ class LowLatencyState:
         raise PeerTimeoutError(fault)
 
     # memory, masks, the end
+
+    @property
+    def masked(self) -> frozenset[int]:
+        """The ranks that kernels have masked, as far as the host has seen."""
+        if not self.is_ready:
+            return frozenset()
+        bits = self.memory.endpoint.masked()
+        return frozenset(rank for rank in range(self.engine.info.num_ranks) if bits >> rank & 1)
+
+    def write_masked(self, status: Tensor) -> None:
+        """Adds the ranks that kernels have masked to status [R] int32, on the current stream."""
+        if self.is_ready:
+            ranks = torch.arange(len(status), dtype=torch.int32, device=self.engine.device)
+            masked = (self.memory.endpoint.masked_word() >> ranks) & 1
+            with torch.inference_mode():  # the status may have been made in it
+                status.bitwise_or_(masked.to(status.device))
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ from deepep.backends.cuda.memory.ipc import SymmetricHeap
 class LowLatencyMemory:
     """On one rank's heap, mapped by its peers: the slots, and the launcher of the operations on them.
 
-    live: the ranks that take part, as bits.
+    live: the ranks that take part, as bits. shrinks: kernels mask one that is missing.
     """
 
     def __init__(
@@ -24,10 +24,11 @@ class LowLatencyMemory:
         room: LowLatencyRoom,
         timeout: float,
         turns: _cuda.Turns,
+        shrinks: bool,
     ) -> None:
         self.room, self.num_bytes = room, heap.own.numel()
         self.endpoint = LowLatencyEndpoint(
-            rank, heap.own, heap.addresses, room=room, timeout=timeout, turns=turns
+            rank, heap.own, heap.addresses, room=room, timeout=timeout, turns=turns, shrinks=shrinks
         )
         self.endpoint.domain.set_live(live)
 
