@@ -71,7 +71,7 @@ class LowLatencyCalls(BufferLifetime):
         x: [T, H] bf16, T <= M. topk_idx: [T, K] int32 or int64, -1 for "no expert".
         num_max_dispatch_tokens_per_rank: M, the same on all ranks.
         cumulative_local_expert_recv_stats: [L] int32, the rows received are added.
-        dispatch_wait_recv_cost_stats: [R] int64, nanoseconds waited for other ranks are added; CUDA: not yet.
+        dispatch_wait_recv_cost_stats: [R] int64, nanoseconds waited for other ranks are added.
         use_fp8: rows are cast to e4m3 per 128 channels (H % 128 == 0), as `deepep.formats.fp8_cast` does it.
         round_scale: scales become powers of two.
         use_ue8m0: with round_scale: scales come as packed exponents (H % 512 == 0).

@@ -189,7 +189,7 @@ class Engine(ABC):
     def masked(self) -> frozenset[int]:
         """The ranks that are left out."""
 
-    def write_masked(self, status: Tensor) -> None:
+    def write_masked(self, status: torch.Tensor) -> None:
         """Writes 1 for masked ranks, 0 for others, to status [R] int32; on a device in the current stream's
         order.
         """

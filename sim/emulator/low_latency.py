@@ -139,6 +139,7 @@ class EmulatedLowLatency:
         )
         heaps = [self._allocate(f"slots@{r}", "symmetric", r, num_bytes) for r in everyone]
         self._domains = []
+        self._waits: dict[int, int] = {}
         for rank in everyone:
             # Only what holds words and flags: rows that are read before they are written shall be found out.
             machine.write(rank, heaps[rank], bytes(control))
@@ -173,6 +174,15 @@ class EmulatedLowLatency:
         """The ranks that this rank's kernels have masked. Its stream has to be idle."""
         bits = self._domains[rank].masked()
         return tuple(r for r in range(self.num_ranks) if bits >> r & 1)
+
+    def measure_waits(self, rank: int) -> None:
+        """From now on the rank's calls add up how long it waits for the others."""
+        self._waits[rank] = self._zeros(f"waits@{rank}", "device", rank, 8 * self.num_ranks)
+
+    def read_waits(self, rank: int) -> list[int]:
+        """Nanoseconds that it has waited for each rank."""
+        waits: list[int] = self.read(rank, self._waits[rank], torch.int64, (self.num_ranks,)).tolist()
+        return waits
 
     def new_handle(self, rank: int, call: LowLatencyCall) -> LowLatencyHandleAt:
         """Room for a handle; a dispatch fills it."""
@@ -291,6 +301,7 @@ class EmulatedLowLatency:
             "index_bytes": call.topk_idx.element_size(),
             "topk_idx": self._put(f"topk_idx@{rank}", rank, call.topk_idx),
             "topk_weights": self._put(f"topk_weights@{rank}", rank, call.topk_weights) if with_weights else 0,
+            "waits": self._waits.get(rank, 0),
             "stream": 0,
             **handle._asdict(),
         }

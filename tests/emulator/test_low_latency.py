@@ -15,6 +15,7 @@ from deepep.sim.cases.case import Case
 from deepep.sim.cases.options import Options
 from deepep.sim.emulator.low_latency import (
     BOTH,
+    RECEIVE,
     SEND,
     EmulatedLowLatency,
     LowLatencyCall,
@@ -182,6 +183,55 @@ def test_a_hooked_combine_sends_alone_if_its_dispatch_carried_the_weights() -> N
 def test_a_hooked_combine_sends_alone_if_every_row_returns() -> None:
     """No weight travels then."""
     assert combine_sent_by((0,), exact=True) == "done"
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("carries_weights", [False, True])
+def test_wait_statistics_are_of_the_ranks_that_come_late(
+    hooked: bool, exact: bool, carries_weights: bool
+) -> None:
+    """Simulated time: rank 2 is late by a fifth of a second in the dispatch, and in time in the combine."""
+    late = 200_000_000
+    gpu = LowLatencyGpu(num_blocks=2)
+    machine = _emulator.Machine(
+        num_ranks=3,
+        max_blocks=2,
+        max_threads=gpu.num_threads,
+        strategy="random",
+        seed=3,
+        max_steps=10**9,
+        faults=[_emulator.MachineFault(rank=2, at=1, counts_writes=False, pause_ns=late, loses_writes=False)],
+    )
+    domain = EmulatedLowLatency(
+        machine, _emulator.own_kernels(), gpu, 3, LowLatencySizes(1, 2, 2, 128, 1 if exact else 0)
+    )
+    call = LowLatencyCall(
+        torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), 2, 1, 128, carries_weights, exact=exact
+    )
+    handles = [domain.new_handle(rank, call) for rank in range(3)]
+    for rank, handle in enumerate(handles):
+        domain.measure_waits(rank)
+        args, _ = domain.dispatch(rank, call, RowCast(), torch.ones(2, 128).bfloat16(), handle)
+        for halves in (SEND, RECEIVE) if hooked else (BOTH,):
+            domain.launch_dispatch(rank, args, halves)
+    assert machine.run().status == "done"
+    after_dispatch = [domain.read_waits(rank) for rank in range(3)]
+    for rank, waits in enumerate(after_dispatch):
+        assert waits[rank] == 0
+    for rank in (0, 1):
+        assert late * 0.9 < after_dispatch[rank][2] < late * 1.1
+        assert after_dispatch[rank][1 - rank] < late * 0.1
+    assert max(after_dispatch[2]) < late * 0.1  # the late one waits least
+    for rank, handle in enumerate(handles):
+        args, _ = domain.combine(rank, call, torch.ones(1, 6, 128).bfloat16(), handle)
+        for halves in (SEND, RECEIVE) if hooked else (BOTH,):
+            domain.launch_combine(rank, args, halves)
+    assert machine.run().status == "done"
+    for rank in range(3):
+        more = [b - a for a, b in zip(after_dispatch[rank], domain.read_waits(rank), strict=True)]
+        assert 0 < sum(more) < late * 0.2
+        assert more[rank] == 0
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -68,6 +68,7 @@ struct LowLatencyDispatchArgs {
   int32_t* recv_count;           // [L]
   int32_t* recv_source;          // [L, R * M]: the token of its rank that a row is; -1 past the count
   int64_t* recv_range;           // [L, R]
+  int64_t* waits;                // [R] or null: nanoseconds waited for each rank are added
 };
 
 struct LowLatencyCombineArgs {
@@ -89,6 +90,7 @@ struct LowLatencyCombineArgs {
   const void* topk_idx;          // [T, K], the dispatch's
   const uint32_t* topk_weights;  // [T, K] float32 bits
   std::byte* out;                // [T, H] bf16
+  int64_t* waits;                // as of a dispatch
 };
 
 }  // namespace deepep::kernels

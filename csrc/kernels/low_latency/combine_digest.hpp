@@ -51,6 +51,9 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> stopped(found);
+  // Once in a call: where weights come, before they are looked for.
+  if (end == Digests::kIndices || args.weights_travelled || returns_entries(args))
+    measure_waits(call, [&](int s) { return args.slots.digests(call.epoch, s) + 8 * Digests::kShapes; });
 #pragma unroll 1
   for (int i = num_threads() - 1 - thread(); i < (end - first) * g.num_ranks; i += num_threads()) {
     const bool is_second = i >= g.num_ranks;

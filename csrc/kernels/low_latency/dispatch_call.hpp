@@ -1,7 +1,6 @@
 // A low-latency dispatch as its blocks see it: the call, its shared memory, how a launch begins and ends.
 #pragma once
 
-#include "kernels/low_latency/mend.hpp"
 #include "kernels/low_latency/patience.hpp"
 
 namespace deepep::kernels {

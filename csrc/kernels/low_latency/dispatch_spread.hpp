@@ -24,6 +24,7 @@ inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in fligh
   SharedArray<int32_t> rows(shared.rows());
   SharedArray<uint32_t> tokens(shared.tokens());
   uint64_t* listed = SharedArray<uint64_t>(shared.listed()).at(0);
+  measure_waits(call, [&](int source) { return args.slots.words(call.epoch, source) + 8 * Words::kDigest; });
   if (warp() < num_listeners()) {
 #pragma unroll 1
     for (int i = thread(); i < by_words.by * g.num_ranks; i += num_listeners() * kWarpSize) {

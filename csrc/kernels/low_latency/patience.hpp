@@ -7,7 +7,7 @@
 // is gone says nothing. And who has waited in vain for one rank looks at least for a while for the others.
 #pragma once
 
-#include "kernels/low_latency/common.hpp"
+#include "kernels/low_latency/mend.hpp"
 
 namespace deepep::kernels {
 
@@ -101,6 +101,28 @@ template <class Call>
   if (wait_patiently(call, source, wait)) return true;
   note_fault(call.g, phase, 1u << source, call.epoch, seen);
   return false;
+}
+
+/// Where the caller wants to know: adds how long this rank waits for each other one that comes. By block 0, whose
+/// first warp has a rank a lane; word_of(source): the offset of a word that it posts in every call.
+template <class Call, class WordOf>
+DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
+  using namespace dev;
+  const Group& g = call.g;
+  int64_t* waits = call.args.waits;
+  if (waits == nullptr || call.block != 0 || warp() != 0 || round_of(call) != 0) return;
+  const int source = lane();
+  const uint64_t begin = clock_ns();
+  if (source < g.num_ranks && source != g.rank && is_live(call, source)) {
+    const uint64_t* word = at<uint64_t>(g, g.rank, word_of(source));
+    uint32_t value = 0;
+    const auto wait = [&](Deadline until) {
+      return wait_tag<relaxed, sys_scope>(word, call.epoch, until, value);
+    };
+    if (wait_patiently(call, source, wait))
+      store(waits + source, load(waits + source) + static_cast<int64_t>(clock_ns() - begin));
+  }
+  sync_warp();
 }
 
 }  // namespace deepep::kernels

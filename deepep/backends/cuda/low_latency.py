@@ -100,7 +100,7 @@ class CudaLowLatency:
     ) -> LowLatencyDispatched:
         """A call that all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
-        given = (request.x, request.topk_idx, request.topk_weights)
+        given, waits = (request.x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
         blocks = min(form.num_blocks, request.num_sms) if request.num_sms else form.num_blocks
         completion = hook = None
         if not schedule.asynchronous:
@@ -110,16 +110,16 @@ class CudaLowLatency:
                 endpoint.dispatch(plan, *given, out, Halves.SEND, blocks, stream)
                 hook = self._dispatch_hook(engine, request, plan, out, blocks)
             else:
-                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream)
+                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream, waits)
                 if request.expert_counts is not None:
                     _add_counts(request.expert_counts, out)
         else:
             with CommStream(engine.comm, endpoint.domain, None) as stream:
                 out, plan = form.outputs(request.x.shape[0], engine.device, stream)
-                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream)
+                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream, waits)
                 if request.expert_counts is not None:
                     _add_counts(request.expert_counts, out)
-            read = (*given, request.expert_counts)
+            read = (*given, request.expert_counts, waits)
             completion = hand_out(engine.comm, None, schedule, read, out.tensors())
         route = LowLatencyRoute(
             out.source, out.ranges, form.num_max_tokens, form.hidden, request.num_experts, engine, plan
@@ -138,7 +138,7 @@ class CudaLowLatency:
         given = (request.x, request.topk_idx, request.topk_weights)
 
         def receive(stream: int) -> None:
-            endpoint.dispatch(plan, *given, out, Halves.RECEIVE, blocks, stream)
+            endpoint.dispatch(plan, *given, out, Halves.RECEIVE, blocks, stream, request.wait_nanoseconds)
             if stream != plan.stream:
                 _record((plan.table, *out.tensors()), engine.index)
             if counts is not None:
@@ -189,7 +189,7 @@ class CudaLowLatency:
         """A call whose dispatch all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
         shape = (plan.num_tokens, plan.form.hidden)
-        given = (x, request.topk_idx, request.topk_weights)
+        given, waits = (x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
         most = plan.form.num_blocks
         blocks = min(most, request.num_sms) if request.num_sms else most
         completion = hook = None
@@ -199,18 +199,19 @@ class CudaLowLatency:
             if out is None:
                 out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
             halves = Halves.SEND if schedule.hook else Halves.BOTH
-            endpoint.combine(plan, *given, out, halves, blocks, stream, request.use_logfmt)
+            endpoint.combine(plan, *given, out, halves, blocks, stream, request.use_logfmt, waits)
             if plan.stream != stream:
                 _record((plan.table,), engine.index)
             if schedule.hook:
-                hook = self._combine_hook(engine, given, plan, out, blocks, request.use_logfmt)
+                hook = self._combine_hook(engine, given, plan, out, blocks, request.use_logfmt, waits)
         else:
             with CommStream(engine.comm, endpoint.domain, None) as stream:
                 out = request.out
                 if out is None:
                     out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
-                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt)
-            completion = hand_out(engine.comm, None, schedule, (*given, plan.table, request.out), (out,))
+                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt, waits)
+            read = (*given, plan.table, request.out, waits)
+            completion = hand_out(engine.comm, None, schedule, read, (out,))
         return LowLatencyCombined(out, completion, hook)
 
     def _combine_hook(
@@ -221,11 +222,12 @@ class CudaLowLatency:
         out: Tensor,
         blocks: int,
         in_logfmt: bool,
+        waits: Tensor | None,
     ) -> Hook:
         endpoint, sent_on = self.state.memory.endpoint, streams.current_address(engine.index)
 
         def receive(stream: int) -> None:
-            endpoint.combine(plan, *given, out, Halves.RECEIVE, blocks, stream, in_logfmt)
+            endpoint.combine(plan, *given, out, Halves.RECEIVE, blocks, stream, in_logfmt, waits)
             if stream != sent_on:
                 _record((plan.table, out), engine.index)
 

@@ -85,6 +85,7 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
     check_low_latency_dispatch(request, engine.info)
     _check_rows("x", request.x, engine.device)
     _check_device("topk_idx", request.topk_idx, engine.device)
+    _check_waits("dispatch_wait_recv_cost_stats", request.wait_nanoseconds, engine.device)
     return LowLatencyFormat(
         num_ranks=engine.info.num_ranks,
         num_local_experts=request.num_experts // engine.info.num_ranks,
@@ -152,6 +153,7 @@ def checked_combine(request: LowLatencyCombineRequest, engine: CudaEngine) -> Lo
     _check_device("topk_idx", request.topk_idx, engine.device)
     if request.out is not None:
         _check_rows("out", request.out, engine.device)
+    _check_waits("combine_wait_recv_cost_stats", request.wait_nanoseconds, engine.device)
     if not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
         return None
     plan = route.plan
@@ -174,3 +176,10 @@ def _check_rows(name: str, rows: Tensor, device: torch.device) -> None:
     _check_device(name, rows, device)
     if rows.data_ptr() % 16 != 0:
         raise LayoutError(name, "rows that do not start at a multiple of 16 bytes", "aligned rows")
+
+
+def _check_waits(name: str, waits: Tensor | None, device: torch.device) -> None:
+    if waits is not None:
+        _check_device(name, waits, device)
+        if not waits.is_contiguous():
+            raise LayoutError(name, f"strides {waits.stride()}", "contiguous, or None")

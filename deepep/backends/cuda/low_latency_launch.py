@@ -226,8 +226,8 @@ class LowLatencyEndpoint:
 
     heap: this rank's symmetric memory, uint8, of the bytes that `room` asks for; this clears its control
     part. addresses: where each rank's heap is mapped here. timeout: seconds a kernel waits for a peer before
-    it leaves with a fault record; or, if it `shrinks`, masks the peer and goes on. turns: of this rank, shared
-    with its throughput operations.
+    it leaves with a fault record or, if it `shrinks`, masks the peer and goes on. turns: of this rank,
+    shared with its throughput operations.
     """
 
     def __init__(
@@ -277,8 +277,12 @@ class LowLatencyEndpoint:
         halves: Halves,
         num_blocks: int,
         stream: int,
+        waits: Tensor | None = None,
     ) -> None:
-        """Launches a dispatch of x [T, H] bf16, or half of one. It fills the plan."""
+        """Launches a dispatch of x [T, H] bf16, or half of one. It fills the plan.
+
+        waits: [R] int64, to which nanoseconds waited for each rank are added.
+        """
         form = plan.form
         self.domain.dispatch(
             num_blocks=num_blocks,
@@ -305,6 +309,7 @@ class LowLatencyEndpoint:
             recv_count=out.count.data_ptr(),
             recv_source=out.source.data_ptr(),
             recv_range=out.ranges.data_ptr(),
+            waits=0 if waits is None else waits.data_ptr(),
             stream=stream,
         )
 
@@ -319,11 +324,12 @@ class LowLatencyEndpoint:
         num_blocks: int,
         stream: int,
         in_logfmt: bool = False,
+        waits: Tensor | None = None,
     ) -> None:
         """Launches a combine of x [L, R*M, H] bf16 into out [T, H] bf16, or half of one, along the plan.
 
         topk_idx [T, K] must be the dispatch's, and so must topk_weights, where those travelled with it.
-        in_logfmt: rows travel so; H is a multiple of 128 then.
+        in_logfmt: rows travel so; H is a multiple of 128 then. waits: as of a dispatch.
         """
         form = plan.form
         self.domain.combine(
@@ -345,6 +351,7 @@ class LowLatencyEndpoint:
             weights_travelled=form.with_weights,
             returned=(RETURNS_ENTRIES if form.entry_stretches else RETURNS_SUMS) | in_logfmt,
             out=out.data_ptr(),
+            waits=0 if waits is None else waits.data_ptr(),
             stream=stream,
         )
 

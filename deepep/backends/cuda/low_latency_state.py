@@ -123,8 +123,8 @@ class LowLatencyState:
         self.unsettled = False
 
     def _leave_out(self, error: PeerTimeoutError) -> None:
-        """Masks the ranks that were missing when hosts were to agree, as all that are left do. Raises the error
-        where ranks may not be masked, and on a rank that is missing itself.
+        """Masks the ranks that were missing when hosts were to agree, as all that are left do. Raises the
+        error where ranks may not be masked, and on a rank that is missing itself.
         """
         engine, missing = self.engine, error.record.waited_on
         if not engine.info.options.masks or not missing or engine.info.rank in missing:
