@@ -190,9 +190,7 @@ class Engine(ABC):
         """The ranks that are left out."""
 
     def write_masked(self, status: torch.Tensor) -> None:
-        """Writes 1 for masked ranks, 0 for others, to status [R] int32; on a device in the current stream's
-        order.
-        """
+        """Writes 1 for masked ranks, 0 for others, to status [R] int32, in the current stream's order."""
         masked = [int(rank in self.masked) for rank in range(len(status))]
         with torch.inference_mode():  # the status may have been made in it
             status.copy_(torch.tensor(masked, dtype=status.dtype, device="cpu"))

@@ -103,8 +103,8 @@ template <class Call>
   return false;
 }
 
-/// Where the caller wants to know: adds how long this rank waits for each other one that comes. By block 0, whose
-/// first warp has a rank a lane; word_of(source): the offset of a word that it posts in every call.
+/// Where the caller wants to know: adds how long this rank waits for each other one that comes. By block 0,
+/// whose first warp has a rank a lane; word_of(source): the offset of a word that it posts in every call.
 template <class Call, class WordOf>
 DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
   using namespace dev;

@@ -329,3 +329,25 @@ def test_arrays_are_made_like_templates_that_hold_no_memory() -> None:
             assert other.count.data_ptr() != out.count.data_ptr()
         """
     )
+
+
+def test_a_query_tells_what_kernels_have_masked() -> None:
+    """From the device's own word; and it is no mask of the control plane's yet."""
+    on_stubs(
+        """
+        with buffer_of(enable_shrink=True) as buffer:
+            status = torch.full((1,), 7, dtype=torch.int32)
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [0]
+            dispatch(buffer)
+            stub_cuda.LowLatencyDomain.masked_ranks = 1
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [1]
+            assert buffer.info.masked_ranks == (0,)
+            assert buffer.runtime._control.masked == frozenset()
+            stub_cuda.LowLatencyDomain.masked_ranks = 0
+            buffer.runtime._low_latency.state.memory.endpoint.masked_word().fill_(1)
+            buffer.low_latency_query_mask_buffer(status)  # what the host has not seen yet
+            assert status.tolist() == [1]
+        """
+    )

@@ -1,6 +1,4 @@
-"""Low-latency kernels that mask a rank which is missing, on GPUs: as virtual ranks, in graphs, and when a
-process is killed.
-"""
+"""Low-latency kernels that mask a missing rank, on GPUs: virtual ranks, graphs, a process that is killed."""
 
 from __future__ import annotations
 
