@@ -7,9 +7,11 @@ rank process seconds; these are the functions below it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,7 +20,7 @@ NAMESPACE = "deepep_nn"
 
 
 #: Arguments that need no dispatcher: no subclass of a tensor, such as a DTensor.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, bool, float, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, bool, float, type(None)))
 
 
 def _is_watched() -> bool:
@@ -38,19 +40,26 @@ class Operator(Generic[P, T]):
         self.qualified_name = f"{NAMESPACE}::{name}"
         self.__doc__ = function.__doc__
         self.function = function
+        self._defaults = tuple(p.default for p in signature(function).parameters.values())
+        self._differentiable: Any = None
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(self.qualified_name, schema)
         torch.library.impl(self.qualified_name, "default", function)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        # The way through torch's dispatcher costs tens of microseconds, and where nothing is differentiated,
-        # traced or transformed it leads to this function.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_watched():
+        # The way through torch's dispatcher costs tens of microseconds, and where nothing is traced or
+        # transformed it leads to this function; by way of one like `_differentiable` where there are gradients.
+        if torch.compiler.is_compiling() or _is_watched() or kwargs:
             return self.overload(*args, **kwargs)
-        if all(type(arg) in _PLAIN for arg in args) and not kwargs:
+        if not all(type(arg) in _PLAIN for arg in args):
+            return self.overload(*args, **kwargs)
+        if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return self.function(*args, **kwargs)
-        return self.overload(*args, **kwargs)
+        if self._differentiable is None:
+            return self.overload(*args, **kwargs)
+        result: T = self._differentiable.apply(*args, *self._defaults[len(args) :])
+        return result
 
     def register_fake(self, function: Callable[P, T]) -> Callable[P, T]:
         """The function that makes outputs of the right shape and dtype without computing them."""
@@ -62,6 +71,15 @@ class Operator(Generic[P, T]):
     ) -> None:
         """As `torch.library.register_autograd`: backward(ctx, *grads), setup_context(ctx, inputs, output)."""
         torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context)
+        function = self.function
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)  # type: ignore[call-arg]
+            setup_context(ctx, args, output)
+            return output
+
+        body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(self.qualified_name, (torch.autograd.Function,), body)
 
 
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, T]], Operator[P, T]]:
