@@ -49,7 +49,7 @@ class Operator(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         # The way through torch's dispatcher costs tens of microseconds, and where nothing is traced or
-        # transformed it leads to this function; by way of one like `_differentiable` where there are gradients.
+        # transformed it leads to this function: by way of one like `_differentiable`, if there are gradients.
         if torch.compiler.is_compiling() or _is_watched() or kwargs:
             return self.overload(*args, **kwargs)
         if not all(type(arg) in _PLAIN for arg in args):
