@@ -19,8 +19,16 @@ T = TypeVar("T")
 NAMESPACE = "deepep_nn"
 
 
-#: Arguments that need no dispatcher: no subclass of a tensor, such as a DTensor.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, bool, float, type(None)))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((int, bool, float, type(None)))
+
+
+def _is_plain(arg: object) -> bool:
+    """True for what needs no dispatcher: no subclass of a tensor, such as a DTensor, and no meta tensor."""
+    kind = type(arg)
+    if kind in _TENSORS:
+        return not arg.is_meta  # type: ignore[attr-defined]
+    return kind in _SCALARS
 
 
 def _is_watched() -> bool:
@@ -52,7 +60,7 @@ class Operator(Generic[P, T]):
         # transformed it leads to this function: by way of one like `_differentiable`, if there are gradients.
         if torch.compiler.is_compiling() or _is_watched() or kwargs:
             return self.overload(*args, **kwargs)
-        if not all(type(arg) in _PLAIN for arg in args):
+        if not all(_is_plain(arg) for arg in args):
             return self.overload(*args, **kwargs)
         if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return self.function(*args, **kwargs)
