@@ -17,6 +17,14 @@
 #define DEEPEP_KERNEL(name, Args, threads) \
   __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 
+/// A kernel in two forms, `name` and `name_option`: its body reads the bool `option`, which the compiler knows.
+/// The emulator has one, in which it is `chosen`, of `args`.
+#define DEEPEP_KERNEL_IN_FORMS(name, Args, threads, option, chosen)          \
+  DEEPEP_DEVICE void name##_body(const Args& args, bool option);             \
+  DEEPEP_KERNEL(name, Args, threads) { name##_body(args, false); }           \
+  DEEPEP_KERNEL(name##_##option, Args, threads) { name##_body(args, true); } \
+  DEEPEP_DEVICE void name##_body(const Args& args, bool option)
+
 namespace deepep::dev {
 
 DEEPEP_DEVICE int thread() { return static_cast<int>(threadIdx.x); }

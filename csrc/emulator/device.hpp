@@ -18,6 +18,11 @@
       {#name, threads, sizeof(Args), [](const void* args) { name(*static_cast<const Args*>(args)); }}}; \
   inline void name([[maybe_unused]] const Args& args)
 
+#define DEEPEP_KERNEL_IN_FORMS(name, Args, threads, option, chosen) \
+  inline void name##_body(const Args& args, bool option);           \
+  DEEPEP_KERNEL(name, Args, threads) { name##_body(args, chosen); } \
+  inline void name##_body(const Args& args, bool option)
+
 namespace deepep::dev {
 
 namespace detail {

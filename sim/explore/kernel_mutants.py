@@ -57,7 +57,7 @@ COPY_ENGINE_FILES = tuple(
 )
 
 _COMMENT = re.compile(r"//[^\n]*")
-_FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
+_FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
 _ORDERED = re.compile(
     r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+|mbarrier_\w+)"
     r"<(?P<order>relaxed|acquire|release|acq_rel), (?P<scope>\w+)_scope>"

@@ -90,8 +90,14 @@ def declared_kernels() -> dict[str, int]:
     """Threads of a block by kernel, as csrc/kernels declares them."""
     code = "\n".join(read_code(header) for header in HEADERS)
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", code))
-    declared = re.findall(r"DEEPEP_KERNEL\((\w+), \w+, (\w+)\)", code)
-    return {name: int(constants.get(threads, threads)) for name, threads in declared}
+    declared = re.findall(r"DEEPEP_(WATCHING_)?KERNEL\((\w+),\s+\w+,\s+(\w+)\)", code)
+    forms = {"": ("",), "WATCHING_": ("", "_watching")}
+    return {
+        name + form: int(constants.get(threads, threads))
+        for kind, name, threads in declared
+        if not name.endswith("name")  # that is the macro itself
+        for form in forms[kind]
+    }
 
 
 def find_nvcc() -> str | None:

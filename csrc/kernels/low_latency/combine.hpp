@@ -28,12 +28,12 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args);
+  const Before before = read_before(args, watching);
   const Weights weights = first_weights(args);
   const uint32_t ranks = first_ranks(args, block());
-  LowLatencyCombineCall call = start(args, before, ranks);
+  LowLatencyCombineCall call = start(args, before, ranks, watching);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);

@@ -38,6 +38,8 @@ struct LowLatencyCombineCall {
   uint32_t epoch;
   dev::Deadline deadline;
   uint32_t live;   // ranks that take part, as bits
+  bool watching;   // the form of the kernel: known when it is compiled
+  bool masks;      // a rank that is missing is masked
   int block;       // whose part of the receive this one has: its own, or in mending every one in turn
   uint32_t ranks;  // that the first token went to which this warp sums, as bits
 
@@ -46,13 +48,15 @@ struct LowLatencyCombineCall {
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall begin_call(const LowLatencyCombineArgs& args, uint32_t epoch,
-                                                             uint32_t live, uint32_t ranks) {
+                                                             uint32_t live, uint32_t ranks, bool watching) {
   using namespace dev;
   const LowLatencyCombineCall call{.args = args,
                                    .g = args.group,
                                    .epoch = epoch,
                                    .deadline = Deadline::in(args.group.timeout_ns),
                                    .live = live,
+                                   .watching = watching,
+                                   .masks = watching && args.group.shrinks,
                                    .block = block(),
                                    .ranks = ranks};
   if (thread() == 0) {
@@ -66,24 +70,25 @@ struct LowLatencyCombineCall {
   return call;
 }
 
-/// Of the call before, or in a launch that only receives of its own send.
-[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyCombineArgs& args) {
-  return {dev::load(&args.group.state->combine_epoch), dev::load(&args.group.state->masked)};
+/// Of the call before, or in a launch that only receives of its own send. Without a watch nobody is masked.
+[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyCombineArgs& args, bool watching) {
+  return {dev::load(&args.group.state->combine_epoch), watching ? dev::load(&args.group.state->masked) : 0};
 }
 
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, const Before& before,
-                                                        uint32_t ranks) {
-  const LowLatencyCombineCall call = begin_call(args, next_epoch(before.epoch), live_of(args, before), ranks);
+                                                        uint32_t ranks, bool watching) {
+  const LowLatencyCombineCall call =
+      begin_call(args, next_epoch(before.epoch), live_of(args, before), ranks, watching);
   dev::sync_block();
   return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start_receive(const LowLatencyCombineArgs& args,
-                                                                uint32_t ranks) {
-  const Before before = read_before(args);
-  return begin_call(args, before.epoch, live_of(args, before), ranks);
+                                                                uint32_t ranks, bool watching) {
+  const Before before = read_before(args, watching);
+  return begin_call(args, before.epoch, live_of(args, before), ranks, watching);
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
@@ -97,7 +102,7 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
   const LowLatencyCombineShared shared = call.shared();
   sync_block();
   if (thread() != 0) return false;
-  if (call.g.shrinks) return must_report(call);
+  if (call.masks) return must_report(call);
   uint32_t phases = 0;
   for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
     phases |= SharedArray<uint32_t>(word).get(0);

@@ -80,7 +80,7 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
 [[nodiscard]] DEEPEP_DEVICE bool wait_owners(const LowLatencyCombineCall& call) {
   if (call.args.weights_travelled) return true;
   uint32_t found = wait_digests(call, Digests::kShapes, Digests::kIndices, call.shared().stopped_owners());
-  if (call.g.shrinks) found &= ~static_cast<uint32_t>(Phase::kCounts);
+  if (call.masks) found &= ~static_cast<uint32_t>(Phase::kCounts);
   return found == 0 && !call.args.refused;
 }
 

@@ -17,8 +17,8 @@ namespace deepep::kernels {
                                                  int64_t number) {
   const LowLatencyCombineArgs& args = call.args;
   const int64_t row_bytes = int64_t{2} * args.hidden;
-  const int64_t rows = returns_entries(args) ? args.slots.entries(call.epoch, source)
-                                             : args.slots.returns(call.epoch, source);
+  const int64_t rows =
+      returns_entries(args) ? args.slots.entries(call.epoch, source) : args.slots.returns(call.epoch, source);
   return {at<std::byte>(call.g, owner, rows + number * row_bytes),
           at<uint32_t>(call.g, owner,
                        args.slots.metadata(call.epoch, source) + number * args.slots.metadata_of(row_bytes))};
@@ -31,7 +31,7 @@ namespace deepep::kernels {
   const SumRows rows = weighted_rows(call, back);
   if (rows.rows == 0) {
     note_missing_weight(call, back.where.source);
-    return call.g.shrinks;
+    return call.masks;
   }
   const LogfmtPlace to = place_of(call, back.where.source, call.g.rank, back.where.token);
 #pragma unroll 1

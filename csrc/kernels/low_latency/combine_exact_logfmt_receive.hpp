@@ -16,10 +16,11 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(low_latency_combine_exact_logfmt_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_KERNEL(low_latency_combine_exact_logfmt_receive_kernel, LowLatencyCombineArgs,
+                       kLowLatencyThreads) {
   using namespace dev;
   const uint32_t ranks = first_ranks(args, block());
-  LowLatencyCombineCall call = start_receive(args, ranks);
+  LowLatencyCombineCall call = start_receive(args, ranks, watching);
   sync_block();
   decode_entries(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);

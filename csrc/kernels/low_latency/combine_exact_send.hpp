@@ -21,8 +21,8 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args);
-  const LowLatencyCombineCall call = start(args, before, 0);
+  const Before before = read_before(args, true);
+  const LowLatencyCombineCall call = start(args, before, 0, false);
   advance_epoch(call);
   post_shapes(call);
   list_returns(call);

@@ -25,11 +25,11 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(low_latency_combine_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_KERNEL(low_latency_combine_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args);
+  const Before before = read_before(args, watching);
   const Weights weights = first_weights(args);
-  const LowLatencyCombineCall call = start(args, before, 0);
+  const LowLatencyCombineCall call = start(args, before, 0, watching);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);

@@ -15,10 +15,10 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
   const uint32_t ranks = first_ranks(args, block());
-  LowLatencyCombineCall call = start_receive(args, ranks);
+  LowLatencyCombineCall call = start_receive(args, ranks, watching);
   sync_block();
   receive_returns(call, true);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);

@@ -164,7 +164,7 @@ struct Returning {
   uint32_t weight = 0;
   bool came = true;
   if (has_row && args.weights_travelled) weight = load_once(route_of(args, where) + args.num_topk + lane());
-  if (call.g.shrinks && ((lost_owners(call) >> where.source) & 1u)) {
+  if (call.masks && ((lost_owners(call) >> where.source) & 1u)) {
     came = false;
   } else if (has_row && !args.weights_travelled) {
     const int word = where.token * args.num_topk + lane();
@@ -190,7 +190,7 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
   const SumRows rows = weighted_rows(call, back);
   if (rows.rows == 0) {
     note_missing_weight(call, back.where.source);
-    return call.g.shrinks;
+    return call.masks;
   }
   const int64_t row_bytes = int64_t{2} * call.args.hidden;
   Vec16* out = at<Vec16>(call.g, back.where.source,
@@ -218,7 +218,7 @@ DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   const uint32_t lost = lost_owners(call);
-  if (!is_signaller() || (lost != 0 && !g.shrinks)) return;
+  if (!is_signaller() || (lost != 0 && !call.masks)) return;
   auto walk = walk_of(call, present_of(call), {.number = lane(), .teams = kWarpSize, .part = 0, .parts = 1});
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {

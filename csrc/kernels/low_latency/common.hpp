@@ -5,6 +5,11 @@
 #include "kernels/common/fault.hpp"
 #include "kernels/low_latency/share.hpp"
 
+/// A kernel that, in the form that is `watching`, masks ranks that are missing (mend.hpp) and measures how long
+/// it waits for each; the other form pays for neither.
+#define DEEPEP_WATCHING_KERNEL(name, Args, threads) \
+  DEEPEP_KERNEL_IN_FORMS(name, Args, threads, watching, ::deepep::kernels::has_to_watch(args))
+
 namespace deepep::kernels {
 
 inline constexpr int kLowLatencyThreads = 512;
@@ -76,6 +81,12 @@ struct Team {
 [[nodiscard]] DEEPEP_DEVICE int item_of_block(int block, int i, int first_block) {
   const int blocks = dev::num_blocks();
   return block < first_block ? 0x7fffffff : blocks - 1 - block + i * (blocks - first_block);
+}
+
+/// Which form a launch takes.
+template <class Args>
+[[nodiscard]] DEEPEP_HD bool has_to_watch(const Args& args) {
+  return args.group.shrinks || args.waits != nullptr;
 }
 
 /// What a launch finds in this rank's own words.

@@ -65,6 +65,8 @@ struct LowLatencyDispatchCall {
   uint32_t epoch;
   dev::Deadline deadline;
   uint32_t live;  // ranks that take part, as bits
+  bool watching;  // the form of the kernel: known when it is compiled
+  bool masks;     // a rank that is missing is masked
   int block;      // whose part of the receive this one has: its own, or in mending every one in turn
   layout::LowLatencyMessage message;
   SentTokens tokens;  // that this block sends
@@ -77,13 +79,15 @@ struct LowLatencyDispatchCall {
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall begin_call(const LowLatencyDispatchArgs& args,
-                                                              uint32_t epoch, uint32_t live) {
+                                                              uint32_t epoch, uint32_t live, bool watching) {
   using namespace dev;
   const LowLatencyDispatchCall call{.args = args,
                                     .g = args.group,
                                     .epoch = epoch,
                                     .deadline = Deadline::in(args.group.timeout_ns),
                                     .live = live,
+                                    .watching = watching,
+                                    .masks = watching && args.group.shrinks,
                                     .block = block(),
                                     .message = message_of(args),
                                     .tokens = tokens_of_block(args)};
@@ -97,23 +101,25 @@ struct LowLatencyDispatchCall {
   return call;
 }
 
-/// Of the call before, or in a launch that only receives of its own send.
-[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyDispatchArgs& args) {
-  return {dev::load(&args.group.state->dispatch_epoch), dev::load(&args.group.state->masked)};
+/// Of the call before, or in a launch that only receives of its own send. Without a watch nobody is masked.
+[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyDispatchArgs& args, bool watching) {
+  return {dev::load(&args.group.state->dispatch_epoch), watching ? dev::load(&args.group.state->masked) : 0};
 }
 
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args,
-                                                         const Before& before) {
-  const LowLatencyDispatchCall call = begin_call(args, next_epoch(before.epoch), live_of(args, before));
+                                                         const Before& before, bool watching) {
+  const LowLatencyDispatchCall call =
+      begin_call(args, next_epoch(before.epoch), live_of(args, before), watching);
   dev::sync_block();
   return call;
 }
 
 /// Of a launch that only receives: the epoch is what its send has left.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start_receive(const LowLatencyDispatchArgs& args) {
-  const Before before = read_before(args);
-  return begin_call(args, before.epoch, live_of(args, before));
+[[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start_receive(const LowLatencyDispatchArgs& args,
+                                                                 bool watching) {
+  const Before before = read_before(args, watching);
+  return begin_call(args, before.epoch, live_of(args, before), watching);
 }
 
 DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
@@ -128,7 +134,7 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
   SharedArray<uint32_t> stopped(call.shared().stopped());
   sync_block();
   if (thread() != 0) return false;
-  if (call.g.shrinks ? !must_report(call) : failed.get(0) == 0 && stopped.get(0) == 0) return false;
+  if (call.masks ? !must_report(call) : failed.get(0) == 0 && stopped.get(0) == 0) return false;
   if (!call.args.refused) store<relaxed, gpu_scope>(call.args.handle.identity, 0u);
   return true;
 }

@@ -14,9 +14,9 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(low_latency_dispatch_receive_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_KERNEL(low_latency_dispatch_receive_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
-  LowLatencyDispatchCall call = start_receive(args);
+  LowLatencyDispatchCall call = start_receive(args, watching);
   sync_block();
   receive_messages(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyDispatch);

@@ -23,10 +23,10 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_dispatch_send_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args);
+  const Before before = read_before(args, true);
   const Entries entries = first_entries(args);
   const Outgoing first = first_outgoing(args);
-  const LowLatencyDispatchCall call = start(args, before);
+  const LowLatencyDispatchCall call = start(args, before, false);
   advance_epoch(call);
   const HeaderDraft draft = first_header(args);
   push_rows(call, first);

@@ -21,27 +21,39 @@ namespace deepep::kernels {
 
 namespace {
 
-Kernel<LowLatencyDispatchArgs> dispatch_of(Halves halves) {
-  switch (halves) {
-    case Halves::kSend: return low_latency_dispatch_send_kernel;
-    case Halves::kReceive: return low_latency_dispatch_receive_kernel;
-    default: return low_latency_dispatch_kernel;
-  }
-}
+template <class Args>
+struct Forms {
+  Kernel<Args> plain;
+  Kernel<Args> watching;
 
-/// By what goes back, then by halves.
-constexpr Kernel<LowLatencyCombineArgs> kCombines[][3] = {
-    {low_latency_combine_kernel, low_latency_combine_send_kernel, low_latency_combine_receive_kernel},
-    {low_latency_combine_logfmt_kernel, low_latency_combine_logfmt_send_kernel,
-     low_latency_combine_logfmt_receive_kernel},
-    {low_latency_combine_exact_kernel, low_latency_combine_exact_send_kernel,
-     low_latency_combine_exact_receive_kernel},
-    {low_latency_combine_exact_logfmt_kernel, low_latency_combine_exact_logfmt_send_kernel,
-     low_latency_combine_exact_logfmt_receive_kernel},
+  [[nodiscard]] Kernel<Args> of(const Args& args) const { return has_to_watch(args) ? watching : plain; }
 };
 
-Kernel<LowLatencyCombineArgs> combine_of(Returned returned, Halves halves) {
-  return kCombines[static_cast<int>(returned)][static_cast<int>(halves)];
+#define DEEPEP_FORMS(name) {name, name##_watching}
+#define DEEPEP_ONE_FORM(name) {name, name}
+
+/// By halves. A send that waits for nothing has one form.
+constexpr Forms<LowLatencyDispatchArgs> kDispatches[] = {DEEPEP_FORMS(low_latency_dispatch_kernel),
+                                                         DEEPEP_ONE_FORM(low_latency_dispatch_send_kernel),
+                                                         DEEPEP_FORMS(low_latency_dispatch_receive_kernel)};
+
+/// By what goes back, then by halves.
+constexpr Forms<LowLatencyCombineArgs> kCombines[][3] = {
+    {DEEPEP_FORMS(low_latency_combine_kernel), DEEPEP_FORMS(low_latency_combine_send_kernel),
+     DEEPEP_FORMS(low_latency_combine_receive_kernel)},
+    {DEEPEP_FORMS(low_latency_combine_logfmt_kernel), DEEPEP_FORMS(low_latency_combine_logfmt_send_kernel),
+     DEEPEP_FORMS(low_latency_combine_logfmt_receive_kernel)},
+    {DEEPEP_FORMS(low_latency_combine_exact_kernel), DEEPEP_ONE_FORM(low_latency_combine_exact_send_kernel),
+     DEEPEP_FORMS(low_latency_combine_exact_receive_kernel)},
+    {DEEPEP_FORMS(low_latency_combine_exact_logfmt_kernel),
+     DEEPEP_ONE_FORM(low_latency_combine_exact_logfmt_send_kernel),
+     DEEPEP_FORMS(low_latency_combine_exact_logfmt_receive_kernel)},
+};
+
+template <class Args>
+void load(const Forms<Args>& forms, const char* what) {
+  load(forms.plain, what);
+  load(forms.watching, what);
 }
 
 }  // namespace
@@ -49,20 +61,19 @@ Kernel<LowLatencyCombineArgs> combine_of(Returned returned, Halves halves) {
 int low_latency_warps() { return kLowLatencyThreads / dev::kWarpSize; }
 
 void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
-  launch(dispatch_of(halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
-         "low-latency dispatch");
+  launch(kDispatches[static_cast<int>(halves)].of(args), args, num_blocks, kLowLatencyThreads,
+         shared_of(args).bytes(), stream, "low-latency dispatch");
 }
 
 void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
-  launch(combine_of(args.returned, halves), args, num_blocks, kLowLatencyThreads, shared_of(args).bytes(),
-         stream, "low-latency combine");
+  launch(kCombines[static_cast<int>(args.returned)][static_cast<int>(halves)].of(args), args, num_blocks,
+         kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency combine");
 }
 
 void load_low_latency() {
-  for (const Halves halves : {Halves::kBoth, Halves::kSend, Halves::kReceive}) {
-    load(dispatch_of(halves), "low-latency dispatch");
-    for (const auto& combines : kCombines) load(combines[static_cast<int>(halves)], "low-latency combine");
-  }
+  for (const auto& dispatch : kDispatches) load(dispatch, "low-latency dispatch");
+  for (const auto& combines : kCombines)
+    for (const auto& combine : combines) load(combine, "low-latency combine");
 }
 
 }  // namespace deepep::kernels

@@ -64,7 +64,7 @@ DEEPEP_DEVICE void begin_mending(const Call& call) {
 /// The round of receiving that the block is in.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE int round_of(const Call& call) {
-  return call.g.shrinks ? static_cast<int>(mending_of(call).get(Mending::kRound)) : 0;
+  return call.masks ? static_cast<int>(mending_of(call).get(Mending::kRound)) : 0;
 }
 
 /// Where masks are allowed: true on the last block, if there is a fault that they do not mend.
@@ -96,7 +96,7 @@ template <class Call>
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE bool mends(Call& call) {
   using namespace dev;
-  if (!call.g.shrinks) return false;
+  if (!call.masks) return false;
   SharedArray<uint32_t> mending = mending_of(call);
   sync_block();
   if (thread() == 0) {
@@ -118,7 +118,7 @@ template <class Call>
 template <class Call>
 DEEPEP_DEVICE void mask_missing(const Call& call) {
   using namespace dev;
-  if (!call.g.shrinks) return;
+  if (!call.masks) return;
   sync_block();
   if (thread() != 0 || !is_last_block(call.g)) return;
   const Notes notes = read_notes(call.g);

@@ -48,7 +48,7 @@ template <class Call, class Wait>
 [[nodiscard]] DEEPEP_DEVICE bool wait_patiently(const Call& call, int source, const Wait& wait) {
   using namespace dev;
   const uint64_t timeout = call.g.timeout_ns;
-  const bool extends = call.g.shrinks;
+  const bool extends = call.masks;
   Deadline until = call.deadline;
   if (extends) until.end_ns = layout::max_of(until.end_ns - timeout / 2, Deadline::in(timeout / 8).end_ns);
   uint64_t seen = 0;
@@ -69,7 +69,7 @@ template <class Call, class Wait>
 /// The longest that `wait_patiently` may take.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE dev::Deadline last_deadline(const Call& call) {
-  const uint64_t extensions = call.g.shrinks ? static_cast<uint64_t>(call.g.num_ranks) : 0;
+  const uint64_t extensions = call.masks ? static_cast<uint64_t>(call.g.num_ranks) : 0;
   return {call.deadline.end_ns + extensions * call.g.timeout_ns};
 }
 
@@ -110,7 +110,7 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
   using namespace dev;
   const Group& g = call.g;
   int64_t* waits = call.args.waits;
-  if (waits == nullptr || call.block != 0 || warp() != 0 || round_of(call) != 0) return;
+  if (!call.watching || waits == nullptr || call.block != 0 || warp() != 0 || round_of(call) != 0) return;
   const int source = lane();
   const uint64_t begin = clock_ns();
   if (source < g.num_ranks && source != g.rank && is_live(call, source)) {
