@@ -49,10 +49,10 @@ class Buffer(LowLatencyCalls):
         the low-latency buffer of backends that have one.
     low_latency_mode: low-latency operations will be used.
     enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode; and a low-latency
-        dispatch or combine on the CPU masks those that die or time out by itself, on all ranks that are
-        left, and returns without their rows (`low_latency_query_mask_buffer` says so). It costs such a call a
-        second exchange of words.
-
+        dispatch or combine masks those that die or time out by itself and returns without their rows
+        (`low_latency_query_mask_buffer` says so). On the CPU all ranks that are left mask the same, at the
+        cost of a second exchange of words a call; on CUDA each rank has its own mask, kept by its kernels
+        (`docs/low_latency.md`), which counts in low latency alone until hosts next have to agree.
     backend: "cuda", "reference", ...; None: DEEPEP_BACKEND, else the best that serves the group.
     device: where tensors lie: "cpu", or "cuda" for this rank's current device. None: DEEPEP_DEVICE, else CUDA
         where there is a GPU (and the backend serves it), else the CPU.
