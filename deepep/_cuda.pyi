@@ -372,8 +372,17 @@ def count_entries(
     stream: int = 0,
 ) -> None: ...
 def spread_rows(
-    *, num_rows: int, row_bytes: int, num_topk: int, slots: int, x: int, out: int, stream: int = 0
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    x: int,
+    scales: int = 0,
+    out: int,
+    stream: int = 0,
 ) -> None: ...
+def cast_rows(*, num_channels: int, x: int, values: int, scales: int, stream: int = 0) -> None: ...
 def reduce_rows(
     *,
     num_rows: int,

@@ -432,8 +432,17 @@ def count_entries_args(
     stream: int = 0,
 ) -> bytes: ...
 def spread_rows_args(
-    *, num_rows: int, row_bytes: int, num_topk: int, slots: int, x: int, out: int, stream: int = 0
+    *,
+    num_rows: int,
+    row_bytes: int,
+    num_topk: int,
+    slots: int,
+    x: int,
+    scales: int = 0,
+    out: int,
+    stream: int = 0,
 ) -> bytes: ...
+def cast_rows_args(*, num_channels: int, x: int, values: int, scales: int, stream: int = 0) -> bytes: ...
 def reduce_rows_args(
     *,
     num_rows: int,

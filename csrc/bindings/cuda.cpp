@@ -35,6 +35,7 @@ struct RowLaunches {
   static constexpr auto select_topk = dk::launch_select_topk;
   static constexpr auto count_entries = dk::launch_count_entries;
   static constexpr auto spread_rows = dk::launch_spread_rows;
+  static constexpr auto cast_rows = dk::launch_cast_rows;
   static constexpr auto reduce_rows = dk::launch_reduce_rows;
   static constexpr auto weigh_rows = dk::launch_weigh_rows;
   static constexpr auto swiglu = dk::launch_swiglu;

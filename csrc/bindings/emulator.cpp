@@ -103,6 +103,7 @@ struct RowBytes {
   static py::bytes select_topk(const dk::SelectTopkArgs& args, void*) { return bytes_of(args); }
   static py::bytes count_entries(const dk::CountEntriesArgs& args, void*) { return bytes_of(args); }
   static py::bytes spread_rows(const dk::SpreadRowsArgs& args, void*) { return bytes_of(args); }
+  static py::bytes cast_rows(const dk::CastRowsArgs& args, void*) { return bytes_of(args); }
   static py::bytes reduce_rows(const dk::ReduceRowsArgs& args, void*) { return bytes_of(args); }
   static py::bytes weigh_rows(const dk::WeighRowsArgs& args, void*) { return bytes_of(args); }
   static py::bytes swiglu(const dk::SwigluArgs& args, void*) { return bytes_of(args); }

@@ -91,13 +91,30 @@ void bind_rows(py::module_& m, const std::string& suffix) {
   bind_entries<Use>(m, suffix);
   m.def(
       ("spread_rows" + suffix).c_str(),
-      [](int64_t num_rows, int64_t row_bytes, int num_topk, uintptr_t slots, uintptr_t x, uintptr_t out,
-         uintptr_t stream) {
-        const kernels::SpreadRowsArgs args{row_span(num_rows, row_bytes, num_topk, slots),
-                                           pointer<const std::byte>(x), pointer<std::byte>(out)};
+      [](int64_t num_rows, int64_t row_bytes, int num_topk, uintptr_t slots, uintptr_t x, uintptr_t scales,
+         uintptr_t out, uintptr_t stream) {
+        if (scales != 0 && row_bytes % (2 * kernels::kScaleGroup) != 0)
+          throw std::invalid_argument("row_bytes: a multiple of 256 with scales");
+        const kernels::SpreadRowsArgs args{.rows = row_span(num_rows, row_bytes, num_topk, slots),
+                                           .x = pointer<const std::byte>(x),
+                                           .scales = pointer<const float>(scales),
+                                           .out = pointer<std::byte>(out)};
         return Use::spread_rows(args, pointer<void>(stream));
       },
-      py::kw_only(), "num_rows"_a, "row_bytes"_a, "num_topk"_a, "slots"_a, "x"_a, "out"_a, "stream"_a = 0);
+      py::kw_only(), "num_rows"_a, "row_bytes"_a, "num_topk"_a, "slots"_a, "x"_a, "scales"_a = 0, "out"_a,
+      "stream"_a = 0);
+  m.def(
+      ("cast_rows" + suffix).c_str(),
+      [](int64_t num_channels, uintptr_t x, uintptr_t values, uintptr_t scales, uintptr_t stream) {
+        if (num_channels < 0 || num_channels % kernels::kScaleGroup != 0)
+          throw std::invalid_argument("num_channels: a multiple of 128");
+        const kernels::CastRowsArgs args{.num_channels = num_channels,
+                                         .x = pointer<const std::byte>(x),
+                                         .values = pointer<std::byte>(values),
+                                         .scales = pointer<float>(scales)};
+        return Use::cast_rows(args, pointer<void>(stream));
+      },
+      py::kw_only(), "num_channels"_a, "x"_a, "values"_a, "scales"_a, "stream"_a = 0);
   m.def(
       ("reduce_rows" + suffix).c_str(),
       [](int64_t num_rows, int64_t row_bytes, int num_topk, uintptr_t slots, uintptr_t y, uintptr_t weights,

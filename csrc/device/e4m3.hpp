@@ -1,5 +1,5 @@
-// The conversion of float32 to e4m3 in integers: what the hardware's cvt.rn.satfinite.e4m3x2.f32 does, bit by
-// bit.
+// The conversions between float32 and e4m3 in integers: what the hardware's cvt.rn.satfinite.e4m3x2.f32 does,
+// bit by bit, and back.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,17 @@ namespace deepep::dev {
   const uint32_t units = mantissa >> shift;
   const uint32_t rest = mantissa & ((1u << shift) - 1), half = 1u << (shift - 1);
   return sign | (units + (rest > half || (rest == half && (units & 1) != 0) ? 1 : 0));
+}
+
+/// The float32's bits of an e4m3 in the lowest byte; what is above is ignored. Both NaNs become 0x7fffffff.
+[[nodiscard]] DEEPEP_HD constexpr uint32_t bits_of_e4m3(uint32_t byte) {
+  const uint32_t sign = (byte & 0x80) << 24, magnitude = byte & 0x7f;
+  if (magnitude == 0x7f) return 0x7fffffff;
+  if (magnitude >= 8) return sign | ((magnitude << 20) + (120u << 23));
+  // Subnormal, units of 2^-9: the leading one of 1 to 7 becomes the implicit one.
+  if (magnitude == 0) return sign;
+  const uint32_t leading = magnitude >= 4 ? 2 : magnitude >= 2 ? 1 : 0;
+  return sign | ((118 + leading) << 23) | ((magnitude << (23 - leading)) & 0x7fffff);
 }
 
 }  // namespace deepep::dev

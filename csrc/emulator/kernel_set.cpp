@@ -31,6 +31,7 @@
 #include "kernels/low_latency/dispatch.hpp"
 #include "kernels/low_latency/dispatch_receive.hpp"
 #include "kernels/low_latency/dispatch_send.hpp"
+#include "kernels/rows/cast_rows.hpp"
 #include "kernels/rows/count_entries.hpp"
 #include "kernels/rows/reduce_rows.hpp"
 #include "kernels/rows/select_topk.hpp"

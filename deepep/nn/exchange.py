@@ -33,7 +33,7 @@ from deepep.nn.operators import operator
 from deepep.nn.precision import check_plain
 from deepep.runtime.checks import check_int, dtype_names
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import CombineRequest, DispatchRequest, Operation, Route, Schedule
+from deepep.runtime.requests import CombineRequest, Dispatched, DispatchRequest, Operation, Route, Schedule
 
 with torch.inference_mode(False):
     #: An input that always requires a gradient, and never gets one.
@@ -86,7 +86,7 @@ def dispatch(
             refuse(number, Operation.DISPATCH, problem)
     if topk_weights.dtype != torch.float32:
         topk_weights = topk_weights.float()
-    anchor = None if x.requires_grad or topk_weights.requires_grad else _anchor()
+    anchor = anchor_for(x, topk_weights)
     recv_x, recv_idx, recv_weights, in_rank, counts, expert_counts, table = _dispatch(
         x, topk_idx, topk_weights, num_experts, number, anchor
     )
@@ -112,13 +112,16 @@ def combine(y: Tensor, route: RouteTensors) -> Tensor:
         )
         if problem is not None:
             refuse(number, Operation.COMBINE, problem)
-    anchor = None if y.requires_grad else _anchor()
+    anchor = anchor_for(y)
     return _combine(
         y, route.is_token_in_rank, route.counts, route.num_experts, route.buffer, anchor, route.table
     )
 
 
-def _anchor() -> Tensor | None:
+def anchor_for(*inputs: Tensor) -> Tensor | None:
+    """An input that has outputs require gradients: where grad mode is on, if no other input does."""
+    if any(tensor.requires_grad for tensor in inputs):
+        return None
     return _ANCHOR if torch.is_grad_enabled() else None
 
 
@@ -145,29 +148,28 @@ def _dispatch(
     buffer: int,
     anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    engine = engine_of(buffer)
-    started = time.perf_counter()
-    topk_idx = _in_memory(topk_idx)
-    layout, _ = engine.layout(topk_idx, num_experts, Schedule())
-    request = DispatchRequest(
-        _in_memory(x), layout=layout, topk_idx=topk_idx, topk_weights=_in_memory(topk_weights)
-    )
-    received = engine.dispatch(request, Schedule())
+    engine, started = engine_of(buffer), time.perf_counter()
+    received, tables = send_rows(engine, in_memory(x), None, topk_idx, topk_weights, num_experts)
     assert received.topk_idx is not None
     assert received.topk_weights is not None
-    counts = engine.route_counts(received.route)
-    row_bytes = _row_bytes(x, topk_idx, topk_weights)
-    _report(engine, "dispatch", counts.t(), row_bytes, started)
-    expert_counts = torch.tensor(received.num_tokens_per_expert, dtype=torch.int64, device="cpu")
-    return (
-        received.x,
-        received.topk_idx,
-        received.topk_weights,
-        layout.is_token_in_rank,
-        counts,
-        expert_counts,
-        engine.route_table(received.route),
+    row_bytes = row_bytes_of(x, topk_idx, topk_weights)
+    report_exchange(engine, "dispatch", tables[1].t(), row_bytes, started)
+    return received.x, received.topk_idx, received.topk_weights, *tables
+
+
+def send_rows(
+    engine: Engine, x: Tensor, scales: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, num_experts: int
+) -> tuple[Dispatched, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A fresh dispatch, and the tensors of its route: is_token_in_rank, counts, expert_counts, table."""
+    topk_idx = in_memory(topk_idx)
+    layout, _ = engine.layout(topk_idx, num_experts, Schedule())
+    request = DispatchRequest(
+        x, scales, layout=layout, topk_idx=topk_idx, topk_weights=in_memory(topk_weights)
     )
+    received = engine.dispatch(request, Schedule())
+    expert_counts = torch.tensor(received.num_tokens_per_expert, dtype=torch.int64, device="cpu")
+    counts, table = engine.route_counts(received.route), engine.route_table(received.route)
+    return received, (layout.is_token_in_rank, counts, expert_counts, table)
 
 
 @_dispatch.register_fake
@@ -180,11 +182,19 @@ def _(
     anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(num_rows, x.shape[1]), *fake_fields(
+        num_rows, x, topk_idx, topk_weights, num_experts, buffer
+    )
+
+
+def fake_fields(
+    num_rows: Any, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, buffer: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of a fresh dispatch beside its rows, without values."""
     info = engine_of(buffer).info
     num_ranks = info.num_ranks
     table_rows = x.shape[0] + num_ranks if info.backend == "cuda" else 0
     return (
-        x.new_empty(num_rows, x.shape[1]),
         topk_idx.new_empty(num_rows, topk_idx.shape[1]),
         topk_weights.new_empty(num_rows, topk_weights.shape[1]),
         x.new_empty(x.shape[0], num_ranks, dtype=torch.bool),
@@ -207,10 +217,10 @@ def _dispatch_backward(
     """grad_x [N, H], grad_weights [N, K] -> [T, H], [T, K]: a combine with weights."""
     engine, started = engine_of(buffer), time.perf_counter()
     route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
-    request = CombineRequest(_in_memory(grad_x), route, topk_weights=_in_memory(grad_weights))
+    request = CombineRequest(in_memory(grad_x), route, topk_weights=in_memory(grad_weights))
     combined = engine.combine(request, Schedule())
     assert combined.topk_weights is not None
-    _report(engine, "dispatch_backward", counts, _row_bytes(grad_x, grad_weights), started)
+    report_exchange(engine, "dispatch_backward", counts, row_bytes_of(grad_x, grad_weights), started)
     return combined.x, combined.topk_weights
 
 
@@ -243,8 +253,8 @@ def _combine(
 ) -> Tensor:
     engine, started = engine_of(buffer), time.perf_counter()
     route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
-    combined = engine.combine(CombineRequest(_in_memory(y), route), Schedule())
-    _report(engine, "combine", counts, _row_bytes(y), started)
+    combined = engine.combine(CombineRequest(in_memory(y), route), Schedule())
+    report_exchange(engine, "combine", counts, row_bytes_of(y), started)
     return combined.x
 
 
@@ -274,8 +284,8 @@ def _combine_backward(
     """grad [T, H] -> [N, H]: a cached dispatch. `num_rows`: N, which the caller knows from the forward."""
     engine, started = engine_of(buffer), time.perf_counter()
     route = _restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts, table)
-    received = engine.dispatch(DispatchRequest(_in_memory(grad), route=route), Schedule())
-    _report(engine, "combine_backward", counts.t(), _row_bytes(grad), started)
+    received = engine.dispatch(DispatchRequest(in_memory(grad), route=route), Schedule())
+    report_exchange(engine, "combine_backward", counts.t(), row_bytes_of(grad), started)
     return received.x
 
 
@@ -292,16 +302,18 @@ def _(
     return grad.new_empty(num_rows, grad.shape[1])
 
 
-def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, recv_idx, _, in_rank, counts, expert_counts, table = output
+def save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Saves the route. The output: rows, more that has no gradient, then as `fake_fields` lists them."""
+    *more, recv_idx, _, in_rank, counts, expert_counts, table = output[1:]
     ctx.save_for_backward(recv_idx, in_rank, counts, table)
     ctx.num_experts, ctx.buffer = inputs[3], inputs[4]
-    ctx.mark_non_differentiable(recv_idx, in_rank, counts, expert_counts, table)
+    ctx.mark_non_differentiable(*more, recv_idx, in_rank, counts, expert_counts, table)
 
 
-def _grad_of_dispatch(
+def grad_of_dispatch(
     ctx: Any, grad_x: Tensor, _idx: None, grad_weights: Tensor, *_: None
 ) -> tuple[Tensor, None, Tensor, None, None, None]:
+    """A combine with weights of the gradients of the rows and of their top-k weights."""
     _refuse_second_derivative(ctx.buffer, Operation.COMBINE, grad_x, grad_weights)
     recv_idx, in_rank, counts, table = ctx.saved_tensors
     # The weight of another rank's expert is a constant zero here, whatever the caller computed from it.
@@ -325,7 +337,7 @@ def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, 
     return grad_y, None, None, None, None, None, None
 
 
-_dispatch.register_autograd(_grad_of_dispatch, setup_context=_save_dispatch)
+_dispatch.register_autograd(grad_of_dispatch, setup_context=save_dispatch)
 _combine.register_autograd(_grad_of_combine, setup_context=_save_combine)
 
 
@@ -368,17 +380,23 @@ def _restored(
     return engine.restore_route(in_rank, counts, num_experts, table)
 
 
-def _in_memory(tensor: Tensor) -> Tensor:
+def in_memory(tensor: Tensor) -> Tensor:
     """Contiguous, and with its values in its bytes: a negated view has them with the other sign."""
     return tensor.contiguous().resolve_neg()
 
 
-def _row_bytes(*fields: Tensor) -> int:
+def row_bytes_of(*fields: Tensor) -> int:
+    """Bytes of a row of all these."""
     return sum(field.shape[1] * field.element_size() for field in fields)
 
 
-def _report(engine: Engine, name: ExchangeName, arriving: Tensor, row_bytes: int, started: float) -> None:
-    """`arriving` [R, R]: rows this exchange brings to each rank (table rows) from each rank (columns)."""
+def report_exchange(
+    engine: Engine, name: ExchangeName, arriving: Tensor, row_bytes: int, started: float
+) -> None:
+    """Tells observers.
+
+    arriving [R, R]: rows this exchange brings to each rank (table rows) from each rank (columns).
+    """
     if not observed():
         return
     seconds = time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -29,6 +29,13 @@ from deepep.nn.precision import (
 )
 from deepep.nn.router import Gate, Router
 from deepep.nn.rows import ends_of, expand_rows, expert_rows, sort_pairs, weighted_sum
+from deepep.nn.scaled import (
+    CAST_DTYPES,
+    ScaledReceived,
+    check_casts,
+    dispatch_scaled,
+    expand_scaled_rows,
+)
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 from deepep.runtime.requests import Operation
 
@@ -60,6 +67,10 @@ class ExpertParallelMoE(nn.Module):
         gate: maps (logits [T, E], K, bias=[E]) to a Routing; deepep.gate's functions, or functools.partial
             of them.
         shared_hidden: width of the shared expert; 0 for none.
+        fp8_dispatch: rows are cast to FP8 (e4m3) with a float32 scale per 128 channels before they are
+            sent, and restored where they are received: half the bytes, three digits of mantissa. The gradient
+            goes straight through the cast, and travels as without. hidden has to be a multiple of 128, rows
+            bfloat16 or float32. Router and shared expert see the rows as they are.
         recompute: keep of the experts' forward nothing but the rows received, and repeat it in the backward:
             activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
             itself what it keeps.
@@ -91,6 +102,7 @@ class ExpertParallelMoE(nn.Module):
         num_topk: int,
         gate: Gate = sigmoid_topk,
         shared_hidden: int = 0,
+        fp8_dispatch: bool = False,
         recompute: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -105,10 +117,14 @@ class ExpertParallelMoE(nn.Module):
                 "num_experts", str(num_experts), f"a positive multiple of {num_ranks}, the ranks"
             )
         check_int("shared_hidden", shared_hidden, 0, MAX_HIDDEN)
-        if not isinstance(recompute, bool):
-            raise ArgumentTypeError("recompute", type(recompute).__name__, "a bool")
-        self.recompute = recompute
+        for name, flag in (("fp8_dispatch", fp8_dispatch), ("recompute", recompute)):
+            if not isinstance(flag, bool):
+                raise ArgumentTypeError(name, type(flag).__name__, "a bool")
+        self.fp8_dispatch, self.recompute = fp8_dispatch, recompute
         made, self.row_dtypes = parameter_options(buffer, device, dtype), summed_dtypes(buffer)
+        if fp8_dispatch:
+            check_casts(hidden, made["dtype"])
+            self.row_dtypes = tuple(dtype for dtype in self.row_dtypes if dtype in CAST_DTYPES)
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
         self.rank, self.num_local_experts = buffer.rank, num_experts // num_ranks
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
@@ -137,7 +153,8 @@ class ExpertParallelMoE(nn.Module):
             routing = self.router(tokens)
             dtype = autocast_dtype(tokens)
             rows = tokens if dtype is None else tokens.to(dtype)
-        received = dispatch(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
+        send = dispatch_scaled if self.fp8_dispatch else dispatch
+        received = send(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
         with posting_errors(number, Operation.COMBINE, "experts"):
             rows = self._apply_experts(received)  # [N, H]
         y = combine(rows, received.route)
@@ -145,11 +162,17 @@ class ExpertParallelMoE(nn.Module):
             y = y + self.shared(tokens)
         return y.view(x.shape)
 
-    def _apply_experts(self, received: Received) -> Tensor:
-        given = (received.x, received.topk_idx, received.topk_weights, received.expert_counts)
+    def _apply_experts(self, received: Received | ScaledReceived) -> Tensor:
+        entries = received.topk_idx, received.topk_weights, received.expert_counts
+        if isinstance(received, ScaledReceived):
+            rows = received.stand_in, received.values, received.scales
+            return self._perhaps_repeated(_apply_to_scaled, *rows, *entries)
+        return self._perhaps_repeated(apply_experts, received.x, *entries)
+
+    def _perhaps_repeated(self, apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
         if not self.recompute or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return apply_experts(self.experts, *given)
-        kept: Tensor = checkpoint(apply_experts, self.experts, *given, use_reentrant=False)
+            return apply(self.experts, *given)
+        kept: Tensor = checkpoint(apply, self.experts, *given, use_reentrant=False)
         return kept
 
     def _check(self, x: Tensor) -> None:
@@ -214,11 +237,30 @@ def apply_experts(
     else:
         pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
     rows = expand_rows(x, pairs, slots)
+    return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
+
+
+def _apply_to_scaled(
+    experts: GroupedExperts,
+    stand_in: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    expert_counts: Tensor,
+) -> Tensor:
+    """The same of rows received in FP8, as `dispatch_scaled` has them."""
+    pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
+    rows = expand_scaled_rows(stand_in, values, scales, pairs, slots)
+    return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
+
+
+def _run(experts: GroupedExperts, rows: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
+    """rows [P, H] sorted by expert -> [P, H]."""
     if isinstance(experts, GroupedSwiGLU) and type(experts).forward is GroupedSwiGLU.forward:
-        y = experts(rows, expert_counts, ends)
-    else:
-        y = experts(rows, expert_counts)  # [P, H]
-    return weighted_sum(y, topk_weights, pairs, slots)
+        made: Tensor = experts(rows, counts, ends)
+        return made
+    return experts(rows, counts)
 
 
 def _check_expert_counts(counts: object, num_local_experts: int, num_entries: int) -> None:

@@ -113,7 +113,7 @@ def expand_rows(x: Tensor, pairs: Tensor, slots: Tensor) -> Tensor:
         return x.index_select(0, pairs // slots.shape[1])
     out = x.new_empty(pairs.shape[0], x.shape[1])
     if len(out):
-        kernels.launch("spread_rows", x, **_span(slots, x), x=x, out=out)
+        kernels.launch("spread_rows", x, **span_of(slots, x), x=x, out=out)
     return out
 
 
@@ -167,7 +167,7 @@ def sum_weighted_rows_backward(
             kernels.launch(
                 "weigh_rows",
                 y,
-                **_span(slots, y),
+                **span_of(slots, y),
                 grad=grad,
                 y=y,
                 weights=weights,
@@ -218,11 +218,12 @@ def _sums(y: Tensor, slots: Tensor) -> bool:
 def _launch_reduce(y: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
     out = y.new_empty(slots.shape[0], y.shape[1])
     if len(out):
-        kernels.launch("reduce_rows", y, **_span(slots, y), y=y, weights=weights, out=out)
+        kernels.launch("reduce_rows", y, **span_of(slots, y), y=y, weights=weights, out=out)
     return out
 
 
-def _span(slots: Tensor, rows: Tensor) -> dict[str, int | Tensor]:
+def span_of(slots: Tensor, rows: Tensor) -> dict[str, int | Tensor]:
+    """The arguments that every kernel on rows like `rows` [.., H] has."""
     num_rows, num_topk = slots.shape
     row_bytes = rows.shape[1] * rows.element_size()
     return {"num_rows": num_rows, "row_bytes": row_bytes, "num_topk": num_topk, "slots": slots}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from deepep.bench.layer.rank import FORWARD, PLAIN, PRODUCTS, TRAINED, run_layer_rank
+from deepep.bench.layer.rank import FORWARD, PLAIN, PRODUCTS, SCALED, TRAINED, run_layer_rank
 from deepep.bench.layer.table import print_layer_report
 from deepep.bench.sweep import Shape, Sweep
 from deepep.errors import ArgumentError
@@ -18,7 +19,7 @@ SHAPE = Shape(tokens=11, hidden=32, topk=3, experts=6)
 SMALL = Sweep(2, (SHAPE,), dtypes=("bf16",), iterations=50, warmup=0, mode="layer", width=16)
 
 
-def measured(context: Any, breaks: bool) -> Any:
+def measured(context: Any, breaks: bool, sweep: Sweep = SMALL) -> Any:
     """The report of a run; with `breaks`, of a baseline that sends one row of rank 1 to a wrong expert."""
     from deepep.bench.layer import rank as module
 
@@ -31,7 +32,7 @@ def measured(context: Any, breaks: bool) -> Any:
 
         module.PlainLayer = Astray
     try:
-        return run_layer_rank(context.group, context.device, SMALL)
+        return run_layer_rank(context.group, context.device, sweep)
     finally:
         module.PlainLayer = real
 
@@ -49,6 +50,14 @@ def test_plain_torch_computes_the_same_and_all_is_measured(world_of: Any) -> Non
     rows = [line for line in out.getvalue().splitlines() if PRODUCTS in line]
     assert len(rows) == 2
     assert all("1.00" in row for row in rows)
+
+
+def test_rows_in_fp8_are_measured_where_they_can_be_cast(world_of: Any) -> None:
+    sweep = replace(SMALL, shapes=(replace(SHAPE, hidden=128),))
+    for report in world_of(2).run(measured, False, sweep):
+        assert report.problems == []
+        assert [f.by for f in report.figures] == 2 * ["deepep", SCALED, PLAIN, PRODUCTS]
+        assert {f.dtype for f in report.figures if f.by == SCALED} == {"fp8"}
 
 
 def test_another_result_is_found_on_every_rank(world_of: Any) -> None:

@@ -15,6 +15,8 @@ inline constexpr int kRowThreads = 256;
 inline constexpr int kMaxRowEntries = 32;
 /// A block counts in shared memory.
 inline constexpr int kMaxCountedExperts = 8192;
+/// Channels that share a scale.
+inline constexpr int kScaleGroup = 128;
 
 struct SortPairsArgs {
   const void* topk_idx;  // [N, K] local expert, or -1
@@ -52,9 +54,17 @@ struct RowSpan {
 };
 
 struct SpreadRowsArgs {
-  RowSpan rows;
-  const std::byte* x;  // [N, row_bytes]
-  std::byte* out;      // [P, row_bytes]
+  RowSpan rows;         // as they are spread
+  const std::byte* x;   // [N, row_bytes]; with scales [N, row_bytes / 2] e4m3
+  const float* scales;  // [N, row_bytes / 256], of 128 channels each: rows become bf16. Or null
+  std::byte* out;       // [P, row_bytes]
+};
+
+struct CastRowsArgs {
+  int64_t num_channels;  // T * H, a multiple of 128
+  const std::byte* x;    // [T, H] bf16
+  std::byte* values;     // [T, H] e4m3
+  float* scales;         // [T, H / 128]
 };
 
 struct ReduceRowsArgs {

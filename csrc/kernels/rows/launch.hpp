@@ -10,6 +10,7 @@ void launch_sort_pairs(const SortPairsArgs& args, void* stream);
 void launch_select_topk(const SelectTopkArgs& args, void* stream);
 void launch_count_entries(const CountEntriesArgs& args, void* stream);
 void launch_spread_rows(const SpreadRowsArgs& args, void* stream);
+void launch_cast_rows(const CastRowsArgs& args, void* stream);
 void launch_reduce_rows(const ReduceRowsArgs& args, void* stream);
 void launch_weigh_rows(const WeighRowsArgs& args, void* stream);
 void launch_swiglu(const SwigluArgs& args, void* stream);

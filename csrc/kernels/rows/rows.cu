@@ -1,4 +1,5 @@
 #include "kernels/common/launch.cuh"
+#include "kernels/rows/cast_rows.hpp"
 #include "kernels/rows/count_entries.hpp"
 #include "kernels/rows/launch.hpp"
 #include "kernels/rows/reduce_rows.hpp"
@@ -42,6 +43,12 @@ void launch_count_entries(const CountEntriesArgs& args, void* stream) {
 void launch_spread_rows(const SpreadRowsArgs& args, void* stream) {
   launch<SpreadRowsArgs>(spread_rows_kernel, args, blocks_for(args.rows.num_rows), kRowThreads, kListBytes,
                          stream, "spread rows");
+}
+
+void launch_cast_rows(const CastRowsArgs& args, void* stream) {
+  constexpr int64_t kOfBlock = kCastChannels * kRowThreads;
+  launch<CastRowsArgs>(cast_rows_kernel, args, blocks_for((args.num_channels + kOfBlock - 1) / kOfBlock),
+                       kRowThreads, 0, stream, "cast rows");
 }
 
 void launch_reduce_rows(const ReduceRowsArgs& args, void* stream) {

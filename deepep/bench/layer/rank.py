@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from deepep.bench.clock import Clock, CudaClock, Stage
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.layer.plain import PlainLayer, Products
 from deepep.bench.rank import FUNCTIONAL, TIMEOUT, Bench, Progress, WrongResultError
-from deepep.bench.sweep import Shape, Sweep
+from deepep.bench.sweep import SCALE_GROUP, Shape, Sweep
 from deepep.nn import ExpertParallelMoE
 from deepep.nn.exchange import dispatch
 
 FORWARD, TRAINED = "forward", "forward + backward"
 PLAIN, PRODUCTS = "plain torch", "products alone"
+#: The layer with fp8_dispatch: other results, three digits of mantissa, that are not compared.
+SCALED = f"{OURS}, FP8 rows"
 #: The Frobenius norm of the difference between two layers' results, over the norm. Both round weights,
 #: weighted rows, sums of a rank and of all to bfloat16, in another order: 2^-9 each at most, and in the
 #: backward as much again. With every row astray it is above 1.
@@ -73,7 +76,9 @@ class LayerBench(Bench):
         if sweep.check:
             self._compare(shape, moe, plain, x, grad)
         products = Products(moe, received_counts(self._buffer, moe, x))
-        layers: Sequence[tuple[str, Layer]] = ((OURS, moe), (PLAIN, plain))
+        layers: list[tuple[str, Layer]] = [(OURS, moe), (PLAIN, plain)]
+        if shape.hidden % SCALE_GROUP == 0:
+            layers.insert(1, (SCALED, with_scaled_rows(moe)))
         for by, layer in layers:
             self._time(shape, FORWARD, by, _inference(layer, x))
         self._time(shape, FORWARD, PRODUCTS, products.forward)
@@ -84,7 +89,16 @@ class LayerBench(Bench):
     def _time(self, shape: Shape, operation: str, by: str, call: Callable[[], object] | Stage) -> None:
         self._say(f"{shape} {by} {operation}")
         timing = self._clock.measure(call)
-        figure = Figure(shape, operation, by, "bf16", None, timing.median, timing.p99, timing.host)
+        figure = Figure(
+            shape,
+            operation,
+            by,
+            "fp8" if by == SCALED else "bf16",
+            None,
+            timing.median,
+            timing.p99,
+            timing.host,
+        )
         self.report.figures.append(figure)
 
     def _compare(self, shape: Shape, moe: ExpertParallelMoE, plain: Layer, x: Tensor, grad: Tensor) -> None:
@@ -116,6 +130,13 @@ def made_layer(buffer: Any, shape: Shape, width: int, device: torch.device, seed
         for weight in (moe.experts.gate_up, moe.experts.down):
             weight.normal_(0.0, weight.shape[1] ** -0.5, generator=own)
     return moe
+
+
+def with_scaled_rows(moe: ExpertParallelMoE) -> ExpertParallelMoE:
+    """The same layer, of the same parameters, with fp8_dispatch."""
+    scaled = copy(moe)
+    scaled.fp8_dispatch = True
+    return scaled
 
 
 def received_counts(buffer: Any, moe: ExpertParallelMoE, x: Tensor) -> Tensor:

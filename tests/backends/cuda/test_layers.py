@@ -19,7 +19,7 @@ def pair() -> Iterator[World]:
         yield world
 
 
-def train(ctx: Any, backend: str, compiles: bool) -> list[torch.Tensor]:
+def train(ctx: Any, backend: str, compiles: bool, fp8: bool) -> list[torch.Tensor]:
     """Three steps of a small layer: losses, outputs' and inputs' gradients, and the weights at the end."""
     import deepep
     from deepep.nn import ExpertParallelMoE
@@ -33,6 +33,7 @@ def train(ctx: Any, backend: str, compiles: bool) -> list[torch.Tensor]:
         num_experts=16,
         num_topk=4,
         shared_hidden=64,
+        fp8_dispatch=fp8,
         device=ctx.device,
         dtype=torch.bfloat16,
     )
@@ -55,10 +56,11 @@ def train(ctx: Any, backend: str, compiles: bool) -> list[torch.Tensor]:
     return told
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16 rows", "fp8 rows"])
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
-def test_a_layer_learns_the_same(pair: World, compiles: bool) -> None:
-    kernels = pair.run(train, "cuda", compiles)
-    reference = pair.run(train, "reference", compiles)
+def test_a_layer_learns_the_same(pair: World, compiles: bool, fp8: bool) -> None:
+    kernels = pair.run(train, "cuda", compiles, fp8)
+    reference = pair.run(train, "reference", compiles, fp8)
     for rank in range(2):
         assert len(kernels[rank]) == len(reference[rank]) > 6
         for ours, wanted in zip(kernels[rank], reference[rank], strict=True):

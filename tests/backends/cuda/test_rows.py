@@ -12,6 +12,7 @@ from deepep.nn.balance import count_load
 from deepep.nn.grouped import grouped_mm, grouped_mm_weight_grad
 from deepep.nn.logits import router_logits
 from deepep.nn.rows import expand_rows, reduce_rows, sort_pairs, sum_weighted_rows, sum_weighted_rows_backward
+from deepep.nn.scaled import cast_rows, expand_scaled_rows
 from deepep.sim.rules.local_experts import gate_gradients, gated
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +53,29 @@ def test_rows_are_sorted_spread_and_summed(shape: tuple[int, int, int, int], dty
     ours = sum_weighted_rows_backward(whole.cuda(), small.cuda(), weights.cuda(), *gpu)
     for mine, theirs in zip(ours, sum_weighted_rows_backward(whole, small, weights, *cpu), strict=True):
         assert equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(0, 128), (1, 128), (37, 1280), (300, 7168)])
+def test_rows_are_cast_and_restored(rows: int, hidden: int) -> None:
+    """Every magnitude, NaN and infinity; restored NaNs have no bits of their own."""
+    topk = 4
+    x = torch.randn(rows, hidden) * torch.logspace(-20, 20, hidden)
+    x[rows // 2 :: 7, ::191] = float("nan")
+    x[rows // 3 :: 5, ::301] = float("-inf")
+    x = x.bfloat16()
+    values, scales = cast_rows(x)
+    on_gpu = cast_rows(x.cuda())
+    assert equal(on_gpu[0].view(torch.uint8), values.view(torch.uint8))
+    assert equal(on_gpu[1], scales)
+    idx, counts = drawn(rows, topk, 5)
+    pairs, slots, _ = sort_pairs(idx.cuda(), counts)
+    assert kernels.serve_rows(topk, *on_gpu, slots)
+    stand_in = torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda")
+    ours = expand_scaled_rows(stand_in, *on_gpu, pairs, slots).cpu()
+    wanted = expand_scaled_rows(stand_in.cpu(), values, scales, *sort_pairs(idx, counts)[:2])
+    assert torch.equal(ours.isnan(), wanted.isnan())
+    known = ~wanted.isnan()
+    assert torch.equal(ours[known].view(torch.int16), wanted[known].view(torch.int16))
 
 
 def test_what_kernels_do_not_take_goes_through_torch() -> None:
