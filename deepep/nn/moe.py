@@ -153,13 +153,16 @@ class ExpertParallelMoE(nn.Module):
             routing = self.router(tokens)
             dtype = autocast_dtype(tokens)
             rows = tokens if dtype is None else tokens.to(dtype)
+        with posting_errors(number, Operation.DISPATCH, "shared"):
+            # Before the dispatch, which has the host wait for counts: the device is busy meanwhile.
+            beside = None if self.shared is None else self.shared(tokens)
         send = dispatch_scaled if self.fp8_dispatch else dispatch
         received = send(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
         with posting_errors(number, Operation.COMBINE, "experts"):
             rows = self._apply_experts(received)  # [N, H]
         y = combine(rows, received.route)
-        if self.shared is not None:
-            y = y + self.shared(tokens)
+        if beside is not None:
+            y = y + beside
         return y.view(x.shape)
 
     def _apply_experts(self, received: Received | ScaledReceived) -> Tensor:

@@ -108,7 +108,9 @@ def expand_scaled_rows(
     num_topk, hidden = slots.shape[1], values.shape[1]
     if not (
         stand_in.dtype == torch.bfloat16
-        and kernels.serve_rows(num_topk, values, scales, slots)
+        and kernels.serve_rows(num_topk, values)
+        and kernels.serve(values, scales)
+        and slots.is_contiguous()
         and hidden % GROUP == 0
     ):
         rows = fp8_uncast(values, scales).to(stand_in.dtype)

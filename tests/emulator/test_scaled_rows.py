@@ -10,6 +10,8 @@ from torch import Tensor
 
 from deepep import _emulator
 from deepep.formats import fp8_cast, fp8_uncast
+from deepep.nn import kernels
+from deepep.nn.scaled import cast_rows, expand_scaled_rows
 from deepep.sim.explore.explorer import draw_schedule
 from deepep.sim.rules.local_experts import sorted_pairs
 
@@ -121,6 +123,35 @@ def test_every_byte_is_restored(scale: float) -> None:
     got, wanted = spread(values, torch.full((1, 2), scale))
     assert torch.equal(got.isnan(), wanted.isnan())
     assert torch.equal(got.nan_to_num(5.0).view(torch.int16), wanted.nan_to_num(5.0).view(torch.int16))
+
+
+def test_operators_launch_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments that the kernels take: a launch goes to the machine, and its tensors come back."""
+    launched: list[str] = []
+
+    def launch(kernel: str, on: Tensor, **arguments: Any) -> None:
+        launched.append(kernel)
+        machine = Launch(2, 2, seed=1)
+        tensors = {name: given for name, given in arguments.items() if isinstance(given, Tensor)}
+        addresses = {name: machine.put(name, tensor) for name, tensor in tensors.items()}
+        machine.run(kernel, getattr(_emulator, f"{kernel}_args")(**(arguments | addresses)))
+        for name, tensor in tensors.items():
+            tensor.copy_(machine.read(addresses[name], tensor))
+
+    monkeypatch.setattr(kernels, "serve", lambda *tensors: True)
+    monkeypatch.setattr(kernels, "serve_rows", lambda num_topk, *rows: True)
+    monkeypatch.setattr(kernels, "launch", launch)
+    x = rows_with(False, 5, 256, seed=3)
+    values, scales = cast_rows(x)
+    assert torch.equal(values.view(torch.uint8), fp8_cast(x).values.view(torch.uint8))
+    assert torch.equal(scales, fp8_cast(x).scales)
+    pairs, slots, _ = sorted_pairs(
+        torch.tensor([[0, 1, -1], [-1, -1, -1], [2, 2, 1], [0, 0, 0], [1, -1, 0]]), 3
+    )
+    rows = expand_scaled_rows(torch.empty_like(x), values, scales, pairs, slots)
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, fp8_uncast(values, scales).bfloat16()[pairs // 3])
+    assert launched == ["cast_rows", "spread_rows"]
 
 
 def test_rows_with_scales_are_whole_groups() -> None:

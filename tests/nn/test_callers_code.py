@@ -75,9 +75,10 @@ def test_a_gate_that_fails_on_one_rank_fails_on_all(on_ranks: Any, name: str) ->
     assert cause in here
 
 
+@pytest.mark.parametrize("part", ["experts", "shared"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_experts_that_raise_on_one_rank_end_the_call_on_all(
-    on_ranks: Any, error: type[BaseException]
+    on_ranks: Any, error: type[BaseException], part: str
 ) -> None:
     def body(buffer: Any) -> str:
         layer = layer_on(buffer)
@@ -85,7 +86,7 @@ def test_experts_that_raise_on_one_rank_end_the_call_on_all(
         def failing(*_: Any) -> None:
             raise error("out of memory, say")
 
-        hook = layer.experts.register_forward_pre_hook(failing) if buffer.rank == 1 else None
+        hook = getattr(layer, part).register_forward_pre_hook(failing) if buffer.rank == 1 else None
         with pytest.raises(error if hook else ArgumentError) as caught:
             layer(tokens(buffer.rank))
         if hook:
@@ -94,4 +95,4 @@ def test_experts_that_raise_on_one_rank_end_the_call_on_all(
         return str(caught.value)
 
     here, _ = on_ranks(2, body)
-    assert here.startswith("rank 1: experts: got " + error.__name__)
+    assert here.startswith(f"rank 1: {part}: got " + error.__name__)

@@ -130,6 +130,35 @@ def test_recomputed_experts_keep_less_and_dispatch_nothing_twice(on_ranks: Any) 
     on_ranks(2, body)
 
 
+def test_the_shared_expert_is_issued_before_the_dispatch(on_ranks: Any) -> None:
+    """So that the device is busy while the host waits for counts; exchanges and bits are those of after."""
+
+    def body(buffer: Any) -> None:
+        layer = layer_on(buffer)
+        order: list[str] = []
+        x = tokens(buffer.rank).requires_grad_()
+        handle = layer.shared.register_forward_hook(lambda *_: order.append("shared"))
+        with dnn.observe(lambda exchange: order.append(exchange.name)):
+            y = layer(x)
+            y.square().sum().backward()
+        handle.remove()
+        assert order == ["shared", "dispatch", "combine", "combine_backward", "dispatch_backward"]
+        found = [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+        layer.zero_grad()
+        x.grad = None
+        routing = layer.router(x)
+        received = dnn.dispatch(buffer, x, routing.topk_idx, routing.topk_weights, EXPERTS)
+        rows = dnn.apply_experts(
+            layer.experts, received.x, received.topk_idx, received.topk_weights, received.expert_counts
+        )
+        after = dnn.combine(rows, received.route) + layer.shared(x)
+        after.square().sum().backward()
+        wanted = [after.detach(), x.grad, *(p.grad for p in layer.parameters())]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    on_ranks(2, body)
+
+
 def test_recompute_is_a_bool() -> None:
     with pytest.raises(ArgumentTypeError, match="recompute"):
         layer_on(Lone(), recompute=1)
