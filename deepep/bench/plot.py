@@ -47,14 +47,18 @@ def draw_report(report: BenchReport, path: Path) -> None:
             axes.set_axis_on()
             _draw_panel(axes, figures)
             axes.set_title(f"{title}, {shape}", fontsize=8)
-        facts = report.environment
-        warning = ": functional figures only" if facts["functional_only"] else ""
-        figure.suptitle(
-            f"{facts['device']}{warning}; {facts['ranks']} ranks, {facts['routing']} routing",
-            fontsize=9,
-        )
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        save_figure(figure, report, path)
+
+
+def save_figure(figure: Any, report: BenchReport, path: Path) -> None:
+    """Writes a drawn figure, with what was measured where as its title."""
+    facts = report.environment
+    warning = ": functional figures only" if facts["functional_only"] else ""
+    figure.suptitle(
+        f"{facts['device']}{warning}; {facts['ranks']} ranks, {facts['routing']} routing", fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def panels_of(figures: Iterable[Figure]) -> dict[tuple[Any, str], list[Figure]]:

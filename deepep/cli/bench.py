@@ -65,7 +65,9 @@ def command(
     warmup: Annotated[int, typer.Option(help="Calls before the samples.")] = 10,
     seed: Annotated[int, typer.Option(help="Of routing and rows.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time by SM count here (.png, .svg, .pdf).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time by SM count, in low latency by T, here (.png, .svg, .pdf).")
+    ] = None,
 ) -> None:
     """Measures get_dispatch_layout, dispatch and combine: operation-complete time of the slowest rank, median
     and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
@@ -120,8 +122,8 @@ def command(
             mode=mode,
             width=width if width is not None else (2048 if cuda else 64),
         )
-        if plot is not None and (is_decode or is_layer):
-            raise ArgumentError("plot", str(plot), f"none: {mode} has no SM counts to draw over")
+        if plot is not None and is_layer:
+            raise ArgumentError("plot", str(plot), f"none: {mode} has nothing to draw over")
         if cuda and not sweep.sms and not (is_decode or is_layer):
             raise ArgumentError("sms", "none", "one SM count or more")
         if cuda and not launched is not None and num_ranks > torch.cuda.device_count():
@@ -158,9 +160,10 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
         report.save(json_file)
         console.print(f"wrote {json_file}", soft_wrap=True)
     if plot is not None:
+        from deepep.bench.low_latency.plot import draw_curves
         from deepep.bench.plot import draw_report
 
-        draw_report(report, plot)
+        (draw_curves if report.environment.get("mode") == "low-latency" else draw_report)(report, plot)
         console.print(f"wrote {plot}", soft_wrap=True)
     if report.problems:
         raise typer.Exit(FAILED)

@@ -185,7 +185,6 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
         (["--mode", "decode"], "mode: got decode"),
         (["--mode", "low-latency", "--sms", "8"], "sms: got (8,); allowed: none"),
         (["--mode", "low-latency", "--scales", "column-major"], "scales: got column-major"),
-        (["--mode", "low-latency", "--plot", "curve.png"], "plot: got curve.png"),
         (["--mode", "layer", "--sms", "8"], "sms: got (8,); allowed: none"),
         (["--mode", "layer", "--plot", "curve.png"], "plot: got curve.png"),
         (["--mode", "layer", "--width", "12"], "width: got 12; allowed: a multiple of 8"),
@@ -332,6 +331,29 @@ def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # what is shown
+
+
+def test_curves_of_low_latency_are_drawn_by_tokens(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from deepep.bench.low_latency.plot import curves_of, draw_curves
+
+    figures = []
+    for tokens, time in ((1, 12.0), (8, 12.5), (128, 16.0)):
+        shape = replace(figure("low", "deepep", None).shape, tokens=tokens)
+        for by, more in (("deepep", 0.0), ("bare exchange", -3.0), ("nccl alone", 4.0)):
+            figures += [
+                replace(figure(name, by, None, median=time + more, p99=time + more + 1), shape=shape)
+                for name in ("dispatch", "combine")
+            ]
+    facts = {"ranks": 2, "device": "2 x GPU", "routing": "uniform", "functional_only": False}
+    panels = curves_of(figures)
+    assert [len(rows) for rows in panels.values()] == [9, 9]
+    assert [title.split(",")[0] for title in panels] == ["dispatch bf16", "combine bf16"]
+    draw_curves(BenchReport(facts, figures), tmp_path / "c.svg")
+    picture = (tmp_path / "c.svg").read_text()
+    for words in ("bare exchange", "nccl alone", "T, tokens of a rank", "128"):
+        assert f"<!-- {words} -->" in picture
 
 
 def test_table_plot_and_json_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
