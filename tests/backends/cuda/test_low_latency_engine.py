@@ -351,3 +351,49 @@ def test_a_query_tells_what_kernels_have_masked() -> None:
             assert status.tolist() == [1]
         """
     )
+
+
+def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
+    """Where ranks may be masked; else, and on a rank that is missing itself, the error is raised."""
+    on_stubs(
+        """
+        from deepep.errors import FaultRecord, PeerTimeoutError
+
+        def meeting(state, missing):
+            errors = [PeerTimeoutError(FaultRecord("low_latency_dispatch", "counts", 0, missing, 3, 1, 0.1))]
+            meet = type(state)._meet
+            def once(operation, statement):
+                if errors:
+                    raise errors.pop()
+                return meet(state, operation, statement)
+            state._meet = once
+
+        with buffer_of(enable_shrink=True) as buffer:
+            masked, engine = [], buffer.runtime
+            engine.mask = lambda rank, leave_out: masked.append((rank, leave_out))
+            meeting(engine._low_latency.state, (2, 3))
+            dispatch(buffer)
+            assert masked == [(2, True), (3, True)]
+            assert since() == ["low_latency_dispatch"]
+            meeting(engine._low_latency.state, (0,))
+            with pytest.raises(deepep.PeerTimeoutError):
+                dispatch(buffer, most=32)
+            assert len(masked) == 2
+        """
+    )
+
+
+def test_without_masks_a_rank_that_does_not_come_to_agree_is_an_error() -> None:
+    on_stubs(
+        """
+        from deepep.errors import FaultRecord, PeerTimeoutError
+
+        with buffer_of() as buffer:
+            def meet(operation, statement):
+                raise PeerTimeoutError(FaultRecord("low_latency_dispatch", "counts", 0, (2,), 3, 2, 0.1))
+            buffer.runtime._low_latency.state._meet = meet
+            with pytest.raises(deepep.PeerTimeoutError):
+                dispatch(buffer)
+            assert since() == []
+        """
+    )
