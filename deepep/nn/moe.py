@@ -170,7 +170,7 @@ class ExpertParallelMoE(nn.Module):
         if isinstance(received, ScaledReceived):
             rows = received.stand_in, received.values, received.scales
             return self._perhaps_repeated(_apply_to_scaled, *rows, *entries)
-        return self._perhaps_repeated(apply_experts, received.x, *entries)
+        return self._perhaps_repeated(_apply_to_rows, received.x, *entries)
 
     def _perhaps_repeated(self, apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
         if not self.recompute or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -234,11 +234,18 @@ def apply_experts(
         _check_received(x, topk_idx, topk_weights)
         if expert_counts is not None:
             _check_expert_counts(expert_counts, experts.num_local_experts, topk_idx.numel())
-    if expert_counts is None:
-        pairs, expert_counts, slots = expert_rows(topk_idx, experts.num_local_experts)
-        ends = ends_of(expert_counts, x.device)
-    else:
-        pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
+    if expert_counts is not None:
+        return _apply_to_rows(experts, x, topk_idx, topk_weights, expert_counts)
+    pairs, expert_counts, slots = expert_rows(topk_idx, experts.num_local_experts)
+    rows, ends = expand_rows(x, pairs, slots), ends_of(expert_counts, x.device)
+    return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
+
+
+def _apply_to_rows(
+    experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_counts: Tensor
+) -> Tensor:
+    """`apply_experts` to what a dispatch returned, which needs no checks."""
+    pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
     rows = expand_rows(x, pairs, slots)
     return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
 
