@@ -78,9 +78,10 @@ struct LowLatencyCombineCall {
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, const Before& before,
                                                         uint32_t ranks, bool watching) {
+  using namespace dev;
   const LowLatencyCombineCall call =
       begin_call(args, next_epoch(before.epoch), live_of(args, before), ranks, watching);
-  dev::sync_block();
+  sync_block();
   return call;
 }
 

@@ -109,9 +109,10 @@ struct LowLatencyDispatchCall {
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args,
                                                          const Before& before, bool watching) {
+  using namespace dev;
   const LowLatencyDispatchCall call =
       begin_call(args, next_epoch(before.epoch), live_of(args, before), watching);
-  dev::sync_block();
+  sync_block();
   return call;
 }
 
