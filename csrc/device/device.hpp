@@ -50,6 +50,7 @@
 //                put_fence()           this thread's puts to a rank so far are delivered before later ones
 //                put_quiet()           this thread's puts so far, and all it knows of its rank's, are delivered
 //                wait_signal<Order, Scope>(signal, epoch, deadline)  until *signal has reached it
+//   FP8          e4m3.hpp, on either: bits_of_e4m3(byte)
 //
 // Orders: relaxed, acquire, release, acq_rel. Scopes: block_scope, gpu_scope, sys_scope. They are template
 // arguments, spelled at the call, because they are what a reader has to check and a mutation has to break.
@@ -59,6 +60,7 @@
 
 #include <cstdint>
 
+#include "device/e4m3.hpp"
 #include "layout/arith.hpp"
 
 namespace deepep::dev {

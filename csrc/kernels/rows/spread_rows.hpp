@@ -4,7 +4,6 @@
 //   spread_rows  as it is; or, of a row that came in FP8, value * scale, rounded to bf16
 #pragma once
 
-#include "device/e4m3.hpp"
 #include "kernels/rows/slots.hpp"
 
 namespace deepep::kernels {
