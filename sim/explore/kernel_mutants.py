@@ -22,7 +22,9 @@ EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
-MASKING_FILES = ("kernels/low_latency/mend.hpp", "kernels/low_latency/patience.hpp")
+MASKING_FILES = tuple(
+    f"kernels/low_latency/{name}.hpp" for name in ("mend", "patience", "combine_call", "dispatch_call")
+)
 MASKING_EDITS = ("low_latency/combine_reduce.hpp: flags of rows that were not made",)
 #: Of these, files that take effect in some combines alone, and the options of those.
 LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
@@ -95,6 +97,8 @@ _OWN_ATOMIC = "the notes are atomics themselves, gathered by time and not by ord
 _WORD_ALONE = "the word is all that is read"
 _KERNEL_END = "the end of the kernel before it is a fence"
 _BARRIER_BEHIND = "place_tokens has a block barrier, too, before any of these words is used"
+_READ_BEHIND_THE_KERNEL = "hosts here read it when the kernel has ended"
+_A_FIGURE = "what comes out is a figure, of which no schedule is judged; a test of it knows what is right"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
 _ONE_WORD = "the emulator orders stores to one word as they run: it cannot show what this order is for"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
@@ -110,6 +114,8 @@ HARMLESS: dict[str, str] = {
     "dispatch/dispatch.hpp dispatch_kernel: sync_block removed": _BARRIER_BEHIND,
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
+    "low_latency/mend.hpp mask: store sys -> gpu": _READ_BEHIND_THE_KERNEL,
+    "low_latency/patience.hpp measure_waits: wait_tag does not wait": _A_FIGURE,
     "low_latency/dispatch_count.hpp post_words: store gpu -> block": _ONE_WORD,
     "low_latency/dispatch_count.hpp post_words: store release -> relaxed": _ONE_WORD,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,

@@ -74,6 +74,7 @@ def run_shrinking(
 
 class _ShrinkingRun(LowLatencyRun):
     def _program(self, rank: int) -> Program:
+        self.domain.measure_waits(rank)
         for case in self.scenario.cases:
             yield from self._masked_trip(rank, _Views(case))
         self._judge_mask(rank)

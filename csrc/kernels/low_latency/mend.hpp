@@ -16,9 +16,9 @@ struct Notes {
   uint32_t missing;
 };
 
+/// Of a launch whose blocks have all come here: the counter orders what they noted before this.
 [[nodiscard]] DEEPEP_DEVICE Notes read_notes(const Group& g) {
-  using namespace dev;
-  return {load<relaxed, gpu_scope>(&g.state->phase), load<relaxed, gpu_scope>(&g.state->missing)};
+  return {dev::load(&g.state->phase), dev::load(&g.state->missing)};
 }
 
 /// True if masks mend that: nothing but waits in vain, and for other ranks.
@@ -43,7 +43,7 @@ DEEPEP_DEVICE void mask(const Group& g, uint32_t missing) {
   const uint32_t masked = load(&state->masked) | missing;
   store(&state->masked, masked);
   for (uint32_t* note : {&state->phase, &state->missing, &state->expected, &state->seen})
-    store<relaxed, gpu_scope>(note, 0u);
+    store(note, 0u);
   store<relaxed, sys_scope>(&g.fault->masked, masked);
 }
 

@@ -17,7 +17,7 @@ inline constexpr uint32_t kNextNumber = 3;
 /// The number of a call among those of both kinds: the same on all ranks.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE uint32_t number_of(const Call& call) {
-  return call.epoch + dev::load(other_epoch(call));
+  return call.epoch + dev::load_once(other_epoch(call));
 }
 
 /// Says to the others that this rank is held up in a call, for the `count`th time.
@@ -120,9 +120,8 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
       return wait_tag<relaxed, sys_scope>(word, call.epoch, until, value);
     };
     if (wait_patiently(call, source, wait))
-      store(waits + source, load(waits + source) + static_cast<int64_t>(clock_ns() - begin));
+      store(waits + source, load_once(waits + source) + static_cast<int64_t>(clock_ns() - begin));
   }
-  sync_warp();
 }
 
 }  // namespace deepep::kernels

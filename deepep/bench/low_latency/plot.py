@@ -15,9 +15,7 @@ COLUMNS = 3
 
 
 def draw_curves(report: BenchReport, path: Path) -> None:
-    """A panel for each operation, with a line for each that does it, written to `path` in the format that its
-    suffix names.
-    """
+    """A panel for each operation, a line for each that does it; `path`'s suffix names the format."""
     panels = curves_of(report.figures)
     columns = min(COLUMNS, max(1, len(panels)))
     rows = -(-max(1, len(panels)) // columns)

@@ -354,7 +354,7 @@ def test_a_query_tells_what_kernels_have_masked() -> None:
 
 
 def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
-    """Where ranks may be masked; else, and on a rank that is missing itself, the error is raised."""
+    """They mask them; on a rank that is missing itself the error is raised."""
     on_stubs(
         """
         from deepep.errors import FaultRecord, PeerTimeoutError
