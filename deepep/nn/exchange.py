@@ -379,7 +379,10 @@ def _restored(
     if table is not None and (table.dtype != torch.int32 or table.device != in_rank.device):
         got = f"a table {dtype_names([table.dtype])} on {table.device}"
         refuse(buffer, operation, HandleError("route", got, "the route of deepep.nn.dispatch, unchanged"))
-    return engine.restore_route(in_rank, counts, num_experts, table)
+    try:
+        return engine.restore_route(in_rank, counts, num_experts, table)
+    except HandleError as problem:
+        refuse(buffer, operation, problem)
 
 
 def in_memory(tensor: Tensor) -> Tensor:

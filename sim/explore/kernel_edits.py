@@ -235,13 +235,6 @@ EDITS = (
         "a rank that waits for one that is gone is taken for gone by others",
     ),
     Edit(
-        "no more patience in mending",
-        "kernels/low_latency/mend.hpp",
-        "  if (next == Next::kFirst) call.deadline = Deadline::in(call.g.timeout_ns);\n",
-        "",
-        "who was held up, and comes late, is left out as well",
-    ),
-    Edit(
         "masked, not mended",
         "kernels/low_latency/mend.hpp",
         "    mending.set(Mending::kMissing, notes.missing);\n    return Next::kFirst;\n",

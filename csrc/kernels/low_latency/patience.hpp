@@ -120,7 +120,7 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
       return wait_tag<relaxed, sys_scope>(word, call.epoch, until, value);
     };
     if (wait_patiently(call, source, wait))
-      store(waits + source, load_once(waits + source) + static_cast<int64_t>(clock_ns() - begin));
+      store(waits + source, load(waits + source) + static_cast<int64_t>(clock_ns() - begin));
   }
 }
 

@@ -201,7 +201,7 @@ class CudaEngine(Engine):
         rows: list[list[int]] = counts.tolist()
         if table is None:
             table = self._table_of(is_token_in_rank, counts.to(torch.int64))
-        elif table.shape != (tokens + ranks, ranks):
+        elif table.shape != (tokens + ranks, ranks) or not table.is_contiguous():
             raise HandleError(
                 "route", f"a table {list(table.shape)}", f"one of {tokens} tokens, {ranks} ranks"
             )
