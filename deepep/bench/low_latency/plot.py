@@ -7,8 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from deepep.bench.figures import OURS, BenchReport, Figure
-from deepep.bench.plot import ACCENT, FAINT, INK, OTHERS, STYLE, plt, save_figure
+from deepep.bench.plot import ACCENT, FAINT, INK, OTHERS, STYLE, save_figure
 
 EXCHANGE = "bare exchange"
 COLUMNS = 3
