@@ -124,7 +124,8 @@ def test_the_command_measures_a_layer(tmp_path: Path) -> None:
     assert "functional figures" in done.stdout
     assert "x products" in done.stdout
     written = json.loads((tmp_path / "b.json").read_text())
-    assert [f["by"] for f in written["figures"]] == ["deepep", "plain torch", "products alone"] * 2
+    both = ["deepep", "deepep, FP8 rows", "plain torch", "products alone"]
+    assert [f["by"] for f in written["figures"]] == both * 2
     assert (written["environment"]["mode"], written["environment"]["width"]) == ("layer", 16)
 
 
@@ -316,7 +317,7 @@ def test_lists_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     invoke("--device", "cpu", "--ranks", "4", "--tokens", "64, 8,64", "--hidden", "256,128", "--dtype", "fp8")
     invoke("--device", "cpu", "--peers", "")
     shapes = [Shape(t, h, 4, 32) for h in (256, 128) for t in (64, 8)]
-    assert swept[0] == Sweep(4, tuple(shapes), dtypes=("fp8",))
+    assert swept[0] == Sweep(4, tuple(shapes), dtypes=("fp8",), width=64)
     assert swept[1].shapes == (Shape(64, 512, 4, 16),)
     assert swept[1].peers == ()
 
