@@ -398,7 +398,7 @@ def row_bytes_of(*fields: Tensor) -> int:
 def report_exchange(
     engine: Engine, name: ExchangeName, arriving: Tensor, row_bytes: int, started: float
 ) -> None:
-    """Tells observers.
+    """Reports an exchange to those who observe.
 
     arriving [R, R]: rows this exchange brings to each rank (table rows) from each rank (columns).
     """

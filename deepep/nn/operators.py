@@ -25,10 +25,9 @@ _SCALARS = frozenset((int, bool, float, type(None)))
 
 def _is_plain(arg: object) -> bool:
     """True for what needs no dispatcher: no subclass of a tensor, such as a DTensor, and no meta tensor."""
-    kind = type(arg)
-    if kind in _TENSORS:
-        return not arg.is_meta  # type: ignore[attr-defined]
-    return kind in _SCALARS
+    if isinstance(arg, Tensor):
+        return type(arg) in _TENSORS and not arg.is_meta
+    return type(arg) in _SCALARS
 
 
 def _is_watched() -> bool:
@@ -79,10 +78,10 @@ class Operator(Generic[P, T]):
     ) -> None:
         """As `torch.library.register_autograd`: backward(ctx, *grads), setup_context(ctx, inputs, output)."""
         torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context)
-        function = self.function
+        function: Callable[..., Any] = self.function
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = function(*args)  # type: ignore[call-arg]
+            output = function(*args)
             setup_context(ctx, args, output)
             return output
 

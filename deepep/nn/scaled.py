@@ -83,7 +83,8 @@ def dispatch_scaled(
 def cast_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, H] -> values [T, H] float8_e4m3fn, scales [T, H / 128] float32: those of `fp8_cast`."""
     if not (x.dtype == torch.bfloat16 and kernels.serve(x) and x.shape[1] % GROUP == 0):
-        return tuple(fp8_cast(x))  # type: ignore[return-value]
+        values, scales = fp8_cast(x)
+        return values, scales
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = x.new_empty(x.shape[0], x.shape[1] // GROUP, dtype=torch.float32)
     if x.numel():

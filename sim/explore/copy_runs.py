@@ -5,15 +5,13 @@ Every rank copies its own memory into its region of the next rank's, all at once
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from deepep import _emulator
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.explore.explorer import draw_schedule
+from deepep.sim.explore.case_runs import CaseTally, explore_cases
 from deepep.sim.explore.scenarios import RunReport, ThreadSchedule
 
 _TIMEOUT_NS = 100_000_000
@@ -107,44 +105,19 @@ def _pattern(size: int, salt: int) -> bytes:
     return bytes((i * 7 + (i >> 8) * 13 + salt) & 0xFF for i in range(size))
 
 
-@dataclass(frozen=True)
-class CopyFailure:
-    """A failure, and all it takes to run it again."""
-
-    case: CopyCase
-    schedule: ThreadSchedule
-    report: RunReport
-
-
-@dataclass(frozen=True)
-class CopyTally:
-    """Counts of what an exploration has seen."""
-
-    runs: int
-    seconds: float
-    failure: CopyFailure | None
-
-
 def explore_copies(
     *,
     runs: int | None = None,
     seconds: float | None = None,
     kernels: Any = None,
     progress: Callable[[int], None] = lambda run: None,
-) -> CopyTally:
-    """Drawn copies, every fourth through registers, to the first failure or the end of the budget.
+) -> CaseTally[CopyCase]:
+    """Drawn copies, every fourth through registers; `explore_cases`."""
 
-    `progress` is called with each run's number before it.
-    """
-    begin = time.monotonic()
-    for seed in itertools.count():
-        progress(seed)
-        case, schedule = draw_copy(seed, bulk=seed % 4 != 3), draw_schedule(seed)
-        report = run_copy(case, schedule, kernels)
-        took = time.monotonic() - begin
-        if report.failed:
-            return CopyTally(seed + 1, took, CopyFailure(case, schedule, report))
-        is_over = runs is not None and seed + 1 >= runs
-        if is_over or (seconds is not None and took >= seconds):
-            return CopyTally(seed + 1, took, None)
-    raise AssertionError("unreachable: there is always another seed")
+    def draw(seed: int) -> CopyCase:
+        return draw_copy(seed, bulk=seed % 4 != 3)
+
+    def run(case: CopyCase, schedule: ThreadSchedule) -> RunReport:
+        return run_copy(case, schedule, kernels)
+
+    return explore_cases(draw, run, runs=runs, seconds=seconds, progress=progress)

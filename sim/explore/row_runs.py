@@ -5,8 +5,6 @@ Shapes: N received rows, K top-k entries, P pairs, L local experts, H channels o
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from deepep import _emulator
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.explore.explorer import draw_schedule
+from deepep.sim.explore.case_runs import CaseTally, explore_cases
 from deepep.sim.explore.scenarios import RunReport, ThreadSchedule
 from deepep.sim.rules.local_experts import gate_gradients, gated, reduced, sorted_pairs
 
@@ -251,24 +249,6 @@ def _raw(values: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
 
 
-@dataclass(frozen=True)
-class RowFailure:
-    """A failure, and all it takes to run it again."""
-
-    case: RowCase
-    schedule: ThreadSchedule
-    report: RunReport
-
-
-@dataclass(frozen=True)
-class RowTally:
-    """Counts of what an exploration has seen."""
-
-    runs: int
-    seconds: float
-    failure: RowFailure | None
-
-
 def explore_rows(
     *,
     runs: int | None = None,
@@ -276,22 +256,13 @@ def explore_rows(
     kernels: Any = None,
     only: str | None = None,
     progress: Callable[[int], None] = lambda run: None,
-) -> RowTally:
-    """Drawn launches to the first failure or the end of the budget; `only`: of this kernel.
-
-    `progress` is called with each run's number before it.
-    """
-    begin = time.monotonic()
+) -> CaseTally[RowCase]:
+    """Drawn launches; `explore_cases`. only: of this kernel."""
     offset, step = (0, 1) if only is None else (KERNELS.index(only), len(KERNELS))
-    for run in itertools.count():
-        progress(run)
-        seed = offset + step * run
-        case, schedule = draw_rows(seed), draw_schedule(run)
-        report = run_rows(case, schedule, kernels)
-        took = time.monotonic() - begin
-        if report.failed:
-            return RowTally(run + 1, took, RowFailure(case, schedule, report))
-        is_over = runs is not None and run + 1 >= runs
-        if is_over or (seconds is not None and took >= seconds):
-            return RowTally(run + 1, took, None)
-    raise AssertionError("unreachable: there is always another seed")
+
+    def run(case: RowCase, schedule: ThreadSchedule) -> RunReport:
+        return run_rows(case, schedule, kernels)
+
+    return explore_cases(
+        lambda number: draw_rows(offset + step * number), run, runs=runs, seconds=seconds, progress=progress
+    )

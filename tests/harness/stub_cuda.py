@@ -111,7 +111,7 @@ def _named(operation: str, given: dict[str, object]) -> str:
     """The operation, with the half of it that is launched, or "elsewhere" or "refused"."""
     if given.get("refused"):
         return f"{operation} {'elsewhere' if given['elsewhere'] else 'refused'}"
-    operation += " in LogFMT" if int(given.get("returned", 0)) % 2 else ""  # type: ignore[call-overload]
+    operation += " in LogFMT" if given.get("returned", 0) in (1, 3) else ""
     return operation + ("", " send", " receive")[given["halves"]]  # type: ignore[call-overload, no-any-return]
 
 

@@ -70,7 +70,7 @@ struct LowLatencyCombineCall {
   return call;
 }
 
-/// Of the call before, or in a launch that only receives of its own send. Without a watch nobody is masked.
+/// Of the call before, or in a launch that only receives of its own send. `watching`: ranks may be masked.
 [[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyCombineArgs& args, bool watching) {
   return {dev::load(&args.group.state->combine_epoch), watching ? dev::load(&args.group.state->masked) : 0};
 }

@@ -22,7 +22,7 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, true);
+  const Before before = read_before(args, true);  // it has one form, for calls with masks, too
   const LowLatencyCombineCall call = start(args, before, 0, false);
   advance_epoch(call);
   post_shapes(call);

@@ -101,7 +101,7 @@ struct LowLatencyDispatchCall {
   return call;
 }
 
-/// Of the call before, or in a launch that only receives of its own send. Without a watch nobody is masked.
+/// Of the call before, or in a launch that only receives of its own send. `watching`: ranks may be masked.
 [[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyDispatchArgs& args, bool watching) {
   return {dev::load(&args.group.state->dispatch_epoch), watching ? dev::load(&args.group.state->masked) : 0};
 }

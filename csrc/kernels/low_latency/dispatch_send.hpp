@@ -23,7 +23,7 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_dispatch_send_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, true);
+  const Before before = read_before(args, true);  // it has one form, for calls with masks, too
   const Entries entries = first_entries(args);
   const Outgoing first = first_outgoing(args);
   const LowLatencyDispatchCall call = start(args, before, false);

@@ -25,11 +25,11 @@ def grouped_product(device: torch.device) -> Product:
     """(rows [P, A], weights [L, A, B], ends [L] int32) -> [P, B]: torch's own; on the CPU one mm each."""
     if device.type == "cpu":
         return _loop
-    made: Product | None = getattr(nn.functional, "grouped_mm", None)
+    made: Callable[..., Tensor] | None = getattr(nn.functional, "grouped_mm", None)
     if made is None:
         found: Product = torch._grouped_mm
         return lambda rows, weights, ends: found(rows, weights, ends)
-    return lambda rows, weights, ends: made(rows, weights, offs=ends)  # type: ignore[call-arg]
+    return lambda rows, weights, ends: made(rows, weights, offs=ends)
 
 
 def _loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def masked_by(virtual: Any, rank: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_the_others_go_on(gone: str, fp8: bool, exact: bool, with_weights: bool) -> None:
-    """A rank that has sent its dispatch, or all, and is not heard of again."""
+    """A rank goes between calls, or once it has sent its dispatch or its combine."""
     shape = replace(SHAPE, fp8=fp8, exact=exact, with_weights=with_weights)
     virtual = virtual_ranks(shape)
     stay = tuple(r for r in range(shape.ranks) if r != GONE)
