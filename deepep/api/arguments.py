@@ -219,8 +219,9 @@ def dispatch_request(
     expert_alignment: int,
     num_worst_tokens: int,
     num_sms: int,
+    num_experts: int | None,
 ) -> DispatchRequest:
-    """A dispatch along the routes of `handle`, or of `layout`, all tensors of which a fresh one needs."""
+    """A dispatch along the routes of `handle`, of `layout`, or, with `num_experts`, of `topk_idx`."""
     if not isinstance(x, tuple):
         rows, scales = x, None
     elif len(x) == 2:
@@ -237,10 +238,25 @@ def dispatch_request(
         expert_alignment = check_int("expert_alignment", expert_alignment, 1, MOST)
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, 0, MOST)
     per_rank, per_domain, per_expert, in_rank = layout
+    if num_experts is not None:
+        return _of_topk(
+            DispatchRequest(
+                rows,
+                scales,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                expert_alignment=expert_alignment,
+                num_worst_tokens=num_worst_tokens,
+                num_sms=num_sms,
+            ),
+            num_experts,
+            has_layout=any(tensor is not None for tensor in layout),
+        )
     if per_rank is None or in_rank is None or per_expert is None:
         needed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
         missing = next((name for name, tensor in needed.items() if tensor is None), "num_tokens_per_expert")
-        raise ArgumentError(missing, "None, without a handle", "the tensor of get_dispatch_layout")
+        allowed = "the tensor of get_dispatch_layout, or num_experts and topk_idx"
+        raise ArgumentError(missing, "None, without a handle", allowed)
     return DispatchRequest(
         rows,
         scales,
@@ -251,6 +267,17 @@ def dispatch_request(
         num_worst_tokens=num_worst_tokens,
         num_sms=num_sms,
     )
+
+
+def _of_topk(request: DispatchRequest, num_experts: object, *, has_layout: bool) -> DispatchRequest:
+    """The request of a dispatch that finds out its layout itself."""
+    if has_layout:
+        raise ArgumentError("num_experts", "a number, with a layout", "either of the two")
+    if request.topk_idx is None or request.topk_weights is None:
+        name = "topk_idx" if request.topk_idx is None else "topk_weights"
+        raise ArgumentError(name, "None, with num_experts", "topk_idx and topk_weights given")
+    request.num_experts = check_int("num_experts", num_experts, 1, MOST)
+    return request
 
 
 def combine_request(

@@ -256,16 +256,19 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        num_experts: int | None = None,
     ) -> DispatchResult:
         """Send every token to the ranks that want it, once per rank.
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
             of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`.
         handle: of an earlier dispatch, or its entries as a tuple: repeat its routing for new rows, without
-            host waits. Then no top-k tensors; layout tensors, expert_alignment and num_worst_tokens are the
-            handle's, and ignored here.
-        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`; needed without
-            handle. num_tokens_per_rdma_rank: of the same; may be left out, it follows from is_token_in_rank.
+            host waits. Then no top-k tensors; layout tensors, num_experts, expert_alignment and
+            num_worst_tokens are the handle's, and ignored here.
+        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`, for a fresh
+            route. num_tokens_per_rdma_rank: of the same; may be left out. Or none of them, and
+        num_experts: E, with top-k tensors: the dispatch finds out its layout itself. Ranks may do either.
         topk_idx, topk_weights: [T, K] int32/int64 and float32, both or none.
         expert_alignment: rounds up the returned counts; the rows are not affected.
         num_worst_tokens: > 0: exactly so many rows come back, those past N with index -1 and unspecified
@@ -306,6 +309,7 @@ class Buffer(LowLatencyCalls):
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
                 num_sms=Buffer.num_sms if config is None else arguments.num_sms_of(config),
+                num_experts=num_experts,
             )
         except BaseException as error:
             self._refuse(Operation.DISPATCH, error, arguments.refusal(async_finish))

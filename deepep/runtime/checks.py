@@ -226,15 +226,18 @@ def check_dispatch(request: DispatchRequest, device_type: str, num_ranks: int) -
             allowed = f"[{request.route.num_tokens}, H], the tokens of the handle"
             raise ShapeError("x", shape_text(request.x.shape), allowed)
         return
-    assert request.layout is not None
-    for name, dtype, shape in (
-        ("num_tokens_per_rank", torch.int32, (num_ranks,)),
-        ("is_token_in_rank", torch.bool, (num_tokens, num_ranks)),
-        ("num_tokens_per_expert", torch.int32, ("E",)),
-    ):
-        tensor = getattr(request.layout, name)
-        check_tensor(name, tensor, dtypes=(dtype,), device_type=device_type, shape=shape)
-    check_num_experts(request.layout.num_tokens_per_expert.numel(), num_ranks, "num_tokens_per_expert")
+    if request.layout is None:
+        check_num_experts(request.num_experts, num_ranks)
+        check_topk_idx(request.topk_idx, device_type, num_tokens)
+    else:
+        for name, dtype, shape in (
+            ("num_tokens_per_rank", torch.int32, (num_ranks,)),
+            ("is_token_in_rank", torch.bool, (num_tokens, num_ranks)),
+            ("num_tokens_per_expert", torch.int32, ("E",)),
+        ):
+            tensor = getattr(request.layout, name)
+            check_tensor(name, tensor, dtypes=(dtype,), device_type=device_type, shape=shape)
+        check_num_experts(request.layout.num_tokens_per_expert.numel(), num_ranks, "num_tokens_per_expert")
     check_together(topk_idx=request.topk_idx, topk_weights=request.topk_weights)
     if request.topk_idx is not None:
         check_topk_idx(request.topk_idx, device_type, num_tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -118,6 +118,14 @@ class Engine(ABC):
         self, topk_idx: torch.Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
         """The layout of this rank's tokens; the one operation that does not communicate."""
+
+    def with_layout(self, request: DispatchRequest, schedule: Schedule) -> tuple[DispatchRequest, Schedule]:
+        """The request with a layout, which it left to the engine, and when it may run."""
+        assert request.topk_idx is not None
+        layout, completion = self.layout(request.topk_idx, request.num_experts, schedule)
+        if completion is not None:
+            schedule = replace(schedule, after=completion)
+        return replace(request, layout=layout, num_experts=0), schedule
 
     @abstractmethod
     def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:

@@ -111,7 +111,8 @@ class Route:
 
 @dataclass(slots=True)
 class DispatchRequest:
-    """Rows to send. Either `layout` (a fresh route) or `route` (a cached one) is given.
+    """Rows to send. Of three things one is given: `route` (a cached route), `layout` (a fresh one), or
+    `num_experts` and the top-k tensors (a fresh one, whose layout the dispatch finds out itself).
 
     x [T, H] any dtype; scales [T, P] 4-byte elements, any strides, or None; topk_idx [T, K] int32 or int64
     and topk_weights [T, K] float32, both or none; expert_alignment rounds up the counts reported;
@@ -128,6 +129,7 @@ class DispatchRequest:
     expert_alignment: int = 1
     num_worst_tokens: int = 0
     num_sms: int = 0
+    num_experts: int = 0
 
 
 @dataclass(slots=True)

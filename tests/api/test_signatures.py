@@ -147,6 +147,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "reduction": "expert_rank",
         "use_fabric": False,
     },
+    "dispatch": {"num_experts": None},
     "low_latency_dispatch": {
         "topk_weights": None,
         "num_sms": 0,

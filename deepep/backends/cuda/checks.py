@@ -14,11 +14,15 @@ from deepep.runtime.requests import CombineRequest, DispatchRequest
 def check_dispatch(request: DispatchRequest, device: torch.device, num_ranks: int) -> None:
     """Raises RangeError, DeviceError or LayoutError."""
     _check_rows("x", request.x, device)
+    if request.route is not None:
+        return
+    name, experts = "num_experts", request.num_experts
     if request.layout is not None:
-        local = request.layout.num_tokens_per_expert.shape[0] // num_ranks
-        if local > MAX_LOCAL_EXPERTS:
-            allowed = f"at most {MAX_LOCAL_EXPERTS} experts per rank"
-            raise RangeError("num_tokens_per_expert", f"{local} experts per rank", allowed)
+        name, experts = "num_tokens_per_expert", request.layout.num_tokens_per_expert.shape[0]
+    local = experts // num_ranks
+    if local > MAX_LOCAL_EXPERTS:
+        allowed = f"at most {MAX_LOCAL_EXPERTS} experts per rank"
+        raise RangeError(name, f"{local} experts per rank", allowed)
 
 
 def check_combine(request: CombineRequest, device: torch.device) -> None:

@@ -142,6 +142,8 @@ class CudaEngine(Engine):
                     raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:
                 self.refuse(Operation.DISPATCH, problem, schedule)
+            if request.num_experts:
+                request, schedule = self.with_layout(request, schedule)
             capturing = torch.cuda.is_current_stream_capturing()
             if self.unsettled or self.has_fault():
                 self._settle(Operation.DISPATCH, capturing)

@@ -105,6 +105,8 @@ class ReferenceEngine(Engine):
         with self._control.issuing:
             with self._issuing(Operation.DISPATCH, schedule):
                 self._check_dispatch(request)
+            if request.num_experts:
+                request, schedule = self.with_layout(request, schedule)
             if request.route is not None:
                 return self._dispatch_cached(request, request.route, schedule)
             return self._dispatch_fresh(request, schedule)
