@@ -95,6 +95,36 @@ def receive_slot_bytes(
     num_rows: int, row_bytes: int, num_scales: int, num_topk: int, index_bytes: int
 ) -> int: ...
 
+# The gradient codec: formats are "fp8", "fp16" and "bf16"; a block is 128 elements. deepep.collectives.codecs
+# says what the numbers mean.
+
+def gradient_message_bytes(format: str, count: int) -> int: ...
+def encode_gradients(
+    format: str,
+    values: NDArray[np.float32],
+    message: NDArray[np.uint8],
+    is_nearest: bool,
+    key: tuple[int, int],
+    first_index: int,
+) -> None: ...
+def decode_gradients(
+    format: str, message: NDArray[np.uint8], values: NDArray[np.float32], is_added: bool
+) -> None: ...
+def block_exponents(values: NDArray[np.float32], exponents: NDArray[np.uint8]) -> None: ...
+def encode_fixed(
+    values: NDArray[np.float32],
+    exponents: NDArray[np.uint8],
+    headroom: int,
+    integers: NDArray[np.int32],
+) -> None: ...
+def decode_fixed(
+    integers: NDArray[np.int32],
+    exponents: NDArray[np.uint8],
+    headroom: int,
+    divisor: float,
+    values: NDArray[np.float32],
+) -> None: ...
+
 class LowLatencyBuffer:
     """Every offset of csrc/layout/rules/low_latency_buffer.hpp, in bytes."""
 

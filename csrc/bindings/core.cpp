@@ -3,10 +3,13 @@
 // released meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "layout/rules/gradients.hpp"
 #include "layout/rules/layout.hpp"
 #include "layout/rules/sizes.hpp"
 
@@ -192,6 +195,81 @@ void forwarded_rows(const Array<int64_t>& masks, const Array<int64_t>& first_row
                        first_rows.shape(0), out);
 }
 
+/// One-dimensional arrays of the gradient codec.
+template <class T>
+int64_t length_of(const Array<T>& array, const char* name) {
+  expect_shape(array, {-1}, name);
+  return array.shape(0);
+}
+
+host::GradientFormat format_of(const std::string& name) {
+  if (name == "fp8") return host::GradientFormat::fp8;
+  if (name == "fp16") return host::GradientFormat::fp16;
+  if (name == "bf16") return host::GradientFormat::bf16;
+  throw py::value_error("format: got " + name + "; expected fp8, fp16 or bf16");
+}
+
+void encode_gradients(const std::string& format, const Array<float>& values, Array<uint8_t> message,
+                      bool is_nearest, std::pair<uint32_t, uint32_t> key, uint32_t first_index) {
+  const auto kind = format_of(format);
+  const int64_t count = length_of(values, "values");
+  uint8_t* out = result(message, {host::message_bytes(kind, count)}, "message");
+  const float* from = values.data();
+  const py::gil_scoped_release unlocked;
+  host::encode(kind, from, count, {is_nearest, key.first, key.second, first_index}, out);
+}
+
+void decode_gradients(const std::string& format, const Array<uint8_t>& message, Array<float> values,
+                      bool is_added) {
+  const auto kind = format_of(format);
+  const int64_t count = length_of(values, "values");
+  expect_shape(message, {host::message_bytes(kind, count)}, "message");
+  float* out = values.mutable_data();
+  const uint8_t* from = message.data();
+  const py::gil_scoped_release unlocked;
+  host::decode(kind, from, count, is_added, out);
+}
+
+void block_exponents(const Array<float>& values, Array<uint8_t> exponents) {
+  const int64_t count = length_of(values, "values");
+  uint8_t* out = result(exponents, {(count + 127) / 128}, "exponents");
+  const float* from = values.data();
+  const py::gil_scoped_release unlocked;
+  host::block_exponents(from, count, out);
+}
+
+void expect_headroom(int32_t headroom) {
+  if (headroom < 0 || headroom > 29) throw py::value_error("headroom: expected 0 .. 29");
+}
+
+void encode_fixed(const Array<float>& values, const Array<uint8_t>& exponents, int32_t headroom,
+                  Array<int32_t> integers) {
+  expect_headroom(headroom);
+  const int64_t count = length_of(values, "values");
+  expect_shape(exponents, {(count + 127) / 128}, "exponents");
+  int32_t* out = result(integers, {count}, "integers");
+  const float* from = values.data();
+  const uint8_t* scales = exponents.data();
+  const py::gil_scoped_release unlocked;
+  host::encode_fixed(from, count, scales, headroom, out);
+}
+
+void decode_fixed(const Array<int32_t>& integers, const Array<uint8_t>& exponents, int32_t headroom,
+                  float divisor, Array<float> values) {
+  expect_headroom(headroom);
+  const int64_t count = length_of(integers, "integers");
+  expect_shape(exponents, {(count + 127) / 128}, "exponents");
+  float* out = result(values, {count}, "values");
+  const int32_t* from = integers.data();
+  const uint8_t* scales = exponents.data();
+  const py::gil_scoped_release unlocked;
+  host::decode_fixed(from, count, scales, headroom, divisor, out);
+}
+
+int64_t gradient_message_bytes(const std::string& format, int64_t count) {
+  return host::message_bytes(format_of(format), count);
+}
+
 /// The functions that take topk_idx, for one index type.
 template <class Index>
 void bind_topk(py::module_& m) {
@@ -236,6 +314,15 @@ PYBIND11_MODULE(_core, m) {
         "num_local_experts"_a, "alignment"_a, "has_duplicates"_a);
   m.def("receive_slot_bytes", &host::receive_slot_bytes, "num_rows"_a, "row_bytes"_a, "num_scales"_a,
         "num_topk"_a, "index_bytes"_a);
+
+  m.def("gradient_message_bytes", &gradient_message_bytes, "format"_a, "count"_a);
+  m.def("encode_gradients", &encode_gradients, "format"_a, array("values"), array("message"), "is_nearest"_a,
+        "key"_a, "first_index"_a);
+  m.def("decode_gradients", &decode_gradients, "format"_a, array("message"), array("values"), "is_added"_a);
+  m.def("block_exponents", &block_exponents, array("values"), array("exponents"));
+  m.def("encode_fixed", &encode_fixed, array("values"), array("exponents"), "headroom"_a, array("integers"));
+  m.def("decode_fixed", &decode_fixed, array("integers"), array("exponents"), "headroom"_a, "divisor"_a,
+        array("values"));
 
   using Buffer = host::LowLatencyBuffer;
   // Local to this module: tests load several builds of it into one process.

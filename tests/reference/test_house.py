@@ -14,7 +14,14 @@ FOLDER = Path(deepep.reference.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
 GLOBAL_VIEW = {"elastic", "layout", "high_throughput", "low_latency", "ordered_sum"}
 RUNNABLE = {"wire", "logfmt_wire", "all_to_all", "all_to_all_low_latency"}
-SHARED = {"checks", "records", "numerics", "formats", "logfmt"}  # bytes, formats, rounding: no routing
+SHARED = {
+    "checks",
+    "records",
+    "numerics",
+    "formats",
+    "logfmt",
+    "gradient_codec",
+}  # bytes, formats, rounding: no routing
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
