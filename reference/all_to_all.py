@@ -11,7 +11,7 @@ exchange of (x | top-k weights) records in the other direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +61,10 @@ class CombineTensors:
 
     x: Tensor  # [T, H], dtype of the rows
     topk_weights: Tensor | None = None  # [T, K] float32
+
+
+Deliver = Callable[[Wire, DispatchPlan, Tensor], Tensor]
+"""Moves records [T, bytes] of a rank's tokens along a plan; returns those received, [N, bytes], in order."""
 
 
 def exchange_counts(
@@ -157,12 +161,14 @@ def dispatch(
     topk_weights: Tensor | None = None,
     num_experts: int = 0,
     out: DispatchTensors | None = None,
+    deliver: Deliver | None = None,
 ) -> DispatchTensors:
     """Send the rows of `x` [T, H] as planned and receive: by source rank, then source token. One exchange.
 
     `scales` [T, P], `topk_idx` [T, K] (needs `num_experts`), `topk_weights` [T, K] float32: optional, the
-    same ones on all ranks; any strides. `out` comes from `allocate` and may have more than N rows. Raises
-    ValueError for shapes that do not fit, before anything is sent.
+    same ones on all ranks; any strides. `out` comes from `allocate` and may have more than N rows. `deliver`
+    moves the records another way (two_level.py). Raises ValueError for shapes that do not fit, before
+    anything is sent.
     """
     fields = _present(x=x, scales=scales, topk_idx=topk_idx, topk_weights=topk_weights)
     for name, field in fields.items():
@@ -189,7 +195,11 @@ def dispatch(
         "plan: it has rows for ranks that were masked since; allowed: a plan made with these members",
     )
     fields["token"] = torch.arange(plan.num_tokens, dtype=torch.int32, device=x.device).unsqueeze(1)
-    received = wire.all_to_all_rows(pack_records(fields)[plan.send_token], send_counts, recv_counts)
+    records = pack_records(fields)
+    if deliver is None:
+        received = wire.all_to_all_rows(records[plan.send_token], send_counts, recv_counts)
+    else:
+        received = deliver(wire, plan, records)
     got = unpack_records(received, fields)
     plan.src_token.copy_(got["token"].squeeze(1))
     out.x[:total] = got["x"]
@@ -220,17 +230,8 @@ def combine(
     summed from +0.0. `biases`: up to two [T, H]. Rows of ranks that were masked since the dispatch are left
     out. Raises ValueError for shapes and dtypes that do not fit, before anything is sent.
     """
-    total, num_tokens, hidden = plan.num_recv_tokens, plan.num_tokens, x.shape[-1]
-    fields = {name: field[:total] for name, field in _present(x=x, topk_weights=topk_weights).items()}
-    for name, field in fields.items():
-        require(
-            field.dim() == 2 and field.shape[0] == total,
-            f"{name}: got {list(field.shape)}; allowed: [>= {total}, *]",
-        )
-    require(len(biases) <= 2, f"biases: got {len(biases)}; allowed: at most 2")
-    for bias in biases:
-        require(list(bias.shape) == [num_tokens, hidden], f"bias: got {bias.shape}; allowed: [T, H]")
-    wide = accumulator_dtype(x.dtype)
+    fields = fields_to_return(plan, x, topk_weights, biases)
+    num_tokens, hidden, wide = plan.num_tokens, x.shape[-1], accumulator_dtype(x.dtype)
 
     back_counts, owned_counts = _alive(wire, plan.recv_counts), _alive(wire, plan.send_counts)
     records = pack_records(fields)
@@ -263,6 +264,26 @@ def combine(
     if weights is not None:
         settle_nans(weights)
     return CombineTensors(round_to(total_x, x.dtype), weights)
+
+
+def fields_to_return(
+    plan: DispatchPlan, x: Tensor, topk_weights: Tensor | None, biases: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The arguments of a combine, checked, as the fields of its N records. Raises ValueError."""
+    total = plan.num_recv_tokens
+    fields = {name: field[:total] for name, field in _present(x=x, topk_weights=topk_weights).items()}
+    for name, field in fields.items():
+        require(
+            field.dim() == 2 and field.shape[0] == total,
+            f"{name}: got {list(field.shape)}; allowed: [>= {total}, *]",
+        )
+    require(len(biases) <= 2, f"biases: got {len(biases)}; allowed: at most 2")
+    for bias in biases:
+        require(
+            list(bias.shape) == [plan.num_tokens, x.shape[-1]], f"bias: got {bias.shape}; allowed: [T, H]"
+        )
+    accumulator_dtype(x.dtype)
+    return fields
 
 
 def _alive(wire: Wire, counts: Sequence[int]) -> list[int]:

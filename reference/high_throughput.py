@@ -119,6 +119,7 @@ def combine(
     biases: Sequence[Sequence[Tensor]] | None = None,
     masked: Collection[int] = (),
     masked_at_dispatch: Collection[int] | None = None,
+    ranks_per_domain: int | None = None,
 ) -> list[CombineOutput]:
     """Bring every row back to its token and sum, unweighted: bias_0 + bias_1 + the rows of ranks ascending.
 
@@ -126,9 +127,15 @@ def combine(
     tests. The sum runs in float32 (float64 for float64), starts from its first term, and is rounded once to
     the rows' dtype. A token without any term gives +0.0. `topk_weights[r]` [N_r, K] float32 are summed the
     same way, from +0.0. Masked ranks' rows are left out; `masked_at_dispatch` (default: the same) says which
-    were missing from the rows. Raises ValueError for malformed arguments.
+    were missing from the rows.
+
+    Between domains of `ranks_per_domain` ranks (default: all ranks are one), the rows of each domain are
+    summed by themselves like this and rounded to the rows' dtype, and those sums, domains ascending, take the
+    place of the rows. One domain rounds once, as without it. Raises ValueError for malformed arguments.
     """
     num_ranks = len(xs)
+    per_domain = num_ranks if ranks_per_domain is None else ranks_per_domain
+    require(per_domain >= 1, f"ranks_per_domain: got {ranks_per_domain}; allowed: at least 1")
     require(
         len(is_token_in_rank) == num_ranks,
         f"is_token_in_rank: got {len(is_token_in_rank)} tables, {num_ranks} ranks",
@@ -159,14 +166,20 @@ def combine(
         weights = None
         if topk_weights is not None:
             weights = topk_weights[owner].new_zeros(table.shape[0], topk_weights[owner].shape[1])
-        for rank in range(num_ranks):
-            if {owner, rank} & set(masked):
-                continue
-            rows = (origins[rank].src_rank == owner).nonzero().flatten()
-            tokens = origins[rank].src_token[rows].long()
-            total.add(tokens, xs[rank][rows])
-            if weights is not None and topk_weights is not None:
-                weights[tokens] += topk_weights[rank][rows]
+        several_domains = per_domain < num_ranks
+        for first in range(0, num_ranks, per_domain):
+            domain = OrderedSum.like(total) if several_domains else total
+            for rank in range(first, min(first + per_domain, num_ranks)):
+                if {owner, rank} & set(masked):
+                    continue
+                rows = (origins[rank].src_rank == owner).nonzero().flatten()
+                tokens = origins[rank].src_token[rows].long()
+                domain.add(tokens, xs[rank][rows])
+                if weights is not None and topk_weights is not None:
+                    weights[tokens] += topk_weights[rank][rows]
+            if several_domains:
+                crossing = domain.started.flatten().nonzero().flatten()
+                total.add(crossing, round_to(domain.value[crossing], xs[owner].dtype))
         if weights is not None:
             settle_nans(weights)
         outputs.append(CombineOutput(round_to(total.value, xs[owner].dtype), weights))

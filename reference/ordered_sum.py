@@ -13,6 +13,12 @@ class OrderedSum:
         self.value = torch.zeros(num_tokens, hidden, dtype=dtype, device=device)
         self.started = torch.zeros(num_tokens, 1, dtype=torch.bool, device=device)
 
+    @classmethod
+    def like(cls, other: OrderedSum) -> OrderedSum:
+        """Sums of as many tokens, of the same width and dtype, without a term."""
+        num_tokens, hidden = other.value.shape
+        return cls(num_tokens, hidden, other.value.dtype, other.value.device)
+
     def add(self, tokens: Tensor, rows: Tensor) -> None:
         """Add `rows` [n, H] to the sums of `tokens` [n], all different."""
         terms = rows.to(self.value.dtype)

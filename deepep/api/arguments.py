@@ -60,6 +60,7 @@ def engine_options(
     timeout: float | None,
     symmetric_bytes: int | None,
     reduction: str,
+    ranks_per_domain: int | None,
     device: object,
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
@@ -87,6 +88,7 @@ def engine_options(
             low_latency_bytes=low_latency_bytes,
             symmetric_bytes=_symmetric_bytes(symmetric_bytes),
             reduction=_reduction(reduction),
+            ranks_per_domain=_ranks_per_domain(ranks_per_domain),
         )
         return options, asked_device(device)
     except ArgumentError as problem:
@@ -129,6 +131,18 @@ def _reduction(given: object) -> Reduction:
     if given not in get_args(Reduction):
         raise RangeError("reduction", repr(given), "'expert_rank' or 'exact'")
     return cast(Reduction, given)
+
+
+def _ranks_per_domain(given: int | None) -> int:
+    """The ranks of a scale-up domain; 0 makes one domain of all."""
+    if given is not None:
+        return check_int("ranks_per_domain", given, 1, MOST)
+    text = os.environ.get("DEEPEP_RANKS_PER_DOMAIN", "")
+    if not text:
+        return 0
+    if not text.isdecimal():
+        raise RangeError("DEEPEP_RANKS_PER_DOMAIN", repr(text)[:200], "a number of ranks")
+    return check_int("DEEPEP_RANKS_PER_DOMAIN", int(text), 1, MOST)
 
 
 def _check_bytes(name: str, size: object, least: int = 0) -> int:

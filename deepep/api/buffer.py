@@ -62,6 +62,10 @@ class Buffer(LowLatencyCalls):
     reduction: where low-latency combine sums, the same on all ranks. "expert_rank": an expert's rank sums a
         token's rows and returns one, rounded to bf16. "exact": every row returns, and the token's rank rounds
         once: up to K times the bytes.
+    ranks_per_domain: so many consecutive ranks share a scale-up domain (an NVLink domain), the same on all
+        ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
+        domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:
+        DEEPEP_RANKS_PER_DOMAIN, else one domain. The reference backend serves several.
 
     Without effect, accepted because V1's clients pass them:
     num_qps_per_rank: no backend opens queue pairs of its own.

@@ -44,6 +44,7 @@ class BufferLifetime:
         timeout: float | None = None,
         symmetric_bytes: int | None = None,
         reduction: str = "expert_rank",
+        ranks_per_domain: int | None = None,
     ) -> None:
         if torch.is_inference_mode_enabled():
             plainly(BufferLifetime.__init__, locals())
@@ -70,6 +71,7 @@ class BufferLifetime:
             timeout=timeout,
             symmetric_bytes=symmetric_bytes,
             reduction=reduction,
+            ranks_per_domain=ranks_per_domain,
             device=device,
         )
         self._engine = construct(options, backend, asked)

@@ -27,6 +27,7 @@ class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
 
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
+    several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     create: Callable[[EngineOptions, ControlPlane], Engine]
     device_types: tuple[str, ...] = ("cuda", "cpu")
     by_name_only: bool = False
+    several_domains: bool = False
 
 
 _backends: dict[str, Backend] = {}
@@ -67,12 +69,17 @@ def check_name(name: object) -> None:
 
 
 def choose(
-    name: str | None, group: Any, device: torch.device | None = None, among: Container[str] | None = None
+    name: str | None,
+    group: Any,
+    device: torch.device | None = None,
+    among: Container[str] | None = None,
+    num_domains: int = 1,
 ) -> tuple[Backend, torch.device]:
     """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
     and the device (None: the first of the backend's that this machine has).
 
-    among: what every rank's machine can run. Raises RangeError with every backend's reason if there is none.
+    among: what every rank's machine can run. num_domains: scale-up domains of the group. Raises RangeError
+    with every backend's reason if there is none.
     """
     wanted = default_name() if name is None else name
     if wanted is not None:
@@ -85,6 +92,7 @@ def choose(
             lambda b=backend, d=where: (d.type in b.device_types, f"it does not serve {d.type} tensors"),
             backend.available,
             lambda b=backend: (among is None or b.name in among, "another rank cannot run it"),
+            lambda b=backend: (num_domains == 1 or b.several_domains, "it serves one scale-up domain"),
             lambda b=backend: b.supports(group),
         ):
             able, why = answer()
@@ -125,7 +133,7 @@ def _reference_create(options: EngineOptions, control: ControlPlane) -> Engine:
     return ReferenceEngine(options, control)
 
 
-register(Backend("reference", _reference_available, is_group, _reference_create))
+register(Backend("reference", _reference_available, is_group, _reference_create, several_domains=True))
 
 
 def _cuda_available() -> Answer:

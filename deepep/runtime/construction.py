@@ -37,7 +37,8 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
         name, among = _agree_on_backend(membership, asked, options.problem)
         problem: ArgumentError | None = None
         try:
-            chosen, where = registry.choose(name, options.group, device, among)
+            domains = -(-options.group.size() // (options.ranks_per_domain or options.group.size()))
+            chosen, where = registry.choose(name, options.group, device, among, domains)
         except ArgumentError as refused:
             problem = refused.at(membership.rank)
         if problem is not None:

@@ -53,6 +53,8 @@ class EngineOptions:
     low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
     symmetric_bytes: symmetric memory per rank, for backends that have it; 0: the backend's own default.
     reduction: where a low-latency combine sums.
+    ranks_per_domain: ranks whose rows a high-throughput combine sums and rounds before it adds those sums,
+        for backends that serve several domains; 0: all ranks are one domain.
     problem: refuses this rank's arguments; construction fails with it on every rank.
     """
 
@@ -63,6 +65,7 @@ class EngineOptions:
     low_latency_bytes: int = 0
     symmetric_bytes: int = 0
     reduction: Reduction = "expert_rank"
+    ranks_per_domain: int = 0
     device: torch.device = _CPU
     problem: ArgumentError | None = None
 
@@ -74,6 +77,7 @@ class EngineOptions:
             "masks": self.masks,
             "symmetric_bytes": self.symmetric_bytes,
             "reduction": self.reduction,
+            "ranks_per_domain": self.ranks_per_domain,
         }
 
 

@@ -96,6 +96,20 @@ class Case:
         """The ranks that are left out of the dispatch."""
         return self.masked if self.options.mask_at == "dispatch" else ()
 
+    @property
+    def domains(self) -> tuple[range, ...]:
+        """The ranks of each scale-up domain that rows are summed in first; one, if none are."""
+        size = self.options.ranks_per_node if self.sums_by_domain else self.num_ranks
+        ranks = range(self.num_ranks)
+        return tuple(ranks[first : first + size] for first in ranks[::size])
+
+    @property
+    def sums_by_domain(self) -> bool:
+        """True for a high-throughput case between domains: its combine rounds each domain's sum."""
+        options = self.options
+        apart = options.ranks_per_node < self.num_ranks
+        return options.mode == "ht" and options.reduce == "domain" and apart
+
     def is_token_in_rank(self, source: int) -> npt.NDArray[np.bool_]:
         """[T, R]: which ranks each token of `source` goes to, masks not considered."""
         owner = self.topk_idx[source] // self.num_local_experts  # -1 stays negative: floor division
@@ -118,6 +132,8 @@ class Case:
         else:
             group = 512 if options.low_latency == "fp8+ue8m0" else 128  # channels per word of scales
             hidden = -(-hidden // group) * group
+            if options.reduce == "domain":
+                changes["reduce"] = "rank"
             if options.low_latency != "bf16":
                 changes["combine_rows"] = "other"
             if options.logfmt:

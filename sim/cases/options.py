@@ -38,9 +38,10 @@ class Options:
         low_latency: dtype of low-latency rows and scales.
         spare_slots: M less the most tokens of any rank.
         logfmt, zero_copy, given_out: options of the low-latency combine.
-        reduce: where a low-latency combine sums: first on each expert's rank, or at the token alone.
+        reduce: where a combine sums. Low latency: first on each expert's rank, or at the token alone. High
+            throughput: at the token alone, or first in each domain of `ranks_per_node` ranks ("domain").
         stats: whether receive statistics are collected.
-        ranks_per_node: for node counts and two-level routing.
+        ranks_per_node: ranks of a scale-up domain, for counts, two-level routing and sums by domain.
         skew: how ranks are delayed against each other: not, one of them, or each at random.
         mask_at: when masked ranks are left out: from the dispatch on, or from the combine on.
     """
@@ -94,7 +95,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "logfmt": (False, True),
     "zero_copy": (False, True),
     "given_out": (False, True),
-    "reduce": ("rank", "token"),
+    "reduce": ("rank", "token", "domain"),
     "stats": (False, True),
     "ranks_per_node": (8, 1, 2, 3, 4),
     "skew": ("none", "one", "all"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from types import ModuleType
@@ -37,13 +38,14 @@ class Implementation:
     layout: ModuleType
     high_throughput: ModuleType
     low_latency: ModuleType
+    two_level: ModuleType
 
 
 def reference_implementation() -> Implementation:
     """The implementation as it is installed."""
-    from deepep.reference import all_to_all, all_to_all_low_latency, layout, wire
+    from deepep.reference import all_to_all, all_to_all_low_latency, layout, two_level, wire
 
-    return Implementation(wire, layout, all_to_all, all_to_all_low_latency)
+    return Implementation(wire, layout, all_to_all, all_to_all_low_latency, two_level)
 
 
 def run_all_to_all(ctx: RankContext, case: Case, implementation: Implementation | None = None) -> RankView:
@@ -66,7 +68,7 @@ def run_all_to_all(ctx: RankContext, case: Case, implementation: Implementation 
     per_rank, per_expert = layout.num_tokens_per_rank, layout.num_tokens_per_expert
     fill_layout(view, per_rank, layout.num_tokens_per_node, per_expert, layout.is_token_in_rank)
     if case.options.mode == "ht":
-        _high_throughput(case, mine, layout, wires, modules.high_throughput, view)
+        _high_throughput(case, mine, layout, wires, modules, view)
     else:
         _low_latency(case, mine, wires, modules.low_latency, view)
     return view
@@ -78,6 +80,26 @@ class Wires:
 
     dispatch: Any
     combine: Any
+
+
+class CountingWire:
+    """A reference's wire that counts the bytes of rows that leave this rank's domain."""
+
+    def __init__(self, wire: Any, case: Case) -> None:
+        self._wire, self._domains = wire, case.domains
+        self.crossed = np.zeros(len(case.domains), dtype=np.int64)  # [D]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wire, name)
+
+    def all_to_all_rows(self, rows: torch.Tensor, send_counts: Any, recv_counts: Any) -> torch.Tensor:
+        """Rows of `rows` [S, ...] to each rank, as the wire sends them."""
+        width = math.prod(rows.shape[1:]) * rows.element_size()
+        for place, domain in enumerate(self._domains):
+            if self._wire.rank not in domain:
+                self.crossed[place] += width * sum(send_counts[rank] for rank in domain)
+        received: torch.Tensor = self._wire.all_to_all_rows(rows, send_counts, recv_counts)
+        return received
 
 
 def group_of_members(ctx: RankContext, members: tuple[int, ...]) -> Any:
@@ -100,18 +122,28 @@ def pause(case: Case, rank: int, step: int) -> None:
 
 
 def _high_throughput(
-    case: Case, mine: RankInputs, layout: Any, wires: Wires, ht: ModuleType, view: RankView
+    case: Case, mine: RankInputs, layout: Any, wires: Wires, modules: Implementation, view: RankView
 ) -> None:
+    ht: Any = modules.high_throughput
     wire = wires.dispatch
+    if case.sums_by_domain:
+        exchange = modules.two_level.TwoLevelExchange(case.options.ranks_per_node)
+        wire = CountingWire(wire, case)
+    else:
+        exchange = ht
     options, rank = case.options, wire.rank
     pause(case, rank, 0)
-    plan = ht.exchange_counts(wire, layout.is_token_in_rank, layout.num_tokens_per_expert)
+    plan = exchange.exchange_counts(wire, layout.is_token_in_rank, layout.num_tokens_per_expert)
     received = plan.num_recv_tokens
     topk = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights} if options.topk else {}
     worst = worst_tokens(case)
     out = ht.allocate(plan, mine.x, scales=mine.scales, **topk, num_worst_tokens=worst)
     pause(case, rank, 1)
-    got = ht.dispatch(wire, plan, mine.x, scales=mine.scales, **topk, num_experts=case.num_experts, out=out)
+    got = exchange.dispatch(
+        wire, plan, mine.x, scales=mine.scales, **topk, num_experts=case.num_experts, out=out
+    )
+    if case.sums_by_domain:
+        view.dispatch_crossing = wire.crossed.copy()
     alignment = options.expert_alignment
     counts = [] if worst else [-(-n // alignment) * alignment for n in plan.num_recv_tokens_per_expert]
     fill_dispatch(view, got.x, got.scales, got.topk_idx, got.topk_weights, counts, received)
@@ -119,18 +151,21 @@ def _high_throughput(
     pause(case, rank, 2)
     if options.cached:
         second = inputs(case, rank, again=True).to(mine.x.device)
-        again = ht.dispatch(wire, plan, second.x, scales=second.scales)
+        again = exchange.dispatch(wire, plan, second.x, scales=second.scales)
         fill_again(view, again.x, again.scales, received)
     if wires.combine is None:
         return
-    combined = ht.combine(
-        wires.combine,
+    back = CountingWire(wires.combine, case) if case.sums_by_domain else wires.combine
+    combined = exchange.combine(
+        back,
         plan,
         returned_rows(case, rank, got.x),
         topk_weights=got.topk_weights if options.combine_weights else None,
         biases=mine.biases,
     )
     fill_combine(view, combined.x, combined.topk_weights)
+    if case.sums_by_domain:
+        view.combine_crossing = back.crossed
 
 
 def _low_latency(case: Case, mine: RankInputs, wires: Wires, ll: ModuleType, view: RankView) -> None:

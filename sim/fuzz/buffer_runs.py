@@ -33,9 +33,14 @@ def as_buffer_call(case: Case) -> Case:
     return case.with_options(ranks_per_node=8, reduce="rank")
 
 
-def as_call_of_some_buffer(case: Case) -> Case:
+def as_call_in_one_domain(case: Case) -> Case:
     """The same, but for low latency the case says which reduction the buffer is constructed with."""
     return as_buffer_call(case).with_options(reduce=_reduce_of(case))
+
+
+def as_call_of_some_buffer(case: Case) -> Case:
+    """The same, and a case between domains says which domains the buffer is constructed with."""
+    return case if case.sums_by_domain else as_call_in_one_domain(case)
 
 
 def _reduce_of(case: Case) -> str:
@@ -44,7 +49,8 @@ def _reduce_of(case: Case) -> str:
 
 def run_buffer(ctx: RankContext, case: Case, backend: str | None = None) -> RankView:
     """One rank's part of a case, on this rank's buffer of its reduction, kept from case to case."""
-    buffer = buffer_of(ctx, backend, REDUCTIONS[_reduce_of(case)])
+    per_domain = case.options.ranks_per_node if case.sums_by_domain else None
+    buffer = buffer_of(ctx, backend, REDUCTIONS[_reduce_of(case)], per_domain)
     view = RankView()
     if _mask(case, buffer, "dispatch"):
         view = run_on_buffer(case, buffer)
@@ -77,11 +83,16 @@ def _mask(case: Case, buffer: Any, when: str) -> bool:
     return stays
 
 
-def buffer_of(ctx: RankContext, backend: str | None, reduction: str = "expert_rank") -> Any:
+def buffer_of(
+    ctx: RankContext,
+    backend: str | None,
+    reduction: str = "expert_rank",
+    ranks_per_domain: int | None = None,
+) -> Any:
     """This rank's buffer; each constructed once, by all ranks."""
     from deepep import Buffer
 
-    buffers, key = ctx.scratch.setdefault("buffers", {}), (backend, reduction)
+    buffers, key = ctx.scratch.setdefault("buffers", {}), (backend, reduction, ranks_per_domain)
     if key not in buffers:
         buffers[key] = Buffer(
             ctx.group,
@@ -90,6 +101,7 @@ def buffer_of(ctx: RankContext, backend: str | None, reduction: str = "expert_ra
             backend=backend,
             timeout=TIMEOUT,
             reduction=reduction,
+            ranks_per_domain=ranks_per_domain,
         )
     return buffers[key]
 

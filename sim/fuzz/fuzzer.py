@@ -21,7 +21,7 @@ from deepep.sim.fuzz.shrinking import shrink
 from deepep.sim.fuzz.subjects import Subject
 from deepep.sim.rules import oracle
 from deepep.sim.rules.checking import Missing, Property, Violation
-from deepep.sim.rules.observed import RankView, first_difference
+from deepep.sim.rules.observed import RankView, first_difference, is_measured
 from deepep.sim.rules.properties import RELATIONS, SIMPLE
 from deepep.sim.worlds.outcomes import WorldError, WorldTimeout
 
@@ -251,7 +251,8 @@ class Fuzzer:
         difference = None
         if subject.name != "oracle":
             difference = first_difference(self._expected(case), got, subject.may_lack)
-        broken = self._broken_rule(case, got) if subject.name == "oracle" or difference else None
+        judge = subject.name == "oracle" or difference is not None or is_measured(got)
+        broken = self._broken_rule(case, got) if judge else None
         if broken is None and difference is not None:
             broken = (DIFFERS, str(difference))
         if broken is None and example.relation is not None and len(cases) > 1:

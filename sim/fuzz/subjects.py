@@ -15,7 +15,7 @@ from typing import Any
 
 from deepep.sim.cases.case import Case
 from deepep.sim.fuzz.all_to_all_runs import run_all_to_all
-from deepep.sim.fuzz.buffer_runs import as_call_of_some_buffer, run_buffer
+from deepep.sim.fuzz.buffer_runs import as_call_in_one_domain, as_call_of_some_buffer, run_buffer
 from deepep.sim.rules import oracle
 from deepep.sim.rules.checking import Violation
 from deepep.sim.rules.observed import RankView
@@ -215,7 +215,7 @@ def buffer(world_of: Callable[[int], World] | None = None, backend: str | None =
         f"buffer:{backend}" if backend else "buffer",
         run_rank,
         world_of,
-        adapt=as_call_of_some_buffer,
+        adapt=as_call_of_some_buffer if backend == "reference" else as_call_in_one_domain,
         may_lack=("src_rank", "src_token"),  # V1's interface does not say where a row comes from
         transport="nccl" if backend == "cuda" else "gloo",
     )

@@ -159,17 +159,28 @@ def handle_equals_fresh_dispatch(case: Case, views: list[RankView]) -> None:
 
 
 def combine_returns_multiples(case: Case, views: list[RankView]) -> None:
-    """Combining what was dispatched gives each token times the number of its ranks, exactly."""
+    """Combining what was dispatched gives each token times the number of its ranks, exactly.
+
+    Between domains it is the sum of such multiples, one for each domain, rounded.
+    """
     for rank in case.members:
         x = floats(sent(case, rank).x)
-        counts = [len(destinations(case, rank, token)) for token in range(len(x))]
-        multiples = x * np.array(counts, dtype=np.float32)[:, None]
-        multiples[np.array(counts) == 0] = 0.0  # not 0.0 * x, which has x's sign
-        check_equal("combined x", rank, bf16(multiples), need(views[rank].combined_x))
+        sums = np.full_like(x, -0.0)  # which adds nothing, whatever the sign of the first term
+        nowhere = np.ones(len(x), dtype=bool)
+        for domain in case.domains:
+            counts = [len(set(destinations(case, rank, token)) & set(domain)) for token in range(len(x))]
+            times = np.array(counts, dtype=np.float32)[:, None]
+            sums += np.where(times > 0, floats(bf16(x * times)), np.float32(-0.0))
+            nowhere &= times[:, 0] == 0
+        sums[nowhere] = 0.0
+        check_equal("combined x", rank, bf16(sums), need(views[rank].combined_x))
 
 
 def combine_sums_in_rank_order(case: Case, views: list[RankView]) -> None:
-    """Biases first, then each rank's row, ranks ascending, in float32, rounded once."""
+    """Biases first, then each rank's row, ranks ascending, in float32, rounded once.
+
+    Between domains, each domain's rows make one term: their sum, rounded.
+    """
     row_of = {rank: {pair: row for row, pair in enumerate(arriving(case, rank))} for rank in case.members}
     returned = {
         rank: floats(bits(other_rows(case, rank, int(views[rank].num_rows or 0)))) for rank in case.members
@@ -181,7 +192,12 @@ def combine_sums_in_rank_order(case: Case, views: list[RankView]) -> None:
         combined = need(views[rank].combined_x)
         for token in range(case.num_tokens[rank]):
             terms = [bias[token] for bias in biases]
-            terms += [returned[r][row_of[r][rank, token]] for r in destinations(case, rank, token)]
+            going_to = destinations(case, rank, token)
+            for domain in case.domains:
+                rows = [returned[r][row_of[r][rank, token]] for r in going_to if r in domain]
+                if case.sums_by_domain and rows:
+                    rows = [floats(bf16(ordered_sum(rows, case.hidden)))]
+                terms += rows
             total = bf16(ordered_sum(terms, case.hidden))
             check_equal(f"combined token {token}", rank, total, combined[token])
 

@@ -129,6 +129,7 @@ def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView],
         biases=[mine.biases for mine in given],
         masked=case.masked,
         masked_at_dispatch=case.masked_at_dispatch,
+        ranks_per_domain=options.ranks_per_node if case.sums_by_domain else None,
     )
     for view, result in zip(views, combined, strict=True):
         fill_combine(view, result.x, result.topk_weights)

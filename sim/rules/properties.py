@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from deepep.sim.cases.case import Case
 from deepep.sim.rules.checking import Property, Violation
+from deepep.sim.rules.crossings import CROSSINGS
 from deepep.sim.rules.high_throughput import HIGH_THROUGHPUT
 from deepep.sim.rules.low_latency import LOW_LATENCY
 from deepep.sim.rules.observed import RankView
@@ -19,7 +20,7 @@ from deepep.sim.rules.relations import RELATIONS
 __all__ = ["PROPERTIES", "RELATIONS", "SIMPLE", "Property", "Violation", "check"]
 
 #: Rules about one example.
-SIMPLE: tuple[Property, ...] = HIGH_THROUGHPUT + LOW_LATENCY
+SIMPLE: tuple[Property, ...] = HIGH_THROUGHPUT + CROSSINGS + LOW_LATENCY
 #: All rules.
 PROPERTIES: tuple[Property, ...] = SIMPLE + RELATIONS
 

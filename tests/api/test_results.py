@@ -151,6 +151,29 @@ def sums_and_sizes(ctx: Any) -> None:
         assert buffer._engine.info.options.symmetric_bytes == 0
 
 
+def domains(ctx: Any) -> list[Any]:
+    """Counts by domain and what the buffer says of itself, by argument, by environment, by neither."""
+    idx = torch.arange(ctx.num_ranks).repeat(5, 1)
+    seen = []
+    for given, environment in ((1, "2"), (None, "2"), (None, None)):
+        if environment is not None:
+            os.environ["DEEPEP_RANKS_PER_DOMAIN"] = environment
+        try:
+            buffer = deepep.Buffer(ctx.group, timeout=30.0, backend="reference", ranks_per_domain=given)
+        finally:
+            os.environ.pop("DEEPEP_RANKS_PER_DOMAIN", None)
+        with buffer:
+            per_domain = buffer.get_dispatch_layout(idx, ctx.num_ranks)[1]
+            counts = None if per_domain is None else per_domain.tolist()
+            seen.append((buffer.info.ranks_per_domain, counts))
+    return seen
+
+
+def test_domains_are_counted(world_of: Any) -> None:
+    for seen in world_of(3).run(domains):
+        assert seen == [(1, [5, 5, 5]), (2, [5, 5]), (8, None)]
+
+
 def test_arguments_before_the_environment(world_of: Any) -> None:
     world_of(2).run(sums_and_sizes)
 
@@ -172,6 +195,14 @@ def refused(ctx: Any, options: dict[str, Any], environment: dict[str, str]) -> A
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], type, str]] = {
     "negative": ({"symmetric_bytes": -1}, {}, deepep.RangeError, "rank 1: symmetric_bytes: got -1"),
+    "no rank": ({"ranks_per_domain": 0}, {}, deepep.RangeError, "rank 1: ranks_per_domain: got 0"),
+    "half a rank": ({"ranks_per_domain": 0.5}, {}, deepep.ArgumentTypeError, "ranks_per_domain: got float"),
+    "a word": (
+        {},
+        {"DEEPEP_RANKS_PER_DOMAIN": "all"},
+        deepep.RangeError,
+        "rank 1: DEEPEP_RANKS_PER_DOMAIN: got 'all'",
+    ),
     "zero": ({"symmetric_bytes": 0}, {}, deepep.RangeError, "rank 1: symmetric_bytes: got 0"),
     "uneven": ({"symmetric_bytes": 1000}, {}, deepep.RangeError, "a multiple of 128"),
     "float": ({"symmetric_bytes": 1.5}, {}, deepep.ArgumentTypeError, "symmetric_bytes: got float"),
@@ -201,6 +232,20 @@ def test_all_ranks_refuse_what_one_was_given(world_of: Any, case: str) -> None:
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert outcomes[0][0] is kind
     assert text in outcomes[0][1]
+
+
+def with_domains(ctx: Any, backend: str, per_domain: list[int | None]) -> str:
+    with pytest.raises(deepep.ArgumentError) as caught:
+        deepep.Buffer(ctx.group, timeout=30.0, backend=backend, ranks_per_domain=per_domain[ctx.rank])
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_domains_have_to_agree_and_be_served(world_of: Any) -> None:
+    for text in world_of(3).run(with_domains, "reference", [2, 1, 2]):
+        assert text.startswith("MismatchError: rank 1: ranks_per_domain: got 1; allowed: 2, as on rank 0")
+    for text in world_of(3).run(with_domains, "emulator", [2, 2, 2]):
+        assert "RangeError" in text
+        assert "emulator: it serves one scale-up domain" in text
 
 
 def left(ctx: Any, routing: Any) -> Any:

@@ -143,7 +143,7 @@ BUFFER: dict[str, dict[str, Any]] = {
 # This library's own, and those of DeepEP's forks; by keyword alone.
 KEYWORDS: dict[str, dict[str, Any]] = {
     "__init__": {
-        **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes")),
+        **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "ranks_per_domain")),
         "reduction": "expert_rank",
         "use_fabric": False,
     },

@@ -13,7 +13,7 @@ import deepep.reference
 FOLDER = Path(deepep.reference.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
 GLOBAL_VIEW = {"elastic", "layout", "high_throughput", "low_latency", "ordered_sum"}
-RUNNABLE = {"wire", "logfmt_wire", "all_to_all", "all_to_all_low_latency"}
+RUNNABLE = {"wire", "logfmt_wire", "all_to_all", "all_to_all_low_latency", "two_level"}
 SHARED = {
     "checks",
     "records",

@@ -15,7 +15,9 @@ from torch import Tensor
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.low_latency import LowLatencyOperations
 from deepep.errors import ArgumentError
+from deepep.reference import all_to_all
 from deepep.reference.all_to_all import restore_plan
+from deepep.reference.two_level import TwoLevelExchange
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
@@ -57,8 +59,10 @@ class ReferenceEngine(Engine):
             device_type,
             options,
             operations={"layout": "torch", **dict.fromkeys(COLLECTIVES, transport)},
-            ranks_per_domain=RANKS_PER_DOMAIN,
+            ranks_per_domain=options.ranks_per_domain or RANKS_PER_DOMAIN,
         )
+        per_domain, num_ranks = options.ranks_per_domain, session.num_ranks
+        self._exchange = TwoLevelExchange(per_domain) if 0 < per_domain < num_ranks else all_to_all
         self._low_latency = LowLatencyOperations(self._control, self)
         control.agree(options.statement())
 
@@ -86,16 +90,16 @@ class ReferenceEngine(Engine):
     def _layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
-        num_ranks = self.info.num_ranks
+        num_ranks, per_domain = self.info.num_ranks, self.info.ranks_per_domain
         checks.check_topk_idx(topk_idx, self.info.device_type)
         checks.check_num_experts(num_experts, num_ranks)
         topk_idx = topk_idx.detach()
         with self._control.queue.allocating(schedule.allocate_on_comm_stream):
-            layout = high_throughput.empty_layout(topk_idx, num_experts, num_ranks)
+            layout = high_throughput.empty_layout(topk_idx, num_experts, num_ranks, per_domain)
 
         def job() -> None:
             checks.check_index_range(topk_idx, num_experts)
-            high_throughput.fill_layout(layout, topk_idx, num_experts, num_ranks)
+            high_throughput.fill_layout(layout, topk_idx, num_experts, num_ranks, per_domain)
 
         tensors = (topk_idx, *high_throughput.layout_tensors(layout))
         completion = self._control.locally(job, schedule, tensors)
@@ -112,19 +116,19 @@ class ReferenceEngine(Engine):
             return self._dispatch_fresh(request, schedule)
 
     def _dispatch_cached(self, request: DispatchRequest, route: Route, schedule: Schedule) -> Dispatched:
-        return high_throughput.dispatch_cached(self._control, request, route, schedule)
+        return high_throughput.dispatch_cached(self._control, request, route, schedule, self._exchange)
 
     def _dispatch_fresh(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
         assert request.layout is not None
         in_rank, per_expert = request.layout.is_token_in_rank, request.layout.num_tokens_per_expert
         route = Route(self, request.x.shape[0], per_expert.numel(), in_rank)
-        return high_throughput.dispatch_fresh(self._control, request, route, schedule)
+        return high_throughput.dispatch_fresh(self._control, request, route, schedule, self._exchange)
 
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         with self._control.issuing:
             with self._issuing(Operation.COMBINE, schedule):
                 self._check_combine(request)
-            return high_throughput.combine(self._control, request, schedule)
+            return high_throughput.combine(self._control, request, schedule, self._exchange)
 
     def _check_dispatch(self, request: DispatchRequest) -> None:
         if request.route is not None:

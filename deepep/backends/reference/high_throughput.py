@@ -64,13 +64,15 @@ class RowExchange(Protocol):
 # Layout
 
 
-def empty_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Layout:
+def empty_layout(
+    topk_idx: Tensor, num_experts: int, num_ranks: int, ranks_per_domain: int = RANKS_PER_DOMAIN
+) -> Layout:
     """A layout's tensors, to be filled. Raises CapacityError."""
 
     def counts(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
-    domains = -(-num_ranks // RANKS_PER_DOMAIN)
+    domains = -(-num_ranks // ranks_per_domain)
     with checks.memory_for("num_experts", num_experts):
         per_expert = counts(num_experts)
     return Layout(
@@ -81,13 +83,19 @@ def empty_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Layout:
     )
 
 
-def fill_layout(layout: Layout, topk_idx: Tensor, num_experts: int, num_ranks: int) -> None:
+def fill_layout(
+    layout: Layout,
+    topk_idx: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    ranks_per_domain: int = RANKS_PER_DOMAIN,
+) -> None:
     """The compiled rules on the host, the reference's on a device."""
     if topk_idx.is_cuda:
         from deepep.reference.layout import dispatch_layout
     else:
         from deepep.layout import dispatch_layout  # type: ignore[assignment]
-    made = dispatch_layout(topk_idx, num_experts, num_ranks, RANKS_PER_DOMAIN)
+    made = dispatch_layout(topk_idx, num_experts, num_ranks, ranks_per_domain)
     layout.num_tokens_per_rank.copy_(made.num_tokens_per_rank)
     layout.num_tokens_per_expert.copy_(made.num_tokens_per_expert)
     layout.is_token_in_rank.copy_(made.is_token_in_rank)

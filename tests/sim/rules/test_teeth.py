@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,15 @@ from deepep.sim.fuzz.fuzzer import Fuzzer, FuzzReport
 from deepep.sim.rules.oracle import GlobalView
 
 EXAMPLES = 320
-#: Files that one mode's operations alone use.
-MODES = {
-    "all_to_all": "ht",
-    "high_throughput": "ht",
-    "all_to_all_low_latency": "ll",
-    "low_latency": "ll",
-    "formats": "ll",
-    "logfmt_wire": "ll",
+#: Files that some operations alone use, and the options that choose those.
+FIXED = {
+    "all_to_all": {"mode": "ht"},
+    "high_throughput": {"mode": "ht"},
+    "two_level": {"mode": "ht", "reduce": "domain"},
+    "all_to_all_low_latency": {"mode": "ll"},
+    "low_latency": {"mode": "ll"},
+    "formats": {"mode": "ll"},
+    "logfmt_wire": {"mode": "ll"},
 }
 
 
@@ -45,6 +46,7 @@ class Defect:
     file: str
     old: str
     new: str
+    fixed: dict[str, object] = field(default_factory=dict)  # options of the cases that show it
 
 
 # fmt: off
@@ -83,6 +85,22 @@ EXCHANGE = [
     Defect("masked ranks waited for in combine", "all_to_all",
            "return [count if rank in wire.members else 0 for rank, count in enumerate(counts)]",
            "return list(counts)"),
+    Defect("a token crosses once for each rank", "two_level",
+           "in_domain.any(1).nonzero().flatten()", "in_domain.nonzero()[:, 0]"),
+    Defect("rows in the order of their gateways", "two_level",
+           "received[relay.row] = rows", "received = rows"),
+    Defect("a domain's sum in bfloat16", "two_level", "accumulator_dtype(rows.dtype)", "rows.dtype"),
+    Defect("a domain's first row added to zero", "two_level",
+           "torch.where(self._started[tokens], self._x[tokens] + term, term)", "self._x[tokens] + term"),
+    Defect("a domain's last weights win", "two_level",
+           'self._weights[tokens] += fields', 'self._weights[tokens] = fields'),
+    Defect("masked ranks are neighbours", "two_level",
+           "[r for r in ranks[first : first + ranks_per_domain] if r in wire.members]",
+           "list(ranks[first : first + ranks_per_domain])"),
+    Defect("every rank of a domain asks one gateway", "two_level",
+           "(rank - start) % size", "rank"),
+    Defect("rows returned in the order they came", "two_level",
+           "pack_records(fields)[relay.row]", "pack_records(fields)[relay.row.sort().values]"),
     Defect("members taken for ranks", "wire",
            "[send_counts[m] for m in self.members],", "list(send_counts[: len(self.members)]),"),
     Defect("gathered in order of membership", "wire",
@@ -154,6 +172,17 @@ GLOBAL_VIEW = [
     Defect("counts of masked senders added", "high_throughput",
            "for source, count in enumerate(counts):\n        if not {source, rank} & set(masked):",
            "for source, count in enumerate(counts):\n        if rank not in masked:"),
+    Defect("domains' sums not rounded", "high_throughput",
+           "round_to(domain.value[crossing], xs[owner].dtype)", "domain.value[crossing]"),
+    Defect("the own domain's sum not rounded", "high_throughput",
+           "round_to(domain.value[crossing], xs[owner].dtype)",
+           "domain.value[crossing] if first <= owner < first + per_domain else "
+           "round_to(domain.value[crossing], xs[owner].dtype)"),
+    Defect("the last domain first", "high_throughput",
+           "in range(0, num_ranks, per_domain)", "in reversed(range(0, num_ranks, per_domain))",
+           {"reduce": "domain", "ranks_per_node": 1, "values": "normal"}),
+    Defect("a single domain's sum rounded before the biases", "high_throughput",
+           "several_domains = per_domain < num_ranks", "several_domains = per_domain <= num_ranks"),
     Defect("a sum that starts from +0.0", "ordered_sum",
            "torch.where(self.started[tokens], self.value[tokens] + terms, terms)",
            "self.value[tokens] + terms"),
@@ -209,7 +238,7 @@ def exchange_with(folder: str, name: str):
     """One rank's program: the all_to_all implementation of package `name`."""
 
     def run_rank(ctx, case):
-        files = ("wire", "layout", "all_to_all", "all_to_all_low_latency")
+        files = ("wire", "layout", "all_to_all", "all_to_all_low_latency", "two_level")
         return run_all_to_all(ctx, case, Implementation(*(module_of(folder, name, f) for f in files)))
 
     return run_rank
@@ -229,10 +258,8 @@ def caught(defect: Defect | None, kind: str, number: int, folder: Path, world_of
         subject = subjects.InWorld(name, exchange_with(str(folder), name), world_of, timeout=5.0)
     else:
         subject = subjects.reference(global_view_of(str(folder), name))
-    mode = MODES.get(defect.file) if defect is not None else None
-    limits = Limits(
-        ranks=(3, 4), hidden=(16, 128, 640), masks=0.3, fixed={} if mode is None else {"mode": mode}
-    )
+    fixed = {} if defect is None else {**FIXED.get(defect.file, {}), **defect.fixed}
+    limits = Limits(ranks=(3, 4), hidden=(16, 128, 640), masks=0.3, fixed=fixed)
     return Fuzzer([subject], seed=1, limits=limits, relations=()).run(examples=EXAMPLES, shrink=False)
 
 
