@@ -3,6 +3,8 @@
 import torch
 
 from deepep.api.buffer import Buffer
+from deepep.api.elastic import ElasticBuffer
+from deepep.api.ep_handle import EPHandle
 from deepep.compat import install_as_deep_ep
 from deepep.config import Config
 from deepep.errors import (
@@ -38,6 +40,8 @@ __all__ = [
     "DeepEPError",
     "DestroyedError",
     "DeviceError",
+    "EPHandle",
+    "ElasticBuffer",
     "EventError",
     "EventHandle",
     "EventOverlap",

@@ -17,6 +17,9 @@ DEFAULT_NUM_SMS = 24
 """SMs of high-throughput kernels where nobody says how many: measured best for this library's kernels on H200
 (docs/performance.md). V1's own default, 20, remains that of a `Config()` made without arguments."""
 
+DEFAULT_SYMMETRIC_BYTES = 3 << 30
+"""Symmetric memory of a rank where nobody says how much."""
+
 _MOST = 2**31 - 1
 
 _TOKEN_META_BYTES = 8 + 128 * 8 + 128 * 4 + 128 * 4

@@ -74,7 +74,7 @@ def engine_options(
     try:
         options = replace(
             options,
-            timeout=_timeout(timeout),
+            timeout=timeout_of(timeout),
             low_latency=check_flag("low_latency_mode", low_latency),
             masks=check_flag("enable_shrink", masks),
         )
@@ -95,7 +95,8 @@ def engine_options(
         return replace(options, problem=problem), None
 
 
-def _timeout(given: object) -> float:
+def timeout_of(given: object) -> float:
+    """The constructor's time-out; None: DEEPEP_TIMEOUT, else the default."""
     allowed = f"more than 0, at most {LONGEST_TIMEOUT:,} seconds"
     seconds: Any
     if given is not None:
@@ -117,6 +118,11 @@ def _symmetric_bytes(given: int | None) -> int:
     """The size of the symmetric memory; 0 leaves it to the backend."""
     if given is not None:
         return _check_bytes("symmetric_bytes", given, 1)
+    return environment_bytes()
+
+
+def environment_bytes() -> int:
+    """DEEPEP_SYMMETRIC_BYTES; 0 if it is not set."""
     text = os.environ.get("DEEPEP_SYMMETRIC_BYTES", "")
     if not text:
         return 0

@@ -88,35 +88,10 @@ class Buffer(LowLatencyCalls):
     """SMs of high-throughput calls without a config: 24, what this library's kernels were measured best with
     (V1: 20). `set_num_sms` changes it for all buffers."""
 
-    def __repr__(self) -> str:
-        info = self._engine.info
-        state = ", destroyed" if self._destroyed else ""
-        return f"<deepep.Buffer: rank {info.rank} of {info.num_ranks}, backend {info.backend}{state}>"
-
     @property
     def info(self) -> BufferInfo:
         """Backend, what each operation runs on, memory and settings, as they are now; printable."""
-        self._check_alive()
-        engine = self._engine
-        about, options = engine.info, engine.info.options
-        memory = engine.memory()
-        if self._scratch:
-            memory["get_local_buffer_tensor"] = sum(tensor.numel() for tensor in self._scratch.values())
-        return BufferInfo(
-            backend=about.backend,
-            device=options.device,
-            rank=about.rank,
-            num_ranks=about.num_ranks,
-            ranks_per_domain=about.ranks_per_domain,
-            operations=about.operations,
-            memory=memory,
-            timeout=options.timeout,
-            num_sms=Buffer.num_sms,
-            low_latency_mode=options.low_latency,
-            enable_shrink=options.masks,
-            reduction=options.reduction,
-            masked_ranks=tuple(sorted(engine.masked)),
-        )
+        return self._info(Buffer.num_sms)
 
     # small things
 

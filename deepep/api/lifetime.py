@@ -1,4 +1,4 @@
-"""Construction of a Buffer, which all ranks make or none, and its end."""
+"""Construction of a buffer, which all ranks make or none, and its end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,106 @@ import torch
 import torch.distributed as dist
 
 from deepep.api import arguments
+from deepep.api.info import BufferInfo
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError
 from deepep.runtime.ambient import plainly
 from deepep.runtime.construction import construct
 from deepep.runtime.control.processes import only_here
+from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class BufferLifetime:
-    """A rank's part of a buffer, from its construction to its end. Arguments: deepep.api.buffer.Buffer."""
+class EngineOwner:
+    """Whoever has an engine of its own: Buffer, ElasticBuffer. Construction calls `_own`."""
+
+    def _own(self, engine: Engine, group: dist.ProcessGroup) -> None:
+        self._engine, self.runtime, self.group = engine, engine, group
+        self.rank = engine.info.rank
+        self._destroyed = False
+        self._scratch: dict[bool, torch.Tensor] = {}
+        # Also at interpreter exit: what was issued may still reach the peers, and no wait is without end.
+        self._finalizer = weakref.finalize(self, only_here(engine.close))
+        self._leave, self._abandon = only_here(engine.leave), only_here(engine.abandon)
+
+    def destroy(self) -> None:
+        """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
+
+        Collective: waits, up to the time-out, for the other ranks to come to the same point, so that none of
+        them loses a message under way. A peer that does not come is not an error here.
+        """
+        if not self._destroyed:
+            self._destroyed = True
+            self._leave()
+            self._finalizer.detach()
+            self._scratch.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.destroy()
+        elif not self._destroyed:
+            # The others may be in another operation, or gone: nothing collective any more. And whatever goes
+            # wrong here as well, the caller's error is the one to see.
+            self._destroyed = True
+            self._finalizer.detach()
+            with contextlib.suppress(Exception):
+                self._abandon()
+            self._scratch.clear()
+
+    def __repr__(self) -> str:
+        info = self._engine.info
+        state = ", destroyed" if self._destroyed else ""
+        name = type(self).__name__
+        return f"<deepep.{name}: rank {info.rank} of {info.num_ranks}, backend {info.backend}{state}>"
+
+    def _info(self, num_sms: int) -> BufferInfo:
+        """Facts about the buffer, as they are now. num_sms: of calls that name none."""
+        self._check_alive()
+        engine = self._engine
+        about, options = engine.info, engine.info.options
+        memory = engine.memory()
+        if self._scratch:
+            memory["get_local_buffer_tensor"] = sum(tensor.numel() for tensor in self._scratch.values())
+        return BufferInfo(
+            backend=about.backend,
+            device=options.device,
+            rank=about.rank,
+            num_ranks=about.num_ranks,
+            ranks_per_domain=about.ranks_per_domain,
+            operations=about.operations,
+            memory=memory,
+            timeout=options.timeout,
+            num_sms=num_sms,
+            low_latency_mode=options.low_latency,
+            enable_shrink=options.masks,
+            reduction=options.reduction,
+            masked_ranks=tuple(sorted(engine.masked)),
+        )
+
+    def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
+        """Raises what a collective call raises before the engine has it, and takes it to the peers:
+        a wrong argument is refused, and that this rank raises anything else is posted.
+        """
+        if isinstance(error, ArgumentError):
+            self._engine.refuse(operation, error, schedule)
+        if not isinstance(error, DeepEPError) and self._engine.tell_peers is not None:
+            self._engine.tell_peers(error)
+        raise error
+
+    def _check_alive(self) -> None:
+        if self._destroyed:
+            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")
+
+
+class BufferLifetime(EngineOwner):
+    """A rank's part of a Buffer, from its construction to its end. Arguments: deepep.api.buffer.Buffer."""
 
     def __init__(
         self,
@@ -74,9 +162,7 @@ class BufferLifetime:
             ranks_per_domain=ranks_per_domain,
             device=device,
         )
-        self._engine = construct(options, backend, asked)
-        self.group = group
-        self.rank = self._engine.info.rank
+        self._own(construct(options, backend, asked), group)
         self.group_size = self._engine.info.num_ranks
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -84,52 +170,3 @@ class BufferLifetime:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = options.masks
         self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
-        self.runtime = self._engine
-        self._destroyed = False
-        self._scratch: dict[bool, torch.Tensor] = {}
-        # Also at interpreter exit: what was issued may still reach the peers, and no wait is without end.
-        self._finalizer = weakref.finalize(self, only_here(self._engine.close))
-        self._leave, self._abandon = only_here(self._engine.leave), only_here(self._engine.abandon)
-
-    def destroy(self) -> None:
-        """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
-
-        Collective: waits, up to the time-out, for the other ranks to come to the same point, so that none of
-        them loses a message under way. A peer that does not come is not an error here.
-        """
-        if not self._destroyed:
-            self._destroyed = True
-            self._leave()
-            self._finalizer.detach()
-            self._scratch.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.destroy()
-        elif not self._destroyed:
-            # The others may be in another operation, or gone: nothing collective any more. And whatever goes
-            # wrong here as well, the caller's error is the one to see.
-            self._destroyed = True
-            self._finalizer.detach()
-            with contextlib.suppress(Exception):
-                self._abandon()
-            self._scratch.clear()
-
-    def _refuse(self, operation: Operation, error: BaseException, schedule: Schedule) -> NoReturn:
-        """Raises what a collective call raises before the engine has it, and takes it to the peers:
-        a wrong argument is refused, and that this rank raises anything else is posted.
-        """
-        if isinstance(error, ArgumentError):
-            self._engine.refuse(operation, error, schedule)
-        if not isinstance(error, DeepEPError) and self._engine.tell_peers is not None:
-            self._engine.tell_peers(error)
-        raise error
-
-    def _check_alive(self) -> None:
-        if self._destroyed:
-            raise DestroyedError(f"rank {self.rank}: the buffer was destroyed")

@@ -60,6 +60,27 @@ class CudaCompletion(Completion):
         self.event.synchronize()
 
 
+class AllOf(Completion):
+    """Several pieces of work; it is over once all are."""
+
+    def __init__(self, *parts: Completion) -> None:
+        self.parts = parts
+
+    def current_stream_wait(self) -> None:
+        for part in self.parts:
+            part.current_stream_wait()
+
+    def host_wait(self) -> None:
+        for part in self.parts:
+            part.host_wait()
+
+
+def after_all(*parts: Completion | None) -> Completion | None:
+    """The end of all of these that there are; None if there are none."""
+    there = [part for part in parts if part is not None]
+    return AllOf(*there) if len(there) > 1 else there[0] if there else None
+
+
 def now() -> Completion:
     """The end of everything the current stream holds so far; on the host that is already done."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -6,14 +6,15 @@ Requests and results: deepep.runtime.requests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
 from deepep.errors import ArgumentError
 from deepep.runtime.completion import Completion
+from deepep.runtime.local_rows import LocalRows
 from deepep.runtime.requests import (
     Combined,
     CombineRequest,
@@ -39,6 +40,8 @@ Reduction = Literal["exact", "expert_rank"]
 rows and returns one, rounded to bf16; the token's owner sums those, ranks ascending, and rounds once more.
 "exact": every row returns to the owner, who sums them, k ascending, and rounds once: more bytes."""
 
+
+Made = TypeVar("Made", bound=Sequence[torch.Tensor | None])
 
 _CPU = torch.device("cpu")
 
@@ -113,6 +116,9 @@ class Engine(ABC):
     """Called with an exception that is none of this library's and that a collective call raises on this rank
     alone: the peers raise PeerTimeoutError with its name. Set by whoever constructs the engine."""
 
+    local_rows: LocalRows = LocalRows()
+    """Work on received rows that a rank does on its own, as this backend does it."""
+
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds at present for the engine, by what they are for."""
         return {}
@@ -138,6 +144,24 @@ class Engine(ABC):
     @abstractmethod
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         """High-throughput combine: a plain sum over the ranks, ascending, after the biases."""
+
+    def locally(
+        self,
+        make: Callable[[], Made],
+        fill: Callable[[Made], None],
+        given: Sequence[torch.Tensor | None],
+        schedule: Schedule,
+    ) -> tuple[Made, Completion | None]:
+        """Work that does not communicate, in its turn among this rank's operations.
+
+        make: allocates what `fill` then writes, of the tensors `given` and of what a closure holds.
+        """
+        raise NotImplementedError(f"{self.info.backend}: it runs no work between its operations")
+
+    def rows_by_source(self, route: Route) -> torch.Tensor:
+        """[R] int32 on the device: rows received from each rank. Makes the host wait for no device."""
+        own = self.route_counts(route)[:, self.info.rank]
+        return own.to(route.is_token_in_rank.device, torch.int32)
 
     def route_counts(self, route: Route) -> torch.Tensor:
         """[R, R] int64 on the host: rows from each source (first index)
@@ -187,6 +211,10 @@ class Engine(ABC):
     @abstractmethod
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         """Returns once every rank has called it; `arguments` must agree."""
+
+    def stream_barrier(self) -> None:
+        """A barrier in streams' order: the current one goes on once all ranks' have come to this point."""
+        self.barrier(Schedule())
 
     @abstractmethod
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:

@@ -32,6 +32,7 @@ from deepep.runtime.requests import (
     Schedule,
 )
 from deepep.sim.emulator.all_to_all import EmulatedAllToAll
+from deepep.sim.emulator.local_rows import EmulatedRows
 from deepep.sim.emulator.low_latency_exchange import EmulatedLowLatencyExchange
 
 
@@ -47,6 +48,7 @@ class EmulatorEngine(ReferenceEngine):
         operations = {**self.info.operations, **dict.fromkeys(names, "emulated kernels")}
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._kernels = EmulatedAllToAll()
+        self.local_rows = EmulatedRows()
         exchange = EmulatedLowLatencyExchange(int(os.environ.get("DEEPEP_EMULATOR_SEED", "0")))
         self._low_latency = LowLatencyOperations(self._control, self, exchange)
 

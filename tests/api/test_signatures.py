@@ -163,6 +163,90 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     },
 }
 
+ELASTIC: dict[str, dict[str, Any]] = {
+    "__init__": {
+        "group": REQUIRED,
+        "num_bytes": None,
+        "num_cpu_bytes": 0,
+        "num_max_tokens_per_rank": 0,
+        "hidden": 0,
+        "num_topk": 0,
+        "use_fp8_dispatch": False,
+        "deterministic": False,
+        "allow_hybrid_mode": True,
+        "allow_multiple_reduction": True,
+        "prefer_overlap_with_compute": True,
+        "sl_idx": 3,
+        "num_allocated_qps": 0,
+        "num_cpu_timeout_secs": 300,
+        "num_gpu_timeout_secs": 100,
+        "explicitly_destroy": False,
+    },
+    "destroy": {},
+    "get_buffer_size_hint": {
+        "group": REQUIRED,
+        "num_max_tokens_per_rank": REQUIRED,
+        "hidden": REQUIRED,
+        "num_topk": 0,
+        "use_fp8_dispatch": False,
+        "allow_hybrid_mode": True,
+        "allow_multiple_reduction": True,
+    },
+    "get_theoretical_num_sms": {
+        "num_experts": REQUIRED,
+        "num_topk": REQUIRED,
+        "num_scaleout_topk": 0,
+        "rdma_gbs": 0,
+        "nvlink_gbs": 0,
+        "sm_read_gbs": 200,
+        "sm_write_gbs": 50,
+    },
+    "get_theoretical_num_qps": {"num_sms": REQUIRED},
+    "get_physical_domain_size": {},
+    "get_logical_domain_size": {},
+    "get_comm_stream": {},
+    "capture": {},
+    "barrier": {"use_comm_stream": True, "with_cpu_sync": False, "sequential": True},
+    "dispatch": {
+        "x": REQUIRED,
+        "topk_idx": None,
+        "topk_weights": None,
+        "cumulative_local_expert_recv_stats": None,
+        "num_experts": None,
+        "num_max_tokens_per_rank": None,
+        "expert_alignment": None,
+        "num_sms": 0,
+        "num_qps": 0,
+        "previous_event": None,
+        "previous_event_before_epilogue": None,
+        "async_with_compute_stream": False,
+        "allocate_on_comm_stream": False,
+        "handle": None,
+        "do_handle_copy": True,
+        "do_cpu_sync": None,
+        "do_expand": False,
+        "do_zero_padding": False,
+        "use_tma_aligned_col_major_sf": False,
+    },
+    "combine": {
+        "x": REQUIRED,
+        "handle": REQUIRED,
+        "topk_weights": None,
+        "bias": None,
+        "num_sms": 0,
+        "num_qps": 0,
+        "previous_event": None,
+        "previous_event_before_epilogue": None,
+        "async_with_compute_stream": False,
+        "allocate_on_comm_stream": False,
+    },
+}
+
+ELASTIC_KEYWORDS: dict[str, dict[str, Any]] = {
+    "__init__": {"backend": None, "device": None},
+    "dispatch": {"num_max_expanded_tokens": None},
+}
+
 OTHERS: dict[Any, dict[str, Any]] = {
     deepep.Config: {
         "num_sms": 20,
@@ -192,6 +276,18 @@ def test_buffers_methods(name: str) -> None:
     method = getattr(deepep.Buffer, name)
     assert list(parameters(method).items()) == list(BUFFER[name].items())
     assert parameters(method, keyword_only=True) == KEYWORDS.get(name, {})
+
+
+@pytest.mark.parametrize("name", ELASTIC)
+def test_elastic_buffers_methods(name: str) -> None:
+    method = getattr(deepep.ElasticBuffer, name)
+    assert list(parameters(method).items()) == list(ELASTIC[name].items())
+    assert parameters(method, keyword_only=True) == ELASTIC_KEYWORDS.get(name, {})
+
+
+def test_nothing_public_beside_elastic_buffers() -> None:
+    public = {name for name in dir(deepep.ElasticBuffer) if not name.startswith("_")}
+    assert public - {"info"} == set(ELASTIC) - {"__init__"}
 
 
 def test_nothing_public_beside_it() -> None:

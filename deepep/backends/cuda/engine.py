@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
 from deepep.backends.cuda.launch import Counts, Endpoint, Phase, Plan
 from deepep.backends.cuda.layout import LayoutKernel
+from deepep.backends.cuda.local_rows import RowKernels
 from deepep.backends.cuda.low_latency import CudaLowLatency
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
@@ -37,7 +38,7 @@ from deepep.errors import (
 from deepep.runtime import checks, streams
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import LAST_MOMENT, ControlPlane
-from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Observer
+from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
     Combined,
@@ -92,6 +93,7 @@ class CudaEngine(Engine):
             ranks_per_domain=RANKS_PER_DOMAIN,
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.local_rows = RowKernels(self.index)
         self.last_layout: tuple[Tensor, Layout] | None = None
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
@@ -182,7 +184,36 @@ class CudaEngine(Engine):
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         self._control.barrier(schedule, arguments)
 
+    def stream_barrier(self) -> None:
+        with self.issuing:
+            if self.unsettled:
+                self._settle(Operation.BARRIER, torch.cuda.is_current_stream_capturing())
+            self.symmetric.endpoint.barrier(streams.current_address(self.index))
+
+    def locally(
+        self,
+        make: Callable[[], Made],
+        fill: Callable[[Made], None],
+        given: Sequence[Tensor | None],
+        schedule: Schedule,
+    ) -> tuple[Made, Completion | None]:
+        with self.issuing:
+            if schedule.after is None and not schedule.asynchronous:
+                made = make()
+                fill(made)
+                return made, None
+            with CommStream(self.comm, self._layout_kernel.domain, schedule.after):
+                made = make()
+                fill(made)
+            return made, hand_out(self.comm, None, schedule, tuple(given), tuple(made))
+
     # routes
+
+    def rows_by_source(self, route: Route) -> Tensor:
+        plan = self._plan_of(route)
+        if plan.stream != streams.current_address(self.index):
+            plan.table.record_stream(streams.current(self.index))
+        return plan.counts[:, self.info.rank]
 
     def route_counts(self, route: Route) -> Tensor:
         plan, ranks = self._plan_of(route), self.info.num_ranks

@@ -4,7 +4,7 @@ an engine, on gloo or NCCL groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
@@ -21,7 +21,7 @@ from deepep.reference.two_level import TwoLevelExchange
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
-from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Observer
+from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
     Combined,
@@ -138,6 +138,19 @@ class ReferenceEngine(Engine):
     def _check_combine(self, request: CombineRequest) -> None:
         checks.check_own(request.route, self)
         checks.check_combine(request, self.info.device_type)
+
+    def locally(
+        self,
+        make: Callable[[], Made],
+        fill: Callable[[Made], None],
+        given: Sequence[Tensor | None],
+        schedule: Schedule,
+    ) -> tuple[Made, Completion | None]:
+        with self._control.issuing:
+            with self._control.queue.allocating(schedule.allocate_on_comm_stream):
+                made = make()
+            completion = self._control.locally(lambda: fill(made), schedule, (*given, *made))
+            return made, self._control.finish(schedule, completion)
 
     def route_counts(self, route: Route) -> Tensor:
         return torch.tensor(high_throughput.plan_of(route).counts, dtype=torch.int64, device="cpu")

@@ -13,8 +13,8 @@ from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.overflow import OverflowArea
 from deepep.backends.cuda.memory.pool import SEGMENT, ReceivePool
+from deepep.config import DEFAULT_SYMMETRIC_BYTES
 
-DEFAULT_SYMMETRIC_BYTES = 3 << 30
 #: rows to receive if all else fails, until the rows are counted
 LEAST_ROWS = 64
 #: seconds that a copy engine has for its last rows once the kernels have ended; else it keeps the heaps

@@ -1,0 +1,343 @@
+"""Dispatches and combines with one row per (token, local expert), composed of an engine's operations.
+
+A dispatch is the engine's, and behind it, on this rank alone, its *epilogue*: rows to the places of their
+lanes. A combine has a *prologue*: a rank's lanes summed to one row a token; or, where the owner is to sum all
+lanes in one go, every lane's row is dispatched back to it. `_Epilogue` and `_prologue` are what kernels that
+write and read expanded rows themselves would make superfluous.
+
+Shapes: R ranks, E experts, L local experts, K top-k, T tokens here, H hidden, M maximum tokens per rank, N
+rows received, X rows of the expanded layout, P scales per token. A *lane* is one of a token's K entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deepep.errors import CapacityError
+from deepep.runtime.completion import Completion, after_all, now
+from deepep.runtime.elastic_requests import (
+    ElasticCombineRequest,
+    ElasticDispatched,
+    ElasticDispatchRequest,
+    ElasticRoute,
+    align,
+    aligned,
+    count_lanes,
+    worst_rows,
+)
+from deepep.runtime.engine import Engine
+from deepep.runtime.local_rows import settle_nans
+from deepep.runtime.requests import Combined, CombineRequest, DispatchRequest, Schedule
+
+
+def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule) -> ElasticDispatched:
+    """A dispatch along a new route."""
+    topk_idx, weights = request.topk_idx, request.topk_weights
+    assert topk_idx is not None
+    num_ranks, num_topk = engine.info.num_ranks, topk_idx.shape[-1]
+    done = engine.dispatch(
+        DispatchRequest(
+            request.x,
+            request.scales,
+            num_experts=request.num_experts,
+            topk_idx=topk_idx,
+            topk_weights=_no_weights(topk_idx) if weights is None else weights,
+            num_worst_tokens=0 if request.wait_for_counts else num_ranks * request.num_max_tokens,
+            num_sms=request.num_sms,
+        ),
+        schedule,
+    )
+    assert done.topk_idx is not None
+    counts = done.num_tokens_per_expert if request.wait_for_counts else None
+    if counts is not None:
+        num_rows = sum(align(count, request.alignment) for count in counts)
+    else:
+        num_rows = worst_rows(
+            num_ranks * request.num_max_tokens,
+            num_topk,
+            request.num_experts // num_ranks,
+            request.alignment,
+        )
+        if request.num_max_rows is not None:
+            num_rows = min(num_rows, request.num_max_rows)
+    route = ElasticRoute(
+        done.route,
+        topk_idx,
+        done.topk_idx,
+        request.num_max_tokens,
+        request.alignment,
+        num_rows,
+        counts,
+    )
+    received = None if weights is None else done.topk_weights
+    return _Epilogue(engine, request, route, done.x, done.scales, received).run(schedule, done.completion)
+
+
+def dispatch_cached(
+    engine: Engine, route: ElasticRoute, request: ElasticDispatchRequest, schedule: Schedule
+) -> ElasticDispatched:
+    """A dispatch along `route`, which nothing is counted or waited for."""
+    weights, num_rows = request.topk_weights, route.recv_topk_idx.shape[0]
+    if weights is None:
+        again = DispatchRequest(request.x, request.scales, route=route.route, num_sms=request.num_sms)
+    else:  # an engine's cached dispatch has rows alone: a new one, whose number of rows is known
+        again = DispatchRequest(
+            request.x,
+            request.scales,
+            num_experts=route.route.num_experts,
+            topk_idx=route.topk_idx,
+            topk_weights=weights,
+            num_worst_tokens=max(1, num_rows),
+            num_sms=request.num_sms,
+        )
+    done = engine.dispatch(again, schedule)
+    x, scales, received = done.x, done.scales, done.topk_weights
+    if x.shape[0] > num_rows:
+        x = x[:num_rows]
+        scales, received = (None if t is None else t[:num_rows] for t in (scales, received))
+    return _Epilogue(engine, request, route, x, scales, received).run(schedule, done.completion)
+
+
+def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) -> Combined:
+    """Every token's rows, brought back to its owner and summed there."""
+    route, weights = request.route, request.topk_weights
+    schedule = _also_after(schedule, request.before_epilogue)
+    if route.slots is not None and request.single_reduction:
+        return _combine_lanes(engine, request, route.slots, schedule)
+    x = request.x
+    if route.slots is not None or weights is not None:
+        x, weights, reduced = _prologue(engine, request, schedule)
+        schedule = replace(schedule, after=reduced)
+    return engine.combine(CombineRequest(x, route.route, weights, request.biases, request.num_sms), schedule)
+
+
+def _prologue(
+    engine: Engine, request: ElasticCombineRequest, schedule: Schedule
+) -> tuple[Tensor, Tensor | None, Completion | None]:
+    """Rows [N, H] and weights [N, K], of this rank's lanes alone; and when they are there."""
+    x, weights = request.x, request.topk_weights
+    slots, lanes = request.route.slots, request.route.recv_topk_idx
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        rows = x if slots is None else x.new_empty(lanes.shape[0], x.shape[1])
+        return rows, None if weights is None else weights.new_empty(lanes.shape)
+
+    def fill(made: tuple[Tensor, Tensor | None]) -> None:
+        rows, own = made
+        if slots is not None:
+            engine.local_rows.reduce(x, slots, rows)
+        if own is not None and weights is not None:
+            of_lanes = weights if slots is None else _at(weights, slots)
+            own.copy_(torch.where(lanes >= 0 if slots is None else slots >= 0, of_lanes, 0.0))
+
+    (rows, own), completion = engine.locally(make, fill, (x, weights, slots, lanes), schedule)
+    return rows, own, completion
+
+
+def columns(rows: int, width: int, like: Tensor) -> Tensor:
+    """[rows, width] with strides (1, rows rounded up to 4), uninitialised."""
+    return like.new_empty(width, align(rows, 4)).t()[:rows]
+
+
+class _Epilogue:
+    """The part of a dispatch behind its rows' arrival, as far as it has one."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: ElasticDispatchRequest,
+        route: ElasticRoute,
+        x: Tensor,
+        scales: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        self._engine, self._request, self._route = engine, request, route
+        self._received = x, scales, weights
+        self._sorts = request.expand and route.slots is None
+        self._padding = request.zero_padding and request.expand and route.alignment > 1
+
+    def run(self, schedule: Schedule, arrived: Completion | None) -> ElasticDispatched:
+        """Runs it behind the rows' arrival."""
+        request, route, (x, scales, weights) = self._request, self._route, self._received
+        done = ElasticDispatched(x, scales, route.recv_topk_idx, weights, route, arrived)
+        turns = request.column_major and scales is not None
+        if request.expand or turns or request.loads is not None or request.before_epilogue is not None:
+            schedule = _also_after(replace(schedule, after=arrived), request.before_epilogue)
+            given = (x, scales, weights, route.recv_topk_idx, route.slots, request.loads)
+            made, done.completion = self._engine.locally(self._make, self._fill, given, schedule)
+            done.x, done.scales, done.topk_weights = made[:3]  # type: ignore[assignment]
+            if request.expand:
+                done.topk_idx = None
+                done.x = done.x[: route.num_rows]
+                if done.topk_weights is not None:
+                    done.topk_weights = done.topk_weights[: route.num_rows]
+        if request.topk_idx is not None:
+            route.completion = done.completion
+        return done
+
+    def _make(self) -> tuple[Tensor | None, ...]:
+        """x, scales, weights as they are handed out; and what the route keeps."""
+        request, route, (x, scales, weights) = self._request, self._route, self._received
+        lanes, num_rows = route.recv_topk_idx, x.shape[0]
+        if request.expand:
+            num_rows = route.num_rows
+            x = x.new_empty(num_rows + self._padding, x.shape[1])  # the last: for what has no place
+            weights = None if weights is None else weights.new_empty(num_rows + 1)
+        if self._sorts:
+            route.slots = lanes.new_empty(lanes.shape, dtype=torch.int64)
+            route.expert_counts = lanes.new_empty(route.num_local, dtype=torch.int32)
+            most = lanes.numel() + (route.alignment - 1) * route.num_local
+            if route.counts is None and num_rows < align(most, route.alignment):
+                route.overflow = lanes.new_zeros(1, dtype=torch.int32)
+        if scales is not None:
+            if request.column_major:
+                scales = columns(num_rows, scales.shape[1], scales)
+            elif request.expand:
+                scales = scales.new_empty(num_rows, scales.shape[1])
+        return x, scales, weights, route.slots, route.expert_counts, route.overflow
+
+    def _fill(self, made: tuple[Tensor | None, ...]) -> None:
+        request, route, received = self._request, self._route, self._received
+        x, scales, weights, slots, counts, overflow = made
+        if self._sorts:
+            self._place()
+        if request.loads is not None:
+            if counts is None:
+                counts = torch.empty_like(request.loads)
+                count_lanes(self._engine, route, counts)
+            request.loads.add_(counts)
+        if request.expand:
+            assert x is not None
+            assert slots is not None
+            self._engine.local_rows.spread(received[0], slots, x)
+            self._spread_fields(slots, scales, weights)
+            if self._padding:
+                x.view(torch.int64).index_fill_(0, self._gaps(), 0)
+        elif scales is not None and request.column_major and received[1] is not None:
+            scales.copy_(received[1])
+        if overflow is not None and request.num_max_rows is None and not overflow.is_cuda and int(overflow):
+            got = f"tokens that name experts twice, more than {route.num_rows} rows"
+            raise CapacityError("topk_idx", got, "do_cpu_sync=True for these", self._engine.info.rank)
+
+    def _place(self) -> None:
+        """The slots of a new route: sorted, aligned, inside of what there is."""
+        route, lanes = self._route, self._route.recv_topk_idx
+        assert route.slots is not None
+        assert route.expert_counts is not None
+        self._engine.local_rows.sort(lanes, route.slots, route.expert_counts)
+        if route.alignment > 1 and route.num_local > 1:
+            gaps = aligned(route.expert_counts, route.alignment) - route.expert_counts
+            shift = gaps.cumsum(0) - gaps  # [L] int64: of the experts before
+            route.slots += torch.where(lanes >= 0, shift[lanes.long().clamp(min=0)], 0)
+        if route.overflow is not None:
+            beyond = route.slots >= route.num_rows
+            route.overflow.copy_(beyond.any())
+            route.slots.masked_fill_(beyond, -1)
+
+    def _spread_fields(self, slots: Tensor, scales: Tensor | None, weights: Tensor | None) -> None:
+        """Scales and weights: few bytes a row. Without reading a value: nothing is waited for."""
+        num_rows, (_, given_scales, given_weights) = self._route.num_rows, self._received
+        at = torch.where(slots < 0, num_rows, slots).flatten()  # lanes without a row share one behind the end
+        if weights is not None and given_weights is not None:
+            weights.zero_().scatter_(0, at, given_weights.flatten())
+        if scales is not None and given_scales is not None and num_rows:
+            rows = torch.arange(slots.shape[0], device=slots.device).repeat_interleave(slots.shape[1])
+            none = given_scales.shape[0]
+            source = torch.full((num_rows + 1,), none, device=slots.device).scatter_(0, at, rows)[:num_rows]
+            padded = torch.cat([given_scales, given_scales.new_zeros(1, given_scales.shape[1])])
+            scales.copy_(padded.index_select(0, source))
+
+    def _gaps(self) -> Tensor:
+        """The rows between the experts', and the one behind all as often as it takes."""
+        route = self._route
+        assert route.expert_counts is not None
+        offset = torch.arange(route.alignment - 1, dtype=torch.int32, device=route.expert_counts.device)
+        end = route.expert_ends().unsqueeze(1)
+        length = (aligned(route.expert_counts, route.alignment) - route.expert_counts).unsqueeze(1)
+        at = torch.where(offset < length, end + offset, route.num_rows)
+        return at.clamp(max=route.num_rows).flatten().long()
+
+
+def _combine_lanes(
+    engine: Engine, request: ElasticCombineRequest, slots: Tensor, schedule: Schedule
+) -> Combined:
+    """Every lane's row travels to its token's owner, as a dispatch back; there it is one sum.
+
+    Rows come by rank, then expanded row: by expert, then token, then lane, as the owner's own lanes sort.
+    """
+    route, x, weights = request.route, request.x, request.topk_weights
+    num_rows, num_topk = x.shape[0], slots.shape[1]
+    num_tokens = route.route.num_tokens
+
+    def make_owners() -> tuple[Tensor, Tensor]:
+        return slots.new_empty(num_rows, 1), x.new_empty(num_rows, 1, dtype=torch.float32)
+
+    def fill_owners(made: tuple[Tensor, Tensor]) -> None:
+        owners, own = made
+        index = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
+        source = torch.searchsorted(route.rank_ends(), index, right=True).repeat_interleave(num_topk)
+        at = torch.where(slots < 0, num_rows, slots).flatten()
+        wide = slots.new_full((num_rows + 1,), -1).scatter_(0, at, source)
+        owners.copy_(wide[:num_rows].unsqueeze(1))
+        if weights is None:
+            own.zero_()
+        else:
+            own.copy_(weights.unsqueeze(1))
+
+    (owners, own), known = engine.locally(make_owners, fill_owners, (slots, weights), schedule)
+    schedule = replace(schedule, after=known)
+    done = engine.dispatch(
+        DispatchRequest(
+            x,
+            num_experts=engine.info.num_ranks,
+            topk_idx=owners,
+            topk_weights=own,
+            num_worst_tokens=max(1, route.topk_idx.numel()),
+            num_sms=request.num_sms,
+        ),
+        schedule,
+    )
+
+    def make_sums() -> tuple[Tensor, Tensor | None]:
+        out = x.new_empty(num_tokens, x.shape[1])
+        return out, None if weights is None else weights.new_empty(num_tokens, num_topk)
+
+    def fill_sums(made: tuple[Tensor, Tensor | None]) -> None:
+        out, returned = made
+        at = slots.new_empty(route.topk_idx.shape)
+        per_expert = slots.new_empty(route.route.num_experts, dtype=torch.int32)
+        engine.local_rows.sort(route.topk_idx, at, per_expert)
+        engine.local_rows.reduce(done.x, at, out, request.biases)
+        if returned is not None and done.topk_weights is not None:
+            returned.copy_(torch.where(at >= 0, _at(done.topk_weights.flatten(), at), 0.0) + 0.0)
+            settle_nans(returned, returned)
+
+    given = (done.x, done.topk_weights, route.topk_idx, *request.biases)
+    (out, returned), completion = engine.locally(
+        make_sums, fill_sums, given, replace(schedule, after=done.completion)
+    )
+    return Combined(out, returned, completion)
+
+
+def _also_after(schedule: Schedule, event: Completion | None) -> Schedule:
+    """The schedule of work that comes behind `event` as well."""
+    if event is None:
+        return schedule
+    if schedule.after is None and not schedule.asynchronous:
+        event.current_stream_wait()
+        return schedule
+    return replace(schedule, after=after_all(schedule.after or now(), event))
+
+
+def _no_weights(topk_idx: Tensor) -> Tensor:
+    return torch.zeros(topk_idx.shape, dtype=torch.float32, device=topk_idx.device)
+
+
+def _at(values: Tensor, slots: Tensor) -> Tensor:
+    """values [X] -> [N, K]: each lane's; anything where it has none."""
+    if values.shape[0] == 0:
+        return values.new_zeros(slots.shape)
+    return values[slots.clamp(min=0)]
