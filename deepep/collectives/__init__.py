@@ -1,1 +1,10 @@
-"""Sums of gradients over the ranks: number formats on the wire, and schedules that move them."""
+"""Sums of gradients over the ranks: number formats on the wire, and schedules that move them.
+
+Communicator     all-reduces between the ranks of a group, by a plan
+ReductionPlan    schedule, codec, groups; a file that can be pinned
+"""
+
+from deepep.collectives.communicator import Communicator, PendingReduction
+from deepep.collectives.plan import ReductionPlan
+
+__all__ = ["Communicator", "PendingReduction", "ReductionPlan"]

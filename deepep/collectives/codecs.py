@@ -132,5 +132,5 @@ class FixedPoint:
         return values
 
     def part(self, first: int, end: int) -> FixedPoint:
-        """The units of the elements [first, end); `first` begins a block."""
-        return FixedPoint(self.exponents[first // BLOCK : num_blocks(end)], self.headroom)
+        """The units of the elements [first, end); `first` begins a block, or is the end."""
+        return FixedPoint(self.exponents[num_blocks(first) : num_blocks(end)], self.headroom)

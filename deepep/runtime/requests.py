@@ -37,6 +37,7 @@ class Operation(IntEnum):
     BARRIER = 5
     DESTROY = 6
     ACKNOWLEDGE = 7
+    ALL_REDUCE = 8
 
     @property
     def label(self) -> str:

@@ -1,0 +1,50 @@
+"""The rule for all-reduces: every rank has the bits that the oracle says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep.collectives.communicator import Communicator
+from deepep.reference.all_reduce import all_reduce
+from deepep.sim.cases.reductions import ReductionCase, draw_reduction
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def expected(case: ReductionCase) -> Tensor:
+    """The oracle's result of a case."""
+    plan = case.plan
+    return all_reduce(
+        case.inputs(),
+        plan.schedule,
+        plan.codec,
+        inner=plan.inner or None,
+        groups=plan.groups or None,
+        mean=case.mean,
+        dice=case.dice,
+    )
+
+
+def same_numbers(got: Tensor, want: Tensor) -> bool:
+    """Equal bits, signed zeros told apart; a NaN is any other's equal, for its bits are the processor's."""
+    nan = want.isnan()
+    if got.dtype != want.dtype or not torch.equal(got.isnan(), nan):
+        return False
+    return torch.equal(got[~nan].view(_BITS[got.itemsize]), want[~nan].view(_BITS[got.itemsize]))
+
+
+def failing_reductions(context: Any, seeds: Iterable[int]) -> list[str]:
+    """Runs drawn cases on a rank of a world; those that fail there, in words. Collective."""
+    failed = []
+    with Communicator(context.group, timeout=60.0) as comm:
+        for seed in seeds:
+            case = draw_reduction(seed, context.num_ranks)
+            tensor = case.inputs()[context.rank]
+            comm.all_reduce(tensor, case.plan, mean=case.mean, dice=case.dice)
+            if not same_numbers(tensor, expected(case)):
+                failed.append(f"rank {context.rank}: {case}")
+    return failed
