@@ -1,8 +1,8 @@
 """install_as_deep_ep: existing clients of DeepEP run on this library unchanged.
 
 They import it by several names, and some look before they import (importlib.util.find_spec, the version in
-importlib.metadata): whatever they find is this library. ElasticBuffer (V2) and `deep_ep.buffers.elastic` are
-not there, so clients that ask for it learn that it is not.
+importlib.metadata): whatever they find is this library, V1's Buffer and V2's ElasticBuffer. Of V2 its MoE
+part is there; clients that look for `engram_fetch`, `pp_send` or `all_gather` learn that they are not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UTILS = ("envs", "event", "math", "testing")
 
 
 def install_as_deep_ep() -> None:
-    """Make `import deep_ep` give this library, and with it `deep_ep.buffer`, `deep_ep.buffers.legacy`,
-    `deep_ep.utils` and its modules, `deep_ep._C`, and `deep_ep_cpp`.
+    """Make `import deep_ep` give this library, and with it `deep_ep.buffer`, `deep_ep.buffers.legacy` and
+    `.elastic`, `deep_ep.utils` and its modules, `deep_ep._C`, and `deep_ep_cpp`.
 
     Call it before the client is imported. Raises RuntimeError if another `deep_ep` has been imported already.
     """
@@ -39,10 +39,14 @@ def install_as_deep_ep() -> None:
         sys.meta_path.append(_Metadata())
     extension = _extension(deepep)
     legacy = _module(f"{_NAME}.buffers.legacy", "V1's Buffer.", Buffer=deepep.Buffer, Config=deepep.Config)
-    buffers = _module(f"{_NAME}.buffers", "Buffers, by V2's names.", Buffer=deepep.Buffer, legacy=legacy)
+    v2 = {"ElasticBuffer": deepep.ElasticBuffer, "EPHandle": deepep.EPHandle}
+    elastic = _module(f"{_NAME}.buffers.elastic", "V2's ElasticBuffer and its handle.", **v2)
+    both = {"Buffer": deepep.Buffer, "legacy": legacy, "elastic": elastic, **v2}
+    buffers = _module(f"{_NAME}.buffers", "Buffers, by V2's names.", **both)
     buffers.__path__ = []  # a package, and nothing else in it
     utils = importlib.import_module("deepep.utils")
-    modules = {_NAME: deepep, f"{_NAME}.buffer": buffer, f"{_NAME}.buffers": buffers, legacy.__name__: legacy}
+    modules = {_NAME: deepep, f"{_NAME}.buffer": buffer, f"{_NAME}.buffers": buffers}
+    modules |= {module.__name__: module for module in (legacy, elastic)}
     modules |= {f"{_NAME}.utils": utils, _CPP: extension, f"{_NAME}._C": extension}
     for name in _UTILS:
         modules[f"{_NAME}.utils.{name}"] = importlib.import_module(f"deepep.utils.{name}")

@@ -34,7 +34,8 @@ assert [b.available()[0] for b in registry.backends() if b.name == "reference"] 
 
 
 INSTALLED = (
-    *("deep_ep", "deep_ep._C", "deep_ep.buffer", "deep_ep.buffers", "deep_ep.buffers.legacy", "deep_ep_cpp"),
+    *("deep_ep", "deep_ep._C", "deep_ep.buffer", "deep_ep.buffers", "deep_ep_cpp"),
+    *("deep_ep.buffers.legacy", "deep_ep.buffers.elastic"),
     *("deep_ep.utils", *(f"deep_ep.utils.{name}" for name in ("envs", "event", "math", "testing"))),
 )
 
@@ -78,13 +79,26 @@ def test_it_is_found_before_it_is_imported(no_deep_ep: pytest.MonkeyPatch, name:
         assert getattr(importlib.import_module(parent), child) is sys.modules[name]
 
 
-def test_what_is_not_there_is_not_found(no_deep_ep: pytest.MonkeyPatch) -> None:
-    """Clients choose V2 where they find it."""
+def test_v2_is_found(no_deep_ep: pytest.MonkeyPatch) -> None:
+    """Clients choose V2 where they find it, by any of these."""
     deepep.install_as_deep_ep()
-    assert importlib.util.find_spec("deep_ep.buffers.elastic") is None
-    with pytest.raises(ImportError):
-        importlib.import_module("deep_ep.buffers.elastic")
-    assert not hasattr(importlib.import_module("deep_ep"), "ElasticBuffer")
+    import deep_ep
+    from deep_ep import ElasticBuffer, EPHandle
+    from deep_ep.buffers.elastic import ElasticBuffer as SameBuffer
+    from deep_ep.buffers.elastic import EPHandle as SameHandle
+
+    assert ElasticBuffer is SameBuffer is deep_ep.buffers.ElasticBuffer is deepep.ElasticBuffer
+    assert EPHandle is SameHandle is deep_ep.buffers.EPHandle is deepep.EPHandle
+
+
+def test_what_is_not_there_is_not_found(no_deep_ep: pytest.MonkeyPatch) -> None:
+    """Clients that look before they use V2's other primitives learn that they are not there."""
+    deepep.install_as_deep_ep()
+    import deep_ep
+
+    assert importlib.util.find_spec("deep_ep.buffers.else_where") is None
+    for name in ("engram_write", "engram_fetch", "pp_send", "pp_recv", "agrs_new_session", "all_gather"):
+        assert not hasattr(deep_ep.ElasticBuffer, name)
 
 
 def test_its_version_is_found(no_deep_ep: pytest.MonkeyPatch) -> None:
