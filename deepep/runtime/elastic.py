@@ -244,7 +244,7 @@ class _Epilogue:
         if weights is not None and given_weights is not None:
             weights.zero_().scatter_(0, at, given_weights.flatten())
         if scales is not None and given_scales is not None and num_rows:
-            rows = torch.arange(slots.shape[0], device=slots.device).repeat_interleave(slots.shape[1])
+            rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1).expand_as(slots).flatten()
             none = given_scales.shape[0]
             source = torch.full((num_rows + 1,), none, device=slots.device).scatter_(0, at, rows)[:num_rows]
             padded = torch.cat([given_scales, given_scales.new_zeros(1, given_scales.shape[1])])
@@ -278,9 +278,9 @@ def _combine_lanes(
     def fill_owners(made: tuple[Tensor, Tensor]) -> None:
         owners, own = made
         index = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
-        source = torch.searchsorted(route.rank_ends(), index, right=True).repeat_interleave(num_topk)
+        source = torch.searchsorted(route.rank_ends(), index, right=True).unsqueeze(1).expand_as(slots)
         at = torch.where(slots < 0, num_rows, slots).flatten()
-        wide = slots.new_full((num_rows + 1,), -1).scatter_(0, at, source)
+        wide = slots.new_full((num_rows + 1,), -1).scatter_(0, at, source.flatten())
         owners.copy_(wide[:num_rows].unsqueeze(1))
         if weights is None:
             own.zero_()
