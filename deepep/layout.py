@@ -21,6 +21,8 @@ from torch import Tensor
 import deepep._core as _core
 
 Array: TypeAlias = Tensor | np.ndarray
+CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/crossing.hpp
+RecordSizes = _core.RecordSizes  # the parts of its records
 LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 
 
@@ -234,6 +236,12 @@ def forwarding_rank(source: int, node: int, num_ranks: int, ranks_per_node: int)
     return rank
 
 
+def living_gateway(source: int, node: int, ranks_per_node: int, alive: Array) -> int:
+    """The same among the ranks that are `alive` [R] bool: the next one, cyclically; -1 if none of them is."""
+    rank: int = _core.living_gateway(source, node, ranks_per_node, _view(alive, "alive", "bool"))
+    return rank
+
+
 class NodeRoutes(NamedTuple):
     """Rows that one source sends to each node."""
 
@@ -316,3 +324,54 @@ def low_latency_rdma_size_hint(
         raise ValueError(f"num_experts: got {num_experts}; expected a multiple of num_ranks = {num_ranks}")
     size: int = LowLatencyBuffer(num_ranks, num_max_tokens, hidden, num_topk).total_bytes()
     return size
+
+
+# ---- crossings between domains: windows of tokens, chunks of records, two halves of a buffer
+
+
+class WindowTurn(NamedTuple):
+    """A window's turn in a buffer, by its number among all that went from one rank to another."""
+
+    half: int
+    arrivals: int  # each chunk's word says this once the chunk is here
+    credit: int  # the sender's credit must say this before it writes
+
+
+def window_turn(number: int) -> WindowTurn:
+    """The turn of the window with this number, from 0."""
+    return WindowTurn(*_core.window_turn(number))
+
+
+def windows(num_tokens: int, window: int) -> list[tuple[int, int]]:
+    """First token and the one past the last of each window of a call."""
+    return [_core.window_tokens(num_tokens, window, w) for w in range(_core.num_windows(num_tokens, window))]
+
+
+def records_in_chunks(num_records: int, window: int) -> list[int]:
+    """Records in each of a window's chunks, of a window that has `num_records`."""
+    num_chunks = window // _core.CHUNK_RECORDS
+    return [_core.records_in_chunk(num_records, chunk) for chunk in range(num_chunks)]
+
+
+def chunk_of_record(position: int) -> int:
+    """The chunk of the record with this position among the window's."""
+    chunk: int = _core.chunk_of_record(position)
+    return chunk
+
+
+def default_window(num_domains: int) -> int:
+    """Tokens of a window between so many domains."""
+    tokens: int = _core.default_window(num_domains)
+    return tokens
+
+
+def peer_of_domain(domain: int, own: int) -> int:
+    """The number of another domain among a rank's peers: the other domains, ascending."""
+    peer: int = _core.peer_of_domain(domain, own)
+    return peer
+
+
+def domain_of_peer(peer: int, own: int) -> int:
+    """The inverse of `peer_of_domain`."""
+    domain: int = _core.domain_of_peer(peer, own)
+    return domain

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/crossing.hpp"
 #include "layout/rules/gradients.hpp"
 #include "layout/rules/layout.hpp"
 #include "layout/rules/sizes.hpp"
@@ -175,6 +176,12 @@ int64_t forwarding_rank(int64_t source, int64_t domain, int64_t num_ranks, int64
   return host::forwarding_rank({num_ranks, num_ranks, ranks_per_domain}, source, domain);
 }
 
+int64_t living_gateway(int64_t source, int64_t domain, int64_t ranks_per_domain, const Array<bool>& alive) {
+  expect_shape(alive, {-1}, "alive");
+  const host::Group group{alive.shape(0), alive.shape(0), ranks_per_domain};
+  return host::living_gateway(group, source, domain, reinterpret_cast<const uint8_t*>(alive.data()));
+}
+
 void node_positions(const Array<bool>& is_token_in_rank, int64_t ranks_per_domain, int64_t num_parts,
                     Array<int64_t> masks, Array<int32_t> position, Array<int32_t> counts) {
   const auto in_rank = table(is_token_in_rank);
@@ -305,9 +312,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("low_latency_ranges", &low_latency_ranges, array("rows_per_expert"), "rank"_a, array("layout_range"),
         array("recv_count"));
   m.def("forwarding_rank", &forwarding_rank, "source"_a, "node"_a, "num_ranks"_a, "ranks_per_node"_a);
+  m.def("living_gateway", &living_gateway, "source"_a, "node"_a, "ranks_per_node"_a, array("alive"));
   m.def("node_positions", &node_positions, array("is_token_in_rank"), "ranks_per_node"_a, "num_parts"_a,
         array("masks"), array("position"), array("counts"));
   m.def("forwarded_rows", &forwarded_rows, array("masks"), array("first_rows"), array("rows"));
+
+  deepep::bindings::bind_crossing(m);
 
   m.def("max_rows_received", &host::max_rows_received, "num_ranks"_a, "num_max_tokens"_a);
   m.def("max_rows_expanded", &host::max_rows_expanded, "num_ranks"_a, "num_max_tokens"_a, "num_topk"_a,

@@ -176,10 +176,11 @@ def _run_batch(ctx: RankContext, run_rank: RunRank, cases: list[Case]) -> list[R
 def core() -> InProcess:
     """The layout core. It judges itself: it gives no views, but raises Violation."""
     from deepep.sim.rules.layout import PROPERTIES, Laid
+    from deepep.sim.rules.windows import CROSSING_PROPERTIES
 
     def observe(case: Case) -> list[RankView]:
         laid = Laid(case)
-        for holds in PROPERTIES:
+        for holds in (*PROPERTIES, *CROSSING_PROPERTIES):
             try:
                 holds(laid)
             except Violation as violation:

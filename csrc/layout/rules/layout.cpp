@@ -10,7 +10,7 @@
 #include "layout/rules/check.hpp"
 #include "layout/rules/expanded.hpp"
 #include "layout/rules/low_latency.hpp"
-#include "layout/rules/two_level.hpp"
+#include "layout/two_level.hpp"
 
 namespace deepep::host {
 
@@ -245,6 +245,14 @@ int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain) {
   expect_index("source", source, place.num_ranks);
   expect_index("node", domain, place.num_domains());
   return layout::forwarding_rank(int32_t(source), int32_t(domain), place);
+}
+
+int64_t living_gateway(const Group& group, int64_t source, int64_t domain, const uint8_t* alive) {
+  const layout::Placement place = placement(group);
+  expect_index("source", source, place.num_ranks);
+  expect_index("node", domain, place.num_domains());
+  return layout::living_gateway(int32_t(source), int32_t(domain), place,
+                                [&](int32_t rank) { return alive[rank] != 0; });
 }
 
 void domain_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,

@@ -82,6 +82,9 @@ void low_latency_send_rows(Matrix<const Index> topk_idx, Matrix<const int32_t> r
 /// The rank of `domain` that takes in what `source` sends there.
 [[nodiscard]] int64_t forwarding_rank(const Group& group, int64_t source, int64_t domain);
 
+/// The same among the ranks that are alive [R]; -1 where none of the domain's is.
+[[nodiscard]] int64_t living_gateway(const Group& group, int64_t source, int64_t domain, const uint8_t* alive);
+
 /// masks [T, D], position [T, D], counts [D] of the tokens a source sends to each domain.
 void domain_positions(Matrix<const uint8_t> is_token_in_rank, const Group& group, int64_t num_parts,
                       uint64_t* masks, int32_t* position, int32_t* counts);

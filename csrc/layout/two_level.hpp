@@ -1,6 +1,6 @@
 // Two-level routing: a token crosses to a domain at most once, to the rank there with its source's local index,
 // which spreads it to the domain's ranks. Their rows are those of flat routing: nothing downstream can tell.
-// For the CPU alone: no kernel routes in two levels.
+// For kernels between domains; none is written yet, the CPU alone runs these.
 #pragma once
 
 #include "layout/counts.hpp"
@@ -14,6 +14,20 @@ namespace deepep::layout {
                                                           const Placement& place) {
   const int32_t local = source - place.first_rank_of_domain(place.domain_of_rank(source));
   return place.first_rank_of_domain(domain) + local % place.num_ranks_of_domain(domain);
+}
+
+/// The same among the ranks that `alive(rank)`: from a masked one on, the next of the domain, cyclically; -1
+/// where all of them are masked.
+template <class Alive>
+[[nodiscard]] DEEPEP_HD constexpr int32_t living_gateway(int32_t source, int32_t domain, const Placement& place,
+                                                         const Alive& alive) {
+  const int32_t first = place.first_rank_of_domain(domain), size = place.num_ranks_of_domain(domain);
+  const int32_t start = forwarding_rank(source, domain, place) - first;
+  for (int32_t step = 0; step < size; ++step) {
+    const int32_t rank = first + (start + step) % size;
+    if (alive(rank)) return rank;
+  }
+  return -1;
 }
 
 /// The domain's ranks a token goes to, as bits by local rank (ranks_per_domain <= 64): travels with the token.
