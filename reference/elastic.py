@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ def combine(
     single_reduction: bool = False,
     topk_weights: Sequence[Tensor] | None = None,
     biases: Sequence[Sequence[Tensor]] | None = None,
+    ranks_per_domain: int | None = None,
 ) -> list[CombineOutput]:
     """Bring every row back to its token and sum, unweighted.
 
@@ -125,7 +127,8 @@ def combine(
     from +0.0, and rounds; then the same. With `single_reduction` the owner sums all lanes, ascending, in
     float32: 0.0 + bias_0 + bias_1 + lanes, rounded once. `topk_weights[r]` [N, K], or [X]: each lane's own,
     returned to [T, K]; those of other ranks' lanes are ignored, and a lane of -1 has +0.0. float64 rows are
-    summed in float64. Raises ValueError for malformed arguments.
+    summed in float64. ranks_per_domain: of ranks' rows, each domain's are summed and rounded first. Raises
+    ValueError for malformed arguments.
     """
     plain = _plain(inputs, num_experts)
     tables = [_table(given, num_experts, len(inputs)) for given in inputs]
@@ -140,11 +143,12 @@ def combine(
             else given[: len(slot)].masked_fill(slot < 0, 0.0)
             for given, slot in zip(topk_weights, slots, strict=True)
         ]
+    how: dict[str, Any] = {"topk_weights": weights, "biases": biases, "ranks_per_domain": ranks_per_domain}
     if not expanded:
-        return high_throughput.combine(xs, tables, topk_weights=weights, biases=biases)
+        return high_throughput.combine(xs, tables, **how)
     if not single_reduction:
         partial = [_sum_of_lanes(x, slot, ()) for x, slot in zip(xs, slots, strict=True)]
-        return high_throughput.combine(partial, tables, topk_weights=weights, biases=biases)
+        return high_throughput.combine(partial, tables, **how)
 
     outputs = []
     for owner, given in enumerate(inputs):

@@ -20,6 +20,7 @@ EXAMPLES = {path.stem: path.read_text() for path in sorted((ROOT / "examples").g
 PROGRAMS = {
     "train": ["--steps", "12", "--tokens", "64"],
     "prefill": ["--steps", "1", "--tokens", "24"],
+    "elastic": ["--steps", "1", "--tokens", "24"],
     "decode": ["--steps", "2", "--tokens", "5"],
     "overlap": ["--steps", "1", "--tokens", "5"],
 }

@@ -88,7 +88,7 @@ def engine_options(
             low_latency_bytes=low_latency_bytes,
             symmetric_bytes=_symmetric_bytes(symmetric_bytes),
             reduction=_reduction(reduction),
-            ranks_per_domain=_ranks_per_domain(ranks_per_domain),
+            ranks_per_domain=ranks_per_domain_of(ranks_per_domain),
         )
         return options, asked_device(device)
     except ArgumentError as problem:
@@ -139,7 +139,7 @@ def _reduction(given: object) -> Reduction:
     return cast(Reduction, given)
 
 
-def _ranks_per_domain(given: int | None) -> int:
+def ranks_per_domain_of(given: int | None) -> int:
     """The ranks of a scale-up domain; 0 makes one domain of all."""
     if given is not None:
         return check_int("ranks_per_domain", given, 1, MOST)

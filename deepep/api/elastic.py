@@ -75,10 +75,10 @@ class ElasticBuffer(EngineOwner):
         both as by default, DEEPEP_TIMEOUT if it is set.
     explicitly_destroy: True: a ResourceWarning if `destroy()` (or `with`) was forgotten. The buffer ends in
         any case, at the latest with the process.
-    backend, device: as for `Buffer`.
+    allow_hybrid_mode: False: rows travel directly between domains, too, and sums are those of one domain.
+    ranks_per_domain, backend, device: as for `Buffer`.
 
-    deterministic: results are, whatever it says. allow_hybrid_mode: leave to use two levels between domains;
-        no backend has them yet, and ranks reach each other directly. sl_idx: 0 to 15; no backend has a NIC.
+    deterministic: results are, whatever it says. sl_idx: 0 to 15; no backend has a NIC.
     num_cpu_bytes: refused unless 0: there is no Engram storage.
 
     Raises as `Buffer` does: what one rank refuses, all do.
@@ -105,6 +105,7 @@ class ElasticBuffer(EngineOwner):
         *,
         backend: str | None = None,
         device: str | torch.device | None = None,
+        ranks_per_domain: int | None = None,
     ) -> None:
         if torch.is_inference_mode_enabled():
             plainly(ElasticBuffer.__init__, locals())
@@ -127,6 +128,7 @@ class ElasticBuffer(EngineOwner):
             sl_idx=sl_idx,
             num_qps=num_allocated_qps,
             timeouts=(num_cpu_timeout_secs, num_gpu_timeout_secs),
+            ranks_per_domain=ranks_per_domain,
             device=device,
         )
         self._own(construct(options, backend, asked), group)
@@ -222,8 +224,10 @@ class ElasticBuffer(EngineOwner):
         return -(-self._engine.info.num_ranks // within), within
 
     def get_logical_domain_size(self) -> tuple[int, int]:
-        """(levels' domains, ranks of one) as rows travel: (1, R), each rank to each, directly."""
-        return 1, self._engine.info.num_ranks
+        """The same as rows travel and combines sum: (1, R) where each rank reaches each directly."""
+        within = self._engine.info.options.ranks_per_domain or self._engine.info.num_ranks
+        within = min(within, self._engine.info.num_ranks)
+        return -(-self._engine.info.num_ranks // within), within
 
     # streams and events
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from deepep.api import elastic_sizes as sizes
-from deepep.api.arguments import AT_ONCE, LONGEST_TIMEOUT, environment_bytes, timeout_of
+from deepep.api.arguments import (
+    AT_ONCE,
+    LONGEST_TIMEOUT,
+    environment_bytes,
+    ranks_per_domain_of,
+    timeout_of,
+)
 from deepep.api.ep_handle import EPHandle
 from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, HandleError, ModeError
 from deepep.events import EventHandle, EventOverlap
@@ -51,6 +57,7 @@ def engine_options(
     sl_idx: int,
     num_qps: int,
     timeouts: tuple[int, int],
+    ranks_per_domain: int | None,
     device: object,
 ) -> tuple[EngineOptions, BufferLimits, torch.device | None]:
     """The constructor's arguments as the engine's options, its limits, and the device asked for, if one was.
@@ -82,7 +89,11 @@ def engine_options(
         qps = check_int("num_allocated_qps", num_qps, 0, MOST) or sizes.DEFAULT_NUM_QPS
         limits = BufferLimits(most, width, topk, qps, multiple, given or hint)
         memory = sizes.symmetric_bytes(given, hint, environment_bytes())
-        return replace(options, symmetric_bytes=memory), limits, asked_device(device)
+        domain = ranks_per_domain_of(ranks_per_domain)
+        options = replace(
+            options, symmetric_bytes=memory, ranks_per_domain=domain if on["allow_hybrid_mode"] else 0
+        )
+        return options, limits, asked_device(device)
     except ArgumentError as problem:
         return replace(options, problem=problem), limits, None
 

@@ -243,7 +243,7 @@ ELASTIC: dict[str, dict[str, Any]] = {
 }
 
 ELASTIC_KEYWORDS: dict[str, dict[str, Any]] = {
-    "__init__": {"backend": None, "device": None},
+    "__init__": {"backend": None, "device": None, "ranks_per_domain": None},
     "dispatch": {"num_max_expanded_tokens": None},
 }
 

@@ -38,6 +38,7 @@ class ElasticCase:
     pattern: str = "uniform"
     scale_layout: str = "row"
     index_dtype: torch.dtype = torch.int64
+    ranks_per_domain: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -298,6 +299,7 @@ def check_combine(
         single_reduction=case.single_reduction,
         topk_weights=weights,
         biases=biases,
+        ranks_per_domain=case.ranks_per_domain or None,
     )[rank]
 
     def filled(values: Tensor, size: int) -> Tensor:
