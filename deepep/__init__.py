@@ -1,5 +1,7 @@
 """deepep: expert-parallel communication for Mixture-of-Experts models."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from deepep.api.buffer import Buffer
@@ -28,6 +30,30 @@ from deepep.errors import (
 from deepep.events import EventHandle, EventOverlap
 from deepep.version import __version__
 
+if TYPE_CHECKING:
+    from deepep.parallel import (
+        DistributedDataParallel,
+        ParallelConfig,
+        configured,
+        get_config,
+        optimize,
+        set_config,
+    )
+
+_PARALLEL = frozenset(
+    {"DistributedDataParallel", "ParallelConfig", "configured", "get_config", "optimize", "set_config"}
+)
+"""Names of deepep.parallel, which is imported when one of them is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARALLEL:
+        from deepep import parallel
+
+        return getattr(parallel, name)
+    raise AttributeError(f"module 'deepep' has no attribute {name!r}")
+
+
 topk_idx_t = torch.int64
 """The dtype clients should give top-k indices; int32 is taken just as well."""
 
@@ -40,6 +66,7 @@ __all__ = [
     "DeepEPError",
     "DestroyedError",
     "DeviceError",
+    "DistributedDataParallel",
     "EPHandle",
     "ElasticBuffer",
     "EventError",
@@ -51,10 +78,15 @@ __all__ = [
     "LayoutError",
     "MismatchError",
     "ModeError",
+    "ParallelConfig",
     "PeerTimeoutError",
     "RangeError",
     "ShapeError",
     "__version__",
+    "configured",
+    "get_config",
     "install_as_deep_ep",
+    "optimize",
+    "set_config",
     "topk_idx_t",
 ]

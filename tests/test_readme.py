@@ -23,6 +23,7 @@ PROGRAMS = {
     "elastic": ["--steps", "1", "--tokens", "24"],
     "decode": ["--steps", "2", "--tokens", "5"],
     "overlap": ["--steps", "1", "--tokens", "5"],
+    "data_parallel": ["--steps", "3", "--tokens", "16", "--hidden", "64"],
 }
 
 

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("deepep.cli.check", "Self-test of the installed library on this machine."),
     "fuzz": ("deepep.cli.fuzz", "Fuzz routing layouts against the reference."),
     "explore": ("deepep.cli.explore", "Run the kernels on the CPU under many schedules."),
+    "dp": ("deepep.cli.dp", "Check data parallelism: bits, bytes, rates, convergence."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
 }
 

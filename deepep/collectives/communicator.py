@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ class Communicator:
         the CPU, NCCL for CUDA tensors.
     device: where tensors lie, "cpu" or this rank's CUDA device.
     timeout: seconds a rank waits for the others.
+    statement: what else all ranks have to pass alike.
 
     Operations run in the order of the calls, on a thread of their own (CPU) or the communication stream
     (CUDA). bytes_sent: payload that this rank has sent, not counting words of agreement. Raises
@@ -78,7 +79,12 @@ class Communicator:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, *, device: torch.device | str = "cpu", timeout: float = 100.0
+        self,
+        group: dist.ProcessGroup,
+        *,
+        device: torch.device | str = "cpu",
+        timeout: float = 100.0,
+        statement: Mapping[str, int | str] | None = None,
     ) -> None:
         if not isinstance(group, dist.ProcessGroup):
             raise ArgumentTypeError("group", type(group).__name__, "a torch.distributed process group")
@@ -88,7 +94,7 @@ class Communicator:
         self.bytes_sent = 0
         try:
             facts = {"host": socket.gethostname()}
-            met = agreement.agree(membership, "arrived", {"collectives": 1}, None, facts)
+            met = agreement.agree(membership, "arrived", statement or {}, None, facts)
             self.hosts = [str(met[rank]["host"]) for rank in range(self.num_ranks)]
             self._control = ControlPlane(session, membership, {"device": self.device.type})
             self._control.agree({})
@@ -144,15 +150,25 @@ class Communicator:
         return pending if async_op else pending.wait()
 
     def continue_with(
-        self, tensor: Tensor, plan: ReductionPlan, mean: bool, dice: tuple[int, int, int] | None
+        self,
+        tensor: Tensor,
+        plan: ReductionPlan,
+        *,
+        mean: bool,
+        dice: tuple[int, int, int] | None,
+        unless: Callable[[], bool],
     ) -> PendingReduction:
         """A further reduction that belongs to the one issued last, without another comparison of arguments:
-        buckets of one backward, whose sizes the ranks know to be the same.
+        buckets of one backward, whose sizes all ranks know. unless: asked in its turn; True leaves it out.
         """
         with self._control.issuing:
 
             def issue(body: Callable[[Link], None]) -> Completion:
-                return self._control.proceed("bucket", _ASYNCHRONOUS, body, (tensor,))
+                def perhaps(link: Link) -> None:
+                    if not unless():
+                        body(link)
+
+                return self._control.proceed("bucket", _ASYNCHRONOUS, perhaps, (tensor,))
 
             return self._issue(tensor, plan.for_ranks(self.num_ranks), mean, dice, issue)
 

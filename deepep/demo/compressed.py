@@ -1,0 +1,81 @@
+"""Convergence: the demo's model trained with gradients in several formats, the same but for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from deepep.api.buffer import Buffer
+from deepep.demo.config import DemoConfig
+from deepep.demo.model import ByteModel
+from deepep.demo.text import TextShard
+from deepep.demo.train import learning_rate, make_optimizer
+from deepep.parallel.config import ParallelConfig
+from deepep.parallel.ddp import DistributedDataParallel
+
+CONTROL = "int2"
+"""A format far too coarse, which a comparison that means anything has to tell from float32. Not offered."""
+FORMATS = ("off", "bf16", "fp16", "fp8", CONTROL)
+LAST = 16  # steps whose mean loss is compared
+
+
+def train_with(group: dist.ProcessGroup, form: str, config: DemoConfig) -> list[float]:
+    """Mean losses of all ranks by step, in nats per byte. Collective."""
+    torch.set_num_threads(1)
+    with Buffer(group, device="cpu", timeout=300.0) as buffer:
+        model = ByteModel(buffer, config)
+        options = ParallelConfig(
+            compression="off" if form == CONTROL else form,
+            min_compressed_bytes=0,
+            reproducible=False,
+            topology="native" if form == CONTROL else "direct",
+            seed=config.seed,
+            timeout=300.0,
+        )
+        wrapped = DistributedDataParallel(model, process_group=group, config=options)
+        if form == CONTROL:
+            wrapped.register_comm_hook(group, _control)
+        optimizer, shard, losses = make_optimizer(model), TextShard(config, buffer.rank), []
+        for step in range(config.steps):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(config, step)
+            loss = wrapped(*shard.batch(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for moe in model.moe_layers():
+                moe.rebalance(config.balance_rate)
+            mean = loss.detach().double().reshape(1)
+            dist.all_reduce(mean, group=group)
+            losses.append(float(mean) / buffer.group_size)
+        wrapped.close()
+    return losses
+
+
+def last_mean(losses: list[float]) -> float:
+    """The mean of the last steps' losses."""
+    last = losses[-LAST:]
+    return sum(last) / len(last)
+
+
+def _control(group: dist.ProcessGroup, bucket: Any) -> Future[Tensor]:
+    """Rounds addends to -1, 0 or 1 times a block's largest magnitude, averages them, and rounds again."""
+    tensor = _two_bits(bucket.buffer())
+    dist.all_reduce(tensor, group=group)
+    bucket.buffer().copy_(_two_bits(tensor / group.size()))
+    done: Future[Tensor] = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def _two_bits(values: Tensor) -> Tensor:
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % 128)).view(-1, 128)
+    unit = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return ((blocks / unit).round() * unit).flatten()[: values.numel()]
+
+
+_control.__annotations__.update({"bucket": dist.GradBucket, "return": Future[Tensor]})  # type: ignore[attr-defined]

@@ -1,0 +1,22 @@
+"""Data parallelism: torch's DistributedDataParallel over this library's collectives, and its options.
+
+DistributedDataParallel          gradients reduced as the options say; experts left to their ranks
+optimize                         a model, a group, or the default group
+set_config, configured           options of the process, of a block; ParallelConfig has their names
+"""
+
+from deepep.collectives.plan import ReductionPlan
+from deepep.parallel.config import ParallelConfig, configured, get_config, set_config
+from deepep.parallel.ddp import DistributedDataParallel
+from deepep.parallel.optimize import Optimized, optimize
+
+__all__ = [
+    "DistributedDataParallel",
+    "Optimized",
+    "ParallelConfig",
+    "ReductionPlan",
+    "configured",
+    "get_config",
+    "optimize",
+    "set_config",
+]

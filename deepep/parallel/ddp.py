@@ -1,0 +1,189 @@
+"""DistributedDataParallel: torch's, with gradients that travel by this library's collectives."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataParallel
+
+from deepep.collectives import Communicator
+from deepep.collectives.communicator import DTYPES
+from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
+from deepep.parallel.config import ParallelConfig, get_config, with_changes
+from deepep.parallel.hook import BucketReducer, reduce_bucket
+
+GRADIENTS = ("mean", "sum")
+
+
+class DistributedDataParallel(TorchDistributedDataParallel):
+    """Data parallelism: torch.nn.parallel.DistributedDataParallel, whose arguments, state_dict, no_sync,
+    join, static graph and the rest are its own, and whose buckets are reduced as `config` says.
+
+        model = deepep.DistributedDataParallel(model)                       # under torchrun
+        model = deepep.DistributedDataParallel(model, device_ids=[0, 1, 2, 3])   # this rank's of the node's
+
+    config: a ParallelConfig; None: the options that hold here (deepep.set_config, deepep.configured).
+    gradient: "mean" over the ranks, as torch's; "sum" for losses that are divided already.
+    device_ids: as torch's; several are the node's, of which this rank takes that of its local rank. In a
+        process without a group they are torch.nn.DataParallel's, which is then what one gets, with a warning.
+
+    Parameters of experts (modules with `expert_parameters()`, as deepep.nn.ExpertParallelMoE) are this rank's
+    own: they are neither broadcast nor reduced. Their gradients are sums over all ranks' losses, and are
+    divided by the ranks where the others are averaged: loss.backward(), undivided, is the mean's gradient for
+    every parameter.
+
+    A rank that is missing in a backward has that backward raise PeerTimeoutError on the others, at its end;
+    gradients are not to be used then. Raises ArgumentError (and its kinds) for what does not fit, and
+    MismatchError if ranks are given different options, on all ranks.
+    """
+
+    def __new__(cls, module: nn.Module, device_ids: Any = None, *args: Any, **arguments: Any) -> Any:
+        if device_ids is not None and len(device_ids) > 1 and not _has_ranks():
+            warnings.warn(
+                "one process without a process group: torch.nn.DataParallel over device_ids, without "
+                "compression, topology or recovery; better: torchrun --nproc-per-node "
+                f"{len(device_ids)} ..., with init_process_group",
+                stacklevel=2,
+            )
+            return nn.DataParallel(module, device_ids)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Any = None,
+        output_device: Any = None,
+        dim: int = 0,
+        *torch_arguments: Any,
+        config: ParallelConfig | None = None,
+        gradient: str = "mean",
+        **torch_options: Any,
+    ) -> None:
+        if config is not None and not isinstance(config, ParallelConfig):
+            raise ArgumentTypeError("config", type(config).__name__, "a deepep.ParallelConfig")
+        if gradient not in GRADIENTS:
+            raise RangeError("gradient", repr(gradient), ", ".join(GRADIENTS))
+        if torch_options.get("mixed_precision") is not None:
+            raise ArgumentError(
+                "mixed_precision", "a policy", "None: it takes torch's own hook; use autocast"
+            )
+        options = config or get_config()
+        if device_ids is not None and len(device_ids) > 1:
+            device_ids = [_device_of_this_rank(module, list(device_ids))]
+        experts = dict(expert_parameters(module))
+        ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *experts}
+        self._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and name not in ignored and parameter.dtype not in DTYPES:
+                allowed = "parameters of float32, bfloat16, float16 or float64"
+                raise ArgumentTypeError(name, str(parameter.dtype).removeprefix("torch."), allowed)
+        self._bucket_reducer: BucketReducer | None = None
+        super().__init__(module, device_ids, output_device, dim, *torch_arguments, **torch_options)
+        # A second backward reduces what the first has reduced together with what it adds: right for a mean
+        # alone. So a sum is the mean of R times the addends.
+        num_ranks = self.process_group.size()
+        if gradient == "mean":
+            scale_gradients(experts.values(), 1, num_ranks)
+        else:
+            scale_gradients((p for n, p in module.named_parameters() if n not in ignored), num_ranks, 1)
+        if not options.is_torchs:
+            self._bucket_reducer = attach(self, options, gradient)
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        """torch's, where torch reduces: with topology="native", reproducible=False and no compression.
+
+        Raises ModeError otherwise: buckets have a hook, and torch takes one.
+        """
+        if getattr(self, "_bucket_reducer", None) is not None:
+            allowed = "no hook; or topology='native', reproducible=False, compression=False"
+            raise ModeError("hook", getattr(hook, "__qualname__", repr(hook)), allowed)
+        super().register_comm_hook(state, hook)
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Changes options (ParallelConfig) from the next backward on; to be called on all ranks alike.
+
+        Raises RangeError or ArgumentTypeError; the next backward raises MismatchError if ranks differ.
+        """
+        reducer = self._reducer_of_ours()
+        reducer.next_config = with_changes(reducer.next_config or reducer.config, changes)
+
+    def report(self) -> dict[str, Any]:
+        """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans`."""
+        reducer = self._reducer_of_ours()
+        plans = {index: asdict(plan) for index, plan in reducer.plans.items()}
+        return {"steps": reducer.step, "bytes_sent": reducer.comm.bytes_sent, "plans": plans}
+
+    def close(self) -> None:
+        """Ends communication; collective, idempotent. At the latest, the process's end does it."""
+        if self._bucket_reducer is not None:
+            self._bucket_reducer.comm.close()
+
+    def _reducer_of_ours(self) -> BucketReducer:
+        if self._bucket_reducer is None:
+            raise ModeError("config", "torch's own all-reduce", "any other topology, or compression")
+        return self._bucket_reducer
+
+
+def attach(
+    model: TorchDistributedDataParallel, config: ParallelConfig, gradient: str = "mean"
+) -> BucketReducer:
+    """Has a torch DDP's buckets reduced by `config`. Collective over its group."""
+    comm = Communicator(
+        model.process_group,
+        device="cpu" if model.device_type == "cpu" else model.device,
+        timeout=config.seconds,
+        statement={"config": repr(config), "gradient": gradient},
+    )
+    reducer = BucketReducer(comm, config)
+    TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
+    return reducer
+
+
+def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that only this rank has: those that a submodule's `expert_parameters()` gives."""
+    owned: set[int] = set()
+    for part in module.modules():
+        find = getattr(part, "expert_parameters", None)
+        if callable(find):
+            owned.update(id(parameter) for parameter in find())
+    for name, parameter in module.named_parameters():
+        if id(parameter) in owned:
+            yield name, parameter
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: int, divisor: int) -> None:
+    """Multiplies and divides what every backward adds to these parameters' gradients."""
+
+    def scaled(gradient: Tensor) -> Tensor:
+        return gradient * factor / divisor
+
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_hook(scaled)
+
+
+def _has_ranks() -> bool:
+    is_initialised = dist.is_available() and dist.is_initialized()
+    return is_initialised or "LOCAL_RANK" in os.environ
+
+
+def _device_of_this_rank(module: nn.Module, device_ids: list[Any]) -> Any:
+    """The id for this rank of those of its node; the module is moved there, its parameters kept."""
+    if not torch.cuda.is_available():
+        raise ArgumentError("device_ids", str(device_ids), "None: torch sees no CUDA device here")
+    local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
+    if local >= len(device_ids):
+        raise RangeError("device_ids", str(device_ids), f"an id for each local rank: this is {local}")
+    chosen = device_ids[local]
+    index = torch.device(chosen).index if isinstance(chosen, str | torch.device) else int(chosen)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    module.to(device)
+    return device.index

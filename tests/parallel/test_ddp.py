@@ -1,0 +1,333 @@
+"""DistributedDataParallel in place of torch's: one line changes, and what it promises holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from deepep.parallel.config import ParallelConfig
+from deepep.sim import World
+
+LONG = 300.0  # the first wrapper of a process imports the compiler of torch
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    nn = torch.nn
+    return nn.Sequential(nn.Linear(40, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, 8)).to(dtype)
+
+
+def batch_of(rank: int, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(6, 40, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def train(model: torch.nn.Module, rank: int, steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Gradients of the last of some steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(batch_of(rank, step, dtype)).square().mean().backward()
+        optimizer.step()
+    return gradients(model)
+
+
+def as_torch(context: Any, dtype: torch.dtype, options: dict[str, Any], exact: bool) -> bool:
+    """Two ranks' sums have one order: torch's bits."""
+    import deepep
+
+    torch_ddp = torch.nn.parallel.DistributedDataParallel(
+        model_of(dtype), process_group=context.group, **options
+    )
+    config = ParallelConfig(reproducible=False)
+    ours = deepep.DistributedDataParallel(
+        model_of(dtype), process_group=context.group, config=config, bucket_cap_mb=0.01, **options
+    )
+    assert isinstance(ours, torch.nn.parallel.DistributedDataParallel)
+    a, b = (train(model, context.rank, 3, dtype) for model in (ours, torch_ddp))
+    assert list(ours.state_dict()) == list(torch_ddp.state_dict())
+    torch_ddp.load_state_dict(ours.state_dict())
+    ours.load_state_dict(torch_ddp.state_dict())
+    assert ours.report()["steps"] == 3
+    ours.close()
+    return torch.equal(a, b) if exact else bool((a - b).norm() <= 1e-6 * b.norm())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+    ],
+    ids=str,
+)
+def test_uncompressed_it_has_torchs_bits(world_of: Callable[[int], Any], options: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert all(world_of(2).run(as_torch, dtype, options, True, timeout=LONG))
+
+
+def reproducible(context: Any, topologies: list[str]) -> list[bytes]:
+    import deepep
+
+    found = []
+    for topology in topologies:
+        with deepep.configured(topology=topology, groups=[[1], [0]]):
+            model = deepep.DistributedDataParallel(model_of(), process_group=context.group)
+        found.append(train(model, context.rank, 2).numpy().tobytes())
+        model.close()
+    return found
+
+
+def test_bits_do_not_depend_on_the_topology(world_of: Callable[[int], Any]) -> None:
+    topologies = ["auto", "Native", "direct", "Ring", "Tree", "chain", "Hierarchical"]
+    outcomes = world_of(2).run(reproducible, topologies, timeout=LONG)
+    assert len({bits for found in outcomes for bits in found}) == 1
+
+
+def compressed(context: Any) -> tuple[bytes, float, float]:
+    import deepep
+
+    sent, found = [], []
+    for compression in ("off", "fp8"):
+        config = ParallelConfig(compression, min_compressed_bytes=0, topology="direct", reproducible=False)
+        model = deepep.DistributedDataParallel(model_of(), process_group=context.group, config=config)
+        found.append(train(model, context.rank, 1))
+        sent.append(model.report()["bytes_sent"])
+        model.close()
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    return found[1].numpy().tobytes(), sent[1] / sent[0], error
+
+
+def test_fp8_is_the_same_on_all_ranks_and_a_quarter_of_the_bytes(world_of: Callable[[int], Any]) -> None:
+    outcomes = world_of(2).run(compressed, timeout=LONG)
+    assert outcomes[0][0] == outcomes[1][0]
+    for _, share, error in outcomes:
+        assert share <= 0.27
+        assert 0.005 < error < 0.1  # two roundings by dice of 3.7 % each
+
+
+def accumulated(context: Any) -> bool:
+    """Gradients of two backwards without communication, and one with, are the mean of all ranks' sums."""
+    import deepep
+
+    model = deepep.DistributedDataParallel(
+        model_of(torch.float64).eval(), process_group=context.group, config=ParallelConfig(reproducible=False)
+    )
+    with model.no_sync():
+        for step in range(2):
+            model(batch_of(context.rank, step, torch.float64)).square().mean().backward()
+    assert model.report()["steps"] == 0
+    model(batch_of(context.rank, 2, torch.float64)).square().mean().backward()
+    alone = model_of(torch.float64).eval()
+    for rank in range(2):
+        for step in range(3):
+            (alone(batch_of(rank, step, torch.float64)).square().mean() / 2).backward()
+    model.close()
+    return torch.allclose(gradients(model), gradients(alone), rtol=1e-12, atol=1e-15)
+
+
+def test_no_sync_accumulates(world_of: Callable[[int], Any]) -> None:
+    assert all(world_of(2).run(accumulated, timeout=LONG))
+
+
+def mixed(context: Any) -> bool:
+    """Parameters of several dtypes: buckets of each."""
+    import deepep
+
+    class Narrowing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.narrow(self.wide(x).bfloat16()).float()
+
+    layers = Narrowing()
+    model = deepep.DistributedDataParallel(layers, process_group=context.group)
+    model(torch.full((2, 8), 1.0 + context.rank)).sum().backward()
+    dtypes = {p.grad.dtype for p in layers.parameters() if p.grad is not None}
+    everyone = [torch.empty_like(gradients(layers)) for _ in range(2)]
+    torch.distributed.all_gather(everyone, gradients(layers), group=context.group)
+    model.close()
+    return dtypes == {torch.float32, torch.bfloat16} and torch.equal(*everyone)
+
+
+def test_parameters_of_several_dtypes(world_of: Callable[[int], Any]) -> None:
+    assert all(world_of(2).run(mixed, timeout=LONG))
+
+
+def poisoned(context: Any) -> bool:
+    """A NaN on one rank reaches all of them, as GradScaler needs it."""
+    import deepep
+
+    config = ParallelConfig("fp8", min_compressed_bytes=0)
+    model = deepep.DistributedDataParallel(model_of().eval(), process_group=context.group, config=config)
+    loss = model(batch_of(context.rank, 0)).square().mean()
+    (loss * (float("inf") if context.rank == 1 else 1.0)).backward()
+    model.close()
+    return not bool(gradients(model).isfinite().all())
+
+
+def test_what_is_not_finite_on_one_rank_is_so_on_all(world_of: Callable[[int], Any]) -> None:
+    assert all(world_of(2).run(poisoned, timeout=LONG))
+
+
+def with_experts(context: Any, gradient: str) -> dict[str, torch.Tensor]:
+    """Gradients by name, of the mean loss over all tokens; experts' by their first expert's number."""
+    import deepep
+    from deepep.nn import ExpertParallelMoE
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with deepep.Buffer(context.group, device="cpu", timeout=60.0) as buffer:
+            moe = ExpertParallelMoE(
+                buffer, hidden=16, expert_hidden=8, num_experts=4, num_topk=2, shared_hidden=8, seed=3
+            )
+            model = deepep.DistributedDataParallel(moe, process_group=context.group, gradient=gradient)
+            tokens = torch.randn(12, 16, generator=torch.Generator().manual_seed(1)).tensor_split(
+                context.num_ranks
+            )
+            share = 1.0 if gradient == "mean" else 1.0 / context.num_ranks
+            for _ in range(2):  # the second is added to the first
+                (model(tokens[context.rank]).square().mean() * share).backward()
+            own = {id(p) for p in moe.expert_parameters()}
+            found = {
+                f"experts {context.rank}" * (id(p) in own) + name: p.grad.detach().clone()
+                for name, p in moe.named_parameters()
+                if p.grad is not None
+            }
+            model.close()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return found
+
+
+@pytest.mark.parametrize("gradient", ["mean", "sum"])
+def test_experts_and_the_rest_have_one_process_gradients(
+    world_of: Callable[[int], Any], gradient: str
+) -> None:
+    (alone,) = world_of(1).run(with_experts, gradient, timeout=LONG)
+    outcomes = world_of(2).run(with_experts, gradient, timeout=LONG)
+    seen = 0
+    for name, wanted in alone.items():
+        if name.startswith("experts 0"):
+            parts = [found[f"experts {rank}" + name[9:]] for rank, found in enumerate(outcomes)]
+            assert torch.allclose(torch.cat(parts), wanted, rtol=1e-12, atol=1e-15), name
+            seen += 1
+        else:
+            for found in outcomes:
+                # In fixed point no more than 2^-28 of the block's largest would be kept: float64 is not.
+                assert torch.allclose(found[name], wanted, rtol=1e-12, atol=1e-15), name
+    assert seen >= 2
+
+
+def refusals(context: Any) -> list[str]:
+    """Names of errors: of a second hook, of options that differ at once, later, and no longer."""
+    import deepep
+
+    found = []
+
+    def call(action: Callable[[], Any]) -> None:
+        try:
+            action()
+            found.append("")
+        except Exception as error:
+            found.append(type(error).__name__)
+
+    model = deepep.DistributedDataParallel(model_of(), process_group=context.group)
+    call(lambda: model.register_comm_hook(None, lambda state, bucket: None))
+    config = ParallelConfig(seed=context.rank)
+    call(lambda: deepep.DistributedDataParallel(model_of(), process_group=context.group, config=config))
+    call(lambda: train(model, context.rank, 1))
+    model.reconfigure(compression="fp8" if context.rank else "bf16", min_compressed_bytes=0)
+    call(lambda: train(model, context.rank, 1))
+    model.reconfigure(compression="fp8")
+    call(lambda: train(model, context.rank, 1))
+    model.close()
+    return found
+
+
+def test_ranks_that_differ_all_raise(world_of: Callable[[int], Any]) -> None:
+    wanted = ["ModeError", "MismatchError", "", "MismatchError", ""]
+    assert world_of(2).run(refusals, timeout=LONG) == [wanted, wanted]
+
+
+def abandoned(context: Any) -> tuple[str, str]:
+    import deepep
+    from deepep.errors import PeerTimeoutError
+
+    config = ParallelConfig(timeout=60.0)
+    model = deepep.DistributedDataParallel(
+        model_of(), process_group=context.group, config=config, bucket_cap_mb=0.01
+    )
+    train(model, context.rank, 2)
+    loss = model(batch_of(context.rank, 3)).square().mean()
+    if context.rank == 1:
+        os._exit(7)
+    try:
+        loss.backward()
+    except PeerTimeoutError as error:
+        return error.record.operation, str(error.record.waited_on)
+    return "", ""
+
+
+def test_a_rank_that_dies_in_a_backward_is_named() -> None:
+    with World(2, timeout=LONG) as world:
+        assert world.try_run(abandoned)[0].value == ("all_reduce", "(1,)")
+
+
+def optimised(context: Any) -> list[bool]:
+    import torch.distributed as dist
+
+    import deepep
+    from deepep.parallel.ddp import DistributedDataParallel
+
+    found = []
+    plain = deepep.optimize(model_of())
+    found.append(isinstance(plain, DistributedDataParallel) and deepep.optimize(plain) is plain)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model_of(), process_group=context.group)
+    assert deepep.optimize(wrapped, config=ParallelConfig(reproducible=False)) is wrapped
+    found.append(
+        torch.allclose(train(wrapped, context.rank, 2), train(plain, context.rank, 2), rtol=1e-5, atol=1e-7)
+    )
+    default = dist.group.WORLD
+    with deepep.optimize() as optimized:
+        group = dist.group.WORLD
+        found.append(group is optimized.group and group is not default)
+        for op, wanted in ((dist.ReduceOp.SUM, 3.0), (dist.ReduceOp.AVG, 1.5), (dist.ReduceOp.MAX, 2.0)):
+            tensor = torch.full((50_000,), 1.0 + context.rank)
+            if op == dist.ReduceOp.AVG:
+                work = dist.all_reduce(tensor, op, async_op=True)
+                work.wait()
+            else:
+                dist.all_reduce(tensor, op)
+            found.append(bool((tensor == wanted).all()))
+        found.append(optimized.group.comm.bytes_sent > 2 * 50_000)
+        counts = torch.tensor([context.rank + 1])
+        dist.all_reduce(counts)
+        everyone = [torch.empty(1, dtype=torch.int64) for _ in range(2)]
+        dist.all_gather(everyone, counts)
+        found.append(int(counts) == 3 and [int(entry) for entry in everyone] == [3, 3])
+        dist.barrier()
+        model = torch.nn.parallel.DistributedDataParallel(model_of())
+        found.append(bool(train(model, context.rank, 1).isfinite().all()))
+        on_top = deepep.DistributedDataParallel(model_of())
+        found.append(bool(train(on_top, context.rank, 1).isfinite().all()))
+        on_top.close()
+    found.append(dist.group.WORLD is default)
+    dist.all_reduce(torch.ones(3))
+    return found
+
+
+def test_optimize(world_of: Callable[[int], Any]) -> None:
+    for found in world_of(2).run(optimised, timeout=LONG):
+        assert all(found), found
