@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 STATE_BYTES: int
 FAULT_BYTES: int
 MAX_RANKS: int
+MAX_COUNTED_TOKENS: int
 EPOCHS: int
 TOO_MANY_ROWS: int
 DISAGREEMENT: int
@@ -169,6 +170,7 @@ class Domain:
         staging_bytes: int,
         state: int,
         fault: int,
+        counting: int = 0,
         timeout_seconds: float,
     ) -> None: ...
     def dispatch(
@@ -190,6 +192,37 @@ class Domain:
         is_token_in_rank: int,
         tokens_per_rank: int,
         tokens_per_expert: int,
+        counts: int,
+        send_row: int,
+        recv_x: int,
+        recv_source: int,
+        recv_scales: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        capacity: int,
+        num_worst_tokens: int,
+        host_counts: int,
+        ticket: int,
+        stream: int = 0,
+    ) -> None: ...
+    def dispatch_topk(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        num_scales: int,
+        index_bytes: int,
+        row_bytes: int,
+        x: int,
+        scales: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        is_token_in_rank: int,
+        alone_tokens: int,
         counts: int,
         send_row: int,
         recv_x: int,
@@ -267,6 +300,7 @@ class Domain:
     def watched_fault(self) -> FaultRecord | None: ...
     def ce_doorbell_rung(self) -> bool: ...
 
+def counting_bytes(num_ranks: int, max_local_experts: int) -> int: ...
 def host_counts_bytes(num_ranks: int, num_local_experts: int) -> int: ...
 def control_bytes(num_ranks: int, max_local_experts: int, max_blocks: int) -> int: ...
 def staging_capacity(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...

@@ -78,15 +78,15 @@ void bind_order(py::class_<D>& domain) {
 void bind_domain(py::module_& m) {
   py::class_<Domain> domain(m, "Domain");
   domain.def(py::init([](int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
-                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds,
-                         std::shared_ptr<Turns> turns) {
+                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, uintptr_t counting,
+                         double timeout_seconds, std::shared_ptr<Turns> turns) {
                return std::make_unique<Domain>(
                    deepep::bindings::domain_options(rank, heaps, max_local_experts, max_blocks, staging_bytes,
-                                                    state, fault, timeout_seconds),
+                                                    state, fault, counting, timeout_seconds),
                    std::move(turns));
              }),
              py::kw_only(), "rank"_a, "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a,
-             "state"_a, "fault"_a, "timeout_seconds"_a, "turns"_a);
+             "state"_a, "fault"_a, "counting"_a = 0, "timeout_seconds"_a, "turns"_a);
   deepep::bindings::bind_operations(domain);
   bind_order(domain);
   domain.def("has_copies_under_way", [](Domain& self) { return self.launcher().has_copies_under_way(); });

@@ -58,6 +58,38 @@ inline constexpr Parameter<DispatchLaunch> kDispatch[] = {
     parameter<DispatchLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
 };
 
+inline constexpr Parameter<DispatchLaunch> kTopkDispatch[] = {
+    parameter<DispatchLaunch>("blocks", [](auto& c) -> auto& { return c.blocks; }),
+    parameter<DispatchLaunch>("num_tokens", [](auto& c) -> auto& { return c.args.num_tokens; }),
+    parameter<DispatchLaunch>("num_topk", [](auto& c) -> auto& { return c.args.num_topk; }),
+    parameter<DispatchLaunch>("num_local_experts", [](auto& c) -> auto& { return c.args.num_local_experts; }),
+    parameter<DispatchLaunch>("num_scales", [](auto& c) -> auto& { return c.args.num_scales; }),
+    parameter<DispatchLaunch>("index_bytes", [](auto& c) -> auto& { return c.args.index_bytes; }),
+    parameter<DispatchLaunch>("row_bytes", [](auto& c) -> auto& { return c.args.row_bytes; }),
+    parameter<DispatchLaunch>("x", [](auto& c) -> auto& { return c.args.x; }),
+    parameter<DispatchLaunch>("scales", [](auto& c) -> auto& { return c.args.scales; }),
+    parameter<DispatchLaunch>("scale_token_stride", [](auto& c) -> auto& { return c.args.scale_token_stride; }),
+    parameter<DispatchLaunch>("scale_stride", [](auto& c) -> auto& { return c.args.scale_stride; }),
+    parameter<DispatchLaunch>("topk_idx", [](auto& c) -> auto& { return c.args.topk_idx; }),
+    parameter<DispatchLaunch>("topk_weights", [](auto& c) -> auto& { return c.args.topk_weights; }),
+    parameter<DispatchLaunch>("is_token_in_rank", [](auto& c) -> auto& { return c.args.marks; }),
+    parameter<DispatchLaunch>("alone_tokens", [](auto& c) -> auto& { return c.args.alone_tokens; }),
+    parameter<DispatchLaunch>("counts", [](auto& c) -> auto& { return c.args.counts; }),
+    parameter<DispatchLaunch>("send_row", [](auto& c) -> auto& { return c.args.send_row; }),
+    parameter<DispatchLaunch>("recv_x", [](auto& c) -> auto& { return c.received[layout::kSlotRows]; }),
+    parameter<DispatchLaunch>("recv_source", [](auto& c) -> auto& { return c.received[layout::kSlotSource]; }),
+    parameter<DispatchLaunch>("recv_scales", [](auto& c) -> auto& { return c.received[layout::kSlotScales]; }),
+    parameter<DispatchLaunch>("recv_topk_idx",
+                              [](auto& c) -> auto& { return c.received[layout::kSlotIndices]; }),
+    parameter<DispatchLaunch>("recv_topk_weights",
+                              [](auto& c) -> auto& { return c.received[layout::kSlotWeights]; }),
+    parameter<DispatchLaunch>("capacity", [](auto& c) -> auto& { return c.args.slot_capacity; }),
+    parameter<DispatchLaunch>("num_worst_tokens", [](auto& c) -> auto& { return c.args.num_worst_tokens; }),
+    parameter<DispatchLaunch>("host_counts", [](auto& c) -> auto& { return c.args.host; }),
+    parameter<DispatchLaunch>("ticket", [](auto& c) -> auto& { return c.args.ticket; }),
+    parameter<DispatchLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
+};
+
 inline constexpr Parameter<DispatchLaunch> kCachedDispatch[] = {
     parameter<DispatchLaunch>("blocks", [](auto& c) -> auto& { return c.blocks; }),
     parameter<DispatchLaunch>("num_tokens", [](auto& c) -> auto& { return c.args.num_tokens; }),
@@ -111,6 +143,8 @@ inline constexpr Parameter<LayoutLaunch> kLayout[] = {
 template <class Domain>
 void bind_operations(py::class_<Domain>& domain) {
   NamedMethod<Domain, kDispatch, &Domain::dispatch>::add_to(domain, "dispatch", "Launches a dispatch.");
+  NamedMethod<Domain, kTopkDispatch, &Domain::dispatch_topk>::add_to(
+      domain, "dispatch_topk", "Launches a dispatch that finds out from top-k indices where tokens go.");
   NamedMethod<Domain, kCachedDispatch, &Domain::prepare_cached>::add_to(
       domain, "prepare_cached", "Collects what the cached dispatches along one handle have in common.");
   NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
@@ -151,7 +185,7 @@ void bind_operations(py::class_<Domain>& domain) {
 /// What a Domain is made of, but for what its launcher wants.
 inline host::DomainOptions domain_options(int rank, const std::vector<uintptr_t>& heaps, int max_local_experts,
                                           int max_blocks, int64_t staging_bytes, uintptr_t state,
-                                          uintptr_t fault, double timeout_seconds) {
+                                          uintptr_t fault, uintptr_t counting, double timeout_seconds) {
   std::vector<std::byte*> addresses;
   for (const uintptr_t heap : heaps) addresses.push_back(pointer<std::byte>(heap));
   return {.rank = rank,
@@ -161,6 +195,7 @@ inline host::DomainOptions domain_options(int rank, const std::vector<uintptr_t>
           .staging_bytes = staging_bytes,
           .state = pointer<kernels::LocalState>(state),
           .fault = pointer<kernels::FaultRecord>(fault),
+          .counting = pointer<std::byte>(counting),
           .timeout_seconds = timeout_seconds};
 }
 
@@ -170,6 +205,13 @@ inline void bind_common(py::module_& m) {
   m.attr("STATE_BYTES") = sizeof(kernels::LocalState);
   m.attr("FAULT_BYTES") = sizeof(FaultRecord);
   m.attr("MAX_RANKS") = layout::kMaxRanks;
+  m.attr("MAX_COUNTED_TOKENS") = layout::kMaxStretches * layout::kStretch;
+  m.def(
+      "counting_bytes",
+      [](int num_ranks, int max_local_experts) {
+        return layout::CountingLayout{num_ranks}.bytes(max_local_experts);
+      },
+      "num_ranks"_a, "max_local_experts"_a);
   // Local to a module: both have them.
   py::class_<host::CachedDispatch>(m, "CachedDispatch", py::module_local());
   py::class_<host::RowCounts>(m, "RowCounts", py::module_local())

@@ -234,15 +234,16 @@ void bind_domain(py::module_& m) {
   py::class_<Domain> domain(m, "Domain");
   domain.def(py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, int rank,
                          const std::vector<uintptr_t>& heaps, int max_local_experts, int max_blocks,
-                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, double timeout_seconds) {
+                         int64_t staging_bytes, uintptr_t state, uintptr_t fault, uintptr_t counting,
+                         double timeout_seconds) {
                return std::make_unique<Domain>(
                    deepep::bindings::domain_options(rank, heaps, max_local_experts, max_blocks, staging_bytes,
-                                                    state, fault, timeout_seconds),
+                                                    state, fault, counting, timeout_seconds),
                    machine, *kernels.set, rank, num_threads);
              }),
              py::keep_alive<1, 2>(), py::kw_only(), "machine"_a, "kernels"_a, "num_threads"_a, "rank"_a,
              "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a, "state"_a, "fault"_a,
-             "timeout_seconds"_a);
+             "counting"_a = 0, "timeout_seconds"_a);
   deepep::bindings::bind_operations(domain);
   domain
       .def_property_readonly(

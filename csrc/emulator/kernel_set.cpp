@@ -13,6 +13,7 @@
 #include "kernels/dispatch/cached.hpp"
 #include "kernels/dispatch/dispatch.hpp"
 #include "kernels/dispatch/refused.hpp"
+#include "kernels/dispatch/topk.hpp"
 #include "kernels/exchange/exchange.hpp"
 #include "kernels/exchange/exchange_read.hpp"
 #include "kernels/layout/layout.hpp"

@@ -33,14 +33,16 @@ void EmulatorLauncher::dispatch(const kernels::DispatchArgs& given, int num_bloc
     switch (mode) {
       case kernels::DispatchMode::kCached: return "dispatch_cached_kernel";
       case kernels::DispatchMode::kRefused: return "dispatch_refused_kernel";
+      case kernels::DispatchMode::kTopk: return "dispatch_topk_kernel";
       default: return "dispatch_kernel";
     }
   };
   kernels::DispatchArgs args = given;
-  prepare(args);
-  const kernels::DispatchShared shared{args.group.num_ranks, num_threads_ / 32};
+  prepare(args, num_blocks, num_threads_ / 32);
   launch(kernel_of(args.mode), args, stream,
-         {.blocks = num_blocks, .threads = num_threads_, .shared_bytes = shared.bytes()});
+         {.blocks = num_blocks,
+          .threads = num_threads_,
+          .shared_bytes = kernels::shared_bytes(args, num_threads_ / 32)});
 }
 
 void EmulatorLauncher::combine(const kernels::CombineArgs& given, const host::CombineLaunch& call) {

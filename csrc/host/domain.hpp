@@ -41,6 +41,7 @@ struct DomainOptions {
   int64_t staging_bytes = 0;
   kernels::LocalState* state = nullptr;
   kernels::FaultRecord* fault = nullptr;
+  std::byte* counting = nullptr;  // layout::CountingLayout; null: no dispatch is by top-k alone
   double timeout_seconds = 0;
 };
 
@@ -49,7 +50,9 @@ class Domain {
  public:
   template <class... OfLauncher>
   explicit Domain(const DomainOptions& given, OfLauncher&&... of_launcher)
-      : staging_bytes_(given.staging_bytes), launcher_(std::forward<OfLauncher>(of_launcher)...) {
+      : staging_bytes_(given.staging_bytes),
+        counting_(given.counting),
+        launcher_(std::forward<OfLauncher>(of_launcher)...) {
     const size_t num_ranks = given.heaps.size();
     if (num_ranks == 0 || num_ranks > layout::kMaxRanks)
       throw std::invalid_argument("an NVLink domain has 1 to 32 ranks");
@@ -67,15 +70,14 @@ class Domain {
   /// Ranks that take part in the calls to come: bit r is rank r.
   void set_live(uint32_t live) { group_.live = live; }
 
-  void dispatch(const DispatchLaunch& call) {
-    check_roles(call.blocks);
-    kernels::DispatchArgs args = call.args;
-    args.group = group_;
-    args.mode = kernels::DispatchMode::kFresh;
-    args.push_blocks = call.blocks.remote;
-    args.local_blocks = call.blocks.local;
-    for (int array = 0; array < layout::kSlotArrays; ++array) args.slot[array] = offset(call.received[array]);
-    launcher_.dispatch(args, call.blocks.total, call.stream);
+  void dispatch(const DispatchLaunch& call) { launch(call, kernels::DispatchMode::kFresh); }
+
+  /// The same where nothing is known of where tokens go but their top-k indices.
+  void dispatch_topk(const DispatchLaunch& call) {
+    if (counting_ == nullptr) throw std::invalid_argument("a domain without memory to count tokens in");
+    if (call.args.num_tokens > int64_t{layout::kMaxStretches} * layout::kStretch)
+      throw std::invalid_argument("more tokens than are counted inside of a dispatch");
+    launch(call, kernels::DispatchMode::kTopk);
   }
 
   /// What `dispatch_cached` repeats: rows go where `counts` and `send_row` of a handle say, and no top-k
@@ -153,6 +155,18 @@ class Domain {
   [[nodiscard]] L& launcher() { return launcher_; }
 
  private:
+  void launch(const DispatchLaunch& call, kernels::DispatchMode mode) {
+    check_roles(call.blocks);
+    kernels::DispatchArgs args = call.args;
+    args.group = group_;
+    args.mode = mode;
+    args.push_blocks = call.blocks.remote;
+    args.local_blocks = call.blocks.local;
+    args.counting = counting_;
+    for (int array = 0; array < layout::kSlotArrays; ++array) args.slot[array] = offset(call.received[array]);
+    launcher_.dispatch(args, call.blocks.total, call.stream);
+  }
+
   static void check_roles(const Blocks& blocks) {
     const bool all_of_both = blocks.remote == blocks.total && blocks.local == blocks.total;
     if (blocks.total < 1 || (blocks.remote + blocks.local != blocks.total && !all_of_both))
@@ -166,6 +180,7 @@ class Domain {
 
   kernels::Group group_{};
   int64_t staging_bytes_;
+  std::byte* counting_;
   L launcher_;
 };
 

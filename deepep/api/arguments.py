@@ -259,18 +259,22 @@ def dispatch_request(
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, 0, MOST)
     per_rank, per_domain, per_expert, in_rank = layout
     if num_experts is not None:
-        return _of_topk(
-            DispatchRequest(
-                rows,
-                scales,
-                topk_idx=topk_idx,
-                topk_weights=topk_weights,
-                expert_alignment=expert_alignment,
-                num_worst_tokens=num_worst_tokens,
-                num_sms=num_sms,
-            ),
-            num_experts,
-            has_layout=any(tensor is not None for tensor in layout),
+        if not (per_rank is None and per_domain is None and per_expert is None and in_rank is None):
+            raise ArgumentError("num_experts", "a number, with a layout", "either of the two")
+        if topk_idx is None or topk_weights is None:
+            name = "topk_idx" if topk_idx is None else "topk_weights"
+            raise ArgumentError(name, "None, with num_experts", "topk_idx and topk_weights given")
+        if type(num_experts) is not int or num_experts < 1:
+            num_experts = check_int("num_experts", num_experts, 1, MOST)
+        return DispatchRequest(
+            rows,
+            scales,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            expert_alignment=expert_alignment,
+            num_worst_tokens=num_worst_tokens,
+            num_sms=num_sms,
+            num_experts=num_experts,
         )
     if per_rank is None or in_rank is None or per_expert is None:
         needed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
@@ -287,17 +291,6 @@ def dispatch_request(
         num_worst_tokens=num_worst_tokens,
         num_sms=num_sms,
     )
-
-
-def _of_topk(request: DispatchRequest, num_experts: object, *, has_layout: bool) -> DispatchRequest:
-    """The request of a dispatch that finds out its layout itself."""
-    if has_layout:
-        raise ArgumentError("num_experts", "a number, with a layout", "either of the two")
-    if request.topk_idx is None or request.topk_weights is None:
-        name = "topk_idx" if request.topk_idx is None else "topk_weights"
-        raise ArgumentError(name, "None, with num_experts", "topk_idx and topk_weights given")
-    request.num_experts = check_int("num_experts", num_experts, 1, MOST)
-    return request
 
 
 def combine_request(

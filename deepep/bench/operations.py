@@ -17,6 +17,11 @@ from deepep.bench.workload import Traffic, Workload, expert_stand_in, fp8_rows
 Outputs = dict[str, Tensor | list[int] | None]
 
 LAYOUT, DISPATCH, CACHED, COMBINE = "layout", "dispatch", "cached dispatch", "combine"
+#: dispatches that lay out as well, from top-k alone; or by a call before, in the time. The latter two have a
+#: worst case given, so that no host waits
+BY_TOPK, BY_TOPK_AT_ONCE = "dispatch by top-k", "dispatch by top-k, no wait"
+LAID_OUT_AT_ONCE = "layout and dispatch, no wait"
+FRESH = (DISPATCH, BY_TOPK, BY_TOPK_AT_ONCE, LAID_OUT_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ class Inputs:
         return (self.x, None) if dtype == "bf16" else fp8_rows(self.x, self.scales)
 
 
-def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[TimedOperation]:
-    """The operations of a Buffer, in V1's calls. What an operation needs is made when its turn comes, by
-    calls that all ranks have to make.
+def buffer_operations(
+    buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype], by_topk: bool
+) -> Iterator[TimedOperation]:
+    """The operations of a Buffer, in V1's calls; by_topk: and those that only this library's has. What an
+    operation needs is made when its turn comes, by calls that all ranks have to make.
     """
     load = inputs.workload
     experts = load.shape.experts
@@ -87,6 +94,8 @@ def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> I
         given = x if scales is None else (x, scales)
         traffic = load.dispatched(dtype)
         yield TimedOperation(DISPATCH, partial(fresh, given), _dispatched, dtype, traffic)
+        if by_topk:
+            yield from _topk_operations(buffer, inputs, given, dtype)
         handle = fresh(given)[4]
         yield TimedOperation(
             CACHED,
@@ -106,6 +115,35 @@ def buffer_operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> I
         "bf16",
         load.combined(),
     )
+
+
+def _topk_operations(buffer: Any, inputs: Inputs, given: Any, dtype: Dtype) -> Iterator[TimedOperation]:
+    """Dispatches of rows `given` whose layout is not known."""
+    load = inputs.workload
+    traffic, experts = load.dispatched(dtype), load.shape.experts
+    most, rows = load.num_ranks * load.shape.tokens, int(load.rows[:, inputs.rank].sum())
+    topk = {"topk_idx": inputs.topk_idx, "topk_weights": inputs.topk_weights}
+
+    def laid_out() -> Any:
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(inputs.topk_idx, experts)
+        return buffer.dispatch(
+            given,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            num_worst_tokens=most,
+            **topk,
+        )
+
+    def first_rows(made: Any) -> Outputs:
+        kept = {name: got for name, got in _dispatched(made).items() if isinstance(got, Tensor)}
+        return {name: got[:rows] for name, got in kept.items()}
+
+    call = partial(buffer.dispatch, given, num_experts=experts, **topk)
+    yield TimedOperation(BY_TOPK, call, _dispatched, dtype, traffic)
+    at_once = partial(call, num_worst_tokens=most)
+    yield TimedOperation(BY_TOPK_AT_ONCE, at_once, first_rows, dtype, traffic)
+    yield TimedOperation(LAID_OUT_AT_ONCE, laid_out, first_rows, dtype, traffic)
 
 
 def _dispatched(made: Any) -> Outputs:

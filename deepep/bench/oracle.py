@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT, Inputs, Outputs, TimedOperation
+from deepep.bench.operations import (
+    CACHED,
+    COMBINE,
+    DISPATCH,
+    FRESH,
+    LAYOUT,
+    Inputs,
+    Outputs,
+    TimedOperation,
+)
 from deepep.bench.sweep import Dtype
 from deepep.bench.workload import expert_stand_in, fp8_rows
 from deepep.reference import high_throughput
@@ -24,7 +33,8 @@ class Oracle:
 
     def complaint(self, operation: TimedOperation, result: object) -> str:
         """Empty if the result is right, bit for bit; else what is wrong with it."""
-        key = (DISPATCH if operation.name == CACHED else operation.name, operation.dtype)
+        name = DISPATCH if operation.name in (CACHED, *FRESH) else operation.name
+        key = (name, operation.dtype)
         if key not in self._known:
             self._known[key] = self._expect(*key)
         expected = self._known[key]

@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 
 from deepep.bench.figures import OURS, BenchReport, Figure
-from deepep.bench.operations import CACHED, COMBINE, LAYOUT
+from deepep.bench.operations import BY_TOPK, BY_TOPK_AT_ONCE, CACHED, COMBINE, LAID_OUT_AT_ONCE, LAYOUT
 
 INK, FAINT, ACCENT = "#1f2933", "#cbd2d9", "#c2410c"
 OTHERS = ("#2563eb", "#0d9488", "#7c3aed", "#a16207", "#be185d", "#4d7c0f")
@@ -101,4 +101,10 @@ def _draw_panel(axes: Any, figures: list[Figure]) -> None:
 
 
 def _label(figure: Figure) -> str:
-    return f"{figure.by}, cached" if figure.operation == CACHED else figure.by
+    kind = {
+        CACHED: ", cached",
+        BY_TOPK: ", by top-k",
+        BY_TOPK_AT_ONCE: ", by top-k, no wait",
+        LAID_OUT_AT_ONCE: ", with a layout before, no wait",
+    }
+    return figure.by + kind.get(figure.operation, "")

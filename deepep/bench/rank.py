@@ -112,7 +112,7 @@ class Bench:
         for turn, sms in enumerate(counts):
             if sms is not None:
                 kind.set_num_sms(sms)
-            operations = buffer_operations(buffer, inputs, self._sweep.dtypes)
+            operations = buffer_operations(buffer, inputs, self._sweep.dtypes, by_topk=by == OURS)
             if turn > 0:
                 operations = (op for op in operations if op.name != LAYOUT)
             self._measure(by, operations, inputs.workload.shape, sms)

@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from deepep.bench.figures import OURS, BenchReport, Figure
-from deepep.bench.operations import CACHED, COMBINE, DISPATCH, LAYOUT
+from deepep.bench.operations import CACHED, COMBINE, FRESH, LAYOUT
 
 #: what the widest row takes; files and pipes have no width of their own
 WIDTH = 160
-ORDER = (LAYOUT, DISPATCH, CACHED, COMBINE)
+ORDER = (LAYOUT, *FRESH, CACHED, COMBINE)
 COLUMNS = (
     "median us",
     "p99 us",

@@ -162,16 +162,18 @@ def send_rows(
     engine: Engine, x: Tensor, scales: Tensor | None, topk_idx: Tensor, topk_weights: Tensor, num_experts: int
 ) -> tuple[Dispatched, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """A fresh dispatch, and the tensors of its route: is_token_in_rank, counts, expert_counts, table."""
-    topk_idx = in_memory(topk_idx)
-    layout, _ = engine.layout(topk_idx, num_experts, Schedule())
     request = DispatchRequest(
-        x, scales, layout=layout, topk_idx=topk_idx, topk_weights=in_memory(topk_weights)
+        x,
+        scales,
+        topk_idx=in_memory(topk_idx),
+        topk_weights=in_memory(topk_weights),
+        num_experts=num_experts,
     )
     received = engine.dispatch(request, Schedule())
     # torch.tensor of a list takes three times as long, and the device has nothing to do meanwhile.
     expert_counts = torch.frombuffer(array("q", received.num_tokens_per_expert), dtype=torch.int64)
     counts, table = engine.route_counts(received.route), engine.route_table(received.route)
-    return received, (layout.is_token_in_rank, counts, expert_counts, table)
+    return received, (received.route.is_token_in_rank, counts, expert_counts, table)
 
 
 @_dispatch.register_fake

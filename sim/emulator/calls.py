@@ -24,7 +24,8 @@ class Gpu:
     that stay. reduce_blocks: of a combine, those that sum, if they are not local_blocks. num_sms: how many
     blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
     as the ranks count them, modulo 2^32. ce_chunks: into so many parts the copy engine cuts the rows that
-    a combine returns, each engine_shrink percent of the one before; 0: SMs return them.
+    a combine returns, each engine_shrink percent of the one before; 0: SMs return them. alone_tokens: up to
+    so many tokens, blocks of a dispatch by top-k count for themselves; else together.
     """
 
     num_blocks: int = 2
@@ -37,6 +38,7 @@ class Gpu:
     calls_before: int = 0
     ce_chunks: int = 0
     engine_shrink: int = 100
+    alone_tokens: int = 64
 
     def num_actors(self, num_ranks: int) -> int:
         """Ranks and the copy engines that are used, which are counted behind them."""
@@ -101,6 +103,7 @@ class DispatchCall:
     num_worst_tokens: int = 0
     cached: bool = False
     refused: bool = False  # only post to the others that this rank takes no part
+    by_topk: bool = False  # where tokens go is found out from topk_idx
 
     @property
     def posts_counts(self) -> bool:

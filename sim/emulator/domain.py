@@ -10,7 +10,7 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens of a rank, H hidden siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,6 +96,12 @@ class EmulatedDomain:
                     staging_bytes=staging,
                     state=state,
                     fault=self._zeros(f"fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
+                    counting=self._zeros(
+                        f"counting@{rank}",
+                        "device",
+                        rank,
+                        _emulator.counting_bytes(num_ranks, max_local_experts),
+                    ),
                     timeout_seconds=gpu.timeout,
                 )
             )
@@ -113,6 +119,15 @@ class EmulatedDomain:
             self._put(f"tokens_per_expert@{rank}", rank, per_expert),
             self._put(f"is_token_in_rank@{rank}", rank, in_rank),
         )
+
+    def layout_inside(self, rank: int, num_tokens: int) -> LayoutAt:
+        """Where a dispatch by top-k leaves which ranks tokens go to; nothing else."""
+        marks = self._allocate(f"is_token_in_rank@{rank}", "device", rank, num_tokens * self.num_ranks)
+        return LayoutAt(0, 0, 0, marks)
+
+    def read_marks_of(self, rank: int, at: LayoutAt, num_tokens: int) -> Tensor:
+        """token-in-rank [T, R] bool."""
+        return self.read(rank, at.in_rank, torch.bool, (num_tokens, self.num_ranks))
 
     def layout(self, rank: int, topk_idx: Tensor, num_experts: int, ranks_per_domain: int) -> LayoutAt:
         """Launches the layout kernel; returns where its results will be."""
@@ -212,7 +227,14 @@ class EmulatedDomain:
         scales, at = call.scales, call.slot
         if call.posts_counts:
             self._tickets[rank] += 1
-        self._domains[rank].dispatch(
+        launch: Any = self._domains[rank].dispatch
+        known: dict[str, int] = {
+            "tokens_per_rank": layout.per_rank,
+            "tokens_per_expert": layout.per_expert,
+        }
+        if call.by_topk:
+            launch, known = self._domains[rank].dispatch_topk, {"alone_tokens": self.gpu.alone_tokens}
+        launch(
             blocks=self._blocks,
             num_tokens=call.x.shape[0],
             num_topk=0 if call.topk_idx is None else call.topk_idx.shape[1],
@@ -227,8 +249,7 @@ class EmulatedDomain:
             topk_idx=self._put_maybe(f"topk_idx@{rank}", rank, call.topk_idx),
             topk_weights=self._put_maybe(f"topk_weights@{rank}", rank, call.topk_weights),
             is_token_in_rank=layout.in_rank,
-            tokens_per_rank=layout.per_rank,
-            tokens_per_expert=layout.per_expert,
+            **known,
             counts=plan.counts,
             send_row=plan.send_row,
             recv_x=slot,

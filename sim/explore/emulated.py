@@ -177,6 +177,8 @@ class _ScenarioRun:
         given = inputs(case, rank)
         if self.scenario.use_layout == "yes":
             layout = yield from self._lay_out(rank, index, case)
+        elif self._lays_out_inside(case):
+            layout = domain.layout_inside(rank, case.num_tokens[rank])
         else:
             expected = self.scenario.expected[index][rank]
             layout = domain.given_layout(
@@ -219,6 +221,9 @@ class _ScenarioRun:
         own_weights = torch.zeros(rows, combine.num_topk) if combine.num_topk else 0
         self.handles[rank] = (replace(combine, x=own, topk_weights=own_weights), plan)
 
+    def _lays_out_inside(self, case: Case) -> bool:
+        return self.scenario.use_layout == "inside" and case.options.topk
+
     def _lay_out(self, rank: int, index: int, case: Case) -> Generator[str, None, LayoutAt]:
         topk_idx, nodes = inputs(case, rank).topk_idx, case.options.ranks_per_node
         at = self.domain.layout(rank, topk_idx, case.num_experts, nodes)
@@ -244,7 +249,7 @@ class _ScenarioRun:
         expected = [view.recv_x for view in self.scenario.expected[index]]
         rows = len(_given(expected[rank]))
         most_rows = max(len(x) for x in expected if x is not None)
-        call = _call(case, inputs(case, rank))
+        call = replace(_call(case, inputs(case, rank)), by_topk=self._lays_out_inside(case))
         view = RankView()
         if call.posts_counts and self.scenario.short_slots and most_rows > 1:
             domain.dispatch(rank, replace(call, capacity=most_rows - 1), layout, plan)
@@ -286,6 +291,8 @@ class _ScenarioRun:
         yield from self._settle(rank)
         if view.num_rows is None:
             raise _WrongResult(f"rank {rank}: the host got {got}, and there is no fault record")
+        if call.by_topk:
+            view.is_token_in_rank = domain.read_marks_of(rank, layout, case.num_tokens[rank]).numpy()
         received = domain.read_slot(rank, slot, call, rows)
         assert received.source is not None
         view.recv_x, view.src_token = bits(received.x), received.source.numpy()

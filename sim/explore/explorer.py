@@ -43,8 +43,9 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
         gpu=replace(
             GPUS[choices.integer(0, len(GPUS) - 1)],
             calls_before=choices.pick((0, 0, 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD)),
+            alone_tokens=choices.pick((0, 64)),
         ),
-        use_layout=choices.pick(("no", "yes")),
+        use_layout=choices.pick(("no", "yes", "inside", "inside")),
         use_barrier=choices.flag(),
         short_slots=choices.flag(0.3),
         num_combines=choices.pick((1, 1, 0, 2, 3)),
@@ -57,13 +58,13 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
 
 
 def draw_tall_scenario(seed: int) -> Scenario:
-    """One case of many short rows, more than a block has threads. Every second for the layout alone."""
+    """One case of many short rows, more than a block has threads. Every third for the layout alone."""
     choices = RandomChoices(seed)
     limits = replace(LIMITS, max_tokens=200, max_topk=3, max_local_experts=3, hidden=(16,), masks=False)
     return Scenario(
         cases=(draw_case(choices, limits),),
         gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
-        use_layout="only" if seed % 2 == 0 else "no",
+        use_layout=("only", "no", "inside")[seed % 3],
     )
 
 

@@ -80,7 +80,7 @@ class Failure:
             "scenario",
             names=_SETTINGS,
             bounds={"num_combines": (0, 64)},
-            words={"use_layout": ("yes", "no", "only"), "refuses": ("", "dispatch", "combine")},
+            words={"use_layout": ("yes", "no", "only", "inside"), "refuses": ("", "dispatch", "combine")},
         )
         schedule = make_dataclass(
             ThreadSchedule,

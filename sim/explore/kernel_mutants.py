@@ -57,6 +57,8 @@ ROW_FILES = ("kernels/rows/",)
 COPY_ENGINE_FILES = tuple(
     f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")
 )
+#: Files that take effect where dispatches find out themselves where tokens go.
+COUNTING_FILES = tuple(f"kernels/dispatch/{name}.hpp" for name in ("count", "count_experts", "topk"))
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
@@ -112,6 +114,8 @@ HARMLESS: dict[str, str] = {
     "layout/layout.hpp write_totals: store gpu -> block": _ORDERED_BY_COUNTER,
     "layout/layout.hpp write_totals: store gpu -> block (2)": _ORDERED_BY_COUNTER,
     "dispatch/dispatch.hpp dispatch_kernel: sync_block removed": _BARRIER_BEHIND,
+    "dispatch/count_experts.hpp post_experts: load gpu -> block": _ORDERED_BY_COUNTER,
+    "dispatch/count_experts.hpp post_experts: store gpu -> block": _ORDERED_BY_COUNTER,
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "low_latency/mend.hpp mask: store sys -> gpu": _READ_BEHIND_THE_KERNEL,

@@ -14,6 +14,8 @@ from threading import Event
 from typing import Any
 
 from deepep import _emulator
+from deepep.sim.cases.case import draw_case
+from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.emulator.shapes import GPUS
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.exchange_runs import explore_exchanges
@@ -21,6 +23,7 @@ from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenari
 from deepep.sim.explore.kernel_edits import COPY_FILE
 from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
+    COUNTING_FILES,
     EXCHANGE_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
@@ -43,6 +46,18 @@ HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidd
 
 #: Launch shapes of _copy_engine_scenario.
 _WITH_COPY_ENGINES = tuple(gpu for gpu in GPUS if gpu.ce_chunks > 0)
+
+#: Of _counting_scenario: hosts wait, so experts are counted as well.
+COUNTING_LIMITS = replace(
+    LIMITS,
+    ranks=(1, 1, 2),
+    max_tokens=70,
+    max_topk=3,
+    max_local_experts=2,
+    hidden=(16,),
+    masks=False,
+    fixed={"mode": "ht", "schedule": "sync", "topk": True, "worst": "off", "cached": False},
+)
 
 LOW_LATENCY_HUNTING_LIMITS = replace(
     LOW_LATENCY_LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128)
@@ -90,6 +105,17 @@ def _copy_engine_scenario(seed: int) -> Scenario:
     scenario = draw_scenario(seed, limits=HUNTING_LIMITS, num_cases=1)
     gpu = replace(_WITH_COPY_ENGINES[seed % len(_WITH_COPY_ENGINES)], calls_before=scenario.gpu.calls_before)
     return replace(scenario, gpu=gpu, use_layout="no", use_barrier=False, short_slots=False, num_combines=3)
+
+
+@lru_cache(maxsize=4096)
+def _counting_scenario(seed: int) -> Scenario:
+    """One or two dispatches by top-k of a few stretches of tokens, which blocks mostly count together."""
+    choices = RandomChoices(seed)
+    cases = [draw_case(choices, COUNTING_LIMITS)]
+    if seed % 5 == 0:
+        cases.append(draw_case(choices, replace(COUNTING_LIMITS, ranks=(cases[0].num_ranks,))))
+    gpu = replace(GPUS[(3, 4, 5)[seed % 3]], alone_tokens=64 if seed % 4 == 0 else 0)
+    return Scenario(tuple(cases), gpu, use_layout="inside", num_combines=0)
 
 
 @dataclass(frozen=True)
@@ -160,12 +186,13 @@ def hunt(
         found = None if calls.failure is None else calls.failure.report
         return Catch(mutant, found, calls.runs, calls.seconds, built - begin)
     by_copy_engine = mutant.file in COPY_ENGINE_FILES
+    counts = mutant.file in COUNTING_FILES
     tally = explore(
         runs=runs,
         seconds=seconds,
         schedules_per_scenario=4 if by_copy_engine else 2,
         with_stops=True,
-        scenarios=_copy_engine_scenario if by_copy_engine else _scenario,
+        scenarios=_copy_engine_scenario if by_copy_engine else _counting_scenario if counts else _scenario,
         kernels=kernels,
         progress=progress,
     )

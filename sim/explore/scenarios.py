@@ -54,7 +54,8 @@ class Stop:
 class Scenario:
     """Cases to run: of equally many ranks, in order, on GPUs of one shape.
 
-    use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else.
+    use_layout: "yes": the layout kernel makes what dispatch is given, "no": the host; "only": nothing else;
+    "inside": a dispatch that sends top-k finds it out itself.
     use_barrier: a barrier after each case, behind which every rank reads what the others wrote before it.
     short_slots: slots have room for one row less than comes, where the host waits for the counts: ranks
     learn of it with the counts, and acquire anew.

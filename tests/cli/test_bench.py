@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from deepep.bench.figures import BenchReport, Figure
+from deepep.bench.operations import FRESH
 from deepep.bench.plot import draw_report, panels_of
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
@@ -26,9 +27,9 @@ SHAPE = Shape(tokens=9, hidden=128, topk=3, experts=8)
 SMALL = Sweep(2, (SHAPE,), dtypes=("bf16",), iterations=50, warmup=0)
 OPERATIONS = [
     ("layout", "deepep", None),
-    ("dispatch", "deepep", "bf16"),
+    *((name, "deepep", "bf16") for name in FRESH),
     ("cached dispatch", "deepep", "bf16"),
-    ("dispatch", "deepep", "fp8"),
+    *((name, "deepep", "fp8") for name in FRESH),
     ("cached dispatch", "deepep", "fp8"),
     ("combine", "deepep", "bf16"),
     ("dispatch", "gloo alone", "bf16"),
@@ -163,7 +164,7 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m deepep bench")
     operations = [figure["operation"] for figure in written["figures"]]
-    assert operations == ["layout", "dispatch", "cached dispatch", "combine"]
+    assert operations == ["layout", *FRESH, "cached dispatch", "combine"]
 
 
 @pytest.mark.parametrize(

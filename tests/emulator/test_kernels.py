@@ -34,7 +34,7 @@ def even_case(ranks: int, tokens: int, topk: int, hidden: int = 128) -> Case:
     """Every rank sends `tokens` tokens to `topk` distinct experts, two experts a rank."""
     rng = np.random.default_rng(0)
     indices = tuple(
-        np.stack([rng.permutation(2 * ranks)[:topk] for _ in range(tokens)]).astype(np.int64)
+        np.array([rng.permutation(2 * ranks)[:topk] for _ in range(tokens)], np.int64).reshape(tokens, topk)
         for _ in range(ranks)
     )
     return Case(num_experts=2 * ranks, topk_idx=indices, hidden=hidden, options=Options()).legal()
@@ -85,6 +85,17 @@ def test_rows_return_in_as_many_parts_as_they_are_few(rows: int, gpu: Gpu) -> No
     """In four, three, two and one: kernels/combine/call.hpp decides by the most rows between two ranks."""
     scenario = Scenario((even_case(ranks=2, tokens=rows, topk=4, hidden=136),), gpu)
     for seed in range(3):
+        report = run(scenario, draw_schedule(seed))
+        assert report.kind == "ok", report.text
+
+
+@pytest.mark.parametrize("alone_tokens", [0, 64], ids=["together", "alone"])
+@pytest.mark.parametrize("gpu", [GPUS[1], GPUS[3], GPUS[5]], ids=["one block", "three", "three on one SM"])
+def test_where_tokens_go_is_found_out_inside(gpu: Gpu, alone_tokens: int) -> None:
+    """Around the ends of stretches, of groups of them, and of what each block counts for itself."""
+    for seed, tokens in enumerate((0, 1, 31, 32, 33, 64, 65, 200)):
+        case = even_case(ranks=2, tokens=tokens, topk=3, hidden=16)
+        scenario = Scenario((case,), replace(gpu, alone_tokens=alone_tokens), use_layout="inside")
         report = run(scenario, draw_schedule(seed))
         assert report.kind == "ok", report.text
 

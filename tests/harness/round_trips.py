@@ -157,16 +157,23 @@ def prepared(shape: Shape, seed: int) -> Prepared:
     return Prepared(inputs, expected, rows, biases, sums, moved, expected_again)
 
 
-def round_trip(domain, shape: Shape, seed: int, late: int | None = None) -> None:  # type: ignore[no-untyped-def]
+def round_trip(  # type: ignore[no-untyped-def]
+    domain, shape: Shape, seed: int, late: int | None = None, by_topk: frozenset[int] = frozenset()
+) -> None:
     """Dispatch, combine with every extra, a cached dispatch of other data: all ranks against the oracle."""
     want = prepared(shape, seed)
     experts = shape.local_experts * shape.ranks
     capacity = max(1, sum(shape.tokens))
     arrived = domain.dispatch(
-        [to_gpu(given) for given in want.inputs], capacity=capacity, num_experts=experts, late=late
+        [to_gpu(given) for given in want.inputs],
+        capacity=capacity,
+        num_experts=experts,
+        late=late,
+        by_topk=by_topk,
     )
-    for got, expected in zip(arrived, want.expected, strict=True):
+    for got, expected, given in zip(arrived, want.expected, want.inputs, strict=True):
         check_received(got, expected)
+        assert same_bits(got.plan.in_rank, given.is_token_in_rank)
     plans = [got.plan for got in arrived]
 
     if not shape.fp8:

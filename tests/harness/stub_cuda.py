@@ -85,6 +85,9 @@ class Domain:
     def dispatch(self, *args: object, **named: object) -> None:
         self.launched("dispatch")
 
+    def dispatch_topk(self, *args: object, **named: object) -> None:
+        self.launched("dispatch")
+
     def dispatch_cached(self, *args: object, **named: object) -> None:
         self.launched("dispatch_cached")
 
@@ -161,13 +164,13 @@ def extension(num_rows: int) -> ModuleType:
     stub: Any = ModuleType("deepep._cuda")
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
-    stub.MASKED_OFFSET = 0
+    stub.MASKED_OFFSET, stub.MAX_COUNTED_TOKENS = 0, 1 << 14
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
     stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns
     stub.low_latency_bytes = low_latency_bytes
     stub.Counts, stub.FaultRecord = Counts, Fault
     stub.wait_counts = lambda *args, **named: Counts(0, num_rows, num_rows, 0, Opaque(), [num_rows])
-    stub.control_bytes = lambda *args: 1 << 12
+    stub.control_bytes = stub.counting_bytes = lambda *args: 1 << 12
     stub.host_counts_bytes = lambda *args: 1 << 12
     stub.staging_capacity = lambda *args: 1 << 20
     stub.stream_is_idle = lambda stream: True

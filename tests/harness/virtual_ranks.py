@@ -88,8 +88,11 @@ class VirtualDomain:
         order: Sequence[int] | None = None,
         skip: frozenset[int] = frozenset(),
         late: int | None = None,
+        by_topk: frozenset[int] = frozenset(),
     ) -> list[Arrived]:
-        """One dispatch of all ranks, launched in `order`; `skip` do not arrive, `late` comes 100 ms later."""
+        """One dispatch of all ranks, launched in `order`; `skip` do not arrive, `late` comes 100 ms later.
+        by_topk: ranks whose kernel finds out itself where tokens go, into the plan's in_rank.
+        """
         torch.cuda.synchronize(self.device)
         results: dict[int, Arrived] = {}
         for r in order if order is not None else range(self.num_ranks):
@@ -114,6 +117,8 @@ class VirtualDomain:
                 table = torch.empty((tokens + ranks, ranks), dtype=torch.int32, device=self.device)
                 plan = Plan(table, tokens, capacity, endpoint.live)
                 received = receive_spec(given.x, given.scales, given.topk_idx, True).carve(stretch, capacity)
+                inside = r in by_topk
+                plan.in_rank = torch.empty_like(given.is_token_in_rank) if inside else given.is_token_in_rank
                 endpoint.dispatch(
                     given.x,
                     received,
@@ -123,9 +128,10 @@ class VirtualDomain:
                     scales=given.scales,
                     topk_idx=given.topk_idx,
                     topk_weights=given.topk_weights,
-                    is_token_in_rank=given.is_token_in_rank,
-                    tokens_per_rank=given.tokens_per_rank,
-                    tokens_per_expert=given.tokens_per_expert,
+                    is_token_in_rank=plan.in_rank,
+                    tokens_per_rank=None if inside else given.tokens_per_rank,
+                    tokens_per_expert=None if inside else given.tokens_per_expert,
+                    num_local_experts=num_experts // ranks if inside else 0,
                     num_worst_tokens=num_worst_tokens,
                     post_counts=post_counts,
                 )

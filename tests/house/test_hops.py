@@ -14,7 +14,10 @@ import pytest
 from harness.sources import ROOT
 
 MOST_FUNCTIONS, MOST_MODULES, MOST_LINES = 12, 6, 80
-OPERATIONS = ("dispatch", "cached dispatch", "combine", "low-latency dispatch", "low-latency combine")
+OPERATIONS = (
+    *("dispatch", "dispatch by top-k", "cached dispatch", "combine"),
+    *("low-latency dispatch", "low-latency combine"),
+)
 
 Hops = list[tuple[str, str, int]]
 
@@ -49,6 +52,7 @@ def test_every_operation_is_counted_to_its_launch(hops: dict[str, Hops]) -> None
     assert set(hops) == set(OPERATIONS)
     ends = {
         "dispatch": ("Buffer.dispatch", "deepep/backends/cuda/launch.py"),
+        "dispatch by top-k": ("Buffer.dispatch", "deepep/backends/cuda/launch.py"),
         "cached dispatch": ("Buffer.dispatch", "deepep/backends/cuda/memory/pool.py"),
         "combine": ("Buffer.combine", "deepep/backends/cuda/launch.py"),
         "low-latency dispatch": (

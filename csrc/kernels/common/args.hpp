@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "layout/counting.hpp"
 #include "layout/prefix.hpp"
 #include "layout/symmetric_layout.hpp"
 
@@ -53,11 +54,14 @@ struct LocalState {
   uint32_t dispatch_epoch;
   uint32_t combine_epoch;
   uint32_t barrier_epoch;
-  uint32_t blocks_started;  // blocks of the running kernel that have read its epoch
-  uint32_t ce_doorbell;     // the copy engine may begin with its chunks up to this ticket
-  uint32_t ce_completed;    // the chunks it has copied, a ticket each
+  uint32_t blocks_started;   // blocks of the running kernel that have read its epoch
+  uint32_t ce_doorbell;      // the copy engine may begin with its chunks up to this ticket
+  uint32_t ce_completed;     // the chunks it has copied, a ticket each
   uint32_t masked;           // low latency: ranks that its kernels have masked, as bits
   uint32_t blocks_finished;  // low latency with masks: blocks of the running kernel that are done
+  uint32_t groups_claimed;   // dispatch, top-k: groups of stretches whose ranks some block counts
+  uint32_t experts_claimed;  // the same of their experts
+  uint32_t experts_counted;  // groups whose experts have been counted
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -92,6 +96,7 @@ struct Group {
 /// A kernel each, chosen by the host.
 enum class DispatchMode : int32_t {
   kFresh,    // dispatch/dispatch.hpp: counts and rows are found out, and fill a handle
+  kTopk,     // dispatch/topk.hpp: the same, and where tokens go is found out as well
   kCached,   // dispatch/cached.hpp: counts and rows come from the handle
   kRefused,  // dispatch/refused.hpp: posts to the others that this rank takes no part in this call; one block
 };
@@ -123,10 +128,16 @@ struct DispatchArgs {
   int64_t num_worst_tokens;           // 0, or rows whose index is set to -1 past the last received
   HostCounts* host;                   // null: the host does not wait
   uint32_t ticket;
+  // Of mode kTopk:
+  uint8_t* marks;        // [T, R]: which ranks each token goes to, is written
+  std::byte* counting;   // layout::CountingLayout
+  int64_t alone_tokens;  // up to so many tokens each block counts for itself
   // What the launch fills in (prepare), so that no warp has to work it out:
   uint32_t common_words[layout::MailboxWords::kCommon];  // posted to all ranks alike
   layout::TokenSplit push_split;                         // the tokens of each push block
   layout::TokenSplit local_split;                        // of each local block
+  layout::StretchGroups groups;                          // of mode kTopk, as below
+  layout::Divisor experts_per_rank;
 };
 
 /// Rows that the copy engine returns instead of SMs, in chunks. It follows orders that the host has put on a

@@ -29,16 +29,17 @@ inline constexpr uint32_t kRefusal = 0;
 
 /// Advances the epoch when all blocks have read it: on the device, so that a replayed graph counts on; and
 /// without a wait, so that no block needs another one to be resident. One thread of every block, behind a block
-/// barrier that follows the block's own reads.
-DEEPEP_DEVICE void advance_epoch(uint32_t* blocks_started, uint32_t* epoch, uint32_t value) {
+/// barrier that follows the block's own reads. Whether this block was the last.
+DEEPEP_DEVICE bool advance_epoch(uint32_t* blocks_started, uint32_t* epoch, uint32_t value) {
   using namespace dev;
   const uint32_t before = fetch_add<acq_rel, gpu_scope>(blocks_started, 1u);
-  if (before + 1 != static_cast<uint32_t>(num_blocks())) return;
+  if (before + 1 != static_cast<uint32_t>(num_blocks())) return false;
   store(blocks_started, 0u);
   store(epoch, value);
+  return true;
 }
-DEEPEP_DEVICE void advance_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
-  advance_epoch(&g.state->blocks_started, epoch, value);
+DEEPEP_DEVICE bool advance_epoch(const Group& g, uint32_t* epoch, uint32_t value) {
+  return advance_epoch(&g.state->blocks_started, epoch, value);
 }
 
 /// Grants the peers credit for this rank's staging: all its combines up to `epoch` have read it. Granted at the

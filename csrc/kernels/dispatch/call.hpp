@@ -80,13 +80,23 @@ struct DispatchCall {
 /// Block 0 posts this rank's metadata, and what else concerns the whole rank.
 [[nodiscard]] DEEPEP_DEVICE bool is_leader_block() { return dev::block() == 0; }
 
+/// The block that posts to a host that waits.
+[[nodiscard]] DEEPEP_DEVICE bool is_host_block() { return dev::block() == (dev::num_blocks() > 1 ? 1 : 0); }
+
 /// Block 0: peers may write to this rank's staging in the combines to come.
 DEEPEP_DEVICE void grant_credit(const DispatchCall& call) {
   if (is_leader_block()) grant_credit(call.g, dev::load(&call.g.state->combine_epoch));
 }
 
 DEEPEP_DEVICE void advance_epoch(const DispatchCall& call) {
-  if (dev::thread() == dev::num_threads() - 1) advance_epoch(call.g, &call.g.state->dispatch_epoch, call.epoch);
+  LocalState* state = call.g.state;
+  if (dev::thread() != dev::num_threads() - 1) return;
+  if (!advance_epoch(call.g, &state->dispatch_epoch, call.epoch) || call.args.mode != DispatchMode::kTopk)
+    return;
+  // Of the next call, nothing has been claimed.
+  dev::store(&state->groups_claimed, 0u);
+  dev::store(&state->experts_claimed, 0u);
+  dev::store(&state->experts_counted, 0u);
 }
 
 /// True on one thread of a block in which something went wrong: it has a fault to report.

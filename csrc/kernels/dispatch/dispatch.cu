@@ -4,6 +4,7 @@
 #include "kernels/common/launch.hpp"
 #include "kernels/dispatch/cached.hpp"
 #include "kernels/dispatch/refused.hpp"
+#include "kernels/dispatch/topk.hpp"
 
 namespace deepep::kernels {
 
@@ -13,6 +14,7 @@ Kernel<DispatchArgs> kernel_of(DispatchMode mode) {
   switch (mode) {
     case DispatchMode::kCached: return dispatch_cached_kernel;
     case DispatchMode::kRefused: return dispatch_refused_kernel;
+    case DispatchMode::kTopk: return dispatch_topk_kernel;
     default: return dispatch_kernel;
   }
 }
@@ -21,13 +23,15 @@ Kernel<DispatchArgs> kernel_of(DispatchMode mode) {
 
 void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
   DispatchArgs args = given;
-  prepare(args);
-  const DispatchShared shared{args.group.num_ranks, kDispatchThreads / dev::kWarpSize};
-  launch(kernel_of(args.mode), args, num_blocks, kDispatchThreads, shared.bytes(), stream, "dispatch");
+  constexpr int kWarps = kDispatchThreads / dev::kWarpSize;
+  prepare(args, num_blocks, kWarps);
+  launch(kernel_of(args.mode), args, num_blocks, kDispatchThreads, shared_bytes(args, kWarps), stream,
+         "dispatch");
 }
 
 void load_dispatch() {
-  for (const DispatchMode mode : {DispatchMode::kFresh, DispatchMode::kCached, DispatchMode::kRefused})
+  for (const DispatchMode mode :
+       {DispatchMode::kFresh, DispatchMode::kTopk, DispatchMode::kCached, DispatchMode::kRefused})
     load(kernel_of(mode), "dispatch");
 }
 

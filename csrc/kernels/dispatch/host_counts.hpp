@@ -11,7 +11,7 @@ DEEPEP_DEVICE void post_counts_to_host(const DispatchCall& call, uint32_t why) {
   using namespace dev;
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
-  if (args.host == nullptr || block() != (num_blocks() > 1 ? 1 : 0)) return;
+  if (args.host == nullptr || !is_host_block()) return;
   const layout::MailboxWords words{g.num_ranks};
   const MetadataShared shared{g.num_ranks};
   SharedArray<int32_t> counts(shared.counts());
@@ -23,7 +23,7 @@ DEEPEP_DEVICE void post_counts_to_host(const DispatchCall& call, uint32_t why) {
   };
   for (int l = thread(); l < args.num_local_experts; l += num_threads()) {
     uint32_t total = 0;
-    for (int s = 0; s < g.num_ranks && why == 0 && args.tokens_per_expert != nullptr; ++s) {
+    for (int s = 0; s < g.num_ranks && why == 0 && has_expert_counts(args); ++s) {
       uint32_t value = 0;
       if (!is_live(g, s)) continue;
       const int64_t offset = g.control.mailbox(s, call.epoch) + 8 * words.expert_count(l);

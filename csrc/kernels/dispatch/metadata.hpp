@@ -7,9 +7,14 @@
 // call, which we post when this kernel has ended.
 #pragma once
 
-#include "kernels/dispatch/call.hpp"
+#include "kernels/dispatch/count.hpp"
 
 namespace deepep::kernels {
+
+/// Whether experts' counts go round; with top-k, if hosts wait, about which they agree by themselves.
+[[nodiscard]] DEEPEP_HD bool has_expert_counts(const DispatchArgs& args) {
+  return args.mode == DispatchMode::kTopk || args.tokens_per_expert != nullptr;
+}
 
 /// The digest of what all ranks must pass alike.
 [[nodiscard]] DEEPEP_HD uint32_t digest_of(const DispatchArgs& args) {
@@ -23,14 +28,16 @@ namespace deepep::kernels {
   digest.add(args.group.live);
   digest.add(args.mode == DispatchMode::kCached ? 1u : 0u);
   digest.add(args.host != nullptr ? 1u : 0u);
-  digest.add(args.tokens_per_expert != nullptr ? 1u : 0u);
+  digest.add(has_expert_counts(args) ? 1u : 0u);
   return digest.value | 1u;
 }
 
 /// Before a launch, by the host: what follows from the rest.
-inline void prepare(DispatchArgs& args) {
+inline void prepare(DispatchArgs& args, int num_blocks, int num_warps) {
   args.push_split = {args.num_tokens, layout::max_of(args.push_blocks, 1)};
   args.local_split = {args.num_tokens, layout::max_of(args.local_blocks, 1)};
+  args.groups = {args.num_tokens, num_blocks, num_warps, args.alone_tokens};
+  args.experts_per_rank = layout::Divisor(layout::max_of(args.num_local_experts, 1));
   const layout::MailboxWords words{0};
   for (int i = 0; i < layout::kSlotArrays; ++i)
     args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
@@ -39,7 +46,8 @@ inline void prepare(DispatchArgs& args) {
   args.common_words[words.digest()] = digest_of(args);
 }
 
-/// Block 0: counts, receive arrays and shapes to every live rank, this one included. One lane per word.
+/// Block 0: counts, receive arrays and shapes to every live rank, this one included. One lane per word. The
+/// counts of what top-k indices say are in shared memory: not posted if they are not there; the experts' follow.
 template <DispatchMode kMode>
 DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   using namespace dev;
@@ -47,6 +55,10 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
   constexpr bool kCached = kMode == DispatchMode::kCached;
+  constexpr bool kTopk = kMode == DispatchMode::kTopk;
+  if (kTopk && !sum_stretches(call)) return;
+  const CountingShared counted{g.num_ranks};
+  SharedArray<int32_t> totals(counted.totals());
   const layout::MailboxWords words{g.num_ranks};
   const int experts = !kCached && args.tokens_per_expert != nullptr ? args.num_local_experts : 0;
   const int per_peer = words.expert_count(experts);
@@ -60,6 +72,8 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
           load_once(args.tokens_per_expert + peer * args.num_local_experts + word - words.expert_count(0)));
     else if (word >= g.num_ranks)
       value = args.common_words[word - g.num_ranks];
+    else if (kTopk && is_live(g, word))
+      value = static_cast<uint32_t>(totals.get(word));
     else if (kMode == DispatchMode::kFresh && is_live(g, word))  // a cached call's are in everybody's handle
       value = static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
     // Relaxed: the word needs no other, and carries the epoch, so that one of an earlier call is never taken
@@ -67,6 +81,13 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
     store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, call.epoch) + 8 * word),
                               pack_tagged(value, call.epoch));
   }
+}
+
+/// A block's dynamic shared memory.
+[[nodiscard]] inline int64_t shared_bytes(const DispatchArgs& args, int num_warps) {
+  if (args.mode == DispatchMode::kTopk)
+    return CountingShared{args.group.num_ranks}.bytes(args.groups.num_stretches);
+  return DispatchShared{args.group.num_ranks, num_warps}.bytes();
 }
 
 /// Words of each source that every block polls, one thread each.

@@ -2,15 +2,17 @@
 // them.
 #pragma once
 
-#include "kernels/dispatch/call.hpp"
+#include "kernels/dispatch/count.hpp"
 
 namespace deepep::kernels {
 
 inline constexpr int kPlaceBatch = 8;  // tokens a thread looks at together
 
 /// Bit r: token t goes to rank r, and that concerns the role (its bit is in `wanted`).
+template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE uint32_t destinations_of(const DispatchArgs& args, int64_t t, uint32_t wanted) {
   const int ranks = args.group.num_ranks;
+  if constexpr (kMode == DispatchMode::kTopk) return ranks_of_token(args, t) & wanted;
   uint32_t mask = 0;
   for (int r = 0; r < ranks; ++r)
     mask |= static_cast<uint32_t>(dev::load_once(args.is_token_in_rank + t * ranks + r) != 0) << r;
@@ -29,7 +31,8 @@ template <int kBatch>
     uint32_t goes[kBatch];  // all loaded before the first is used
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      goes[i] = first + i * step < end ? destinations_of(args, first + i * step, wanted) : 0;
+      goes[i] =
+          first + i * step < end ? destinations_of<DispatchMode::kFresh>(args, first + i * step, wanted) : 0;
     for (int r = 0; r < args.group.num_ranks; ++r) {
       int with = 0;
 #pragma unroll
@@ -86,21 +89,54 @@ template <bool kCached>
   return kCached ? dev::load_once(args.send_row + at) : dev::load_once(args.is_token_in_rank + at);
 }
 
-/// Brings the warp's first row to the cache while the metadata travels.
-DEEPEP_DEVICE void prefetch_row(const DispatchArgs& args, const WarpTokens& mine) {
-  if (mine.begin >= mine.end) return;
-  const int lines = static_cast<int>(args.row_bytes / layout::kLine);
-  const int end = lines * (mine.part + 1) / mine.parts;
-  for (int line = lines * mine.part / mine.parts + dev::lane(); line < end; line += dev::kWarpSize)
-    dev::prefetch(args.x + mine.begin * args.row_bytes + line * layout::kLine);
-}
-
 /// The way of a warp's first token, of which lane r has what concerns rank r; more tokens are looked up as they
 /// come.
 struct FirstToken {
-  int32_t route;  // see look_up_route
+  int32_t route;  // see look_up_route; found out from top-k: which of the first tokens go there, as bits
   int before;     // so many tokens of this rank go there before it; of a cached call it is in the route
 };
+
+/// Which ranks each of the tokens [begin, begin + size) goes to, into the marks; `ranks`: of lane i's token, as
+/// bits. One warp.
+DEEPEP_DEVICE void mark_tokens(const DispatchArgs& args, int64_t begin, int size, uint32_t ranks) {
+  using namespace dev;
+  const int num_ranks = args.group.num_ranks;
+#pragma unroll 1
+  for (int i = lane(); i < size * num_ranks + lane(); i += kWarpSize) {
+    const int token = i / num_ranks;
+    const uint32_t goes = shuffle(ranks, token < size ? token : 0);
+    if (token < size)
+      store(args.marks + begin * num_ranks + i, static_cast<uint8_t>((goes >> (i % num_ranks)) & 1u));
+  }
+}
+
+/// `place_tokens` by top-k indices: local blocks mark all their tokens. Behind `count_stretches`.
+[[nodiscard]] DEEPEP_DEVICE FirstToken place_by_topk(const DispatchCall& call, const WarpShare& share) {
+  using namespace dev;
+  const DispatchArgs& args = call.args;
+  const WarpTokens& mine = share.mine;
+  const int ranks = call.g.num_ranks;
+  if (mine.begin >= mine.end) return {0, 0};
+  const uint32_t wanted = wanted_ranks(share.role, call.g);
+  const int stretch = static_cast<int>(mine.begin / layout::kStretch);
+  const int64_t begin = int64_t{stretch} * layout::kStretch;
+  const uint32_t earlier = by_rank(ranks, ranks_of_tokens(args, begin, static_cast<int>(mine.begin - begin)));
+  int before = popcount(earlier);
+  for (int r = 0; r < ranks; ++r) {
+    const int counted = stretch_sum(ranks, r, stretch);
+    if (lane() == r) before += counted;
+  }
+  uint32_t first = 0;
+#pragma unroll 1
+  for (int64_t t = mine.begin; t < mine.end; t += kWarpSize) {
+    const int size = static_cast<int>(layout::min_of(mine.end - t, static_cast<int64_t>(kWarpSize)));
+    const uint32_t goes = ranks_of_tokens(args, t, size);
+    if (share.role.local && mine.part == 0) mark_tokens(args, t, size, goes);
+    if (t == mine.begin) first = by_rank(ranks, goes & wanted);
+    if (!share.role.local) break;
+  }
+  return {static_cast<int32_t>(first), before};
+}
 
 /// Of what does not depend on the counts, what is slow: first rows, where their tokens go, and what goes before
 /// them.
@@ -108,6 +144,7 @@ template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE FirstToken place_tokens(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
   constexpr bool kCached = kMode == DispatchMode::kCached;
+  if constexpr (kMode == DispatchMode::kTopk) return place_by_topk(call, share);
   prefetch_row(call.args, share.mine);
   const bool handles = share.mine.begin < share.mine.end && ((wanted_ranks(share.role, call.g) >> lane()) & 1u);
   FirstToken first{look_up_route<kCached>(call.args, share.mine.begin, handles), 0};

@@ -9,16 +9,12 @@ namespace deepep::kernels {
 inline constexpr int kUnroll = 14;  // 16-byte accesses a lane has in flight: 7 KiB of a row a warp
 
 /// Lane r: which of the tokens [begin, begin + size) go to rank r, as bits. One warp.
+template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE uint32_t going_of(const DispatchArgs& args, int64_t begin, int size,
                                               uint32_t wanted) {
   using namespace dev;
-  const uint32_t goes = lane() < size ? destinations_of(args, begin + lane(), wanted) : 0;
-  uint32_t going = 0;
-  for (int r = 0; r < args.group.num_ranks; ++r) {
-    const uint32_t with = ballot((goes >> r) & 1u);
-    if (lane() == r) going = with;
-  }
-  return going;
+  return by_rank(args.group.num_ranks,
+                 lane() < size ? destinations_of<kMode>(args, begin + lane(), wanted) : 0);
 }
 
 /// A lane's next pieces of a row, those u with u * kWarpSize < pieces.
@@ -80,6 +76,7 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
                               HeldRow& held) {
   using namespace dev;
   constexpr bool kCached = kMode == DispatchMode::kCached;
+  constexpr bool kTopk = kMode == DispatchMode::kTopk;
   const DispatchArgs& args = call.args;
   const DispatchRole& role = share.role;
   const WarpTokens& mine = share.mine;
@@ -108,7 +105,10 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
     const int size = static_cast<int>(layout::min_of(mine.end - first, static_cast<int64_t>(kWarpSize)));
     // Bit i of lane r: token first + i goes to rank r. A cached call has the rows instead, one token's ahead.
     uint32_t going = ahead != 0 ? 1u : 0u;
-    if (!kCached && mine.end - mine.begin > 1) going = going_of(args, first, size, wanted_ranks(role, g));
+    if (kTopk && first == mine.begin)
+      going = static_cast<uint32_t>(first_token.route);
+    else if (!kCached && mine.end - mine.begin > 1)
+      going = going_of<kMode>(args, first, size, wanted_ranks(role, g));
     // The warps of a block, each at another of its tokens: some store rows while others wait for these words.
     const int turn = warp() * size / kWarpSize;
 #pragma unroll 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deepep._core import MAX_TOPK
 from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS, Phase, Plan
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec, receive_spec
 from deepep.backends.cuda.sm_split import dispatch_split
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepep.backends.cuda.engine import CudaEngine
 
 _ROW_DTYPES = frozenset(checks.ROW_DTYPES)
+_INDEX_DTYPES = frozenset(checks.INDEX_DTYPES)
 _BYTE_DTYPES = frozenset(checks.BYTE_DTYPES)
 _MOST_SPECS = 256
 _specs: dict[tuple[object, ...], ReceiveSpec] = {}
@@ -60,16 +62,21 @@ def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
         return False
     if route is not None:
         return route.engine is engine and tokens == route.num_tokens
-    layout, weights = request.layout, request.topk_weights
-    if layout is None or engine.last_layout is None:
+    topk_idx, weights, layout = request.topk_idx, request.topk_weights, request.layout
+    if layout is None:
+        if not _is_usual_topk(engine, topk_idx, request.num_experts):
+            return False
+    elif (
+        engine.last_layout is None
+        or topk_idx is not engine.last_layout[0]
+        or layout.is_token_in_rank is not (made := engine.last_layout[1]).is_token_in_rank
+        or layout.num_tokens_per_rank is not made.num_tokens_per_rank
+        or layout.num_tokens_per_expert is not made.num_tokens_per_expert
+        or made.num_tokens_per_expert.shape[0] > MAX_LOCAL_EXPERTS
+    ):
         return False
-    topk_idx, made = engine.last_layout
     return (
-        request.topk_idx is topk_idx
-        and layout.is_token_in_rank is made.is_token_in_rank
-        and layout.num_tokens_per_rank is made.num_tokens_per_rank
-        and layout.num_tokens_per_expert is made.num_tokens_per_expert
-        and made.num_tokens_per_expert.shape[0] <= MAX_LOCAL_EXPERTS
+        topk_idx is not None
         and tokens == topk_idx.shape[0]
         and type(weights) is Tensor
         and weights.dtype is torch.float32
@@ -83,12 +90,26 @@ def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
     )
 
 
+def _is_usual_topk(engine: CudaEngine, topk_idx: object, num_experts: int) -> bool:
+    """True if checks of these would pass, but for the number of tokens."""
+    ranks = engine.info.num_ranks
+    return (
+        type(topk_idx) is Tensor
+        and topk_idx.dtype in _INDEX_DTYPES
+        and topk_idx.device == engine.device
+        and topk_idx.dim() == 2
+        and 1 <= topk_idx.shape[1] <= MAX_TOPK
+        and topk_idx.is_contiguous()
+        and num_experts % ranks == 0
+        and num_experts <= ranks * MAX_LOCAL_EXPERTS
+    )
+
+
 def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capturing: bool) -> Dispatched:
     """A dispatch along a new route, of a checked request, under the engine's lock."""
     layout, worst = request.layout, request.num_worst_tokens
-    assert layout is not None
     ranks, tokens = engine.info.num_ranks, request.x.shape[0]
-    experts = layout.num_tokens_per_expert.shape[0]
+    experts = request.num_experts if layout is None else layout.num_tokens_per_expert.shape[0]
     if worst == 0 and capturing:
         allowed = "more than 0 while a graph is captured: the host cannot wait for counts"
         raise ArgumentError("num_worst_tokens", "0", allowed, engine.info.rank)
@@ -127,7 +148,8 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
             per_expert = [-(-n // alignment) * alignment for n in per_expert]
         break
     plan.source = received.source
-    route = Route(engine, tokens, experts, layout.is_token_in_rank, plan.num_rows, plan)
+    assert plan.in_rank is not None
+    route = Route(engine, tokens, experts, plan.in_rank, plan.num_rows, plan)
     arrays = (received.x, received.scales, received.topk_idx, received.topk_weights)
     return Dispatched(*arrays, per_expert, route, completion)
 
@@ -144,12 +166,15 @@ def _launch(
     into arrays for `capacity` rows, or fewer if that is a guess.
     """
     x, scales, topk_idx, layout = request.x, request.scales, request.topk_idx, request.layout
-    assert layout is not None
     memory, worst = engine.symmetric, request.num_worst_tokens
     endpoint = memory.endpoint
     tokens, ranks = x.shape[0], engine.info.num_ranks
     table = torch.empty((tokens + ranks, ranks), dtype=torch.int32, device=engine.device)
     plan = Plan(table, tokens, capacity, endpoint.live, stream)
+    if layout is None:
+        plan.in_rank = torch.empty((tokens, ranks), dtype=torch.bool, device=engine.device)
+    else:
+        plan.in_rank = layout.is_token_in_rank
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
     key = (x.shape[1], x.dtype, of_scales, of_topk)
@@ -176,9 +201,10 @@ def _launch(
         scales=scales,
         topk_idx=topk_idx,
         topk_weights=request.topk_weights,
-        is_token_in_rank=layout.is_token_in_rank,
-        tokens_per_rank=layout.num_tokens_per_rank,
-        tokens_per_expert=layout.num_tokens_per_expert,
+        is_token_in_rank=plan.in_rank,
+        tokens_per_rank=None if layout is None else layout.num_tokens_per_rank,
+        tokens_per_expert=None if layout is None else layout.num_tokens_per_expert,
+        num_local_experts=request.num_experts // ranks,
         num_worst_tokens=worst,
         post_counts=worst == 0,
     )
@@ -208,14 +234,10 @@ def _hand_out(
     engine: CudaEngine, request: DispatchRequest, schedule: Schedule, received: ReceiveArrays, plan: Plan
 ) -> Completion | None:
     layout = request.layout
-    assert layout is not None
-    return hand_out(
-        engine.comm,
-        engine.symmetric.pool.users,
-        schedule,
-        (
-            *(request.x, request.scales, request.topk_idx, request.topk_weights),
-            *(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank),
-        ),
-        (*received.tensors(), plan.table),
-    )
+    given = [request.x, request.scales, request.topk_idx, request.topk_weights]
+    made = [*received.tensors(), plan.table]
+    if layout is None:
+        made.append(plan.in_rank)
+    else:
+        given += [layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank]
+    return hand_out(engine.comm, engine.symmetric.pool.users, schedule, tuple(given), tuple(made))

@@ -19,7 +19,7 @@ from deepep import _cuda
 from deepep.backends.cuda import checks as cuda_checks
 from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
-from deepep.backends.cuda.launch import Counts, Endpoint, Phase, Plan
+from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS, Counts, Endpoint, Phase, Plan
 from deepep.backends.cuda.layout import LayoutKernel
 from deepep.backends.cuda.local_rows import RowKernels
 from deepep.backends.cuda.low_latency import CudaLowLatency
@@ -144,7 +144,7 @@ class CudaEngine(Engine):
                     raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:
                 self.refuse(Operation.DISPATCH, problem, schedule)
-            if request.num_experts:
+            if request.num_experts and request.x.shape[0] > MAX_COUNTED_TOKENS:
                 request, schedule = self.with_layout(request, schedule)
             capturing = torch.cuda.is_current_stream_capturing()
             if self.unsettled or self.has_fault():

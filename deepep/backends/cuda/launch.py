@@ -10,6 +10,7 @@ Shapes: R ranks, E experts, L = E / R, K top-k, T tokens here, H hidden, N rows 
 from __future__ import annotations
 
 from enum import IntFlag
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ __all__ = ["MAX_BLOCKS", "MAX_LOCAL_EXPERTS", "MAX_RANKS", "Counts", "Endpoint",
 MAX_LOCAL_EXPERTS = 1024
 MAX_BLOCKS = 256
 MAX_RANKS: int = _cuda.MAX_RANKS
+#: With more tokens a layout runs before a dispatch by top-k.
+MAX_COUNTED_TOKENS: int = _cuda.MAX_COUNTED_TOKENS
+#: Up to so many, every block of such a dispatch counts where they go for itself (docs/kernels.md).
+ALONE_TOKENS = 512
 
 
 class Phase(IntFlag):
@@ -67,11 +72,12 @@ class Plan:
 
     known: the counts, if the host knows them; with it most_rows, the most that any rank receives, and
     returning, the rows that combine brings back from other ranks. source [N] int32: source token of each
-    received row; None where it was not kept. stream: that the table belongs to.
+    received row; None where it was not kept. in_rank [T, R] bool: of a fresh dispatch, which ranks each token
+    goes to. stream: that the table belongs to.
     """
 
     __slots__ = (
-        *("counts_address", "known", "live", "most_rows", "num_rows", "num_tokens", "returning"),
+        *("counts_address", "in_rank", "known", "live", "most_rows", "num_rows", "num_tokens", "returning"),
         *("send_row_address", "source", "stream", "table"),
     )
 
@@ -89,6 +95,7 @@ class Plan:
         self.most_rows: int | None = None
         self.returning: int | None = None
         self.source: torch.Tensor | None = None
+        self.in_rank: torch.Tensor | None = None
 
     @property
     def send_row(self) -> torch.Tensor:
@@ -144,6 +151,8 @@ class Endpoint:
         self._host = pinned_zeros(_cuda.host_counts_bytes(self.num_ranks, MAX_LOCAL_EXPERTS))
         self._host_address = self._host.data_ptr()
         self._ticket = 0
+        counting = _cuda.counting_bytes(self.num_ranks, MAX_LOCAL_EXPERTS)
+        self._counting = torch.zeros(counting, dtype=torch.uint8, device=self.device)
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
         self.domain = _cuda.Domain(
             rank=rank,
@@ -153,6 +162,7 @@ class Endpoint:
             staging_bytes=staging_bytes,
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
+            counting=self._counting.data_ptr(),
             timeout_seconds=timeout,
             turns=turns or _cuda.Turns(),
         )
@@ -177,46 +187,55 @@ class Endpoint:
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor,
-        tokens_per_rank: torch.Tensor,
+        tokens_per_rank: torch.Tensor | None = None,
         tokens_per_expert: torch.Tensor | None = None,
+        num_local_experts: int = 0,
         num_worst_tokens: int = 0,
         post_counts: bool = False,
     ) -> None:
         """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
-        the plan. post_counts: `wait_counts` will be called.
+        the plan. post_counts: `wait_counts` will be called. num_local_experts: if it is not 0, where tokens
+        go is found out from topk_idx, and written to is_token_in_rank.
         """
+        launch: Any = self.domain.dispatch
+        if num_local_experts:
+            launch, known = self.domain.dispatch_topk, {"alone_tokens": ALONE_TOKENS}
+        else:
+            known = {
+                "tokens_per_rank": _address(tokens_per_rank),
+                "tokens_per_expert": _address(tokens_per_expert),
+            }
+            if tokens_per_expert is not None:
+                num_local_experts = tokens_per_expert.shape[0] // self.num_ranks
         num_scales = stride_token = stride_scale = 0
         if scales is not None:
             num_scales = scales.shape[1]
             stride_token, stride_scale = scales.stride()
         if post_counts:
             self._ticket = self._ticket % 0xFFFFFFFF + 1
-        self.domain.dispatch(
+        launch(
             blocks=split,
             num_tokens=x.shape[0],
             num_topk=0 if topk_idx is None else topk_idx.shape[1],
-            num_local_experts=0
-            if tokens_per_expert is None
-            else tokens_per_expert.shape[0] // self.num_ranks,
+            num_local_experts=num_local_experts,
             num_scales=num_scales,
             index_bytes=8 if topk_idx is None else topk_idx.element_size(),
             row_bytes=x.shape[1] * x.element_size(),
             x=x.data_ptr(),
-            scales=_address(scales),
+            scales=0 if scales is None else scales.data_ptr(),
             scale_token_stride=stride_token,
             scale_stride=stride_scale,
-            topk_idx=_address(topk_idx),
-            topk_weights=_address(topk_weights),
+            topk_idx=0 if topk_idx is None else topk_idx.data_ptr(),
+            topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
             is_token_in_rank=is_token_in_rank.data_ptr(),
-            tokens_per_rank=tokens_per_rank.data_ptr(),
-            tokens_per_expert=_address(tokens_per_expert),
+            **known,
             counts=plan.counts_address,
             send_row=plan.send_row_address,
             recv_x=received.x.data_ptr(),
-            recv_source=_address(received.source),
-            recv_scales=_address(received.scales),
-            recv_topk_idx=_address(received.topk_idx),
-            recv_topk_weights=_address(received.topk_weights),
+            recv_source=0 if received.source is None else received.source.data_ptr(),
+            recv_scales=0 if received.scales is None else received.scales.data_ptr(),
+            recv_topk_idx=0 if received.topk_idx is None else received.topk_idx.data_ptr(),
+            recv_topk_weights=0 if received.topk_weights is None else received.topk_weights.data_ptr(),
             capacity=received.x.shape[0],
             num_worst_tokens=num_worst_tokens,
             host_counts=self._host_address if post_counts else 0,
