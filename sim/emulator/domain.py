@@ -121,7 +121,7 @@ class EmulatedDomain:
         )
 
     def layout_inside(self, rank: int, num_tokens: int) -> LayoutAt:
-        """Where a dispatch by top-k leaves which ranks tokens go to; nothing else."""
+        """Memory for what a dispatch by top-k finds out: which ranks tokens go to; nothing else."""
         marks = self._allocate(f"is_token_in_rank@{rank}", "device", rank, num_tokens * self.num_ranks)
         return LayoutAt(0, 0, 0, marks)
 

@@ -1,5 +1,5 @@
-// How many top-k entries name each expert, for hosts that wait. Counted while the metadata travels: no row needs
-// it.
+// How many top-k entries name each expert, for hosts that wait. Counted while the metadata travels: no row
+// needs it.
 #pragma once
 
 #include "kernels/dispatch/metadata.hpp"

@@ -46,8 +46,9 @@ inline void prepare(DispatchArgs& args, int num_blocks, int num_warps) {
   args.common_words[words.digest()] = digest_of(args);
 }
 
-/// Block 0: counts, receive arrays and shapes to every live rank, this one included. One lane per word. The
-/// counts of what top-k indices say are in shared memory: not posted if they are not there; the experts' follow.
+/// Block 0: counts, receive arrays and shapes to every live rank, this one included. One lane per word. By
+/// top-k, counts are in shared memory, and nothing is posted where they could not be found out; the experts'
+/// follow.
 template <DispatchMode kMode>
 DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   using namespace dev;

@@ -3,8 +3,8 @@
 // Phases:
 //   start                reads the epoch
 //   assign_tokens        push blocks write rows that leave the rank, local blocks those that stay
-//   count_stretches      so many tokens of each stretch go to each rank: each block for itself, or all together;
-//                        with a block barrier before anything uses the words that start has cleared
+//   count_stretches      so many tokens of each stretch go to each rank: each block for itself, or all
+//                        together; with a block barrier before anything uses the words that start has cleared
 //   post_metadata        block 0 posts their sums and this rank's receive arrays to every rank
 //   count_experts        one block counts and posts those, or all together, where hosts wait for them
 //   place_tokens         every warp works out how many earlier tokens go where its own go, and marks those
