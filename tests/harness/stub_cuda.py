@@ -7,6 +7,7 @@ do nothing. `install` is for a process of its own: it replaces `deepep._cuda` an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -94,6 +95,9 @@ class Domain:
     def combine(self, *args: object, **named: object) -> None:
         self.launched("combine")
 
+    def barrier(self, *args: object, **named: object) -> None:
+        self.launched("barrier")
+
 
 class LowLatencyDomain(Domain):
     """The same of low latency. masked_ranks: that its kernels have masked, as bits."""
@@ -159,6 +163,13 @@ def low_latency_bytes(
     return tokens * row_bytes * (1 + topk * entry_stretches), 64
 
 
+def sort_pairs(*, num_entries: int, num_local_experts: int, slots: int, ends: int, **named: object) -> None:
+    """Finds no pairs: every slot -1, every end 0."""
+    Domain.launched("sort_pairs")
+    ctypes.memset(slots, 0xFF, 8 * num_entries)
+    ctypes.memset(ends, 0, 4 * num_local_experts)
+
+
 def extension(num_rows: int) -> ModuleType:
     """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
     stub: Any = ModuleType("deepep._cuda")
@@ -179,6 +190,9 @@ def extension(num_rows: int) -> ModuleType:
         setattr(stub, f"arena_{name}", lambda *args: None)
     stub.arena_returned = lambda arena: 0
     stub.arena_used = lambda arena: 0
+    stub.sort_pairs = sort_pairs
+    stub.spread_rows = lambda **named: Domain.launched("spread_rows")
+    stub.reduce_rows = lambda **named: Domain.launched("reduce_rows")
     for name in ("reserve_tail", "reserve"):
         setattr(stub, f"arena_{name}", lambda arena, num_bytes: torch.empty(num_bytes).data_ptr())
     return stub
@@ -206,6 +220,12 @@ def install(num_rows: int) -> None:
     cuda.memory.CUDAPluggableAllocator = lambda *args: SimpleNamespace(allocator=lambda: None)
     internals: Any = torch._C
     internals._cuda_getCurrentRawStream = _address
+    internals._cuda_getDevice = lambda: -1
+    internals._cuda_getCurrentStream = lambda device: (0, -1, 1)
+    for name in ("_cuda_setStream", "_cuda_setDevice"):
+        setattr(internals, name, lambda *args, **named: None)
+    tensors: Any = torch.Tensor
+    tensors.record_stream = lambda tensor, stream: None
     for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
         setattr(internals, name, lambda *args: None)
 
@@ -215,8 +235,8 @@ def _address(device: int) -> int:
 
 
 @contextlib.contextmanager
-def stub_buffer(**options: Any) -> Iterator[Any]:
-    """A Buffer of one rank on the CUDA backend, after `install`."""
+def stub_buffer(elastic: bool = False, **options: Any) -> Iterator[Any]:
+    """A Buffer, or an ElasticBuffer, of one rank on the CUDA backend, after `install`."""
     import deepep
     from deepep.backends.cuda.engine import CudaEngine
     from deepep.backends.cuda.memory import generations
@@ -240,9 +260,12 @@ def stub_buffer(**options: Any) -> Iterator[Any]:
 
     can = (True, "stubs")
     backends.register(backends.Backend("stub", lambda: can, lambda group: can, create, by_name_only=True))
-    buffer = deepep.Buffer(
-        group, backend="stub", device="cpu", low_latency_mode=True, timeout=30.0, **options
-    )
+    if elastic:
+        buffer = deepep.ElasticBuffer(group, backend="stub", device="cpu", **options)
+    else:
+        buffer = deepep.Buffer(
+            group, backend="stub", device="cpu", low_latency_mode=True, timeout=30.0, **options
+        )
     try:
         yield buffer
     finally:

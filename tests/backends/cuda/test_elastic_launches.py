@@ -1,0 +1,124 @@
+"""ElasticBuffer's calls on the CUDA engine, on stubs: which kernels each launches, in which order. No GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2]
+
+START = """
+import torch
+from harness import stub_cuda
+stub_cuda.install(8)
+import deepep
+from deepep import EventHandle
+x, idx = torch.zeros((8, 256), dtype=torch.bfloat16), torch.zeros((8, 2), dtype=torch.int64)
+weights = torch.ones((8, 2))
+sizes = {"num_max_tokens_per_rank": 8, "hidden": 256}
+launches = []
+stub_cuda.Domain.launched = staticmethod(launches.append)
+
+def launched(call):
+    launches.clear()
+    result = call()
+    return result, list(launches)
+
+def both_ways(call):
+    # at once, and on the communication stream behind an event
+    result, names = launched(call)
+    for how in (
+        {"async_with_compute_stream": True},
+        {"previous_event": EventHandle(), "async_with_compute_stream": True, "allocate_on_comm_stream": True},
+        {"previous_event_before_epilogue": EventHandle()},
+        {"previous_event_before_epilogue": EventHandle(), "async_with_compute_stream": True},
+    ):
+        later, again = launched(lambda: call(**how))
+        assert again == names, (again, names, how)
+        assert (later.event.event is None) == ("async_with_compute_stream" not in how)
+    return result, names
+"""
+
+
+def on_stubs(test: str) -> None:
+    """Runs code with a stubbed extension; its assertions are the test's."""
+    done = subprocess.run(
+        [sys.executable, "-c", START + textwrap.dedent(test)],
+        cwd=TESTS,
+        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(64 << 20)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_plain_rows_take_the_kernels_of_buffer() -> None:
+    on_stubs(
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            def dispatch(**how):
+                return buffer.dispatch(x, idx, weights, num_experts=1, **how)
+            got, names = both_ways(dispatch)
+            assert names == ["layout", "dispatch"]
+            assert both_ways(lambda **how: dispatch(do_cpu_sync=False, **how))[1] == names
+            def again(**how):
+                return buffer.dispatch(x, handle=got.handle, **how)
+            assert both_ways(again)[1] == ["dispatch_cached"]
+            weighted = lambda **how: buffer.dispatch(x, topk_weights=weights, handle=got.handle, **how)
+            assert both_ways(weighted)[1] == ["layout", "dispatch"]
+            assert both_ways(lambda **how: buffer.combine(got.recv_x, got.handle, **how))[1] == ["combine"]
+            assert launched(buffer.barrier)[1] == ["barrier"]
+            assert launched(lambda: buffer.barrier(with_cpu_sync=True))[1] == ["barrier"]
+        """
+    )
+
+
+def test_expanded_rows_take_two_more() -> None:
+    on_stubs(
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            def dispatch(**how):
+                options = {"do_expand": True, "expert_alignment": 4, "do_zero_padding": True, **how}
+                return buffer.dispatch(x, idx, weights, num_experts=1, **options)
+            got, names = both_ways(dispatch)
+            assert names == ["layout", "dispatch", "sort_pairs", "spread_rows"]
+            got, without = both_ways(lambda **how: dispatch(do_cpu_sync=False, **how))
+            assert without == names
+            assert got.recv_x.shape[0] == 12
+            def again(**how):
+                return buffer.dispatch(x, handle=got.handle, do_expand=True, **how)
+            assert both_ways(again)[1] == ["dispatch_cached", "spread_rows"]
+            def combine(**how):
+                return buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, **how)
+            assert both_ways(combine)[1] == ["reduce_rows", "combine"]
+        """
+    )
+
+
+def test_one_sum_dispatches_the_rows_back() -> None:
+    on_stubs(
+        """
+        with stub_cuda.stub_buffer(elastic=True, allow_multiple_reduction=False, **sizes) as buffer:
+            got = buffer.dispatch(x, idx, weights, num_experts=1, do_expand=True, do_cpu_sync=False)
+            def combine(**how):
+                return buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, **how)
+            assert both_ways(combine)[1] == ["layout", "dispatch", "sort_pairs", "reduce_rows"]
+        """
+    )
+
+
+def test_rows_that_kernels_do_not_take_are_summed_by_torch() -> None:
+    """Rows at odd addresses: the kernel reads 16 bytes at a time."""
+    on_stubs(
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            got = buffer.dispatch(x, idx, weights, num_experts=1, do_expand=True, do_cpu_sync=False)
+            odd = torch.zeros(got.recv_x.numel() + 1, dtype=torch.bfloat16)[1:].view_as(got.recv_x)
+            assert odd.data_ptr() % 16
+            assert launched(lambda: buffer.combine(odd, got.handle))[1] == ["combine"]
+        """
+    )
