@@ -320,9 +320,20 @@ class ElasticBuffer(EngineOwner):
             return plainly(ElasticBuffer.dispatch, locals())
         if self._destroyed:
             self._check_alive()
+        if type(handle) is EPHandle and (
+            previous_event is previous_event_before_epilogue is topk_idx is topk_weights is None
+            and num_experts is num_max_tokens_per_rank is expert_alignment is None
+            and cumulative_local_expert_recv_stats is num_max_expanded_tokens is None
+            and async_with_compute_stream is allocate_on_comm_stream is do_expand is do_zero_padding is False
+            and use_tma_aligned_col_major_sf is False
+            and num_qps == 0
+        ):  # it may be like one before
+            again = self._repeated(x, handle, num_sms)
+            if again is not None:
+                return again
         try:
             schedule = arguments.schedule(previous_event, async_with_compute_stream, allocate_on_comm_stream)
-            copies = check_flag("do_handle_copy", do_handle_copy)
+            copies = do_handle_copy is True or check_flag("do_handle_copy", do_handle_copy)
             sms = self._sms(num_sms)
             request = arguments.dispatch_request(
                 self._engine,
@@ -351,7 +362,7 @@ class ElasticBuffer(EngineOwner):
         else:
             done = elastic.dispatch(self._engine, request, schedule)
             if copies:
-                done.route.topk_idx = done.route.topk_idx.detach().clone()
+                done.route.topk_idx = done.route.topk_idx.clone()
             handle = EPHandle(done.route, do_expand=request.expand, num_sms=sms)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         return ElasticDispatchResult(
@@ -413,6 +424,17 @@ class ElasticBuffer(EngineOwner):
             self._refuse(operation, error, refusal(async_with_compute_stream))
         done = elastic.combine(self._engine, request, schedule)
         return CombineResult(done.x, done.topk_weights, _event(done.completion))
+
+    def _repeated(self, x: Rows, handle: EPHandle, num_sms: int) -> ElasticDispatchResult | None:
+        """A cached dispatch that is like one before but for its rows. None: it is not, and was not made."""
+        route = handle.elastic_route.route
+        if route.cached is None or handle.do_expand or route.engine is not self._engine:
+            return None
+        rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        made = route.cached.launch(rows, scales, num_sms or self._sms(0))
+        if made is None:
+            return None
+        return ElasticDispatchResult(made, handle.elastic_route.recv_topk_idx, None, handle, EventOverlap())
 
     def _sms(self, num_sms: int) -> int:
         """SMs of a call: those it names, or as measured."""

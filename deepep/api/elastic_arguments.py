@@ -153,9 +153,12 @@ def dispatch_request(
     num_max_rows: int | None,
 ) -> ElasticDispatchRequest:
     """A dispatch along the routes of `handle`, or of `topk_idx`. num_sms: not 0."""
-    rows, scales = _rows_of(x)
-    expand = check_flag("do_expand", expand)
-    if check_flag("do_zero_padding", zero_padding) and not expand:
+    rows, scales = _rows_of(x) if isinstance(x, tuple) else (x, None)
+    if not (type(expand) is type(zero_padding) is type(column_major) is bool):
+        expand = check_flag("do_expand", expand)
+        zero_padding = check_flag("do_zero_padding", zero_padding)
+        column_major = check_flag("use_tma_aligned_col_major_sf", column_major)
+    if zero_padding and not expand:
         raise ArgumentError("do_zero_padding", "True, without do_expand", "both: only then are there gaps")
     if num_qps:
         check_int("num_qps", num_qps, 0, limits.num_qps)
@@ -190,22 +193,22 @@ def dispatch_request(
         most,
         alignment=alignment,
         expand=expand,
-        zero_padding=bool(zero_padding),
-        column_major=check_flag("use_tma_aligned_col_major_sf", column_major),
+        zero_padding=zero_padding,
+        column_major=column_major,
         wait_for_counts=waits,
         num_max_rows=num_max_rows,
         loads=loads,
-        before_epilogue=completion_of("previous_event_before_epilogue", before_epilogue),
+        before_epilogue=None
+        if before_epilogue is None
+        else completion_of("previous_event_before_epilogue", before_epilogue),
         num_sms=num_sms,
     )
 
 
-def _rows_of(x: Any) -> tuple[Any, Any]:
-    if not isinstance(x, tuple):
-        return x, None
+def _rows_of(x: tuple[Any, ...]) -> tuple[Any, Any]:
     if len(x) != 2:
         raise ArgumentTypeError("x", f"a tuple of {len(x)}", "a tensor or (x, sf)")
-    return x
+    return x[0], x[1]
 
 
 def _check_fresh(
@@ -222,8 +225,10 @@ def _check_fresh(
         checks.check_topk_idx(topk_idx, engine.info.device_type)
     if num_experts is None:
         raise ArgumentError("num_experts", "None, without a handle", "the number of experts")
-    experts = check_int("num_experts", num_experts, 1, MOST)
-    checks.check_num_experts(experts, engine.info.num_ranks)
+    experts = num_experts
+    if type(num_experts) is not int or num_experts < 1 or num_experts % engine.info.num_ranks:
+        experts = check_int("num_experts", num_experts, 1, MOST)
+        checks.check_num_experts(experts, engine.info.num_ranks)
     if limits.num_topk and topk_idx.shape[1] > limits.num_topk:
         allowed = f"at most num_topk = {limits.num_topk}, as constructed"
         raise CapacityError("topk_idx", f"K = {topk_idx.shape[1]}", allowed)
@@ -288,13 +293,14 @@ def combine_request(
     if not isinstance(handle, EPHandle):
         raise ArgumentTypeError("handle", type(handle).__name__, "the handle of ElasticBuffer.dispatch")
     route, where = handle.elastic_route, engine.info.device_type
-    checks.check_own(route.route, engine)
     biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
     if len(biases) > 2:
         raise ArgumentTypeError("bias", f"{len(biases)} tensors", "at most two")
     if num_qps:
         check_int("num_qps", num_qps, 0, limits.num_qps)
     expanded = route.slots is not None
+    if expanded or topk_weights is not None:  # else the engine sees all of it
+        checks.check_own(route.route, engine)
     if expanded:
         shape = (route.num_rows, "H")
         checks.check_tensor("x", x, dtypes=checks.SUM_DTYPES, device_type=where, shape=shape)
@@ -306,11 +312,13 @@ def combine_request(
         rows = (route.num_rows,) if expanded else tuple(route.recv_topk_idx.shape)
         checks.check_topk_weights(topk_weights, rows, where)
     return ElasticCombineRequest(
-        x.detach() if isinstance(x, torch.Tensor) else x,
+        x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x,
         route,
         None if topk_weights is None else topk_weights.detach(),
         biases,
         single_reduction=not limits.multiple_reduction,
-        before_epilogue=completion_of("previous_event_before_epilogue", before_epilogue),
-        num_sms=check_int("num_sms", num_sms, 0, MOST) or handle.num_sms,
+        before_epilogue=None
+        if before_epilogue is None
+        else completion_of("previous_event_before_epilogue", before_epilogue),
+        num_sms=check_int("num_sms", num_sms, 0, MOST) if num_sms else handle.num_sms,
     )

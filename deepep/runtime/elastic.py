@@ -104,7 +104,8 @@ def dispatch_cached(
 def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) -> Combined:
     """Every token's rows, brought back to its owner and summed there."""
     route, weights = request.route, request.topk_weights
-    schedule = _also_after(schedule, request.before_epilogue)
+    if request.before_epilogue is not None:
+        schedule = _also_after(schedule, request.before_epilogue)
     if route.slots is not None and request.single_reduction:
         return _combine_lanes(engine, request, route.slots, schedule)
     x = request.x
