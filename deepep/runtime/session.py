@@ -8,8 +8,8 @@ Not shared, because Buffers on one group promise to be independent of each other
 - the membership. Masks are a Buffer's own, as in V1, and so is the fault that a mask settles: a Buffer whose
   rank is missing says so until it is masked there, and the end of one Buffer is nothing to another.
 - links and queues. Two Buffers may be used by two threads, in another order on every rank; operations on one
-  link have one order. For the same reason every membership has a store connection of its own besides the one
-  that all share: a link that is being built blocks its connection until the peers come.
+  link have one order. For the same reason a link that is being built has a store connection to itself,
+  besides the one that all share: it blocks it until the peers come.
 - symmetric memory. Its control words count the calls of one engine. It is built by the first dispatch or
   combine, so a Buffer that only does other things takes none.
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from deepep.runtime.control.meeting import ControlStore
 from deepep.runtime.control.membership import Membership
-from deepep.runtime.control.transport import store_of
+from deepep.runtime.control.transport import Connections, store_of
 
 
 class Session:
@@ -62,12 +62,14 @@ class Session:
 def membership_of(group: dist.ProcessGroup, timeout: float) -> Membership:
     """A membership of all ranks; every rank makes its memberships of a group in the same order."""
     with _opening:
-        store = _stores.get(group)
-        if store is None:
-            store = _stores[group] = ControlStore(store_of(group), "deepep")
-    return Membership(store, store_of(group), group.rank(), group.size(), timeout)
+        found = _stores.get(group)
+        if found is None:
+            store = store_of(group)
+            found = _stores[group] = ControlStore(store, "deepep"), Connections(store)
+    return Membership(*found, group.rank(), group.size(), timeout)
 
 
 _open: weakref.WeakValueDictionary[tuple[int, torch.device], Session] = weakref.WeakValueDictionary()
-_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, ControlStore] = weakref.WeakKeyDictionary()
+_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[ControlStore, Connections]]
+_stores = weakref.WeakKeyDictionary()
 _opening = threading.Lock()

@@ -20,9 +20,9 @@ HANG = 120.0
 class Ranks:
     """Ranks of one group, whose threads begin anew with every run; the store is kept."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, store: dist.Store | None = None) -> None:
         self.num_ranks = num_ranks
-        self.store = dist.HashStore()
+        self.store = dist.HashStore() if store is None else store
         self.groups: list[Any] = [None] * num_ranks
         self._meet = threading.Barrier(num_ranks)
         self.run(self._join)

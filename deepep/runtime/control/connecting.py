@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from deepep.runtime.control.meeting import Meeting, MeetingFailed
-from deepep.runtime.control.transport import LinkError, hang_up, private_group, set_timeout
+from deepep.runtime.control.transport import Connections, LinkError, hang_up, private_group, set_timeout
 
 _FIRST_PATIENCE = 2.0  # seconds of the first try, at least; every further one has twice as many
 _TRIES = 8  # as many, and the first takes at most this part of the time-out
@@ -68,22 +68,29 @@ class Attempt:
 
 
 def connect(
-    meeting: Meeting, store: Store, timeout: float, deadline: float, build: Build = gloo_group
+    meeting: Meeting, connections: Connections, timeout: float, deadline: float, build: Build = gloo_group
 ) -> dist.ProcessGroup:
     """The group of a meeting's members, in ascending order.
 
-    store: for gloo, which waits on it, under the meeting's name. Raises LinkError at the deadline, or before
-    if a member is dead or has raised one; MeetingFailed if the meeting has ended.
+    connections: to the store, for gloo, which waits on it, under the meeting's name; each try has one of its
+    own. Raises LinkError at the deadline, or before if a member is dead or has raised one; MeetingFailed if
+    the meeting has ended.
     """
     size, position = len(meeting.members), meeting.members.index(meeting.rank)
+
+    def make(number: int, seconds: float) -> dist.ProcessGroup:
+        with connections.lease() as store:
+            prefix = f"{meeting.store.prefix}/{number}"
+            return build(PrefixStore(prefix, store), position, size, seconds)
+
     if size == 1:
-        return build(store, position, size, timeout)
+        return make(0, timeout)
     patience = max(_FIRST_PATIENCE, timeout / _TRIES)
     failed = ""
     for number in range(_TRIES):
         until = min(deadline, time.monotonic() + patience)
         seconds = max(until - time.monotonic(), 0.001)
-        attempt = Attempt(partial(build, PrefixStore(str(number), store), position, size, seconds))
+        attempt = Attempt(partial(make, number, seconds))
         try:
             failed = _agree(meeting, number, attempt, until, deadline)
         except BaseException:
@@ -106,6 +113,7 @@ def _agree(meeting: Meeting, number: int, attempt: Attempt, until: float, deadli
     missing = list(meeting.members)
     posted, failed = False, ""
     pause = 0.001
+    is_over = False  # then this is the last look, at what was posted until then, however late it is made
     while True:
         if not posted and (attempt.wait(pause) or failed or time.monotonic() >= until):
             failed = failed or ("" if attempt.group is not None else attempt.error or "not in time")
@@ -121,9 +129,10 @@ def _agree(meeting: Meeting, number: int, attempt: Attempt, until: float, deadli
         verdict = meeting.verdict()
         if verdict is not None:
             raise MeetingFailed(verdict)
-        is_late = time.monotonic() >= deadline
-        if is_late or meeting.is_alarmed or any(meeting.is_dead(rank) for rank in missing):
+        if is_over:
             raise LinkError(failed or attempt.error or "connections were not made in time")
         if posted:
             time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
+        is_late = time.monotonic() >= deadline
+        is_over = is_late or meeting.is_alarmed or any(meeting.is_dead(rank) for rank in missing)

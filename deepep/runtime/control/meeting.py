@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
@@ -38,6 +39,8 @@ class ControlStore:
 
     def __init__(self, store: Store, prefix: str) -> None:
         self._store, self.prefix = store, prefix
+        self.attended: dict[str, set[int]] = {}
+        """Meetings for each purpose that this rank has come to through here, and left keys of."""
 
     def under(self, prefix: str) -> ControlStore:
         """The same store under a longer prefix."""
@@ -114,14 +117,20 @@ class Absent(Exception):
 class Meeting:
     """One attempt of `members`, as `rank` takes part in it.
 
-    store: under the meeting's name. is_dead: says of a rank that nobody needs to wait for it.
+    store: under the meeting's name. is_dead: says of a rank that nobody needs to wait for it. is_last: says
+    that there is no later meeting for the purpose.
     """
 
     def __init__(
-        self, store: ControlStore, rank: int, members: tuple[int, ...], is_dead: Callable[[int], bool]
+        self,
+        store: ControlStore,
+        rank: int,
+        members: tuple[int, ...],
+        is_dead: Callable[[int], bool],
+        is_last: Callable[[], bool],
     ) -> None:
         self.store, self.rank, self.members = store, rank, members
-        self.is_dead = is_dead
+        self.is_dead, self.is_last = is_dead, is_last
         self._posted: set[str] = set()
 
     # posting
@@ -147,13 +156,16 @@ class Meeting:
         """Posts this rank's value and returns every member's.
 
         Raises MeetingFailed: with `reason`, if some do not post until the deadline (by time.monotonic()), or
-        are known to be dead; all members raise the same.
+        are known to be dead; all members raise the same. A rank that comes when they have raised it, and what
+        they posted is removed, is itself the one that was missing.
         """
         self.post(stage, value)
         try:
             seen = self.collect(stage, self.members, deadline)
         except Absent as absent:
-            verdict = Verdict(absent.missing, len(absent.seen), reason)
+            verdict = self.blame(absent, reason)
+            if not self.is_last():
+                raise MeetingFailed(verdict) from None
             if self._conclude(stage, verdict.encode()):  # another has seen all of them
                 return self.collect(stage, self.members, float("inf"))
             raise MeetingFailed(self.end(verdict)) from None
@@ -179,6 +191,7 @@ class Meeting:
         seen: dict[int, bytes] = {}
         # Asked again and again: a store's own wait blocks its connection, and cannot wait for "one of".
         pause = 0.001
+        is_over = False  # then this is the last look, at what was posted until then, however late it is made
         while True:
             for rank in list(missing):
                 posted = self.store.get(f"{stage}/{rank}")
@@ -190,10 +203,17 @@ class Meeting:
             verdict = self.verdict()
             if verdict is not None:
                 raise MeetingFailed(verdict)
-            if time.monotonic() >= deadline or all(self.is_dead(rank) for rank in missing):
+            if is_over:
                 raise Absent(tuple(missing), seen)
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
+            is_over = time.monotonic() >= deadline or all(self.is_dead(rank) for rank in missing)
+
+    def blame(self, absent: Absent, reason: str) -> Verdict:
+        """The verdict on those who did not post; on this rank, if the others have had meetings without it."""
+        if self.is_last():
+            return Verdict(absent.missing, len(absent.seen), reason)
+        return Verdict((self.rank,), len(self.members) - 1, f"{reason}: the others have gone on")
 
     # the end
 
@@ -246,20 +266,26 @@ def join(
     Raises MeetingFailed if the last one ended without this rank, and `concerns_this` says that it is to be
     raised here.
     """
-    number = int(store.settle(f"{purpose}/number", "", "1"))
+    latest = f"{purpose}/number"
+    number = int(store.settle(latest, "", "1"))
     while True:
-        meeting = Meeting(store.under(f"{purpose}/{number}"), rank, members, is_dead)
+        is_last = partial(lambda number: store.get(latest) == number, str(number).encode())
+        meeting = Meeting(store.under(f"{purpose}/{number}"), rank, members, is_dead, is_last)
         if not meeting.is_known:
             verdict = meeting.verdict()
             meeting.mark()
             # All that were at the last but one have raised its end, or are not going to.
-            _remove(store, f"{purpose}/{number - 2}", rank)
+            attended = store.attended.setdefault(purpose, set())
+            for past in {number - 2, *(n for n in attended if n < number - 1)}:
+                _remove(store, f"{purpose}/{past}", rank)
+                attended.discard(past)
+            attended.add(number)
             if verdict is None:
                 return meeting
             if concerns_this(verdict):
                 meeting.report()
                 raise MeetingFailed(verdict)
-        last, number = number, int(store.settle(f"{purpose}/number", str(number), str(number + 1)))
+        last, number = number, int(store.settle(latest, str(number), str(number + 1)))
         if number <= last:
             raise StoreError("compare_set does not replace what it was to expect")
 
@@ -268,7 +294,7 @@ def clear(store: ControlStore, purpose: str, rank: int, num_ranks: int) -> None:
     """Removes all that `rank` has left of the meetings for `purpose`, when there will be no other."""
     raw = store.get(f"{purpose}/number")
     if raw is not None:
-        for number in (int(raw), int(raw) - 1):
+        for number in {int(raw), int(raw) - 1, *store.attended.pop(purpose, ())}:
             _remove(store, f"{purpose}/{number}", rank)
         last = f"{purpose}/{raw.decode()}"
         if not any(store.has(f"{last}/known/{other}") for other in range(num_ranks)):

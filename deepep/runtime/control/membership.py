@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from deepep.errors import FaultRecord, MismatchError, PeerTimeoutError
 from deepep.runtime.control import connecting, liveness
@@ -27,7 +27,7 @@ from deepep.runtime.control.meeting import (
 )
 from deepep.runtime.control.settling import Progress, settle
 from deepep.runtime.control.shrinking import Course, course
-from deepep.runtime.control.transport import Link, LinkError, hang_up, private_group
+from deepep.runtime.control.transport import Connections, Link, LinkError, hang_up, private_group
 
 LEFT_OUT = "masked by the other ranks, until all call low_latency_clean_mask_buffer"
 """The reason that a rank is given whom the others go on without."""
@@ -43,14 +43,14 @@ class Membership:
     def __init__(
         self,
         store: ControlStore,
-        blocking: Store,
+        connections: Connections,
         rank: int,
         num_ranks: int,
         timeout: float,
     ) -> None:
-        """store: asked and left at once. blocking: another connection to it, for what waits on it."""
+        """store: asked and left at once. connections: others to it, for what waits on it."""
         self._store = store
-        self._blocking = blocking
+        self._connections = connections
         self.rank, self.num_ranks, self.timeout = rank, num_ranks, timeout
         self.grace = 1.0 + 0.05 * timeout
         self.device_type = "cpu"
@@ -260,11 +260,11 @@ class Membership:
             except MeetingFailed as failed:
                 self._check_same_members(failed.verdict.missing, people)
                 raise
-            blocking = PrefixStore(meeting.store.prefix, self._blocking)
-            group = connecting.connect(meeting, blocking, self.timeout, self._deadline)
+            group = connecting.connect(meeting, self._connections, self.timeout, self._deadline)
             self._control = self._payload = Link(group, self.rank, self.num_ranks, members)
             if self.device_type != "cpu":
-                store = PrefixStore(self.device_type, blocking)
+                # NCCL waits on it in the group's first operation, and may later: it is not given back.
+                store = PrefixStore(f"{meeting.store.prefix}/{self.device_type}", self._connections.take())
                 index, size = members.index(self.rank), len(members)
                 group = private_group(store, index, size, self.timeout, self.device_type)
                 self._payload = Link(group, self.rank, self.num_ranks, members)
@@ -302,7 +302,7 @@ class Membership:
     def _check_same_members(self, missing: tuple[int, ...], people: str) -> None:
         for rank in missing:
             theirs = (self._store.get(f"members/{rank}") or b"").decode()
-            if theirs not in (people, ""):  # empty: not come yet
+            if theirs not in (people, "") and not self.is_dead(rank):  # empty: not come yet
                 raise MismatchError(
                     "unmasked ranks",
                     theirs.replace("-", ", "),
@@ -338,7 +338,8 @@ class Membership:
         with self._failing():
             verdict = meeting.verdict()
             is_blamed = verdict is not None and self.rank in verdict.missing
-            again = self._is_left(meeting) or (is_blamed and self._is_awaited())
+            is_alone = verdict is None and not meeting.is_last()  # what the others posted is removed
+            again = is_alone or self._is_left(meeting) or (is_blamed and self._is_awaited())
         if again:
             self._returns = True
             self.disconnect()

@@ -57,7 +57,8 @@ def settle(
     except MeetingFailed as failed:
         return failed.verdict
     except Absent as absent:
-        seen, missing = absent.seen, absent.missing
+        verdict = meeting.blame(absent, reason)
+        return meeting.end(verdict) if meeting.is_last() else verdict
     return meeting.end(Verdict(missing, len(seen), reason))
 
 

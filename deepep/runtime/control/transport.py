@@ -142,8 +142,7 @@ def store_of(group: dist.ProcessGroup) -> Store:
         store = group.get_group_store()
     else:
         store = dist.distributed_c10d._get_process_group_store(group)  # torch 2.8
-    with contextlib.suppress(AttributeError, RuntimeError):  # without a copy, it serves all callers in turn
-        store = store.clone()  # type: ignore[attr-defined, unused-ignore]
+    store = _another(store)
     try:
         store.check(["deepep"])
     except RuntimeError as error:
@@ -155,6 +154,43 @@ def store_of(group: dist.ProcessGroup) -> Store:
             "group", got, "one whose store the caller keeps, if it is written in Python"
         ) from None
     return store
+
+
+def _another(store: Store) -> Store:
+    """Another connection to a store; the same where there is no other, and then it serves all in turn."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return store.clone()  # type: ignore[attr-defined, no-any-return, unused-ignore]
+    return store
+
+
+class Connections:
+    """Connections to `store` for those who wait on it: a wait has its connection to itself until it ends.
+
+    What is given back serves the next. A store in a file is a log of all that was ever set or removed, which
+    every new connection reads from its beginning, under a lock: one for each construction of a job would take
+    longer and longer, and the other ranks' calls with it. To a TCPStore it is a socket and a name's look-up.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._idle: list[Store] = []
+
+    def take(self) -> Store:
+        """An idle connection, or a new one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _another(self._store)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Store]:
+        """The same, and has it back afterwards."""
+        store = self.take()
+        try:
+            yield store
+        finally:
+            if store is not self._store:
+                self._idle.append(store)
 
 
 def gather_bytes(group: dist.ProcessGroup, mine: bytes) -> list[bytes]:

@@ -23,6 +23,7 @@ from deepep.errors import PeerTimeoutError
 from deepep.runtime.control import liveness
 from deepep.runtime.control.meeting import ControlStore
 from deepep.runtime.control.membership import Membership
+from deepep.runtime.control.transport import Connections
 
 SEED = int(os.environ.get("DEEPEP_TEST_SEED", "3"))
 BYTES = 64
@@ -78,7 +79,9 @@ class Machine:
         monkeypatch.setattr(liveness, "is_dead", lambda theirs, mine: int(theirs) in self.dead)
         self.store = store = dist.HashStore()
         self.memberships = [
-            Membership(ControlStore(store, "test"), store, rank, num_ranks, 20.0) for rank in range(num_ranks)
+            Membership(ControlStore(store, "test"), Connections(store), rank, num_ranks, 20.0)
+            for rank in range(num_ranks)
+            for rank in range(num_ranks)
         ]
         for membership in self.memberships:
             membership.introduce({rank: str(rank) for rank in range(num_ranks)})
