@@ -20,6 +20,7 @@ from deepep import _emulator
 from deepep.errors import DeepEPError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
+from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
 from deepep.sim.emulator import shapes
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, PlanAt
@@ -106,16 +107,25 @@ class EmulatedAllToAll:
         if per_expert is None:
             per_expert = torch.zeros(max(num_experts, wire.num_ranks), dtype=torch.int32, device="cpu")
         rows = len(out.x)
+        num_local_experts = per_expert.numel() // wire.num_ranks
+        # Every other dispatch finds out itself where tokens go; ranks may do either.
+        by_topk = (
+            not is_cached
+            and topk_idx is not None
+            and (self._operations + wire.rank) % 2 == 0
+            and _is_layout_of(topk_idx, num_local_experts, wire, in_rank, per_expert)
+        )
         mine = _Dispatch(
             DispatchCall(
                 x=x,
-                num_local_experts=per_expert.numel() // wire.num_ranks,
+                num_local_experts=num_local_experts,
                 capacity=max(1, rows, plan.num_recv_tokens),
                 live=wire.members,
                 scales=scales,
                 topk_idx=None if is_cached else topk_idx,
                 topk_weights=None if is_cached else topk_weights,
                 cached=is_cached,
+                by_topk=by_topk,
             ),
             rows,
             torch.tensor(plan.counts, dtype=torch.int32, device="cpu"),
@@ -184,10 +194,14 @@ class EmulatedAllToAll:
             row_bytes=16,
             slot_bytes=max(call.slot.num_bytes for call in calls.values()),
         )
-        domain, slots, plans = run.domain, {}, {}
+        domain, slots, plans, layouts = run.domain, {}, {}, {}
         for rank, mine in given.items():
             per_rank = mine.in_rank.sum(0, dtype=torch.int32)
-            layout = domain.given_layout(rank, per_rank, mine.per_expert, mine.in_rank)
+            if mine.call.by_topk:
+                layout = domain.layout_inside(rank, len(mine.in_rank))
+            else:
+                layout = domain.given_layout(rank, per_rank, mine.per_expert, mine.in_rank)
+            layouts[rank] = layout
             if mine.send_row is None:
                 plans[rank] = domain.new_plan(rank, mine.call.x.shape[0])
             else:
@@ -202,6 +216,11 @@ class EmulatedAllToAll:
                     raise EmulatedFailure(
                         f"rank {rank}: {mine.num_rows} rows expected, the host got {posted}"
                     )
+            if mine.call.by_topk:
+                marks = domain.read_marks_of(rank, layouts[rank], len(mine.in_rank))
+                live = list(mine.call.live)
+                if not torch.equal(marks[:, live], mine.in_rank[:, live]):
+                    raise EmulatedFailure(f"rank {rank}: tokens marked for other ranks than theirs")
             rows = domain.read_slot(rank, slots[rank], calls[rank], mine.num_rows)
             kept = self._read_handle(domain, rank, plans[rank], mine)
             made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept)
@@ -270,6 +289,17 @@ class _Run:
             if fault is not None:
                 raise EmulatedFailure(f"rank {rank} gave up waiting: {fault}")
         return watched
+
+
+def _is_layout_of(
+    topk_idx: Tensor, num_local_experts: int, wire: Wire, in_rank: Tensor, per_expert: Tensor
+) -> bool:
+    """True if a layout is that of these indices, as far as ranks take part."""
+    made = dispatch_layout(topk_idx, num_local_experts * wire.num_ranks, wire.num_ranks)
+    live = list(wire.members)
+    return torch.equal(made.is_token_in_rank[:, live], in_rank[:, live]) and torch.equal(
+        made.num_tokens_per_expert, per_expert.to(made.num_tokens_per_expert.dtype)
+    )
 
 
 def _send_row(plan: DispatchPlan, rank: int) -> Tensor:
