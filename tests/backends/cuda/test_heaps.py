@@ -81,7 +81,6 @@ class Machine:
         self.memberships = [
             Membership(ControlStore(store, "test"), Connections(store), rank, num_ranks, 20.0)
             for rank in range(num_ranks)
-            for rank in range(num_ranks)
         ]
         for membership in self.memberships:
             membership.introduce({rank: str(rank) for rank in range(num_ranks)})
