@@ -39,16 +39,31 @@ class BucketReducer:
         index, tensor = bucket.index(), bucket.buffer()
         if index == 0:
             self._begin()
+        in_backward = torch._C._current_graph_task_id() >= 0
         if bucket.is_last():
             self.step += 1
-            _at_the_end_of_backward(self._raise)
+            if in_backward:
+                _at_the_end_of_backward(self._raise)
         if self._failure is not None:
             return _completed(tensor)
         try:
-            return self._issue(index, tensor)
+            pending = self._issue(index, tensor)
         except Exception as error:
             self._failure = error
             return _completed(tensor)
+        if tensor.is_cuda or not in_backward:  # a rank that has joined (`join`) waits for its buckets itself
+            return pending
+        done: Future[Tensor] = Future()
+
+        def settle(ended: Future[Tensor]) -> None:
+            try:
+                ended.value()
+            except Exception as error:
+                self._failure = self._failure or error
+            done.set_result(tensor)
+
+        pending.add_done_callback(settle)
+        return done
 
     def _begin(self) -> None:
         """Begins a backward; that all ranks have the same options shows in its first bucket's agreement."""
@@ -70,19 +85,7 @@ class BucketReducer:
             pending = self.comm.continue_with(
                 tensor, plan, mean=True, dice=dice, unless=lambda: self._failure is not None
             )
-        if tensor.is_cuda:
-            return pending.get_future()
-        done: Future[Tensor] = Future()
-
-        def settle(ended: Future[Tensor]) -> None:
-            try:
-                ended.value()
-            except Exception as error:
-                self._failure = self._failure or error
-            done.set_result(tensor)
-
-        pending.get_future().add_done_callback(settle)
-        return done
+        return pending.get_future()
 
     def _raise(self) -> None:
         failure, self._failure = self._failure, None

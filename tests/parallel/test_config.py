@@ -128,6 +128,26 @@ def test_several_devices_and_one_process_are_torchs_own(monkeypatch: pytest.Monk
     assert wrapped(torch.ones(1, 2)).shape == (1, 2)
 
 
+def test_a_rank_takes_the_device_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepep.parallel import ddp
+
+    chosen: list[Any] = []
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(model, "to", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for ids in ([4, 7], ["cuda:4", "cuda:7"]):
+        assert ddp._device_of_this_rank(model, ids) == 7
+    assert chosen == [torch.device("cuda", 7)] * 4
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RangeError, match="an id for each local rank: this is 2"):
+        ddp._device_of_this_rank(model, [4, 7])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="torch sees no CUDA device"):
+        ddp._device_of_this_rank(model, [4, 7])
+
+
 def test_importing_the_library_imports_none_of_it() -> None:
     code = "import sys, deepep; assert not [m for m in sys.modules if m.startswith('deepep.parallel')]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -165,6 +165,56 @@ def test_parameters_of_several_dtypes(world_of: Callable[[int], Any]) -> None:
     assert all(world_of(2).run(mixed, timeout=LONG))
 
 
+def joined(context: Any, compression: str) -> bool:
+    """Rank 1 has a batch, rank 0 has three; who has none left takes part with zeros."""
+    import deepep
+
+    config = ParallelConfig(compression, min_compressed_bytes=0)
+    model = deepep.DistributedDataParallel(
+        model_of().eval(), process_group=context.group, config=config, bucket_cap_mb=0.01
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with model.join():
+        for step in range(1 if context.rank else 3):
+            optimizer.zero_grad()
+            model(batch_of(context.rank, step)).square().mean().backward()
+            optimizer.step()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    everyone = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(everyone, weights, group=context.group)
+    model.close()
+    return torch.equal(*everyone)
+
+
+@pytest.mark.parametrize("compression", ["off", "fp8"])
+def test_ranks_may_run_out_of_batches(world_of: Callable[[int], Any], compression: str) -> None:
+    assert all(world_of(2).run(joined, compression, timeout=LONG))
+
+
+def sharded(context: Any) -> bool:
+    """torch's optimizer whose states are spread over the ranks, against one that is not."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    import deepep
+
+    weights = []
+    for make in (torch.optim.AdamW, ZeroRedundancyOptimizer):
+        model = deepep.DistributedDataParallel(model_of().eval(), process_group=context.group)
+        how = {"optimizer_class": torch.optim.AdamW, "process_group": context.group}
+        optimizer = make(model.parameters(), lr=0.01, **(how if make is ZeroRedundancyOptimizer else {}))
+        for step in range(2):
+            optimizer.zero_grad()
+            model(batch_of(context.rank, step)).square().mean().backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        model.close()
+    return torch.equal(*weights)
+
+
+def test_states_may_be_sharded(world_of: Callable[[int], Any]) -> None:
+    assert all(world_of(2).run(sharded, timeout=LONG))
+
+
 def poisoned(context: Any) -> bool:
     """A NaN on one rank reaches all of them, as GradScaler needs it."""
     import deepep

@@ -1,0 +1,69 @@
+"""`deepep dp`: small runs of what it measures, and its misuse."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deepep.cli import dp
+from deepep.demo.compressed import CONTROL, train_with
+from deepep.demo.config import DemoConfig
+
+HAS_NAMESPACES = (
+    shutil.which("ip") is not None
+    and shutil.which("unshare") is not None
+    and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
+)
+
+
+def trained(context: Any, form: str, config: DemoConfig) -> float:
+    losses = train_with(context.group, form, config)
+    return sum(losses[-6:]) / 6
+
+
+def test_fp8_trains_like_float32_and_two_bits_do_not(world_of: Callable[[int], Any]) -> None:
+    """`python -m deepep dp convergence` in small, with its bounds."""
+    config = DemoConfig(
+        num_ranks=2,
+        steps=12,
+        layers=1,
+        num_experts=4,
+        num_topk=2,
+        hidden=48,
+        expert_hidden=32,
+        shared_hidden=32,
+        context=64,
+        sequences=4,
+    )
+    means = {
+        form: world_of(2).run(trained, form, config, timeout=300.0)[0] for form in ("off", "fp8", CONTROL)
+    }
+    assert abs(means["fp8"] - means["off"]) <= dp.MOST_OFF
+    assert means[CONTROL] - means["off"] >= dp.LEAST_OFF
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="no network namespaces for this user, or no ip command")
+def test_bytes_on_an_interface_of_its_own() -> None:
+    command = [sys.executable, "-m", "deepep", "dp", "bytes", "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fp8" in done.stdout
+
+
+def test_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dp._codec()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("fp8", "fp16", "bf16", "fixed32"))
+
+
+def test_misuse() -> None:
+    command = [sys.executable, "-m", "deepep", "dp", "speed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "allowed: bits, codec, bytes, convergence" in done.stderr
