@@ -153,7 +153,7 @@ def peer_of_domain(domain: int, own: int) -> int: ...
 def domain_of_peer(peer: int, own: int) -> int: ...
 
 class RecordSizes:
-    """Offsets in the records of csrc/layout/crossing.hpp, in bytes."""
+    """Offsets in the records of csrc/layout/rules/crossing_layout.hpp, in bytes."""
 
     def __init__(self, row_bytes: int, num_scales: int, domain_ranks: int, num_topk: int) -> None: ...
     def scales(self) -> int: ...
@@ -166,7 +166,7 @@ class RecordSizes:
     def return_bytes(self) -> int: ...
 
 class CrossingBuffer:
-    """Every offset of csrc/layout/crossing.hpp, in bytes."""
+    """Every offset of csrc/layout/rules/crossing_layout.hpp, in bytes."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 import deepep._core as _core
 
 Array: TypeAlias = Tensor | np.ndarray
-CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/crossing.hpp
+CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/rules/crossing_layout.hpp
 RecordSizes = _core.RecordSizes  # the parts of its records
 LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fuzz": ("deepep.cli.fuzz", "Fuzz routing layouts against the reference."),
     "explore": ("deepep.cli.explore", "Run the kernels on the CPU under many schedules."),
     "dp": ("deepep.cli.dp", "Check data parallelism: bits, bytes, rates, convergence."),
+    "wire": ("deepep.cli.wire", "Run a command on ranks as if on several hosts, without a NIC."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
 }
 

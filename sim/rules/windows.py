@@ -1,4 +1,4 @@
-"""Properties of the rules for crossings between domains (csrc/layout/two_level.hpp and crossing.hpp).
+"""Properties of the rules for crossings between domains (csrc/layout/rules: two_level, crossing_layout).
 
 The protocol is played, a sender and its gateway taking steps in a drawn order: whatever the order, every
 token reaches its final rows, nothing is written before it was read, and nobody waits indefinitely.

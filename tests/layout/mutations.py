@@ -17,6 +17,8 @@ class Mutation:
     new: str
 
 
+CROSSING = "rules/crossing_layout.hpp"
+
 MUTATIONS = [
     # Who owns what.
     Mutation("-1 counted as an expert", "placement.hpp", "entry >= 0 && entry <", "entry >= -1 && entry <"),
@@ -224,20 +226,20 @@ MUTATIONS = [
     # Two levels.
     Mutation(
         "everything forwarded by a domain's first rank",
-        "two_level.hpp",
+        "rules/two_level.hpp",
         "first_rank_of_domain(domain) + local % place.num_ranks_of_domain(domain);",
         "first_rank_of_domain(domain) + 0 * local;",
     ),
     Mutation(
         "token crosses to a domain once per rank",
-        "two_level.hpp",
+        "rules/two_level.hpp",
         "position[at] = int32_t(take_next(masks[at] != 0, next[domain]));",
         "position[at] = int32_t(take_next(masks[at] != 0, next[domain]));\n"
         "      next[domain] += (masks[at] & (masks[at] - 1)) != 0;",
     ),
     Mutation(
         "forwarded rows counted over all ranks together",
-        "two_level.hpp",
+        "rules/two_level.hpp",
         "take_next((masks[i] >> local & 1) != 0, next[local])",
         "take_next((masks[i] >> local & 1) != 0, next[0])",
     ),
@@ -261,71 +263,87 @@ MUTATIONS = [
     # Between domains.
     Mutation(
         "the next gateway may be masked, too",
-        "two_level.hpp",
+        "rules/two_level.hpp",
         "if (alive(rank)) return rank;",
         "return rank;",
     ),
     Mutation(
         "stand-ins from the domain's first rank on",
-        "two_level.hpp",
+        "rules/two_level.hpp",
         "first + (start + step) % size",
         "first + step",
     ),
     Mutation(
-        "a window's last token left out", "crossing.hpp", "(w + 1) * window);", "(w + 1) * window - 1);"
+        "a window's last token left out",
+        CROSSING,
+        "(w + 1) * window);",
+        "(w + 1) * window - 1);",
     ),
-    Mutation("one half for all windows", "crossing.hpp", "{ return number % 2; }", "{ return 0; }"),
-    Mutation("arrivals counted by window, not by half", "crossing.hpp", "number / 2 + 1", "number + 1"),
+    Mutation("one half for all windows", CROSSING, "{ return number % 2; }", "{ return 0; }"),
+    Mutation("arrivals counted by window, not by half", CROSSING, "number / 2 + 1", "number + 1"),
     Mutation(
         "credit for the window before last not asked",
-        "crossing.hpp",
+        CROSSING,
         "number - 1, int64_t",
         "number - 2, int64_t",
     ),
-    Mutation("credit for the last window asked", "crossing.hpp", "max_of(number - 1, int64_t{0})", "number"),
+    Mutation(
+        "credit for the last window asked",
+        CROSSING,
+        "max_of(number - 1, int64_t{0})",
+        "number",
+    ),
     Mutation(
         "the last chunk counted full",
-        "crossing.hpp",
+        CROSSING,
         "min_of(num_records - chunk * kChunkRecords, int64_t{kChunkRecords})",
         "int64_t{kChunkRecords}",
     ),
     Mutation(
-        "peers numbered with the own domain", "crossing.hpp", "domain < own ? domain : domain - 1", "domain"
+        "peers numbered with the own domain",
+        CROSSING,
+        "domain < own ? domain : domain - 1",
+        "domain",
     ),
-    Mutation("weights over indices", "crossing.hpp", "return index(num_topk) + 4 * k;", "return index(k);"),
+    Mutation(
+        "weights over indices",
+        CROSSING,
+        "return index(num_topk) + 4 * k;",
+        "return index(k);",
+    ),
     Mutation(
         "one final row too few",
-        "crossing.hpp",
+        CROSSING,
         "return final_row(domain_ranks) + 4 * k;",
         "return final_row(domain_ranks - 1) + 4 * k;",
     ),
     Mutation(
         "chunks without their header",
-        "crossing.hpp",
+        CROSSING,
         "return kChunkHeader + kChunkRecords * record_bytes;",
         "return kChunkRecords * record_bytes;",
     ),
     Mutation(
         "halves share chunks",
-        "crossing.hpp",
+        CROSSING,
         "return arrived(num_peers(), 0, 0) + ((2 * peer + half) * num_chunks()",
         "return arrived(num_peers(), 0, 0) + ((2 * peer) * num_chunks()",
     ),
     Mutation(
         "credits share a line with signals",
-        "crossing.hpp",
+        CROSSING,
         "return mailbox_signal(num_peers(), 0) + peer",
         "return mailbox_signal(num_peers(), 0) - 128 + peer",
     ),
     Mutation(
         "room for one copy",
-        "crossing.hpp",
+        CROSSING,
         "(2 * peer + half) * window + position) * copies",
         "(2 * peer + half) * window + position) * 1",
     ),
     Mutation(
         "long windows between many domains",
-        "crossing.hpp",
+        CROSSING,
         "int64_t{64}), int64_t{1024}",
         "int64_t{256}), int64_t{1024}",
     ),

@@ -1,7 +1,7 @@
 // For the CPU alone: crossings between domains, sizes in 128 bits.
 #include "layout/rules/crossing.hpp"
 
-#include "layout/crossing.hpp"
+#include "layout/rules/crossing_layout.hpp"
 #include "layout/rules/check.hpp"
 
 namespace deepep::host {

@@ -1,5 +1,5 @@
-// The rules of layout/crossing.hpp for the host: std::invalid_argument for values that make no sense,
-// std::overflow_error for memory that 64 bits do not hold.
+// The rules of layout/rules/crossing_layout.hpp for the host: std::invalid_argument for values that make no
+// sense, std::overflow_error for memory that 64 bits do not hold.
 // For the CPU alone.
 #pragma once
 

@@ -10,7 +10,7 @@
 #include "layout/rules/check.hpp"
 #include "layout/rules/expanded.hpp"
 #include "layout/rules/low_latency.hpp"
-#include "layout/two_level.hpp"
+#include "layout/rules/two_level.hpp"
 
 namespace deepep::host {
 

@@ -2,7 +2,8 @@
 // with T. A rank sends to its rail peers, the ranks of the other domains with its local index: a dispatch its
 // tokens, a combine its domain's sums. What goes from one rank to another is one sequence of windows over all
 // calls; it uses the two halves of a buffer by turns, and all counting is by the window's number in it.
-// docs/domains.md has the protocol. For kernels between domains; none is written yet, the CPU alone runs these.
+// docs/domains.md has the protocol.
+// For the CPU alone, until there are kernels between domains.
 // Templates over the integer: the host evaluates total_bytes() in 128 bits before anybody uses 64.
 #pragma once
 
