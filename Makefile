@@ -38,7 +38,7 @@ endef
 
 .NOTPARALLEL:
 .PHONY: all install demo test test-quick check-style check-types test-emulator unit format clean
-.PHONY: test-gpu test-gpu-sanitize
+.PHONY: test-gpu test-gpu-sanitize test-cluster
 all: install
 install: $(BUILT)
 
@@ -107,7 +107,7 @@ unit: install
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)
 GPU_INSTALLED := $(if $(filter $(PY),$(GPU_PY)),install)
-GPU_TESTS ?= tests/backends/cuda tests/reference tests/cli/test_bench.py
+GPU_TESTS ?= tests/backends/cuda tests/collectives tests/reference tests/cli/test_bench.py
 SANITIZED := small_shapes or num_worst or masked or too_many or test_layout
 SANITIZED_LOW_LATENCY := test_formats or between_ranks or number_of_blocks
 
@@ -121,6 +121,10 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 	    $(GPU_PY) -m pytest -q tests/backends/cuda/test_virtual_ranks.py tests/backends/cuda/test_low_latency.py \
 	    -k "$(SANITIZED) or $(SANITIZED_LOW_LATENCY)"; \
 	done
+
+# Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers.
+test-cluster: install
+	@set -e; for what in bits codec bytes convergence; do echo "== deepep dp $$what"; $(PY) -m deepep dp $$what; done
 
 format: | $(QUICK)
 	$(PY) -m ruff check --fix .

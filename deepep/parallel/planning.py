@@ -36,6 +36,8 @@ def plan_of(
     compresses: bool = True,
 ) -> ReductionPlan:
     """The plan of a bucket. hosts: the name of each rank's. compresses: if the options say so."""
+    if len(hosts) == 1:
+        return ReductionPlan("oneshot", PLAIN)  # nobody to send to, and so nothing to round
     if isinstance(config.topology, ReductionPlan) and (compresses or config.topology.codec not in LOSSY):
         return config.topology
     compression = "fp8" if config.compression == "auto" else str(config.compression)

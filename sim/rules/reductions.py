@@ -37,14 +37,17 @@ def same_numbers(got: Tensor, want: Tensor) -> bool:
     return torch.equal(got[~nan].view(_BITS[got.itemsize]), want[~nan].view(_BITS[got.itemsize]))
 
 
-def failing_reductions(context: Any, seeds: Iterable[int]) -> list[str]:
-    """Runs drawn cases on a rank of a world; those that fail there, in words. Collective."""
+def failing_reductions(context: Any, seeds: Iterable[int], device: str = "cpu") -> list[str]:
+    """Runs drawn cases on a rank of a world; those that fail there, in words. Collective.
+
+    device: "cpu", or "cuda" for the rank's current one.
+    """
     failed = []
-    with Communicator(context.group, timeout=60.0) as comm:
+    with Communicator(context.group, device=device, timeout=60.0) as comm:
         for seed in seeds:
             case = draw_reduction(seed, context.num_ranks)
-            tensor = case.inputs()[context.rank]
+            tensor = case.inputs()[context.rank].to(device)
             comm.all_reduce(tensor, case.plan, mean=case.mean, dice=case.dice)
-            if not same_numbers(tensor, expected(case)):
+            if not same_numbers(tensor.cpu(), expected(case)):
                 failed.append(f"rank {context.rank}: {case}")
     return failed

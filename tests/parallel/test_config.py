@@ -101,6 +101,7 @@ def test_plans_follow_from_size_dtype_and_hosts() -> None:
     assert plan(small, torch.float32, two) == ("oneshot", "fixed32", "")
     assert plan(small, torch.float32, two, min_compressed_bytes=0) == ("oneshot", "fp8", "")
     assert plan(large, torch.float64, one)[1] == "fixed32"
+    assert plan(large, torch.float32, ["a"]) == ("oneshot", "plain", "")
     assert plan(large, torch.float32, one, compression=False, reproducible=False)[1] == "plain"
     assert (
         plan(large, torch.float32, one, topology="hierarchical", groups=[[0, 1], [2, 3]])[0] == "hierarchical"

@@ -165,6 +165,25 @@ def test_parameters_of_several_dtypes(world_of: Callable[[int], Any]) -> None:
     assert all(world_of(2).run(mixed, timeout=LONG))
 
 
+def compiled(context: Any) -> bool:
+    """Gradients of the compiled wrapper are those of the wrapper."""
+    import deepep
+
+    model = deepep.DistributedDataParallel(model_of().eval(), process_group=context.group)
+    found = []
+    for call in (torch.compile(model, backend="aot_eager"), model):
+        model.zero_grad()
+        call(batch_of(context.rank, 0)).square().mean().backward()
+        found.append(gradients(model))
+    steps = model.report()["steps"]
+    model.close()
+    return steps == 2 and torch.allclose(*found, rtol=1e-6, atol=1e-9)
+
+
+def test_the_wrapper_may_be_compiled(world_of: Callable[[int], Any]) -> None:
+    assert all(world_of(2).run(compiled, timeout=LONG))
+
+
 def joined(context: Any, compression: str) -> bool:
     """Rank 1 has a batch, rank 0 has three; who has none left takes part with zeros."""
     import deepep
