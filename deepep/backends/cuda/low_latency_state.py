@@ -93,7 +93,8 @@ class LowLatencyState:
 
     def _make_room(self, form: LowLatencyFormat) -> None:
         """Memory for calls of this format. Collective."""
-        room = form.room.joined(self.memory.room) if self._is_built else form.room
+        # All of it on all ranks since members changed: what one had before, another that was left out has not.
+        room = form.room.joined(self.memory.room) if self.is_ready else form.room
         if self.is_ready and room == self.memory.room:
             return
         self._end()

@@ -383,6 +383,26 @@ def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
     )
 
 
+def test_memory_begins_anew_when_members_change() -> None:
+    """A rank that was left out while others agreed on larger calls comes back with what it had: all begin with
+    the call that they make together.
+    """
+    on_stubs(
+        """
+        with buffer_of(enable_shrink=True) as buffer:
+            dispatch(buffer)
+            first = memory(buffer)
+            dispatch(buffer, most=32)
+            assert memory(buffer) == 4 * first
+            buffer.low_latency_clean_mask_buffer()
+            dispatch(buffer)
+            assert memory(buffer) == first
+            dispatch(buffer, most=32)
+            assert memory(buffer) == 4 * first
+        """
+    )
+
+
 def test_without_masks_a_rank_that_does_not_come_to_agree_is_an_error() -> None:
     on_stubs(
         """
