@@ -81,6 +81,10 @@ DEEPEP_DEVICE T load_once(const T* p) {
     return __ldg(p);
   }
 }
+template <class T>
+DEEPEP_DEVICE T load_guess(const T* p) {
+  return load_once(p);
+}
 
 DEEPEP_DEVICE Vec16 load_streaming(const Vec16* p) {
   Vec16 v;

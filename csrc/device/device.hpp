@@ -9,6 +9,8 @@
 //                warp_sum(v) warp_exclusive_sum(v) warp_or(v)
 //   memory       load(p) store(p, v)                     plain; a race on it is an error
 //                load_once(p)                            data nobody writes while the kernel runs
+//                load_guess(p)                           the same of what may never have been written: used
+//                                                        only if something else says that it was
 //                load_streaming(p) store_streaming(p, v) plain, 16 bytes, and not worth a place in L1
 //                prefetch(p)                             a hint: the line at p will be read
 //                prefetch(p, bytes)                      the same of more; 16-byte addresses and sizes

@@ -137,6 +137,12 @@ DEEPEP_DEVICE T load_once(const T* p, emu::Site site = emu::Site::current()) {
   emu::machine->load_once(p, sizeof(T), site);
   return detail::read(p);
 }
+template <class T>
+DEEPEP_DEVICE T load_guess(const T* p, emu::Site site = emu::Site::current()) {
+  static_assert(detail::is_plain_width<T>);
+  emu::machine->load_guess(p, sizeof(T), site);
+  return detail::read(p);
+}
 DEEPEP_DEVICE Vec16 load_streaming(const Vec16* p, emu::Site site = emu::Site::current()) {
   return load(p, site);
 }

@@ -45,7 +45,7 @@ LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
             {"reduce": "token", "logfmt": True},
         ),
         (
-            ("combine", "combine_send", "combine_receive", "combine_sum"),
+            ("combine", "combine_send", "combine_receive", "combine_stage", "combine_sum"),
             {"reduce": "rank", "logfmt": False},
         ),
     )
@@ -102,6 +102,7 @@ _BARRIER_BEHIND = "place_tokens has a block barrier, too, before any of these wo
 _READ_BEHIND_THE_KERNEL = "hosts here read it when the kernel has ended"
 _A_FIGURE = "what comes out is a figure, of which no schedule is judged; a test of it knows what is right"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
+_BYTES_ALONE = "the phase waits for the copies' bytes, and nobody reads what the lane wrote before"
 _ONE_WORD = "the emulator orders stores to one word as they run: it cannot show what this order is for"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
@@ -122,6 +123,7 @@ HARMLESS: dict[str, str] = {
     "low_latency/patience.hpp measure_waits: wait_tag does not wait": _A_FIGURE,
     "low_latency/dispatch_count.hpp post_words: store gpu -> block": _ONE_WORD,
     "low_latency/dispatch_count.hpp post_words: store release -> relaxed": _ONE_WORD,
+    "low_latency/combine_stage.hpp stage_rows: mbarrier_expect release -> relaxed": _BYTES_ALONE,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,

@@ -152,6 +152,7 @@ MISTAKES = (
     RACE,
     RACE,
     RACE,
+    RACE,
 )
 
 

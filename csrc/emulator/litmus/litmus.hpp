@@ -256,6 +256,12 @@ DEEPEP_KERNEL(mistake_kernel, LitmusArgs, 64) {
       if (thread() == 0) store<relaxed, gpu_scope>(reinterpret_cast<uint64_t*>(args.words), uint64_t{1});
       if (thread() == 33) store<relaxed, gpu_scope>(args.words + 1, 2u);
       break;
+    case 14:  // a guess, of what the same kernel writes
+      if (thread() == 0) {
+        store(args.words, 1u);
+        store(args.out, load_guess(args.words));
+      }
+      break;
     default: break;
   }
 }

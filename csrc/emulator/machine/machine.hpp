@@ -57,6 +57,8 @@ class Machine {
   virtual void plain_store(void* p, int bytes, Site site) = 0;
   /// The read-only path: nobody may write these bytes while the kernel runs.
   virtual void load_once(const void* p, int bytes, Site site) = 0;
+  /// The same of what may never have been written.
+  virtual void load_guess(const void* p, int bytes, Site site) = 0;
 
   [[nodiscard]] virtual uint64_t strong_load(const void* p, int bytes, Order, Scope, Site) = 0;
   virtual void strong_store(void* p, int bytes, uint64_t value, Order, Scope, Site) = 0;

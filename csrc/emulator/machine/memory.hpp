@@ -178,6 +178,8 @@ class Memory {
   void plain_load(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
   void plain_store(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
   void load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site);
+  /// The same of what may never have been written.
+  void load_guess(Agent& agent, uintptr_t address, int bytes, uint16_t site);
   /// A plain store of nothing: the bytes are as if never written.
   void forget(Agent& agent, uintptr_t address, int64_t bytes, uint16_t site);
 

@@ -191,4 +191,12 @@ void Memory::load_once(Agent& agent, uintptr_t address, int bytes, uint16_t site
   for_cells(agent, access, [&](Cell& cell, uint8_t mask) { load_cell_once(agent, cell, mask, access); });
 }
 
+void Memory::load_guess(Agent& agent, uintptr_t address, int bytes, uint16_t site) {
+  const Access access{"read-only load", address, bytes, site};
+  check_reach(agent, access);
+  for_cells(agent, access, [&](Cell& cell, uint8_t mask) {
+    if ((cell.written & mask) == mask) load_cell_once(agent, cell, mask, access);
+  });
+}
+
 }  // namespace deepep::emu

@@ -113,6 +113,7 @@ class Simulation final : public Machine, private Environment {
   void plain_load(const void* p, int bytes, Site site) override;
   void plain_store(void* p, int bytes, Site site) override;
   void load_once(const void* p, int bytes, Site site) override;
+  void load_guess(const void* p, int bytes, Site site) override;
   uint64_t strong_load(const void* p, int bytes, Order, Scope, Site) override;
   void strong_store(void* p, int bytes, uint64_t value, Order, Scope, Site) override;
   uint64_t strong_rmw(void* p, int bytes, Rmw, uint64_t operand, Order, Scope, Site) override;

@@ -21,6 +21,9 @@ void Simulation::plain_store(void* p, int bytes, Site site) {
 void Simulation::load_once(const void* p, int bytes, Site site) {
   memory_.load_once(self().agent, address_of(p), bytes, memory_.sites.id(site));
 }
+void Simulation::load_guess(const void* p, int bytes, Site site) {
+  memory_.load_guess(self().agent, address_of(p), bytes, memory_.sites.id(site));
+}
 
 uint64_t Simulation::strong_load(const void* p, int bytes, Order order, Scope scope, Site site) {
   ++idle_polls_;

@@ -33,9 +33,13 @@ struct LowLatencyShare {
   int num_sources;       // whose messages are dealt to blocks: R, or R - 1 without this rank
   int tokens_per_block;  // one block's tokens: side by side in a dispatch, num_blocks apart in a combine
   int token_shift;       // 2^token_shift warps share a token that is sent or summed,
-  int message_shift;     // a message that came,
+  int strip_shift;       // messages are dealt to blocks in 2^strip_shift strips,
+  int message_shift;     // of which 2^message_shift warps share one,
   int own_shift;         // in a dispatch, one of this rank's own
   int rank_shift;        // 2^rank_shift >= R
+  int num_warps;         // of a block
+  int staged_rows;       // in a combine, that a warp has room for in shared memory, each
+  int staged_bytes;      // so many of this warp's part
   layout::Divisor by_local_experts;
   layout::Divisor by_topk;
   layout::Divisor by_tokens;  // T, and

@@ -3,6 +3,7 @@
 // Phases:
 //   read_before      the epoch of the call before, and who is masked
 //   first_weights    block 0 asks for what it posts
+//   first_route      asks where the rows of the first message are
 //   first_ranks      asks for what is needed at the end
 //   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
@@ -11,7 +12,7 @@
 //   list_returns     the messages whose rows go back
 //   first_return     asks for the first one's rows
 //   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
-//   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
+//   measure_owners   where weights come and the caller wants to know: how long this rank waits for others
 //   reduce_messages  each message's rows, weighted, to one, which goes to the token's owner
 //   signal_returns   the last warp: a flag for each row, behind all of the block's
 //   receive_returns  the rows that come back of each token are summed, ranks ascending. Before that every block
@@ -30,23 +31,22 @@ namespace deepep::kernels {
 
 DEEPEP_WATCHING_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, watching);
+  const CombineBefore before = read_before(args, watching);
   const Weights weights = first_weights(args);
+  const Likely likely = first_route(args);
   const uint32_t ranks = first_ranks(args, block());
   LowLatencyCombineCall call = start(args, before, ranks, watching);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);
-  list_returns(call);
-  const Returning first = first_return(call);
+  list_returns(call, before);
+  const Returning first = first_return(call, likely);
   post_indices(call);
-  const bool go = wait_owners(call);
-  if (go) {
-    reduce_messages(call, first);
-    sync_block();
-    signal_returns(call);
-  }
-  receive_returns(call, go);
+  measure_owners(call);
+  reduce_messages(call, first);
+  sync_block();
+  signal_returns(call);
+  receive_returns(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

@@ -9,25 +9,37 @@ namespace deepep::kernels {
 struct LowLatencyCombineShared {
   int num_ranks;
   int token_words;
+  int num_warps;
+  int staged_rows;   // that a warp has room for,
+  int staged_bytes;  // each
 
   [[nodiscard]] DEEPEP_HD int64_t failed() const { return 0; }  // uint32: bits of Phases
-  /// The same of the waits for digests alone, before rows are weighted and before they are summed: what one has
-  /// found is read while the other may find something.
-  [[nodiscard]] DEEPEP_HD int64_t stopped_owners() const { return 4; }
-  [[nodiscard]] DEEPEP_HD int64_t stopped_partners() const { return 8; }
-  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 12; }     // uint32
-  [[nodiscard]] DEEPEP_HD int64_t mending() const { return 16; }  // uint32: Mending
+  /// The same of the wait for digests alone.
+  [[nodiscard]] DEEPEP_HD int64_t stopped() const { return 4; }
+  [[nodiscard]] DEEPEP_HD int64_t hash() const { return 8; }      // uint32
+  [[nodiscard]] DEEPEP_HD int64_t mending() const { return 12; }  // uint32: Mending
   /// uint32: owners of which a weight or a digest did not come, as bits.
   [[nodiscard]] DEEPEP_HD int64_t lost() const { return mending() + 4 * Mending::kWords; }
   /// uint32 [R, token words]: tokens that came from each source, as bits.
   [[nodiscard]] DEEPEP_HD int64_t tokens() const { return lost() + 4; }
-  [[nodiscard]] DEEPEP_HD int64_t bytes() const {
-    return layout::align_up(tokens() + 4 * num_ranks * token_words, 16);
+  /// An mbarrier a warp.
+  [[nodiscard]] DEEPEP_HD int64_t barriers() const {
+    return layout::align_up(tokens() + 4 * num_ranks * token_words, int64_t{16});
   }
+  /// Row i of a warp's.
+  [[nodiscard]] DEEPEP_HD int64_t stage(int warp, int i) const {
+    return layout::align_up(barriers() + 8 * num_warps, int64_t{16}) +
+           (int64_t{warp} * staged_rows + i) * staged_bytes;
+  }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return stage(num_warps, 0); }
 };
 
 [[nodiscard]] DEEPEP_HD LowLatencyCombineShared shared_of(const LowLatencyCombineArgs& args) {
-  return {args.group.num_ranks, (args.max_tokens + 31) / 32};
+  return {.num_ranks = args.group.num_ranks,
+          .token_words = (args.max_tokens + 31) / 32,
+          .num_warps = args.share.num_warps,
+          .staged_rows = args.share.staged_rows,
+          .staged_bytes = args.share.staged_bytes};
 }
 
 struct LowLatencyCombineCall {
@@ -61,8 +73,7 @@ struct LowLatencyCombineCall {
                                    .ranks = ranks};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
-    SharedArray<uint32_t>(call.shared().stopped_owners()).set(0, 0);
-    SharedArray<uint32_t>(call.shared().stopped_partners()).set(0, 0);
+    SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
     SharedArray<uint32_t>(call.shared().lost()).set(0, 0);
     begin_mending(call);
@@ -71,16 +82,37 @@ struct LowLatencyCombineCall {
 }
 
 /// Of the call before, or in a launch that only receives of its own send. `watching`: ranks may be masked.
-[[nodiscard]] DEEPEP_DEVICE Before read_before(const LowLatencyCombineArgs& args, bool watching) {
+[[nodiscard]] DEEPEP_DEVICE Before read_own(const LowLatencyCombineArgs& args, bool watching) {
   return {dev::load(&args.group.state->combine_epoch), watching ? dev::load(&args.group.state->masked) : 0};
 }
 
+/// What a launch that sends asks for at once, before anything that depends on it.
+struct CombineBefore {
+  Before own;
+  uint32_t identity;  // of the dispatch: its epoch, 0 if it failed
+  uint32_t came;      // this thread's word of the tokens that came
+};
+
+/// Word i of the tokens that came, [R, token words], or what lies there if the dispatch failed; 0 past the end
+/// and of a call that is refused.
+[[nodiscard]] DEEPEP_DEVICE uint32_t load_came(const LowLatencyCombineArgs& args, int i) {
+  const LowLatencyCombineShared shared = shared_of(args);
+  if (args.refused || i >= shared.num_ranks * shared.token_words) return 0;
+  return dev::load_guess(args.handle.came + i);
+}
+
+[[nodiscard]] DEEPEP_DEVICE CombineBefore read_before(const LowLatencyCombineArgs& args, bool watching) {
+  return {read_own(args, watching), args.refused ? 0 : dev::load_once(args.handle.identity),
+          load_came(args, dev::thread())};
+}
+
 /// Of a launch that sends. All threads, with a barrier.
-[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args, const Before& before,
-                                                        uint32_t ranks, bool watching) {
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args,
+                                                        const CombineBefore& before, uint32_t ranks,
+                                                        bool watching) {
   using namespace dev;
   const LowLatencyCombineCall call =
-      begin_call(args, next_epoch(before.epoch), live_of(args, before), ranks, watching);
+      begin_call(args, next_epoch(before.own.epoch), live_of(args, before.own), ranks, watching);
   sync_block();
   return call;
 }
@@ -88,7 +120,7 @@ struct LowLatencyCombineCall {
 /// Of a launch that only receives: the epoch is what its send has left.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start_receive(const LowLatencyCombineArgs& args,
                                                                 uint32_t ranks, bool watching) {
-  const Before before = read_before(args, watching);
+  const Before before = read_own(args, watching);
   return begin_call(args, before.epoch, live_of(args, before), ranks, watching);
 }
 
@@ -104,10 +136,7 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
   sync_block();
   if (thread() != 0) return false;
   if (call.masks) return must_report(call);
-  uint32_t phases = 0;
-  for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
-    phases |= SharedArray<uint32_t>(word).get(0);
-  return phases != 0;
+  return (SharedArray<uint32_t>(shared.failed()).get(0) | SharedArray<uint32_t>(shared.stopped()).get(0)) != 0;
 }
 
 /// The epoch of the other kind of operation.
@@ -117,8 +146,7 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
 
 DEEPEP_DEVICE void forget_failures(const LowLatencyCombineCall& call) {
   const LowLatencyCombineShared shared = call.shared();
-  for (const int64_t word : {shared.failed(), shared.stopped_owners(), shared.stopped_partners()})
-    dev::SharedArray<uint32_t>(word).set(0, 0);
+  for (const int64_t word : {shared.failed(), shared.stopped()}) dev::SharedArray<uint32_t>(word).set(0, 0);
 }
 
 }  // namespace deepep::kernels

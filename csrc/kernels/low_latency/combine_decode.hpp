@@ -67,11 +67,10 @@ DEEPEP_DEVICE void decode_tokens(const LowLatencyCombineCall& call) {
 }
 
 /// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
-/// go: false if ranks have been found to disagree.
-DEEPEP_DEVICE void decode_returns(LowLatencyCombineCall& call, bool go) {
+DEEPEP_DEVICE void decode_returns(LowLatencyCombineCall& call) {
 #pragma unroll 1
   do {
-    if (go && wait_partners(call)) decode_tokens<false>(call);
+    if (wait_partners(call)) decode_tokens<false>(call);
   } while (mends(call));
 }
 

@@ -42,54 +42,41 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
   post_digest(call, Digests::kIndices, value);
 }
 
-/// Words [first, end) of the digests of all live ranks; `found`: the word of shared memory for what is wrong.
-/// All threads, with a barrier. The phases of what was wrong on all if one does not come or disagrees; a fault
-/// is noted.
-[[nodiscard]] DEEPEP_DEVICE uint32_t wait_digests(const LowLatencyCombineCall& call, int first, int end,
-                                                  int64_t found) {
+/// How long this rank waits for each other one to combine, where the caller wants to know.
+DEEPEP_DEVICE void measure_partners(const LowLatencyCombineCall& call) {
+  measure_waits(call, [&](int s) { return call.args.slots.digests(call.epoch, s) + 8 * Digests::kShapes; });
+}
+
+/// The same before weights are waited for, which come with the combine.
+DEEPEP_DEVICE void measure_owners(const LowLatencyCombineCall& call) {
+  if (!call.args.weights_travelled) measure_partners(call);
+}
+
+/// Before rows are summed: waits for both digests of all live ranks. All threads, with a barrier. False if this
+/// rank sums none: ranks disagree, one is missing, or the call is made by other means; a fault is noted.
+[[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
-  SharedArray<uint32_t> stopped(found);
-  // Once in a call: where weights come, before they are looked for.
-  if (end == Digests::kIndices || args.weights_travelled || returns_entries(args))
-    measure_waits(call, [&](int s) { return args.slots.digests(call.epoch, s) + 8 * Digests::kShapes; });
+  SharedArray<uint32_t> stopped(call.shared().stopped());
+  if (args.weights_travelled || returns_entries(args)) measure_partners(call);
 #pragma unroll 1
-  for (int i = num_threads() - 1 - thread(); i < (end - first) * g.num_ranks; i += num_threads()) {
-    const bool is_second = i >= g.num_ranks;
-    const int source = is_second ? i - g.num_ranks : i;
-    const int word = first + (is_second ? 1 : 0);
+  for (int i = num_threads() - 1 - thread(); i < Digests::kCount * g.num_ranks; i += num_threads()) {
+    const int word = i >= g.num_ranks ? Digests::kIndices : Digests::kShapes;
+    const int source = word == Digests::kIndices ? i - g.num_ranks : i;
     if (!is_live(call, source)) continue;
     const uint32_t wanted = word == Digests::kShapes ? args.share.digest : dispatch_of(args);
     uint32_t value = 0;
     const int64_t offset = args.slots.digests(call.epoch, source) + 8 * word;
     if (!wait_word(call, offset, source, Phase::kCounts, value)) {
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
-      SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 1u << source);
     } else if (value != wanted || value == kRefusal) {
       note_fault(g, Phase::kDisagreement, 1u << source, wanted, value);
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     }
   }
   sync_block();
-  return stopped.get(0);
-}
-
-/// Before rows are weighted, where weights come with the combine: a rank that refuses posts none. Else all is
-/// looked at behind the rows. False if this rank weights none; with masks it does for those that are there.
-[[nodiscard]] DEEPEP_DEVICE bool wait_owners(const LowLatencyCombineCall& call) {
-  if (call.args.weights_travelled) return true;
-  uint32_t found = wait_digests(call, Digests::kShapes, Digests::kIndices, call.shared().stopped_owners());
-  if (call.masks) found &= ~static_cast<uint32_t>(Phase::kCounts);
-  return found == 0 && !call.args.refused;
-}
-
-/// Before rows are summed. False if this rank sums none: ranks disagree, one is missing, or the call is made by
-/// other means.
-[[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
-  const uint32_t found =
-      wait_digests(call, Digests::kShapes, Digests::kCount, call.shared().stopped_partners());
-  return found == 0 && !call.args.refused;
+  return stopped.get(0) == 0 && !args.refused;
 }
 
 }  // namespace deepep::kernels

@@ -54,13 +54,12 @@ namespace deepep::kernels {
 DEEPEP_DEVICE void encode_sums(const LowLatencyCombineCall& call, Returning returning) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
-  const Pieces mine = pieces_of(call, team, shift);
   const LogfmtRow shape = LogfmtRow::of(call.args.hidden);
   const Pieces chunks = share_of_team(shape.chunks(), team, shift);
 #pragma unroll 1
   while (returning.back.rows != 0) {
     const Return back = returning.back;
-    returning.back = next_return(call, returning, mine);
+    returning.back = next_return(call, returning);
     if (!encode_sum(call, back, shape, chunks)) return;
   }
 }
@@ -95,7 +94,7 @@ DEEPEP_DEVICE void encode_entries(const LowLatencyCombineCall& call) {
   auto walk = walk_of(call, present_of(call), team);
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
-    const Return back = find_return(call, where);
+    const Return back = find_return(call, where, load_route(call.args, where));
 #pragma unroll 1
     for (uint32_t rows = back.rows; rows != 0; rows &= rows - 1) {
       const int k = lowest_bit(rows);

@@ -61,11 +61,11 @@ DEEPEP_DEVICE void copy_rows(const CopyRows& given, int first, int end) {
 DEEPEP_DEVICE void return_entries(const LowLatencyCombineCall& call) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
-  const Pieces mine = pieces_of(call, team, shift);
+  const Pieces mine = pieces_of(call, team.part, shift);
   auto walk = walk_of(call, present_of(call), team);
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
-    const Return back = find_return(call, where);
+    const Return back = find_return(call, where, load_route(call.args, where));
     copy_rows({back.rows, back.address, entry_at(call, where.source, call.g.rank, where.token)}, mine.begin,
               mine.end);
   }

@@ -20,7 +20,7 @@ namespace deepep::kernels {
       has_row ? float_of_bits(load_once(args.topk_weights + t * args.num_topk + lane())) : 0.0f;
   uint64_t address = entry_at(call, rank, source, t);
   if ((ranks >> rank & 1u) != 0) {
-    const Return own = find_return(call, {rank, t});
+    const Return own = find_return(call, {rank, t}, load_route(args, {rank, t}));
     if (source == rank) address = own.address;
   }
   return {ballot(has_row), address, weight};
@@ -35,7 +35,7 @@ DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call) {
   SharedArray<uint32_t> failed(call.shared().failed());
   const int shift = args.share.token_shift;
   const Team team = team_of_warp(shift);
-  const Pieces mine = pieces_of(call, team, shift);
+  const Pieces mine = pieces_of(call, team.part, shift);
   uint32_t ranks = call.ranks;
 #pragma unroll 1
   for (int i = team.number; item_of_block(call.block, i, 0) < args.num_tokens; i += team.teams) {

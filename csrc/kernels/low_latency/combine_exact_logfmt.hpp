@@ -26,12 +26,12 @@ namespace deepep::kernels {
 
 DEEPEP_WATCHING_KERNEL(low_latency_combine_exact_logfmt_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, watching);
+  const CombineBefore before = read_before(args, watching);
   const uint32_t ranks = first_ranks(args, block());
   LowLatencyCombineCall call = start(args, before, ranks, watching);
   advance_epoch(call);
   post_shapes(call);
-  list_returns(call);
+  list_returns(call, before);
   post_indices(call);
   encode_entries(call);
   sync_block();

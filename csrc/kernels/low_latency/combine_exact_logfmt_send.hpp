@@ -22,11 +22,11 @@ namespace deepep::kernels {
 
 DEEPEP_KERNEL(low_latency_combine_exact_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, true);  // it has one form, for calls with masks, too
+  const CombineBefore before = read_before(args, true);  // it has one form, for calls with masks, too
   const LowLatencyCombineCall call = start(args, before, 0, false);
   advance_epoch(call);
   post_shapes(call);
-  list_returns(call);
+  list_returns(call, before);
   post_indices(call);
   encode_entries(call);
   sync_block();

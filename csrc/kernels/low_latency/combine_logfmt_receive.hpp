@@ -20,7 +20,7 @@ DEEPEP_WATCHING_KERNEL(low_latency_combine_logfmt_receive_kernel, LowLatencyComb
   const uint32_t ranks = first_ranks(args, block());
   LowLatencyCombineCall call = start_receive(args, ranks, watching);
   sync_block();
-  decode_returns(call, true);
+  decode_returns(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

@@ -3,6 +3,7 @@
 // Phases:
 //   read_before      the epoch of the call before, and who is masked
 //   first_weights    block 0 asks for what it posts
+//   first_route      asks where the rows of the first message are
 //   start            this call's epoch
 //   advance_epoch    each block has read it; the last one advances it
 //   post_shapes      block 0: that this rank combines, and how, or that it refuses to
@@ -10,7 +11,7 @@
 //   list_returns     the messages whose rows go back
 //   first_return     asks for the first one's rows
 //   post_indices     block 0: whether the top-k indices are the dispatch's, and which that is
-//   wait_owners      where weights come, for the shapes of all live ranks: whoever combines posts weights
+//   measure_owners   where weights come and the caller wants to know: how long this rank waits for others
 //   encode_sums      each message's rows, weighted, to one, which goes to the token's owner in LogFMT
 //   signal_returns   the last warp: a flag for each, behind the block's rows
 //   mask_missing     with masks, the last block: ranks whose weights have not come
@@ -27,20 +28,20 @@ namespace deepep::kernels {
 
 DEEPEP_WATCHING_KERNEL(low_latency_combine_logfmt_send_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
-  const Before before = read_before(args, watching);
+  const CombineBefore before = read_before(args, watching);
   const Weights weights = first_weights(args);
+  const Likely likely = first_route(args);
   const LowLatencyCombineCall call = start(args, before, 0, watching);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);
-  list_returns(call);
-  const Returning first = first_return(call);
+  list_returns(call, before);
+  const Returning first = first_return(call, likely);
   post_indices(call);
-  if (wait_owners(call)) {
-    encode_sums(call, first);
-    sync_block();
-    signal_returns(call);
-  }
+  measure_owners(call);
+  encode_sums(call, first);
+  sync_block();
+  signal_returns(call);
   mask_missing(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }

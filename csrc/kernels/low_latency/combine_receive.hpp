@@ -20,7 +20,7 @@ DEEPEP_WATCHING_KERNEL(low_latency_combine_receive_kernel, LowLatencyCombineArgs
   const uint32_t ranks = first_ranks(args, block());
   LowLatencyCombineCall call = start_receive(args, ranks, watching);
   sync_block();
-  receive_returns(call, true);
+  receive_returns(call);
   if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
 }
 

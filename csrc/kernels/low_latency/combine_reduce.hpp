@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/low_latency/combine_digest.hpp"
-#include "kernels/low_latency/sum_rows.hpp"
+#include "kernels/low_latency/combine_stage.hpp"
 #include "layout/low_latency_rows.hpp"
 
 namespace deepep::kernels {
@@ -62,18 +62,16 @@ DEEPEP_DEVICE void post_weights(const LowLatencyCombineCall& call, Weights weigh
 
 /// Which tokens' rows go back: those that came, but of a rank that is masked, and none of what a dispatch that
 /// failed has left in the handle. All threads, with a barrier.
-DEEPEP_DEVICE void list_returns(const LowLatencyCombineCall& call) {
+DEEPEP_DEVICE void list_returns(const LowLatencyCombineCall& call, const CombineBefore& before) {
   using namespace dev;
-  const LowLatencyCombineArgs& args = call.args;
   const LowLatencyCombineShared shared = call.shared();
   SharedArray<uint32_t> tokens(shared.tokens());
+  uint32_t came = before.came;
   DEEPEP_ROLLED
-  for (int s = 0; s < shared.num_ranks; ++s) {
-    const bool any = !args.refused && is_live(call, s);
-    for (int word = thread(); word < shared.token_words; word += num_threads()) {
-      const int i = s * shared.token_words + word;
-      tokens.set(i, any && load_once(args.handle.identity) != 0 ? load_once(args.handle.came + i) : 0);
-    }
+  for (int i = thread(); i < shared.num_ranks * shared.token_words; i += num_threads()) {
+    const bool any = before.identity != 0 && is_live(call, i / shared.token_words);
+    tokens.set(i, any ? came : 0);
+    came = load_came(call.args, i + num_threads());
   }
   sync_block();
 }
@@ -96,29 +94,50 @@ struct Return {
                                   layout::LowLatencyMessage::header_words(args.num_topk);
 }
 
-/// One warp. Nothing if there is no such message.
-[[nodiscard]] DEEPEP_DEVICE Return find_return(const LowLatencyCombineCall& call, const MessageAt& where) {
+/// Lane k: a message's k-th entry.
+[[nodiscard]] DEEPEP_DEVICE uint32_t load_route(const LowLatencyCombineArgs& args, const MessageAt& where) {
   using namespace dev;
+  if (where.token < 0 || lane() >= args.num_topk) return layout::kNoEntry;
+  return load_once(route_of(args, where) + lane());
+}
+
+/// The first message that this warp's team has if it came, before it is known whether it did.
+struct Likely {
+  MessageAt where;
+  uint32_t entry;  // lane k: the k-th, or what lies there if the message did not come
+};
+
+[[nodiscard]] DEEPEP_DEVICE Likely first_route(const LowLatencyCombineArgs& args) {
+  using namespace dev;
+  if (args.refused) return {{0, -1}, layout::kNoEntry};
+  const Team team = team_of_warp(args.share.message_shift);
+  const MessageAt where = message_at(args, item_of_block(block(), team.number, args.share.first_worker));
+  if (where.token < 0 || lane() >= args.num_topk) return {where, layout::kNoEntry};
+  return {where, load_guess(route_of(args, where) + lane())};
+}
+
+/// One warp. Nothing if there is no such message. Lane k: its k-th entry.
+[[nodiscard]] DEEPEP_DEVICE Return find_return(const LowLatencyCombineCall& call, const MessageAt& where,
+                                               uint32_t entry) {
   const LowLatencyCombineArgs& args = call.args;
   if (where.token < 0) return {where, 0, 0};
-  uint32_t entry = layout::kNoEntry;
-  if (lane() < args.num_topk) entry = load_once(route_of(args, where) + lane());
   const bool has_row = entry != layout::kNoEntry;
   const int64_t row = has_row ? layout::packed_row(call.g.num_ranks, args.max_tokens,
                                                    layout::entry_expert(entry), layout::entry_row(entry))
                               : 0;
-  return {where, ballot(has_row), reinterpret_cast<uint64_t>(args.x + row * args.hidden * 2)};
+  return {where, dev::ballot(has_row), reinterpret_cast<uint64_t>(args.x + row * args.hidden * 2)};
 }
 
-/// This warp's 16-byte pieces of a row.
-struct Pieces {
-  int begin;
-  int end;
-};
-
-[[nodiscard]] DEEPEP_DEVICE Pieces pieces_of(const LowLatencyCombineCall& call, const Team& team, int shift) {
+/// Part number `part` of 2^shift.
+[[nodiscard]] DEEPEP_DEVICE Pieces pieces_of(const LowLatencyCombineCall& call, int part, int shift) {
   const int pieces = call.args.hidden / 8;
-  return {(pieces * team.part) >> shift, (pieces * (team.part + 1)) >> shift};
+  return {(pieces * part) >> shift, (pieces * (part + 1)) >> shift};
+}
+
+/// This warp's of a message.
+[[nodiscard]] DEEPEP_DEVICE Pieces pieces_of_message(const LowLatencyCombineCall& call) {
+  const int shift = call.args.share.message_shift;
+  return pieces_of(call, team_of_warp(shift).part, shift);
 }
 
 /// Has this warp's part of a message's rows fetched: they are not used before the weights are here.
@@ -131,22 +150,26 @@ DEEPEP_DEVICE void prefetch_rows(const Return& back, const Pieces& mine) {
 /// The messages that a team returns.
 struct Returning {
   MessageWalk<LowLatencyCombineArgs> walk;
-  Return back;  // the one whose rows are on their way
+  Return back;  // the one whose rows are on their way,
+  bool staged;  // into the warp's stage
 };
 
-[[nodiscard]] DEEPEP_DEVICE Return next_return(const LowLatencyCombineCall& call, Returning& returning,
-                                               const Pieces& mine) {
-  const Return back = find_return(call, returning.walk.next());
-  prefetch_rows(back, mine);
+[[nodiscard]] DEEPEP_DEVICE Return next_return(const LowLatencyCombineCall& call, Returning& returning) {
+  const MessageAt where = returning.walk.next();
+  const Return back = find_return(call, where, load_route(call.args, where));
+  prefetch_rows(back, pieces_of_message(call));
   return back;
 }
 
 /// Of this warp's team: the first one's rows are on their way.
-[[nodiscard]] DEEPEP_DEVICE Returning first_return(const LowLatencyCombineCall& call) {
-  const int shift = call.args.share.message_shift;
-  const Team team = team_of_warp(shift);
-  Returning returning{walk_of(call, present_of(call), team), {}};
-  returning.back = next_return(call, returning, pieces_of(call, team, shift));
+[[nodiscard]] DEEPEP_DEVICE Returning first_return(const LowLatencyCombineCall& call, const Likely& likely) {
+  Returning returning{walk_of(call, present_of(call), team_of_warp(call.args.share.message_shift)), {}, false};
+  const MessageAt where = returning.walk.next();
+  const bool is_likely = where.source == likely.where.source && where.token == likely.where.token;
+  returning.back = find_return(call, where, is_likely ? likely.entry : load_route(call.args, where));
+  const Pieces mine = pieces_of_message(call);
+  returning.staged = stage_rows(call, returning.back.rows, returning.back.address, mine);
+  if (!returning.staged) prefetch_rows(returning.back, mine);
   return returning;
 }
 
@@ -155,7 +178,27 @@ struct Returning {
   return dev::SharedArray<uint32_t>(call.shared().lost()).bit_or(0, 0u);
 }
 
-/// The rows of a message with their weights. One warp; none if a weight does not come in time.
+/// How often a weight is looked for by itself. Then its owner is late, and may have refused its call: all warps
+/// of all blocks wait for the one word that says so, which costs them more than to look at a weight each.
+inline constexpr int kWeightLooks = 16;
+
+/// Waits for a weight that comes with the combine; none does of an owner that has not said that it combines
+/// alike.
+[[nodiscard]] DEEPEP_DEVICE bool wait_weight(const LowLatencyCombineCall& call, int owner, int number,
+                                             uint32_t& weight) {
+  const layout::LowLatencySlots& slots = call.args.slots;
+  const int64_t word = slots.weights(call.epoch, owner) + int64_t{8} * number;
+#pragma unroll 1
+  for (int i = 0; i < kWeightLooks; ++i)
+    if (has_word(call, word, weight)) return true;
+  const int64_t digest = slots.digests(call.epoch, owner) + 8 * Digests::kShapes;
+  uint32_t said = 0;
+  return wait_word(call, digest, owner, Phase::kCounts, said) && said == call.args.share.digest &&
+         wait_word(call, word, owner, Phase::kWeights, weight);
+}
+
+/// The rows of a message with their weights. One warp; none if a weight does not come in time, or its owner
+/// posts none.
 [[nodiscard]] DEEPEP_DEVICE SumRows weighted_rows(const LowLatencyCombineCall& call, const Return& back) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
@@ -167,9 +210,7 @@ struct Returning {
   if (call.masks && ((lost_owners(call) >> where.source) & 1u)) {
     came = false;
   } else if (has_row && !args.weights_travelled) {
-    const int word = where.token * args.num_topk + lane();
-    came = wait_word(call, args.slots.weights(call.epoch, where.source) + int64_t{8} * word, where.source,
-                     Phase::kWeights, weight);
+    came = wait_weight(call, where.source, where.token * args.num_topk + lane(), weight);
   }
   return {ballot(!came) != 0 ? 0 : back.rows, back.address, float_of_bits(weight)};
 }
@@ -185,9 +226,10 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
 /// A part of a message's rows to one, in the memory of the token's owner. One warp. False if a weight does not
 /// come, and no other is to be waited for: the deadline has passed.
 [[nodiscard]] DEEPEP_DEVICE bool reduce_message(const LowLatencyCombineCall& call, const Return& back,
-                                                const Pieces& mine) {
+                                                bool staged) {
   using namespace dev;
   const SumRows rows = weighted_rows(call, back);
+  if (staged) wait_stage(call);
   if (rows.rows == 0) {
     note_missing_weight(call, back.where.source);
     return call.masks;
@@ -195,19 +237,23 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
   const int64_t row_bytes = int64_t{2} * call.args.hidden;
   Vec16* out = at<Vec16>(call.g, back.where.source,
                          call.args.slots.returns(call.epoch, call.g.rank) + back.where.token * row_bytes);
-  sum_rows<true>(out, rows, mine.begin, mine.end);
+  const Pieces mine = pieces_of_message(call);
+  if (staged)
+    sum_stage(call, out, rows, mine);
+  else
+    sum_rows<true>(out, rows, mine.begin, mine.end);
   return true;
 }
 
 /// The block's messages.
 DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning returning) {
-  const int shift = call.args.share.message_shift;
-  const Pieces mine = pieces_of(call, team_of_warp(shift), shift);
 #pragma unroll 1
   while (returning.back.rows != 0) {
     const Return back = returning.back;
-    returning.back = next_return(call, returning, mine);
-    if (!reduce_message(call, back, mine)) return;
+    const bool staged = returning.staged;
+    returning.back = next_return(call, returning);
+    returning.staged = false;
+    if (!reduce_message(call, back, staged)) return;
   }
 }
 

@@ -101,11 +101,35 @@ template <class Args>
   return args.group.live & ~before.masked;
 }
 
-/// A token of a source, on its way to or from it.
+/// A token of a source, on its way to or from it, or a strip of that.
 struct MessageAt {
   int source;
   int token;  // -1: there is none
+  int strip = 0;
 };
+
+/// Number `item` of those that all blocks share: source by source from the next rank on, this rank last; first
+/// those of as many tokens as this rank has, so that blocks have alike when ranks have.
+template <class Args>
+[[nodiscard]] DEEPEP_DEVICE MessageAt message_at(const Args& args, int item) {
+  const LowLatencyShare& share = args.share;
+  const int strip = item & ((1 << share.strip_shift) - 1);
+  int message = item >> share.strip_shift;
+  int order = 0, token = 0;
+  if (message < share.num_sources * args.num_tokens) {
+    order = share.by_tokens.quotient(message);
+    token = message - order * args.num_tokens;
+  } else {
+    message -= share.num_sources * args.num_tokens;
+    const int rest = args.max_tokens - args.num_tokens;
+    if (message >= share.num_sources * rest) return {0, -1};
+    order = share.by_rest.quotient(message);
+    token = args.num_tokens + message - order * rest;
+  }
+  int source = args.group.rank + 1 + order;
+  if (source >= args.group.num_ranks) source -= args.group.num_ranks;
+  return {source, token, strip};
+}
 
 /// Which tokens of each source there are, as bits in a block's shared memory: [R, M / 32, rounded up].
 struct Presence {
@@ -117,8 +141,7 @@ struct Presence {
   }
 };
 
-/// The messages that a team has: source by source from the next rank on, this rank last; first those of as many
-/// tokens as this rank has, so that blocks have alike when ranks have.
+/// The messages that a team has.
 template <class Args>
 struct MessageWalk {
   const Args& args;
@@ -129,26 +152,12 @@ struct MessageWalk {
 
   /// The next that there is.
   [[nodiscard]] DEEPEP_DEVICE MessageAt next() {
-    const LowLatencyShare& share = args.share;
-    const int rest = args.max_tokens - args.num_tokens;
     DEEPEP_ROLLED
     for (;; i += step) {
-      int item = item_of_block(block, i, share.first_worker);
-      int order = 0, token = 0;
-      if (item < share.num_sources * args.num_tokens) {
-        order = share.by_tokens.quotient(item);
-        token = item - order * args.num_tokens;
-      } else {
-        item -= share.num_sources * args.num_tokens;
-        if (item >= share.num_sources * rest) return {0, -1};
-        order = share.by_rest.quotient(item);
-        token = args.num_tokens + item - order * rest;
-      }
-      int source = args.group.rank + 1 + order;
-      if (source >= args.group.num_ranks) source -= args.group.num_ranks;
-      if (!present.has(source, token)) continue;
+      const MessageAt where = message_at(args, item_of_block(block, i, args.share.first_worker));
+      if (where.token >= 0 && !present.has(where.source, where.token)) continue;
       i += step;
-      return {source, token};
+      return where;
     }
   }
 };

@@ -96,7 +96,8 @@ struct LowLatencyDispatchCall {
     SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
     SharedArray<uint32_t>(call.shared().hash()).set(0, 0);
     begin_mending(call);
-    mbarrier_init(SharedArray<uint64_t>(call.shared().listed()).at(0), static_cast<uint32_t>(num_listeners()));
+    mbarrier_init(SharedArray<uint64_t>(call.shared().listed()).at(0),
+                  static_cast<uint32_t>(num_listeners() * kWarpSize));
   }
   return call;
 }

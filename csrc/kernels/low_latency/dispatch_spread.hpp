@@ -46,8 +46,7 @@ inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in fligh
       else if (word < room.rows() + num_local)
         rows.set(source * num_local + word - room.rows(), static_cast<int32_t>(value));
     }
-    sync_warp();
-    if (lane() == 0) mbarrier_arrive<release, block_scope>(listed);
+    mbarrier_arrive<release, block_scope>(listed);
   }
   // Whoever looks for words arrives at its deadline, if only in vain: a warp that has still not seen it after
   // as long again was kept from running.
@@ -221,19 +220,25 @@ DEEPEP_DEVICE void spread_chunks(const LowLatencyDispatchCall& call, Chunks chun
                        call.args.slots.messages(call.epoch, where.source) + where.token * call.message.bytes());
 }
 
-/// One message, which is here, by a team.
+/// Which chunks of a message a warp has: number, number + of, ...
+struct Part {
+  int number;
+  int of;
+};
+
+/// One message, which is here. One warp.
 DEEPEP_DEVICE void spread_message(const LowLatencyDispatchCall& call, const MessageAt& where,
-                                  const Team& team) {
+                                  const Part& part) {
   using namespace dev;
   const std::byte* message = message_of(call, where);
   const int chunks = static_cast<int>((call.message.row_bytes + 16 * kWarpSize - 1) / (16 * kWarpSize));
-  const Chunks first = load_chunks(call, message, team.part, team.parts);
+  const Chunks first = load_chunks(call, message, part.number, part.of);
   const SpreadTo to = read_header(call, message, where);
-  spread_chunks(call, first, to, team.part, team.parts);
-  if (team.part == team.parts - 1) keep_route(call, message, where, to);
+  spread_chunks(call, first, to, part.number, part.of);
+  if (part.number == part.of - 1) keep_route(call, message, where, to);
 #pragma unroll 1
-  for (int chunk = team.part + kSpreadUnroll * team.parts; chunk < chunks; chunk += kSpreadUnroll * team.parts)
-    spread_chunks(call, load_chunks(call, message, chunk, team.parts), to, chunk, team.parts);
+  for (int chunk = part.number + kSpreadUnroll * part.of; chunk < chunks; chunk += kSpreadUnroll * part.of)
+    spread_chunks(call, load_chunks(call, message, chunk, part.of), to, chunk, part.of);
 }
 
 /// This rank's own messages: those that the block has written, or had written in a launch before.
@@ -242,7 +247,7 @@ DEEPEP_DEVICE void spread_own(const LowLatencyDispatchCall& call, const Team& te
   const SentTokens tokens = tokens_of_block(call.args, call.block);
 #pragma unroll 1
   for (int t = tokens.begin + team.number; t < tokens.end; t += team.teams)
-    if (present.has(call.g.rank, t)) spread_message(call, {call.g.rank, t}, team);
+    if (present.has(call.g.rank, t)) spread_message(call, {call.g.rank, t}, {team.part, team.parts});
 }
 
 /// Others' messages, each when it is there. One whose flag does not come in time is a fault.
@@ -264,7 +269,7 @@ DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team&
       return;  // the deadline has passed: what is still missing will not be waited for again
     }
     sync_warp();  // lane 0's acquire comes before the whole warp's reads
-    spread_message(call, where, team);
+    spread_message(call, where, {where.strip * team.parts + team.part, team.parts << args.share.strip_shift});
   }
 }
 

@@ -66,14 +66,18 @@ void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halv
 }
 
 void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
-  launch(kCombines[static_cast<int>(args.returned)][static_cast<int>(halves)].of(args), args, num_blocks,
-         kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency combine");
+  launch_allowed(kCombines[static_cast<int>(args.returned)][static_cast<int>(halves)].of(args), args,
+                 num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency combine");
 }
 
 void load_low_latency() {
   for (const auto& dispatch : kDispatches) load(dispatch, "low-latency dispatch");
   for (const auto& combines : kCombines)
-    for (const auto& combine : combines) load(combine, "low-latency combine");
+    for (const auto& combine : combines) {
+      load(combine, "low-latency combine");
+      for (const auto kernel : {combine.plain, combine.watching})
+        allow_shared(kernel, kSharedBytes, "low-latency combine");
+    }
 }
 
 }  // namespace deepep::kernels

@@ -90,6 +90,15 @@ template <class Call>
   return false;
 }
 
+/// True if such a word is here already. It says nothing but what it is.
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool has_word(const Call& call, int64_t offset, uint32_t& value) {
+  using namespace dev;
+  const auto word = unpack_tagged(load<relaxed, sys_scope>(at<uint64_t>(call.g, call.g.rank, offset)));
+  value = word.value;
+  return word.tag == call.epoch;
+}
+
 /// Waits for the flag of a row that `source` writes; the same.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE bool wait_flag(const Call& call, const uint32_t* flag, int source, Phase phase) {

@@ -10,6 +10,10 @@ namespace deepep::kernels {
 /// In place of a digest, the word of a rank whose call is made by other means; digests are odd.
 inline constexpr uint32_t kElsewhere = 2;
 
+/// Chunks, of a warp's width, that a strip of a row that came has at least; and 2^s strips at most.
+inline constexpr int kStripChunks = 3;
+inline constexpr int kMaxSpreadShift = 2;
+
 /// What a rank posts that takes no part in a call.
 template <class Args>
 [[nodiscard]] DEEPEP_HD uint32_t absence_of(const Args& args) {
@@ -69,6 +73,33 @@ template <class Args>
 }
 [[nodiscard]] inline int warps_for_messages(const LowLatencyCombineArgs&, int num_warps) { return num_warps; }
 
+/// A message has from one row to K: blocks that spread strips of many have alike.
+[[nodiscard]] inline int strip_shift(const LowLatencyDispatchArgs& args) {
+  const int chunks = args.hidden * (args.casts ? 1 : 2) / (16 * dev::kWarpSize);
+  int shift = 0;
+  while (shift < kMaxSpreadShift && chunks >> (shift + 1) >= kStripChunks) ++shift;
+  return shift;
+}
+/// A row that goes back has one flag, and one block that sums it.
+[[nodiscard]] inline int strip_shift(const LowLatencyCombineArgs&) { return 0; }
+
+/// A block's shared memory, of which a combine takes at most so much for its own words, and 4 bytes for each 32
+/// tokens of each rank.
+inline constexpr int kSharedBytes = 227 * 1024;
+inline constexpr int kCombineWordBytes = 256;
+
+/// What a warp has in shared memory of the rows of its first message, which it sums when their weights have
+/// come.
+inline void add_stage(LowLatencyShare&, const LowLatencyDispatchArgs&) {}
+inline void add_stage(LowLatencyShare& share, const LowLatencyCombineArgs& args) {
+  if (args.returned != Returned::kSums) return;
+  const int parts = 1 << share.message_shift;
+  const int words = args.group.num_ranks * ((args.max_tokens + 31) / 32);
+  const int room = kSharedBytes - kCombineWordBytes - 4 * words;
+  share.staged_bytes = static_cast<int>(16 * layout::ceil_div(args.hidden / 8, parts));
+  share.staged_rows = layout::min_of(args.num_topk, room / (share.num_warps * share.staged_bytes));
+}
+
 /// num_warps: of a block.
 template <class Args>
 [[nodiscard]] LowLatencyShare share_of(const Args& args, int num_blocks, int num_warps) {
@@ -83,11 +114,14 @@ template <class Args>
   share.first_sender = can_spare_one(args.num_tokens) ? 1 : 0;
   share.token_shift = warp_shift(share.tokens_per_block, num_warps);
   // Others have about as many tokens as this rank: a guess, which decides who does what, and not what is done.
-  const int64_t messages = int64_t{share.num_sources} * args.num_tokens;
+  share.strip_shift = strip_shift(args);
+  const int64_t messages = (int64_t{share.num_sources} * args.num_tokens) << share.strip_shift;
   share.first_worker = can_spare_one(messages) ? 1 : 0;
   const int warps = warps_for_messages(args, num_warps);
   share.message_shift = warp_shift(of_block(messages, num_blocks), warps);
   share.own_shift = warp_shift(share.tokens_per_block, warps);
+  share.num_warps = num_warps;
+  add_stage(share, args);
   while ((1 << share.rank_shift) < args.group.num_ranks) ++share.rank_shift;
   share.by_local_experts = layout::Divisor(args.num_local_experts);
   share.by_topk = layout::Divisor(args.num_topk);
