@@ -93,7 +93,7 @@ class LowLatencyState:
 
     def _make_room(self, form: LowLatencyFormat) -> None:
         """Memory for calls of this format. Collective."""
-        # All of it on all ranks since members changed: what one had before, another that was left out has not.
+        # Since members changed all ranks have agreed on the same; before, one may have been left out.
         room = form.room.joined(self.memory.room) if self.is_ready else form.room
         if self.is_ready and room == self.memory.room:
             return

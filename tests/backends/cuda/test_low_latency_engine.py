@@ -384,9 +384,7 @@ def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
 
 
 def test_memory_begins_anew_when_members_change() -> None:
-    """A rank that was left out while others agreed on larger calls comes back with what it had: all begin with
-    the call that they make together.
-    """
+    """A rank that was left out has not the memory that others have agreed on meanwhile."""
     on_stubs(
         """
         with buffer_of(enable_shrink=True) as buffer:
