@@ -63,13 +63,13 @@ def test_plain_rows_take_the_kernels_of_buffer() -> None:
             def dispatch(**how):
                 return buffer.dispatch(x, idx, weights, num_experts=1, **how)
             got, names = both_ways(dispatch)
-            assert names == ["layout", "dispatch"]
+            assert names == ["dispatch"]
             assert both_ways(lambda **how: dispatch(do_cpu_sync=False, **how))[1] == names
             def again(**how):
                 return buffer.dispatch(x, handle=got.handle, **how)
             assert both_ways(again)[1] == ["dispatch_cached"]
             weighted = lambda **how: buffer.dispatch(x, topk_weights=weights, handle=got.handle, **how)
-            assert both_ways(weighted)[1] == ["layout", "dispatch"]
+            assert both_ways(weighted)[1] == ["dispatch"]
             assert both_ways(lambda **how: buffer.combine(got.recv_x, got.handle, **how))[1] == ["combine"]
             assert launched(buffer.barrier)[1] == ["barrier"]
             assert launched(lambda: buffer.barrier(with_cpu_sync=True))[1] == ["barrier"]
@@ -85,7 +85,7 @@ def test_expanded_rows_take_two_more() -> None:
                 options = {"do_expand": True, "expert_alignment": 4, "do_zero_padding": True, **how}
                 return buffer.dispatch(x, idx, weights, num_experts=1, **options)
             got, names = both_ways(dispatch)
-            assert names == ["layout", "dispatch", "sort_pairs", "spread_rows"]
+            assert names == ["dispatch", "sort_pairs", "spread_rows"]
             got, without = both_ways(lambda **how: dispatch(do_cpu_sync=False, **how))
             assert without == names
             assert got.recv_x.shape[0] == 12
@@ -106,7 +106,7 @@ def test_one_sum_dispatches_the_rows_back() -> None:
             got = buffer.dispatch(x, idx, weights, num_experts=1, do_expand=True, do_cpu_sync=False)
             def combine(**how):
                 return buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, **how)
-            assert both_ways(combine)[1] == ["layout", "dispatch", "sort_pairs", "reduce_rows"]
+            assert both_ways(combine)[1] == ["dispatch", "sort_pairs", "reduce_rows"]
         """
     )
 
