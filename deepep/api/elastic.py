@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from deepep.api.elastic_arguments import AnyEvent
 from deepep.api.ep_handle import EPHandle
 from deepep.api.info import BufferInfo
 from deepep.api.lifetime import EngineOwner
-from deepep.api.results import CombineResult, Rows
+from deepep.api.results import CombineResult, ElasticDispatchResult, Rows
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import elastic
 from deepep.runtime.ambient import plainly
@@ -32,24 +31,6 @@ from deepep.runtime.completion import Completion, now
 from deepep.runtime.construction import construct
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.requests import Operation
-
-
-class ElasticDispatchResult(NamedTuple):
-    """Rows received, and what to return them with.
-
-    recv_x: [N, H] by source rank, then source token; or [X, H], one row for every top-k entry that names a
-        local expert, by expert, then source rank, token, entry; or (that, scales [N, P] or [X, P]).
-    recv_topk_idx: [N, K], index among this rank's experts, or -1; None if expanded.
-    recv_topk_weights: [N, K], 0 where the index is -1; [X] if expanded; None where none were given.
-    handle: for the combine, and for further dispatches along the same routes.
-    event: when the rows are there, with async_with_compute_stream; else an empty one.
-    """
-
-    recv_x: Rows
-    recv_topk_idx: torch.Tensor | None
-    recv_topk_weights: torch.Tensor | None
-    handle: EPHandle
-    event: EventOverlap
 
 
 class ElasticBuffer(EngineOwner):

@@ -1,4 +1,4 @@
-"""Results of Buffer's calls: V1's tuples, in its order and of its lengths, whose entries have names.
+"""Results of buffers' calls: DeepEP's tuples, in its order and of its lengths, whose entries have names.
 
 They unpack, index and compare as plain tuples. Shapes and terms: deepep.api.buffer.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from deepep.api.ep_handle import EPHandle
 from deepep.api.handles import DispatchHandle, LowLatencyHandle
 from deepep.events import EventOverlap
 
@@ -59,6 +60,24 @@ class CombineResult(NamedTuple):
 
     combined_x: torch.Tensor
     combined_topk_weights: torch.Tensor | None
+    event: EventOverlap
+
+
+class ElasticDispatchResult(NamedTuple):
+    """Rows received, and what to return them with.
+
+    recv_x: [N, H] by source rank, then source token; or [X, H], one row for every top-k entry that names a
+        local expert, by expert, then source rank, token, entry; or (that, scales [N, P] or [X, P]).
+    recv_topk_idx: [N, K], index among this rank's experts, or -1; None if expanded.
+    recv_topk_weights: [N, K], 0 where the index is -1; [X] if expanded; None where none were given.
+    handle: for the combine, and for further dispatches along the same routes.
+    event: when the rows are there, with async_with_compute_stream; else an empty one.
+    """
+
+    recv_x: Rows
+    recv_topk_idx: torch.Tensor | None
+    recv_topk_weights: torch.Tensor | None
+    handle: EPHandle
     event: EventOverlap
 
 

@@ -264,3 +264,40 @@ def test_the_same_bits_every_time(world_of: Callable[[int], World]) -> None:
         assert len(seen) == 1
 
     world_of(2).run(run)
+
+
+def test_what_the_caller_has_set_changes_nothing(world_of: Callable[[int], World]) -> None:
+    """A default device and dtype, inference mode, autocast, rows that require gradients."""
+
+    def run(ctx: Any) -> None:
+        from deepep import ElasticBuffer
+
+        x, idx = rows(2, 3.0), torch.tensor([[0, 1], [1, -1]])
+        how = {"num_experts": 2, "num_max_tokens_per_rank": 2, "expert_alignment": 4, "do_zero_padding": True}
+
+        def trip(buffer: Any, x: torch.Tensor) -> list[torch.Tensor]:
+            got = buffer.dispatch(x, idx, do_expand=True, **how)
+            handle = got.handle
+            made = [got.recv_x, handle.recv_src_metadata, handle.dst_buffer_slot_idx]
+            made += [handle.psum_num_recv_tokens_per_expert, handle.psum_num_recv_tokens_per_scaleup_rank]
+            return [*made, buffer.combine(got.recv_x, handle).combined_x]
+
+        for options in ({}, {"allow_multiple_reduction": False}):
+            with ElasticBuffer(ctx.group, num_bytes=2 << 20, **options) as buffer:
+                plain = trip(buffer, x)
+                torch.set_default_device("meta")
+                torch.set_default_dtype(torch.float64)
+                try:
+                    with torch.autocast("cpu"):
+                        odd = trip(buffer, x.clone().requires_grad_())
+                    with torch.inference_mode():
+                        odd += trip(buffer, x)
+                finally:
+                    torch.set_default_device(None)
+                    torch.set_default_dtype(torch.float32)
+                assert not any(tensor.is_inference() or tensor.requires_grad for tensor in odd)
+                for before, after in zip(plain + plain, odd, strict=True):
+                    assert before.dtype == after.dtype
+                    assert torch.equal(before, after)
+
+    world_of(2).run(run)
