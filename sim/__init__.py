@@ -7,6 +7,7 @@ fuzz/      the fuzz loop (`Fuzzer`), the implementations it runs, shrinking, dra
 faults/    one thing that goes wrong in a run of `Buffer` (`Fault`), and the judge of what follows
 explore/   the kernels' source under many schedules; mutants of it; litmus programs
 emulator/  the backend that runs the kernels' source on the CPU
+cost/      times on a cluster, predicted from counted bytes
 links/     ranks as if on several hosts, on a wire without a NIC
 
 The names below are loaded when they are first used. hypothesis is needed by `deepep.sim.cases.strategies`
