@@ -57,7 +57,7 @@ def test_bytes_on_an_interface_of_its_own() -> None:
 
 
 def test_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert dp._codec()
+    assert dp._codec(6000)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("fp8", "fp16", "bf16", "fixed32"))
 
