@@ -31,6 +31,17 @@ struct CountingShared {
   }
 };
 
+/// Brings the top-k indices to L2, each line once for all blocks: every block needs the epoch before it asks for
+/// them.
+DEEPEP_DEVICE void prefetch_indices(const DispatchArgs& args) {
+  using namespace dev;
+  const auto* indices = static_cast<const std::byte*>(args.topk_idx);
+  const int64_t bytes = args.num_tokens * args.num_topk * args.index_bytes;
+  const int64_t step = layout::kLine * num_threads() * num_blocks();
+  for (int64_t i = layout::kLine * (block() * num_threads() + thread()); i < bytes; i += step)
+    prefetch(indices + i);
+}
+
 /// Bit r: one of the entries is an expert of rank r.
 template <class Index>
 [[nodiscard]] DEEPEP_DEVICE uint32_t ranks_of_entries(const DispatchArgs& args, const Index* entries) {

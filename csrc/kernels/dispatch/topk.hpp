@@ -1,6 +1,7 @@
 // Dispatch by top-k indices alone: mode kTopk. As in dispatch.hpp; where tokens go is found out here as well.
 //
 // Phases:
+//   prefetch_indices     to the cache, while the epoch is on its way
 //   start                reads the epoch
 //   assign_tokens        push blocks write rows that leave the rank, local blocks those that stay
 //   count_stretches      so many tokens of each stretch go to each rank: each block for itself, or all
@@ -37,6 +38,7 @@ namespace deepep::kernels {
 DEEPEP_KERNEL(dispatch_topk_kernel, DispatchArgs, kDispatchThreads) {
   using namespace dev;
   constexpr DispatchMode kMode = DispatchMode::kTopk;
+  prefetch_indices(args);
   const DispatchCall call = start(args);
   const WarpShare share = assign_tokens(call);
   count_stretches(call, share);
