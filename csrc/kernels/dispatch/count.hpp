@@ -31,8 +31,8 @@ struct CountingShared {
   }
 };
 
-/// Brings the top-k indices to L2, each line once for all blocks: every block needs the epoch before it asks for
-/// them.
+/// Brings the top-k indices to L2, each line once for all blocks: every block needs the epoch before it asks
+/// for them.
 DEEPEP_DEVICE void prefetch_indices(const DispatchArgs& args) {
   using namespace dev;
   const auto* indices = static_cast<const std::byte*>(args.topk_idx);
