@@ -5,11 +5,12 @@ The kernels run the same rules on the device. Tensors lend their memory; nothing
     R ranks, E experts, L = E/R experts on a rank, K top-k, T tokens of a rank, H hidden,
     M most tokens of any rank, D nodes, N rows received.
 
-Bad shapes and values raise ValueError naming the argument; a size that 64 bits cannot hold, OverflowError.
+Bad arguments raise ArgumentError, which names the argument; a size that 64 bits cannot hold, OverflowError.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 import deepep._core as _core
+from deepep.errors import ArgumentTypeError, DeviceError, LayoutError, ShapeError
+from deepep.runtime.checks import MOST, check_int, check_memory, shape_text
+from deepep.runtime.signatures import checked
 
 Array: TypeAlias = Tensor | np.ndarray
 CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/rules/crossing_layout.hpp
@@ -26,21 +30,28 @@ RecordSizes = _core.RecordSizes  # the parts of its records
 LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 
 
+_counted = functools.partial(checked, most=MOST)
+"""The same for functions that take as much memory as their integers say."""
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b) if a > 0 and b > 0 else 0  # what makes no sense is refused by the core
 
 
-def _view(tensor: Array, name: str, *dtypes: str) -> np.ndarray:
-    """The contiguous CPU memory of `tensor` as numpy sees it, without a copy."""
+def _view(tensor: Array, name: str, dims: int, *dtypes: str) -> np.ndarray:
+    """The contiguous CPU memory of `tensor` as numpy sees it, without a copy. dims: 0 for any number."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in dtypes:
-        raise ValueError(f"{name}: got {dtype}; expected {' or '.join(dtypes)}")
+        raise ArgumentTypeError(name, dtype, " or ".join(dtypes))
+    if dims and tensor.ndim != dims:
+        raise ShapeError(name, shape_text(tensor.shape), f"{dims} dimensions")
     if isinstance(tensor, Tensor):
+        check_memory(name, tensor)
         if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: got a tensor on {tensor.device}; expected one on the CPU")
+            raise DeviceError(name, f"a tensor on {tensor.device}", "one on the CPU")
         tensor = tensor.detach().numpy()
     if not tensor.flags.c_contiguous:
-        raise ValueError(f"{name}: got strides {tensor.strides}; expected contiguous memory")
+        raise LayoutError(name, f"strides {tensor.strides}", "contiguous memory")
     return tensor
 
 
@@ -54,11 +65,12 @@ class DispatchLayout:
     is_token_in_rank: Tensor  # [T, R] bool
 
 
+@_counted
 def dispatch_layout(
     topk_idx: Array, num_experts: int, num_ranks: int, ranks_per_node: int = 8
 ) -> DispatchLayout:
     """Counts and token-in-rank of `topk_idx` [T, K] (int32 or int64, -1 = no expert)."""
-    idx = _view(topk_idx, "topk_idx", "int32", "int64")
+    idx = _view(topk_idx, "topk_idx", 2, "int32", "int64")
     num_nodes = _ceil_div(num_ranks, ranks_per_node)
     layout = DispatchLayout(
         num_tokens_per_rank=torch.empty(max(num_ranks, 0), dtype=torch.int32, device="cpu"),
@@ -84,17 +96,19 @@ def dispatch_layout(
     )
 
 
+@checked
 def received_topk(topk_idx: Array, num_experts: int, num_ranks: int, rank: int) -> Tensor:
     """`topk_idx` [.., K] as `rank` sees it: the index among its own experts, or -1. Same dtype."""
-    idx = _view(topk_idx, "topk_idx", "int32", "int64")
+    idx = _view(topk_idx, "topk_idx", 0, "int32", "int64")
     local = np.empty_like(idx)
     _core.local_topk(idx, num_experts, num_ranks, rank, local)
     return torch.from_numpy(local)
 
 
+@checked
 def rank_masks(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
     """The distinct ranks of each token as the bits of an int64 [T]; at most 64 ranks."""
-    idx = _view(topk_idx, "topk_idx", "int32", "int64")
+    idx = _view(topk_idx, "topk_idx", 2, "int32", "int64")
     masks = np.empty(len(idx), np.int64)
     _core.rank_masks(idx, num_experts, num_ranks, masks)
     return torch.from_numpy(masks)
@@ -110,24 +124,26 @@ class FirstRows(NamedTuple):
     num_received: Tensor  # [R] int64
 
 
+@checked
 def first_rows(counts: Array) -> FirstRows:
     """From the counts [R, R] int32 that all ranks exchange: counts[s, r] tokens go from s to r."""
-    matrix = _view(counts, "counts", "int32")
+    matrix = _view(counts, "counts", 2, "int32")
     num_ranks = len(matrix)
     rows, received = np.empty((num_ranks, num_ranks), np.int64), np.empty(num_ranks, np.int64)
     _core.first_rows(matrix, rows, received)
     return FirstRows(torch.from_numpy(rows), torch.from_numpy(received))
 
 
+@checked
 def send_rows(is_token_in_rank: Array, first_row: Array, num_parts: int = 1) -> Tensor:
     """Final row [T, R] int64 of each token in each receiver's output; -1 where it is not sent.
 
     `first_row` [R] int64 is this source's line of `first_rows`. `num_parts` ranges of tokens are counted and
     numbered apart, as the blocks of a kernel do it; the result is the same for any.
     """
-    table = _view(is_token_in_rank, "is_token_in_rank", "bool")
+    table = _view(is_token_in_rank, "is_token_in_rank", 2, "bool")
     rows = np.empty(table.shape, np.int64)
-    _core.send_rows(table, _view(first_row, "first_row", "int64"), num_parts, rows)
+    _core.send_rows(table, _view(first_row, "first_row", 1, "int64"), num_parts, rows)
     return torch.from_numpy(rows)
 
 
@@ -138,9 +154,10 @@ class ReceivedRows(NamedTuple):
     src_token: Tensor  # [N] int32
 
 
+@checked
 def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
     """The rows `rank` receives, from every source's is_token_in_rank [T_s, R] bool."""
-    tables = [_view(table, "is_token_in_rank", "bool") for table in is_token_in_rank]
+    tables = [_view(table, "is_token_in_rank", 2, "bool") for table in is_token_in_rank]
     if not 0 <= rank < len(tables):
         raise ValueError(f"rank: got {rank}; expected one of the {len(tables)} tables' ranks")
     for table in tables:
@@ -152,10 +169,11 @@ def receive_rows(is_token_in_rank: Sequence[Array], rank: int) -> ReceivedRows:
     return ReceivedRows(torch.from_numpy(src_rank), torch.from_numpy(src_token))
 
 
+@_counted
 def sources_of_rows(first_row: Array, num_rows: int) -> Tensor:
     """Source rank [N] int32 of a receiver's rows; `first_row` [R] int64: where its sources begin."""
-    sources = np.empty(num_rows, np.int32)
-    _core.sources_of_rows(_view(first_row, "first_row", "int64"), sources)
+    sources = np.empty(check_int("num_rows", num_rows, 0), np.int32)
+    _core.sources_of_rows(_view(first_row, "first_row", 1, "int64"), sources)
     return torch.from_numpy(sources)
 
 
@@ -171,6 +189,7 @@ class ExpandedLayout(NamedTuple):
     num_rows: int  # padding included
 
 
+@_counted
 def expanded_layout(
     recv_topk_idx: Array, num_local_experts: int, alignment: int = 1, num_parts: int = 1
 ) -> ExpandedLayout:
@@ -178,8 +197,9 @@ def expanded_layout(
 
     `recv_topk_idx` [N, K] holds local experts or -1. `num_parts` as in `send_rows`.
     """
-    idx = _view(recv_topk_idx, "recv_topk_idx", "int32", "int64")
+    idx = _view(recv_topk_idx, "recv_topk_idx", 2, "int32", "int64")
     row = np.empty(idx.shape, np.int64)
+    num_local_experts = check_int("num_local_experts", num_local_experts, 0)
     begin, end = np.empty(num_local_experts, np.int64), np.empty(num_local_experts, np.int64)
     num_rows = _core.expanded_layout(idx, alignment, num_parts, begin, end, row)
     return ExpandedLayout(torch.from_numpy(row), torch.from_numpy(begin), torch.from_numpy(end), num_rows)
@@ -188,9 +208,10 @@ def expanded_layout(
 # ---- low latency: one row per distinct (token, expert), packed per expert in [L, R * M, H]
 
 
+@_counted
 def low_latency_counts(topk_idx: Array, num_experts: int, num_ranks: int) -> Tensor:
     """Rows [E] int32 that `topk_idx` [T, K] makes at each expert; duplicates inside a token share one."""
-    idx = _view(topk_idx, "topk_idx", "int32", "int64")
+    idx = _view(topk_idx, "topk_idx", 2, "int32", "int64")
     counts = np.empty(max(num_experts, 0), np.int32)
     _core.low_latency_counts(idx, num_experts, num_ranks, counts)
     return torch.from_numpy(counts)
@@ -203,9 +224,10 @@ class LowLatencyRanges(NamedTuple):
     recv_count: Tensor  # [L] int32
 
 
+@checked
 def low_latency_ranges(rows_per_expert: Array, rank: int) -> LowLatencyRanges:
     """Of `rank`, from all sources' `low_latency_counts` [R, E]."""
-    counts = _view(rows_per_expert, "rows_per_expert", "int32")
+    counts = _view(rows_per_expert, "rows_per_expert", 2, "int32")
     num_local_experts = counts.shape[1] // max(counts.shape[0], 1)
     layout_range = np.empty((num_local_experts, counts.shape[0]), np.int64)
     recv_count = np.empty(num_local_experts, np.int32)
@@ -213,6 +235,7 @@ def low_latency_ranges(rows_per_expert: Array, rank: int) -> LowLatencyRanges:
     return LowLatencyRanges(torch.from_numpy(layout_range), torch.from_numpy(recv_count))
 
 
+@checked
 def low_latency_send_rows(
     topk_idx: Array, rows_per_expert: Array, source: int, num_max_tokens: int, num_parts: int = 1
 ) -> Tensor:
@@ -220,8 +243,8 @@ def low_latency_send_rows(
 
     [T, K] int64, -1 where there is no expert. `rows_per_expert` [R, E] as in `low_latency_ranges`.
     """
-    idx = _view(topk_idx, "topk_idx", "int32", "int64")
-    counts = _view(rows_per_expert, "rows_per_expert", "int32")
+    idx = _view(topk_idx, "topk_idx", 2, "int32", "int64")
+    counts = _view(rows_per_expert, "rows_per_expert", 2, "int32")
     rows = np.empty(idx.shape, np.int64)
     _core.low_latency_send_rows(idx, counts, source, num_max_tokens, num_parts, rows)
     return torch.from_numpy(rows)
@@ -230,15 +253,17 @@ def low_latency_send_rows(
 # ---- two levels: a token crosses to a node once, and is spread there
 
 
+@checked
 def forwarding_rank(source: int, node: int, num_ranks: int, ranks_per_node: int) -> int:
     """The rank of `node` that takes in what `source` sends there: the one with the same local index."""
     rank: int = _core.forwarding_rank(source, node, num_ranks, ranks_per_node)
     return rank
 
 
+@checked
 def living_gateway(source: int, node: int, ranks_per_node: int, alive: Array) -> int:
     """The same among the ranks that are `alive` [R] bool: the next one, cyclically; -1 if none of them is."""
-    rank: int = _core.living_gateway(source, node, ranks_per_node, _view(alive, "alive", "bool"))
+    rank: int = _core.living_gateway(source, node, ranks_per_node, _view(alive, "alive", 1, "bool"))
     return rank
 
 
@@ -250,9 +275,10 @@ class NodeRoutes(NamedTuple):
     num_tokens: Tensor  # [D] int32
 
 
+@checked
 def node_routes(is_token_in_rank: Array, ranks_per_node: int, num_parts: int = 1) -> NodeRoutes:
     """From a source's is_token_in_rank [T, R] bool; at most 64 ranks in a node."""
-    table = _view(is_token_in_rank, "is_token_in_rank", "bool")
+    table = _view(is_token_in_rank, "is_token_in_rank", 2, "bool")
     num_nodes = _ceil_div(table.shape[1], ranks_per_node)
     local_ranks = np.empty((len(table), num_nodes), np.int64)
     position, counts = np.empty((len(table), num_nodes), np.int32), np.empty(num_nodes, np.int32)
@@ -260,14 +286,15 @@ def node_routes(is_token_in_rank: Array, ranks_per_node: int, num_parts: int = 1
     return NodeRoutes(torch.from_numpy(local_ranks), torch.from_numpy(position), torch.from_numpy(counts))
 
 
+@checked
 def forwarded_rows(local_ranks: Array, first_row: Array) -> Tensor:
     """Final rows [n, P] int64 of n tokens that a source sent to a node of P ranks; -1 where a rank gets none.
 
     `local_ranks` [n] int64: the tokens' bits, in the order sent. `first_row` [P] int64: the source's first
     row at each of those ranks.
     """
-    masks = _view(local_ranks, "local_ranks", "int64")
-    first = _view(first_row, "first_row", "int64")
+    masks = _view(local_ranks, "local_ranks", 1, "int64")
+    first = _view(first_row, "first_row", 1, "int64")
     rows = np.empty((len(masks), len(first)), np.int64)
     _core.forwarded_rows(masks, first, rows)
     return torch.from_numpy(rows)
@@ -276,12 +303,14 @@ def forwarded_rows(local_ranks: Array, first_row: Array) -> Tensor:
 # ---- capacities and sizes
 
 
+@checked
 def max_rows_received(num_ranks: int, num_max_tokens: int) -> int:
     """Rows a rank can receive in one dispatch: R * M."""
     rows: int = _core.max_rows_received(num_ranks, num_max_tokens)
     return rows
 
 
+@checked
 def max_rows_expanded(
     num_ranks: int,
     num_max_tokens: int,
@@ -300,6 +329,7 @@ def max_rows_expanded(
     return rows
 
 
+@checked
 def receive_slot_bytes(
     num_rows: int, row_bytes: int, num_scales: int = 0, num_topk: int = 0, index_bytes: int = 8
 ) -> int:
@@ -312,6 +342,7 @@ def receive_slot_bytes(
     return size
 
 
+@checked
 def low_latency_rdma_size_hint(
     num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = _core.MAX_TOPK
 ) -> int:
@@ -337,40 +368,47 @@ class WindowTurn(NamedTuple):
     credit: int  # the sender's credit must say this before it writes
 
 
+@checked
 def window_turn(number: int) -> WindowTurn:
     """The turn of the window with this number, from 0."""
     return WindowTurn(*_core.window_turn(number))
 
 
+@_counted
 def windows(num_tokens: int, window: int) -> list[tuple[int, int]]:
     """First token and the one past the last of each window of a call."""
     return [_core.window_tokens(num_tokens, window, w) for w in range(_core.num_windows(num_tokens, window))]
 
 
+@_counted
 def records_in_chunks(num_records: int, window: int) -> list[int]:
     """Records in each of a window's chunks, of a window that has `num_records`."""
     num_chunks = window // _core.CHUNK_RECORDS
     return [_core.records_in_chunk(num_records, chunk) for chunk in range(num_chunks)]
 
 
+@checked
 def chunk_of_record(position: int) -> int:
     """The chunk of the record with this position among the window's."""
     chunk: int = _core.chunk_of_record(position)
     return chunk
 
 
+@checked
 def default_window(num_domains: int) -> int:
     """Tokens of a window between so many domains."""
     tokens: int = _core.default_window(num_domains)
     return tokens
 
 
+@checked
 def peer_of_domain(domain: int, own: int) -> int:
     """The number of another domain among a rank's peers: the other domains, ascending."""
     peer: int = _core.peer_of_domain(domain, own)
     return peer
 
 
+@checked
 def domain_of_peer(peer: int, own: int) -> int:
     """The inverse of `peer_of_domain`."""
     domain: int = _core.domain_of_peer(peer, own)

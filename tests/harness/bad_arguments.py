@@ -140,6 +140,7 @@ def fits(words: set[str], name: str, value: Any) -> bool:
         "int": is_number and isinstance(value, int) and abs(value) < 1 << 63,
         "float": is_number and math.isfinite(value),
         "Tensor": isinstance(value, torch.Tensor) and name not in NO_TENSORS,
+        "Array": isinstance(value, (torch.Tensor, numpy.ndarray)) and name not in NO_TENSORS,
         "Rows": isinstance(value, (tuple, torch.Tensor)) and name not in NO_TENSORS,
         "str": isinstance(value, str),
         "dtype": isinstance(value, torch.dtype),

@@ -86,22 +86,22 @@ def test_a_size_past_64_bits_is_refused(arguments: tuple[int, int, int, int]) ->
 def test_a_receive_slot_past_64_bits_is_refused() -> None:
     with pytest.raises(OverflowError, match="receive_slot: does not fit into 64 bits"):
         layout.receive_slot_bytes(2**31, 2**31, 2**31 - 1, 2**31 - 1)
-    with pytest.raises(ValueError, match="index_bytes: got 16; expected 4 or 8"):
+    with pytest.raises(ValueError, match="index_bytes: got 16; allowed: 4 or 8"):
         layout.receive_slot_bytes(1, 128, index_bytes=16)
 
 
 @pytest.mark.parametrize("tokens", [-1, 2**31 + 1, 2**62])
 def test_a_senseless_factor_is_refused(tokens: int) -> None:
-    with pytest.raises(ValueError, match=r"num_max_tokens: got .*; expected 0 \.\. 2\^31"):
+    with pytest.raises(ValueError, match=r"num_max_tokens: got .*; allowed: 0 \.\. 2\^31"):
         layout.low_latency_rdma_size_hint(tokens, 7168, 8, 8)
     with pytest.raises(ValueError, match="num_max_tokens"):
         layout.max_rows_received(8, tokens)
 
 
 def test_other_refusals() -> None:
-    with pytest.raises(ValueError, match="num_experts: got 9; expected a multiple of num_ranks = 8"):
+    with pytest.raises(ValueError, match="num_experts: got 9; allowed: a multiple of num_ranks = 8"):
         layout.low_latency_rdma_size_hint(128, 7168, 8, 9)
-    with pytest.raises(ValueError, match="alignment: got 0; expected 1 or more"):
+    with pytest.raises(ValueError, match="alignment: got 0; allowed: 1 or more"):
         layout.max_rows_expanded(8, 128, 8, 4, 0)
     counts = torch.full((4, 4), 2**30, dtype=torch.int32)
     with pytest.raises(OverflowError, match="more rows than 32 bits count"):

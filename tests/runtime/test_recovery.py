@@ -284,3 +284,25 @@ def test_hooks_of_a_destroyed_buffer() -> None:
         return raised(hooks[1])
 
     assert all(isinstance(error, DestroyedError) for error in ranks.run(part))
+
+
+def test_an_error_before_a_call_is_told_when_it_leaves_the_buffers_block() -> None:
+    """A needed argument is missing: Python raises, and the library is not asked."""
+    ranks = Ranks(3)
+
+    def part(rank: int) -> Any:
+        def work() -> None:
+            with buffer_on(ranks, rank, LONG) as buffer:
+                assert works(buffer, rank, 3)
+                if rank == 1:
+                    buffer.combine()
+                works(buffer, rank, 3)
+
+        return raised(work)
+
+    first, wrong, last = ranks.run(part)
+    assert isinstance(wrong, TypeError)
+    for error in (first, last):
+        assert isinstance(error, PeerTimeoutError)
+        assert error.record.waited_on == (1,)
+        assert error.record.seconds < LONG / 2
