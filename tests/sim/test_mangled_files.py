@@ -1,4 +1,4 @@
-"""Saved examples and failing schedules, each part of them replaced by odd values: the documented error, or none."""
+"""Saved examples and schedules, each part of them replaced by odd values: the documented error, or none."""
 
 from __future__ import annotations
 
