@@ -27,7 +27,8 @@ class Outcome:
         status: returned, raised, died (its process ended) or hung (still running when time was up).
         value: what the function returned.
         error: the exception it raised, an instance of the original type where that type can travel.
-        traceback: the remote traceback of the exception, or the stack a hung rank was found in.
+        traceback: the remote traceback of the exception, or the stack a hung rank was found in, or a crashed
+            one's threads.
         exitcode: of a process that died; negative: the signal that ended it.
         seconds: from the start of the run to this rank's end of it, as seen by the parent.
     """

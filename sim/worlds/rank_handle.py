@@ -56,7 +56,10 @@ class RankHandle:
             if self.connection.poll():
                 return unpack_outcome(self.connection.recv_bytes(), self.rank, seconds)
         self.process.join(5.0)
-        return Outcome(self.rank, Status.DIED, exitcode=self.process.exitcode, seconds=seconds)
+        code = self.process.exitcode
+        crashed = code is not None and code < 0
+        stack = self._written_stack() if crashed else ""
+        return Outcome(self.rank, Status.DIED, traceback=stack, exitcode=code, seconds=seconds)
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # a kill of the dead is done, a stop changes nothing
@@ -70,13 +73,16 @@ class RankHandle:
         deadline = time.monotonic() + 1.0
         text = ""
         while time.monotonic() < deadline:
-            text = self._stack_file.read_text() if self._stack_file.exists() else ""
+            text = self._written_stack()
             if text.endswith("\n") and "File" in text:
                 break
             time.sleep(0.01)
         frames = text.splitlines()
         own = [i for i, line in enumerate(frames) if "rank_process.py" in line]
         return "\n".join(frames[: own[0]] if own else frames)
+
+    def _written_stack(self) -> str:
+        return self._stack_file.read_text() if self._stack_file.exists() else ""
 
     def forked(self) -> None:
         """In a child of the parent, which is to end nobody: multiprocessing would, when it ends."""

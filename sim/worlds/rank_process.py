@@ -78,10 +78,11 @@ def main(connection: Connection, lifeline: Connection, spec: RankSpec) -> None:
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     _end_even_if_stopped()
     # Ctrl-C is for the parent, which ends its ranks. A stack is written on request, even inside a
-    # blocked collective.
+    # blocked collective, and by a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(spec.stack_file, "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+        faulthandler.enable(file=stack_file, all_threads=True)
         context = _guarded(connection, lambda: _join(spec))
         if context is not None:
             _serve(connection, context)

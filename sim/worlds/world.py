@@ -7,7 +7,7 @@ them, again and again. What makes it fit for fuzzing and for fault tests:
 - functions and arguments travel by value (cloudpickle): lambdas, closures, a test module's functions;
 - the rendezvous store survives the death of any rank;
 - a rank that dies is noticed through its process handle at once, not by a time-out of the others;
-- a rank that hangs is reported with the Python stack it hangs in;
+- a rank that hangs or crashes is reported with the Python stack it is in;
 - after a failure nothing of the old world is reused: the next run starts on fresh processes.
 """
 

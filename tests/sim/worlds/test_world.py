@@ -126,6 +126,16 @@ def test_a_death_is_noticed_at_once_and_named():
         assert world.generation == 2
 
 
+def test_a_crash_is_told_with_its_stack():
+    def crash(ctx):
+        if ctx.rank == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    with World(2) as world, pytest.raises(RankDied, match=r"rank 1 died \(SIGSEGV\)") as caught:
+        world.run(crash)
+    assert "in crash" in str(caught.value)
+
+
 def test_try_run_tells_what_survivors_did():
     def die(ctx):
         if ctx.rank == 1:
