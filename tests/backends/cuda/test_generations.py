@@ -20,6 +20,8 @@ RANKS = 3
 CYCLES = 30
 SYMMETRIC_BYTES = 256 << 20
 """Of a rank: much more than all else, so that one heap too many is seen."""
+OPENINGS = 30_000
+"""More than a process can have events of others open, which torch opens with a heap and never closes."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,25 @@ def test_memory_is_flat_over_masks(three: World, mode: str) -> None:
         assert all(kept == 0 for _, _, kept in seen)
         assert max(allocated for allocated, _, _ in seen[2:]) <= first[0] + (1 << 20)
         assert max(reserved for _, reserved, _ in seen[2:]) <= first[1] + SYMMETRIC_BYTES // 4
+
+
+def map_often(ctx: Any) -> int:
+    """Maps and lets go of the others' heaps, so that this process opens `OPENINGS`."""
+    from deepep.backends.cuda.memory.ipc import gather_over, share_heap
+
+    gather = gather_over(ctx.group)
+    for _ in range(OPENINGS // (RANKS - 1)):
+        own = torch.zeros(1 << 20, dtype=torch.uint8, device=ctx.device)
+        heap = share_heap(own, ctx.rank, gather)
+        addresses = len(set(heap.addresses))
+        del heap
+        gather(b"")  # all have let go
+    return addresses
+
+
+@pytest.mark.slow
+def test_heaps_are_mapped_as_often_as_one_likes(three: World) -> None:
+    assert three.run(map_often) == [RANKS] * RANKS
 
 
 def hold_handles(ctx: Any, mode: str) -> list[int]:

@@ -22,6 +22,7 @@ Gather = Callable[[bytes], list[bytes | None]]
 """Brings every rank's bytes to every rank, by rank; None for a rank that takes no part. Collective."""
 
 _MOST_BYTES = 1 << 12  # of a handle in bytes; CUDA's own take 64 each
+_NO_EVENT = bytes(64)  # in an event's place, for torch to pass over
 _NO_COUNTER = b"/deepep-counts-nothing"  # no shared memory has this name: torch passes over what is gone
 
 
@@ -30,34 +31,30 @@ class HeapHandle:
     """An exported heap: what another process needs to map it, as torch exports a storage.
 
     num_bytes: of the heap. storage_bytes, offset: of its memory inside the allocation that `memory` names.
-    event: of the exporter's stream, waited for if `event_sync`.
+
+    No event travels: whoever opens one that another process has exported must destroy it, torch never does,
+    and a driver has room for some 20,000. So the exporter waits for its stream.
     """
 
     num_bytes: int
     storage_bytes: int
     offset: int
     memory: bytes
-    event: bytes
-    event_sync: bool
 
     @classmethod
     def export(cls, heap: torch.Tensor) -> HeapHandle:
-        """Exports a tensor that begins its storage."""
+        """Exports a tensor that begins its storage. Waits for the current stream: nothing that it holds now
+        writes there once others have the handle.
+        """
         assert heap.storage_offset() == 0
         storage = heap.untyped_storage()
-        _, memory, storage_bytes, offset, counter, counter_offset, event, event_sync = storage._share_cuda_()
+        _, memory, storage_bytes, offset, counter, counter_offset, *_ = storage._share_cuda_()
         # torch keeps what it has exported until one process that has mapped it says that it has let go: one
         # that was killed never does, and a second one is one too many. generations.py decides when a heap is
         # freed; so that is said here, and those who map it count nowhere.
         torch.UntypedStorage._release_ipc_counter_cuda(counter, counter_offset)
-        return cls(
-            num_bytes=heap.numel(),
-            storage_bytes=storage_bytes,
-            offset=offset,
-            memory=memory,
-            event=event,
-            event_sync=event_sync,
-        )
+        torch.cuda.current_stream(heap.device).synchronize()
+        return cls(num_bytes=heap.numel(), storage_bytes=storage_bytes, offset=offset, memory=memory)
 
     def encode(self) -> bytes:
         """The handle as text: names and numbers, bytes in hexadecimal."""
@@ -91,15 +88,13 @@ class HeapHandle:
             self.offset,
             _NO_COUNTER,
             0,
-            self.event,
-            self.event_sync,
+            _NO_EVENT,
+            False,
         )
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[: self.num_bytes]
 
 
-def _parse(name: str, kind: str, value: object) -> int | bool | bytes:
-    if kind == "bool" and isinstance(value, bool):
-        return value
+def _parse(name: str, kind: str, value: object) -> int | bytes:
     if kind == "int" and type(value) is int and 0 <= value < 1 << 63:
         return value
     if kind == "bytes" and isinstance(value, str) and len(value) <= 2 * _MOST_BYTES:
