@@ -272,7 +272,7 @@ class Buffer(LowLatencyCalls):
         has_defaults = config is None and topk_idx is None and topk_weights is None
         if type(handle) is DispatchHandle and at_once and has_defaults:  # it may be like one before
             rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-            prepared = handle.route.cached
+            prepared = handle.route.cached if handle.route.engine is self._engine else None
             again = None if prepared is None else prepared.launch(rows, scales, Buffer.num_sms)
             if again is not None:
                 return DispatchResult(again, None, None, None, None, EventOverlap())

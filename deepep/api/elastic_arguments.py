@@ -211,6 +211,10 @@ def _rows_of(x: tuple[Any, ...]) -> tuple[Any, Any]:
     return x[0], x[1]
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
 def _check_fresh(
     engine: Engine,
     limits: BufferLimits,
@@ -312,10 +316,10 @@ def combine_request(
         rows = (route.num_rows,) if expanded else tuple(route.recv_topk_idx.shape)
         checks.check_topk_weights(topk_weights, rows, where)
     return ElasticCombineRequest(
-        x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x,
+        _detached(x),
         route,
-        None if topk_weights is None else topk_weights.detach(),
-        biases,
+        _detached(topk_weights),
+        tuple(_detached(tensor) for tensor in biases),
         single_reduction=not limits.multiple_reduction,
         before_epilogue=None
         if before_epilogue is None

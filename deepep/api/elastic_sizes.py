@@ -44,7 +44,7 @@ def buffer_size_hint(
     row = hidden + 4 * math.ceil(hidden / 32) if use_fp8 else 2 * hidden
     received = num_ranks * num_max_tokens * (row + 12 * topk + 4)
     if not multiple_reduction:  # every lane's row is dispatched back
-        received += num_max_tokens * topk * (2 * hidden + 16)
+        received += num_max_tokens * topk * (2 * hidden + 28)
     returned = (num_ranks - 1) * num_max_tokens * (2 * hidden + 4 * topk + 16)
     pool = math.ceil(_LIVE_DISPATCHES * received * 4 / 3)
     return aligned(max(4 * returned, pool) + _CONTROL_BYTES)

@@ -95,7 +95,7 @@ class EPHandle:
 
     def __repr__(self) -> str:
         layout = "expanded" if self.do_expand else "plain"
-        sent, received = self.topk_idx.shape[0], self.num_recv_tokens
+        sent, received = self._elastic.route.num_tokens, self.num_recv_tokens
         return f"EPHandle({layout}, {sent} tokens sent, {received} rows received)"
 
 

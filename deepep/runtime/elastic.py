@@ -232,7 +232,7 @@ class _Epilogue:
         if route.alignment > 1 and route.num_local > 1:
             gaps = aligned(route.expert_counts, route.alignment) - route.expert_counts
             shift = gaps.cumsum(0) - gaps  # [L] int64: of the experts before
-            route.slots += torch.where(lanes >= 0, shift[lanes.long().clamp(min=0)], 0)
+            route.slots += torch.where(lanes >= 0, shift[lanes.long().clamp(0, route.num_local - 1)], 0)
         if route.overflow is not None:
             beyond = route.slots >= route.num_rows
             route.overflow.copy_(beyond.any())
@@ -267,26 +267,27 @@ def _combine_lanes(
 ) -> Combined:
     """Every lane's row travels to its token's owner, as a dispatch back; there it is one sum.
 
-    Rows come by rank, then expanded row: by expert, then token, then lane, as the owner's own lanes sort.
+    With a row, as the bits of a second weight, goes its lane's number there: the owner does not know which
+    lanes had no room where they went.
     """
     route, x, weights = request.route, request.x, request.topk_weights
     num_rows, num_topk = x.shape[0], slots.shape[1]
-    num_tokens = route.route.num_tokens
+    num_tokens, num_lanes = route.route.num_tokens, route.topk_idx.numel()
 
     def make_owners() -> tuple[Tensor, Tensor]:
-        return slots.new_empty(num_rows, 1), x.new_empty(num_rows, 1, dtype=torch.float32)
+        return slots.new_empty(num_rows, 2), x.new_empty(num_rows, 2, dtype=torch.float32)
 
     def fill_owners(made: tuple[Tensor, Tensor]) -> None:
         owners, own = made
-        index = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
-        source = torch.searchsorted(route.rank_ends(), index, right=True).unsqueeze(1).expand_as(slots)
+        source, token = route.row_sources()
+        lane = token.unsqueeze(1) * num_topk + torch.arange(num_topk, device=slots.device)
         at = torch.where(slots < 0, num_rows, slots).flatten()
-        wide = slots.new_full((num_rows + 1,), -1).scatter_(0, at, source.flatten())
-        owners.copy_(wide[:num_rows].unsqueeze(1))
-        if weights is None:
-            own.zero_()
-        else:
-            own.copy_(weights.unsqueeze(1))
+        of_rows = slots.new_full((2, num_rows + 1), -1)
+        of_rows[0].scatter_(0, at, source.unsqueeze(1).expand_as(slots).flatten())
+        of_rows[1].scatter_(0, at, lane.flatten())
+        owners.copy_(of_rows[0, :num_rows].unsqueeze(1))
+        own[:, 0] = 0.0 if weights is None else weights
+        own.view(torch.int32)[:, 1] = of_rows[1, :num_rows]
 
     (owners, own), known = engine.locally(make_owners, fill_owners, (slots, weights), schedule)
     schedule = replace(schedule, after=known)
@@ -296,7 +297,7 @@ def _combine_lanes(
             num_experts=engine.info.num_ranks,
             topk_idx=owners,
             topk_weights=own,
-            num_worst_tokens=max(1, route.topk_idx.numel()),
+            num_worst_tokens=max(1, num_lanes),
             num_sms=request.num_sms,
         ),
         schedule,
@@ -308,15 +309,19 @@ def _combine_lanes(
 
     def fill_sums(made: tuple[Tensor, Tensor | None]) -> None:
         out, returned = made
-        at = slots.new_empty(route.topk_idx.shape)
-        per_expert = slots.new_empty(route.route.num_experts, dtype=torch.int32)
-        engine.local_rows.sort(route.topk_idx, at, per_expert)
+        assert done.topk_idx is not None
+        assert done.topk_weights is not None
+        lane = done.topk_weights.view(torch.int32)[:, 1].clamp(0, num_lanes)  # after a time-out: anything
+        lane = torch.where(done.topk_idx[:, 1] < 0, num_lanes, lane)
+        index = torch.arange(len(lane), device=lane.device)
+        at = slots.new_full((num_lanes + 1,), -1).scatter_(0, lane.long(), index)[:num_lanes]
+        at = at.view(num_tokens, num_topk)
         engine.local_rows.reduce(done.x, at, out, request.biases)
-        if returned is not None and done.topk_weights is not None:
-            returned.copy_(torch.where(at >= 0, _at(done.topk_weights.flatten(), at), 0.0) + 0.0)
+        if returned is not None:
+            returned.copy_(torch.where(at >= 0, _at(done.topk_weights[:, 0], at), 0.0) + 0.0)
             settle_nans(returned, returned)
 
-    given = (done.x, done.topk_weights, route.topk_idx, *request.biases)
+    given = (done.x, done.topk_idx, done.topk_weights, *request.biases)
     (out, returned), completion = engine.locally(
         make_sums, fill_sums, given, replace(schedule, after=done.completion)
     )

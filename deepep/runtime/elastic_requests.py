@@ -97,17 +97,22 @@ class ElasticRoute:
         ends = whole.cumsum(0, dtype=torch.int32)
         return ends if self.slots is None else ends - whole + counts
 
+    def row_sources(self) -> tuple[Tensor, Tensor]:
+        """[N] int32 each: source rank, R of rows behind the real ones; and source token."""
+        tokens = self.route.engine.route_sources(self.route)
+        assert tokens is not None
+        index = torch.arange(self.recv_topk_idx.shape[0], dtype=torch.int32, device=tokens.device)
+        behind = tokens.new_zeros(max(0, len(index) - len(tokens)))
+        return torch.searchsorted(self.rank_ends(), index, right=True), torch.cat([tokens, behind])
+
     def metadata(self) -> Tensor:
         """[N, K + 2] int32, -1 in rows behind the real ones: source rank * M + source token; source rank * K
         + the last lane that is this rank's; the expanded row of each lane, or -1.
         """
         engine, (num_rows, num_topk) = self.route.engine, self.recv_topk_idx.shape
         out = self.recv_topk_idx.new_full((num_rows, num_topk + 2), -1, dtype=torch.int32)
-        index = torch.arange(num_rows, dtype=torch.int32, device=out.device)
-        source = torch.searchsorted(self.rank_ends(), index, right=True)
-        tokens = engine.route_sources(self.route)
-        assert tokens is not None
-        out[: len(tokens), 0] = source[: len(tokens)] * self.num_max_tokens + tokens
+        source, tokens = self.row_sources()
+        out[:, 0] = source * self.num_max_tokens + tokens
         lane = torch.arange(num_topk, dtype=torch.int32, device=out.device)
         out[:, 1] = source * num_topk + torch.where(self.recv_topk_idx >= 0, lane, -1).amax(1)
         out.masked_fill_((source == engine.info.num_ranks).unsqueeze(1), -1)

@@ -106,6 +106,42 @@ def test_repeated_experts_find_no_room(fresh_world: Callable[[int], World]) -> N
     fresh_world(2).run(run)
 
 
+def test_entries_without_room_are_left_out_of_one_sum(world_of: Callable[[int], World]) -> None:
+    """The owner of a token has to learn which of its rows there were."""
+
+    def run(ctx: Any) -> None:
+        from deepep import ElasticBuffer
+
+        x = torch.arange(1.0, 5.0).unsqueeze(1).expand(4, HIDDEN).bfloat16().contiguous()
+        idx, weights = torch.tensor([[1, 0]] * 4), torch.tensor([[0.25, 0.5]] * 4)
+        how = {"num_experts": 2, "num_max_tokens_per_rank": 4, "do_expand": True, "do_cpu_sync": False}
+        with ElasticBuffer(ctx.group, num_bytes=2 << 20, allow_multiple_reduction=False) as buffer:
+            capacity = 3 if ctx.rank == 0 else 6
+            got = buffer.dispatch(x, idx, weights, **how, num_max_expanded_tokens=capacity)
+            given = {"topk_weights": got.recv_topk_weights, "async_with_compute_stream": ctx.rank == 0}
+            sums, returned, event = buffer.combine(got.recv_x, got.handle, **given)
+            if event.event is not None:
+                event.current_stream_wait()
+            # Rows there are: at expert 0 for rank 0's first three tokens, at expert 1 for all six first ones.
+            there = [[1, 1, 1, 0], [1, 1, 1, 1]] if ctx.rank == 0 else [[0, 0, 0, 0], [1, 1, 0, 0]]
+            there = torch.tensor(there)
+            assert torch.equal(sums[:, 0].float(), x[:, 0].float() * there.sum(0))
+            assert torch.equal(returned, weights * there.flip(0).t())
+
+    world_of(2).run(run)
+
+
+def test_a_handle_whose_tensors_were_taken_out_can_be_printed(world_of: Callable[[int], World]) -> None:
+    def run(ctx: Any) -> None:
+        got = elastic_of(ctx).dispatch(
+            rows(3), torch.tensor([[0, 1]] * 3), num_experts=2, num_max_tokens_per_rank=4
+        )
+        got.handle.topk_idx = None
+        assert repr(got.handle) == "EPHandle(plain, 3 tokens sent, 6 rows received)"
+
+    world_of(2).run(run)
+
+
 def test_a_cached_dispatch_with_the_default_sms(world_of: Callable[[int], World]) -> None:
     """V2 asks for the theoretical number of SMs with num_experts=None then."""
 

@@ -222,7 +222,10 @@ class CudaEngine(Engine):
         return torch.tensor(plan.known.tolist(), dtype=torch.int64, device="cpu").view(ranks, ranks)
 
     def route_sources(self, route: Route) -> Tensor | None:
-        return self._plan_of(route).source
+        plan = self._plan_of(route)
+        if plan.source is not None and plan.stream != streams.current_address(self.index):
+            plan.source.record_stream(streams.current(self.index))
+        return plan.source
 
     def route_table(self, route: Route) -> Tensor:
         return self._plan_of(route).table

@@ -137,3 +137,18 @@ def test_reported_faults_are_raised_before_the_next_launch() -> None:
             dispatch(buffer)
         """
     )
+
+
+def test_the_short_way_is_for_handles_of_this_buffer() -> None:
+    on_stubs(
+        """
+        with stub_cuda.stub_buffer() as buffer, stub_cuda.stub_buffer() as other:
+            handle = dispatch(buffer).handle
+            for _ in range(2):
+                buffer.dispatch(x, handle=handle)
+            launches.clear()
+            with pytest.raises(deepep.HandleError, match="another buffer"):
+                other.dispatch(x, handle=handle)
+            assert launches == ["refuse dispatch"]
+        """
+    )
