@@ -113,13 +113,14 @@ class Communicator:
         mean: bool = False,
         dice: tuple[int, int, int] | None = None,
         async_op: bool = False,
+        statement: str = "",
     ) -> Tensor | PendingReduction:
         """Replaces `tensor` by its sum, or mean, over all ranks: the same bits on each of them.
 
         tensor: float32, bfloat16, float16 or float64, of any shape, the same on all ranks, contiguous.
         Float64 is never compressed. plan: by default direct, in fixed point. dice: seed, step and tensor,
         by which a lossy codec rounds stochastically; None rounds to nearest. async_op: returns at once,
-        with something to wait for.
+        with something to wait for. statement: what else all ranks have to pass alike.
 
         Raises, on all ranks, ArgumentTypeError, DeviceError, LayoutError or RangeError for what one of them
         passes, MismatchError if they pass different things; PeerTimeoutError if one is missing.
@@ -134,7 +135,7 @@ class Communicator:
                 "elements": tensor.numel(),
                 "dtype": dtype_code(tensor.dtype),
                 "mean": mean,
-                "plan": digest_of(repr(plan), dice),
+                "plan": digest_of(repr(plan), dice, statement),
             }
 
             def issue(body: Callable[[Link], None]) -> Completion:
@@ -294,8 +295,10 @@ def _settle(done: Future[Tensor], tensor: Tensor, error: BaseException | None) -
     """Ends a torch future as the operation ended."""
     if error is None:
         done.set_result(tensor)
-    else:
-        done.set_exception(error)  # type: ignore[arg-type]
+    elif isinstance(error, Exception):
+        done.set_exception(error)
+    else:  # torch's futures take no others, and would never end
+        done.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def digest_of(*things: object) -> int:

@@ -5,6 +5,7 @@ The rules are those of csrc/layout/rules/gradient_codec.hpp, which has them in w
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ def _codes(form: WireFormat, values: Tensor, key: tuple[int, int] | None, first_
         unit = 2.0 ** (form.min_exponent + (23 - form.mantissa if random is None else 0))
         above = (values.abs() + unit).view(torch.int32).to(torch.int64)
         if random is None:
-            small = above - int(values.new_full((), unit).cpu().view(torch.int32))
+            small = above - struct.unpack("<i", struct.pack("<f", unit))[0]
         else:
             small = ((above + random) >> cut) - (min_normal >> cut)
         normal = torch.where(magnitude < min_normal, small, normal)

@@ -38,8 +38,9 @@ class PointToPoint:
             works = [self.group.recv([message], rank, tag) for message, rank in receives]
             works += [self.group.send([message], rank, tag) for message, rank in sends]
             if first.is_cuda:
-                return [self.group._end_coalescing(first.device)]
-        # A work of gloo keeps no tensor alive.
+                works = [self.group._end_coalescing(first.device)]
+        # A work of gloo keeps no tensor alive; and on CUDA another piece could be given a message's memory
+        # before NCCL's stream has read it.
         return [(work, sends, receives) for work in works]
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp) -> list[Any]:

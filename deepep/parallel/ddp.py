@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deepep.collectives import Communicator
 from deepep.collectives.communicator import DTYPES
@@ -20,6 +22,8 @@ from deepep.parallel.config import ParallelConfig, get_config, with_changes
 from deepep.parallel.hook import BucketReducer, reduce_bucket
 
 GRADIENTS = ("mean", "sum")
+_scalings: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+"""The hooks of `scale_gradients`, by parameter."""
 
 
 class DistributedDataParallel(TorchDistributedDataParallel):
@@ -78,7 +82,12 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if device_ids is not None and len(device_ids) > 1:
             device_ids = [_device_of_this_rank(module, list(device_ids))]
         experts = dict(expert_parameters(module))
-        ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *experts}
+        owned = {id(parameter) for parameter in experts.values()}
+        every_name = module.named_parameters(remove_duplicate=False)
+        own_names = [name for name, parameter in every_name if id(parameter) in owned]
+        # Of the outermost module's own parameters torch compares the names with a dot before them.
+        ignored = {*own_names, *(f".{name}" for name in own_names)}
+        ignored.update(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self._set_params_and_buffers_to_ignore_for_model(module, ignored)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and name not in ignored and parameter.dtype not in DTYPES:
@@ -89,12 +98,19 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         # A second backward reduces what the first has reduced together with what it adds: right for a mean
         # alone. So a sum is the mean of R times the addends.
         num_ranks = self.process_group.size()
-        if gradient == "mean":
-            scale_gradients(experts.values(), 1, num_ranks)
-        else:
-            scale_gradients((p for n, p in module.named_parameters() if n not in ignored), num_ranks, 1)
+        replicated = [p for n, p in module.named_parameters() if n not in ignored]
+        scale_gradients(experts.values(), 1, num_ranks if gradient == "mean" else 1)
+        scale_gradients(replicated, num_ranks if gradient == "sum" else 1, 1)
         if not options.is_torchs:
             self._bucket_reducer = attach(self, options, gradient)
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """torch's. Raises RangeError for divide_by_initial_world_size=False, which torch's own all-reduce
+        alone follows.
+        """
+        if self._bucket_reducer is not None and not kwargs.get("divide_by_initial_world_size", True):
+            raise RangeError("divide_by_initial_world_size", "False", "True: ranks that have joined count")
+        return super().join_hook(**kwargs)
 
     def register_comm_hook(self, state: object, hook: Any) -> None:
         """torch's, where torch reduces: with topology="native", reproducible=False and no compression.
@@ -139,7 +155,12 @@ def attach(
         model.process_group,
         device="cpu" if model.device_type == "cpu" else model.device,
         timeout=config.seconds,
-        statement={"config": repr(config), "gradient": gradient},
+        statement={
+            "config": repr(config),
+            "gradient": gradient,
+            # By which the ranks cut buckets alike; one cap, or several (torch from 2.13 on).
+            "buckets": repr((model.bucket_bytes_cap, getattr(model, "bucket_bytes_cap_list", []))),
+        },
     )
     reducer = BucketReducer(comm, config)
     TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
@@ -159,14 +180,20 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: int, divisor: int) -> None:
-    """Multiplies and divides what every backward adds to these parameters' gradients."""
+    """Multiplies and divides what every backward adds to these parameters' gradients, in place of what an
+    earlier call had it multiplied and divided by: a module may be wrapped again.
+    """
 
     def scaled(gradient: Tensor) -> Tensor:
         return gradient * factor / divisor
 
+    is_scaled = factor != divisor
+
     for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.register_hook(scaled)
+        if parameter in _scalings:
+            _scalings.pop(parameter).remove()
+        if parameter.requires_grad and is_scaled:
+            _scalings[parameter] = parameter.register_hook(scaled)
 
 
 def _has_ranks() -> bool:

@@ -40,6 +40,7 @@ class BucketReducer:
         if index == 0:
             self._begin()
         in_backward = torch._C._current_graph_task_id() >= 0
+        step = self.step
         if bucket.is_last():
             self.step += 1
             if in_backward:
@@ -47,8 +48,10 @@ class BucketReducer:
         if self._failure is not None:
             return _completed(tensor)
         try:
-            pending = self._issue(index, tensor)
+            pending = self._issue(index, step, tensor)
         except Exception as error:
+            if not in_backward:
+                raise
             self._failure = error
             return _completed(tensor)
         if tensor.is_cuda or not in_backward:  # a rank that has joined (`join`) waits for its buckets itself
@@ -66,19 +69,22 @@ class BucketReducer:
         return done
 
     def _begin(self) -> None:
-        """Begins a backward; that all ranks have the same options shows in its first bucket's agreement."""
+        """Begins a backward, with the options that hold from now on."""
         if self.next_config is not None:
             self.config, self.next_config = self.next_config, None
         self.plans, self._failure = {}, None
 
-    def _issue(self, index: int, tensor: Tensor) -> Future[Tensor]:
+    def _issue(self, index: int, step: int, tensor: Tensor) -> Future[Tensor]:
         size = tensor.numel() * tensor.element_size()
         plan = plan_of(self.config, size, tensor.dtype, self.comm.hosts, tensor.device.type)
         self.plans[index] = plan
         is_by_dice = plan.codec in LOSSY and self.config.rounding == "stochastic"
-        dice = (self.config.seed, self.step, index) if is_by_dice else None
+        dice = (self.config.seed, step, index) if is_by_dice else None
         if index == 0:
-            pending = self.comm.all_reduce(tensor, plan, mean=True, dice=dice, async_op=True)
+            # The whole of the options: those that make no difference to this bucket may to the next.
+            pending = self.comm.all_reduce(
+                tensor, plan, mean=True, dice=dice, async_op=True, statement=repr(self.config)
+            )
             assert not isinstance(pending, Tensor)
         else:
             # The buckets' sizes are the ranks' common knowledge; and after a failure there is nothing to do.

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataPar
 
 from deepep.errors import ArgumentTypeError, ModeError
 from deepep.parallel.config import ParallelConfig, get_config
-from deepep.parallel.ddp import DistributedDataParallel, attach
+from deepep.parallel.ddp import DistributedDataParallel, attach, expert_parameters
 from deepep.parallel.group import CommGroup
 
 
@@ -30,7 +30,7 @@ def optimize(
     Collectives of groups are compressed only with `compress_collectives`: the all-reduce of a metric must not
     lose bits by surprise. Operations, dtypes and reductions that have no schedule here are the group's own.
     Raises ArgumentTypeError for anything else, ModeError without a default group, for models of FSDP, and for
-    a torch DDP that has a hook.
+    a torch DDP that has a hook, or averages experts.
     """
     options = config or get_config()
     if isinstance(target, DistributedDataParallel):
@@ -38,6 +38,9 @@ def optimize(
     if isinstance(target, TorchDistributedDataParallel):
         if target._comm_hooks:
             raise ModeError("target", "a model with a communication hook", "one without")
+        if any(name not in target.parameters_to_ignore for name, _ in expert_parameters(target.module)):
+            allowed = "deepep.DistributedDataParallel: torch's averages over ranks with different experts"
+            raise ModeError("target", "torch's DistributedDataParallel of a model with experts", allowed)
         object.__setattr__(target, "_bucket_reducer", attach(target, options))
         return target
     if isinstance(target, nn.Module):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.futures import Future
 
 from deepep.collectives import Communicator, PendingReduction, ReductionPlan
+from deepep.collectives.communicator import _settle
+from deepep.collectives.transport import PointToPoint
 from deepep.errors import ArgumentTypeError, DestroyedError, LayoutError, MismatchError, RangeError
+from deepep.runtime.control.transport import Link
 from deepep.sim import World
 
 COUNT = 128 * 60  # shares of whole blocks on 2, 3, 4 and 5 ranks
@@ -104,6 +109,43 @@ def test_results_may_be_waited_for_in_any_order(world_of: Callable[[int], Any]) 
     assert all(world_of(3).run(in_communicator, asynchronous))
 
 
+@pytest.mark.parametrize("error", [ValueError("odd"), KeyboardInterrupt("odd")])
+def test_whatever_an_operation_raises_ends_its_future(error: BaseException) -> None:
+    done: Future[torch.Tensor] = Future()
+    _settle(done, torch.ones(1), error)
+    assert done.done()
+    with pytest.raises(Exception, match="odd"):
+        done.wait()
+
+
+class OnGpu:
+    """In the place of a message on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def numel(self) -> int:
+        return 1
+
+
+class Coalescing:
+    """In the place of a group of NCCL, whose works keep no tensor."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return lambda *arguments: object()
+
+
+def test_messages_live_until_their_works_are_waited_for() -> None:
+    """Or another piece could be given their memory before NCCL's stream has read it."""
+    net = PointToPoint(Link(Coalescing(), 0, 2, (0, 1)))  # type: ignore[arg-type]
+    message: Any = OnGpu()
+    alive = weakref.ref(message)
+    works = net.exchange([(message, 1)], [], 0)
+    del message
+    assert alive() is not None
+    del works
+    assert alive() is None
+
+
 def sent_bytes(comm: Communicator, plans: list[ReductionPlan]) -> list[int]:
     sent = []
     for plan in plans:
@@ -140,31 +182,26 @@ def test_fp8_takes_a_quarter_of_the_bytes(world_of: Callable[[int], Any]) -> Non
     assert bf16 / plain <= 0.52
 
 
-def lonely(context: Any) -> tuple[tuple[str, str], float]:
-    """Rank 2 dies; what the others raise, and after how long."""
-    import time
-
+def lonely(context: Any) -> tuple[str, str]:
+    """Rank 2 dies; what the others raise."""
     from deepep.errors import PeerTimeoutError
 
-    comm = Communicator(context.group, timeout=20.0)
+    comm = Communicator(context.group, timeout=600.0)
     comm.all_reduce(torch.ones(5))
     if context.rank == 2:
         os._exit(7)
-    started = time.monotonic()
     try:
         comm.all_reduce(torch.ones(100_000), ReductionPlan("hierarchical", groups=((0, 1), (2,))))
     except PeerTimeoutError as error:
-        return (error.record.operation, str(error.record.waited_on)), time.monotonic() - started
-    return ("", ""), 0.0
+        return error.record.operation, str(error.record.waited_on)
+    return "", ""
 
 
 def test_a_rank_that_dies_is_named() -> None:
+    """Long before the time-out, which the world would not wait for: a process's end closes connections."""
     with World(3, timeout=60.0) as world:
         outcomes = world.try_run(lonely)
-    for outcome in outcomes[:2]:
-        (operation, missing), seconds = outcome.value
-        assert (operation, missing) == ("all_reduce", "(2,)")
-        assert seconds < 15, "long before the time-out: connections close when a process ends"
+    assert [outcome.value for outcome in outcomes[:2]] == [("all_reduce", "(2,)")] * 2
 
 
 def closed(comm: Communicator) -> tuple[str, str]:

@@ -140,6 +140,16 @@ def test_a_message_may_begin_anywhere() -> None:
         assert same(into, oracle.decode(form, message, 300))
 
 
+@pytest.mark.parametrize("form", LOSSY)
+def test_in_torch_it_waits_for_no_device(form: str) -> None:
+    """A value read back would hold the host up until the stream is done. On "meta" there are none to read."""
+    for key in (None, (1, 2)):
+        values = torch.empty(300, device="meta")
+        message = torch.empty(device_codec.message_bytes(form, 300), dtype=torch.uint8, device="meta")
+        device_codec.encode(form, values, message, key, 5)
+        device_codec.decode(form, message, values, True)
+
+
 def test_sizes() -> None:
     for count, wanted in ((0, 0), (1, 2), (128, 129), (129, 131), (1 << 20, (1 << 20) + (1 << 13))):
         assert (

@@ -280,6 +280,47 @@ def with_experts(context: Any, gradient: str) -> dict[str, torch.Tensor]:
     return found
 
 
+class WithExpert(torch.nn.Module):
+    """A weight that all ranks have, and one that is a rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+
+    def expert_parameters(self) -> list[torch.nn.Parameter]:
+        return [self.own]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((self.shared + self.own) * x).sum()
+
+
+def wrapped_again(context: Any) -> tuple[list[list[float]], str]:
+    """Gradients of both weights under one wrapper after the other, of rank + 1 on each rank; and an error."""
+    import deepep
+    from deepep.errors import ModeError
+
+    module, found = WithExpert(), []
+    for gradient in ("sum", "mean", "mean", "sum"):
+        module.zero_grad()
+        model = deepep.DistributedDataParallel(module, process_group=context.group, gradient=gradient)
+        model(torch.full((4,), 1.0 + context.rank)).backward()
+        model.close()
+        found.append([float(weight.grad[0]) for weight in (module.shared, module.own)])
+    averaging = torch.nn.parallel.DistributedDataParallel(WithExpert(), process_group=context.group)
+    try:
+        deepep.optimize(averaging)
+    except ModeError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_a_module_that_is_wrapped_again_is_scaled_once(world_of: Callable[[int], Any]) -> None:
+    for rank, (found, refusal) in enumerate(world_of(2).run(wrapped_again, timeout=LONG)):
+        of_sums, of_means = [3.0, 1.0 + rank], [1.5, (1.0 + rank) / 2]
+        assert found == [of_sums, of_means, of_means, of_sums]
+        assert "with experts" in refusal
+
+
 @pytest.mark.parametrize("gradient", ["mean", "sum"])
 def test_experts_and_the_rest_have_one_process_gradients(
     world_of: Callable[[int], Any], gradient: str
@@ -321,12 +362,20 @@ def refusals(context: Any) -> list[str]:
     call(lambda: train(model, context.rank, 1))
     model.reconfigure(compression="fp8")
     call(lambda: train(model, context.rank, 1))
+    # Neither compresses any bucket, so the plans are the same: the options are not.
+    model.reconfigure(min_compressed_bytes=(1 << 29) + context.rank)
+    call(lambda: train(model, context.rank, 1))
+    model.reconfigure(min_compressed_bytes=1 << 29)
+    call(lambda: train(model, context.rank, 1))
+    call(lambda: model.join_hook(divide_by_initial_world_size=False))
     model.close()
+    cap = 0.01 * (1 + context.rank)
+    call(lambda: deepep.DistributedDataParallel(model_of(), process_group=context.group, bucket_cap_mb=cap))
     return found
 
 
 def test_ranks_that_differ_all_raise(world_of: Callable[[int], Any]) -> None:
-    wanted = ["ModeError", "MismatchError", "", "MismatchError", ""]
+    wanted = ["ModeError", *["MismatchError", ""] * 3, "RangeError", "MismatchError"]
     assert world_of(2).run(refusals, timeout=LONG) == [wanted, wanted]
 
 

@@ -1,0 +1,64 @@
+"""BucketReducer alone: what it asks of its communicator, bucket by bucket."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.futures import Future
+
+from deepep.collectives import Communicator
+from deepep.parallel.config import ParallelConfig
+from deepep.parallel.hook import BucketReducer
+
+
+class Recorder:
+    """In the place of a Communicator of two ranks; `refusal` is raised, if there is one."""
+
+    hosts = ("a", "a")
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.dice: list[Any] = []
+        self.refusal = refusal
+
+    def all_reduce(self, tensor: torch.Tensor, plan: Any, *, dice: Any, **how: Any) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
+        self.dice.append(dice)
+        done: Future[torch.Tensor] = Future()
+        done.set_result(tensor)
+        return SimpleNamespace(get_future=lambda: done)
+
+    continue_with = all_reduce
+
+
+def reducer_of(comm: Any) -> BucketReducer:
+    return BucketReducer(comm, ParallelConfig("fp8", min_compressed_bytes=0, seed=5))
+
+
+def bucket(index: int, count: int) -> Any:
+    return SimpleNamespace(
+        index=lambda: index, buffer=lambda: torch.ones(8), is_last=lambda: index == count - 1
+    )
+
+
+def test_no_two_reductions_share_their_dice() -> None:
+    """Also where the first backward has one bucket and the others three, as torch's have."""
+    comm = Recorder()
+    reducer = reducer_of(comm)
+    for count in (1, 3, 3):
+        for index in range(count):
+            reducer.reduce(bucket(index, count))
+    assert comm.dice == [(5, step, index) for step, count in enumerate((1, 3, 3)) for index in range(count)]
+
+
+def test_outside_of_a_backward_a_refusal_is_raised_at_once() -> None:
+    """A rank that has joined has no end of a backward at which to raise."""
+    with pytest.raises(ConnectionError):
+        reducer_of(Recorder(ConnectionError())).reduce(bucket(0, 1))
+
+
+def test_the_recorder_has_the_communicators_methods() -> None:
+    assert all(hasattr(Communicator, name) for name in ("all_reduce", "continue_with"))
