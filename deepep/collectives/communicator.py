@@ -295,10 +295,9 @@ def _settle(done: Future[Tensor], tensor: Tensor, error: BaseException | None) -
     """Ends a torch future as the operation ended."""
     if error is None:
         done.set_result(tensor)
-    elif isinstance(error, Exception):
-        done.set_exception(error)
-    else:  # torch's futures take no others, and would never end
-        done.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+    else:  # torch's futures take no other kind, and would never end
+        problem = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+        done.set_exception(problem)  # type: ignore[arg-type]
 
 
 def digest_of(*things: object) -> int:

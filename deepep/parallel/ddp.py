@@ -105,8 +105,9 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             self._bucket_reducer = attach(self, options, gradient)
 
     def join_hook(self, **kwargs: Any) -> Any:
-        """torch's. Raises RangeError for divide_by_initial_world_size=False, which torch's own all-reduce
-        alone follows.
+        """torch's, for uneven inputs.
+
+        Raises RangeError for divide_by_initial_world_size=False: torch's own all-reduce alone follows it.
         """
         if self._bucket_reducer is not None and not kwargs.get("divide_by_initial_world_size", True):
             raise RangeError("divide_by_initial_world_size", "False", "True: ranks that have joined count")

@@ -60,6 +60,7 @@ EDITS = [
         "schedules",
         "task.sum(PARTIAL, sums, among[number])",
         "task.sum(PARTIAL, sums[::-1], among[number])",
+        seed=355,
     ),
     Edit(
         "two owners' parts exchanged",
