@@ -37,9 +37,9 @@ def command(
     if published:
         print(report.published_table())
         return 0
-    cluster = Cluster("as given", ranks_per_domain, link, nic, start)
-    shape = RowShape(hidden, topk, not bf16)
     try:
+        cluster = Cluster("as given", ranks_per_domain, link, nic, start)
+        shape = RowShape(hidden, topk, not bf16)
         if trace is not None:
             print(report.trace_table(trace, ranks, cluster, shape))
             return 0

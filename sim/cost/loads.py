@@ -27,7 +27,8 @@ class RowCounts:
         other ranks of its domain write to it, and that it returns to them.
     per_rank: own tokens by destination rank, once each, and per_domain by domain, itself included.
     remote_ranks: the part of per_rank in other domains. choices: top-k entries of all experts, and
-        remote_choices: of those in other domains.
+        remote_choices: of those in other domains. kept_ranks, kept_choices: the parts of per_rank and of
+        choices that stay on the rank.
     """
 
     tokens: Counts
@@ -40,6 +41,8 @@ class RowCounts:
     remote_ranks: Counts
     remote_choices: Counts
     choices: Counts
+    kept_ranks: Counts
+    kept_choices: Counts
 
     def scaled(self, factor: float) -> RowCounts:
         """The counts of so many times the tokens."""
@@ -52,6 +55,8 @@ def count_rows(topk_idx: Sequence[Indices], num_experts: int, ranks_per_domain: 
     Raises ValueError unless the experts divide among the ranks and the ranks among domains.
     """
     num_ranks = len(topk_idx)
+    if ranks_per_domain < 1:
+        raise ValueError(f"ranks_per_domain: got {ranks_per_domain}; allowed: at least 1")
     if num_experts % num_ranks or num_ranks % min(ranks_per_domain, num_ranks):
         got = f"{num_experts} experts, {num_ranks} ranks, {ranks_per_domain} ranks a domain"
         raise ValueError(f"experts, ranks, ranks_per_domain: got {got}; allowed: whole parts")
@@ -79,6 +84,8 @@ def count_rows(topk_idx: Sequence[Indices], num_experts: int, ranks_per_domain: 
         counts["per_domain"][source] += to_domain.sum()
         counts["remote_ranks"][source] += rows.sum() - rows[own].sum()
         counts["choices"][source] += (owner < num_ranks).sum()
+        counts["kept_ranks"][source] += rows[own, local]
+        counts["kept_choices"][source] += (owner == source).sum()
         counts["remote_choices"][source] += ((owner < num_ranks) & (owner // size != own)).sum()
     return RowCounts(**counts)
 

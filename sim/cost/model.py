@@ -8,6 +8,7 @@ design sends, and a constant an operation. Fitted to published figures are two n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -28,6 +29,14 @@ class Cluster:
     link: float
     nic: float
     start: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers of which there are no times."""
+        for name in ("ranks_per_domain", "link", "nic"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: more than 0")
+        if not 0 <= self.start < inf:
+            raise ValueError(f"start: got {self.start}; allowed: at least 0")
 
 
 H800 = Cluster("H800, 8 a node, CX7", 8, 160.0, 50.0)
@@ -58,6 +67,13 @@ class RowShape:
     hidden: int = 7168
     num_topk: int = 8
     fp8: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a row of no size, or in FP8 of parts of scales' groups."""
+        whole = FP8_GROUP if self.fp8 else 1
+        if self.hidden < 1 or self.hidden % whole or self.num_topk < 1:
+            got = f"{self.hidden}, {self.num_topk}"
+            raise ValueError(f"hidden, topk: got {got}; allowed: multiples of {whole}, at least 1")
 
     def sent_bytes(self) -> int:
         """A dispatched row with its scales."""
@@ -121,14 +137,12 @@ def low_latency(
     "domain", one for each domain, where gateways spread it. Inside one domain all goes by links.
     """
     row = shape.returned_bytes() if combine else shape.sent_bytes() + 16
-    several = len(counts.tokens) > cluster.ranks_per_domain
-    own_ranks = counts.per_rank - counts.remote_ranks
     if design == "expert":
-        remote, near = counts.remote_choices, counts.choices - counts.remote_choices
-        if not several:  # all of it by links, but for the share that stays on the rank
-            near = counts.choices * (1 - 1 / len(counts.tokens))
+        remote = counts.remote_choices
+        near = counts.choices - remote - counts.kept_choices
     elif design == "rank":
-        remote, near = counts.remote_ranks, own_ranks
+        remote = counts.remote_ranks
+        near = counts.per_rank - remote - counts.kept_ranks
     else:
         remote, near = counts.cross, counts.spread
     constant = LOW_LATENCY.second if combine else LOW_LATENCY.first

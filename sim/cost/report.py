@@ -42,7 +42,9 @@ def balanced(gate: Gate, ranks: int, cluster: Cluster) -> RowCounts:
 
 
 def uniform_table(gate: Gate, ranks: int, tokens: int, cluster: Cluster, shape: RowShape) -> str:
-    """Throughput for `tokens`, low latency for 128 tokens a rank."""
+    """Throughput for `tokens`, low latency for 128 tokens a rank. Raises ValueError for fewer than none."""
+    if tokens < 0:
+        raise ValueError(f"tokens: got {tokens}; allowed: at least 0")
     token = balanced(gate, ranks, cluster)
     many, few = token.scaled(tokens), token.scaled(LOW_LATENCY_TOKENS)
     lines = [_HEAD]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepep.cli import main
 from deepep.sim.cost import report
 from deepep.sim.cost.loads import RowCounts, count_rows, uniform_routing
 from deepep.sim.cost.model import H200, LOW_LATENCY, THROUGHPUT, Cluster, RowShape, low_latency, throughput
@@ -29,6 +30,8 @@ def one_by_one(topk: list[np.ndarray], experts: int, size: int) -> dict[str, lis
             found["choices"][source] += len(owners)
             found["remote_choices"][source] += sum(o // size != source // size for o in owners)
             found["per_rank"][source] += len(set(owners))
+            found["kept_choices"][source] += owners.count(source)
+            found["kept_ranks"][source] += source in owners
             found["remote_ranks"][source] += sum(o // size != source // size for o in set(owners))
             domains = {o // size for o in owners}
             found["per_domain"][source] += len(domains)
@@ -84,6 +87,18 @@ def test_fewer_bytes_take_less_time_and_a_hot_rank_takes_more() -> None:
     assert throughput(none, cluster, shape, combine=True).microseconds == cluster.start
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_stays_on_a_rank_goes_by_no_link(size: int) -> None:
+    """Rank r's tokens name expert r alone; then also the next rank's, in its domain."""
+    cluster, shape = Cluster("small", size, 100.0, 10.0), RowShape(hidden=1024, num_topk=2)
+    own = [np.full((16, 1), rank) for rank in range(4)]
+    both = [np.repeat([[rank, rank ^ 1]], 16, axis=0) for rank in range(4)]
+    for design in ("expert", "rank", "domain"):
+        for topk, rows in ((own, 0), (both, 16)):
+            made = low_latency(count_rows(topk, 4, size), cluster, shape, combine=True, design=design)
+            assert (made.nic_bytes, made.link_bytes) == (0, rows * shape.returned_bytes()), design
+
+
 def test_a_sample_counts_like_the_expectation() -> None:
     """E = 256, K = 8: 5.29 distinct domains of eight at 64 ranks, 1.99 of two at 16; groups bound them."""
 
@@ -120,6 +135,22 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = subprocess.run([*base, "--ranks", "7"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "ranks: got 7" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--nic", "0"), ("--link", "nan"), ("--start", "-1"), ("--ranks-per-domain", "0")),
+        *(("--tokens", "-4"), ("--hidden", "0"), ("--hidden", "200")),
+    ],
+)
+def test_numbers_of_which_there_are_no_times_are_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "--ranks", "8", option, value])
+    assert ended.value.code == 2
+    assert option[2:].replace("-", "_") in capsys.readouterr().err
 
 
 def test_shapes_that_do_not_divide_are_refused() -> None:
