@@ -343,7 +343,7 @@ class ElasticBuffer(EngineOwner):
         else:
             done = elastic.dispatch(self._engine, request, schedule)
             if copies:
-                done.route.topk_idx = done.route.topk_idx.clone()
+                elastic.copy_topk_idx(self._engine, done, schedule)
             handle = EPHandle(done.route, do_expand=request.expand, num_sms=sms)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         return ElasticDispatchResult(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepep.errors import CapacityError
-from deepep.runtime.completion import Completion, after_all, now
+from deepep.runtime.completion import Completion, CudaCompletion, after_all, now
 from deepep.runtime.elastic_requests import (
     ElasticCombineRequest,
     ElasticDispatched,
@@ -76,11 +76,29 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
     return _Epilogue(engine, request, route, done.x, done.scales, received).run(schedule, done.completion)
 
 
+def copy_topk_idx(engine: Engine, done: ElasticDispatched, schedule: Schedule) -> None:
+    """Has the route keep a copy of topk_idx, which is read when the dispatch reads it: behind `after`."""
+    given = done.route.topk_idx
+    if schedule.after is None or not schedule.asynchronous:
+        done.route.topk_idx = given.clone()
+        return
+
+    def fill(made: tuple[Tensor]) -> None:
+        made[0].copy_(given)
+
+    later = replace(schedule, after=done.completion)
+    (copy,), completion = engine.locally(lambda: (torch.empty_like(given),), fill, (given,), later)
+    done.route.topk_idx = copy
+    done.completion = done.route.completion = completion
+
+
 def dispatch_cached(
     engine: Engine, route: ElasticRoute, request: ElasticDispatchRequest, schedule: Schedule
 ) -> ElasticDispatched:
     """A dispatch along `route`, which nothing is counted or waited for."""
     weights, num_rows = request.topk_weights, route.recv_topk_idx.shape[0]
+    if request.expand or weights is not None:
+        _follow_dispatch(route, schedule)
     if weights is None:
         again = DispatchRequest(request.x, request.scales, route=route.route, num_sms=request.num_sms)
     else:  # an engine's cached dispatch has rows alone: a new one, whose number of rows is known
@@ -106,6 +124,8 @@ def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) 
     route, weights = request.route, request.topk_weights
     if request.before_epilogue is not None:
         schedule = _also_after(schedule, request.before_epilogue)
+    if route.slots is not None or weights is not None:
+        _follow_dispatch(route, schedule)
     if route.slots is not None and request.single_reduction:
         return _combine_lanes(engine, request, route.slots, schedule)
     x = request.x
@@ -336,6 +356,15 @@ def _also_after(schedule: Schedule, event: Completion | None) -> Schedule:
         event.current_stream_wait()
         return schedule
     return replace(schedule, after=after_all(schedule.after or now(), event))
+
+
+def _follow_dispatch(route: ElasticRoute, schedule: Schedule) -> None:
+    """Orders the current stream behind an asynchronous dispatch, if it is the one that is to read what that
+    left: engines' kernels know their turns, the communication stream is in order. In a graph the caller has.
+    """
+    end, at_once = route.completion, schedule.after is None and not schedule.asynchronous
+    if isinstance(end, CudaCompletion) and at_once and not torch.cuda.is_current_stream_capturing():
+        end.current_stream_wait()
 
 
 def _no_weights(topk_idx: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -127,6 +128,34 @@ def test_entries_without_room_are_left_out_of_one_sum(world_of: Callable[[int], 
             there = torch.tensor(there)
             assert torch.equal(sums[:, 0].float(), x[:, 0].float() * there.sum(0))
             assert torch.equal(returned, weights * there.flip(0).t())
+
+    world_of(2).run(run)
+
+
+def test_indices_are_copied_behind_the_previous_event(world_of: Callable[[int], World]) -> None:
+    """Whoever makes them may still be at it when the call returns."""
+
+    def run(ctx: Any) -> None:
+        from deepep import EventHandle
+        from deepep.runtime.completion import HostCompletion
+
+        idx, made = torch.full((3, 2), -1), Future()
+        got = elastic_of(ctx).dispatch(
+            rows(3),
+            idx,
+            num_experts=2,
+            num_max_tokens_per_rank=4,
+            do_cpu_sync=False,
+            previous_event=EventHandle(HostCompletion(made)),
+            async_with_compute_stream=True,
+        )
+        idx[:] = torch.tensor([0, 1])
+        made.set_result(None)
+        got.event.current_stream_wait()
+        idx.fill_(-1)  # the handle's is a copy
+        assert got.handle.topk_idx.tolist() == [[0, 1]] * 3
+        assert got.handle.dst_buffer_slot_idx.tolist() == [[4 * ctx.rank + i] * 2 for i in range(3)]
+        assert int(got.handle.psum_num_recv_tokens_per_scaleup_rank[-1]) == 6
 
     world_of(2).run(run)
 

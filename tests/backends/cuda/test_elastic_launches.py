@@ -139,3 +139,25 @@ def test_rows_that_kernels_do_not_take_are_summed_by_torch() -> None:
             assert launched(lambda: buffer.combine(odd, got.handle))[1] == ["combine"]
         """
     )
+
+
+def test_calls_at_once_come_behind_the_dispatch_on_the_communication_stream() -> None:
+    """They read, on the current stream, where rows stand, which an asynchronous dispatch has written."""
+    on_stubs(
+        """
+        waits = []
+        stub_cuda.Stream.wait_event = lambda self, event: waits.append(event)
+        for many in (True, False):
+            with stub_cuda.stub_buffer(elastic=True, allow_multiple_reduction=many, **sizes) as buffer:
+                how = {"do_expand": True, "do_cpu_sync": False}
+                got = buffer.dispatch(x, idx, num_experts=1, async_with_compute_stream=True, **how)
+                end = got.event.event.completion.event
+                for call in (
+                    lambda: buffer.dispatch(x, handle=got.handle, do_expand=True),
+                    lambda: buffer.combine(got.recv_x, got.handle),
+                ):
+                    waits.clear()
+                    call()
+                    assert end in waits
+        """
+    )
