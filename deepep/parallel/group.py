@@ -70,7 +70,7 @@ class CommGroup(dist.ProcessGroup):
         is_there = tensor.device.type == self.comm.device.type
         return is_there and tensor.dtype in DTYPES and tensor.is_contiguous() and not tensor.is_sparse
 
-    def getBackendName(self) -> str:  # noqa: N802: torch's name
+    def getBackendName(self) -> str:  # torch has this name
         """The name that torch shows."""
         return "deepep"
 
