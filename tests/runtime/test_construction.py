@@ -9,7 +9,7 @@ import pytest
 from harness.rank_threads import Ranks, raised, works
 
 import deepep
-from deepep.api.arguments import _timeout
+from deepep.api.arguments import timeout_of
 from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, PeerTimeoutError, RangeError
 from deepep.runtime import backends as registry
 from deepep.runtime.control import connecting
@@ -65,9 +65,9 @@ def test_environment_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     for text in ("1m", "inf", "-3", "nan"):
         monkeypatch.setenv("DEEPEP_TIMEOUT", text)
         with pytest.raises(RangeError, match="DEEPEP_TIMEOUT"):
-            _timeout(None)
+            timeout_of(None)
     monkeypatch.setenv("DEEPEP_TIMEOUT", "")
-    assert _timeout(None) == 100.0
+    assert timeout_of(None) == 100.0
 
 
 def test_backends_that_differ() -> None:

@@ -201,7 +201,7 @@ DEEPEP_DEVICE void count_stretches(const DispatchCall& call, const WarpShare& sh
   const int ranks = call.g.num_ranks;
   SharedArray<uint32_t> recv_failed(MetadataShared{ranks}.recv_failed());
   SharedArray<int32_t> totals(CountingShared{ranks}.totals());
-  if (recv_failed.get(0) != 0) return false;
+  if (recv_failed.bit_or(0, 0u) != 0) return false;  // an atomic: who returns may go on and note more
   for (int r = warp(); r < ranks; r += num_warps()) {
     const int total = stretch_sum(ranks, r, call.args.groups.num_stretches);
     if (lane() == 0) totals.set(r, total);

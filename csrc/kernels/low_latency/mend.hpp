@@ -114,12 +114,11 @@ template <class Call>
   return true;
 }
 
-/// Behind a launch that only sends: masks what it was waiting for in vain. All threads, with a barrier.
+/// Behind a launch that only sends, and a block barrier behind its waits: masks what it was waiting for in vain.
 template <class Call>
 DEEPEP_DEVICE void mask_missing(const Call& call) {
   using namespace dev;
   if (!call.masks) return;
-  sync_block();
   if (thread() != 0 || !is_last_block(call.g)) return;
   const Notes notes = read_notes(call.g);
   if (can_mend(call.g, notes))

@@ -66,7 +66,10 @@ def test_a_set_signal_does_not_carry_its_data_in_weak_order_and_an_add_does(
     assert wrong["set"] > 0
 
 
-def test_a_nic_that_falls_silent_leaves_the_other_waiting_and_alive(probe: Path, tmp_path: Path) -> None:
+def test_a_nic_that_falls_silent_leaves_the_other_waiting_and_alive(
+    probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERBS_PROBE_SECONDS", "3")
     dying = WireOptions(ranks=2, ranks_per_domain=1, silent={1: 5}, deadline=60.0)
     result, lines = rounds(probe, tmp_path / "told", dying, 20, 64, "add")
     assert result.statuses == [3, 3], lines  # each ended by its own deadline
@@ -110,7 +113,7 @@ def gone(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.parametrize("deadline", [60.0, 4.0])
+@pytest.mark.parametrize("deadline", [60.0, 15.0])
 def test_nothing_is_left_of_ranks_that_do_not_end(deadline: float) -> None:
     before = set(Path("/dev/shm").glob("loopverbs.*"))
     pids: list[int] = []

@@ -30,7 +30,9 @@ int ibv_modify_qp(abi::Qp*, abi::QpChange*, int);
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kPatience = std::chrono::seconds(3);
+/// For how long a rank waits for the other: VERBS_PROBE_SECONDS, else long enough for a busy machine.
+const char* const kSeconds = std::getenv("VERBS_PROBE_SECONDS");
+const auto kPatience = std::chrono::seconds(kSeconds != nullptr ? std::atoi(kSeconds) : 40);
 
 struct Told {
   uint32_t qp;
