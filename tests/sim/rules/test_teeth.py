@@ -74,7 +74,7 @@ EXCHANGE = [
            "first = num_ranks + wire.rank * num_local", "first = num_ranks"),
     Defect("source tokens not brought", "all_to_all",
            'plan.src_token.copy_(got["token"].squeeze(1))', "pass"),
-    Defect("summed in bfloat16", "all_to_all", "wide = accumulator_dtype(x.dtype)", "wide = x.dtype"),
+    Defect("summed in bfloat16", "all_to_all", "x.shape[-1], accumulator_dtype(x.dtype)", "x.shape[-1], x.dtype"),
     Defect("the second bias replaces the first", "all_to_all",
            "else total_x + bias.to(wide)", "else bias.to(wide)"),
     Defect("biases overwritten by rows", "all_to_all", "len(biases) > 0, device", "False, device"),
