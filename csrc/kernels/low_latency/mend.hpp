@@ -114,7 +114,8 @@ template <class Call>
   return true;
 }
 
-/// Behind a launch that only sends, and a block barrier behind its waits: masks what it was waiting for in vain.
+/// Behind a launch that only sends, and a block barrier behind its waits: masks what it was waiting for in
+/// vain.
 template <class Call>
 DEEPEP_DEVICE void mask_missing(const Call& call) {
   using namespace dev;
