@@ -152,7 +152,7 @@ class Relay:
 
     @classmethod
     def open(cls, wire: Wire, plan: DispatchPlan, ranks_per_domain: int) -> Relay:
-        """The routes of a plan among the wire's members. Collective: gateways are told their tokens."""
+        """The routes of a plan among the wire's members. Collective: gateways learn what comes to them."""
         require(ranks_per_domain >= 1, f"ranks_per_domain: got {ranks_per_domain}; allowed: at least 1")
         device, ranks = plan.send_token.device, range(wire.num_ranks)
         domains = [
@@ -180,8 +180,8 @@ class Relay:
             crossing_token.append(tokens)
             unused = ranks_per_domain - len(members)
             masks.append(torch.nn.functional.pad(in_domain[tokens], (0, unused)))
-        told = wire.all_gather(torch.tensor(crossing, dtype=torch.int64, device=device))
-        arriving = [int(told[source][wire.rank]) if source in told else 0 for source in ranks]
+        posted = wire.all_gather(torch.tensor(crossing, dtype=torch.int64, device=device))
+        arriving = [int(posted[source][wire.rank]) if source in posted else 0 for source in ranks]
         wanted = wire.all_to_all_rows(torch.cat(masks), crossing, arriving)[:, : len(domains[own])]
 
         row: list[int] = []

@@ -1,4 +1,4 @@
-// What a dispatch's blocks tell each other while they count where their rank's tokens go: tokens in stretches,
+// What a dispatch's blocks post while they count where their rank's tokens go: tokens in stretches,
 // stretches in groups that blocks claim, and the words in which the counts are.
 #pragma once
 

@@ -29,8 +29,8 @@ EXPORTED int access(const char* path, int mode) {
 EXPORTED int gethostname(char* name, size_t length) {
   using Function = int (*)(char*, size_t);
   static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "gethostname"));
-  const char* told = getenv("LOOPVERBS_HOSTNAME");
-  if (told == nullptr) return real(name, length);
-  snprintf(name, length, "%s", told);
+  const char* host = getenv("LOOPVERBS_HOSTNAME");
+  if (host == nullptr) return real(name, length);
+  snprintf(name, length, "%s", host);
   return 0;
 }

@@ -51,8 +51,8 @@ def command(
     except WireError as error:
         print(f"the wire cannot be built here: {error}")
         return 1
-    except FileNotFoundError as error:
-        misused(f"COMMAND: {error.filename}: there is no such program")
+    except (FileNotFoundError, PermissionError) as error:
+        misused(f"COMMAND: {error.filename}: got no program; allowed: one that may be executed")
     if result.traffic:
         print(f"{'from':>4} {'to':>4} {'requests':>10} {'written bytes':>14} {'atomics':>8} {'late':>6}")
         for (source, target), sent in sorted(result.traffic.items()):

@@ -3,7 +3,7 @@
 //
 // A stretch is counted by a warp, a token a lane. Where there are few, each block counts them all for itself:
 // the indices lie in L2, and no word between blocks is faster. Else blocks claim them in groups, as they come,
-// and tell each other in tagged words, which carry nothing but themselves. So no block waits for one that has
+// and post them in tagged words, which carry nothing but themselves. So no block waits for one that has
 // not started: what is not claimed by those that run is claimed by whoever looks.
 #pragma once
 

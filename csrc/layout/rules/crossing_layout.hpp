@@ -99,7 +99,7 @@ struct CrossingBuffer {
   Int record_bytes;   // the larger of CrossingRecord's and ReturnRecord's
   Int return_bytes;   // of ReturnRecord
   Int copies;         // rows that a domain returns for a token at most: min(P, K), or P without top-k
-  Int mailbox_words;  // 8 bytes each, that a source tells before it sends
+  Int mailbox_words;  // 8 bytes each, that a source posts before it sends
 
   [[nodiscard]] DEEPEP_HD constexpr Int num_peers() const { return num_domains - 1; }
   [[nodiscard]] DEEPEP_HD constexpr Int num_chunks() const { return window / kChunkRecords; }
@@ -109,7 +109,7 @@ struct CrossingBuffer {
 
   // Words first, on lines of their own: each has one writer, the peer that its index names.
 
-  /// What `peer` tells of the call with this parity, and the word that its put raises behind that.
+  /// What `peer` posts of the call with this parity, and the word that its put raises behind that.
   [[nodiscard]] DEEPEP_HD constexpr Int mailbox(Int peer, Int parity) const {
     return (2 * peer + parity) * mailbox_bytes();
   }
@@ -141,7 +141,7 @@ struct CrossingBuffer {
   }
 
   /// At a gateway: the row that comes back for the token with this position in a window of `peer`, from the
-  /// domain's rank that is number `copy` among those the token went to. The gateway tells each of them this
+  /// domain's rank that is number `copy` among those the token went to. The gateway sends each of them this
   /// place with the row, so nobody has to know another's counts, and a token's rows lie side by side.
   [[nodiscard]] DEEPEP_HD constexpr Int staged_row(Int peer, Int half, Int position, Int copy) const {
     return (((2 * peer + half) * window + position) * copies + copy) * return_bytes;

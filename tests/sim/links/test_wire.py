@@ -143,6 +143,19 @@ def test_numbers_that_make_no_sense_are_refused(wrong: dict, text: str) -> None:
         run_on_wire(WireOptions(**{"ranks": 2, "ranks_per_domain": 1, **wrong}), ["true"])
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_command_that_cannot_be_executed_is_misuse(tmp_path: Path, exists: bool) -> None:
+    program = tmp_path / "program"
+    if exists:
+        program.write_text("not for execution")
+    command = [sys.executable, "-m", "deepep", "wire", "--ranks", "2", "--", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"COMMAND: {program}: got no program; allowed: one that may be executed"
+    ]
+
+
 def test_the_command() -> None:
     command = [sys.executable, "-m", "deepep", "wire", "--ranks", "2", "--ranks-per-domain", "1", "--"]
     done = subprocess.run([*command, "sh", "-c", "echo here; exit $RANK"], capture_output=True, text=True)
