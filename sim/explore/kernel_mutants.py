@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from deepep.sim.explore.kernel_edits import EDITS, Edit
 
@@ -74,7 +75,7 @@ _PUT_ORDER = re.compile(r"\bput_(?P<what>fence|quiet)\(\);")
 _PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
 _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
 _BARRIER = re.compile(r"\b(?P<op>sync_block|sync_warp)\(\);")
-_WAIT = re.compile(r"\bwait_(?P<what>\w+)<(?=relaxed|acquire)")
+_WAIT = re.compile(r"\b(?P<verb>wait_)(?P<what>\w+)<(?=relaxed|acquire)")
 _PLAIN_LOAD = re.compile(r"\b(?P<op>load_streaming|load)\((?!_)")
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _EPOCH = re.compile(r"const uint32_t epoch = (?P<value>next_epoch\([^;]*\));")
@@ -92,6 +93,10 @@ class Mutant:
     file: str  # relative to csrc
     line: int
     text: str  # of the whole file
+    start: int  # of what is replaced in the file's text as it is
+    end: int
+    replacement: str
+    operation: tuple[int, int]  # begin and end of the pattern that found it
 
 
 _ORDERED_BY_COUNTER = "the blocks' counter has put all of these words in order before"
@@ -139,12 +144,24 @@ def mutants(csrc: Path) -> list[Mutant]:
         text = path.read_text()
         names: Counter[str] = Counter()
         file = path.relative_to(csrc).as_posix()
-        for start, end, replacement, kind, change in sorted(_mutations(text)):
-            where = f"{name_of(file)} {_function_at(text, start)}: {change}"
+        for change in sorted(_changes(text), key=lambda c: (*c.found.span(c.group), c[2:])):
+            where = f"{name_of(file)} {_function_at(text, change.found.start())}: {change.change}"
             names[where] += 1
             name = where if names[where] == 1 else f"{where} ({names[where]})"
-            changed = text[:start] + replacement + text[end:]
-            found.append(Mutant(name, kind, file, text.count("\n", 0, start) + 1, changed))
+            start, end = change.found.span(change.group)
+            found.append(
+                Mutant(
+                    name=name,
+                    kind=change.kind,
+                    file=file,
+                    line=text.count("\n", 0, start) + 1,
+                    text=text[:start] + change.replacement + text[end:],
+                    start=start,
+                    end=end,
+                    replacement=change.replacement,
+                    operation=change.found.span(),
+                )
+            )
     found.extend(_edited(csrc, edit) for edit in EDITS)
     return found
 
@@ -160,68 +177,79 @@ def _edited(csrc: Path, edit: Edit) -> Mutant:
         raise ValueError(f"{edit.name}: {edit.old!r} occurs {text.count(edit.old)} times in {edit.file}")
     start = text.index(edit.old)
     name = f"{name_of(edit.file)}: {edit.name}"
+    end = start + len(edit.old)
     return Mutant(
-        name, "protocol", edit.file, text.count("\n", 0, start) + 1, text.replace(edit.old, edit.new)
+        name=name,
+        kind="protocol",
+        file=edit.file,
+        line=text.count("\n", 0, start) + 1,
+        text=text.replace(edit.old, edit.new),
+        start=start,
+        end=end,
+        replacement=edit.new,
+        operation=(start, end),
     )
 
 
-def _mutations(text: str) -> Iterator[tuple[int, int, str, str, str]]:
-    """(begin, end, replacement, kind, change) for everything the patterns find outside of comments."""
+class _Change(NamedTuple):
+    """What becomes of a group of a pattern's match; the whole match is the operation."""
+
+    found: re.Match[str]
+    group: str | int
+    replacement: str
+    kind: str
+    change: str
+
+
+def _changes(text: str) -> Iterator[_Change]:
+    """All that the patterns find outside of comments."""
     code = _COMMENT.sub(lambda m: " " * len(m.group()), text)
     for m in _ORDERED.finditer(code):
         for order in _WEAKER.get(m["order"], ()):
-            change = f"{m['op']} {m['order']} -> {order}"
-            yield m.start("order"), m.end("order"), order, "order", change
+            yield _Change(m, "order", order, "order", f"{m['op']} {m['order']} -> {order}")
         if m["scope"] in _NARROWER:
             scope = _NARROWER[m["scope"]]
-            yield m.start("scope"), m.end("scope"), scope, "scope", f"{m['op']} {m['scope']} -> {scope}"
+            yield _Change(m, "scope", scope, "scope", f"{m['op']} {m['scope']} -> {scope}")
     for m in _SHARED_ORDERED.finditer(code):
-        yield m.start("order"), m.end("order"), "relaxed", "order", f"shared {m['order']} -> relaxed"
+        yield _Change(m, "order", "relaxed", "order", f"shared {m['order']} -> relaxed")
     for m in _FENCE.finditer(code):
-        yield m.start(), m.end(), "", "fence", f"fence.{m['scope']} removed"
+        yield _Change(m, 0, "", "fence", f"fence.{m['scope']} removed")
         for order in _WEAKER[m["order"]]:
             if order != "relaxed":
-                yield m.start("order"), m.end("order"), order, "fence", f"fence {m['order']} -> {order}"
+                yield _Change(m, "order", order, "fence", f"fence {m['order']} -> {order}")
         if m["scope"] in _NARROWER:
             scope = _NARROWER[m["scope"]]
-            yield m.start("scope"), m.end("scope"), scope, "scope", f"fence {m['scope']} -> {scope}"
+            yield _Change(m, "scope", scope, "scope", f"fence {m['scope']} -> {scope}")
     for m in _PROXY_FENCE.finditer(code):
-        yield m.start(), m.end(), "", "proxy fence", f"fence_async<{m['space']}> removed"
+        yield _Change(m, 0, "", "proxy fence", f"fence_async<{m['space']}> removed")
         other = "global_space" if m["space"] == "shared_space" else "shared_space"
-        yield m.start("space"), m.end("space"), other, "proxy fence", f"fence_async {m['space']} -> {other}"
+        yield _Change(m, "space", other, "proxy fence", f"fence_async {m['space']} -> {other}")
     for m in _BULK_WAIT.finditer(code):
         name = f"bulk_wait{m['read'] or ''}<{m['pending']}>"
-        yield m.start(), m.end(), "", "bulk group", f"{name} removed"
+        yield _Change(m, 0, "", "bulk group", f"{name} removed")
         more = f"{m['pending']} + 1"
-        yield (
-            m.start("pending"),
-            m.end("pending"),
-            more,
-            "bulk group",
-            f"{name}: one group more may be pending",
-        )
+        yield _Change(m, "pending", more, "bulk group", f"{name}: one group more may be pending")
         if not m["read"]:
             weaker = f"bulk_wait_read<{m['pending']}>();"
-            yield m.start(), m.end(), weaker, "bulk group", f"{name} -> bulk_wait_read"
+            yield _Change(m, 0, weaker, "bulk group", f"{name} -> bulk_wait_read")
     for m in _BULK_COMMIT.finditer(code):
-        yield m.start(), m.end(), "", "bulk group", "bulk_commit removed"
+        yield _Change(m, 0, "", "bulk group", "bulk_commit removed")
     for m in _PUT_ORDER.finditer(code):
-        yield m.start(), m.end(), "", "put order", f"put_{m['what']} removed"
+        yield _Change(m, 0, "", "put order", f"put_{m['what']} removed")
         if m["what"] == "quiet":
-            yield m.start(), m.end(), "put_fence();", "put order", "put_quiet -> put_fence"
+            yield _Change(m, 0, "put_fence();", "put order", "put_quiet -> put_fence")
     for m in _PHASE_WAIT.finditer(code):
-        passing = "emulator_passes_mbarrier<"
-        yield m.start(), m.end(), passing, "wait", "mbarrier_wait does not wait"
+        yield _Change(m, 0, "emulator_passes_mbarrier<", "wait", "mbarrier_wait does not wait")
     for m in _BARRIER.finditer(code):
-        yield m.start(), m.end(), "", "barrier", f"{m['op']} removed"
+        yield _Change(m, 0, "", "barrier", f"{m['op']} removed")
     for m in _WAIT.finditer(code):
         # The word is read once, in its order, and taken for what was waited for.
-        yield m.start(), m.start("what"), "emulator_passes_", "wait", f"wait_{m['what']} does not wait"
+        yield _Change(m, "verb", "emulator_passes_", "wait", f"wait_{m['what']} does not wait")
     for m in _PLAIN_LOAD.finditer(code):
-        yield m.start("op"), m.end("op"), "load_once", "read-only path", f"{m['op']} -> load_once"
+        yield _Change(m, "op", "load_once", "read-only path", f"{m['op']} -> load_once")
     for m in _EPOCH.finditer(code):
-        yield m.start("value"), m.end("value"), "1", "epoch", "epoch always 1"
-        yield m.start("value"), m.end("value"), f"(({m['value']}) & 1u)", "epoch", "epoch is a parity"
+        yield _Change(m, "value", "1", "epoch", "epoch always 1")
+        yield _Change(m, "value", f"(({m['value']}) & 1u)", "epoch", "epoch is a parity")
 
 
 def _function_at(text: str, position: int) -> str:
@@ -276,10 +304,14 @@ def _run(command: list[str], what: str) -> None:
         raise ValueError(f"{what} does not compile:\n{done.stderr[:2000]}")
 
 
+def kernel_headers(csrc: Path) -> list[str]:
+    """The headers of the emulator's set of kernels, but for its litmus tests."""
+    return [h for h in _included(csrc / "emulator/kernel_set.cpp") if "litmus" not in h]
+
+
 def kernels_with(file: str, csrc: Path) -> list[str]:
-    """The headers of the emulator's set of kernels that include `file`, directly or not."""
-    kernels = [h for h in _included(csrc / "emulator/kernel_set.cpp") if "litmus" not in h]
-    return [header for header in kernels if file in _closure(header, csrc)]
+    """Those of `kernel_headers` that include `file`, directly or not."""
+    return [header for header in kernel_headers(csrc) if file in _closure(header, csrc)]
 
 
 @cache

@@ -236,10 +236,11 @@ def test_nothing_is_kept_and_a_lost_buffer_is_named(on_ranks: Any) -> None:
             return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
         forward_and_backward(buffer, {k: v.clone() for k, v in given.items()})
-        before = count()
-        for _ in range(5):
+        before, passes = count(), 8
+        for _ in range(passes):
             forward_and_backward(buffer, {k: v.clone() for k, v in given.items()})
-        assert count() == before
+        # What a pass keeps is there `passes` times; another thread may be holding one just now.
+        assert count() - before < passes
 
         other = Buffer(buffer.group, timeout=30.0)
         number = dnn.buffer_number(other)
