@@ -8,7 +8,7 @@ faults/    one thing that goes wrong in a run of `Buffer` (`Fault`), and the jud
 explore/   the kernels' source under many schedules; mutants of it; litmus programs
 emulator/  the backend that runs the kernels' source on the CPU
 cost/      times on a cluster, predicted from counted bytes
-links/     ranks as if on several hosts, on a wire without a NIC
+links/     ranks as if on several hosts: on a wire without a NIC, or in namespaces with a cluster's links
 
 The names below are loaded when they are first used. hypothesis is needed by `deepep.sim.cases.strategies`
 alone, and cloudpickle by `World` alone.

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fuzz": ("deepep.cli.fuzz", "Fuzz routing layouts against the reference."),
     "explore": ("deepep.cli.explore", "Run the kernels on the CPU under many schedules."),
     "dp": ("deepep.cli.dp", "Check data parallelism: bits, bytes, rates, convergence."),
+    "links": ("deepep.cli.links", "Run a command on ranks with a cluster's links between them, emulated."),
     "wire": ("deepep.cli.wire", "Run a command on ranks as if on several hosts, without a NIC."),
     "predict": ("deepep.cli.predict", "Predict times of dispatch and combine on a cluster."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),

@@ -19,13 +19,17 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
+from deepep.sim.links.emulated import INTERFACE, enter_namespace
 from deepep.sim.worlds.gpus import take_gpu
 from deepep.sim.worlds.travel import pack, unpack
 
 
 @dataclass(frozen=True)
 class RankSpec:
-    """Facts that a rank process needs to join its world. store: "file:<path>" or "tcp:<port>"."""
+    """Facts that a rank process needs to join its world. store: "file:<path>" or "tcp:<port>".
+
+    namespace: the network namespace to be in, "" for the parent's.
+    """
 
     rank: int
     num_ranks: int
@@ -34,6 +38,7 @@ class RankSpec:
     timeout: float
     environment: dict[str, str]
     stack_file: str
+    namespace: str = ""
 
 
 @dataclass
@@ -102,6 +107,9 @@ def _end_with_parent(lifeline: Connection) -> None:
 
 def _join(spec: RankSpec) -> RankContext:
     os.environ.update(spec.environment)
+    if spec.namespace:
+        enter_namespace(spec.namespace)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     device = torch.device("cpu")

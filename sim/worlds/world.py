@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from deepep.runtime.control import processes
 from deepep.runtime.control.transport import serve_store
+from deepep.sim.links.emulated import EmulatedNetwork
 from deepep.sim.worlds.folder import OwnFolder
 from deepep.sim.worlds.outcomes import Outcome, Status, failure_of
 from deepep.sim.worlds.rank_handle import RankHandle
@@ -51,6 +52,7 @@ class World:
         store: where the ranks meet: "file", a file in a folder of the world's own, or "tcp", a TCPStore that
             this process serves, as torchrun does. Both survive any rank. A client of the latter looks up its
             peer's name, which takes five seconds where no name server answers.
+        network: an emulated one for the ranks to be in (deepep.sim.links.emulated), which meet in a file.
 
     A world starts on first use, is started again after a failure, and is closed by `close`, by leaving its
     `with` block, or at interpreter exit. One run at a time; only `kill`, `stop` and `resume` may be called
@@ -65,13 +67,17 @@ class World:
         timeout: float = 60.0,
         grace: float = 2.0,
         store: str = "file",
+        network: EmulatedNetwork | None = None,
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks: got {num_ranks}; allowed: 1 or more")
         if store not in ("file", "tcp"):
             raise ValueError(f"store: got {store!r}; allowed: 'file', 'tcp'")
+        if network is not None and (store != "file" or network.cluster.num_ranks != num_ranks):
+            raise ValueError("network: allowed: one of as many ranks, with store='file'")
         self.num_ranks = num_ranks
         self.backend = backend
+        self.network = network
         self.timeout = timeout
         self.grace = grace
         #: How often this world's processes were started: 1 after the first run, more after failures.
@@ -139,6 +145,7 @@ class World:
                 timeout=self.timeout,
                 environment=dict(os.environ),
                 stack_file=str(Path(self._folder.name) / f"stack-{rank}"),
+                namespace=self.network.namespaces[rank] if self.network is not None else "",
             )
             for rank in range(self.num_ranks)
         ]
