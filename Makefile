@@ -36,6 +36,9 @@ define set_up
 @env $(2) $(PIP) --no-build-isolation -e '.[$(1)]'
 endef
 
+# NVSHMEM's libraries, 60 MB: tests run its IBRC transport over csrc/loopverbs.
+EVERYTHING := test,wire
+
 .NOTPARALLEL:
 .PHONY: all install demo test test-quick check-style check-types test-emulator unit format clean
 .PHONY: test-gpu test-gpu-sanitize test-cluster
@@ -60,7 +63,7 @@ $(QUICK): $(CORE) | $(TOOLS)
 
 $(BUILT): $(SOURCES) | $(TOOLS)
 	@echo "== torch, and everything compiled: layout rules, emulator and, where nvcc is, kernels; minutes"
-	$(call set_up,test,)
+	$(call set_up,$(EVERYTHING),)
 	@touch $(DEMO) $(QUICK) $@
 
 demo: $(DEMO)

@@ -15,6 +15,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "loopverbs/hub.hpp"
@@ -70,6 +71,7 @@ class Nic {
   bool land_held(uint32_t from_qp);
   bool land_due();
   void land(const Held& held);
+  void acknowledge(uint32_t to_qp, uint32_t from_qp, uint64_t request);
   void answer(uint32_t to_qp, uint32_t from_qp, uint64_t request, bool good);
   bool send_answers();
   [[nodiscard]] QueuePair* qp_of(uint32_t number);
@@ -86,6 +88,7 @@ class Nic {
   bool pinned_[kMaxProcesses] = {};
   std::atomic<bool> started_{false};
   std::deque<Held> held_;
+  std::map<std::pair<uint32_t, uint64_t>, Arrival> arrivals_;  // by queue pair and request, until answered
   std::deque<Record> answers_;  // acknowledgements that found no room yet: one a request at most
   uint64_t requests_ = 0;
 };

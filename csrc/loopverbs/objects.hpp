@@ -54,14 +54,20 @@ struct QueuePair {
   uint64_t numbers = 0;
 };
 
-/// A write that has arrived and not landed.
+/// How much of a write has come: pieces that were held back and have not landed, whether the last has come.
+struct Arrival {
+  uint64_t held = 0;
+  bool has_last = false;
+  bool good = true;
+};
+
+/// A piece of a write that has arrived and not landed.
 struct Held {
   uint32_t from_qp, to_qp;
   uint64_t address;
   uint32_t rkey;
   std::vector<std::byte> bytes;
   Clock::time_point until;
-  bool acknowledge;
   uint64_t request;
 };
 

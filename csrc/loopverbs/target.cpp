@@ -38,21 +38,9 @@ bool Nic::take(Record& record) {
   }
 }
 
-/// In weak order a write may be held back: later writes of its queue pair then land before it.
+/// In weak order a piece of a write may be held back: later writes of its queue pair then land before it.
 bool Nic::take_write(Record& record, QueuePair* qp) {
-  if (weak_ && record.has_imm == 0 && draw(2) == 1) {
-    const auto wait = std::chrono::microseconds(draw(delay_us_));
-    held_.push_back(Held{.from_qp = record.from_qp,
-                         .to_qp = record.to_qp,
-                         .address = record.address,
-                         .rkey = record.rkey,
-                         .bytes = {record.data(), record.data() + record.payload},
-                         .until = Clock::now() + wait,
-                         .acknowledge = record.last != 0,
-                         .request = record.request});
-    ++hub_->counters[record.from_qp >> 16][self_].late;
-    return true;
-  }
+  const bool is_held = weak_ && record.has_imm == 0 && draw(2) == 1;
   const bool notifies = record.has_imm != 0 && record.last != 0;
   if (notifies) {
     land_held(record.from_qp);
@@ -60,10 +48,34 @@ bool Nic::take_write(Record& record, QueuePair* qp) {
     const std::lock_guard<std::mutex> guard(queue->lock);
     if (queue->posted.empty()) return false;
   }
+  Arrival& arrival = arrivals_[{record.from_qp, record.request}];
+  arrival.has_last |= record.last != 0;
+  if (is_held) {
+    const auto wait = std::chrono::microseconds(draw(delay_us_));
+    held_.push_back(Held{.from_qp = record.from_qp,
+                         .to_qp = record.to_qp,
+                         .address = record.address,
+                         .rkey = record.rkey,
+                         .bytes = {record.data(), record.data() + record.payload},
+                         .until = Clock::now() + wait,
+                         .request = record.request});
+    ++arrival.held;
+    ++hub_->counters[record.from_qp >> 16][self_].late;
+    return true;
+  }
   const bool good = land(record.address, record.rkey, record.data(), record.payload);
+  arrival.good &= good;
   if (good && notifies && !receive(record, qp)) die("a receive was taken by another thread");
-  if (record.last != 0) answer(record.from_qp, record.to_qp, record.request, good);
+  acknowledge(record.from_qp, record.to_qp, record.request);
   return true;
+}
+
+/// Once all pieces of a write have landed: a completion promises no less.
+void Nic::acknowledge(uint32_t to_qp, uint32_t from_qp, uint64_t request) {
+  const auto at = arrivals_.find({to_qp, request});
+  if (!at->second.has_last || at->second.held > 0) return;
+  answer(to_qp, from_qp, request, at->second.good);
+  arrivals_.erase(at);
 }
 
 bool Nic::take_atomic(Record& record) {
@@ -158,8 +170,10 @@ bool Nic::land(uint64_t address, uint32_t rkey, const std::byte* from, uint64_t 
 }
 
 void Nic::land(const Held& held) {
-  const bool good = land(held.address, held.rkey, held.bytes.data(), held.bytes.size());
-  if (held.acknowledge) answer(held.from_qp, held.to_qp, held.request, good);
+  Arrival& arrival = arrivals_[{held.from_qp, held.request}];
+  arrival.good &= land(held.address, held.rkey, held.bytes.data(), held.bytes.size());
+  --arrival.held;
+  acknowledge(held.from_qp, held.to_qp, held.request);
 }
 
 /// All writes of a queue pair that were held back.

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from deepep.sim.links.loopverbs import MAX_PROCESSES, WireError, WireTraffic, library, session_file, traffic
 
@@ -52,7 +53,7 @@ class WireResult:
 def run_on_wire(
     wire: WireOptions, command: Sequence[str], say: Callable[[int, str], None] | None = None
 ) -> WireResult:
-    """Run `command` once a rank, and end whatever is left of it.
+    """Run `command` once a rank, and end whatever is left of it, also if this process is killed.
 
     Each process gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK of its domain, MASTER_ADDR, ...), a
     preloaded wire and the host name of its domain. say: gets (rank, line) of what the processes print.
@@ -63,6 +64,7 @@ def run_on_wire(
     port = _free_port()
     ranks: list[subprocess.Popen[str]] = []
     threads: list[threading.Thread] = []
+    keeper = _keeper(session)
     try:
         for rank in range(wire.ranks):
             process = subprocess.Popen(
@@ -87,7 +89,14 @@ def run_on_wire(
         return WireResult(statuses, passed)
     finally:
         _end(ranks)
-        session_file(session).unlink(missing_ok=True)
+        keeper.communicate(b".")  # ends what has left its rank's session, and the session's memory
+
+
+def _keeper(session: str) -> subprocess.Popen[bytes]:
+    """Starts what outlives this process, should it be killed, and then ends the ranks (keeper.py)."""
+    program = Path(__file__).with_name("keeper.py")
+    command = [sys.executable, "-I", "-S", str(program), session]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _check(wire: WireOptions) -> None:

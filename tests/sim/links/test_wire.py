@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness.wire import build
 
 from deepep.sim.links import loopverbs
 from deepep.sim.links.hosts import WireOptions, run_on_wire
@@ -21,17 +24,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("probe") / "verbs_probe"
-    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", f"-I{loopverbs.SOURCES.parent}"]
-    command += [str(HERE / "verbs_probe.cpp"), str(loopverbs.library()), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
+    return build(HERE / "verbs_probe.cpp", out, str(loopverbs.library()))
 
 
-def rounds(probe: Path, folder: Path, wire: WireOptions, number: int, size: int, signal: str):
+def rounds(probe: Path, folder: Path, wire: WireOptions, number: int, size: int, signalled: str):
     folder.mkdir()
     lines: list[tuple[int, str]] = []
-    command = [str(probe), str(folder), str(number), str(size), signal]
+    command = [str(probe), str(folder), str(number), str(size), signalled]
     result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
     return result, lines
 
@@ -57,13 +56,23 @@ def test_a_set_signal_does_not_carry_its_data_in_weak_order_and_an_add_does(
 ) -> None:
     weak = WireOptions(ranks=2, ranks_per_domain=1, weak=True, delay_us=3000, deadline=60.0)
     wrong = {}
-    for signal in ("add", "set"):
-        result, lines = rounds(probe, tmp_path / signal, weak, 40, 1024, signal)
+    for kind in ("add", "set"):
+        result, lines = rounds(probe, tmp_path / kind, weak, 40, 1024, kind)
         assert result.statuses == [0, 0], lines
         assert result.traffic[0, 1].late > 0
-        wrong[signal] = int(lines[0][1].removeprefix("wrong "))
+        wrong[kind] = int(lines[0][1].removeprefix("wrong "))
     assert wrong["add"] == 0
     assert wrong["set"] > 0
+
+
+def test_a_completed_write_of_several_pieces_is_there_in_weak_order(probe: Path, tmp_path: Path) -> None:
+    # 100 ms: pieces that were held back land long after the last one has come.
+    weak = WireOptions(ranks=2, ranks_per_domain=1, weak=True, delay_us=100_000, deadline=60.0)
+    result, lines = rounds(probe, tmp_path / "told", weak, 5, 5 << 20, "completion")
+    assert result.statuses == [0, 0], lines
+    assert result.traffic[0, 1].late > 0
+    assert result.traffic[0, 1].writes == 5 * 5
+    assert lines == [(1, "wrong 0")]
 
 
 def test_a_nic_that_falls_silent_leaves_the_other_waiting_and_alive(
@@ -127,6 +136,40 @@ def test_nothing_is_left_of_ranks_that_do_not_end(deadline: float) -> None:
         time.sleep(0.05)
     assert all(map(gone, pids))
     assert set(Path("/dev/shm").glob("loopverbs.*")) <= before
+
+
+LEAVES = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(os.getpid(), child.pid, os.environ["LOOPVERBS_SESSION"], flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_of_ranks_whose_starter_is_killed() -> None:
+    command = [sys.executable, "-m", "deepep", "wire", "--ranks", "2", "--ranks-per-domain", "1", "--"]
+    starter = subprocess.Popen([*command, sys.executable, "-c", LEAVES], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    pids: list[int] = []
+    try:
+        for _ in range(2):
+            *said, session = starter.stdout.readline().split()[1:]
+            pids += map(int, said)
+        memory = loopverbs.session_file(session)
+        memory.touch()  # as a program leaves it that has used the wire
+        starter.kill()
+        starter.wait()
+        end = time.monotonic() + 60.0
+        while not (all(map(gone, pids)) and not memory.exists()) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(pids) == 4
+        assert all(map(gone, pids))
+        assert not memory.exists()
+    finally:
+        starter.stdout.close()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

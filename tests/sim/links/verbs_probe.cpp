@@ -1,19 +1,19 @@
 // A rank of a test of the wire, on verbs alone: rank 0 writes to rank 1 and signals, for so many rounds.
 //
-//     verbs_probe FOLDER ROUNDS BYTES add|set
+//     verbs_probe FOLDER ROUNDS BYTES add|set|completion
 //
 // Ranks tell each other numbers by files in FOLDER. Rank 1 counts, when a signal is there, words of that round
-// that are not; prints "wrong N". Ends with status 3 if nothing came for 3 s, or if a request failed.
+// that are not; prints "wrong N". Ends with status 3 if nothing came for VERBS_PROBE_SECONDS, or if a request
+// failed. "completion": no signal; rank 0 says by a file that its write was completed.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "loopverbs/abi.hpp"
+#include "meeting_by_files.hpp"
 
 using namespace loopverbs;
 extern "C" {
@@ -39,21 +39,6 @@ struct Told {
   uint32_t rkey;
   uint64_t address;
 };
-
-Told exchange(const std::string& folder, int rank, const Told& mine) {
-  const std::string own = folder + "/" + std::to_string(rank), other = folder + "/" + std::to_string(1 - rank);
-  {
-    std::ofstream file(own + ".part", std::ios::binary);
-    file.write(reinterpret_cast<const char*>(&mine), sizeof mine);
-  }
-  std::rename((own + ".part").c_str(), own.c_str());
-  Told theirs{};
-  while (true) {
-    std::ifstream file(other, std::ios::binary);
-    if (file.read(reinterpret_cast<char*>(&theirs), sizeof theirs)) return theirs;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-}
 
 struct Rank {
   abi::Context* context;
@@ -103,7 +88,7 @@ struct Rank {
 int main(int, char** argv) {
   const std::string folder = argv[1];
   const uint64_t rounds = strtoull(argv[2], nullptr, 10), words = strtoull(argv[3], nullptr, 10) / 8;
-  const bool adds = std::string(argv[4]) == "add";
+  const bool adds = std::string(argv[4]) == "add", completes = std::string(argv[4]) == "completion";
   const int rank = atoi(getenv("RANK"));
   const size_t signal = words, old = words + 1, value = words + 2;
   Rank self{};
@@ -118,7 +103,9 @@ int main(int, char** argv) {
   init.type = abi::kTypeRc;
   self.qp = ibv_create_qp(pd, &init);
   const Told mine{self.qp->number, self.mr->rkey, reinterpret_cast<uint64_t>(self.mr->address)};
-  self.peer = exchange(folder, rank, mine);
+  MeetingByFiles meeting(folder, rank, 2);
+  const std::vector<std::byte> told = meeting.gather(&mine, sizeof mine);
+  memcpy(&self.peer, told.data() + (1 - rank) * static_cast<int>(sizeof mine), sizeof self.peer);
   abi::QpChange change{};
   change.peer_number = self.peer.qp;
   change.state = abi::kReadyToSend;
@@ -126,16 +113,29 @@ int main(int, char** argv) {
 
   uint64_t wrong = 0;
   for (uint64_t round = 1; round <= rounds; ++round) {
+    const auto count_wrong = [&] {
+      for (size_t i = 0; i < words; ++i) wrong += self.memory[i] != (round << 32 | i);
+    };
     if (rank == 0) {
       for (size_t i = 0; i < words; ++i) self.memory[i] = round << 32 | i;
       self.memory[value] = round;
       bool good = self.post(abi::kRdmaWrite, 0, 0, 8 * words, 0);
+      if (completes) {
+        if (!good || !self.drain(1)) return 3;
+        meeting.barrier();
+        meeting.barrier();
+        continue;
+      }
       good = good && (adds ? self.post(abi::kFetchAdd, old, signal, 8, 1)
                            : self.post(abi::kRdmaWrite, value, signal, 8, 0));
       if (!good || !self.drain(2) || !self.wait(signal, round)) return 3;  // the other signals back
+    } else if (completes) {
+      meeting.barrier();
+      count_wrong();
+      meeting.barrier();
     } else {
       if (!self.wait(signal, round)) return 3;
-      for (size_t i = 0; i < words; ++i) wrong += self.memory[i] != (round << 32 | i);
+      count_wrong();
       if (!self.post(abi::kFetchAdd, old, signal, 8, 1) || !self.drain(1)) return 3;
     }
   }
