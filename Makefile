@@ -41,7 +41,7 @@ EVERYTHING := test,wire
 
 .NOTPARALLEL:
 .PHONY: all install demo test test-quick check-style check-types test-emulator unit format clean
-.PHONY: test-gpu test-gpu-sanitize test-cluster
+.PHONY: test-gpu test-gpu-sanitize test-cluster dist
 all: install
 install: $(BUILT)
 
@@ -128,6 +128,10 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 # Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers.
 test-cluster: install
 	@set -e; for what in bits codec bytes convergence; do echo "== deepep dp $$what"; $(PY) -m deepep dp $$what; done
+
+# The sdist, and wheels for each Python 3.10 to 3.13 that is found, with and without kernels; DIST=--try installs each.
+dist: $(QUICK)
+	$(PY) release/dist.py --out dist $(DIST)
 
 format: | $(QUICK)
 	$(PY) -m ruff check --fix .

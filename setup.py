@@ -11,6 +11,8 @@ changed. Where pybind11 lies does not matter: pip puts it into a folder of anoth
     DEEPEP_CUDA=0        leave the CUDA part out; DEEPEP_CUDA=1: its absence is an error
     DEEPEP_EMULATOR=0    leave the emulator out
     DEEPEP_BUILD_JOBS=N  compile so many files at a time; the number of cores if not given
+    DEEPEP_OBJECTS=DIR   keep objects there instead of in build/objects
+    DEEPEP_LOCAL_VERSION=+cu128   of this build, behind the version (PEP 440); release/dist.py sets it
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-OBJECTS = Path("build") / "objects"
+OBJECTS = Path(os.environ.get("DEEPEP_OBJECTS") or Path("build") / "objects")
 CXX_FLAGS = [
     "-std=c++20",
     "-O2",
@@ -189,4 +191,5 @@ setup(
     package_data={"deepep": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
+    options={"egg_info": {"tag_build": os.environ.get("DEEPEP_LOCAL_VERSION", "")}},
 )

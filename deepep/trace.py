@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError
+from deepep.extras import needed_for
 from deepep.runtime.checks import check_int
 
 FORMAT = "deepep.routing-trace"
@@ -154,8 +155,9 @@ class RoutingTrace:
         Raises TraceError for a contradiction or where `path` is no regular file; OSError if it cannot be
         written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        with needed_for("writing a routing trace"):
+            from safetensors import SafetensorError
+            from safetensors.torch import save_file
 
         self.validate()
         target = _path(path)
@@ -179,7 +181,8 @@ class RoutingTrace:
 
         The sizes in the file's head are checked against each other before a tensor is made.
         """
-        from safetensors import SafetensorError, safe_open
+        with needed_for("reading a routing trace"):
+            from safetensors import SafetensorError, safe_open
 
         source = _path(path)
         _demand_regular(source)

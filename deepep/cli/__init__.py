@@ -6,9 +6,13 @@ A command that cannot be imported (a missing extra) says which extra it needs in
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
 import sys
+from collections.abc import Iterator
+
+from deepep.extras import MissingExtraError, needed_for
 
 #: name -> (module, one line for the list of commands)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -36,21 +40,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"command: got {args[0]!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     module, _ = COMMANDS[args[0]]
-    try:
+    with _leaving_without_extras(args[0]):
         command = importlib.import_module(module).command
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing.startswith("deepep"):
-            raise
-        raise SystemExit(f"`deepep {args[0]}` needs {missing}: pip install 'deepep[cli,sim]'") from error
-    import typer
+        import typer
 
     # As for Ctrl-C, ranks are ended and temporary folders removed on the way out.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name=args[0])(command)
     try:
-        status = app(args=args[1:], prog_name=f"python -m deepep {args[0]}", standalone_mode=False)
+        with _leaving_without_extras(args[0]):
+            status = app(args=args[1:], prog_name=f"python -m deepep {args[0]}", standalone_mode=False)
     except typer.Abort:
         status = 130
     except Exception as error:
@@ -62,3 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+@contextlib.contextmanager
+def _leaving_without_extras(command: str) -> Iterator[None]:
+    """Leaves with one line if a package of an extra is missing."""
+    try:
+        with needed_for(f"`deepep {command}`"):
+            yield
+    except MissingExtraError as error:
+        raise SystemExit(str(error)) from error

@@ -17,12 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import strategies as st
-
+from deepep.extras import needed_for
 from deepep.sim.cases.case import Case, Limits, draw_case, draw_indices, draw_options, draw_shape, split
 from deepep.sim.cases.options import SPACE, Options
 from deepep.sim.cases.routing import PATTERNS, Indices, RoutingShape
 from deepep.sim.cases.traces import TraceSource
+
+with needed_for("deepep.sim.cases.strategies"):
+    from hypothesis import strategies as st
 
 __all__ = ["cases", "options", "routings", "shapes", "traced_cases"]
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-import cloudpickle
+from deepep.extras import needed_for
+
+with needed_for("deepep.sim.World"):
+    import cloudpickle
 
 
 def pack(message: tuple[Any, ...]) -> bytes:
