@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import deepep
 from deepep.cli import check as check_command
 from deepep.cli import info, selftest
+from deepep.runtime.backends import Backend
 
 
 def deepep_command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -78,6 +79,7 @@ def test_check_holds_on_one_rank(world_of: Any) -> None:
     [
         (["--backend", "nonsense"], "backend: got 'nonsense'"),
         (["--device", "tpu"], "device: got tpu"),
+        (["--device", "cpu", "--backend", "cuda"], "backend cuda: "),
         pytest.param(
             ["--device", "cuda"],
             "sees no CUDA device",
@@ -89,6 +91,40 @@ def test_check_refuses_what_cannot_be(arguments: list[str], complaint: str) -> N
     done = in_this_process(check_command.command, *arguments)
     assert done.exit_code == 2
     assert complaint in done.output
+
+
+def a_backend(name: str, devices: tuple[str, ...], able: bool = True) -> Backend:
+    def never(*_: Any) -> Any:
+        raise AssertionError("nothing is made")
+
+    return Backend(name, lambda: (able, "a reason"), never, never, device_types=devices)
+
+
+KNOWN = [
+    a_backend("cuda", ("cuda",)),
+    a_backend("emulator", ("cpu",), able=False),
+    a_backend("reference", ("cuda", "cpu")),
+]
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "backend", "device", "tested", "absent"),
+    [
+        (True, None, None, ["cuda cuda", "reference cuda", "reference cpu"], ["emulator cpu"]),
+        (False, None, None, ["reference cpu"], ["emulator cpu"]),
+        (True, "reference", None, ["reference cuda", "reference cpu"], []),
+        (True, None, "cuda", ["cuda cuda", "reference cuda"], []),
+        (True, None, "cpu", ["reference cpu"], ["emulator cpu"]),
+        (True, "cuda", "cuda", ["cuda cuda"], []),
+    ],
+)
+def test_check_tests_gpus_first_and_every_backend_that_runs_here(
+    has_gpu: bool, backend: str | None, device: str | None, tested: list[str], absent: list[str]
+) -> None:
+    tests, others = check_command.planned(KNOWN, has_gpu, backend, device)
+    assert [f"{test.backend} {test.device}" for test in tests] == tested
+    assert [f"{test.backend} {test.device}" for test, _ in others] == absent
+    assert {why for _, why in others} <= {"a reason"}
 
 
 def test_a_check_that_fails_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +144,8 @@ def test_a_check_that_fails_fails_the_command(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(selftest, "CHECKS", {"fails": fails, "absent": absent, "holds": fails})
     monkeypatch.setattr(selftest, "run_check", run_one)
-    result = in_this_process(check_command.command, "--ranks", "2")
+    only = ("--backend", "reference", "--device", "cpu", "--no-facts")
+    result = in_this_process(check_command.command, "--ranks", "2", *only)
     assert result.exit_code == 1
     assert "rank 1 raised CheckFailed: recv_x: 3 of 64 bytes differ" in result.output
     assert "1 of 3 hold, 1 missing" in result.output
