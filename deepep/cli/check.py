@@ -33,7 +33,7 @@ class SelfTest:
 def planned(
     known: Iterable[Backend], has_gpu: bool, backend: str | None, device: str | None
 ) -> tuple[list[SelfTest], list[tuple[SelfTest, str]]]:
-    """What is tested, GPUs first, and what cannot be, each with the reason.
+    """Self-tests to run, GPUs first, and those that cannot be run, each with the reason.
 
     backend, device: nothing but these.
     """
@@ -103,7 +103,7 @@ def command(
 
 
 def _run(console: Console, world: World, test: SelfTest) -> tuple[int, int, int]:
-    """How many checks hold, are missing, and fail; prints a table of them, and what failed."""
+    """Numbers of checks that hold, are missing, and fail; prints a table of them, and what failed."""
     from deepep.cli.selftest import CHECKS, run_check
 
     where = "GPUs" if test.device == "cuda" else "CPU"

@@ -49,7 +49,7 @@ class NicFacts:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What was read from the system; sizes in bytes, None where the system sets no limit or says nothing.
+    """Facts that were read from the system; sizes in bytes, None where the system sets no limit or says nothing.
 
     kernels: deepep._cuda is installed. emulator: deepep._emulator is. torch_cuda: CUDA's version that torch
     is built for, empty without. gpu_nodes: /dev/nvidia0, ...: GPUs the driver shows to this container.
@@ -97,7 +97,7 @@ def findings(facts: MachineFacts) -> list[Advice]:
 
 
 def _kernels(facts: MachineFacts) -> list[Advice]:
-    """Whether CUDA kernels run, each obstacle by itself."""
+    """Obstacles to CUDA kernels, each by itself."""
     found = []
     if facts.gpu_nodes and not facts.gpus:
         built = f"for CUDA {facts.torch_cuda}" if facts.torch_cuda else "without CUDA"
@@ -126,7 +126,7 @@ def _kernels(facts: MachineFacts) -> list[Advice]:
 
 
 def _links(facts: MachineFacts) -> list[Advice]:
-    """How GPUs reach each other."""
+    """Obstacles between GPUs."""
     found = []
     if facts.unreachable:
         why = f"no peer access between GPUs {_pairs(facts.unreachable)}"
@@ -140,7 +140,7 @@ def _links(facts: MachineFacts) -> list[Advice]:
 
 
 def _nodes(facts: MachineFacts) -> list[Advice]:
-    """What several nodes need of this one. Of interest only where there are GPUs."""
+    """Needs of several nodes that this one does not meet. Of interest only where there are GPUs."""
     if not facts.gpus:
         return []
     what, found = "several nodes", []

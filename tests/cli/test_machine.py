@@ -1,4 +1,4 @@
-"""What a machine's facts say: every obstacle is told by itself, and of a machine without any nothing is."""
+"""Facts of machines: every obstacle is told by itself, and of a machine without any nothing is."""
 
 from __future__ import annotations
 
