@@ -153,7 +153,7 @@ def fresh_environment(folder: Path, python: Path, borrow: Path | None = None) ->
 
 
 def try_wheel(wheel: Path, program: Path, folder: Path, *options: str) -> str:
-    """What `python -m deepep check` says of an installed wheel, run in `folder`, with nothing of this tree.
+    """Output of `python -m deepep check`, of an installed wheel, run in `folder`, with nothing of this tree.
 
     Raises RuntimeError if it says that something does not hold, or if another deepep than the wheel's runs.
     """

@@ -49,7 +49,7 @@ class NicFacts:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Facts that were read from the system; sizes in bytes, None where the system sets no limit or says nothing.
+    """Facts that were read from the system; sizes in bytes, None where there is no limit.
 
     kernels: deepep._cuda is installed. emulator: deepep._emulator is. torch_cuda: CUDA's version that torch
     is built for, empty without. gpu_nodes: /dev/nvidia0, ...: GPUs the driver shows to this container.
