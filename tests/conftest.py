@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,3 +28,16 @@ def world_of() -> Iterator[Callable[[int], World]]:
     yield get
     for world in worlds.values():
         world.close()
+
+
+@pytest.fixture(scope="session")
+def dist() -> ModuleType:
+    """release/dist.py, which is no module of the package."""
+    path = Path(__file__).parents[1] / "release" / "dist.py"
+    spec = importlib.util.spec_from_file_location("release_dist", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module

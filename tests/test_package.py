@@ -1,11 +1,10 @@
-"""The source distribution holds whatever a build needs, the package nothing that is for tests alone; a wheel
-made of it works outside of the tree; what an extra brings is named where it is missing.
+"""The source distribution holds whatever a build needs, the package nothing that is for tests alone; what
+an extra brings is named where it is missing. That a wheel made of it works shows tests/test_container.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 import deepep
 from deepep.cli import COMMANDS, main
@@ -48,18 +46,6 @@ def test_the_source_distribution_holds_what_is_compiled_and_installed(listed: se
 
 def test_nothing_of_the_tests_is_distributed(listed: set[str]) -> None:
     assert [name for name in listed if name.startswith("tests/")] == []
-
-
-@pytest.fixture(scope="module")
-def dist() -> ModuleType:
-    """release/dist.py, which is no module of the package."""
-    spec = importlib.util.spec_from_file_location("release_dist", ROOT / "release" / "dist.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def packed(folder: Path, files: dict[str, str]) -> Path:
@@ -109,35 +95,6 @@ def test_a_wheel_that_is_not_as_promised_is_told(
         assert found == []
     else:
         assert any(problem in line for line in found), found
-
-
-@pytest.mark.slow
-def test_a_wheel_of_the_sdist_works_outside_of_the_tree(dist: ModuleType, tmp_path: Path) -> None:
-    """Everything holds between three processes of a fresh environment that borrows torch."""
-    sdist = dist.make_sdist(ROOT, tmp_path / "dist")
-    tree = dist.unpack(sdist, tmp_path / "sdist")
-    assert not (tree / ".git").exists()
-    environment = {"DEEPEP_CUDA": "0", "DEEPEP_OBJECTS": str(ROOT / "build" / "objects")}
-    python = Path(sys.executable)
-    wheel = dist.make_wheel(tree, tmp_path / "dist", python, environment, isolated=False)
-    assert dist.problems_of_wheel(wheel, ["_core", "_emulator"]) == []
-    borrowed = Path(torch.__file__).parents[1]
-    program = dist.fresh_environment(tmp_path / "env", python, borrowed)
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(program),
-        "install",
-        "--no-deps",
-        "--no-index",
-        "-q",
-    ]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True, text=True)
-    said = dist.try_wheel(wheel, program, tmp_path, "--ranks", "3", "--backend", "reference")
-    held, of = re.findall(r"(\d+) of (\d+) hold", said)[-1]
-    assert held == of, said
 
 
 def test_the_version_and_its_changes() -> None:

@@ -1,5 +1,5 @@
 """`info` says what is there; `check` says so when something does not hold. That it holds between processes
-shows tests/test_package.py, in a wheel.
+shows tests/test_container.py, in a wheel.
 """
 
 from __future__ import annotations
