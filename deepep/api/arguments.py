@@ -19,7 +19,7 @@ from deepep.api.handles import (
     route_of,
 )
 from deepep.config import Config
-from deepep.errors import ArgumentError, ArgumentTypeError, RangeError
+from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.checks import MOST, check_flag, check_int
 from deepep.runtime.devices import asked_device
@@ -44,6 +44,7 @@ AT_ONCE = Schedule()
 
 _BYTES_ALIGNMENT = 128
 _MOST_BYTES = 1 << 62
+_MOST_RANKS = 2048
 
 # The constructor: its arguments first, the environment second.
 
@@ -61,6 +62,7 @@ def engine_options(
     symmetric_bytes: int | None,
     reduction: str,
     ranks_per_domain: int | None,
+    max_num_ranks: int | None = None,
     device: object,
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
@@ -89,6 +91,7 @@ def engine_options(
             symmetric_bytes=_symmetric_bytes(symmetric_bytes),
             reduction=_reduction(reduction),
             ranks_per_domain=ranks_per_domain_of(ranks_per_domain),
+            num_ranks=_num_ranks(max_num_ranks, group, options.masks),
         )
         return options, asked_device(device)
     except ArgumentError as problem:
@@ -112,6 +115,17 @@ def timeout_of(given: object) -> float:
     if not 0 < seconds <= LONGEST_TIMEOUT:
         raise RangeError(name, f"{seconds}"[:200], allowed)
     return float(seconds)
+
+
+def _num_ranks(given: int | None, group: Any, masks: bool) -> int:
+    """R, if more ranks may join than the group has; 0: the group's."""
+    if given is None:
+        return 0
+    there = group.size() if isinstance(group, torch.distributed.ProcessGroup) else 1
+    num_ranks = check_int("max_num_ranks", given, there, _MOST_RANKS)
+    if num_ranks > there and not masks:
+        raise ModeError("enable_shrink", "False", "True, for more ranks to join (max_num_ranks)")
+    return num_ranks
 
 
 def _symmetric_bytes(given: int | None) -> int:

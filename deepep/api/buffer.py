@@ -17,6 +17,7 @@ import torch
 from deepep.api import arguments
 from deepep.api.handles import AnyDispatchHandle, DispatchHandle
 from deepep.api.info import BufferInfo
+from deepep.api.joining import Joining
 from deepep.api.low_latency import LowLatencyCalls
 from deepep.api.results import CombineResult, DispatchLayoutResult, DispatchResult, Rows
 from deepep.config import (
@@ -33,7 +34,7 @@ from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
 from deepep.runtime.requests import Operation, Schedule
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(LowLatencyCalls, Joining):
     """Expert-parallel communication between the ranks of a group: one object per rank, constructed by all.
 
     High-throughput operations (`dispatch`, `combine`) for training and prefill, low-latency operations
@@ -66,6 +67,8 @@ class Buffer(LowLatencyCalls):
         ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
         domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:
         DEEPEP_RANKS_PER_DOMAIN, else one domain. The reference backend serves several.
+    max_num_ranks: R, if more ranks may join than the group has (`invite`); the same on all ranks. Needs
+        enable_shrink. None: the group's.
 
     Without effect, accepted because V1's clients pass them:
     num_qps_per_rank: no backend opens queue pairs of its own.

@@ -133,6 +133,7 @@ class BufferLifetime(EngineOwner):
         symmetric_bytes: int | None = None,
         reduction: str = "expert_rank",
         ranks_per_domain: int | None = None,
+        max_num_ranks: int | None = None,
     ) -> None:
         if torch.is_inference_mode_enabled():
             plainly(BufferLifetime.__init__, locals())
@@ -160,6 +161,7 @@ class BufferLifetime(EngineOwner):
             symmetric_bytes=symmetric_bytes,
             reduction=reduction,
             ranks_per_domain=ranks_per_domain,
+            max_num_ranks=max_num_ranks,
             device=device,
         )
         self._own(construct(options, backend, asked), group)

@@ -28,6 +28,7 @@ class Backend:
 
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
+    admits: processes may join its ranks at work.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Backend:
     device_types: tuple[str, ...] = ("cuda", "cpu")
     by_name_only: bool = False
     several_domains: bool = False
+    admits: bool = False
 
 
 _backends: dict[str, Backend] = {}
@@ -74,12 +76,13 @@ def choose(
     device: torch.device | None = None,
     among: Container[str] | None = None,
     num_domains: int = 1,
+    grows: bool = False,
 ) -> tuple[Backend, torch.device]:
     """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
     and the device (None: the first of the backend's that this machine has).
 
-    among: what every rank's machine can run. num_domains: scale-up domains of the group. Raises RangeError
-    with every backend's reason if there is none.
+    among: what every rank's machine can run. num_domains: scale-up domains of the group. grows: more ranks
+    may join. Raises RangeError with every backend's reason if there is none.
     """
     wanted = default_name() if name is None else name
     if wanted is not None:
@@ -93,6 +96,7 @@ def choose(
             backend.available,
             lambda b=backend: (among is None or b.name in among, "another rank cannot run it"),
             lambda b=backend: (num_domains == 1 or b.several_domains, "it serves one scale-up domain"),
+            lambda b=backend: (b.admits or not grows, "no rank can join its ranks at work"),
             lambda b=backend: b.supports(group),
         ):
             able, why = answer()
@@ -133,7 +137,16 @@ def _reference_create(options: EngineOptions, control: ControlPlane) -> Engine:
     return ReferenceEngine(options, control)
 
 
-register(Backend("reference", _reference_available, is_group, _reference_create, several_domains=True))
+register(
+    Backend(
+        "reference",
+        _reference_available,
+        is_group,
+        _reference_create,
+        several_domains=True,
+        admits=True,
+    )
+)
 
 
 def _cuda_available() -> Answer:
@@ -193,5 +206,6 @@ register(
         _emulator_create,
         device_types=("cpu",),
         by_name_only=True,
+        admits=True,
     )
 )

@@ -31,20 +31,22 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
             got = type(options.group).__name__
             raise ArgumentTypeError("group", got, "a torch.distributed process group")
         registry.choose(backend, options.group, device)
-    membership = membership_of(options.group, options.timeout)
+    membership = membership_of(options.group, options.timeout, options.num_ranks)
     asked = registry.default_name() if backend is None else backend
     try:
         name, among = _agree_on_backend(membership, asked, options.problem)
         problem: ArgumentError | None = None
         try:
-            domains = -(-options.group.size() // (options.ranks_per_domain or options.group.size()))
-            chosen, where = registry.choose(name, options.group, device, among, domains)
+            num_ranks = options.num_ranks or options.group.size()
+            domains = -(-num_ranks // (options.ranks_per_domain or num_ranks))
+            grows = num_ranks > options.group.size()
+            chosen, where = registry.choose(name, options.group, device, among, domains, grows)
         except ArgumentError as refused:
             problem = refused.at(membership.rank)
         if problem is not None:
             agreement.agree(membership, "engine", {}, problem)
         options = replace(options, device=where)
-        session = Session.of(options.group, where)
+        session = Session.of(options.group, where, options.num_ranks)
         about = {"backend": chosen.name, "device": where.type}
         control = ControlPlane(session, membership, about, options.masks)
         try:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
-from deepep.errors import ArgumentError
+from deepep.errors import ArgumentError, RangeError
 from deepep.runtime.completion import Completion
 from deepep.runtime.local_rows import LocalRows
 from deepep.runtime.requests import (
@@ -58,6 +58,7 @@ class EngineOptions:
     reduction: where a low-latency combine sums.
     ranks_per_domain: ranks whose rows a high-throughput combine sums and rounds before it adds those sums,
         for backends that serve several domains; 0: all ranks are one domain.
+    num_ranks: R, if more ranks may join than the group has; 0: the group's.
     problem: refuses this rank's arguments; construction fails with it on every rank.
     """
 
@@ -69,6 +70,7 @@ class EngineOptions:
     symmetric_bytes: int = 0
     reduction: Reduction = "expert_rank"
     ranks_per_domain: int = 0
+    num_ranks: int = 0
     device: torch.device = _CPU
     problem: ArgumentError | None = None
 
@@ -81,6 +83,7 @@ class EngineOptions:
             "symmetric_bytes": self.symmetric_bytes,
             "reduction": self.reduction,
             "ranks_per_domain": self.ranks_per_domain,
+            "num_ranks": self.num_ranks,
         }
 
 
@@ -228,6 +231,21 @@ class Engine(ABC):
     @abstractmethod
     def masked(self) -> frozenset[int]:
         """The ranks that are left out."""
+
+    def invite(self, ranks: Sequence[int]) -> str:
+        """An invitation of vacant ranks, the same on all members; collective. Raises RangeError."""
+        raise self._admits_nobody()
+
+    def admit(self, invitation: str) -> None:
+        """Goes on with those who are invited, once they have come; collective. Raises RangeError."""
+        raise self._admits_nobody()
+
+    def dismiss(self, ranks: Sequence[int]) -> None:
+        """Leaves out ranks for good; collective over all members, these among them. Raises RangeError."""
+        raise self._admits_nobody()
+
+    def _admits_nobody(self) -> ArgumentError:
+        return RangeError("backend", repr(self.info.backend), "one whose ranks others can join at work")
 
     def write_masked(self, status: torch.Tensor) -> None:
         """Writes 1 for masked ranks, 0 for others, to status [R] int32, in the current stream's order."""

@@ -38,6 +38,9 @@ class Operation(IntEnum):
     DESTROY = 6
     ACKNOWLEDGE = 7
     ALL_REDUCE = 8
+    INVITE = 9
+    ADMIT = 10
+    DISMISS = 11
 
     @property
     def label(self) -> str:

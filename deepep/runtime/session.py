@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,19 +37,23 @@ class Session:
     device: where the tensors lie that are sent; the group need not serve it, for it exchanges words alone.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, num_ranks: int = 0) -> None:
         self.group = group  # kept: while it is, nothing else has its id
-        self.rank, self.num_ranks = group.rank(), group.size()
+        self.rank, self.num_ranks = group.rank(), num_ranks or group.size()
         self.device = device
         self._stream: torch.cuda.Stream | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, device: torch.device) -> Session:
-        """The session of a group on a device. Not collective."""
+    def of(cls, group: dist.ProcessGroup, device: torch.device, num_ranks: int = 0) -> Session:
+        """The session of a group on a device; not collective.
+
+        num_ranks: with those that may join; 0: the group's.
+        """
+        size = num_ranks or group.size()
         with _opening:
-            session = _open.get((id(group), device))
+            session = _open.get((id(group), device, size))
             if session is None:
-                session = _open[id(group), device] = cls(group, device)
+                session = _open[id(group), device, size] = cls(group, device, size)
             return session
 
     @property
@@ -59,17 +64,35 @@ class Session:
         return self._stream
 
 
-def membership_of(group: dist.ProcessGroup, timeout: float) -> Membership:
-    """A membership of all ranks; every rank makes its memberships of a group in the same order."""
+class MeetingPlace(NamedTuple):
+    """Store in which the ranks of a group meet. vacant: those that no process has."""
+
+    store: ControlStore
+    connections: Connections
+    vacant: frozenset[int] = frozenset()
+
+
+def membership_of(group: dist.ProcessGroup, timeout: float, num_ranks: int = 0) -> Membership:
+    """A membership of all ranks; every rank makes its memberships of a group in the same order.
+
+    num_ranks: with those that may join; 0: the group's.
+    """
     with _opening:
-        found = _stores.get(group)
+        found = _places.get(group)
         if found is None:
             store = store_of(group)
-            found = _stores[group] = ControlStore(store, "deepep"), Connections(store)
-    return Membership(*found, group.rank(), group.size(), timeout)
+            found = _places[group] = MeetingPlace(ControlStore(store, "deepep"), Connections(store))
+    size = num_ranks or group.size()
+    vacant = found.vacant | set(range(group.size(), size))
+    return Membership(found.store, found.connections, group.rank(), size, timeout, vacant)
 
 
-_open: weakref.WeakValueDictionary[tuple[int, torch.device], Session] = weakref.WeakValueDictionary()
-_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[ControlStore, Connections]]
-_stores = weakref.WeakKeyDictionary()
+def meets_at(group: dist.ProcessGroup, place: MeetingPlace) -> None:
+    """Has the memberships of a group, which was made for this, meet at a place of their own."""
+    with _opening:
+        _places[group] = place
+
+
+_open: weakref.WeakValueDictionary[tuple[int, torch.device, int], Session] = weakref.WeakValueDictionary()
+_places: weakref.WeakKeyDictionary[dist.ProcessGroup, MeetingPlace] = weakref.WeakKeyDictionary()
 _opening = threading.Lock()

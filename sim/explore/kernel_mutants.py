@@ -192,7 +192,7 @@ def _edited(csrc: Path, edit: Edit) -> Mutant:
 
 
 class _Change(NamedTuple):
-    """What becomes of a group of a pattern's match; the whole match is the operation."""
+    """Replacement of a group of a pattern's match; the whole match is the operation."""
 
     found: re.Match[str]
     group: str | int

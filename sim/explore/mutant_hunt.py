@@ -252,7 +252,7 @@ def hunt_all(
 
 
 class _Libraries:
-    """What mutants run in: one library for all that can share it, one each for the others."""
+    """Libraries that mutants run in: one for all that can share it, one each for the others."""
 
     def __init__(self, wanted: Sequence[Mutant], csrc: Path, folder: Path) -> None:
         self._csrc, self._folder = csrc, folder

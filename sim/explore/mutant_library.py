@@ -121,7 +121,7 @@ def _call_around(text: str, mutant: Mutant) -> tuple[int, int]:
 
 
 def _begin_of_postfix(text: str, at: int) -> int:
-    """Where the expression begins whose last name begins at `at`: names, members and subscripts before it."""
+    """Begin of the expression whose last name begins at `at`: names, members and subscripts before it."""
     depth = 0
     while at > 0:
         c = text[at - 1]

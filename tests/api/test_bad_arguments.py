@@ -173,9 +173,40 @@ def test_every_collective_call_is_tried() -> None:
     local = {"destroy", "capture", "set_num_sms", "info", "num_sms", *LOCAL_METHODS}
     public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
     static = {n for n in public if isinstance(inspect.getattr_static(deepep.Buffer, n), staticmethod)}
-    assert public - local - static - aliases == set(COLLECTIVE)
+    assert public - local - static - aliases - set(CHANGES) - {"join"} == set(COLLECTIVE)
     for name in aliases:
         assert bad.parameters(getattr(deepep.Buffer, name))
+
+
+#: Calls that change the ranks, each with its parameter and a good value; who joins is test_joining's.
+CHANGES = {"invite": ("ranks", [2]), "admit": ("invitation", "text"), "dismiss": ("ranks", [1])}
+
+
+def changes(ctx: Any, everyone: bool) -> list[str]:
+    complaints = []
+    with deepep.Buffer(ctx.group, enable_shrink=True, max_num_ranks=3, timeout=20.0) as buffer:
+        for method, (parameter, good) in CHANGES.items():
+            refused = 0
+            for name, value in bad.odd_values(good):
+                given = value if everyone or ctx.rank == 1 else good
+
+                def work(method: str = method, given: Any = given) -> None:
+                    getattr(buffer, method)(given)
+
+                others = ("ranks", "invitation")
+                outcome, wrong = bad.judge(parameter, work, others)
+                complaints += [f"{method}: {name}: {wrong}"] if wrong else []
+                if outcome is None:
+                    return complaints
+                refused += outcome[0] != "took it"
+            assert refused > 20, method
+            assert buffer.invite([2])
+    return complaints
+
+
+@pytest.mark.parametrize("everyone", [False, True], ids=["one rank", "all ranks"])
+def test_calls_that_change_the_ranks(world_of: Any, everyone: bool) -> None:
+    assert world_of(RANKS).run(changes, everyone, timeout=60) == [[], []]
 
 
 LOCAL_METHODS: dict[str, dict[str, Any]] = {

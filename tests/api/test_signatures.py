@@ -140,10 +140,23 @@ BUFFER: dict[str, dict[str, Any]] = {
     "low_latency_clean_mask_buffer": {},
 }
 
+# Not of V1.
+OWN: dict[str, dict[str, Any]] = {
+    "invite": {"ranks": REQUIRED},
+    "admit": {"invitation": REQUIRED},
+    "dismiss": {"ranks": REQUIRED},
+    "join": {"invitation": REQUIRED, "rank": REQUIRED},
+}
+
 # This library's own, and those of DeepEP's forks; by keyword alone.
 KEYWORDS: dict[str, dict[str, Any]] = {
+    "join": {
+        **dict.fromkeys(("store", "device", "timeout")),
+        **dict.fromkeys(("num_nvl_bytes", "num_rdma_bytes"), 0),
+    },
     "__init__": {
         **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "ranks_per_domain")),
+        "max_num_ranks": None,
         "reduction": "expert_rank",
         "use_fabric": False,
     },
@@ -292,7 +305,15 @@ def test_nothing_public_beside_elastic_buffers() -> None:
 
 def test_nothing_public_beside_it() -> None:
     public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
-    assert public - {"num_sms", "info"} == set(BUFFER) - {"__init__"}
+    own = {"num_sms", "info", *OWN}
+    assert public - own == set(BUFFER) - {"__init__"}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_methods_of_this_library_alone(name: str) -> None:
+    method = getattr(deepep.Buffer, name)
+    assert list(parameters(method).items()) == list(OWN[name].items())
+    assert parameters(method, keyword_only=True) == KEYWORDS.get(name, {})
 
 
 @pytest.mark.parametrize("thing", OTHERS, ids=lambda thing: thing.__qualname__)

@@ -37,7 +37,7 @@ def test_what_is_not_chosen_is_the_source(all_mutants: list[Mutant]) -> None:
 
 
 def _choose(text: str, number: int) -> str:
-    """What a compiler makes of the choices in a text."""
+    """Makes the choices in a text, as a compiler does."""
     while (start := text.find("(::chosen_mutant == ")) >= 0:
         alternatives, at = [], start + 1
         while text.startswith("::chosen_mutant == ", at):
@@ -52,7 +52,7 @@ def _choose(text: str, number: int) -> str:
 
 
 def _end_of_alternative(text: str, at: int) -> int:
-    """Where the " : " or the closing parenthesis of a choice is, behind whatever is nested in between."""
+    """Finds the " : " or the closing parenthesis of a choice, behind whatever is nested in between."""
     depth = 0
     while depth or not (text[at] == ")" or text.startswith(" : ", at)):
         depth += (text[at] in "([{") - (text[at] in ")]}")

@@ -251,7 +251,7 @@ def stub_buffer(elastic: bool = False, **options: Any) -> Iterator[Any]:
     group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
     session = Session(group, torch.device("cpu"))
     session._stream = Stream()  # type: ignore[assignment]
-    Session.of = classmethod(lambda cls, group, device: session)  # type: ignore[assignment]
+    Session.of = classmethod(lambda cls, group, device, num_ranks=0: session)  # type: ignore[assignment]
 
     def create(how: Any, control: Any) -> CudaEngine:
         engine = CudaEngine(how, control)

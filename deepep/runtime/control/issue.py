@@ -47,6 +47,7 @@ class ControlPlane:
         masks: low-latency operations on the host go on without ranks that are missing.
         """
         self.session, self.membership, self._about = session, membership, about
+        self.statement = about
         membership.device_type = session.device.type
         self.rank, self.num_ranks, self.timeout = session.rank, session.num_ranks, membership.timeout
         self.queue: CommQueue
@@ -68,10 +69,21 @@ class ControlPlane:
 
     def agree(self, statement: Mapping[str, int | str]) -> None:
         """Connects the ranks, if all of them construct the same thing; else all raise."""
-        self.membership.begin("construct")
-        agreement.agree(self.membership, "engine", {**self._about, **statement}, None)
-        self.membership.control()
+        self.statement = {**self._about, **statement}
+        self.meet("construct")
         self._departs = True
+
+    def meet(self, operation: str) -> None:
+        """Connects the ranks of the present membership, if all of them state the same."""
+        self.membership.begin(operation)
+        agreement.agree(self.membership, "engine", self.statement, None)
+        self.membership.control()
+
+    def go_on_with(self, membership: Membership) -> None:
+        """Uses another membership of this rank from now on. Inside the queue."""
+        membership.device_type = self.session.device.type
+        self.membership = membership
+        self._retries = Retries(membership, self._retries.shrinks)
 
     # operations
 

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
+from deepep.runtime.control.stores import base_of, place_of
+
 _Value = TypeVar("_Value")
 _MET = b"met"
 MEMORY_STAGES = ("leave", "share", "ready")
@@ -45,6 +47,15 @@ class ControlStore:
     def under(self, prefix: str) -> ControlStore:
         """The same store under a longer prefix."""
         return ControlStore(self._store, f"{self.prefix}/{prefix}")
+
+    def rooted(self, prefix: str) -> ControlStore:
+        """The store below all prefixes, under another."""
+        return ControlStore(base_of(self._store), prefix)
+
+    @property
+    def place(self) -> str:
+        """The address at which another process finds the store; empty if it cannot."""
+        return place_of(self._store)
 
     def set(self, key: str, value: str) -> None:
         """Posts a value."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch.distributed.distributed_c10d import PrefixStore
 
@@ -32,6 +32,8 @@ from deepep.runtime.control.transport import Connections, Link, LinkError, hang_
 LEFT_OUT = "masked by the other ranks, until all call low_latency_clean_mask_buffer"
 """The reason that a rank is given whom the others go on without."""
 _QUIET = "quiet"
+_MOVED = "moved"
+"""Posted, and never removed, where the members have gone on with others whom they admitted."""
 
 
 class Membership:
@@ -47,14 +49,17 @@ class Membership:
         rank: int,
         num_ranks: int,
         timeout: float,
+        vacant: Iterable[int] = (),
     ) -> None:
-        """store: asked and left at once. connections: others to it, for what waits on it."""
+        """store: asked and left at once. connections: others to it, for what waits on it. vacant: ranks that
+        no process has: they are masked, until it is another membership.
+        """
         self._store = store
         self._connections = connections
         self.rank, self.num_ranks, self.timeout = rank, num_ranks, timeout
         self.grace = 1.0 + 0.05 * timeout
         self.device_type = "cpu"
-        self._masked: frozenset[int] = frozenset()
+        self._masked = self._vacant = frozenset(vacant)
         self._identities: dict[int, str] = {}
         self._meeting: Meeting | None = None
         self._joining = threading.Lock()
@@ -97,6 +102,8 @@ class Membership:
 
         A link that the others have given up meanwhile, which this rank may not know, is given up here too.
         """
+        if rank in self._vacant:
+            return
         if rank in self._masked or (self._fault is not None and rank in self._fault.waited_on):
             self._fault = self._fault_meeting = None
         if rank == self.rank:
@@ -108,6 +115,40 @@ class Membership:
             self.disconnect()
         if self._control is None:
             self._forget()
+
+    def vacate(self, ranks: Iterable[int]) -> None:
+        """Leaves out ranks for good: no process of this membership will take them again."""
+        for rank in ranks:
+            self.mask(rank)
+        self._vacant |= set(ranks)
+
+    def among(self, members: Iterable[int], store: ControlStore, connections: Connections) -> Membership:
+        """Another membership of this rank, among other members, who meet in a store of their own."""
+        vacant = set(range(self.num_ranks)) - set(members)
+        return Membership(store, connections, self.rank, self.num_ranks, self.timeout, vacant)
+
+    def move(self) -> None:
+        """Ends here, on a member that has gone on in another membership: who was masked may still come."""
+        self.disconnect()
+        with contextlib.suppress(StoreError):
+            self._store.set(_MOVED, "")
+        self.finish()
+
+    def _left_behind(self) -> PeerTimeoutError | None:
+        """The error of a rank without which the others have moved."""
+        if not self._store.has(_MOVED):
+            return None
+        reason = "masked while the others admitted a process: come back by invitation"
+        return self.blame((self.rank,), len(self.members) - 1, reason)
+
+    @property
+    def place(self) -> str:
+        """The address at which another process finds the store."""
+        return self._store.place
+
+    def rooted(self, prefix: str) -> tuple[ControlStore, Connections]:
+        """The store under another prefix alone, and connections to it."""
+        return self._store.rooted(prefix), self._connections.rooted()
 
     def _forget(self) -> None:
         """Knows of the members' last meeting: how that ended is not raised in this rank's next call."""
@@ -252,6 +293,8 @@ class Membership:
         self.progress.phase, self.progress.sequence = "connect", 0
         people = self._people()
         try:
+            if self._meeting is not None and (error := self._left_behind()) is not None:
+                raise error
             self._store.set(f"members/{self.rank}", people)
             meeting = self._join_next()
             try:
@@ -317,6 +360,15 @@ class Membership:
             self._meeting.post("left", "")
             self.disconnect()
 
+    def await_leaving(self, ranks: Iterable[int], deadline: float) -> None:
+        """Waits until `ranks` have given up the link that works, or are dead."""
+        meeting = self._meeting
+        assert meeting is not None
+        while time.monotonic() < deadline and meeting.is_last():
+            if all(meeting.store.has(f"left/{rank}") or self.is_dead(rank) for rank in ranks):
+                return
+            time.sleep(0.005)
+
     def _is_given_up(self) -> bool:
         """True if others gave the link up: they have changed the members, or settled a fault."""
         meeting = self._meeting
@@ -378,6 +430,8 @@ class Membership:
         try:
             meeting = self._meeting
             assert meeting is not None
+            if (moved := self._left_behind()) is not None:
+                return moved
             verdict = settle(meeting, self.members, self.progress, self._deadline, self.grace, str(error))
             return self._adopt(verdict)
         except StoreError as lost:

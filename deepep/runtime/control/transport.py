@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
 from deepep.errors import RangeError
+from deepep.runtime.control.stores import base_of
 
 _NOBODY_SENDS = 0x0DEE  # a message tag
 
@@ -60,7 +61,7 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
     that belong to different subgroups. Collective over the members, with a store prefix that nobody used
     before.
     """
-    seconds = _timedelta(timeout)
+    seconds = timedelta_of(timeout)
     group = dist.ProcessGroup(store, rank, size)
     with transport():
         if device_type == "cuda":
@@ -80,10 +81,10 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
 def set_timeout(group: dist.ProcessGroup, timeout: float) -> None:
     """Gives a private group's operations another time-out than its construction had."""
     device = torch.device(device_type_of(group))
-    group._get_backend(device)._set_default_timeout(_timedelta(timeout))
+    group._get_backend(device)._set_default_timeout(timedelta_of(timeout))
 
 
-def _timedelta(seconds: float) -> timedelta:
+def timedelta_of(seconds: float) -> timedelta:
     """A time-out as torch takes it: in whole milliseconds, and none is none at all."""
     return timedelta(milliseconds=max(1, round(1000 * seconds)))
 
@@ -127,7 +128,7 @@ def serve_store(loopback: bool, timeout: float = 300.0) -> TCPStore:
             port,
             is_master=True,
             wait_for_workers=False,
-            timeout=_timedelta(timeout),
+            timeout=timedelta_of(timeout),
             master_listen_fd=listener.detach(),
         )
 
@@ -174,6 +175,10 @@ class Connections:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._idle: list[Store] = []
+
+    def rooted(self) -> Connections:
+        """Connections to the store below all prefixes."""
+        return Connections(base_of(self._store))
 
     def take(self) -> Store:
         """An idle connection, or a new one."""

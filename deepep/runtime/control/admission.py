@@ -1,0 +1,128 @@
+"""Admission: new processes take ranks that are vacant, while the others stay, and ranks are dismissed.
+
+The members settle on an invitation, which somebody takes to the new process. When they admit it, all meet
+under the invitation's own name in the store, as if they constructed: what they construct is compared, and
+they are connected. Only then do the members leave their old link, so one that does not come costs a time-out
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from deepep.errors import RangeError
+from deepep.runtime.control import agreement
+from deepep.runtime.control.invitation import Invitation
+from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.control.meeting import ControlStore, StoreError
+from deepep.runtime.control.stores import base_of, open_store
+from deepep.runtime.control.transport import Connections, Link
+from deepep.runtime.requests import Operation, Schedule
+from deepep.runtime.session import MeetingPlace, meets_at
+
+_MOST_BYTES = 1024
+_Body = Callable[[Link, dict[int, int]], None]
+
+
+def invite(control: ControlPlane, ranks: Sequence[int], backend: str) -> Invitation:
+    """An invitation of ranks that are vacant, the same on all members; collective."""
+    membership = control.membership
+    proposal = f"{uuid.uuid4().hex} {membership.place}".encode()[:_MOST_BYTES]
+    agreed = bytearray()
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        mine = torch.zeros(_MOST_BYTES, dtype=torch.uint8, device="cpu")
+        mine[: len(proposal)] = torch.frombuffer(bytearray(proposal), dtype=torch.uint8)
+        agreed.extend(bytes(link.all_gather(mine)[membership.members[0]].tolist()).rstrip(b"\0"))
+
+    _perform(control, Operation.INVITE, body, {"ranks": _digest(tuple(ranks))})
+    token, _, place = agreed.decode().partition(" ")
+    return Invitation(
+        token=token,
+        ranks=tuple(ranks),
+        members=membership.members,
+        num_ranks=membership.num_ranks,
+        place=place,
+        backend=backend,
+        options=control.statement,
+    )
+
+
+def admit(control: ControlPlane, invitation: Invitation) -> None:
+    """Goes on with those who are invited, once they have come; collective.
+
+    Raises PeerTimeoutError or MismatchError, and then all is as before; the same on all members.
+    """
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        previous = control.membership
+        store, connections = previous.rooted(_path(invitation.token))
+        membership = previous.among(invitation.everybody, store, connections)
+        control.go_on_with(membership)
+        try:
+            membership.begin(Operation.ADMIT.label)
+            facts = {"backend": invitation.backend, "able": [invitation.backend]}
+            agreement.agree(membership, "arrived", {}, None, facts)
+            control.meet(Operation.ADMIT.label)
+        except BaseException:
+            membership.disconnect()
+            control.go_on_with(previous)
+            raise
+        previous.move()
+
+    _perform(control, Operation.ADMIT, body, {"invitation": _digest(invitation.encode())})
+
+
+def dismiss(control: ControlPlane, ranks: Sequence[int]) -> None:
+    """Leaves out ranks for good, this one among them perhaps: it lets the others go first. Collective."""
+    membership = control.membership
+    stay = [rank for rank in membership.members if rank not in ranks]
+
+    def body(link: Link, limits: dict[int, int]) -> None:
+        pass
+
+    _perform(control, Operation.DISMISS, body, {"ranks": _digest(tuple(ranks))})
+
+    def leave() -> None:
+        if membership.rank in ranks:
+            with contextlib.suppress(StoreError):
+                membership.await_leaving(stay, time.monotonic() + membership.timeout)
+        else:
+            membership.vacate(ranks)
+
+    with control.issuing:
+        control.locally(leave, Schedule()).host_wait()
+
+
+def enter(invitation: Invitation, rank: int, store: Store | None, timeout: float) -> dist.ProcessGroup:
+    """A group for a newcomer to construct on: it has no connections, for nothing but its facts is used."""
+    if rank not in invitation.ranks:
+        wanted = ", ".join(map(str, invitation.ranks))
+        raise RangeError("rank", f"{rank}", f"one that is invited: {wanted}")
+    base = base_of(store) if store is not None else open_store(invitation.place, timeout)
+    group = dist.ProcessGroup(base, rank, invitation.num_ranks)
+    vacant = frozenset(range(invitation.num_ranks)) - set(invitation.everybody)
+    meets_at(group, MeetingPlace(ControlStore(base, _path(invitation.token)), Connections(base), vacant))
+    return group
+
+
+def _path(token: str) -> str:
+    return f"deepep/join/{token}"
+
+
+def _digest(value: object) -> int:
+    """A value as a header's word: compared alone."""
+    return zlib.crc32(repr(value).encode())
+
+
+def _perform(control: ControlPlane, operation: Operation, body: _Body, agreed: dict[str, int]) -> None:
+    with control.issuing:
+        control.perform(operation, Schedule(), body, agreed=agreed).host_wait()

@@ -1,0 +1,319 @@
+"""Ranks that join a Buffer at work, and ranks that go: who is there, what they compute, who is told what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deepep
+from deepep.errors import ArgumentError, DestroyedError, ModeError, PeerTimeoutError, RangeError
+
+pytestmark = pytest.mark.alone
+
+TIMEOUT = 30.0
+EXPERTS, TOPK, TOKENS, HIDDEN, MOST = 12, 3, 5, 128, 6
+
+
+def buffer_for(ctx: Any, backend: str, **options: Any) -> Any:
+    given = {"low_latency_mode": True, "enable_shrink": True, "timeout": TIMEOUT, **options}
+    return deepep.Buffer(ctx.group, backend=backend, **given)
+
+
+def rounds(buffer: Any, vacant: tuple[int, ...]) -> None:
+    """Both modes, with R ranks of which some are vacant: rows, counts and sums are the oracle's."""
+    from deepep.reference import low_latency
+
+    ranks, rank = buffer.group_size, buffer.rank
+    status = torch.zeros(ranks, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    assert tuple(status.nonzero().flatten().tolist()) == vacant == buffer.info.masked_ranks
+
+    def made(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    scores = [torch.rand(TOKENS, EXPERTS, generator=made(r)) for r in range(ranks)]
+    idx = [s.topk(TOPK, dim=1).indices for s in scores]
+    xs = [torch.randn(TOKENS, HIDDEN, generator=made(20 + r)).bfloat16() for r in range(ranks)]
+    weights = [torch.rand(TOKENS, TOPK, generator=made(40 + r)) for r in range(ranks)]
+
+    sent = low_latency.dispatch(xs, idx, MOST, EXPERTS, fp8=False, masked=vacant)
+    rows, count, handle, _, _ = buffer.low_latency_dispatch(xs[rank], idx[rank], MOST, EXPERTS, use_fp8=False)
+    assert torch.equal(count, sent[rank].recv_count)
+    for expert, n in enumerate(count.tolist()):
+        assert torch.equal(rows[expert, :n], sent[rank].recv_x[expert, :n])
+    got, _, _ = buffer.low_latency_combine(rows, idx[rank], weights[rank], handle)
+    wanted = low_latency.combine(
+        [o.recv_x for o in sent],
+        idx,
+        weights,
+        sent,
+        num_max_tokens=MOST,
+        num_experts=EXPERTS,
+        reduce="rank",
+        masked=vacant,
+    )
+    assert torch.equal(got, wanted[rank])
+
+    # High throughput: what goes to a vacant rank stays away, as if it were routed nowhere.
+    local = EXPERTS // ranks
+    kept = [torch.where(torch.isin(i // local, torch.tensor(vacant)), -1, i) for i in idx]
+    comes = [x[((i // local == rank) & (i >= 0)).any(dim=1)] for x, i in zip(xs, kept, strict=True)]
+    there = torch.cat([rows for r, rows in enumerate(comes) if r not in vacant])
+    recv, _, _, _, handle, _ = buffer.dispatch(
+        xs[rank], topk_idx=kept[rank], topk_weights=weights[rank], num_experts=EXPERTS
+    )
+    assert torch.equal(recv, there)
+    back, _, _ = buffer.combine(recv, handle)
+    ranks_of = [len({int(e) // local for e in token if e >= 0}) for token in kept[rank]]
+    assert torch.equal(back, xs[rank] * torch.tensor(ranks_of).unsqueeze(1))
+
+
+def hand_over(ctx: Any, buffer: Any, ranks: tuple[int, ...], path: str) -> str:
+    """An invitation, which the newcomers find in a file."""
+    import os
+
+    invitation = buffer.invite(ranks)
+    if ctx.rank == 0:
+        Path(path + ".new").write_text(invitation)
+        os.rename(path + ".new", path)
+    return invitation
+
+
+def newcomer(ctx: Any, path: str, rank: int, then: Any) -> Any:
+    """Does what a new process does: waits for its invitation, joins, and goes on."""
+    import time
+
+    while not Path(path).exists():
+        time.sleep(0.01)
+    buffer = deepep.Buffer.join(Path(path).read_text(), rank, timeout=TIMEOUT)
+    assert (buffer.rank, buffer.enable_shrink, buffer.low_latency_mode) == (rank, True, True)
+    return then(buffer)
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulator"])
+def test_a_process_takes_the_place_of_one_that_died(fresh_world: Any, backend: str, tmp_path: Path) -> None:
+    def body(ctx: Any, path: str) -> str:
+        import os
+        import signal
+
+        buffer = buffer_for(ctx, backend)
+        rounds(buffer, ())
+        if ctx.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        buffer.low_latency_update_mask_buffer(1, True)
+        rounds(buffer, (1,))
+        buffer.admit(hand_over(ctx, buffer, (1,), path))
+        rounds(buffer, ())
+        buffer.low_latency_clean_mask_buffer()  # nobody is masked: nothing happens
+        rounds(buffer, ())
+        buffer.destroy()
+        return "done"
+
+    def then(buffer: Any) -> str:
+        rounds(buffer, ())
+        buffer.low_latency_clean_mask_buffer()
+        rounds(buffer, ())
+        buffer.destroy()
+        return "joined"
+
+    if backend == "emulator":
+        pytest.importorskip("deepep._emulator")
+    path = str(tmp_path / "invitation")
+    fresh = fresh_world(1).submit(newcomer, path, 1, then)
+    outcomes = fresh_world(3).try_run(body, path)
+    assert [o.value for o in outcomes if o.rank != 1] == ["done", "done"], [o.describe() for o in outcomes]
+    assert fresh.results() == ["joined"]
+
+
+def test_a_group_grows_and_shrinks(fresh_world: Any, tmp_path: Path) -> None:
+    def body(ctx: Any, path: str) -> None:
+        buffer = buffer_for(ctx, "reference", max_num_ranks=4)
+        assert repr(buffer).startswith(f"<deepep.Buffer: rank {ctx.rank} of 4")
+        rounds(buffer, (2, 3))
+        buffer.low_latency_clean_mask_buffer()  # no process has them: they stay masked
+        rounds(buffer, (2, 3))
+        buffer.admit(hand_over(ctx, buffer, (3,), f"{path}3"))
+        rounds(buffer, (2,))
+        buffer.admit(hand_over(ctx, buffer, (2,), f"{path}2"))
+        rounds(buffer, ())
+        buffer.dismiss([0, 3])
+        if ctx.rank == 0:
+            with pytest.raises(DestroyedError):
+                buffer.invite([3])
+            return
+        rounds(buffer, (0, 3))
+        buffer.destroy()
+
+    def third(buffer: Any) -> None:
+        rounds(buffer, (2,))
+        buffer.admit(buffer.invite([2]))  # a rank that has joined is like any other
+        rounds(buffer, ())
+        buffer.dismiss([0, 3])
+        with pytest.raises(DestroyedError):
+            buffer.invite([3])
+
+    def second(buffer: Any) -> None:
+        rounds(buffer, ())
+        buffer.dismiss([0, 3])
+        rounds(buffer, (0, 3))
+        buffer.destroy()
+
+    path = str(tmp_path / "invitation")
+    others = [
+        fresh_world(1).submit(newcomer, f"{path}{rank}", rank, then)
+        for rank, then in ((3, third), (2, second))
+    ]
+    fresh_world(2).run(body, path)
+    for other in others:
+        other.results()
+
+
+def test_who_does_not_come_costs_a_time_out_and_nothing_else(fresh_world: Any, tmp_path: Path) -> None:
+    def body(ctx: Any, path: str) -> str:
+        buffer = buffer_for(ctx, "reference", max_num_ranks=3, timeout=3.0)
+        with pytest.raises(PeerTimeoutError) as caught:
+            buffer.admit(buffer.invite([2]))
+        assert caught.value.record.waited_on == (2,)
+        rounds(buffer, (2,))
+        # One that dies on its way is missed at once, or at the deadline if it had not come at all.
+        with pytest.raises(PeerTimeoutError) as other:
+            buffer.admit(hand_over(ctx, buffer, (2,), f"{path}-first"))
+        assert other.value.record.waited_on == (2,)
+        rounds(buffer, (2,))
+        buffer.destroy()
+        return str(caught.value).partition("waited")[0]
+
+    def dies(ctx: Any, path: str) -> None:
+        import os
+        import signal
+
+        from deepep.runtime.control import issue
+
+        def die(plane: Any, operation: str) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        issue.ControlPlane.meet = die
+        newcomer(ctx, path, 2, lambda buffer: None)
+
+    path = str(tmp_path / "invitation")
+    fresh = fresh_world(1).submit(dies, f"{path}-first")
+    said = fresh_world(2).run(body, path)
+    assert said == ["rank 0: admit: meet: ", "rank 1: admit: meet: "]
+    assert [outcome.status.name for outcome in fresh.outcomes()] == ["DIED"]
+
+
+def test_a_rank_that_was_replaced_finds_out_and_disturbs_nobody(fresh_world: Any, tmp_path: Path) -> None:
+    def body(ctx: Any, path: str) -> str:
+        import time
+
+        buffer = buffer_for(ctx, "reference", timeout=4.0)
+        rounds(buffer, ())
+        if ctx.rank == 1:  # alive, and given up by the others
+            while not Path(f"{path}-admitted").exists():
+                time.sleep(0.01)
+            with pytest.raises(PeerTimeoutError) as caught:
+                rounds(buffer, ())
+            buffer.destroy()
+            return str(caught.value.record.waited_on)
+        buffer.low_latency_update_mask_buffer(1, True)
+        buffer.admit(hand_over(ctx, buffer, (1,), path))
+        if ctx.rank == 0:
+            Path(f"{path}-admitted").touch()
+        for _ in range(30):
+            rounds(buffer, ())
+        buffer.destroy()
+        return "went on"
+
+    def then(buffer: Any) -> str:
+        for _ in range(30):
+            rounds(buffer, ())
+        buffer.destroy()
+        return "went on"
+
+    path = str(tmp_path / "invitation")
+    fresh = fresh_world(1).submit(newcomer, path, 1, then)
+    assert fresh_world(3).run(body, path) == ["went on", "(1,)", "went on"]
+    assert fresh.results() == ["went on"]
+
+
+def test_what_is_refused(fresh_world: Any) -> None:
+    def body(ctx: Any) -> None:
+        from deepep.runtime.control.invitation import Invitation
+
+        with buffer_for(ctx, "reference", enable_shrink=False) as plain, pytest.raises(ModeError):
+            plain.invite([0])
+        with pytest.raises(ModeError, match="max_num_ranks"):
+            buffer_for(ctx, "reference", enable_shrink=False, max_num_ranks=3)
+        with pytest.raises(RangeError, match="max_num_ranks"):
+            buffer_for(ctx, "reference", max_num_ranks=1)
+        buffer = buffer_for(ctx, "reference", max_num_ranks=4)
+        for ranks, why in (
+            ([0], "masked"),
+            ([], "at least one"),
+            ([2, 2], "each once"),
+            ([4], "ranks"),
+            ("2", "str"),
+        ):
+            with pytest.raises(ArgumentError, match=why):
+                buffer.invite(ranks)
+        with pytest.raises(RangeError, match="not masked"):
+            buffer.dismiss([2])
+        with pytest.raises(RangeError, match="not all"):
+            buffer.dismiss([0, 1])
+        for text in ("", "[]", '["deepep-invitation-1", {}]', '["another", {}]', "{}"):
+            with pytest.raises(RangeError, match="invitation"):
+                buffer.admit(text)
+            with pytest.raises(RangeError, match="invitation"):
+                deepep.Buffer.join(text, 2)
+        # One rank's bad argument, or another invitation than the others', is everybody's error.
+        with pytest.raises(RangeError, match="rank 1: ranks"):
+            buffer.invite([2] if ctx.rank == 0 else [0])
+        with pytest.raises(deepep.MismatchError):
+            buffer.invite([2 + ctx.rank])
+        first, second = buffer.invite([2]), buffer.invite([2])
+        assert first != second
+        with pytest.raises(deepep.MismatchError):
+            buffer.admit((first, second)[ctx.rank])
+        invited = Invitation.decode(first)
+        assert (invited.ranks, invited.members, invited.num_ranks) == ((2,), (0, 1), 4)
+        with pytest.raises(RangeError, match="invited: 2"):
+            deepep.Buffer.join(first, 3)
+        rounds(buffer, (2, 3))
+        buffer.destroy()
+
+    fresh_world(2).run(body)
+
+
+def test_an_invitation_by_other_members_is_refused(fresh_world: Any) -> None:
+    def body(ctx: Any) -> None:
+        buffer = buffer_for(ctx, "reference", max_num_ranks=4)
+        invitation = buffer.invite([3])
+        buffer.dismiss([2])
+        if ctx.rank != 2:
+            with pytest.raises(RangeError, match="a new one, by ranks"):
+                buffer.admit(invitation)
+            rounds(buffer, (2, 3))
+            buffer.destroy()
+
+    fresh_world(3).run(body)
+
+
+def test_a_store_is_found_by_its_place() -> None:
+    from torch.distributed import FileStore, HashStore, PrefixStore, TCPStore
+
+    from deepep.runtime.control.stores import base_of, open_store, place_of
+
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    prefixed = PrefixStore("a", PrefixStore("b", server))
+    assert base_of(prefixed) is not prefixed
+    place = place_of(prefixed)
+    assert place == f"tcp:localhost:{server.port}"
+    open_store(place, 5.0).set("key", "value")
+    assert server.get("key") == b"value"
+    assert place_of(PrefixStore("a", HashStore())) == ""
+    with pytest.raises(RangeError, match="store"):
+        open_store("", 5.0)
+    assert place_of(FileStore("/tmp/deepep-no-such-store", -1)) == "file:/tmp/deepep-no-such-store"
