@@ -94,18 +94,19 @@ check-types: | $(QUICK)
 	ln -s $(CURDIR)/sim build/types/deepep/sim
 	cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p deepep
 
-# Several tests at a time; those that measure how long ranks wait for each other, with nothing beside them.
+# Several tests at a time; those that measure how long ranks wait for each other, with nothing beside them that
+# computes: they mostly wait.
 TEST_JOBS ?= 2
-SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal -m "not alone"
+SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal
 
 # Buffer's own tests, on the kernels' source.
 test-emulator: install
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) tests/api
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q -m alone tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not alone" tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m alone tests/api
 
 unit: install
-	$(PY) -m pytest $(SIDE_BY_SIDE)
-	$(PY) -m pytest -m alone
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not alone"
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m alone
 
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)
