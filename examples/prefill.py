@@ -17,15 +17,11 @@ def moe_layer(
     buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, experts: GroupedSwiGLU, shared: SwiGLU, topk: int
 ) -> torch.Tensor:
     routing = group_limited_topk(logits, topk, num_groups=4, num_kept_groups=2)
-    layout = buffer.get_dispatch_layout(routing.topk_idx, logits.shape[1])
     sent = buffer.dispatch(
         fp8_cast(x),  # (values, a scale per 128 channels)
-        num_tokens_per_rank=layout.num_tokens_per_rank,
-        num_tokens_per_rdma_rank=layout.num_tokens_per_rdma_rank,
-        is_token_in_rank=layout.is_token_in_rank,
-        num_tokens_per_expert=layout.num_tokens_per_expert,
         topk_idx=routing.topk_idx,
         topk_weights=routing.topk_weights,
+        num_experts=logits.shape[1],  # the layout is worked out inside
         async_finish=True,
     )
     with sent.event:  # on leaving, the current stream waits for the rows
