@@ -33,6 +33,7 @@ from deepep.version import __version__
 if TYPE_CHECKING:
     from deepep.parallel import (
         DistributedDataParallel,
+        ElasticSampler,
         ParallelConfig,
         configured,
         get_config,
@@ -41,7 +42,15 @@ if TYPE_CHECKING:
     )
 
 _PARALLEL = frozenset(
-    {"DistributedDataParallel", "ParallelConfig", "configured", "get_config", "optimize", "set_config"}
+    {
+        "DistributedDataParallel",
+        "ElasticSampler",
+        "ParallelConfig",
+        "configured",
+        "get_config",
+        "optimize",
+        "set_config",
+    }
 )
 """Names of deepep.parallel, which is imported when one of them is first asked for."""
 
@@ -69,6 +78,7 @@ __all__ = [
     "DistributedDataParallel",
     "EPHandle",
     "ElasticBuffer",
+    "ElasticSampler",
     "EventError",
     "EventHandle",
     "EventOverlap",

@@ -2,6 +2,7 @@
 
 DistributedDataParallel          gradients reduced as the options say; experts left to their ranks
 optimize                         a model, a group, or the default group
+ElasticSampler                   which samples a rank takes, by the step and who is there
 set_config, configured           options of the process, of a block; ParallelConfig has their names
 """
 
@@ -9,9 +10,11 @@ from deepep.collectives.plan import ReductionPlan
 from deepep.parallel.config import ParallelConfig, configured, get_config, set_config
 from deepep.parallel.ddp import DistributedDataParallel
 from deepep.parallel.optimize import Optimized, optimize
+from deepep.parallel.sampler import ElasticSampler
 
 __all__ = [
     "DistributedDataParallel",
+    "ElasticSampler",
     "Optimized",
     "ParallelConfig",
     "ReductionPlan",
