@@ -84,8 +84,9 @@ class ElasticSampler(Sampler[list[int]]):
         self.weights = given
 
     def set_members(self, members: Sequence[int]) -> None:
-        """Shares steps among these ranks from now on; the same on all of them. This rank may be missing: then
-        its batches are empty.
+        """Shares steps among these ranks from now on; the same on all of them.
+
+        This rank may be missing: then its batches are empty.
         """
         ranks = sorted({check_int("members", rank, 0, self.num_ranks - 1) for rank in members})
         if not ranks:
@@ -114,9 +115,9 @@ class ElasticSampler(Sampler[list[int]]):
         while at < last:
             turn, begin = divmod(at, self.num_samples)
             end = min(self.num_samples, begin + last - at)
-            found.append(self._turn(turn, torch.arange(begin, end)))
+            found.append(self._turn(turn, torch.arange(begin, end, device="cpu")))
             at += end - begin
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def gradient_weight(self) -> float:
         """Weight of this rank's mean over its samples in the mean over all samples of a step."""
@@ -142,7 +143,7 @@ class ElasticSampler(Sampler[list[int]]):
         self.step = done + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a rank needs that joins, or begins again: the step; and what has to be the same there."""
+        """The step, for a rank that joins or begins again; and what has to be the same there."""
         return {"step": self.step, **self._same()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,7 +178,7 @@ def shuffled(places: Tensor, size: int, key: str) -> Tensor:
     mask = (1 << half) - 1
     raw = hashlib.sha256(key.encode()).digest() + hashlib.sha256(key.encode() + b"+").digest()
     keys = [int.from_bytes(raw[8 * i : 8 * i + 8], "big", signed=True) for i in range(_ROUNDS)]
-    out, open_places = places.clone(), torch.arange(len(places))
+    out, open_places = places.clone(), torch.arange(len(places), device=places.device)
     while len(open_places):
         left, right = out[open_places] >> half, out[open_places] & mask
         for round_key in keys:
