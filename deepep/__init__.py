@@ -37,9 +37,9 @@ if TYPE_CHECKING:
         ParallelConfig,
         configured,
         get_config,
-        optimize,
         set_config,
     )
+    from deepep.parallel.optimize import optimize
 
 _PARALLEL = frozenset(
     {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from types import ModuleType
 import pytest
 
 from deepep.sim import World
+
+# Plans by the fixed rule, unless a test is about measuring them: times here are the machine's mood.
+os.environ.setdefault("DEEPEP_PROBE_SECONDS", "0")
 
 
 @pytest.fixture(scope="session")

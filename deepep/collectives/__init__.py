@@ -2,9 +2,11 @@
 
 Communicator     all-reduces between the ranks of a group, by a plan
 ReductionPlan    schedule, codec, groups; a file that can be pinned
+PlanTable        plans by codec and size, as measured between the ranks
 """
 
 from deepep.collectives.communicator import Communicator, PendingReduction
 from deepep.collectives.plan import ReductionPlan
+from deepep.collectives.plan_table import PlanTable
 
-__all__ = ["Communicator", "PendingReduction", "ReductionPlan"]
+__all__ = ["Communicator", "PendingReduction", "PlanTable", "ReductionPlan"]

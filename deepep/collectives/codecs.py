@@ -131,6 +131,16 @@ class FixedPoint:
         _core.decode_fixed(integers.numpy(), self.exponents.numpy(), self.headroom, divisor, values.numpy())
         return values
 
+    @staticmethod
+    def sum(addends: list[Tensor], divisor: float) -> Tensor:
+        """The sum of [N] float32 each, divided: for a rank that has all of the addends, and so the units."""
+        units = torch.stack([FixedPoint.exponents_of(addend) for addend in addends]).amax(0)
+        fixed = FixedPoint(units, headroom_of(len(addends)))
+        total = fixed.encode(addends[0])
+        for addend in addends[1:]:
+            total += fixed.encode(addend)
+        return fixed.decode(total, divisor)
+
     def part(self, first: int, end: int) -> FixedPoint:
         """The units of the elements [first, end); `first` begins a block, or is the end."""
         return FixedPoint(self.exponents[num_blocks(first) : num_blocks(end)], self.headroom)

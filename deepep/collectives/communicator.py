@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,16 @@ from torch.futures import Future
 
 from deepep.collectives import codecs
 from deepep.collectives.codecs import FIXED, LOSSY, PLAIN, FixedPoint, Messages
+from deepep.collectives.cost import LinkSpeeds
 from deepep.collectives.plan import ReductionPlan
+from deepep.collectives.probe import probe
 from deepep.collectives.schedules import PARTIAL, RESULT, Reduction, shares
-from deepep.collectives.transport import PointToPoint, Steps, drive
+from deepep.collectives.transport import MANY_UNITS, PointToPoint, Steps, Transfer, drive
 from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, DeviceError, LayoutError
 from deepep.runtime.checks import check_int, check_memory
 from deepep.runtime.completion import Completion, HostCompletion
 from deepep.runtime.control import agreement
-from deepep.runtime.control.agreement import dtype_code
+from deepep.runtime.control.agreement import NO_LIMIT, dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.control.transport import Link
@@ -34,14 +37,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CALLS, _ASIDE = 1, 64  # the limit of a rank that calls; the tag of what is given aside
 _ASYNCHRONOUS = Schedule(asynchronous=True)
 
 
 class PendingReduction:
-    """An all-reduce under way, to be waited for like a torch.distributed Work."""
+    """An all-reduce under way, to be waited for like a torch.distributed Work.
+
+    Once it is done: seconds: from when all ranks had come to it, on the CPU. callers: the ranks that passed
+    `calls`. aside: what ranks passed so, by rank.
+    """
 
     def __init__(self, tensor: Tensor, done: Future[Tensor]) -> None:
         self.tensor, self._done = tensor, done
+        self.seconds = 0.0
+        self.callers: frozenset[int] = frozenset()
+        self.aside: list[Tensor] = []
         self._completion: Completion | None = None
 
     def wait(self) -> Tensor:
@@ -114,13 +125,18 @@ class Communicator:
         dice: tuple[int, int, int] | None = None,
         async_op: bool = False,
         statement: str = "",
+        calls: bool = False,
+        aside: Tensor | None = None,
+        inspect: Callable[[Tensor], None] | None = None,
     ) -> Tensor | PendingReduction:
         """Replaces `tensor` by its sum, or mean, over all ranks: the same bits on each of them.
 
         tensor: float32, bfloat16, float16 or float64, of any shape, the same on all ranks, contiguous.
         Float64 is never compressed. plan: by default direct, in fixed point. dice: seed, step and tensor,
         by which a lossy codec rounds stochastically; None rounds to nearest. async_op: returns at once,
-        with something to wait for. statement: what else all ranks have to pass alike.
+        with something to wait for. statement: what else all ranks have to pass alike. calls: something that
+        all ranks learn of this one. aside: [K] float64 on the CPU, given to all ranks beside the tensor.
+        inspect: called with the result, [N], before anybody learns that it is there.
 
         Raises, on all ranks, ArgumentTypeError, DeviceError, LayoutError or RangeError for what one of them
         passes, MismatchError if they pass different things; PeerTimeoutError if one is missing.
@@ -136,18 +152,20 @@ class Communicator:
                 "dtype": dtype_code(tensor.dtype),
                 "mean": mean,
                 "plan": digest_of(repr(plan), dice, statement),
+                "aside": 0 if aside is None else aside.numel(),
             }
 
-            def issue(body: Callable[[Link], None]) -> Completion:
+            def issue(body: Callable[[Link, frozenset[int]], None]) -> Completion:
                 return self._control.perform(
                     Operation.ALL_REDUCE,
                     _ASYNCHRONOUS,
-                    lambda link, limits: body(link),
+                    lambda link, limits: body(link, frozenset(r for r, n in limits.items() if n == _CALLS)),
                     agreed=agreed,
+                    limit=_CALLS if calls else NO_LIMIT,
                     tensors=(tensor,),
                 )
 
-            pending = self._issue(tensor, plan, mean, dice, issue)
+            pending = self._issue(tensor, plan, mean, dice, issue, aside, inspect)
         return pending if async_op else pending.wait()
 
     def continue_with(
@@ -158,20 +176,21 @@ class Communicator:
         mean: bool,
         dice: tuple[int, int, int] | None,
         unless: Callable[[], bool],
+        inspect: Callable[[Tensor], None] | None = None,
     ) -> PendingReduction:
         """A further reduction that belongs to the one issued last, without another comparison of arguments:
         buckets of one backward, whose sizes all ranks know. unless: asked in its turn; True leaves it out.
         """
         with self._control.issuing:
 
-            def issue(body: Callable[[Link], None]) -> Completion:
+            def issue(body: Callable[[Link, frozenset[int]], None]) -> Completion:
                 def perhaps(link: Link) -> None:
                     if not unless():
-                        body(link)
+                        body(link, frozenset())
 
                 return self._control.proceed("bucket", _ASYNCHRONOUS, perhaps, (tensor,))
 
-            return self._issue(tensor, plan.for_ranks(self.num_ranks), mean, dice, issue)
+            return self._issue(tensor, plan.for_ranks(self.num_ranks), mean, dice, issue, None, inspect)
 
     def _check(
         self, tensor: object, plan: ReductionPlan | None, dice: tuple[int, int, int] | None
@@ -200,19 +219,26 @@ class Communicator:
         plan: ReductionPlan,
         mean: bool,
         dice: tuple[int, int, int] | None,
-        issue: Callable[[Callable[[Link], None]], Completion],
+        issue: Callable[[Callable[[Link, frozenset[int]], None]], Completion],
+        aside: Tensor | None = None,
+        inspect: Callable[[Tensor], None] | None = None,
     ) -> PendingReduction:
         devices: list[int | str | torch.device] | None = [tensor.device] if tensor.is_cuda else None
         done: Future[Tensor] = Future(devices=devices)
         pending = PendingReduction(tensor, done)
 
-        def body(link: Link) -> None:
+        def body(link: Link, callers: frozenset[int]) -> None:
             net = PointToPoint(link)
+            started, pending.callers = time.perf_counter(), callers
             try:
                 # One element may have a stride of 0 and be contiguous; its bytes could not be viewed.
                 out = tensor.detach().as_strided((tensor.numel(),), (1,))
-                reduce(net, out, plan, self.num_ranks if mean else 1, dice)
+                beside = [] if aside is None else [self._give(net, aside, pending)]
+                reduce(net, out, plan, self.num_ranks if mean else 1, dice, beside)
+                if inspect is not None:
+                    inspect(out)
             finally:
+                pending.seconds = time.perf_counter() - started
                 self.bytes_sent += net.bytes_sent
 
         completion = pending._completion = issue(body)
@@ -222,6 +248,39 @@ class Communicator:
             with torch.cuda.stream(self._control.session.stream):
                 done.set_result(tensor)
         return pending
+
+    def _give(self, net: PointToPoint, aside: Tensor, pending: PendingReduction) -> Steps:
+        """One round, beside a reduction's own: every rank's `aside` to every other."""
+        pending.aside = [aside if rank == net.rank else aside.clone() for rank in range(net.num_ranks)]
+        messages: list[Transfer] = [(t.view(torch.uint8), rank) for rank, t in enumerate(pending.aside)]
+        mine = messages.pop(net.rank)[0]
+        yield net.exchange([(mine, rank) for _, rank in messages], messages, _ASIDE)
+
+    # measuring
+
+    def probe(self) -> LinkSpeeds:
+        """Measured speeds of the links between the ranks, the same on all of them. Collective, on the CPU."""
+        found: list[LinkSpeeds] = []
+
+        def body(link: Link) -> None:
+            found.append(probe(PointToPoint(link), lambda values: _gathered(link, values)))
+
+        self._perform_probe(body)
+        return found[0]
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's numbers, as many on each, by rank. Collective, on the CPU."""
+        found: list[list[float]] = []
+        self._perform_probe(lambda link: found.extend(_gathered(link, values)), len(values))
+        return found
+
+    def _perform_probe(self, body: Callable[[Link], None], count: int = 0) -> None:
+        with self._control.issuing:
+            self._control.check_alive()
+            completion = self._control.perform(
+                Operation.PROBE, Schedule(), lambda link, limits: body(link), agreed={"numbers": count}
+            )
+        completion.host_wait()
 
     # the end
 
@@ -248,8 +307,12 @@ def reduce(
     plan: ReductionPlan,
     divisor: int,
     dice: tuple[int, int, int] | None,
+    beside: Sequence[Steps] = (),
 ) -> None:
-    """Replaces `out` [N] by its sum over the ranks, divided; a plan that `for_ranks` has made."""
+    """Replaces `out` [N] by its sum over the ranks, divided; a plan that `for_ranks` has made.
+
+    beside: other schedules, to be under way with the reduction's own.
+    """
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
     outer = plan.codec if wide == torch.float32 else PLAIN
     inner = (plan.inner or plan.codec) if wide == torch.float32 else PLAIN
@@ -259,7 +322,16 @@ def reduce(
     def finish(total: Tensor, begin: int) -> Tensor:
         return torch.div(total, divided)  # a tensor: a number would go by way of its reciprocal on CUDA
 
-    if outer == FIXED:
+    sum_all = None
+    if outer == FIXED and plan.schedule in ("oneshot", "direct") and net.num_ranks > 1:
+        # Whoever sums has all of the addends: they travel as they are, and nobody has to ask for the units.
+        def sum_all(addends: list[Tensor]) -> Tensor:
+            return FixedPoint.sum([addend.view(out.dtype).float() for addend in addends], float(divisor))
+
+        def finish(total: Tensor, begin: int) -> Tensor:
+            return total
+
+    elif outer == FIXED:
         exponents = FixedPoint.exponents_of(values)
         drive([_until_agreed(net, exponents)])
         fixed = FixedPoint(exponents, codecs.headroom_of(net.num_ranks))
@@ -277,18 +349,30 @@ def reduce(
             name, dtype = outer, wide
         else:
             name = inner if plan.schedule == "hierarchical" else outer
-            dtype = out.dtype
+            name, dtype = (PLAIN if sum_all is not None else name), out.dtype
         key = None if dice is None or name == PLAIN else codecs.rounding_key(*dice, sender, level)
         return Messages(name, dtype, key)
 
-    task = Reduction(plan, net, values, out, messages, finish)
+    task = Reduction(plan, net, values, out, messages, finish, sum_all)
     spans = shares((0, out.numel()), plan.pieces if plan.schedule != "ring" else 1)
-    drive([task.steps(span, tag) for tag, span in enumerate(spans)])
+    drive([*(task.steps(span, tag) for tag, span in enumerate(spans)), *beside])
 
 
 def _until_agreed(net: PointToPoint, exponents: Tensor) -> Steps:
     """The maximum over the ranks, in place."""
-    yield net.all_reduce(exponents, dist.ReduceOp(dist.ReduceOp.MAX))
+    if exponents.is_cuda or exponents.numel() * net.num_ranks > MANY_UNITS:
+        yield net.all_reduce(exponents, dist.ReduceOp(dist.ReduceOp.MAX))
+        return
+    others = [(torch.empty_like(exponents), rank) for rank in range(net.num_ranks) if rank != net.rank]
+    mine = exponents.clone()  # what is read while it is sent may not change
+    yield net.exchange([(mine, rank) for _, rank in others], others, 0)
+    for theirs, _ in others:
+        torch.maximum(exponents, theirs, out=exponents)
+
+
+def _gathered(link: Link, values: list[float]) -> list[list[float]]:
+    found = link.all_gather(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    return [found[rank].tolist() for rank in sorted(found)]
 
 
 def _settle(done: Future[Tensor], tensor: Tensor, error: BaseException | None) -> None:

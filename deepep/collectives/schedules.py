@@ -31,7 +31,7 @@ class Reduction:
 
     values: [N] accumulators' dtype, this rank's addend. out: [N], the caller's dtype. messages(level,
     sender): the format there, with its dice. finish(total, begin): the result of a sum that begins at an
-    element.
+    element. sum_all: sums messages of all ranks' addends, in place of decoding and adding them in turn.
     """
 
     plan: ReductionPlan
@@ -40,6 +40,7 @@ class Reduction:
     out: Tensor
     messages: Callable[[int, int], Messages]
     finish: Callable[[Tensor, int], Tensor]
+    sum_all: Callable[[list[Tensor]], Tensor] | None = None
 
     def steps(self, span: Span, tag: int) -> Steps:
         """The plan's schedule of these elements."""
@@ -55,6 +56,8 @@ class Reduction:
 
     def sum(self, level: int, addends: list[Tensor], span: Span) -> Tensor:
         """The sum of messages in their order, the first as it is."""
+        if level == ADDEND and self.sum_all is not None:
+            return self.sum_all(addends)
         total = torch.empty_like(self.values[slice(*span)])
         for number, message in enumerate(addends):
             self.messages(level, ANYBODY).decode(message, total, add=number > 0)

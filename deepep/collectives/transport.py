@@ -16,6 +16,9 @@ Transfer = tuple[Tensor, int]
 Steps = Generator[list[Any], None, None]
 """A schedule of one piece: yields works, and goes on once they are done."""
 
+MANY_UNITS = 64 << 10
+"""Bytes of the ranks' exponents up to which one round of messages is faster than the transport's rounds."""
+
 
 class PointToPoint:
     """Messages between the ranks of a link. bytes_sent: of payload, by this rank, so far."""

@@ -17,9 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deepep.collectives import Communicator
 from deepep.collectives.communicator import DTYPES
+from deepep.collectives.plan_table import PlanTable
 from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
 from deepep.parallel.hook import BucketReducer, reduce_bucket
+from deepep.parallel.planning import table_of
 
 GRADIENTS = ("mean", "sum")
 _scalings: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
@@ -132,10 +134,26 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         reducer.next_config = with_changes(reducer.next_config or reducer.config, changes)
 
     def report(self) -> dict[str, Any]:
-        """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans`."""
+        """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans` by
+        bucket. Of measured plans `plan_version`. Of compression "auto" by bucket `noise`: what a format adds
+        to the gradients' own variance, in proportion, as of the backward before the last.
+        """
         reducer = self._reducer_of_ours()
         plans = {index: asdict(plan) for index, plan in reducer.plans.items()}
-        return {"steps": reducer.step, "bytes_sent": reducer.comm.bytes_sent, "plans": plans}
+        noise = {index: dict(found.ratios) for index, found in reducer.noise.items()}
+        version = None if reducer.table is None else reducer.table.version
+        return {
+            "steps": reducer.step,
+            "bytes_sent": reducer.comm.bytes_sent,
+            "plans": plans,
+            "plan_version": version,
+            "noise": noise,
+        }
+
+    @property
+    def plan(self) -> PlanTable | None:
+        """The plans in use, for `model.plan.save(path)` and later `topology=path`; None: a fixed rule."""
+        return self._reducer_of_ours().table
 
     def close(self) -> None:
         """Ends communication; collective, idempotent. At the latest, the process's end does it."""
@@ -163,7 +181,7 @@ def attach(
             "buckets": repr((model.bucket_bytes_cap, getattr(model, "bucket_bytes_cap_list", []))),
         },
     )
-    reducer = BucketReducer(comm, config)
+    reducer = BucketReducer(comm, config, table_of(comm, config))
     TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
     return reducer
 

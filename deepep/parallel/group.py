@@ -11,7 +11,7 @@ from torch import Tensor
 from deepep.collectives import Communicator, PendingReduction
 from deepep.collectives.communicator import DTYPES
 from deepep.parallel.config import ParallelConfig
-from deepep.parallel.planning import plan_of
+from deepep.parallel.planning import plan_of, table_of
 from deepep.runtime.control.transport import store_of
 
 FORWARDED = (
@@ -46,6 +46,7 @@ class CommGroup(dist.ProcessGroup):
         self.comm = Communicator(
             beneath, device=device, timeout=config.seconds, statement={"config": repr(config)}
         )
+        self.table = table_of(self.comm, config, compresses)
 
     def allreduce(self, tensors: Any, options: Any = None) -> Any:  # type: ignore[override]
         """In place; a Work."""
@@ -60,8 +61,15 @@ class CommGroup(dist.ProcessGroup):
             return self.beneath.allreduce(given, options)
         tensor = given[0]
         size = tensor.numel() * tensor.element_size()
-        config = self.config
-        plan = plan_of(config, size, tensor.dtype, self.comm.hosts, tensor.device.type, self.compresses)
+        plan = plan_of(
+            self.config,
+            size,
+            tensor.dtype,
+            self.comm.hosts,
+            tensor.device.type,
+            self.compresses,
+            table=self.table,
+        )
         pending = self.comm.all_reduce(tensor, plan, mean=bool(mean), async_op=True)
         assert isinstance(pending, PendingReduction)
         return ReductionWork(pending)

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from deepep.collectives import Communicator, ReductionPlan
-from deepep.collectives.codecs import LOSSY
+from deepep.collectives import Communicator, PendingReduction, ReductionPlan
+from deepep.collectives.codecs import LOSSY, rounding_key
+from deepep.collectives.plan_table import PlanTable
 from deepep.parallel.config import ParallelConfig
-from deepep.parallel.planning import plan_of
+from deepep.parallel.drift import DriftDetector
+from deepep.parallel.planning import plan_of, table_of
+from deepep.parallel.policy import BucketFormat, BucketNoise, measure, square_of
 
 
 @dataclass
 class BucketReducer:
     """Averages the buckets of one model's backwards over the ranks.
 
-    step: backwards so far, by which dice differ. plans: of the last backward, by
-    bucket. next_config: options that hold from the next backward on.
+    table: measured or pinned plans; None: by the fixed rule. step: backwards so far, by which dice differ.
+    plans: of the last backward, by bucket. next_config: options that hold from the next backward on. formats:
+    of compression "auto", by bucket; noise: what they followed from, as of the backward before the last.
     """
 
     comm: Communicator
     config: ParallelConfig
+    table: PlanTable | None = None
     step: int = 0
     plans: dict[int, ReductionPlan] = field(default_factory=dict)
     next_config: ParallelConfig | None = None
+    formats: dict[int, BucketFormat] = field(default_factory=dict)
+    noise: dict[int, BucketNoise] = field(default_factory=dict)
     _failure: BaseException | None = None
+    _first: PendingReduction | None = None  # of the last backward's first bucket
+    _measured: dict[int, list[float]] = field(default_factory=dict)  # in this backward, by bucket
+    _given: dict[int, ReductionPlan] = field(default_factory=dict)  # buckets given aside, and how reduced
+    _plans_before: dict[int, ReductionPlan] = field(default_factory=dict)
+    _drift: DriftDetector = field(default_factory=DriftDetector)
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _planned: tuple[float, float] = (0.0, 0.0)  # when plans were last measured again, and for how long
 
     def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         """Starts a bucket; its future is the bucket itself, reduced. Never raises inside autograd, which
@@ -38,7 +54,7 @@ class BucketReducer:
         """
         index, tensor = bucket.index(), bucket.buffer()
         if index == 0:
-            self._begin()
+            self._failure = None
         in_backward = torch._C._current_graph_task_id() >= 0
         step = self.step
         if bucket.is_last():
@@ -48,6 +64,8 @@ class BucketReducer:
         if self._failure is not None:
             return _completed(tensor)
         try:
+            if index == 0:
+                self._begin()
             pending = self._issue(index, step, tensor)
         except Exception as error:
             if not in_backward:
@@ -69,33 +87,113 @@ class BucketReducer:
         return done
 
     def _begin(self) -> None:
-        """Begins a backward, with the options that hold from now on."""
+        """Begins a backward: with the options, plans and formats that hold from now on, on every rank."""
+        self._learn()
         if self.next_config is not None:
-            self.config, self.next_config = self.next_config, None
-        self.plans, self._failure = {}, None
+            before, self.config, self.next_config = self.config, self.next_config, None
+            if _what_is_measured(before) != _what_is_measured(self.config):
+                self.table, self.formats = table_of(self.comm, self.config), {}
+                self._drift.restart()
+        elif self._first is not None and self._first.callers:
+            self._plan_again()
+        self._plans_before, self.plans = self.plans, {}
+
+    def _learn(self) -> None:
+        """Chooses the formats by what all ranks have measured in the backward before the last."""
+        if self._first is None or not self._given:
+            return
+        rows = [values.view(len(self._given), -1).tolist() for values in self._first.aside]
+        for place, (index, plan) in enumerate(self._given.items()):
+            num_groups = len(plan.groups) if plan.schedule == "hierarchical" else 1
+            used = plan.codec if plan.codec in LOSSY else "off"
+            noise = self.noise[index] = BucketNoise.of([row[place] for row in rows], used, num_groups)
+            self.formats[index] = self.formats[index].after(noise, self.config.max_noise)
+
+    def _plan_again(self) -> None:
+        started = time.monotonic()
+        self.table = table_of(self.comm, self.config, current=self.table)
+        self._drift.restart()
+        self._planned = (time.monotonic(), time.monotonic() - started)
+
+    def _has_drifted(self) -> bool:
+        """True if the first bucket's times are not as before, and measuring again is not too expensive."""
+        if self.table is None or self.table is self.config.topology or self._first is None:
+            return False
+        plan, size = self._plans_before[0], self._sizes[0]
+        is_off = self._drift.observe(self._first.seconds, self.table.expected_seconds(plan.codec, size))
+        when, took = self._planned
+        return is_off and took <= self.config.probe_budget * (time.monotonic() - when)
 
     def _issue(self, index: int, step: int, tensor: Tensor) -> Future[Tensor]:
-        size = tensor.numel() * tensor.element_size()
-        plan = plan_of(self.config, size, tensor.dtype, self.comm.hosts, tensor.device.type)
+        config, size = self.config, tensor.numel() * tensor.element_size()
+        if self._sizes.get(index) != tensor.numel() * 4:  # torch cuts buckets anew after the first backward
+            self._sizes[index] = tensor.numel() * 4
+            self.formats[index] = BucketFormat()
+        adapts = config.compression == "auto" and tensor.is_cpu
+        plan = plan_of(
+            config,
+            size,
+            tensor.dtype,
+            self.comm.hosts,
+            tensor.device.type,
+            table=self.table,
+            chosen=self.formats[index].codec if adapts else "fp8",
+        )
         self.plans[index] = plan
-        is_by_dice = plan.codec in LOSSY and self.config.rounding == "stochastic"
-        dice = (self.config.seed, step, index) if is_by_dice else None
+        is_by_dice = plan.codec in LOSSY and config.rounding == "stochastic"
+        dice = (config.seed, step, index) if is_by_dice else None
+        aside = self._aside() if index == 0 else None
+        is_large = size >= config.min_compressed_bytes and tensor.dtype != torch.float64
+        inspect = None
+        if adapts and is_large and self.comm.num_ranks > 1:
+            key = rounding_key(config.seed, step, index, self.comm.rank)
+            numbers = measure(tensor, key if config.rounding == "stochastic" else None)
+            self._measured[index] = [*numbers, 0.0]
+            inspect = partial(self._measure_mean, index)
         if index == 0:
             # The whole of the options: those that make no difference to this bucket may to the next.
             pending = self.comm.all_reduce(
-                tensor, plan, mean=True, dice=dice, async_op=True, statement=repr(self.config)
+                tensor,
+                plan,
+                mean=True,
+                dice=dice,
+                async_op=True,
+                statement=repr(config),
+                calls=self._has_drifted(),
+                aside=aside,
+                inspect=inspect,
             )
             assert not isinstance(pending, Tensor)
+            self._first = pending
         else:
             # The buckets' sizes are the ranks' common knowledge; and after a failure there is nothing to do.
             pending = self.comm.continue_with(
-                tensor, plan, mean=True, dice=dice, unless=lambda: self._failure is not None
+                tensor,
+                plan,
+                mean=True,
+                dice=dice,
+                unless=lambda: self._failure is not None,
+                inspect=inspect,
             )
         return pending.get_future()
+
+    def _measure_mean(self, index: int, mean: Tensor) -> None:
+        """In the reduction's thread, once it has its result; one rank's number counts for all."""
+        if self.comm.rank == 0:
+            self._measured[index][-1] = square_of(mean)
+
+    def _aside(self) -> Tensor | None:
+        """This rank's measurements of the last backward, for all ranks; begins those of the next."""
+        measured, self._measured = self._measured, {}
+        self._given = {index: self._plans_before[index] for index in measured}
+        if not measured:
+            return None
+        return torch.tensor(list(measured.values()), dtype=torch.float64, device="cpu").flatten()
 
     def _raise(self) -> None:
         failure, self._failure = self._failure, None
         if failure is not None:
+            self._first, self._measured, self._given = None, {}, {}  # of use only if all ranks have them
             raise failure
 
 
@@ -106,6 +204,11 @@ def reduce_bucket(state: BucketReducer, bucket: GradBucket) -> Future[Tensor]:
 
 # torch reads the hook's annotations, and takes no text for them.
 reduce_bucket.__annotations__.update({"bucket": GradBucket, "return": Future[Tensor]})
+
+
+def _what_is_measured(config: ParallelConfig) -> tuple[object, ...]:
+    """Options by which the plans follow from measurements."""
+    return config.topology, config.compression, config.reproducible, config.groups, config.probe_seconds
 
 
 def _completed(tensor: Tensor) -> Future[Tensor]:

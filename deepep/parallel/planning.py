@@ -1,14 +1,18 @@
-"""Planning: the plan of a bucket, by its size and dtype, the options, and the hosts that the ranks are on.
+"""Planning: the plan of a bucket, by its size, dtype and codec, the options, and what was measured.
 
-A fixed rule, so that all ranks come to the same without a word. Measured choice is what it will give way to.
+Where nothing was measured (one rank, CUDA, `probe_seconds=0`) a fixed rule has the ranks come to the same
+without a word: by size, and the hosts that they are on.
 """
 
 from __future__ import annotations
 
 import torch
 
+from deepep.collectives import Communicator
+from deepep.collectives.choosing import choose
 from deepep.collectives.codecs import FIXED, LOSSY, PLAIN
 from deepep.collectives.plan import ReductionPlan
+from deepep.collectives.plan_table import PlanTable, codecs_of
 from deepep.parallel.config import ParallelConfig
 
 FEW_BYTES = 32 << 10
@@ -27,6 +31,33 @@ def groups_of(config: ParallelConfig, hosts: list[str]) -> tuple[tuple[int, ...]
     return tuple(map(tuple, by_host.values()))
 
 
+def table_of(
+    comm: Communicator, config: ParallelConfig, compresses: bool = True, current: PlanTable | None = None
+) -> PlanTable | None:
+    """The plans to use: pinned ones, or measured between the ranks; None where the fixed rule holds.
+
+    Collective, if it measures. compresses: if the options say so. current: plans in use.
+    """
+    topology = config.topology
+    if isinstance(topology, PlanTable):
+        return topology
+    measures = topology == "auto" or (topology in _BY_GROUPS and config.groups == "auto")
+    if not measures or not config.probe_seconds or comm.num_ranks == 1 or comm.device.type != "cpu":
+        return None
+    return choose(
+        comm,
+        codecs_of(str(config.compression) if compresses else "off", config.reproducible),
+        config.probe_seconds,
+        schedule=str(topology),
+        groups=None if isinstance(config.groups, str) else config.groups,
+        current=current,
+    )
+
+
+_BY_GROUPS = ("hierarchical", "ring", "chain", "tree")
+"""Schedules that go by which ranks are near each other."""
+
+
 def plan_of(
     config: ParallelConfig,
     num_bytes: int,
@@ -34,18 +65,25 @@ def plan_of(
     hosts: list[str],
     device_type: str = "cpu",
     compresses: bool = True,
+    *,
+    table: PlanTable | None = None,
+    chosen: str = "fp8",
 ) -> ReductionPlan:
-    """The plan of a bucket. hosts: the name of each rank's. compresses: if the options say so."""
+    """The plan of a bucket. hosts: the name of each rank's. compresses: if the options say so. table: plans
+    that were measured or pinned. chosen: the codec where compression is "auto".
+    """
     if len(hosts) == 1:
         return ReductionPlan("oneshot", PLAIN)  # nobody to send to, and so nothing to round
     if isinstance(config.topology, ReductionPlan) and (compresses or config.topology.codec not in LOSSY):
         return config.topology
-    compression = "fp8" if config.compression == "auto" else str(config.compression)
+    compression = chosen if config.compression == "auto" else str(config.compression)
     is_small = num_bytes < config.min_compressed_bytes
     if compresses and compression in LOSSY and not is_small and dtype != torch.float64:
         codec = compression
     else:
         codec = FIXED if config.reproducible else PLAIN
+    if table is not None:
+        return table.entry_for(codec, num_bytes * 4 // dtype.itemsize).plan
     groups = groups_of(config, hosts)
     schedule = config.topology if isinstance(config.topology, str) else "auto"
     if schedule == "auto":

@@ -41,6 +41,7 @@ class Operation(IntEnum):
     INVITE = 9
     ADMIT = 10
     DISMISS = 11
+    PROBE = 12
 
     @property
     def label(self) -> str:

@@ -92,6 +92,24 @@ EDITS = [
     ),
     Edit("units of one rank", "communicator", "drive([_until_agreed(net, exponents)])", "drive([])"),
     Edit(
+        "units of one addend",
+        "codecs",
+        "FixedPoint.exponents_of(addend) for addend in addends]",
+        "FixedPoint.exponents_of(addend) for addend in addends[:1]]",
+    ),
+    Edit(
+        "a sum divided before it is whole",
+        "codecs",
+        "total += fixed.encode(addend)\n        return fixed.decode(total, divisor)",
+        "total += fixed.encode(addend / 3)\n        return fixed.decode(total, divisor)",
+    ),
+    Edit(
+        "one rank's units left out",
+        "communicator",
+        "for theirs, _ in others:",
+        "for theirs, _ in others[1:]:",
+    ),
+    Edit(
         "units of the part before",
         "codecs",
         "self.exponents[num_blocks(first) : num_blocks(end)]",

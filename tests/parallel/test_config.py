@@ -21,6 +21,7 @@ from deepep.parallel.planning import plan_of
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepep.parallel.config._default", None)
+    monkeypatch.delenv("DEEPEP_PROBE_SECONDS", raising=False)
 
 
 def test_the_announced_call() -> None:
