@@ -109,9 +109,14 @@ struct QpChange {
   int32_t state;
   char unused[24];
   uint32_t peer_number;
-  char more[112];
+  char before_route[46];
+  uint8_t traffic_class;  // of routes that have a GID: RoCE's
+  char before_level[3];
+  uint8_t service_level;
+  char more[61];
 };
 static_assert(offsetof(QpChange, peer_number) == 28 && sizeof(QpChange) == 144);
+static_assert(offsetof(QpChange, traffic_class) == 78 && offsetof(QpChange, service_level) == 82);
 
 struct Sge {
   uint64_t address;
@@ -219,9 +224,9 @@ static_assert(offsetof(PortAttributes, flags) == 47 && sizeof(PortAttributes) ==
 
 /// Values of verbs.h by what they mean.
 inline constexpr int32_t kNodeCa = 1, kTransportIb = 0, kPortActive = 4, kMtu4096 = 5, kAtomicHca = 1;
-inline constexpr uint8_t kLinkInfiniband = 1;
+inline constexpr uint8_t kLinkInfiniband = 1, kLinkEthernet = 2;
 inline constexpr int32_t kTypeRc = 2, kReadyToSend = 3;
-inline constexpr int32_t kMaskState = 1, kMaskPeer = 1 << 20;
+inline constexpr int32_t kMaskState = 1, kMaskRoute = 1 << 7, kMaskPeer = 1 << 20;
 enum Opcode : uint32_t { kRdmaWrite, kRdmaWriteImm, kSend, kRdmaRead = 4, kCompareSwap, kFetchAdd };
 inline constexpr uint32_t kSignaled = 2, kInline = 8;
 enum Status : uint32_t { kSuccess, kLocalProtection = 4, kRemoteAccess = 10 };

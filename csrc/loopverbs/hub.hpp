@@ -51,7 +51,9 @@ struct Counters {
   std::atomic<uint64_t> bytes;     // that they carried
   std::atomic<uint64_t> atomics;
   std::atomic<uint64_t> late;  // writes that later ones overtook
-  std::atomic<uint64_t> unused[3];
+  std::atomic<uint64_t> service_level;  // of the last queue pair that was connected
+  std::atomic<uint64_t> traffic_class;
+  std::atomic<uint64_t> unused;
 };
 static_assert(sizeof(Counters) == 64);
 

@@ -86,6 +86,12 @@ void Nic::set_peer(QueuePair* qp, uint32_t number) {
   }
 }
 
+void Nic::note_lanes(const QueuePair* qp, uint8_t service_level, uint8_t traffic_class) {
+  Counters& counters = counters_to(qp->peer);
+  counters.service_level = service_level;
+  counters.traffic_class = traffic_class;
+}
+
 void Nic::connect(QueuePair* qp) {
   {
     const std::lock_guard<std::mutex> guard(qp->lock);

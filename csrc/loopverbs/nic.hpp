@@ -35,6 +35,8 @@ class Nic {
   /// Gives a new queue pair its number.
   void add(QueuePair* qp);
   void set_peer(QueuePair* qp, uint32_t number);
+  /// Notes the lanes that the queue pair, whose peer is known, asks for: all traffic takes one way here.
+  void note_lanes(const QueuePair* qp, uint8_t service_level, uint8_t traffic_class);
   void connect(QueuePair* qp);
   void disconnect(QueuePair* qp);
   /// False: the queue pair is not connected.

@@ -6,6 +6,7 @@
 
 #include "loopverbs/gpu.hpp"
 #include "loopverbs/nic.hpp"
+#include "loopverbs/settings.hpp"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -109,12 +110,13 @@ EXPORTED int ibv_query_port(abi::Context* /*context*/, uint8_t /*port*/, abi::Po
   attributes->gid_table_length = 1;
   attributes->max_message = 1u << 30;
   attributes->pkey_table_length = 1;
-  attributes->lid = static_cast<uint16_t>(Nic::instance().self() + 1);  // none: RoCE, whose files would be read
-  attributes->sm_lid = 1;
+  const bool roce = setting("LOOPVERBS_ROCE", 0) != 0;  // then there is no LID, and peers have GIDs
+  attributes->lid = static_cast<uint16_t>(roce ? 0 : Nic::instance().self() + 1);
+  attributes->sm_lid = roce ? 0 : 1;
   attributes->active_width = 2;
   attributes->active_speed = 64;
   attributes->phys_state = 5;
-  attributes->link_layer = abi::kLinkInfiniband;
+  attributes->link_layer = roce ? abi::kLinkEthernet : abi::kLinkInfiniband;
   return 0;
 }
 EXPORTED int ibv_query_gid(abi::Context* /*context*/, uint8_t /*port*/, int /*index*/, uint8_t* gid) {
@@ -181,6 +183,9 @@ EXPORTED abi::Qp* ibv_create_qp(abi::Pd* pd, abi::QpInit* init) {
 EXPORTED int ibv_modify_qp(abi::Qp* handle, abi::QpChange* change, int mask) {
   QueuePair* qp = reinterpret_cast<QueuePair*>(handle);
   if ((mask & abi::kMaskPeer) != 0) Nic::instance().set_peer(qp, change->peer_number);
+  if ((mask & abi::kMaskRoute) != 0) {
+    Nic::instance().note_lanes(qp, change->service_level, change->traffic_class);
+  }
   if ((mask & abi::kMaskState) != 0) {
     handle->state = change->state;
     if (change->state == abi::kReadyToSend) Nic::instance().connect(qp);

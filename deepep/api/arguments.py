@@ -32,6 +32,7 @@ from deepep.runtime.requests import (
     LowLatencyDispatchRequest,
     Schedule,
 )
+from deepep.runtime.traffic_lanes import TrafficLanes
 
 DEFAULT_TIMEOUT = 100.0
 """Seconds a rank waits for its peers; the constructor's `timeout` or DEEPEP_TIMEOUT set another."""
@@ -63,11 +64,12 @@ def engine_options(
     reduction: str,
     ranks_per_domain: int | None,
     max_num_ranks: int | None = None,
+    lanes: tuple[object, object] = (None, None),
     device: object,
 ) -> tuple[EngineOptions, torch.device | None]:
     """The constructor's arguments as the engine's options; and the device asked for, if one was.
 
-    num_qps_per_rank, flags: those without effect, by name.
+    num_qps_per_rank, flags: those without effect, by name. lanes: service_level and traffic_class.
 
     Bad ones are not raised but handed on as `problem`, for all ranks to raise; a rank with a bad time-out
     waits for the others as long as it would without one.
@@ -92,6 +94,7 @@ def engine_options(
             reduction=_reduction(reduction),
             ranks_per_domain=ranks_per_domain_of(ranks_per_domain),
             num_ranks=_num_ranks(max_num_ranks, group, options.masks),
+            lanes=TrafficLanes.of(*lanes),
         )
         return options, asked_device(device)
     except ArgumentError as problem:

@@ -134,6 +134,8 @@ class BufferLifetime(EngineOwner):
         reduction: str = "expert_rank",
         ranks_per_domain: int | None = None,
         max_num_ranks: int | None = None,
+        service_level: int | None = None,
+        traffic_class: int | None = None,
     ) -> None:
         if torch.is_inference_mode_enabled():
             plainly(BufferLifetime.__init__, locals())
@@ -162,6 +164,7 @@ class BufferLifetime(EngineOwner):
             reduction=reduction,
             ranks_per_domain=ranks_per_domain,
             max_num_ranks=max_num_ranks,
+            lanes=(service_level, traffic_class),
             device=device,
         )
         self._own(construct(options, backend, asked), group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,6 +16,8 @@ import torch.distributed as dist
 import typer
 from rich.table import Table
 
+from deepep.backends.cuda.memory.nvshmem4py import PACKAGES, installed, missing
+from deepep.backends.cuda.memory.nvshmem_settings import in_force
 from deepep.cli.terminal import make_console
 from deepep.runtime.backends import backends as registered_backends
 from deepep.version import __version__
@@ -131,14 +132,16 @@ def nvlinks() -> str:
 
 
 def nvshmem() -> Section:
-    """The Python binding and the host library."""
+    """The Python binding and the host library, what is missing of them, and the variables that are set."""
     found: Section = {}
     for package in ("nvshmem4py-cu13", "nvshmem4py-cu12", "nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found or {"nvshmem": "not installed (needed between nodes alone)"}
+        version = installed(package)
+        if version:
+            tested = PACKAGES.get(package, version)
+            found[package] = version + (f" (tested: {tested})" if version != tested else "")
+    lacking = missing()
+    found["usable"] = f"no: {lacking}; needed between nodes alone" if lacking else "yes: nothing is missing"
+    return {**found, **in_force()}
 
 
 def backends() -> Section:

@@ -19,6 +19,7 @@ def command(
     silent: Annotated[
         list[str] | None, typer.Option(help="RANK:N: its NIC falls silent after N work requests.")
     ] = None,
+    roce: Annotated[bool, typer.Option(help="The port is Ethernet's.")] = False,
     deadline: Annotated[float, typer.Option(help="Seconds after which all ranks are ended.")] = 300.0,
 ) -> int:
     """Run COMMAND once a rank, on a wire without a NIC (a checkout and a C++ compiler are needed).
@@ -42,6 +43,7 @@ def command(
                 weak=weak,
                 seed=seed,
                 silent=quiet,
+                roce=roce,
                 deadline=deadline,
             ),
             program,

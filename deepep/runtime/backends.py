@@ -29,6 +29,7 @@ class Backend:
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
     admits: processes may join its ranks at work.
+    no_lanes: the reason why `EngineOptions.lanes` cannot be set for it; empty: they can.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Backend:
     by_name_only: bool = False
     several_domains: bool = False
     admits: bool = False
+    no_lanes: str = "it has no remote transport"
 
 
 _backends: dict[str, Backend] = {}
@@ -145,6 +147,7 @@ register(
         _reference_create,
         several_domains=True,
         admits=True,
+        no_lanes="rows travel by torch.distributed, which has its own settings",
     )
 )
 
@@ -181,7 +184,16 @@ def _cuda_create(options: EngineOptions, control: ControlPlane) -> Engine:
     return CudaEngine(options, control)
 
 
-register(Backend("cuda", _cuda_available, _cuda_supports, _cuda_create, device_types=("cuda",)))
+register(
+    Backend(
+        "cuda",
+        _cuda_available,
+        _cuda_supports,
+        _cuda_create,
+        device_types=("cuda",),
+        no_lanes="it serves one scale-up domain, and nothing there crosses a NIC",
+    )
+)
 
 
 def _emulator_available() -> Answer:

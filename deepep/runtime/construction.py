@@ -41,6 +41,8 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
             domains = -(-num_ranks // (options.ranks_per_domain or num_ranks))
             grows = num_ranks > options.group.size()
             chosen, where = registry.choose(name, options.group, device, among, domains, grows)
+            if options.lanes.asked() and chosen.no_lanes:
+                raise options.lanes.refusal(f"backend {chosen.name!r}: {chosen.no_lanes}")
         except ArgumentError as refused:
             problem = refused.at(membership.rank)
         if problem is not None:

@@ -30,6 +30,7 @@ from deepep.runtime.requests import (
     Route,
     Schedule,
 )
+from deepep.runtime.traffic_lanes import TrafficLanes
 
 Observer = Callable[[str, str], None]
 """Called with (operation, phase) where the communication runs, on entering each phase."""
@@ -59,6 +60,7 @@ class EngineOptions:
     ranks_per_domain: ranks whose rows a high-throughput combine sums and rounds before it adds those sums,
         for backends that serve several domains; 0: all ranks are one domain.
     num_ranks: R, if more ranks may join than the group has; 0: the group's.
+    lanes: of what is sent between domains, for backends that send it by NICs of their own.
     problem: refuses this rank's arguments; construction fails with it on every rank.
     """
 
@@ -71,6 +73,7 @@ class EngineOptions:
     reduction: Reduction = "expert_rank"
     ranks_per_domain: int = 0
     num_ranks: int = 0
+    lanes: TrafficLanes = field(default_factory=TrafficLanes)
     device: torch.device = _CPU
     problem: ArgumentError | None = None
 
@@ -84,6 +87,7 @@ class EngineOptions:
             "reduction": self.reduction,
             "ranks_per_domain": self.ranks_per_domain,
             "num_ranks": self.num_ranks,
+            **self.lanes.statement(),
         }
 
 

@@ -25,6 +25,7 @@ class WireOptions:
     ranks_per_domain: consecutive ranks that have one host name. delay_us: each work request waits a while, up
     to this many microseconds. weak: plain writes may land behind later ones. seed: of all that is random.
     silent: by rank, the number of work requests after which its NIC falls silent.
+    roce: the port is Ethernet's, and peers have GIDs, not LIDs.
     deadline: seconds after which everything is ended. grace: seconds that ranks have when one has failed.
     """
 
@@ -34,6 +35,7 @@ class WireOptions:
     weak: bool = False
     seed: int = 1
     silent: Mapping[int, int] = field(default_factory=dict)
+    roce: bool = False
     deadline: float = 300.0
     grace: float = 10.0
 
@@ -124,6 +126,7 @@ def _environment(wire: WireOptions, rank: int, preload: str, session: str, port:
         "LOOPVERBS_WEAK": str(int(wire.weak)),
         "LOOPVERBS_SEED": str(wire.seed),
         "LOOPVERBS_STOP_AFTER": str(wire.silent.get(rank, 0)),
+        "LOOPVERBS_ROCE": str(int(wire.roce)),
         "RANK": str(rank),
         "WORLD_SIZE": str(wire.ranks),
         "LOCAL_RANK": str(local),
@@ -135,6 +138,7 @@ def _environment(wire: WireOptions, rank: int, preload: str, session: str, port:
         "NVSHMEM_DISABLE_MNNVL": "1",
         "NVSHMEM_HCA_PREFIX": "loop",
         "NVSHMEM_IB_ENABLE_RELAXED_ORDERING": "0",
+        **({"NVSHMEM_IB_GID_INDEX": "0"} if wire.roce else {}),  # else it reads files of the device
     }
 
 

@@ -32,7 +32,7 @@ class WireError(RuntimeError):
 class WireTraffic:
     """Totals of what one process sent another: work requests, pieces of writes, their bytes, atomics.
 
-    late: writes that landed behind later ones.
+    late: writes that landed behind later ones. service_level, traffic_class: the lanes it asked for.
     """
 
     requests: int
@@ -40,6 +40,8 @@ class WireTraffic:
     bytes: int
     atomics: int
     late: int
+    service_level: int = 0
+    traffic_class: int = 0
 
 
 def why_not() -> str:
@@ -94,7 +96,7 @@ def traffic(session: str) -> dict[tuple[int, int], WireTraffic]:
     words = memoryview(raw).cast("Q")
     found = {}
     for pair in range(len(words) // 8):
-        sent = WireTraffic(*words[8 * pair : 8 * pair + 5])
+        sent = WireTraffic(*words[8 * pair : 8 * pair + 7])
         if sent.requests:
             found[divmod(pair, MAX_PROCESSES)] = sent
     return found

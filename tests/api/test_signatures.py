@@ -157,6 +157,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "__init__": {
         **dict.fromkeys(("backend", "device", "timeout", "symmetric_bytes", "ranks_per_domain")),
         "max_num_ranks": None,
+        **dict.fromkeys(("service_level", "traffic_class")),
         "reduction": "expert_rank",
         "use_fabric": False,
     },

@@ -5,6 +5,7 @@ shows tests/test_container.py, in a wheel.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 import deepep
+from deepep.backends.cuda.memory import nvshmem4py
 from deepep.cli import check as check_command
 from deepep.cli import info, selftest
 from deepep.runtime.backends import Backend
@@ -46,9 +48,33 @@ def test_info_names_everything_it_should() -> None:
         value.startswith(("yes: ", "no: ")) for name, value in shown["backends"].items() if name.islower()
     )
     assert {"cuda", "emulator", "reference"} <= set(shown["backends"])
-    assert shown["nvshmem"]
+    assert shown["nvshmem"]["usable"].startswith(("yes: ", "no: not installed: "))
     has_gpu = torch.cuda.is_available()
     assert ("GPU 0" in shown["cuda"]) == has_gpu
+
+
+def test_what_is_missing_of_nvshmem_is_named_and_what_is_set_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"nvidia-nvshmem-cu13": "3.4.5", "nvshmem4py-cu12": "0.4.1"}
+    for module in (nvshmem4py, info):
+        monkeypatch.setattr(module, "installed", lambda package: versions.get(package, ""))
+    for name in [name for name in os.environ if name.startswith("NVSHMEM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NVSHMEM_IB_SL", "3")
+    monkeypatch.setenv("NVSHMEM_IB_SLL", "3")
+    shown = info.nvshmem()
+    assert shown.pop("usable").startswith("no: not installed: nvshmem4py-cu13==0.4.1")
+    assert shown == {
+        **versions,
+        "NVSHMEM_IB_SL": "3 (default 0)",
+        "NVSHMEM_IB_SLL": "3 (not in docs/operations.md)",
+    }
+    versions.update({"nvshmem4py-cu13": "0.4.1", "nvidia-nvshmem-cu13": "3.6.5"})
+    monkeypatch.setattr(nvshmem4py, "_has_module", lambda name: True)
+    shown = info.nvshmem()
+    assert shown["usable"] == "yes: nothing is missing"
+    assert shown["nvidia-nvshmem-cu13"] == "3.6.5 (tested: 3.4.5)"
 
 
 def test_info_for_people() -> None:

@@ -39,6 +39,8 @@ WRONG: list[tuple[dict[str, Any], type[ArgumentError], str]] = [
     ({"backend": "cuda"}, RangeError, "backend"),
     ({"num_nvl_bytes": 3}, RangeError, "num_nvl_bytes"),
     ({"reduction": "none"}, RangeError, "reduction"),
+    ({"service_level": 16}, RangeError, "service_level"),
+    ({"traffic_class": "104"}, ArgumentTypeError, "traffic_class"),
 ]
 
 

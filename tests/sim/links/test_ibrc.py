@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from harness.wire import build, nvshmem_library, why_no_nvshmem
 
+from deepep.runtime.traffic_lanes import TrafficLanes
 from deepep.sim.links import loopverbs
 from deepep.sim.links.hosts import WireOptions, WireResult, run_on_wire
 
@@ -77,6 +78,18 @@ def test_what_is_put_with_an_added_signal_is_there(
     check(ran, rounds, size)
     if manners.get("weak"):
         assert sum(sent.late for sent in ran.result.traffic.values()) > 0
+
+
+@pytest.mark.parametrize("roce", [False, True])
+def test_lanes_are_taken_from_their_variables(
+    probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roce: bool
+) -> None:
+    for name, value in TrafficLanes(service_level=5, traffic_class=104).environment().items():
+        monkeypatch.setenv(name, value)
+    ran = run(probe, tmp_path / "told", wire(2, roce=roce), 2, 64)
+    check(ran, 2, 64)
+    lanes = {(sent.service_level, sent.traffic_class) for sent in ran.result.traffic.values()}
+    assert lanes == {(5, 104 if roce else 0)}  # a traffic class is RoCE's
 
 
 def test_a_set_signal_does_not_carry_its_data_in_weak_order(probe: Path, tmp_path: Path) -> None:
