@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from deepep.api import arguments
 from deepep.api.info import BufferInfo
+from deepep.api.waits import WaitCalls
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError
 from deepep.runtime.ambient import plainly
 from deepep.runtime.construction import construct
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class EngineOwner:
+class EngineOwner(WaitCalls):
     """Whoever has an engine of its own: Buffer, ElasticBuffer. Construction calls `_own`."""
 
     def _own(self, engine: Engine, group: dist.ProcessGroup) -> None:

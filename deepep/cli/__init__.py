@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("deepep.cli.demo", "Train a small expert-parallel MoE on real text, with pictures."),
     "info": ("deepep.cli.info", "What this machine offers, and which backends can be used."),
     "check": ("deepep.cli.check", "Self-test of the installed library on this machine."),
+    "doctor": ("deepep.cli.doctor", "Who is slow: a rank, a link or a process, and what to check."),
     "fuzz": ("deepep.cli.fuzz", "Fuzz routing layouts against the reference."),
     "explore": ("deepep.cli.explore", "Run the kernels on the CPU under many schedules."),
     "dp": ("deepep.cli.dp", "Check data parallelism: bits, bytes, rates, convergence."),

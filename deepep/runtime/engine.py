@@ -14,6 +14,7 @@ import torch
 
 from deepep.errors import ArgumentError, RangeError
 from deepep.runtime.completion import Completion
+from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.local_rows import LocalRows
 from deepep.runtime.requests import (
     Combined,
@@ -264,6 +265,10 @@ class Engine(ABC):
     @abstractmethod
     def observe(self, observer: Observer | None) -> None:
         """Has `observer` called from now on, or nobody: for tracing, and for tests of faults."""
+
+    def waits(self) -> WaitRecorder | None:
+        """Sums of this rank's waits for its peers; None where nothing measures them."""
+        return None
 
     @abstractmethod
     def leave(self) -> None:

@@ -47,6 +47,7 @@ class EmulatorEngine(ReferenceEngine):
         )
         operations = {**self.info.operations, **dict.fromkeys(names, "emulated kernels")}
         self.info = replace(self.info, backend="emulator", operations=operations)
+        self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
         self._kernels = EmulatedAllToAll()
         self.local_rows = EmulatedRows()
         exchange = EmulatedLowLatencyExchange(int(os.environ.get("DEEPEP_EMULATOR_SEED", "0")))

@@ -299,14 +299,18 @@ def test_elastic_buffers_methods(name: str) -> None:
     assert parameters(method, keyword_only=True) == ELASTIC_KEYWORDS.get(name, {})
 
 
+WAITS = ("measure_waits", "wait_statistics", "gather_wait_statistics")
+"""This library's own, of either class: tests/runtime/test_waits.py."""
+
+
 def test_nothing_public_beside_elastic_buffers() -> None:
     public = {name for name in dir(deepep.ElasticBuffer) if not name.startswith("_")}
-    assert public - {"info"} == set(ELASTIC) - {"__init__"}
+    assert public - {"info", *WAITS} == set(ELASTIC) - {"__init__"}
 
 
 def test_nothing_public_beside_it() -> None:
     public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
-    own = {"num_sms", "info", *OWN}
+    own = {"num_sms", "info", *OWN, *WAITS}
     assert public - own == set(BUFFER) - {"__init__"}
 
 

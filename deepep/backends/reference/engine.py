@@ -23,6 +23,7 @@ from deepep.runtime.completion import Completion
 from deepep.runtime.control import admission
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
@@ -229,6 +230,9 @@ class ReferenceEngine(Engine):
 
     def observe(self, observer: Observer | None) -> None:
         self._control.observer = observer
+
+    def waits(self) -> WaitRecorder | None:
+        return self._control.waits
 
     def leave(self) -> None:
         self._control.leave()

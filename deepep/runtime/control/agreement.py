@@ -8,7 +8,7 @@ same error. A rank with bad input takes part like any other, so nobody is left h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,14 @@ import deepep.errors as errors
 from deepep.errors import ArgumentError, MismatchError
 from deepep.runtime.control import liveness
 from deepep.runtime.control.transport import Link
+from deepep.runtime.control.waits import NOT_MEASURED
 from deepep.runtime.requests import Operation
 
 if TYPE_CHECKING:
     from deepep.runtime.control.membership import Membership
 
 _MAX_AGREED = 16
-_HEADER_WORDS = 5 + _MAX_AGREED
+_HEADER_WORDS = 5 + _MAX_AGREED + 2  # the last two: of waits.py
 _ERROR_BYTES = 1024
 _MAX_TEXT = 300  # characters of each part of an error message that travel
 
@@ -60,7 +61,8 @@ class Header:
 
     sequence: how many operations this rank has started on the present link. agreed: arguments that must be
     the same on all ranks, in an order that depends on the operation alone. num_tokens and limit may differ:
-    T, and how many rows this rank is able to receive (NO_LIMIT when it does not matter).
+    T, and how many rows this rank is able to receive (NO_LIMIT when it does not matter). busy, asks: how long
+    this rank waited for nobody, in nanoseconds, and whether it wants waits measured (waits.py).
     """
 
     operation: Operation
@@ -68,23 +70,35 @@ class Header:
     agreed: Mapping[str, int] = field(default_factory=dict)
     num_tokens: int = 0
     limit: int = NO_LIMIT
+    busy: int = NOT_MEASURED
+    asks: bool = False
 
     def encode(self, bad: bool) -> torch.Tensor:
         """[_HEADER_WORDS] int64 on the host."""
         values = list(self.agreed.values())
         assert len(values) <= _MAX_AGREED
         words = [self.operation, self.sequence, self.num_tokens, self.limit, bad, *values]
-        return torch.tensor(words + [0] * (_HEADER_WORDS - len(words)), dtype=torch.int64, device="cpu")
+        words += [0] * (_HEADER_WORDS - 2 - len(words))
+        return torch.tensor([*words, self.busy, self.asks], dtype=torch.int64, device="cpu")
 
 
-def exchange(link: Link, header: Header, problem: ArgumentError | None) -> dict[int, int]:
+def exchange(
+    link: Link,
+    header: Header,
+    problem: ArgumentError | None,
+    arrived: Callable[[dict[int, int], bool], None] | None = None,
+) -> dict[int, int]:
     """Compares this rank's header with all others'; returns every rank's limit.
 
+    arrived: called once all headers are there, with every rank's `busy`, and whether any asks.
     Raises `problem`, or the error of the lowest rank that has one, or MismatchError; the same on every rank.
     """
     headers = {
         rank: words.tolist() for rank, words in link.all_gather(header.encode(problem is not None)).items()
     }
+    if arrived is not None:
+        busy = {rank: words[-2] for rank, words in headers.items()}
+        arrived(busy, any(words[-1] for words in headers.values()))
     if any(words[4] for words in headers.values()):
         raise _lowest_problem(link, problem)
     first = min(headers)

@@ -7,7 +7,9 @@ sequence numbers, an un-called hook, the end. A backend gives it the body of eac
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -25,6 +27,7 @@ from deepep.runtime.control.retrying import Retries
 from deepep.runtime.control.settling import Progress
 from deepep.runtime.control.shrinking import ACKNOWLEDGE
 from deepep.runtime.control.transport import Link, LinkError
+from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Hook, Operation, Schedule
 from deepep.runtime.session import Session
@@ -57,6 +60,7 @@ class ControlPlane:
             self.queue = ThreadQueue(f"deepep-rank-{self.rank}", processes.weak_method(self.interrupt))
         self._retries = Retries(membership, shrinks=masks and session.stream is None)
         self.observer: Observer | None = None
+        self.waits = WaitRecorder(self.rank, self.num_ranks, rows=session.stream is None)
         self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
         self.pending_hook: Hook | None = None
@@ -124,7 +128,7 @@ class ControlPlane:
 
             def attempt() -> None:
                 limits = self._control(operation, problem, agreed, num_tokens, limit)
-                body(self.membership.payload(), limits)
+                body(self._payload(), limits)
 
             self._retries.attempt(operation, attempt, attempt)
             if schedule.hook and self._retries.shrinks:
@@ -144,7 +148,7 @@ class ControlPlane:
 
         def attempt() -> None:
             self.enter(phase)
-            body(self.membership.payload())
+            body(self._payload())
 
         def job() -> None:
             self.queue.wait_for(None, schedule.allocate_on_comm_stream)
@@ -429,4 +433,17 @@ class ControlPlane:
         self.enter("control")
         self.progress.sequence += 1
         header = Header(operation, self.progress.sequence, agreed, num_tokens, limit)
-        return agreement.exchange(link, header, problem)
+        header = replace(header, busy=self.waits.busy(), asks=self.waits.asks)
+        came = time.perf_counter_ns()
+
+        def arrived(busy: dict[int, int], asked: bool) -> None:
+            self.waits.arrived(operation.label, busy, asked, time.perf_counter_ns() - came)
+
+        return agreement.exchange(link, header, problem, arrived)
+
+    def _payload(self) -> Link:
+        """The link that rows travel on; it notes waits by peer in operations that measure them."""
+        link = self.membership.payload()
+        if not self.waits.by_peer:
+            return link
+        return replace(link, waits=self.waits, operation=self.progress.operation)

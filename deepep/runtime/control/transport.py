@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from deepep.errors import RangeError
 from deepep.runtime.control.stores import base_of
+from deepep.runtime.control.waits import WaitRecorder
 
 _NOBODY_SENDS, _HEADERS = 0x0DEE, 0x0DEF  # message tags
 _MANY = 5
@@ -41,12 +42,17 @@ def transport() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Link:
-    """A private group between the members of a buffer, ascending ranks; its errors are LinkErrors."""
+    """A private group between the members of a buffer, ascending ranks; its errors are LinkErrors.
+
+    waits: where to note how long rows of each peer are waited for, in an operation that measures it.
+    """
 
     group: dist.ProcessGroup
     rank: int
     num_ranks: int
     members: tuple[int, ...]
+    waits: WaitRecorder | None = None
+    operation: str = ""
 
     def all_gather(self, t: torch.Tensor) -> dict[int, torch.Tensor]:
         """Every member's `t`, by rank. Shape and dtype must be the same on all members."""

@@ -1,0 +1,94 @@
+"""Wait statistics of a buffer: how long this rank waited for each of the others; all ranks' as matrices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from deepep.errors import ModeError
+from deepep.runtime.checks import check_flag
+from deepep.runtime.control.transport import gather_bytes
+from deepep.runtime.control.waits import WaitRecorder
+from deepep.runtime.engine import Engine
+
+Phase = tuple[str, str]
+"""An operation ("dispatch", "combine", "low_latency_dispatch", ...), and "arrive" or "rows"."""
+
+
+@dataclass(frozen=True)
+class WaitStatistics:
+    """Sums since waits were first measured, or last cleared.
+
+    nanoseconds: by operation and phase, [R] int64, how long this rank waited for each; or, gathered,
+        [R, R] int64, row i what rank i waited for. "arrive": until the other called the operation at all;
+        several late ranks are charged with the same time. "rows": until the other's rows had come, counted
+        from when those waited for before had.
+    calls: by operation and phase, in how many calls it was measured on this rank (0 for rows).
+    """
+
+    nanoseconds: Mapping[Phase, torch.Tensor]
+    calls: Mapping[Phase, int]
+
+    def of(self, phase: str) -> torch.Tensor | None:
+        """The sum over all operations of one phase, "arrive" or "rows"; None if it was never measured."""
+        found = [waited for (_, name), waited in self.nanoseconds.items() if name == phase]
+        return torch.stack(found).sum(0) if found else None
+
+
+class WaitCalls:
+    """Calls about waits, of whoever has an engine and a group."""
+
+    _engine: Engine
+    group: torch.distributed.ProcessGroup
+
+    def measure_waits(self, on: bool = True) -> None:
+        """Measure from now on, or no longer, how long this rank waits for each of the others.
+
+        Not collective; ranks may differ. While any rank measures, rows of the reference travel from peer to
+        peer, on all of them, so that each peer's can be told apart; results have the same bits. It costs two
+        words in each control exchange, which are there in any case, and a few readings of the clock.
+
+        Raises ModeError on a backend that cannot (CUDA: use the statistics of low-latency calls, or
+        `python -m deepep doctor`), and ArgumentTypeError.
+        """
+        recorder = self._recorder()
+        recorder.asks = check_flag("on", on)
+
+    def wait_statistics(self, clear: bool = False) -> WaitStatistics:
+        """This rank's waits, by operation, phase and peer: see `WaitStatistics`. clear: begin anew.
+
+        Raises ModeError and ArgumentTypeError as `measure_waits` does.
+        """
+        return _statistics(self._recorder().read(check_flag("clear", clear)))
+
+    def gather_wait_statistics(self, clear: bool = False) -> WaitStatistics:
+        """All ranks' waits as matrices [R, R]. Collective over the buffer's group, masked ranks included.
+
+        Raises ModeError and ArgumentTypeError as `measure_waits` does.
+        """
+        found = self._recorder().read(check_flag("clear", clear))
+        mine = json.dumps([[*key, *waits] for key, waits in found.items()]).encode()
+        everyone = [json.loads(raw) for raw in gather_bytes(self.group, mine)]
+        size = len(everyone)
+        sums: dict[Phase, torch.Tensor] = {}
+        for rank, entries in enumerate(everyone):
+            for operation, phase, waited, _ in entries:
+                empty = torch.zeros(size, size, dtype=torch.int64, device="cpu")
+                sums.setdefault((operation, phase), empty)[rank] = torch.tensor(waited, device="cpu")
+        calls = {key: count for key, (_, count) in found.items()}
+        return WaitStatistics(sums, calls)
+
+    def _recorder(self) -> WaitRecorder:
+        recorder = self._engine.waits()
+        if recorder is None:
+            backend = self._engine.info.backend
+            raise ModeError("backend", backend, "one that measures waits: reference or emulator")
+        return recorder
+
+
+def _statistics(found: Mapping[Phase, tuple[list[int], int]]) -> WaitStatistics:
+    waits = {key: torch.tensor(sums, dtype=torch.int64, device="cpu") for key, (sums, _) in found.items()}
+    return WaitStatistics(waits, {key: calls for key, (_, calls) in found.items()})
