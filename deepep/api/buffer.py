@@ -31,6 +31,7 @@ from deepep.errors import ArgumentTypeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
+from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation, Schedule
 
 
@@ -209,7 +210,7 @@ class Buffer(LowLatencyCalls, Joining):
         Raises ArgumentTypeError, ShapeError, LayoutError, DeviceError, and RangeError for indices outside
         -1 .. E-1 or E not a multiple of R.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(Buffer.get_dispatch_layout, locals())
         if self._destroyed:
             self._check_alive()
@@ -271,7 +272,7 @@ class Buffer(LowLatencyCalls, Joining):
         Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
         arrive, MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(Buffer.dispatch, locals())
         if self._destroyed:
             self._check_alive()
@@ -331,7 +332,7 @@ class Buffer(LowLatencyCalls, Joining):
 
         Raises as `dispatch` does.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(Buffer.combine, locals())
         if self._destroyed:
             self._check_alive()

@@ -30,6 +30,7 @@ from deepep.runtime.checks import MOST, check_flag, check_int
 from deepep.runtime.completion import Completion, now
 from deepep.runtime.construction import construct
 from deepep.runtime.control.processes import only_here
+from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation
 
 
@@ -297,7 +298,7 @@ class ElasticBuffer(EngineOwner):
         Raises, on every rank: the ArgumentError that fits, MismatchError, HandleError, PeerTimeoutError. On
         one rank alone: CapacityError if, without host wait on CPU, repeated experts find no room.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(ElasticBuffer.dispatch, locals())
         if self._destroyed:
             self._check_alive()
@@ -381,7 +382,7 @@ class ElasticBuffer(EngineOwner):
 
         Raises as `dispatch` does.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(ElasticBuffer.combine, locals())
         if self._destroyed:
             self._check_alive()

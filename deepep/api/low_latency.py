@@ -19,6 +19,7 @@ from deepep.errors import (
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
+from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation, Schedule
 
 
@@ -89,7 +90,7 @@ class LowLatencyCalls(BufferLifetime):
 
         Raises ModeError without low_latency_mode, CapacityError for T > M, and as `dispatch` does.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(LowLatencyCalls.low_latency_dispatch, locals())
         if self._destroyed:
             self._check_alive()
@@ -169,7 +170,7 @@ class LowLatencyCalls(BufferLifetime):
 
         Raises as `low_latency_dispatch` does, and HandleError.
         """
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(LowLatencyCalls.low_latency_combine, locals())
         if self._destroyed:
             self._check_alive()

@@ -1,1 +1,1 @@
-"""Who is slow: measurements between the ranks of a group, and a judge that names a rank, link or process."""
+"""Doctor: measurements between the ranks of a group, and a judge that names who is slow."""

@@ -29,7 +29,7 @@ class Evidence:
 
     late: [R][R], row i how long rank i waited for each to finish the same work, the median of all rounds.
     links: [R][R], row i how long a message took from each rank, the least of all tries; 0 on the diagonal.
-    share: [R], of a core that each rank's process got while it asked for a whole one.
+    share: [R], the most of a core that each rank's process got while it asked for a whole one.
     work: how long a round's work takes. hosts: [R], which ranks share a host.
     """
 

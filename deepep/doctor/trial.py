@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Fault = Literal["none", "rank", "process", "link"]
 FAULTS: tuple[Fault, ...] = ("none", "rank", "process", "link")
 LATE, SLOW_MESSAGE = 0.05, 0.05  # seconds, in each round; of each message
-STOPPED, RUNS = 0.19, 0.01  # seconds, in turn
+STOPPED, RUNS = 0.1, 0.006  # seconds, in turn
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 
+from deepep.runtime.labels import inside, is_profiled, labelled
+
 
 def plainly(method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Calls `method` outside of inference mode. arguments: all of it by name, `self` as well.
+    """Calls `method` outside of inference mode, under its label while a profile is taken (labels.py).
+    arguments: all of it by name, `self` as well.
 
     Memory is made now and used by later calls, in whatever mode those are: what is made in inference mode
     could not be written, resized or saved for a backward outside of it.
     """
-    with torch.inference_mode(False):
+    plain = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with plain:
+        if is_profiled() and not inside.on:
+            return labelled(method, arguments)
         return method(**arguments)
 
 

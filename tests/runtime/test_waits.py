@@ -90,9 +90,7 @@ OPERATIONS = {"dispatch", "combine", "low_latency_dispatch", "low_latency_combin
 
 
 def come_late(ctx: Any, backend: str) -> tuple[list[bool], Any, Any]:
-    """Same bits measured or not; and sums of calls to which one rank says that it came late, on this rank and
-    gathered.
-    """
+    """Same bits measured or not; sums of calls to which one rank says that it came late, own and gathered."""
     from unittest import mock
 
     from deepep import Buffer
