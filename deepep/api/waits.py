@@ -65,14 +65,15 @@ class WaitCalls:
         return _statistics(self._recorder().read(check_flag("clear", clear)))
 
     def gather_wait_statistics(self, clear: bool = False) -> WaitStatistics:
-        """All ranks' waits as matrices [R, R]. Collective over the buffer's group, masked ranks included.
+        """All ranks' waits as matrices [R, R]. Collective over the buffer's group, masked ranks included; the
+        rows of ranks that joined later, and so are not of the group, are zero.
 
         Raises ModeError and ArgumentTypeError as `measure_waits` does.
         """
         found = self._recorder().read(check_flag("clear", clear))
         mine = json.dumps([[*key, *waits] for key, waits in found.items()]).encode()
         everyone = [json.loads(raw) for raw in gather_bytes(self.group, mine)]
-        size = len(everyone)
+        size = self._engine.info.num_ranks
         sums: dict[Phase, torch.Tensor] = {}
         for rank, entries in enumerate(everyone):
             for operation, phase, waited, _ in entries:

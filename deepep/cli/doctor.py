@@ -50,6 +50,7 @@ def command(
         misused("device: got cuda; this machine's torch sees no CUDA device")
     where = device or ("cuda" if there else "cpu")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    found: Examination | list[Trial] | None
     try:
         if launched_ranks() is not None:
             found = _under_torchrun(where, rounds, backend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SLOW = 3.0  # times as slow as the others
-LEAST_LATE = 0.25  # of a round's work, that a rank comes late by
+LEAST_LATE = 0.25  # of a round's work, that a rank comes late by, or a message takes longer than others
 LEAST_SHARE = 0.4  # of the share of a core that the others get
 
 Kind = Literal["process", "rank", "port", "link"]
@@ -110,7 +110,7 @@ def _slow_links(evidence: Evidence) -> dict[tuple[int, int], float]:
             continue
         usual = _at([evidence.links[i][k] for i, k in kind], 1)
         for i, k in kind:
-            if evidence.links[i][k] > SLOW * usual:
+            if evidence.links[i][k] > max(SLOW * usual, usual + LEAST_LATE * evidence.work):
                 found[k, i] = evidence.links[i][k] / usual if usual else float("inf")
     return found
 

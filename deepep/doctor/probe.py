@@ -22,6 +22,7 @@ from deepep.errors import ModeError
 from deepep.runtime.control.transport import device_type_of, gather_bytes
 from deepep.runtime.control.waits import charges
 
+MESSAGE = {"cpu": 4 << 20, "cuda": 1 << 30}  # bytes: long enough that a third of the rate shows
 SPIN = 0.1  # seconds of CPU time
 TRIES = 8  # messages on each link, before the rounds and after
 
@@ -146,6 +147,7 @@ def _traffic(buffer: Buffer, device: torch.device) -> None:
     weights = torch.ones(tokens, size, device=device)
     sent = buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=size)
     assert isinstance(sent.recv_x, torch.Tensor)
+    assert sent.handle is not None
     buffer.combine(sent.recv_x, sent.handle)
     quick = buffer.low_latency_dispatch(x, idx, tokens, size, use_fp8=False)
     assert isinstance(quick.recv_x, torch.Tensor)
@@ -173,7 +175,7 @@ def _message_from(group: dist.ProcessGroup, peer: int, at: torch.device, delay: 
     rank = group.rank()
     took = 0.0
     word = torch.ones(1, dtype=torch.uint8, device=at)
-    message = torch.ones((1 << 20) if at.type == "cpu" else (1 << 24), dtype=torch.uint8, device=at)
+    message = torch.ones(MESSAGE[at.type], dtype=torch.uint8, device=at)
     theirs = dist.get_global_rank(group, peer)
     for asks in (min(rank, peer), max(rank, peer)):
         if rank == asks:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch._C._autograd import _profiler_enabled
 
 Result = TypeVar("Result")
 _NVTX = os.environ.get("DEEPEP_NVTX", "") not in ("", "0")
@@ -25,7 +26,7 @@ class _Inside(threading.local):
 
 
 inside = _Inside()
-is_profiled: Callable[[], bool] = (lambda: True) if _NVTX else torch.autograd._profiler_enabled
+is_profiled: Callable[[], bool] = (lambda: True) if _NVTX else _profiler_enabled
 """True if calls are labelled: a function of torch itself, so that asking costs next to nothing."""
 
 
