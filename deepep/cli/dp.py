@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from deepep.cli import dp_networks
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import RangeError
 
@@ -26,11 +27,13 @@ _INSIDE = "DEEPEP_DP_NAMESPACE"
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="bits, codec, bytes or convergence.")],
-    ranks: Annotated[int, typer.Option(help="Processes.")] = 4,
+    what: Annotated[str, typer.Argument(help="bits, codec, bytes, convergence, topologies, drift or noise.")],
+    ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given.")] = 0,
     cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.")] = 1000,
     blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.")] = 20_000,
-    steps: Annotated[int, typer.Option(help="convergence: training steps.")] = 64,
+    steps: Annotated[int, typer.Option(help="convergence, noise: training steps; 0: 64 and 160.")] = 0,
+    rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.")] = 5,
+    pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice.")] = 0,
 ) -> None:
     """Checks one promise of data parallelism, and fails if it does not hold.
@@ -38,17 +41,28 @@ def command(
     bits: drawn all-reduces have the oracle's bits on every rank. codec: messages have the oracle's bits,
     and the formats' rates on one core. bytes: what crosses the network interface of a namespace made for
     it, by format (Linux, unshare). convergence: the demo's loss by format, with a control that is far too
-    coarse.
+    coarse. topologies: times on emulated clusters (`deepep links`) against torch's gloo. drift: a link that
+    becomes slow has others planned. noise: formats that follow the gradients' noise, in the demo.
     """
+    from deepep.sim.links.emulated import NetworkError
+
     actions: dict[str, Callable[[], bool]] = {
         "bits": lambda: _bits(cases),
         "codec": lambda: _codec(blocks),
-        "bytes": lambda: _bytes(ranks),
-        "convergence": lambda: _convergence(ranks, steps, seed),
+        "bytes": lambda: _bytes(ranks or 4),
+        "convergence": lambda: _convergence(ranks or 4, steps or 64, seed),
+        "topologies": lambda: dp_networks.topologies(ranks or 8, rounds, pinned),
+        "drift": dp_networks.drift,
+        "noise": lambda: dp_networks.noise(ranks or 4, steps or 160, seed),
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))
-    if not actions[what]():
+    try:
+        passed = actions[what]()
+    except NetworkError as error:
+        make_console().print(f"{what}: no emulated network: {error}", soft_wrap=True)
+        raise typer.Exit(FAILED) from None
+    if not passed:
         raise typer.Exit(FAILED)
 
 

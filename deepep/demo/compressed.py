@@ -56,6 +56,43 @@ def train_with(group: dist.ProcessGroup, form: str, config: DemoConfig) -> list[
     return losses
 
 
+def train_by_noise(group: dist.ProcessGroup, config: DemoConfig) -> list[dict[str, Any]]:
+    """Trains with compression "auto". By step: `bytes` that this rank has sent, and `float32_bytes` that it
+    would have sent; by bucket `codecs`, and the noise `ratios` of those in use two steps before. Collective.
+    """
+    torch.set_num_threads(1)
+    steps: list[dict[str, Any]] = []
+    with Buffer(group, device="cpu", timeout=300.0) as buffer:
+        model = ByteModel(buffer, config)
+        options = ParallelConfig("auto", "direct", min_compressed_bytes=0, seed=config.seed, timeout=300.0)
+        wrapped = DistributedDataParallel(model, process_group=group, config=options)
+        ignored = wrapped.parameters_to_ignore
+        count = sum(p.numel() for name, p in model.named_parameters() if name not in ignored)
+        optimizer, shard, before = make_optimizer(model), TextShard(config, buffer.rank), 0
+        for step in range(config.steps):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(config, step)
+            wrapped(*shard.batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for moe in model.moe_layers():
+                moe.rebalance(config.balance_rate)
+            report = wrapped.report()
+            codecs = [plan["codec"] for _, plan in sorted(report["plans"].items())]
+            used = steps[-2]["codecs"] if step > 1 else []
+            ratios = [
+                report["noise"][index][codec]
+                for index, codec in enumerate(used)
+                if codec in report["noise"].get(index, {})
+            ]
+            sent = report["bytes_sent"] - before
+            before = report["bytes_sent"]
+            whole = 2 * 4 * count * (config.num_ranks - 1) // config.num_ranks
+            steps.append({"bytes": sent, "float32_bytes": whole, "codecs": codecs, "ratios": ratios})
+        wrapped.close()
+    return steps
+
+
 def last_mean(losses: list[float]) -> float:
     """The mean of the last steps' losses."""
     last = losses[-LAST:]
