@@ -128,7 +128,10 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 
 # Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers.
 test-cluster: install
-	@set -e; for what in bits codec bytes convergence; do echo "== deepep dp $$what"; $(PY) -m deepep dp $$what; done
+	@echo "== deepep links --check"; $(PY) -m deepep links --check
+	@set -e; for what in bits codec bytes convergence topologies drift noise; do \
+	  echo "== deepep dp $$what"; $(PY) -m deepep dp $$what; \
+	done
 
 # The sdist, and wheels for each Python 3.10 to 3.13 that is found, with and without kernels; DIST=--try installs each.
 dist: $(QUICK)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from deepep.cli.demo_gradients import run_gradients
 from deepep.cli.launcher import launched_ranks
 from deepep.cli.terminal import FAILED, demand_folder, make_console, misused
 from deepep.demo.config import DemoConfig
@@ -38,12 +39,17 @@ def command(
         int, typer.Option(help="E, of each layer; rounded up to a multiple of the ranks.")
     ] = DemoConfig.num_experts,
     topk: Annotated[int, typer.Option(help="K.")] = DemoConfig.num_topk,
+    data_parallel: Annotated[
+        str,
+        typer.Option(help="off, auto, fp8, bf16 or fp16: the gradients' part alone, on an emulated cluster."),
+    ] = "",
 ) -> None:
     """Trains a byte-level MoE model on Python's own library sources, over processes that dispatch and
     combine.
 
     Then trains the same model in one process, and fails unless every loss is equal, bit for bit. Under
-    torchrun the ranks are torchrun's.
+    torchrun the ranks are torchrun's. With --data-parallel it trains by torch's DistributedDataParallel and
+    by deepep's instead, on an emulated cluster where the system allows one, and draws a picture of it.
     """
     console = make_console()
     demand_folder("--out", out)
@@ -51,6 +57,10 @@ def command(
         launched = launched_ranks()
         num_ranks = ranks if launched is None else launched
         config = DemoConfig.for_ranks(num_ranks, steps, seed, num_experts=experts, num_topk=topk)
+        if data_parallel:
+            if not run_gradients(config, data_parallel, out):
+                raise typer.Exit(FAILED)
+            return
     except ArgumentError as error:
         misused(error)
     started = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,21 +41,42 @@ def train_with(group: dist.ProcessGroup, form: str, config: DemoConfig) -> list[
         wrapped = DistributedDataParallel(model, process_group=group, config=options)
         if form == CONTROL:
             wrapped.register_comm_hook(group, _control)
-        optimizer, shard, losses = make_optimizer(model), TextShard(config, buffer.rank), []
-        for step in range(config.steps):
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(config, step)
-            loss = wrapped(*shard.batch(step))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            for moe in model.moe_layers():
-                moe.rebalance(config.balance_rate)
-            mean = loss.detach().double().reshape(1)
-            dist.all_reduce(mean, group=group)
-            losses.append(float(mean) / buffer.group_size)
+        losses = [mean_of(group, loss) for loss, _ in training_steps(model, wrapped, config, buffer.rank)]
         wrapped.close()
     return losses
+
+
+def training_steps(
+    model: ByteModel, wrapped: DistributedDataParallel, config: DemoConfig, rank: int
+) -> Iterator[tuple[Tensor, float]]:
+    """Trains step by step: this rank's loss, and the seconds of its backward."""
+    optimizer, shard = make_optimizer(model), TextShard(config, rank)
+    for step in range(config.steps):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(config, step)
+        loss = wrapped(*shard.batch(step))
+        started = time.perf_counter()
+        loss.backward()
+        seconds = time.perf_counter() - started
+        optimizer.step()
+        optimizer.zero_grad()
+        for moe in model.moe_layers():
+            moe.rebalance(config.balance_rate)
+        yield loss.detach(), seconds
+
+
+def mean_of(group: dist.ProcessGroup, loss: Tensor) -> float:
+    """The mean of all ranks' losses. Collective."""
+    mean = loss.double().reshape(1)
+    dist.all_reduce(mean, group=group)
+    return float(mean) / group.size()
+
+
+def float32_bytes(wrapped: DistributedDataParallel, num_ranks: int) -> int:
+    """Bytes that a rank sends a step of gradients in float32, by a ring or in parts to their owners."""
+    ignored = wrapped.parameters_to_ignore
+    count = sum(p.numel() for name, p in wrapped.module.named_parameters() if name not in ignored)
+    return 2 * 4 * count * (num_ranks - 1) // num_ranks
 
 
 def train_by_noise(group: dist.ProcessGroup, config: DemoConfig) -> list[dict[str, Any]]:
@@ -66,17 +89,8 @@ def train_by_noise(group: dist.ProcessGroup, config: DemoConfig) -> list[dict[st
         model = ByteModel(buffer, config)
         options = ParallelConfig("auto", "direct", min_compressed_bytes=0, seed=config.seed, timeout=300.0)
         wrapped = DistributedDataParallel(model, process_group=group, config=options)
-        ignored = wrapped.parameters_to_ignore
-        count = sum(p.numel() for name, p in model.named_parameters() if name not in ignored)
-        optimizer, shard, before = make_optimizer(model), TextShard(config, buffer.rank), 0
-        for step in range(config.steps):
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(config, step)
-            wrapped(*shard.batch(step)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            for moe in model.moe_layers():
-                moe.rebalance(config.balance_rate)
+        before, whole = 0, float32_bytes(wrapped, config.num_ranks)
+        for step, _ in enumerate(training_steps(model, wrapped, config, buffer.rank)):
             report = wrapped.report()
             codecs = [plan["codec"] for _, plan in sorted(report["plans"].items())]
             used = steps[-2]["codecs"] if step > 1 else []
@@ -87,7 +101,6 @@ def train_by_noise(group: dist.ProcessGroup, config: DemoConfig) -> list[dict[st
             ]
             sent = report["bytes_sent"] - before
             before = report["bytes_sent"]
-            whole = 2 * 4 * count * (config.num_ranks - 1) // config.num_ranks
             steps.append({"bytes": sent, "float32_bytes": whole, "codecs": codecs, "ratios": ratios})
         wrapped.close()
     return steps

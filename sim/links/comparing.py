@@ -19,8 +19,10 @@ PINNED = ("native", "direct", "hierarchical", "ring", "chain", "oneshot")
 
 @dataclass(frozen=True)
 class ClusterComparison:
-    """Median seconds on one cluster. seconds: by size, then by name: `GLOO`, `CHOSEN`, `CHOSEN_FP8`, and what
-    of `PINNED` was run. plans: of `CHOSEN` and `CHOSEN_FP8` in words, by size. groups: as found.
+    """Median seconds on one cluster.
+
+    seconds: by size, then by name: `GLOO`, `CHOSEN`, `CHOSEN_FP8`, and what of `PINNED` was run. plans: of
+    `CHOSEN` and `CHOSEN_FP8` in words, by size. groups: as found.
     """
 
     cluster: str

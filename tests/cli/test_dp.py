@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepep.cli import dp
+from deepep.cli.demo_gradients import run_gradients
 from deepep.demo.compressed import CONTROL, train_with
 from deepep.demo.config import DemoConfig
 
@@ -67,3 +69,22 @@ def test_misuse() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "allowed: bits, codec, bytes, convergence" in done.stderr
+
+
+def test_the_demo_draws_gradients_on_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the loopback where networks cannot be emulated, and it says so."""
+    config = DemoConfig(
+        num_ranks=2,
+        steps=2,
+        layers=1,
+        num_experts=4,
+        num_topk=2,
+        hidden=48,
+        expert_hidden=32,
+        shared_hidden=32,
+        context=64,
+        sequences=2,
+    )
+    assert run_gradients(config, "auto", tmp_path / "out")
+    assert (tmp_path / "out" / "data_parallel.png").stat().st_size > 10_000
+    assert "groups found" in capsys.readouterr().out
