@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dp": ("deepep.cli.dp", "Check data parallelism: bits, bytes, rates, convergence."),
     "links": ("deepep.cli.links", "Run a command on ranks with a cluster's links between them, emulated."),
     "wire": ("deepep.cli.wire", "Run a command on ranks as if on several hosts, without a NIC."),
+    "placement": ("deepep.cli.placement", "Replay a routing trace under placements of its experts."),
     "predict": ("deepep.cli.predict", "Predict times of dispatch and combine on a cluster."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
 }
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `deepep <command> ...`; exits with the command's status: 2 for misuse, 130 for Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
-        usage = "\n".join(f"  {name:8} {line}" for name, (_, line) in COMMANDS.items())
+        usage = "\n".join(f"  {name:9} {line}" for name, (_, line) in COMMANDS.items())
         print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help: its options")
         raise SystemExit(0 if args else 2)
     if args[0] not in COMMANDS:
