@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -342,7 +343,10 @@ class ElasticBuffer(EngineOwner):
         if handle is not None:
             done = elastic.dispatch_cached(self._engine, handle.elastic_route, request, schedule)
         else:
-            done = elastic.dispatch(self._engine, request, schedule)
+            if self._counter is None:
+                done = elastic.dispatch(self._engine, request, schedule)
+            else:
+                done = self._counter.around(partial(elastic.dispatch, self._engine), request, schedule)
             if copies:
                 elastic.copy_topk_idx(self._engine, done, schedule)
             handle = EPHandle(done.route, do_expand=request.expand, num_sms=sms)

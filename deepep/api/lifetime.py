@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepep.api import arguments
+from deepep.api.expert_counts import ExpertCounting
 from deepep.api.info import BufferInfo
 from deepep.api.waits import WaitCalls
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class EngineOwner(WaitCalls):
+class EngineOwner(WaitCalls, ExpertCounting):
     """Whoever has an engine of its own: Buffer, ElasticBuffer. Construction calls `_own`."""
 
     def _own(self, engine: Engine, group: dist.ProcessGroup) -> None:

@@ -133,6 +133,17 @@ class ExpertPlacement:
         total = math.fsum(of_ranks)
         return max(of_ranks) * self.num_ranks / total if total else 1.0
 
+    def logical_loads(self, counts: Tensor) -> Tensor:
+        """[E] int64 or as `counts` is: loads of logical experts, from those of physical ones, [P], which a
+        buffer has counted. Raises ArgumentTypeError or ShapeError.
+        """
+        if not isinstance(counts, Tensor):
+            raise ArgumentTypeError("counts", type(counts).__name__, "a tensor")
+        if counts.shape != (self.num_physical,):
+            raise ShapeError("counts", str(list(counts.shape)), f"[{self.num_physical}]")
+        experts = torch.tensor(self.experts, dtype=torch.int64, device=counts.device)
+        return counts.new_zeros(self.num_experts).index_add_(0, experts, counts)
+
     # from one placement to the next
 
     def num_moved(self, previous: ExpertPlacement) -> int:
