@@ -7,6 +7,7 @@ from deepep.nn.exchange import Received, RouteTensors, combine, dispatch
 from deepep.nn.experts import GroupedSwiGLU, SwiGLU
 from deepep.nn.moe import ExpertParallelMoE, apply_experts
 from deepep.nn.observe import Exchange, observe
+from deepep.nn.placing import move_experts
 from deepep.nn.router import Gate, Router
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "buffer_number",
     "combine",
     "dispatch",
+    "move_experts",
     "observe",
 ]

@@ -49,8 +49,8 @@ class GroupedSwiGLU(nn.Module):
     """L experts y = (silu(x W_gate) * (x W_up)) W_down over rows sorted by expert.
 
     gate_up: [L, H, 2F], the gate in the first F columns. down: [L, F, H]. Expert l is drawn from `seed` and
-    its number in the whole model, first_expert + l. Under torch.autocast rows and weights are multiplied in
-    its dtype; else rows must have the weights' dtype.
+    its number in the whole model: first_expert + l, or the l-th of `numbers`. Under torch.autocast rows and
+    weights are multiplied in its dtype; else rows must have the weights' dtype.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class GroupedSwiGLU(nn.Module):
         *,
         seed: int = 0,
         first_expert: int = 0,
+        numbers: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +70,9 @@ class GroupedSwiGLU(nn.Module):
         check_int("hidden", hidden, 1, MAX_HIDDEN)
         check_int("expert_hidden", expert_hidden, 1, MAX_HIDDEN)
         self.num_local_experts, self.seed, self.first_expert = num_local_experts, seed, first_expert
+        self.numbers = None if numbers is None else tuple(numbers)
+        if self.numbers is not None and len(self.numbers) != num_local_experts:
+            raise ShapeError("numbers", f"[{len(self.numbers)}]", f"[{num_local_experts}]")
         shapes = (num_local_experts, hidden, 2 * expert_hidden), (num_local_experts, expert_hidden, hidden)
         self.gate_up, self.down = (parameter(shape, device, dtype) for shape in shapes)
         self.reset_parameters()
@@ -87,8 +91,9 @@ class GroupedSwiGLU(nn.Module):
             return
         sharded = any(is_distributed(weight) for weight in weights)
         targets = [torch.empty(w.shape, dtype=w.dtype, device="cpu") if sharded else w for w in weights]
-        for local in range(self.num_local_experts):
-            generator = generator_of(self.seed * 1_000_003 + self.first_expert + local)
+        consecutive = range(self.first_expert, self.first_expert + self.num_local_experts)
+        for local, number in enumerate(consecutive if self.numbers is None else self.numbers):
+            generator = generator_of(self.seed * 1_000_003 + number)
             for target in targets:
                 target[local].copy_(normal(target.shape[1:], target.shape[1], generator))
         if sharded:

@@ -19,6 +19,7 @@ from deepep.nn.experts import (
     GroupedSwiGLU,
     SwiGLU,
 )
+from deepep.nn.placing import agree_on, checked_placement, move_experts, sum_replica_gradients
 from deepep.nn.precision import (
     autocast_dtype,
     check_multiplies,
@@ -36,6 +37,7 @@ from deepep.nn.scaled import (
     dispatch_scaled,
     expand_scaled_rows,
 )
+from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 from deepep.runtime.requests import Operation
 
@@ -54,9 +56,9 @@ class ExpertParallelMoE(nn.Module):
 
         y = sum over the top-k experts e of a token of  weight_e * expert_e(x)   (+ shared(x))
 
-    Every rank holds the router and the shared expert whole and `num_experts / R` experts (rank r has
-    experts r * L to (r + 1) * L - 1). Weights are drawn per expert from `seed`: the same model for any
-    number of ranks.
+    Every rank holds the router and the shared expert whole and `num_experts / R` experts, or those of
+    `placement`. Weights are drawn per expert from `seed`: the same model for any number of ranks, and any
+    placement.
 
     Args:
         buffer: the deepep.Buffer to exchange through. The layer does not keep it alive.
@@ -74,6 +76,9 @@ class ExpertParallelMoE(nn.Module):
         recompute: keep of the experts' forward nothing but the rows received, and repeat it in the backward:
             activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
             itself what it keeps.
+        placement: where experts lie, and which have replicas (deepep.placement); the same on all ranks. None:
+            rank r has experts r * L to (r + 1) * L - 1. Replicas begin equal; `sum_replica_gradients` keeps
+            them so in training. `move_to` another one, at any time.
         seed: of the weights.
         device: of the parameters; torch's default device where one is set, else the buffer's.
         dtype: of the parameters; bfloat16 on CUDA, torch's default dtype on the CPU.
@@ -104,6 +109,7 @@ class ExpertParallelMoE(nn.Module):
         shared_hidden: int = 0,
         fp8_dispatch: bool = False,
         recompute: bool = False,
+        placement: ExpertPlacement | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -112,7 +118,7 @@ class ExpertParallelMoE(nn.Module):
         self.buffer_number = buffer_number(buffer)
         num_ranks = buffer.group_size
         check_int("num_experts", num_experts, 1, MAX_EXPERTS)
-        if num_experts % num_ranks:
+        if placement is None and num_experts % num_ranks:
             raise RangeError(
                 "num_experts", str(num_experts), f"a positive multiple of {num_ranks}, the ranks"
             )
@@ -126,13 +132,23 @@ class ExpertParallelMoE(nn.Module):
             check_casts(hidden, made["dtype"])
             self.row_dtypes = tuple(dtype for dtype in self.row_dtypes if dtype in CAST_DTYPES)
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
-        self.rank, self.num_local_experts = buffer.rank, num_experts // num_ranks
+        self.rank, self.placement = buffer.rank, checked_placement(placement, num_experts, num_ranks)
+        self.num_physical = num_experts if placement is None else placement.num_physical
+        self.num_local_experts = self.num_physical // num_ranks
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
         first = self.rank * self.num_local_experts
+        numbers = None if placement is None else placement.of_rank(self.rank)
         self.experts = GroupedSwiGLU(
-            self.num_local_experts, hidden, expert_hidden, seed=seed, first_expert=first, **made
+            *(self.num_local_experts, hidden, expert_hidden),
+            **{"seed": seed, "first_expert": first, "numbers": numbers, **made},
         )
         self.shared = SwiGLU(hidden, shared_hidden, seed=seed + 1, **made) if shared_hidden else None
+        # Tables of the placement: buffers, so that they are where the parameters are; no part of the model.
+        self.replicas: Tensor | None
+        self.replica_counts: Tensor | None
+        tables = (None, None) if placement is None else placement.tables(self.router.weight.device)
+        for name, table in zip(("replicas", "replica_counts"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew from `seed`."""
@@ -157,13 +173,21 @@ class ExpertParallelMoE(nn.Module):
             # Before the dispatch, which has the host wait for counts: the device is busy meanwhile.
             beside = None if self.shared is None else self.shared(tokens)
         send = dispatch_scaled if self.fp8_dispatch else dispatch
-        received = send(number, rows, routing.topk_idx, routing.topk_weights, self.num_experts)
+        received = send(
+            number, rows, self._physical(routing.topk_idx), routing.topk_weights, self.num_physical
+        )
         with posting_errors(number, Operation.COMBINE, "experts"):
             rows = self._apply_experts(received)  # [N, H]
         y = combine(rows, received.route)
         if beside is not None:
             y = y + beside
         return y.view(x.shape)
+
+    def _physical(self, topk_idx: Tensor) -> Tensor:
+        """The experts of the router's choice as dispatch numbers them."""
+        if self.replicas is None or self.replica_counts is None:
+            return topk_idx
+        return physical_topk(topk_idx, self.replicas, self.replica_counts, self.rank, self.num_physical)
 
     def _apply_experts(self, received: Received | ScaledReceived) -> Tensor:
         entries = received.topk_idx, received.topk_weights, received.expert_counts
@@ -206,11 +230,48 @@ class ExpertParallelMoE(nn.Module):
         """Parameters of this rank's experts: keep them out of data-parallel all-reduces."""
         yield from self.experts.parameters()
 
+    def sum_replica_gradients(self) -> None:
+        """Gives the replicas of an expert the sum of their gradients, each of a share of its tokens:
+        once a step, between backward and optimizer, like the sum over `replicated_parameters`. Collective.
+
+        Summed by physical expert, ascending, in float32 at least, rounded once: the same bits on all ranks,
+        so equal replicas stay equal under any optimizer that looks at values alone. Without a gradient, a
+        rank takes part with zeros. It moves the gradients of replicated experts alone, each once per replica,
+        by all_reduce over the buffer's group. Without replicas it does nothing.
+        """
+        if self.placement is not None:
+            group = buffer_of(self.buffer_number).group
+            sum_replica_gradients(list(self.experts.parameters()), self.placement, self.rank, group)
+
+    def move_to(self, placement: ExpertPlacement) -> int:
+        """Brings this rank the experts that `placement` gives it; the output of the layer stays what it is.
+        Collective, between a step and the next; `placement` has to be the same on all ranks.
+
+        Parameters stay the same objects, so the placement has as many physical experts as now; their
+        gradients are dropped, and what an optimizer keeps of them is the caller's to move
+        (`deepep.nn.move_experts`). `ExpertPlacement.renumbered` has less to move. Returns how many experts
+        came from other ranks. Raises ArgumentTypeError, RangeError or MismatchError, on all ranks.
+        """
+        old = self.placement or contiguous(self.num_experts, self.num_physical // self.num_local_experts)
+        group = buffer_of(self.buffer_number).group
+        agree_on(placement, old, group)
+        weights = list(self.experts.parameters())
+        moved = move_experts([weight.detach() for weight in weights], old, placement, self.rank, group)
+        with torch.no_grad():
+            for weight, values in zip(weights, moved, strict=True):
+                weight.copy_(values)
+                weight.grad = None
+        self.placement = placement
+        self.replicas, self.replica_counts = placement.tables(self.router.weight.device)
+        if isinstance(self.experts, GroupedSwiGLU):
+            self.experts.numbers = placement.of_rank(self.rank)
+        held = old.of_rank(self.rank)
+        return sum(expert not in held for expert in placement.of_rank(self.rank))
+
     def extra_repr(self) -> str:
-        return (
-            f"experts {self.rank * self.num_local_experts}.. of {self.num_experts}, top {self.num_topk}, "
-            f"hidden {self.hidden}"
-        )
+        first = f"{self.rank * self.num_local_experts}.."
+        mine = first if self.placement is None else str(list(self.placement.of_rank(self.rank)))
+        return f"experts {mine} of {self.num_experts}, top {self.num_topk}, hidden {self.hidden}"
 
 
 def apply_experts(

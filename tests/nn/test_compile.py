@@ -13,7 +13,7 @@ from deepep.gate import group_limited_topk
 HIDDEN, EXPERTS, TOPK = 16, 8, 3
 
 
-def compare_with_eager(buffer: Any, sizes: list[int]) -> int:
+def compare_with_eager(buffer: Any, sizes: list[int], placement: Any = None) -> int:
     """Forward and backward of the traced and the eager layer for each T; the number of graphs traced."""
     from functools import partial
 
@@ -30,6 +30,7 @@ def compare_with_eager(buffer: Any, sizes: list[int]) -> int:
         num_topk=TOPK,
         gate=gate,
         shared_hidden=8,
+        placement=placement,
     )
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -58,6 +59,17 @@ def test_aot_eager_is_one_graph_with_the_eager_bits(on_ranks: Any) -> None:
 
     graphs = on_ranks(2, body)
     assert all(count <= 3 for count in graphs), graphs
+
+
+def test_a_placed_layer_is_one_graph_too(on_ranks: Any) -> None:
+    """In the world of the test above, which has imported what compiles."""
+
+    def body(buffer: Any) -> int:
+        from deepep.placement import place
+
+        return compare_with_eager(buffer, [5 + buffer.rank, 9], place([9, 1, 1, 5, 1, 1, 1, 1], 2, 4))
+
+    assert all(count <= 2 for count in on_ranks(2, body))
 
 
 @pytest.mark.slow

@@ -1,0 +1,145 @@
+"""Experts' weights under a placement: equal replicas in training, and the way from one placement to another.
+
+Tensors here are a rank's [L, ..], one entry a local expert: parameters, or what an optimizer keeps of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError
+from deepep.placement.experts import ExpertPlacement
+from deepep.runtime.control.transport import gather_bytes
+
+CHUNK = 1 << 24
+"""Elements that one all_reduce takes, or one expert's replicas if they are more."""
+
+
+def checked_placement(placement: object, num_experts: int, num_ranks: int) -> ExpertPlacement | None:
+    """The placement of a layer. Raises ArgumentTypeError or RangeError."""
+    if placement is None:
+        return None
+    if not isinstance(placement, ExpertPlacement):
+        raise ArgumentTypeError("placement", type(placement).__name__, "a deepep.placement.ExpertPlacement")
+    if (placement.num_experts, placement.num_ranks) != (num_experts, num_ranks):
+        got = f"{placement.num_experts} experts on {placement.num_ranks} ranks"
+        raise RangeError("placement", got, f"{num_experts} experts on {num_ranks} ranks")
+    return placement
+
+
+def agree_on(placement: ExpertPlacement, old: ExpertPlacement, group: Any) -> None:
+    """Raises ArgumentTypeError, RangeError or MismatchError, on all ranks, unless all go from `old` to one
+    placement of as many physical experts.
+    """
+    problem: ArgumentError | None = None
+    digest = ""
+    try:
+        found = checked_placement(placement, old.num_experts, old.num_ranks)
+        if found is None:
+            raise ArgumentTypeError("placement", "None", "a deepep.placement.ExpertPlacement")
+        if found.num_physical != old.num_physical:
+            raise RangeError(
+                "placement", f"{found.num_physical} physical experts", f"{old.num_physical}, as now"
+            )
+        both = json.dumps([old.experts, found.experts])
+        digest = hashlib.sha256(both.encode()).hexdigest()
+    except ArgumentError as refused:
+        problem = refused
+    texts = [raw.decode() for raw in gather_bytes(group, (digest or f"! {problem}").encode())]
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(texts):
+        if text != digest:
+            got = text[2:] if text.startswith("! ") else f"another here than on rank {rank}"
+            raise MismatchError("placement", got, "the same on all ranks, before and after", rank)
+
+
+def sum_replica_gradients(
+    weights: Sequence[torch.nn.Parameter], placement: ExpertPlacement, rank: int, group: Any
+) -> None:
+    """Sums the gradients of an expert's replicas: `ExpertParallelMoE.sum_replica_gradients`."""
+    local, first = placement.num_local, rank * placement.num_local
+    shared = [replicas for replicas in placement.replicas_of if len(replicas) > 1]
+    for weight in weights:
+        if not shared:
+            return
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        gradient, size = weight.grad, max(1, weight[0].numel())
+        for part in _parts(shared, CHUNK // size):
+            rows = [physical for replicas in part for physical in replicas]
+            sent = gradient.new_zeros(len(rows), *gradient.shape[1:])
+            for row, physical in enumerate(rows):
+                if physical // local == rank:
+                    sent[row] = gradient[physical - first]
+            dist.all_reduce(sent, group=group)  # each row is one rank's, and zeros: exact in any order
+            wide = torch.promote_types(sent.dtype, torch.float32)
+            begin = 0
+            for replicas in part:
+                total = sent[begin].to(wide)
+                for row in range(begin + 1, begin + len(replicas)):
+                    total = total + sent[row].to(wide)
+                for physical in replicas:
+                    if physical // local == rank:
+                        gradient[physical - first] = total.to(sent.dtype)
+                begin += len(replicas)
+
+
+def move_experts(
+    tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement, rank: int, group: Any
+) -> list[Tensor]:
+    """A rank's `tensors`, [L, ..] of its experts by `old`, as new tensors, of its experts by `new`.
+
+    An expert that the rank held is copied from its first replica there; others come from one of the ranks
+    that held it, taken in turn. Collective over `group`, in whose numbers `rank` is; all ranks pass the same
+    placements, and tensors of the same shapes. Raises ArgumentTypeError or RangeError, before anything is
+    sent.
+    """
+    new.num_moved(old)  # refuses what cannot be compared
+    for tensor in tensors:
+        if tensor.shape[0] != old.num_local:
+            raise RangeError("tensors", f"one of {tensor.shape[0]} experts", f"{old.num_local} experts each")
+    made = [tensor.new_empty(new.num_local, *tensor.shape[1:]) for tensor in tensors]
+    given = [tensor.contiguous() for tensor in tensors]
+    operations: list[dist.P2POp] = []
+    for target in range(new.num_ranks):
+        held = old.of_rank(target)
+        for place, expert in enumerate(new.of_rank(target)):
+            if expert in held:
+                if target == rank:
+                    for into, source in zip(made, given, strict=True):
+                        into[place] = source[held.index(expert)]
+                continue
+            replicas = old.replicas_of[expert]
+            owner, index = divmod(replicas[target % len(replicas)], old.num_local)
+            for into, source in zip(made, given, strict=True):
+                if target == rank:
+                    peer = dist.get_global_rank(group, owner)
+                    operations.append(dist.P2POp(dist.irecv, into[place], peer, group))
+                elif owner == rank:
+                    peer = dist.get_global_rank(group, target)
+                    operations.append(dist.P2POp(dist.isend, source[index], peer, group))
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return made
+
+
+def _parts(shared: list[tuple[int, ...]], rows: int) -> list[list[tuple[int, ...]]]:
+    """Experts' replicas in parts of at most so many rows, or of one expert."""
+    parts: list[list[tuple[int, ...]]] = []
+    number = 0
+    for replicas in shared:
+        if not parts or number + len(replicas) > rows:
+            parts.append([])
+            number = 0
+        parts[-1].append(replicas)
+        number += len(replicas)
+    return parts
