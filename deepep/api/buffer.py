@@ -300,10 +300,7 @@ class Buffer(LowLatencyCalls, Joining):
             )
         except BaseException as error:
             self._refuse(Operation.DISPATCH, error, arguments.refusal(async_finish))
-        if self._counter is None or handle is not None:
-            done = self._engine.dispatch(request, schedule)
-        else:
-            done = self._counter.around(self._engine.dispatch, request, schedule)
+        done = (self._counter or self._engine).dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         if handle is not None:

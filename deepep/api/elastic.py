@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -343,10 +342,9 @@ class ElasticBuffer(EngineOwner):
         if handle is not None:
             done = elastic.dispatch_cached(self._engine, handle.elastic_route, request, schedule)
         else:
-            if self._counter is None:
-                done = elastic.dispatch(self._engine, request, schedule)
-            else:
-                done = self._counter.around(partial(elastic.dispatch, self._engine), request, schedule)
+            counter = self._counter
+            send = elastic.dispatch if counter is None else counter.elastic_dispatch
+            done = send(self._engine, request, schedule)
             if copies:
                 elastic.copy_topk_idx(self._engine, done, schedule)
             handle = EPHandle(done.route, do_expand=request.expand, num_sms=sms)

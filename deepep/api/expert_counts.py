@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,48 +19,69 @@ from deepep.errors import (
     MismatchError,
     ShapeError,
 )
+from deepep.runtime import elastic
 from deepep.runtime.checks import INDEX_DTYPES, check_flag
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.transport import device_type_of, gather_bytes
+from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest
 from deepep.runtime.engine import Engine
-from deepep.runtime.requests import Layout, Schedule
+from deepep.runtime.requests import (
+    Dispatched,
+    DispatchRequest,
+    LowLatencyDispatched,
+    LowLatencyDispatchRequest,
+    Schedule,
+)
 
-
-class _Routed(Protocol):
-    """Requests of dispatches along new routes."""
-
-    @property
-    def topk_idx(self) -> torch.Tensor | None: ...
-
-
-_Request = TypeVar("_Request", bound=_Routed)
 _Result = TypeVar("_Result")
 
 
 class ExpertCounter:
-    """Adds the entries of every dispatch to a tensor of the user's, [E] int64, in the dispatch's turn."""
+    """Adds the entries of every dispatch to a tensor of the user's, [E] int64, in the dispatch's turn.
+
+    Has an engine's dispatches, for a facade to call instead.
+    """
 
     def __init__(self, engine: Engine, counts: torch.Tensor) -> None:
         self._engine, self.counts = engine, counts
         self.last: Completion | None = None
 
-    def around(
-        self, dispatch: Callable[[_Request, Schedule], _Result], request: _Request, schedule: Schedule
+    def dispatch(self, request: DispatchRequest, schedule: Schedule) -> Dispatched:
+        """`Engine.dispatch`, counted unless it repeats a route."""
+        dispatch = partial(self._engine.dispatch, request, schedule)
+        if request.route is not None:
+            return dispatch()
+        if request.topk_idx is None and request.layout is not None:
+            return self._around(dispatch, request.layout.num_tokens_per_expert, True, schedule)
+        return self._around(dispatch, request.topk_idx, False, schedule)
+
+    def low_latency_dispatch(
+        self, request: LowLatencyDispatchRequest, schedule: Schedule
+    ) -> LowLatencyDispatched:
+        """`Engine.low_latency_dispatch`, counted."""
+        dispatch = partial(self._engine.low_latency_dispatch, request, schedule)
+        return self._around(dispatch, request.topk_idx, False, schedule)
+
+    def elastic_dispatch(
+        self, engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
+    ) -> ElasticDispatched:
+        """`deepep.runtime.elastic.dispatch`, counted."""
+        dispatch = partial(elastic.dispatch, engine, request, schedule)
+        return self._around(dispatch, request.topk_idx, False, schedule)
+
+    def _around(
+        self, dispatch: Callable[[], _Result], entries: object, by_expert: bool, schedule: Schedule
     ) -> _Result:
         """The dispatch, its entries counted before it: they are read when it reads them, and its caller may
-        overwrite them behind it. One that raises at the call is taken back.
+        overwrite them behind it. One that raises at the call is taken back. What
+        cannot be counted the dispatch refuses.
         """
-        layout: Layout | None = getattr(request, "layout", None)
-        entries = request.topk_idx
-        if entries is None and layout is not None:
-            entries = layout.num_tokens_per_expert
         if not self._can_count(entries):
-            return dispatch(request, schedule)  # which refuses it
-        assert entries is not None
-        by_expert = request.topk_idx is None
+            return dispatch()
+        assert isinstance(entries, torch.Tensor)
         self._add(entries, by_expert, 1, schedule)
         try:
-            return dispatch(request, schedule)
+            return dispatch()
         except BaseException:
             with contextlib.suppress(DeepEPError):
                 self._add(entries, by_expert, -1, schedule)

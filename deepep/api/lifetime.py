@@ -50,6 +50,27 @@ class EngineOwner(WaitCalls, ExpertCounting):
             self._finalizer.detach()
             self._scratch.clear()
 
+    def release_memory(self) -> None:
+        """Give back the memory that operations work in; the next operation makes it again. Collective.
+
+        For the time in which memory is needed elsewhere: model loading, another model's turn. On CUDA that is
+        the symmetric memory of both modes, to torch's allocator, once no tensor received into it is held any
+        more (`info.memory`: "kept memory" until then) and no CUDA graph was captured in it; and
+        `get_local_buffer_tensor`'s, which begins anew with zeros. The connections between ranks stay.
+
+        Handles stay good for cached dispatches and combines, and what was received stays as it is. The rows
+        of `get_next_low_latency_combine_buffer` are not looked at any more: ask again. On CUDA the next call
+        of each mode is no quicker than the first was, and not to be captured.
+
+        It is a barrier: it waits for what was issued, and for all ranks to call it, up to the time-out. Where
+        another rank calls another operation, all raise: MismatchError, or PeerTimeoutError on CUDA, where
+        kernels and hosts wait for each other; and nothing is given back then. HookPendingError before a hook
+        is called.
+        """
+        self._check_alive()
+        self._engine.release_memory()
+        self._scratch.clear()
+
     def __enter__(self) -> Self:
         return self
 

@@ -117,10 +117,7 @@ class LowLatencyCalls(BufferLifetime):
         except BaseException as error:
             early = arguments.refusal(async_finish, return_recv_hook)
             self._refuse(Operation.LOW_LATENCY_DISPATCH, error, early)
-        if self._counter is None:
-            done = self._engine.low_latency_dispatch(request, schedule)
-        else:
-            done = self._counter.around(self._engine.low_latency_dispatch, request, schedule)
+        done = (self._counter or self._engine).low_latency_dispatch(request, schedule)
         recv_x: Rows = done.x if done.scales is None else (done.x, done.scales)
         route = done.route
         handle = OwnedLowLatencyHandle(

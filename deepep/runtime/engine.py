@@ -220,6 +220,13 @@ class Engine(ABC):
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         """Returns once every rank has called it; `arguments` must agree."""
 
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Lets go of what operations work in, once every rank has called it; the next ones make it again.
+
+        Routes stay good. Raises what `barrier` raises, and then nothing was let go of.
+        """
+
     def stream_barrier(self) -> None:
         """A barrier in streams' order: the current one goes on once all ranks' have come to this point."""
         self.barrier(Schedule())

@@ -42,6 +42,7 @@ class Operation(IntEnum):
     ADMIT = 10
     DISMISS = 11
     PROBE = 12
+    RELEASE_MEMORY = 13
 
     @property
     def label(self) -> str:

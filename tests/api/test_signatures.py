@@ -140,6 +140,13 @@ BUFFER: dict[str, dict[str, Any]] = {
     "low_latency_clean_mask_buffer": {},
 }
 
+# Of no DeepEP, and of both classes here.
+SHARED: dict[str, dict[str, Any]] = {
+    "count_experts": {"counts": REQUIRED},
+    "gather_expert_counts": {"counts": REQUIRED, "zero": False},
+    "release_memory": {},
+}
+
 # Not of V1.
 OWN: dict[str, dict[str, Any]] = {
     "invite": {"ranks": REQUIRED},
@@ -305,12 +312,12 @@ WAITS = ("measure_waits", "wait_statistics", "gather_wait_statistics")
 
 def test_nothing_public_beside_elastic_buffers() -> None:
     public = {name for name in dir(deepep.ElasticBuffer) if not name.startswith("_")}
-    assert public - {"info", *WAITS} == set(ELASTIC) - {"__init__"}
+    assert public - {"info", *WAITS} == {*ELASTIC, *SHARED} - {"__init__"}
 
 
 def test_nothing_public_beside_it() -> None:
     public = {name for name in dir(deepep.Buffer) if not name.startswith("_")}
-    own = {"num_sms", "info", *OWN, *WAITS}
+    own = {"num_sms", "info", *OWN, *SHARED, *WAITS}
     assert public - own == set(BUFFER) - {"__init__"}
 
 
@@ -319,6 +326,12 @@ def test_methods_of_this_library_alone(name: str) -> None:
     method = getattr(deepep.Buffer, name)
     assert list(parameters(method).items()) == list(OWN[name].items())
     assert parameters(method, keyword_only=True) == KEYWORDS.get(name, {})
+
+
+@pytest.mark.parametrize("kind", [deepep.Buffer, deepep.ElasticBuffer])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_buffers_have(kind: Any, name: str) -> None:
+    assert list(parameters(getattr(kind, name)).items()) == list(SHARED[name].items())
 
 
 @pytest.mark.parametrize("thing", OTHERS, ids=lambda thing: thing.__qualname__)

@@ -30,6 +30,7 @@ from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
     ArgumentError,
     CapacityError,
+    DeepEPError,
     FaultRecord,
     HandleError,
     MismatchError,
@@ -370,6 +371,36 @@ class CudaEngine(Engine):
             raise CapacityError("num_worst_tokens", str(fault.expected), f"at least {got}", self.info.rank)
         self._fault, self.unsettled = fault, True
         raise PeerTimeoutError(fault)
+
+    def release_memory(self) -> None:
+        """See `Engine`. Ends both kinds of symmetric memory as a change of members does; builds none."""
+        with self.issuing:
+            if torch.cuda.is_current_stream_capturing():
+                raise ArgumentError("release_memory", "captured", "outside of a graph")
+            fault = self._fault or self._low_latency.state.fault
+            if fault is not None:
+                raise PeerTimeoutError(fault)
+            for rank in self._low_latency.state.masked - self._control.masked:  # by its kernels
+                self.mask(rank, True)
+            self._control.barrier(Schedule(), operation=Operation.RELEASE_MEMORY)
+            late: DeepEPError | None = None
+            if self._is_built:  # what kernels have reported is lost with their memory
+                self.symmetric.endpoint.wait()
+                try:
+                    self._raise_fault()
+                except DeepEPError as reported:
+                    late = reported
+            self.last_layout = None
+            self._is_built, self._must_build, self.unsettled = False, True, True
+            try:
+                with torch.cuda.device(self.index):
+                    self._generations.release()
+                    late = self._low_latency.release() or late
+            except PeerTimeoutError as error:
+                self._fault = error.record
+                raise
+            if late is not None:
+                raise late
 
     # masks, the end, the rest
 

@@ -31,7 +31,7 @@ from deepep.backends.cuda.low_latency_launch import (
 from deepep.backends.cuda.low_latency_state import LowLatencyState
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.backends.reference.low_latency import LowLatencyOperations
-from deepep.errors import ArgumentError, MismatchError
+from deepep.errors import ArgumentError, DeepEPError, MismatchError
 from deepep.runtime import streams
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.requests import (
@@ -241,6 +241,11 @@ class CudaLowLatency:
     def staged_bytes(self) -> int:
         """Bytes of the rows that the next zero-copy combine reads from."""
         return self._nccl.staged_bytes
+
+    def release(self) -> DeepEPError | None:
+        """Lets go of memory and of staged rows. Collective. Returns what kernels had reported."""
+        self._nccl.staged = None
+        return self.state.release()
 
     # hooks
 

@@ -29,7 +29,7 @@ from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.low_latency_memory import LowLatencyMemory
-from deepep.errors import ArgumentError, FaultRecord, MismatchError, PeerTimeoutError
+from deepep.errors import ArgumentError, DeepEPError, FaultRecord, MismatchError, PeerTimeoutError
 from deepep.runtime import streams
 from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
@@ -44,7 +44,8 @@ class LowLatencyState:
 
     memory: there if `is_ready`: made by the first call, of the size that it asks for, and made anew for a
     larger one, or when other ranks take part. agreed: the formats that all ranks know. unsettled: it is not
-    ready, or something is to be raised; has_fault: whether a kernel has reported a fault.
+    ready, or something is to be raised; has_fault: whether a kernel has reported a fault. fault: a time-out,
+    until the missing ranks are masked.
     """
 
     memory: LowLatencyMemory
@@ -55,7 +56,7 @@ class LowLatencyState:
         self._turns = turns
         self.generations = Generations(control.membership, engine.device, "low-latency memory")
         self._is_built = False
-        self._fault: FaultRecord | None = None
+        self.fault: FaultRecord | None = None
         self.is_ready, self.unsettled = False, True
         self.has_fault: Callable[[], bool] = _no_fault
         self.agreed: dict[Key, LowLatencyFormat] = {}
@@ -117,7 +118,7 @@ class LowLatencyState:
             with torch.cuda.device(engine.index):
                 self.memory = self.generations.build(num_bytes, make)
         except PeerTimeoutError as error:
-            self._fault, self.unsettled = error.record, True
+            self.fault, self.unsettled = error.record, True
             raise
         self.has_fault = self.memory.endpoint.domain.has_fault
         self._is_built = self.is_ready = True
@@ -163,8 +164,8 @@ class LowLatencyState:
                 self._control.pending_hook()
         if not self.is_ready:
             self._control.refuse(operation, problem, schedule)
-        if self._fault is not None:
-            raise PeerTimeoutError(self._fault)
+        if self.fault is not None:
+            raise PeerTimeoutError(self.fault)
         self._stay_out(operation, elsewhere=False)
         with contextlib.suppress(MismatchError):  # that is this rank's own doing
             self.raise_fault()
@@ -180,8 +181,8 @@ class LowLatencyState:
         """A disagreement in an earlier call that kernels have reported: to be raised when the call that asks
         has been made. Raises PeerTimeoutError at once.
         """
-        if self._fault is not None:
-            raise PeerTimeoutError(self._fault)
+        if self.fault is not None:
+            raise PeerTimeoutError(self.fault)
         if not self.is_ready or not self.has_fault() or torch.cuda.is_current_stream_capturing():
             return None
         try:
@@ -199,7 +200,7 @@ class LowLatencyState:
             ranks = ", ".join(map(str, fault.waited_on))
             got = f"other sizes, formats, handles or top-k indices than on rank {ranks}, or a refusal there"
             raise MismatchError(fault.operation, got, "the same on all ranks", self.engine.info.rank)
-        self._fault, self.unsettled = fault, True
+        self.fault, self.unsettled = fault, True
         raise PeerTimeoutError(fault)
 
     # memory, masks, the end
@@ -227,9 +228,25 @@ class LowLatencyState:
 
     def change_members(self) -> None:
         """Other ranks take part from the next call on. Earlier faults are settled."""
-        self._fault = None
+        self.fault = None
         self.agreed.clear()
         self.is_ready, self.unsettled = False, True
+
+    def release(self) -> DeepEPError | None:
+        """Frees the memory, once all ranks have come to it; ranks agree on formats again, and make room.
+        Returns what kernels had reported.
+        """
+        late: DeepEPError | None = None
+        if self.is_ready:
+            self.memory.endpoint.wait()
+            try:
+                self.raise_fault()
+            except DeepEPError as reported:
+                late = reported
+        self._end()
+        self.agreed.clear()
+        self.generations.release()
+        return late
 
     def retire(self, *, wait: bool) -> bool:
         """Ends what there is; `Generations.retire`."""

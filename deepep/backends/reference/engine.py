@@ -187,6 +187,11 @@ class ReferenceEngine(Engine):
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         self._control.barrier(schedule, arguments)
 
+    def release_memory(self) -> None:
+        with self._control.issuing:
+            self._control.barrier(Schedule(), operation=Operation.RELEASE_MEMORY)
+            self._low_latency.staged = None
+
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
         self._control.refuse(operation, problem, schedule)
 

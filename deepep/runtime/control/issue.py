@@ -207,12 +207,15 @@ class ControlPlane:
                 raise problem from unanswered
         raise problem
 
-    def barrier(self, schedule: Schedule, arguments: Mapping[str, int] | None = None) -> None:
-        """Returns once every rank has called it; `arguments` must agree."""
+    def barrier(
+        self,
+        schedule: Schedule,
+        arguments: Mapping[str, int] | None = None,
+        operation: Operation = Operation.BARRIER,
+    ) -> None:
+        """Returns once every rank has called it, as the same operation; `arguments` must agree."""
         with self.issuing:
-            completion = self.perform(
-                Operation.BARRIER, schedule, lambda link, limits: None, agreed=arguments or {}
-            )
+            completion = self.perform(operation, schedule, lambda link, limits: None, agreed=arguments or {})
             self.finish(schedule, completion)
 
     def mask(self, rank: int, masked: bool) -> None:

@@ -169,3 +169,40 @@ with buffer_of() as buffer:
 """,
         *MODES[0],
     )
+
+
+@pytest.mark.parametrize(("operation", "domain"), MODES)
+def test_released_memory_is_freed_and_made_again(operation: str, domain: str) -> None:
+    """One heap while there are calls, none between, while handles of before are held. What kernels report on
+    the way is raised, and memory is given back all the same.
+    """
+    on_stubs(
+        """
+with buffer_of() as buffer:
+    fault_on(domain)
+    handles = []
+    for number in range(4):
+        handles.append(dispatch(buffer).handle)
+        assert len(living) == 1, number
+        buffer.release_memory()
+        memory = buffer.info.memory
+        assert memory["symmetric memory"] == memory["low-latency memory"] == 0
+        assert not living, number
+        buffer.release_memory()
+        for handle in handles if dispatch is high_throughput else ():
+            assert buffer.dispatch(x, handle=handle).recv_x.shape[1:] == x.shape[1:]
+            assert len(living) == 1
+    dispatch(buffer)
+    time_out()
+    with pytest.raises(deepep.PeerTimeoutError):
+        buffer.release_memory()
+    assert not living
+    with pytest.raises(deepep.PeerTimeoutError):  # until ranks are masked, as after any other
+        buffer.release_memory()
+    begin_anew(buffer)
+    dispatch(buffer)
+    assert len(living) == 1
+""",
+        operation,
+        domain,
+    )

@@ -99,6 +99,40 @@ def test_memory_is_flat_over_masks(three: World, mode: str) -> None:
         assert max(reserved for _, reserved, _ in seen[2:]) <= first[1] + SYMMETRIC_BYTES // 4
 
 
+def release_often(ctx: Any, mode: str) -> list[tuple[int, int, int]]:
+    """After each release: bytes allocated before the next call, kept, and allocated with its results."""
+    buffer = buffer_of(ctx)
+    call(buffer, ctx, mode)
+    seen = []
+    for _ in range(CYCLES):
+        buffer.release_memory()
+        given_back, held_back = allocated(), kept(buffer)
+        results = call(buffer, ctx, mode)
+        seen.append((given_back, held_back, allocated()))
+        del results
+    results = call(buffer, ctx, "throughput")
+    handle, expected = results[0][4], results[1].clone()
+    received = results[0][0].clone()
+    del results
+    buffer.release_memory()
+    again = buffer.dispatch(received.new_ones(64, received.shape[1]), handle=handle).recv_x
+    assert again.shape == received.shape
+    assert torch.equal(buffer.combine(received, handle)[0], expected)
+    buffer.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["throughput", "low latency"])
+def test_released_memory_is_free_until_the_next_call(three: World, mode: str) -> None:
+    """pytest -m gpu tests/backends/cuda/test_generations.py -k released"""
+    for seen in three.run(release_often, mode):
+        print([(g >> 20, k >> 20, d >> 20) for g, k, d in seen])
+        assert all(kept == 0 for _, kept, _ in seen)
+        least = SYMMETRIC_BYTES if mode == "throughput" else 1 << 20
+        assert all(during - given_back >= least for given_back, _, during in seen)
+        assert max(given_back for given_back, _, _ in seen[2:]) <= seen[2][0] + (1 << 20)
+
+
 def map_often(ctx: Any) -> int:
     """Maps and lets go of the others' heaps, so that this process opens `OPENINGS`."""
     from deepep.backends.cuda.memory.ipc import gather_over, share_heap

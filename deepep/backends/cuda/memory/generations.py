@@ -169,16 +169,8 @@ class Generations:
         """Ends the present generation, frees what can be freed, and builds the next: a heap of so many bytes
         that its members have mapped, and `make(heap)` on it. Collective over the members.
         """
-        self.retire(wait=True)
         gather = gathering(self._membership, self._what)
-        self._number += 1
-        names = tuple(generation.name for generation in self._kept if generation.may_write())
-        came = gather("leave")(Arrival(self._number, names).encode())
-        arrivals = {r: Arrival.decode(raw) for r, raw in enumerate(came) if raw is not None}
-        for generation in self._kept:
-            generation.strike(arrivals)
-        self._wait_for_readers()
-        self.free()
+        arrivals = self._end_present(gather("leave"))
         first = min(arrivals)
         made = Generation(f"{first}:{arrivals[first].number}", num_bytes, self._device, self._membership)
         self._kept.append(made)  # whatever happens from here on, peers may have mapped it
@@ -189,6 +181,23 @@ class Generations:
         self._kept.remove(made)
         self._present = made
         return contents
+
+    def release(self) -> None:
+        """Ends the present generation and frees what can be freed, as `build` does first. Collective."""
+        self._end_present(gathering(self._membership, self._what)("leave"))
+
+    def _end_present(self, gather: Gather) -> dict[int, Arrival]:
+        """The words of all members, each of which has left its present generation."""
+        self.retire(wait=True)
+        self._number += 1
+        names = tuple(generation.name for generation in self._kept if generation.may_write())
+        came = gather(Arrival(self._number, names).encode())
+        arrivals = {r: Arrival.decode(raw) for r, raw in enumerate(came) if raw is not None}
+        for generation in self._kept:
+            generation.strike(arrivals)
+        self._wait_for_readers()
+        self.free()
+        return arrivals
 
     def _wait_for_readers(self) -> None:
         """Waits for the device, as mapping does later: what was read of freed tensors has been read then."""
