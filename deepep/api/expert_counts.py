@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
     DeepEPError,
     DeviceError,
-    MismatchError,
     ShapeError,
 )
 from deepep.runtime import elastic
 from deepep.runtime.checks import INDEX_DTYPES, check_flag
 from deepep.runtime.completion import Completion
-from deepep.runtime.control.transport import device_type_of, gather_bytes
 from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import (
@@ -30,8 +26,12 @@ from deepep.runtime.requests import (
     DispatchRequest,
     LowLatencyDispatched,
     LowLatencyDispatchRequest,
+    Operation,
     Schedule,
 )
+
+MOST_DIMENSIONS = 8
+"""Of counts that are gathered."""
 
 _Result = TypeVar("_Result")
 
@@ -115,7 +115,6 @@ class ExpertCounting:
     """Part of a buffer's interface that counts entries by expert: `count_experts`, `gather_expert_counts`."""
 
     _engine: Engine
-    group: dist.ProcessGroup
     _counter: ExpertCounter | None = None
 
     def count_experts(self, counts: torch.Tensor | None) -> None:
@@ -152,34 +151,25 @@ class ExpertCounting:
         counts: int64 of any shape, the same on all ranks, [layers, E] say, filled by this buffer's calls.
         zero: sets it to 0 behind that, for what is counted next.
 
-        The host waits for what was counted, and for the ranks, as long as the group's own collectives do.
-        Raises ArgumentTypeError and MismatchError, on all ranks.
+        The host waits for what was counted, and for the ranks that take part, up to the time-out. Raises, on
+        all ranks, ArgumentTypeError, ShapeError, MismatchError, PeerTimeoutError.
         """
         self._check_alive()
-        problem: ArgumentError | None = None
         try:
             zeroed = check_flag("zero", zero)
-            shape = list(_check_counts(counts).shape)
-        except ArgumentError as refused:
-            problem, zeroed, shape = refused, False, []
-        words = [
-            json.loads(raw)
-            for raw in gather_bytes(self.group, json.dumps([str(problem or ""), shape]).encode())
-        ]
-        if problem is not None:
-            raise problem
-        for rank, (text, other) in enumerate(words):
-            if text or other != shape:
-                got = text or f"{shape} here, {other} on rank {rank}"
-                raise MismatchError("counts", got, "an int64 tensor of one shape on all ranks", rank)
+            shape = _check_counts(counts).shape
+            if len(shape) > MOST_DIMENSIONS:
+                raise ShapeError("counts", str(list(shape)), f"at most {MOST_DIMENSIONS} dimensions")
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.GATHER, problem, Schedule())
         if self._counter is not None and self._counter.last is not None:
             self._counter.last.current_stream_wait()
-        on = "cuda" if device_type_of(self.group) == "cuda" else "cpu"
-        total = counts.detach().to(on, copy=True)
+        mine = counts.detach().to("cpu", copy=True).contiguous()
+        extents = {f"counts.shape[{axis}]": extent for axis, extent in enumerate(shape)}
+        everyone = self._engine.gather(mine, {"counts.ndim": len(shape), **extents})
         if zeroed:
             counts.zero_()
-        dist.all_reduce(total, group=self.group)
-        return total.cpu()
+        return torch.stack(list(everyone.values())).sum(0)
 
     def _check_alive(self) -> None:
         raise NotImplementedError

@@ -43,6 +43,7 @@ class Operation(IntEnum):
     DISMISS = 11
     PROBE = 12
     RELEASE_MEMORY = 13
+    GATHER = 14
 
     @property
     def label(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -372,8 +372,10 @@ class CudaEngine(Engine):
         self._fault, self.unsettled = fault, True
         raise PeerTimeoutError(fault)
 
+    def gather(self, values: Tensor, agreed: Mapping[str, int]) -> dict[int, Tensor]:
+        return self._control.gather(values, agreed)
+
     def release_memory(self) -> None:
-        """See `Engine`. Ends both kinds of symmetric memory as a change of members does; builds none."""
         with self.issuing:
             if torch.cuda.is_current_stream_capturing():
                 raise ArgumentError("release_memory", "captured", "outside of a graph")
@@ -383,24 +385,27 @@ class CudaEngine(Engine):
             for rank in self._low_latency.state.masked - self._control.masked:  # by its kernels
                 self.mask(rank, True)
             self._control.barrier(Schedule(), operation=Operation.RELEASE_MEMORY)
-            late: DeepEPError | None = None
-            if self._is_built:  # what kernels have reported is lost with their memory
-                self.symmetric.endpoint.wait()
-                try:
-                    self._raise_fault()
-                except DeepEPError as reported:
-                    late = reported
+            reported = self._reported() if self._is_built else None  # it is lost with the memory
             self.last_layout = None
             self._is_built, self._must_build, self.unsettled = False, True, True
             try:
                 with torch.cuda.device(self.index):
                     self._generations.release()
-                    late = self._low_latency.release() or late
+                    reported = self._low_latency.release() or reported
             except PeerTimeoutError as error:
                 self._fault = error.record
                 raise
-            if late is not None:
-                raise late
+            if reported is not None:
+                raise reported
+
+    def _reported(self) -> DeepEPError | None:
+        """The fault that kernels had reported when all have ended."""
+        self.symmetric.endpoint.wait()
+        try:
+            self._raise_fault()
+        except DeepEPError as reported:
+            return reported
+        return None
 
     # masks, the end, the rest
 

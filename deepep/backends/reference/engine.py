@@ -4,7 +4,7 @@ an engine, on gloo or NCCL groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
@@ -186,6 +186,9 @@ class ReferenceEngine(Engine):
 
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         self._control.barrier(schedule, arguments)
+
+    def gather(self, values: Tensor, agreed: Mapping[str, int]) -> dict[int, Tensor]:
+        return self._control.gather(values, agreed)
 
     def release_memory(self) -> None:
         with self._control.issuing:

@@ -218,6 +218,18 @@ class ControlPlane:
             completion = self.perform(operation, schedule, lambda link, limits: None, agreed=arguments or {})
             self.finish(schedule, completion)
 
+    def gather(self, values: torch.Tensor, agreed: Mapping[str, int]) -> dict[int, torch.Tensor]:
+        """Every member's `values`, by rank: on the host, of one dtype and shape, which `agreed` says."""
+        found: dict[int, torch.Tensor] = {}
+
+        def body(link: Link, limits: dict[int, int]) -> None:
+            self.enter("words")
+            found.update(self.membership.control().all_gather(values))
+
+        with self.issuing:
+            self.perform(Operation.GATHER, Schedule(), body, agreed=agreed).host_wait()
+        return found
+
     def mask(self, rank: int, masked: bool) -> None:
         """Leaves a rank out from the next operation on, or takes it in again."""
         change = self.membership.mask if masked else self.membership.unmask
