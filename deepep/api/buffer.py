@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from deepep.api import arguments
+from deepep.api import arguments, payloads
 from deepep.api.handles import AnyDispatchHandle, DispatchHandle
 from deepep.api.info import BufferInfo
 from deepep.api.joining import Joining
@@ -249,7 +249,9 @@ class Buffer(LowLatencyCalls, Joining):
         """Send every token to the ranks that want it, once per rank.
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
-            of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`.
+            of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`;
+            or a list of tensors [T, ..] of any dtypes of 1, 2 or 4 bytes, which travel together, as they are,
+            of the same dtypes and row shapes on all ranks (`deepep.api.payloads` says what is copied).
         handle: of an earlier dispatch, or its entries as a tuple: repeat its routing for new rows, without
             host waits. Then no top-k tensors; layout tensors, num_experts, expert_alignment and
             num_worst_tokens are the handle's, and ignored here.
@@ -265,15 +267,17 @@ class Buffer(LowLatencyCalls, Joining):
         previous_event, async_finish, allocate_on_comm_stream: when inputs may be read, whether to return
             early with an event, and (only with both) whether outputs belong to the communication stream.
 
-        Returns (recv_x or (recv_x, recv_scales), recv_topk_idx [N, K] local index or -1, recv_topk_weights
-        [N, K], counts per local expert as a list, handle, event); rows by source rank, then source token.
-        With `handle` the middle four are None.
+        Returns (recv_x or (recv_x, recv_scales) or a list, recv_topk_idx [N, K] local index or -1,
+        recv_topk_weights [N, K], counts per local expert as a list, handle, event); rows by source rank, then
+        source token. With `handle` the middle four are None.
 
         Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
         arrive, MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
         if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(Buffer.dispatch, locals())
+        if isinstance(x, list):
+            return payloads.send(Buffer.dispatch, locals(), arguments.schedule, async_finish)
         if self._destroyed:
             self._check_alive()
         at_once = previous_event is None and async_finish is allocate_on_comm_stream is False

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from deepep.api import elastic_arguments as arguments
 from deepep.api import elastic_sizes as sizes
+from deepep.api import payloads
 from deepep.api.arguments import refusal
 from deepep.api.elastic_arguments import AnyEvent
 from deepep.api.ep_handle import EPHandle
@@ -269,7 +270,8 @@ class ElasticBuffer(EngineOwner):
         """Send every token to the ranks that own its experts, once per rank.
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
-            of one byte per element, sf [T, P] float32 or int32, any strides). T may differ between ranks.
+            of one byte per element, sf [T, P] float32 or int32, any strides); or a list of tensors, as for
+            `Buffer.dispatch`, the longest of at most 2 * hidden bytes. T may differ between ranks.
         topk_idx: [T, K] int32 or int64, contiguous, -1 for "no expert"; an expert may be named twice. None
             with handle. topk_weights: [T, K] float32 or None, also with handle.
         cumulative_local_expert_recv_stats: [L] int32: this call's entries are added to it. Not with handle.
@@ -300,6 +302,10 @@ class ElasticBuffer(EngineOwner):
         """
         if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(ElasticBuffer.dispatch, locals())
+        if isinstance(x, list):
+            return payloads.send(
+                ElasticBuffer.dispatch, locals(), arguments.schedule, async_with_compute_stream
+            )
         if self._destroyed:
             self._check_alive()
         if type(handle) is EPHandle and (

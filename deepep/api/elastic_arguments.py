@@ -253,7 +253,8 @@ def _check_size(rows: torch.Tensor, most: int, limits: BufferLimits) -> None:
     if rows.shape[0] > most:
         allowed = f"at most num_max_tokens_per_rank = {most} tokens"
         raise CapacityError("x", f"{rows.shape[0]} tokens", allowed)
-    if limits.hidden and rows.shape[1] > limits.hidden:
+    hidden = limits.hidden * (2 if rows.dtype is torch.uint8 else 1)  # bytes of a list's: as a BF16 row's
+    if limits.hidden and rows.shape[1] > hidden:
         allowed = f"at most hidden = {limits.hidden}, as constructed"
         raise CapacityError("x", f"rows of {rows.shape[1]}", allowed)
 

@@ -14,8 +14,8 @@ from deepep.api.ep_handle import EPHandle
 from deepep.api.handles import DispatchHandle, LowLatencyHandle
 from deepep.events import EventOverlap
 
-Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""Rows alone, or (rows, scales)."""
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | list[torch.Tensor]
+"""Rows alone, (rows, scales), or a list of tensors that travel with a row."""
 
 
 class DispatchLayoutResult(NamedTuple):
@@ -38,7 +38,7 @@ class DispatchLayoutResult(NamedTuple):
 class DispatchResult(NamedTuple):
     """Rows received, by source rank, then source token.
 
-    recv_x: [N, H], or ([N, H], scales [N, P] row-major).
+    recv_x: [N, H], or ([N, H], scales [N, P] row-major), or a list like the one sent, [N, ..] each.
     recv_topk_idx: [N, K], index among this rank's experts, or -1. recv_topk_weights: [N, K], 0 there.
     num_recv_tokens_per_expert_list: L counts, rounded up to `expert_alignment`; empty with num_worst_tokens.
     handle: for the combine, and for further dispatches along the same routes.
