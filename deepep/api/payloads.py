@@ -50,7 +50,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class PayloadForm:
-    """How a list of tensors travels, by dtypes and row shapes alone: all ranks find the same.
+    """Arrangement of a list of tensors in a row, by dtypes and row shapes alone: all ranks find the same.
 
     main: the number of the tensor that goes as the row; None: all in one. fields: of each tensor.
     num_bytes: of what is packed, the row or what goes as scales.
@@ -117,7 +117,9 @@ def form_of(tensors: list[Any], device_type: str) -> PayloadForm:
 def pack(
     form: PayloadForm, tensors: list[Tensor], engine: Engine, schedule: Schedule
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Completion | None]:
-    """What an engine dispatches, and when it is there; None: in the current stream's order, or already."""
+    """The tensors as an engine dispatches them, and when they are there; None: when given, or in the current
+    stream's order.
+    """
     given = [tensor.detach() for tensor in tensors]
     rest, main = form.rest(), None if form.main is None else given[form.main]
     copies = rest
@@ -184,7 +186,7 @@ def send(
     if packed is not None:
         given["previous_event"] = EventOverlap(EventHandle(packed))
     result: Any = method(**given)
-    return result._replace(recv_x=form.unpack(result.recv_x))  # type: ignore[no-any-return]
+    return result._replace(recv_x=form.unpack(result.recv_x))
 
 
 def _handed(form: PayloadForm, main: Tensor | None, packed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

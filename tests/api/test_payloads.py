@@ -155,7 +155,7 @@ def test_fields_lie_apart_and_on_their_own_boundaries(name: str) -> None:
 
 
 def refused(ctx: Any, buffer_of: Any) -> list[str]:
-    """What all ranks raise for what rank 0 does; then a dispatch that is none of it."""
+    """Errors of all ranks for what rank 0 does; then a dispatch that is none of it."""
     from deepep import ArgumentError, ElasticBuffer
 
     buffer, idx = buffer_of(ctx), topk_of(ctx.rank)
