@@ -250,11 +250,9 @@ class Buffer(LowLatencyCalls, Joining):
 
         x: [T, H] bf16 (or another floating dtype), contiguous, rows of a multiple of 16 bytes; or (x [T, H]
             of one byte per element, scales [T, P] float32 or int32, any strides): `deepep.formats.fp8_cast`;
-            or a list of tensors [T, ..] of any dtypes of 1, 2 or 4 bytes, which travel together, as they are,
-            of the same dtypes and row shapes on all ranks (`deepep.api.payloads` says what is copied).
+            or a list of tensors [T, ..], any dtypes of 1, 2 or 4 bytes, alike on all ranks: api/payloads.py.
         handle: of an earlier dispatch, or its entries as a tuple: repeat its routing for new rows, without
-            host waits. Then no top-k tensors; layout tensors, num_experts, expert_alignment and
-            num_worst_tokens are the handle's, and ignored here.
+            host waits. No top-k tensors then; the layout, alignment and worst case are the handle's.
         num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`, for a fresh
             route. num_tokens_per_rdma_rank: of the same; may be left out. Or none of them, and
         num_experts: E, with top-k tensors: the dispatch finds out its layout itself. Ranks may do either.
@@ -262,17 +260,15 @@ class Buffer(LowLatencyCalls, Joining):
         expert_alignment: rounds up the returned counts; the rows are not affected.
         num_worst_tokens: > 0: exactly so many rows come back, those past N with index -1 and unspecified
             contents; the host does not wait, the list is empty. Needs top-k tensors.
-        config: its num_sms, instead of `Buffer.num_sms`. Its chunk sizes have no effect: rows are written
-            where they belong, without queues.
+        config: its num_sms, instead of `Buffer.num_sms`. Chunk sizes have no effect: there are no queues.
         previous_event, async_finish, allocate_on_comm_stream: when inputs may be read, whether to return
             early with an event, and (only with both) whether outputs belong to the communication stream.
 
-        Returns (recv_x or (recv_x, recv_scales) or a list, recv_topk_idx [N, K] local index or -1,
-        recv_topk_weights [N, K], counts per local expert as a list, handle, event); rows by source rank, then
-        source token. With `handle` the middle four are None.
+        Returns (recv_x like x, recv_topk_idx [N, K] local or -1, recv_topk_weights [N, K], a list of counts
+        per local expert, handle, event); rows by source rank, token; with `handle` the middle four are None.
 
-        Raises, on every rank: the ArgumentError that fits, CapacityError if more than num_worst_tokens rows
-        arrive, MismatchError, HandleError, HookPendingError, PeerTimeoutError.
+        Raises, on every rank: ArgumentErrors, CapacityError for more than num_worst_tokens rows,
+        MismatchError, HandleError, HookPendingError, PeerTimeoutError.
         """
         if torch.is_inference_mode_enabled() or (is_profiled() and not inside.on):
             return plainly(Buffer.dispatch, locals())

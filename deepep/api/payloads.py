@@ -117,9 +117,7 @@ def form_of(tensors: list[Any], device_type: str) -> PayloadForm:
 def pack(
     form: PayloadForm, tensors: list[Tensor], engine: Engine, schedule: Schedule
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Completion | None]:
-    """The tensors as an engine dispatches them, and when they are there; None: when given, or in the current
-    stream's order.
-    """
+    """The tensors as an engine dispatches them, and the end of the copies, if it is to be waited for."""
     given = [tensor.detach() for tensor in tensors]
     rest, main = form.rest(), None if form.main is None else given[form.main]
     copies = rest
