@@ -1,12 +1,12 @@
 """Symmetric memory by nvshmem4py: started once, joined, checked on all ranks alike, carved, ended.
 
-On a stand-in whose PEs are threads; the tests at the end are for GPUs:
-
-    python -m pytest -m gpu tests/backends/cuda/memory/test_nvshmem.py
+On a stand-in whose PEs are threads; the real one: test_nvshmem_processes.py.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from harness.stand_in_nvshmem import InternalInitStatus, NvshmemInvalid, Pe, StandIn
 
-from deepep.backends.cuda.memory import nvshmem, nvshmem4py
+from deepep.backends.cuda.memory import nvshmem4py
 from deepep.backends.cuda.memory.nvshmem import NvshmemOwner, NvshmemProcess, SymmetricPart
 from deepep.backends.cuda.memory.nvshmem_checks import CONNECTIONS, RELAXED, TRANSPORT, is_on
 from deepep.backends.cuda.memory.store_exchange import StoreExchange
@@ -245,12 +245,11 @@ def test_relaxed_ordering_is_switched_off_before_the_start(
 ) -> None:
     seen: list[str | None] = []
     real_init = stand_in.init
-    core = __import__("sys").modules["nvshmem.core"]
-    env = __import__("os").environ
+    core = sys.modules["nvshmem.core"]
     names = (RELAXED, "NVSHMEM_IB_SL", "NVSHMEM_IB_TRAFFIC_CLASS")
 
     def init(**options: Any) -> None:
-        seen.extend(env.get(name) for name in names)
+        seen.extend(os.environ.get(name) for name in names)
         real_init(**options)
 
     monkeypatch.setattr(core, "init", init)
@@ -314,7 +313,7 @@ def test_a_start_that_fails_on_one_rank_is_learnt_by_all(
             raise NvshmemInvalid("Failed to allocate memory of bytes 65536")
         return made
 
-    monkeypatch.setattr(__import__("sys").modules["nvshmem.core"], "tensor", tensor)
+    monkeypatch.setattr(sys.modules["nvshmem.core"], "tensor", tensor)
     text = raised(on_ranks(stand_in, 2, lambda rank: rank.open("x", [0, 1])), ModeError)
     assert text.startswith("rank 1: NVSHMEM: got NvshmemInvalid: Failed to allocate memory")
 
@@ -391,7 +390,7 @@ def test_a_binding_that_does_not_load_is_a_reason(stand_in: StandIn, monkeypatch
     def get_version() -> None:
         raise OSError("libnvshmem_host.so.3: cannot open shared object file\nmore")
 
-    monkeypatch.setattr(__import__("sys").modules["nvshmem.core"], "get_version", get_version)
+    monkeypatch.setattr(sys.modules["nvshmem.core"], "get_version", get_version)
     text = raised(on_ranks(stand_in, 2, lambda rank: rank.open("x", [0, 1])), RangeError)
     assert "OSError: libnvshmem_host.so.3: cannot open shared object file;" in text
 
@@ -402,33 +401,3 @@ def test_a_binding_that_does_not_load_is_a_reason(stand_in: StandIn, monkeypatch
 )
 def test_switches_are_read_as_nvshmem_reads_them(text: str, on: bool) -> None:
     assert is_on(text) == on
-
-
-@pytest.mark.gpu
-def test_the_real_one_starts_carves_and_ends() -> None:
-    """One PE, in a process of its own: it cannot be started twice."""
-    import subprocess
-    import sys
-
-    reason = nvshmem4py.missing()
-    if reason:
-        pytest.skip(reason)
-    program = """
-import torch, torch.distributed as dist
-from deepep.backends.cuda.memory.nvshmem import THIS_PROCESS
-from deepep.backends.cuda.memory.store_exchange import StoreExchange
-exchange = StoreExchange(dist.HashStore(), "gpu", 0, 1, 60.0)
-opened = THIS_PROCESS.open(exchange, 0, 1, device_index=0, num_bytes=1 << 20)
-part = opened.carve(exchange, 4096)
-part.memory.fill_(7)
-assert part.memory.is_cuda and int(part.memory.sum()) == 7 * 4096
-assert opened.num_pes == 1 and part.pes == (0,)
-print("ended by the process")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "ended by the process" in done.stdout
-
-
-def test_nothing_of_it_is_imported_with_the_library() -> None:
-    assert nvshmem.THIS_PROCESS.process is None
