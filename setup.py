@@ -33,6 +33,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 CSRC = Path("csrc")
 OBJECTS = Path(os.environ.get("DEEPEP_OBJECTS") or Path("build") / "objects")
@@ -120,6 +121,14 @@ class BuildExtensions(build_ext):
         run([*linker, "-shared", *strip, *map(str, objects), "-o", str(target)], f"linking {ext.name}")
 
 
+class LabelledEggInfo(egg_info):
+    """Metadata with this build's local version, whatever setup.cfg says, which sdists come with."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = os.environ.get("DEEPEP_LOCAL_VERSION") or self.tag_build
+        super().finalize_options()
+
+
 @cache
 def version_of(compiler: str) -> str:
     """The words of `compiler --version`."""
@@ -190,6 +199,5 @@ setup(
     package_dir={"deepep": "deepep", "deepep.reference": "reference", "deepep.sim": "sim"},
     package_data={"deepep": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtensions},
-    options={"egg_info": {"tag_build": os.environ.get("DEEPEP_LOCAL_VERSION", "")}},
+    cmdclass={"build_ext": BuildExtensions, "egg_info": LabelledEggInfo},
 )

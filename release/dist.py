@@ -38,6 +38,8 @@ NEEDED = (
     *("deepep/reference/high_throughput.py", "deepep/sim/__init__.py", "deepep/sim/worlds/world.py"),
 )
 """Files that a wheel has in any case, a few of each part."""
+NOT_SOURCE = (".*", "build", "dist", "*.so", "__pycache__", "*.egg-info", "*-output", "explore-failures")
+"""Names in a checkout that are made, not written; and what begins with a dot."""
 TOP_LEVEL = re.compile(r"deepep(-[^/]+\.dist-info)?/")
 
 
@@ -68,12 +70,16 @@ def interpreters(wanted: Iterable[str] = PYTHONS) -> list[Interpreter]:
 
 
 def make_sdist(source: Path, out: Path) -> Path:
-    """The sdist of a tree, by setuptools of this environment. Asks no version control for what it holds."""
+    """The sdist of a tree, by setuptools of this environment. Asks no version control for what it holds, and
+    leaves nothing in the tree, not for a moment either: others may be reading it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(out.resolve())]
     with tempfile.TemporaryDirectory() as nowhere:
-        done = _run(command, cwd=source, env={**os.environ, "PATH": _without_git(Path(nowhere))})
+        tree = Path(nowhere) / "tree"
+        shutil.copytree(source, tree, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+        done = _run(command, cwd=tree, env={**os.environ, "PATH": _without_git(Path(nowhere))})
     return out / done.splitlines()[-1]
 
 
@@ -103,12 +109,12 @@ def make_wheel(
     else with those of the environment.
     """
     out.mkdir(parents=True, exist_ok=True)
-    before = set(out.glob("*.whl"))
-    options = ["--no-deps", "--disable-pip-version-check", "-q", "-w", str(out.resolve())]
-    options += [] if isolated else ["--no-build-isolation"]
-    _run([str(python), "-m", "pip", "wheel", *options, "."], cwd=tree, env={**os.environ, **environment})
-    (made,) = set(out.glob("*.whl")) - before
-    return made
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--no-deps", "--disable-pip-version-check", "-q", "-w", folder]
+        options += [] if isolated else ["--no-build-isolation"]
+        _run([str(python), "-m", "pip", "wheel", *options, "."], cwd=tree, env={**os.environ, **environment})
+        (made,) = Path(folder).glob("*.whl")
+        return Path(shutil.move(made, out / made.name))
 
 
 def problems_of_wheel(path: Path, extensions: Iterable[str]) -> list[str]:

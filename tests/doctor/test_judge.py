@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepep.doctor.judge import CHECKS, LEAST_LATE, SLOW, Evidence, Suspect, judge
@@ -67,23 +67,27 @@ def named(evidence: Evidence) -> list[tuple[str, tuple[int, ...]]]:
     return [(suspect.kind, suspect.ranks) for suspect in judge(evidence)]
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 9), seed=SEEDS, hosts=HOSTS)
 def test_nobody_is_named_among_equals(size: int, seed: int, hosts: int) -> None:
     assert named(quiet(size, seed, hosts)) == []
 
 
+@settings(deadline=None)
 @given(size=SIZES, seed=SEEDS, hosts=HOSTS, data=st.data())
 def test_a_late_rank_is_named_and_nobody_else(size: int, seed: int, hosts: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, size - 1))
     assert named(late_rank(quiet(size, seed, hosts), rank)) == [("rank", (rank,))]
 
 
+@settings(deadline=None)
 @given(size=SIZES, seed=SEEDS, data=st.data())
 def test_a_slow_link_is_named_with_its_direction(size: int, seed: int, data: st.DataObject) -> None:
     pair = tuple(data.draw(st.permutations(range(size)))[:2])
     assert named(slow_links(quiet(size, seed), [pair])) == [("link", pair)]
 
 
+@settings(deadline=None)
 @given(size=SIZES, seed=SEEDS, data=st.data())
 def test_a_process_without_its_core_is_named_and_not_what_follows_from_it(
     size: int, seed: int, data: st.DataObject
@@ -92,6 +96,7 @@ def test_a_process_without_its_core_is_named_and_not_what_follows_from_it(
     assert named(starved(quiet(size, seed), rank)) == [("process", (rank,))]
 
 
+@settings(deadline=None)
 @given(size=st.integers(4, 9), seed=SEEDS, out=st.booleans(), data=st.data())
 def test_all_links_of_a_rank_are_named_once(size: int, seed: int, out: bool, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, size - 1))
@@ -100,6 +105,7 @@ def test_all_links_of_a_rank_are_named_once(size: int, seed: int, out: bool, dat
     assert named(slow_links(quiet(size, seed), ways)) == [("port", (rank,))]
 
 
+@settings(deadline=None)
 @given(size=st.integers(5, 9), seed=SEEDS, data=st.data())
 def test_two_faults_are_named_both(size: int, seed: int, data: st.DataObject) -> None:
     rank, source, target = data.draw(st.permutations(range(size)))[:3]
@@ -107,6 +113,7 @@ def test_two_faults_are_named_both(size: int, seed: int, data: st.DataObject) ->
     assert named(evidence) == [("rank", (rank,)), ("link", (source, target))]
 
 
+@settings(deadline=None)
 @given(size=SIZES, seed=SEEDS, scale=st.sampled_from([2.0**-20, 2.0**10]), data=st.data())
 def test_neither_order_nor_unit_matters(size: int, seed: int, scale: float, data: st.DataObject) -> None:
     """Ranks renumbered are named by their new numbers; times in another unit name the same."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepep.runtime.control import waits
@@ -17,6 +17,7 @@ RANKS, EXPERTS, MOST, LATE = 3, 6, 4, 1
 BUSY = st.dictionaries(st.integers(0, 7), st.integers(NOT_MEASURED, 10**12), min_size=1)
 
 
+@settings(deadline=None)
 @given(busy=BUSY, rank=st.integers(0, 7), waited=st.integers(0, 10**12))
 def test_nobody_is_charged_with_more_than_it_came_later_or_was_waited_for(
     busy: dict[int, int], rank: int, waited: int
@@ -29,6 +30,7 @@ def test_nobody_is_charged_with_more_than_it_came_later_or_was_waited_for(
         assert charged.keys() == {peer for peer, their in busy.items() if their > busy[rank]}
 
 
+@settings(deadline=None)
 @given(busy=st.dictionaries(st.integers(0, 7), st.integers(0, 10**9), min_size=2))
 def test_the_last_to_come_is_charged_by_all_and_charges_nobody(busy: dict[int, int]) -> None:
     last = max(busy, key=lambda rank: busy[rank])
