@@ -18,6 +18,7 @@ from deepep.api.handles import (
     low_latency_route_of,
     route_of,
 )
+from deepep.api.packed_rows import PackedRows
 from deepep.config import Config
 from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
 from deepep.events import EventHandle, EventOverlap
@@ -259,6 +260,7 @@ def dispatch_request(
     num_experts: int | None,
 ) -> DispatchRequest:
     """A dispatch along the routes of `handle`, of `layout`, or, with `num_experts`, of `topk_idx`."""
+    payload = x.payload if isinstance(x, PackedRows) else 0
     if not isinstance(x, tuple):
         rows, scales = x, None
     elif len(x) == 2:
@@ -270,7 +272,7 @@ def dispatch_request(
             name = "topk_idx" if topk_idx is not None else "topk_weights"
             raise ArgumentError(name, "a tensor, with a handle", "None: the handle has the routing")
         route = handle.route if type(handle) is DispatchHandle else route_of(handle, engine)
-        return DispatchRequest(rows, scales, route=route, num_sms=num_sms)
+        return DispatchRequest(rows, scales, route=route, num_sms=num_sms, payload=payload)
     if not (type(expert_alignment) is type(num_worst_tokens) is int):  # they travel: numpy's do not
         expert_alignment = check_int("expert_alignment", expert_alignment, 1, MOST)
         num_worst_tokens = check_int("num_worst_tokens", num_worst_tokens, 0, MOST)
@@ -292,6 +294,7 @@ def dispatch_request(
             num_worst_tokens=num_worst_tokens,
             num_sms=num_sms,
             num_experts=num_experts,
+            payload=payload,
         )
     if per_rank is None or in_rank is None or per_expert is None:
         needed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
@@ -307,6 +310,7 @@ def dispatch_request(
         expert_alignment=expert_alignment,
         num_worst_tokens=num_worst_tokens,
         num_sms=num_sms,
+        payload=payload,
     )
 
 

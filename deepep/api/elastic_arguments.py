@@ -18,6 +18,7 @@ from deepep.api.arguments import (
     timeout_of,
 )
 from deepep.api.ep_handle import EPHandle
+from deepep.api.packed_rows import PackedRows
 from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, HandleError, ModeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import checks
@@ -202,6 +203,7 @@ def dispatch_request(
         if before_epilogue is None
         else completion_of("previous_event_before_epilogue", before_epilogue),
         num_sms=num_sms,
+        payload=x.payload if isinstance(x, PackedRows) else 0,
     )
 
 

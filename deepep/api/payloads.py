@@ -4,11 +4,15 @@ A dispatch moves a row of bytes, and 4-byte scales beside it. So the longest ten
 lies, if its rows are whole 16 bytes; all others go as scales: one alone where it lies, if its rows are whole
 4 bytes, several in one copy. NVFP4 and MXFP8 with their scales are not copied at all. Where no tensor will
 do as a row, all are copied into one. What is received is views of that: no pass over it.
+
+All ranks pass the same dtypes and row shapes. Where hosts agree on calls (reference, emulator) others are a
+MismatchError; CUDA's kernels compare bytes of rows and scales alone.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from deepep.api.packed_rows import PackedRows
 from deepep.errors import ArgumentError, ArgumentTypeError, DeviceError, ShapeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import checks
@@ -75,6 +80,11 @@ class PayloadForm:
             end = -(-end // ROW_ALIGNMENT) * ROW_ALIGNMENT
         return cls(main, tuple(fields), end)
 
+    def number(self) -> int:
+        """A number for dtypes and row shapes, not 0."""
+        text = repr([(str(field.dtype), field.shape) for field in self.fields])
+        return 1 + zlib.crc32(text.encode())
+
     def rest(self) -> list[int]:
         """Numbers of the tensors that are packed."""
         return [number for number in range(len(self.fields)) if number != self.main]
@@ -116,7 +126,7 @@ def form_of(tensors: list[Any], device_type: str) -> PayloadForm:
 
 def pack(
     form: PayloadForm, tensors: list[Tensor], engine: Engine, schedule: Schedule
-) -> tuple[Tensor | tuple[Tensor, Tensor], Completion | None]:
+) -> tuple[PackedRows, Completion | None]:
     """The tensors as an engine dispatches them, and the end of the copies, if it is to be waited for."""
     given = [tensor.detach() for tensor in tensors]
     rest, main = form.rest(), None if form.main is None else given[form.main]
@@ -187,13 +197,15 @@ def send(
     return result._replace(recv_x=form.unpack(result.recv_x))
 
 
-def _handed(form: PayloadForm, main: Tensor | None, packed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def _handed(form: PayloadForm, main: Tensor | None, packed: Tensor | None) -> PackedRows:
     """(rows of bytes, the rest as words), or all as rows of a dtype that an engine takes alone."""
     if main is None:
         assert packed is not None
-        return packed.view(torch.bfloat16)
+        return PackedRows.of(packed.view(torch.bfloat16), None, form.number())
     row = _as_bytes(main)
-    return row.view(torch.bfloat16) if packed is None else (row, packed.view(torch.int32))
+    if packed is None:
+        return PackedRows.of(row.view(torch.bfloat16), None, form.number())
+    return PackedRows.of(row, packed.view(torch.int32), form.number())
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

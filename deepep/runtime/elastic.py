@@ -47,6 +47,7 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
             topk_weights=_no_weights(topk_idx) if weights is None else weights,
             num_worst_tokens=0 if request.wait_for_counts else num_ranks * request.num_max_tokens,
             num_sms=request.num_sms,
+            payload=request.payload,
         ),
         schedule,
     )
@@ -100,7 +101,9 @@ def dispatch_cached(
     if request.expand or weights is not None:
         _follow_dispatch(route, schedule)
     if weights is None:
-        again = DispatchRequest(request.x, request.scales, route=route.route, num_sms=request.num_sms)
+        again = DispatchRequest(
+            *(request.x, request.scales), route=route.route, num_sms=request.num_sms, payload=request.payload
+        )
     else:  # an engine's cached dispatch has rows alone: a new one, whose number of rows is known
         again = DispatchRequest(
             request.x,
@@ -110,6 +113,7 @@ def dispatch_cached(
             topk_weights=weights,
             num_worst_tokens=max(1, num_rows),
             num_sms=request.num_sms,
+            payload=request.payload,
         )
     done = engine.dispatch(again, schedule)
     x, scales, received = done.x, done.scales, done.topk_weights

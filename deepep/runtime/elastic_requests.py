@@ -26,6 +26,7 @@ class ElasticDispatchRequest:
     wait_for_counts: the host waits, and hands out as many rows as come; else R * M, and as many expanded ones
     as those can be, or num_max_rows.
     loads [L] int32: counts of lanes are added to it. before_epilogue: what the epilogue comes behind, too.
+    payload: as of DispatchRequest.
     """
 
     x: Tensor
@@ -43,6 +44,7 @@ class ElasticDispatchRequest:
     loads: Tensor | None = None
     before_epilogue: Completion | None = None
     num_sms: int = 0
+    payload: int = 0
 
 
 @dataclass(eq=False)

@@ -124,7 +124,8 @@ class DispatchRequest:
     x [T, H] any dtype; scales [T, P] 4-byte elements, any strides, or None; topk_idx [T, K] int32 or int64
     and topk_weights [T, K] float32, both or none; expert_alignment rounds up the counts reported;
     num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts; num_sms: SMs that a kernel
-    may use, 0 to let the engine choose.
+    may use, 0 to let the engine choose. payload: a number for what rows of bytes are made of, that has to be
+    the same on all ranks; engines that agree on hosts compare it.
     """
 
     x: torch.Tensor
@@ -137,6 +138,7 @@ class DispatchRequest:
     num_worst_tokens: int = 0
     num_sms: int = 0
     num_experts: int = 0
+    payload: int = 0
 
 
 @dataclass(slots=True)

@@ -133,9 +133,9 @@ def test_formats_with_scales_are_not_copied() -> None:
         assert made is None
         assert {row.data_ptr(), words.data_ptr()} == {tensor.data_ptr() for tensor in tensors}
     (alone,) = tensors_of(FORMS["one alone"], 0, False)
-    row, made = pack(form_of([alone], "cpu"), [alone], None, Schedule())
+    (row, none), made = pack(form_of([alone], "cpu"), [alone], None, Schedule())
     assert row.data_ptr() == alone.data_ptr()
-    assert made is None
+    assert none is made is None
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -183,6 +183,7 @@ def refused(ctx: Any, buffer_of: Any) -> list[str]:
             if ctx.rank
             else buffer.dispatch(good, handle=handle)
         ),
+        lambda: buffer.dispatch([good[0].view(torch.int16 if ctx.rank else torch.uint8)], handle=handle),
         lambda: buffer.combine(good, handle),
         lambda: buffer.low_latency_dispatch(good, idx, MOST, EXPERTS),
     ]
@@ -193,6 +194,7 @@ def refused(ctx: Any, buffer_of: Any) -> list[str]:
         calls += [
             lambda: v2.dispatch(good, idx, weights, use_tma_aligned_col_major_sf=True, **named),
             lambda: v2.dispatch(wide, idx, weights, **named),
+            lambda: v2.dispatch([good[0].view(torch.int32)] if ctx.rank else good, idx, weights, **named),
         ]
         for call in calls:
             try:
@@ -206,6 +208,14 @@ def refused(ctx: Any, buffer_of: Any) -> list[str]:
 def test_what_cannot_travel_is_refused_on_all_ranks(world_of: Any, buffer_of: Any) -> None:
     kinds = ["ShapeError", "ArgumentTypeError", "ArgumentTypeError", "ShapeError", "ShapeError"]
     kinds += ["ShapeError", "DeviceError"]
-    calls = ["MismatchError", "ArgumentTypeError", "ArgumentTypeError", "ArgumentError", "CapacityError"]
+    calls = [
+        "MismatchError",
+        "MismatchError",
+        "ArgumentTypeError",
+        "ArgumentTypeError",
+        "ArgumentError",
+        "CapacityError",
+    ]
+    calls.append("MismatchError")
     for found in world_of(RANKS).run(refused, buffer_of):
         assert found == [*kinds, *calls]

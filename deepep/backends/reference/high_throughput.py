@@ -124,11 +124,13 @@ class _Rows:
     scales: Tensor | None
     topk_idx: Tensor | None
     topk_weights: Tensor | None
+    payload: int = 0
 
     @classmethod
     def of(cls, request: DispatchRequest) -> _Rows:
         fields = (request.scales, request.topk_idx, request.topk_weights)
-        return cls(request.x.detach(), *(None if f is None else f.detach() for f in fields))
+        given = [None if f is None else f.detach() for f in fields]
+        return cls(request.x.detach(), *given, payload=request.payload)
 
     def empty(self, rows: int) -> DispatchTensors:
         """Outputs for so many rows of this kind."""
@@ -332,6 +334,7 @@ def _agreement(rows: _Rows, num_experts: int, *, cached: bool) -> dict[str, int]
         "num_experts": num_experts,
         "num_scales": 0 if scales is None else scales.shape[1],
         "scales dtype": dtype_code(None if scales is None else scales.dtype),
+        "dtypes and shapes of x": rows.payload,
         "num_topk": 0 if idx is None else idx.shape[1],
         "topk_idx dtype": dtype_code(None if idx is None else idx.dtype),
     }
