@@ -129,8 +129,8 @@ class _Rows:
     @classmethod
     def of(cls, request: DispatchRequest) -> _Rows:
         fields = (request.scales, request.topk_idx, request.topk_weights)
-        given = [None if f is None else f.detach() for f in fields]
-        return cls(request.x.detach(), *given, payload=request.payload)
+        scales, idx, weights = (None if f is None else f.detach() for f in fields)
+        return cls(request.x.detach(), scales, idx, weights, request.payload)
 
     def empty(self, rows: int) -> DispatchTensors:
         """Outputs for so many rows of this kind."""
