@@ -6,6 +6,7 @@ it. It is made for NVSHMEM's IBRC transport (docs/domains.md).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -68,19 +69,25 @@ def library() -> Path:
         digest.update(path.read_bytes())
     folder = SOURCES.parents[1] / "build" / "loopverbs" / digest.hexdigest()[:16]
     target = folder / "libibverbs.so.1"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        made = folder / f"{target.name}.{os.getpid()}"
-        command = [*_compiler(), *FLAGS, f"-I{SOURCES.parent}"]
-        command += [str(path) for path in files if path.suffix == ".cpp"]
-        command += ["-Wl,-soname,libibverbs.so.1", f"-Wl,--version-script={SOURCES / 'exports.map'}"]
-        done = subprocess.run(
-            [*command, "-o", str(made), "-ldl", "-lpthread"], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise WireError(done.stderr[-2000:])
-        os.replace(made, target)  # whole, whoever else builds it
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds it, the others wait
+        if not target.exists():
+            _build(files, target)
     return target
+
+
+def _build(files: list[Path], target: Path) -> None:
+    made = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [*_compiler(), *FLAGS, f"-I{SOURCES.parent}"]
+    command += [str(path) for path in files if path.suffix == ".cpp"]
+    command += ["-Wl,-soname,libibverbs.so.1", f"-Wl,--version-script={SOURCES / 'exports.map'}"]
+    done = subprocess.run([*command, "-o", str(made), "-ldl", "-lpthread"], capture_output=True, text=True)
+    if done.returncode:
+        raise WireError(done.stderr[-2000:])
+    os.replace(made, target)  # whole
 
 
 def session_file(session: str) -> Path:
