@@ -15,7 +15,7 @@ from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine
 
 Phase = tuple[str, str]
-"""An operation ("dispatch", "combine", "low_latency_dispatch", ...), and "arrive" or "rows"."""
+"""An operation ("dispatch", "combine", "low_latency_dispatch", ...), and "arrive", "rows" or "kernels"."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class WaitStatistics:
     nanoseconds: by operation and phase, [R] int64, how long this rank waited for each; or, gathered,
         [R, R] int64, row i what rank i waited for. "arrive": until the other called the operation at all;
         several late ranks are charged with the same time. "rows": until the other's rows had come, counted
-        from when those waited for before had.
+        from when those waited for before had. "kernels": until the other's flags were seen by emulated
+        low-latency kernels, in the emulated machine's time.
     calls: by operation and phase, in how many calls it was measured on this rank (0 for rows).
     """
 
@@ -33,7 +34,7 @@ class WaitStatistics:
     calls: Mapping[Phase, int]
 
     def of(self, phase: str) -> torch.Tensor | None:
-        """The sum over all operations of one phase, "arrive" or "rows"; None if it was never measured."""
+        """The sum over all operations of one phase; None if it was never measured."""
         found = [waited for (_, name), waited in self.nanoseconds.items() if name == phase]
         return torch.stack(found).sum(0) if found else None
 

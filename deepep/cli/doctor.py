@@ -142,7 +142,8 @@ def show(console: Console, found: Examination) -> bool:
 def _draw(console: Console, title: str, matrix: Sequence[Sequence[float]]) -> None:
     """A matrix, the largest entries marked."""
     most = max((value for row in matrix for value in row), default=0.0)
-    table = Table(title=title, title_justify="left", box=None)
+    console.print(title)
+    table = Table(box=None)
     table.add_column("")
     for rank in range(len(matrix)):
         table.add_column(str(rank), justify="right")

@@ -50,7 +50,8 @@ class EmulatorEngine(ReferenceEngine):
         self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
         self._kernels = EmulatedAllToAll()
         self.local_rows = EmulatedRows()
-        exchange = EmulatedLowLatencyExchange(int(os.environ.get("DEEPEP_EMULATOR_SEED", "0")))
+        seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
+        exchange = EmulatedLowLatencyExchange(seed, self._control.waits)
         self._low_latency = LowLatencyOperations(self._control, self, exchange)
 
     def _layout(

@@ -18,6 +18,7 @@ from deepep.backends.reference.low_latency import KeptFromDispatch, LowLatencyEx
 from deepep.errors import MismatchError
 from deepep.reference.all_to_all_low_latency import LowLatencyTensors
 from deepep.reference.wire import Wire
+from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
 from deepep.sim.emulator import shapes
@@ -45,13 +46,14 @@ LOW_LATENCY_GPUS = (
 
 @dataclass(frozen=True)
 class _DispatchShare:
-    """One rank's share of a dispatch."""
+    """One rank's share of a dispatch. measures: its kernels add up how long they wait for each rank."""
 
     x: Tensor
     call: LowLatencyCall
     cast: RowCast
     members: tuple[int, ...]
     hooked: bool
+    measures: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _CombineShare:
     kept: KeptHandle | None
     members: tuple[int, ...]
     hooked: bool
+    measures: bool
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ class EmulatedUnderway:
 
 
 class EmulatedLowLatencyExchange(LowLatencyExchange):
-    """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED."""
+    """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED. recorder: where kernels' waits for each
+    rank are added up while it asks for them, in nanoseconds of the emulated machine.
+    """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, recorder: WaitRecorder) -> None:
+        self._seed, self._recorder = seed, recorder
         self._operations = 0
 
     def start_dispatch(
@@ -120,8 +125,11 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             carries_weights=carries_weights,
         )
         cast = RowCast(request.use_fp8, request.round_scale, request.use_ue8m0)
-        share = _DispatchShare(request.x, call, cast, wire.members, hooked)
-        made, handle = _agreed(at_leader(wire, share, self._run_dispatch), wire, "low_latency_dispatch")
+        share = _DispatchShare(request.x, call, cast, wire.members, hooked, self._recorder.asks)
+        made, handle, waits = _agreed(
+            at_leader(wire, share, self._run_dispatch), wire, "low_latency_dispatch"
+        )
+        self._note("low_latency_dispatch", waits)
         kept.by_kernels = (handle, carries_weights)
         return EmulatedUnderway(wire, made)
 
@@ -143,11 +151,17 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
                 exact=reduction == "exact",
                 logfmt=request.use_logfmt,
             )
-        share = _CombineShare(request.x, call, kept, wire.members, hooked)
+        share = _CombineShare(request.x, call, kept, wire.members, hooked, self._recorder.asks)
         made = at_leader(wire, share, self._run_combine)
         if made is None:  # some rank's handle was put together of other tensors than a dispatch's
             return super().start_combine(wire, request, reduction, hooked)
-        return EmulatedUnderway(wire, _agreed(made, wire, "low_latency_combine"))
+        sums, waits = _agreed(made, wire, "low_latency_combine")
+        self._note("low_latency_combine", waits)
+        return EmulatedUnderway(wire, sums)
+
+    def _note(self, operation: str, waits: list[int] | None) -> None:
+        if waits is not None:
+            self._recorder.add(operation, "kernels", dict(enumerate(waits)))
 
     # ---- on the leader -------------------------------------------------------------------------------------
 
@@ -157,6 +171,8 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         at = {}
         for rank, mine in given.items():
             domain.set_live(rank, mine.members)
+            if mine.measures:
+                domain.measure_waits(rank)
             handle = domain.new_handle(rank, mine.call)
             args, results = domain.dispatch(rank, mine.call, mine.cast, mine.x, handle)
             for halves in (SEND, RECEIVE) if mine.hooked else (BOTH,):
@@ -169,6 +185,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             rank: (
                 domain.read_results(rank, mine.call, mine.cast, at[rank][1]),
                 domain.read_handle(rank, mine.call, at[rank][0]),
+                domain.read_waits(rank) if mine.measures else None,
             )
             for rank, mine in given.items()
         }
@@ -182,6 +199,8 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         for rank, mine in given.items():
             assert mine.kept is not None
             domain.set_live(rank, mine.members)
+            if mine.measures:
+                domain.measure_waits(rank)
             handle = domain.given_handle(rank, calls[rank], mine.kept)
             args, at[rank] = domain.combine(rank, calls[rank], mine.x, handle)
             for halves in (SEND, RECEIVE) if mine.hooked else (BOTH,):
@@ -190,7 +209,10 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         if disagreements:
             return dict.fromkeys(given, disagreements[0])
         return {
-            rank: domain.read(rank, at[rank], torch.bfloat16, (call.topk_idx.shape[0], call.hidden))
+            rank: (
+                domain.read(rank, at[rank], torch.bfloat16, (call.topk_idx.shape[0], call.hidden)),
+                domain.read_waits(rank) if given[rank].measures else None,
+            )
             for rank, call in calls.items()
         }
 
