@@ -167,3 +167,34 @@ def test_a_rank_may_measure_alone(world_of: Any) -> None:
     found = world_of(RANKS).run(alone)
     assert found[1] == found[2] == {}
     assert any(phase == "rows" for _, phase in found[0])
+
+
+def fail_while_rows_travel(ctx: Any) -> tuple[str, tuple[int, ...]]:
+    """One rank raises where its rows should leave; what each rank raises, and whom it names."""
+    from unittest import mock
+
+    from deepep import Buffer, PeerTimeoutError
+    from deepep.backends.reference.wire import MeasuredWire
+
+    buffer = Buffer(ctx.group, low_latency_mode=True, backend="reference", timeout=60)
+    buffer.measure_waits()
+    round_trips(buffer, ctx.rank)
+    patch = mock.patch.object(MeasuredWire, "start_all_to_all_rows", side_effect=ZeroDivisionError)
+    try:
+        if ctx.rank == LATE:
+            with patch:
+                round_trips(buffer, ctx.rank)
+        else:
+            round_trips(buffer, ctx.rank)
+    except (ZeroDivisionError, PeerTimeoutError) as error:
+        record = getattr(error, "record", None)
+        return type(error).__name__, () if record is None else record.waited_on
+    finally:
+        buffer.runtime.abandon()
+    return "nothing", ()
+
+
+def test_a_rank_that_fails_while_rows_travel_is_named(world_of: Any) -> None:
+    found = world_of(RANKS).run(fail_while_rows_travel)
+    assert found[LATE] == ("ZeroDivisionError", ())
+    assert [found[rank] for rank in range(RANKS) if rank != LATE] == 2 * [("PeerTimeoutError", (LATE,))]
