@@ -25,9 +25,9 @@ class WaitStatistics:
     nanoseconds: by operation and phase, [R] int64, how long this rank waited for each; or, gathered,
         [R, R] int64, row i what rank i waited for. "arrive": until the other called the operation at all;
         several late ranks are charged with the same time. "rows": until the other's rows had come, counted
-        from when those waited for before had. "kernels": until the other's flags were seen by emulated
-        low-latency kernels, in the emulated machine's time.
-    calls: by operation and phase, in how many calls it was measured on this rank (0 for rows).
+        from when those waited for before had. "kernels": until the other's flags were seen by
+        low-latency kernels, on CUDA, or on the emulator in its machine's time.
+    calls: by operation and phase, in how many calls it was measured here; 0 where that is not counted.
     """
 
     nanoseconds: Mapping[Phase, torch.Tensor]
@@ -52,8 +52,11 @@ class WaitCalls:
         peer, on all of them, so that each peer's can be told apart; results have the same bits. It costs two
         words in each control exchange, which are there in any case, and a few readings of the clock.
 
-        Raises ModeError on a backend that cannot (CUDA: use the statistics of low-latency calls, or
-        `python -m deepep doctor`), and ArgumentTypeError.
+        On CUDA kernels add up their own waits in low latency, calls without statistics of the caller's alone;
+        the throughput mode is not measured there (`python -m deepep doctor`). Make a call before you capture
+        graphs.
+
+        Raises ModeError on a backend that cannot, and ArgumentTypeError.
         """
         recorder = self._recorder()
         recorder.asks = check_flag("on", on)
@@ -87,7 +90,7 @@ class WaitCalls:
         recorder = self._engine.waits()
         if recorder is None:
             backend = self._engine.info.backend
-            raise ModeError("backend", backend, "one that measures waits: reference or emulator")
+            raise ModeError("backend", backend, "one that measures waits: cuda, reference or emulator")
         return recorder
 
 

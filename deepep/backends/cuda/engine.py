@@ -39,6 +39,7 @@ from deepep.errors import (
 from deepep.runtime import checks, streams
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import LAST_MOMENT, ControlPlane
+from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
@@ -449,6 +450,9 @@ class CudaEngine(Engine):
 
     def observe(self, observer: Observer | None) -> None:
         self._control.observer = observer
+
+    def waits(self) -> WaitRecorder:
+        return self._control.waits
 
     def leave(self) -> None:
         with self.issuing:

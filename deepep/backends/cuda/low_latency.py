@@ -8,6 +8,7 @@ a rule that all ranks decide alike: sizes beyond `served`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -100,6 +101,9 @@ class CudaLowLatency:
     ) -> LowLatencyDispatched:
         """A call that all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
+        if self._control.waits.asks and request.wait_nanoseconds is None:
+            sums = self._control.waits.of_kernels("low_latency_dispatch", engine.device)
+            request = replace(request, wait_nanoseconds=sums)
         given, waits = (request.x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
         blocks = min(form.num_blocks, request.num_sms) if request.num_sms else form.num_blocks
         completion = hook = None
@@ -190,6 +194,8 @@ class CudaLowLatency:
         endpoint = self.state.memory.endpoint
         shape = (plan.num_tokens, plan.form.hidden)
         given, waits = (x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
+        if self._control.waits.asks and waits is None:
+            waits = self._control.waits.of_kernels("low_latency_combine", engine.device)
         most = plan.form.num_blocks
         blocks = min(most, request.num_sms) if request.num_sms else most
         completion = hook = None

@@ -14,6 +14,8 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 
+import torch
+
 #: The phase in which ranks wait for those that have not called the operation yet.
 ARRIVE = "arrive"
 NOT_MEASURED = -1
@@ -47,6 +49,7 @@ class WaitRecorder:
         self.asks = self.by_peer = False
         self._sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * num_ranks)
         self._calls: dict[tuple[str, str], int] = defaultdict(int)
+        self._kernels: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
         self._released = self._waited = 0
 
@@ -85,11 +88,26 @@ class WaitRecorder:
                 sums[peer] += nanoseconds
             self._calls[operation, phase] += calls
 
+    def of_kernels(self, operation: str, device: torch.device) -> torch.Tensor:
+        """[R] int64 on the device, to which an operation's kernels add what they wait for each rank."""
+        if operation not in self._kernels:
+            with torch.inference_mode(False):
+                zeros = torch.zeros(self.num_ranks, dtype=torch.int64, device=device)
+            self._kernels[operation] = zeros
+        return self._kernels[operation]
+
     def read(self, clear: bool) -> dict[tuple[str, str], tuple[list[int], int]]:
-        """By operation and phase: [R] nanoseconds, and in how many calls."""
+        """By operation and phase: [R] nanoseconds, and in how many calls; 0 where they are not counted.
+
+        Waits for the current stream, if kernels have added to sums on a device.
+        """
         with self._lock:
             found = {key: (list(sums), self._calls[key]) for key, sums in self._sums.items()}
             if clear:
                 self._sums.clear()
                 self._calls.clear()
+        for operation, waited in self._kernels.items():
+            found[operation, "kernels"] = (waited.tolist(), 0)
+            if clear:
+                waited.zero_()
         return found

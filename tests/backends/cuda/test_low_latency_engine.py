@@ -415,3 +415,39 @@ def test_without_masks_a_rank_that_does_not_come_to_agree_is_an_error() -> None:
             assert since() == []
         """
     )
+
+
+def test_kernels_add_to_the_buffers_own_sums_while_waits_are_measured() -> None:
+    """Launches that add 5 ns for rank 0 where they are told to. The caller's own statistics come first."""
+    on_stubs(
+        """
+        import ctypes
+        told = []
+        def launch(self, *args, **named):
+            told.append(named["waits"])
+            if told[-1]:
+                ctypes.c_int64.from_address(told[-1]).value += 5
+        stub_cuda.LowLatencyDomain.dispatch = stub_cuda.LowLatencyDomain.combine = launch
+        def trips(buffer, **how):
+            rows, _, handle, _, _ = dispatch(buffer, **how)
+            buffer.low_latency_combine(rows, idx, weights, handle)
+        with buffer_of() as buffer:
+            trips(buffer)
+            assert told == [0, 0] and buffer.wait_statistics().nanoseconds == {}
+            buffer.measure_waits()
+            trips(buffer)
+            trips(buffer, dispatch_wait_recv_cost_stats=(own := torch.zeros(1, dtype=torch.int64)))
+            _, _, handle, _, hook = dispatch(buffer, return_recv_hook=True)
+            hook()  # of the two launches the stub takes both for ones that wait
+            assert own.tolist() == [5] and told[4] == own.data_ptr()
+            sums = {name: waited.tolist() for (name, phase), waited in
+                    buffer.wait_statistics(clear=True).nanoseconds.items() if phase == "kernels"}
+            assert sums["low_latency_combine"] == [10], sums
+            assert sums["low_latency_dispatch"][0] in (10, 15), sums
+            buffer.measure_waits(False)
+            told.clear()
+            trips(buffer)
+            assert told == [0, 0]
+            assert not any(w.any() for w in buffer.wait_statistics().nanoseconds.values())
+        """
+    )
