@@ -124,6 +124,10 @@ def show(console: Console, found: Examination) -> bool:
                 calls = max(1, sum(found.waits.calls.values()))
                 per_call = (waited.double() / calls / 1e6).tolist()
                 _draw(console, f"traffic: ms a call that a rank (row) waited {words} another", per_call)
+        in_kernels = found.waits.of("kernels")
+        if in_kernels is not None:
+            title = "traffic: ms in all that low-latency kernels of a rank (row) polled for another's flags"
+            _draw(console, title, (in_kernels.double() / 1e6).tolist())
     late = [[seconds * 1e3 for seconds in row] for row in evidence.late]
     _draw(console, "work: ms a round that a rank (row) waited for another", late)
     links = [[seconds * 1e3 for seconds in row] for row in evidence.links]

@@ -45,7 +45,13 @@ WELL = Evidence(
     late=[[0.0, 0.0], [0.0, 0.0]], links=[[0.0, 1e-3], [1e-3, 0.0]], share=[1.0, 1.0], work=1e-3, hosts=[0, 0]
 )
 ILL = replace(WELL, links=[[0.0, 1e-3], [9e-3, 0.0]])
-WAITS = WaitStatistics({("dispatch", "arrive"): torch.tensor([[0, 3], [5, 0]])}, {("dispatch", "arrive"): 2})
+WAITS = WaitStatistics(
+    {
+        ("dispatch", "arrive"): torch.tensor([[0, 3], [5, 0]]),
+        ("low_latency_dispatch", "kernels"): torch.tensor([[0, 7], [2, 0]]),
+    },
+    {("dispatch", "arrive"): 2},
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,7 @@ def test_the_command_draws_and_names(
     assert done.exit_code == status, done.output
     assert words in done.output
     assert "traffic: ms a call" in done.output
+    assert "low-latency kernels of a rank" in done.output
     if status:
         assert "the link from rank 0 to rank 1 is 9 times as slow" in done.output
 
