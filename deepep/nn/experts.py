@@ -32,6 +32,17 @@ def _check_counts(counts: object) -> None:
         raise ArgumentTypeError("counts", got, "a dense tensor of int64")
 
 
+def _checked_numbers(numbers: object, num_local_experts: int) -> tuple[int, ...] | None:
+    """Experts' numbers in the whole model. Raises ArgumentTypeError, ShapeError or RangeError."""
+    if numbers is None:
+        return None
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes):
+        raise ArgumentTypeError("numbers", type(numbers).__name__, "a list of integers or None")
+    if len(numbers) != num_local_experts:
+        raise ShapeError("numbers", f"[{len(numbers)}]", f"[{num_local_experts}]")
+    return tuple(check_int("numbers", number, 0, MAX_EXPERTS) for number in numbers)
+
+
 def _check_ends(ends: object, x: Tensor, num_local_experts: int) -> None:
     """Raises ArgumentTypeError, ShapeError or DeviceError for what is no [L] int32 on x's device."""
     if torch.compiler.is_compiling():
@@ -70,9 +81,7 @@ class GroupedSwiGLU(nn.Module):
         check_int("hidden", hidden, 1, MAX_HIDDEN)
         check_int("expert_hidden", expert_hidden, 1, MAX_HIDDEN)
         self.num_local_experts, self.seed, self.first_expert = num_local_experts, seed, first_expert
-        self.numbers = None if numbers is None else tuple(numbers)
-        if self.numbers is not None and len(self.numbers) != num_local_experts:
-            raise ShapeError("numbers", f"[{len(self.numbers)}]", f"[{num_local_experts}]")
+        self.numbers = _checked_numbers(numbers, num_local_experts)
         shapes = (num_local_experts, hidden, 2 * expert_hidden), (num_local_experts, expert_hidden, hidden)
         self.gate_up, self.down = (parameter(shape, device, dtype) for shape in shapes)
         self.reset_parameters()

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError
+from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError, ShapeError
+from deepep.nn.precision import check_plain
 from deepep.placement.experts import ExpertPlacement
+from deepep.runtime.checks import check_int
 from deepep.runtime.control.transport import gather_bytes
 
 CHUNK = 1 << 24
@@ -99,13 +101,10 @@ def move_experts(
 
     An expert that the rank held is copied from its first replica there; others come from one of the ranks
     that held it, taken in turn. Collective over `group`, in whose numbers `rank` is; all ranks pass the same
-    placements, and tensors of the same shapes. Raises ArgumentTypeError or RangeError, before anything is
-    sent.
+    placements, and tensors of the same shapes. Raises ArgumentTypeError, ShapeError, DeviceError or
+    RangeError, before anything is sent.
     """
-    new.num_moved(old)  # refuses what cannot be compared
-    for tensor in tensors:
-        if tensor.shape[0] != old.num_local:
-            raise RangeError("tensors", f"one of {tensor.shape[0]} experts", f"{old.num_local} experts each")
+    rank = _check_move(tensors, old, new, rank, group)
     made = [tensor.new_empty(new.num_local, *tensor.shape[1:]) for tensor in tensors]
     given = [tensor.contiguous() for tensor in tensors]
     operations: list[dist.P2POp] = []
@@ -130,6 +129,27 @@ def move_experts(
         for work in dist.batch_isend_irecv(operations):
             work.wait()
     return made
+
+
+def _check_move(tensors: object, old: object, new: object, rank: object, group: object) -> int:
+    """Raises ArgumentTypeError, ShapeError or RangeError for arguments of `move_experts`; the rank."""
+    for name, placement in (("old", old), ("new", new)):
+        if not isinstance(placement, ExpertPlacement):
+            raise ArgumentTypeError(name, type(placement).__name__, "an ExpertPlacement")
+    assert isinstance(old, ExpertPlacement)
+    assert isinstance(new, ExpertPlacement)
+    new.num_moved(old)  # refuses what cannot be compared
+    if not isinstance(tensors, list | tuple):
+        raise ArgumentTypeError("tensors", type(tensors).__name__, "a list of tensors [L, ..]")
+    for tensor in tensors:
+        found = check_plain("tensors", tensor)
+        if found.ndim == 0 or found.shape[0] != old.num_local:
+            raise ShapeError("tensors", str(list(found.shape)), f"[{old.num_local}, ..]")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentTypeError("group", type(group).__name__, "a process group")
+    if group.size() != old.num_ranks:
+        raise RangeError("group", f"{group.size()} ranks", f"{old.num_ranks} ranks, as placed")
+    return check_int("rank", rank, 0, old.num_ranks - 1)
 
 
 def _parts(shared: list[tuple[int, ...]], rows: int) -> list[list[tuple[int, ...]]]:

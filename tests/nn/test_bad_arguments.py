@@ -11,6 +11,7 @@ from harness import bad_arguments as bad
 
 import deepep
 from deepep import nn
+from deepep.placement import contiguous
 from deepep.sim import World
 
 #: Buffer's names of what deepep.nn hands on
@@ -37,7 +38,7 @@ def layers(ctx: Any) -> list[str]:
         sizes = {"hidden": 16, "num_experts": 4, "num_topk": 2}
         experts = nn.GroupedSwiGLU(4, 16, 8)
         received = nn.dispatch(buffer, x, idx, weights, 4)
-        moe = nn.ExpertParallelMoE(buffer, expert_hidden=8, **sizes)
+        moe, placement = nn.ExpertParallelMoE(buffer, expert_hidden=8, **sizes), contiguous(4, 1)
         cases: list[tuple[Callable[..., Any], dict[str, Any]]] = [
             (nn.SwiGLU, {"hidden": 16, "expert_hidden": 8}),
             (nn.GroupedSwiGLU, {"num_local_experts": 4, "hidden": 16, "expert_hidden": 8}),
@@ -52,6 +53,17 @@ def layers(ctx: Any) -> list[str]:
             (experts.reset_parameters, {"seed": 1, "first_expert": 0}),
             (moe.forward, {"x": x}),
             (moe.rebalance, {"rate": 0.1}),
+            (moe.move_to, {"placement": placement}),
+            (
+                nn.move_experts,
+                {
+                    "tensors": [torch.ones(4, 2)],
+                    "old": placement,
+                    "new": placement,
+                    "rank": 0,
+                    "group": buffer.group,
+                },
+            ),
             (nn.buffer_number, {"buffer": buffer}),
             (observe, {"observer": print}),
             (

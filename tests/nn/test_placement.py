@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deepep.nn as dnn
-from deepep.errors import ArgumentTypeError, RangeError
+from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.nn.placing import _parts
 from deepep.placement import ExpertPlacement, place
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for placement in (place(LOADS, 2), place([1] * 5, 1)):
         with pytest.raises(RangeError):
             layer_on(Lone(), placement)
-    with pytest.raises(RangeError):
+    with pytest.raises(ShapeError):
         dnn.move_experts([torch.ones(5, 2)], place(LOADS, 2), place(LOADS, 2), 0, None)
 
 
