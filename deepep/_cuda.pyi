@@ -192,6 +192,7 @@ class Domain:
         ce_chunks: int = 0,
         ce_shrink: int = 100,
         stream: int = 0,
+        source_token: int = 0,
     ) -> None: ...
     def layout(
         self,

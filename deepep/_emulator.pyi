@@ -76,6 +76,8 @@ class Machine:
         num_sms: int = 0,
         ranks_per_node: int = 0,
         copy_engines: bool = False,
+        max_open_puts: int = 0,
+        weak_signals: bool = False,
         strategy: str = "random",
         seed: int = 0,
         expected_steps: int = 20000,
@@ -90,6 +92,7 @@ class Machine:
     def watch_tags(self, rank: int, address: int, count: int, tag: int, timeout_ns: int) -> None: ...
     def watcher_read(self, rank: int, address: int, count: int) -> bytes: ...
     def peek(self, address: int, count: int) -> bytes: ...
+    def put_bytes(self, rank: int, to: int) -> int: ...
     def launch(
         self,
         rank: int,
@@ -153,6 +156,148 @@ class FaultRecord:
     def expected(self) -> int: ...
     @property
     def seen(self) -> int: ...
+
+RAIL_STATE_BYTES: int
+RAIL_COUNTERS: int  # the first 8-byte words of a rail state: windows and calls so far
+
+class TwoLevelShape:
+    """Sizes of a group of several domains (csrc/host/two_level.hpp). live: bit r of rank r."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        ranks_per_domain: int,
+        live: int,
+        max_local_experts: int,
+        max_blocks: int,
+        window: int,
+        row_bytes: int,
+        num_scales: int,
+        num_topk: int,
+    ) -> None: ...
+    @property
+    def heap_bytes(self) -> int: ...
+    @property
+    def words_end(self) -> int: ...
+    @property
+    def remote_bytes(self) -> int: ...
+    @property
+    def max_open_puts(self) -> int: ...
+    def remote_words(self, before: int) -> list[tuple[int, int]]: ...
+    def heap_words(self, before: int) -> list[tuple[int, int]]: ...
+
+class TwoLevelDomain:
+    """One rank's view of a group of several domains (csrc/host/two_level.hpp)."""
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        kernels: Kernels,
+        num_threads: int,
+        shape: TwoLevelShape,
+        rank: int,
+        heaps: list[int],
+        remote: int,
+        before: int,
+        max_tokens: int,
+        state: int,
+        rail_state: int,
+        fault: int,
+        timeout_seconds: float,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        num_scales: int,
+        index_bytes: int,
+        row_bytes: int,
+        x: int,
+        scales: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        is_token_in_rank: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        counts: int,
+        send_row: int,
+        recv_x: int,
+        recv_source: int,
+        recv_scales: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        capacity: int,
+        num_worst_tokens: int,
+        host_counts: int,
+        ticket: int,
+        stream: int = 0,
+    ) -> None: ...
+    def prepare_cached(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_scales: int,
+        row_bytes: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        counts: int,
+        send_row: int,
+        capacity: int,
+    ) -> CachedDispatch: ...
+    def dispatch_cached(
+        self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        row_bytes: int,
+        x: int,
+        topk_weights: int,
+        bias_0: int,
+        bias_1: int,
+        counts: int,
+        send_row: int,
+        out: int,
+        out_weights: int,
+        known: RowCounts | None = None,
+        ce_chunks: int = 0,
+        ce_shrink: int = 100,
+        stream: int = 0,
+        source_token: int = 0,
+    ) -> None: ...
+    def layout(
+        self,
+        *,
+        num_blocks: int,
+        num_ranks: int,
+        num_experts: int,
+        ranks_per_domain: int,
+        num_topk: int,
+        index_bytes: int,
+        num_tokens: int,
+        topk_idx: int,
+        tokens_per_rank: int,
+        tokens_per_domain: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        workspace: int,
+        stream: int = 0,
+    ) -> None: ...
+    def take_fault(self) -> FaultRecord | None: ...
+    def watched_fault(self) -> FaultRecord | None: ...
+    @property
+    def fault_word(self) -> int: ...
 
 class Domain:
     """One rank's view of its NVLink domain (csrc/host/domain.hpp). `stream`: a rank has one, 0."""
@@ -271,6 +416,7 @@ class Domain:
         ce_chunks: int = 0,
         ce_shrink: int = 100,
         stream: int = 0,
+        source_token: int = 0,
     ) -> None: ...
     def layout(
         self,
@@ -307,7 +453,16 @@ def staging_capacity(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...
 def staging_rows_begin(area_bytes: int, row_bytes: int, num_topk: int) -> int: ...
 def epoch_words(num_ranks: int, max_local_experts: int, max_blocks: int) -> list[int]: ...
 def litmus_args(
-    *, role: int, writer: int, reader: int, words: int, out: int, timeout_ns: int, neighbour: int = 0
+    *,
+    role: int,
+    writer: int,
+    reader: int,
+    words: int,
+    out: int,
+    timeout_ns: int,
+    links: int = 0,
+    neighbour: int = 0,
+    far: int = 0,
 ) -> bytes: ...
 def bulk_copy_args(
     *, source: int, target: int, num_bytes: int, stage_bytes: int, num_stages: int, timeout_ns: int

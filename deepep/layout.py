@@ -25,7 +25,7 @@ from deepep.runtime.checks import MOST, check_int, check_memory, shape_text
 from deepep.runtime.signatures import checked
 
 Array: TypeAlias = Tensor | np.ndarray
-CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/rules/crossing_layout.hpp
+CrossingBuffer = _core.CrossingBuffer  # every offset of csrc/layout/crossing_layout.hpp
 RecordSizes = _core.RecordSizes  # the parts of its records
 LowLatencyBuffer = _core.LowLatencyBuffer  # every offset of csrc/layout/rules/low_latency_buffer.hpp
 
@@ -365,7 +365,7 @@ class WindowTurn(NamedTuple):
 
     half: int
     arrivals: int  # each chunk's word says this once the chunk is here
-    credit: int  # the sender's credit must say this before it writes
+    credit: int  # the sender's credit for this half must say this before it writes
 
 
 @checked

@@ -57,7 +57,7 @@ inline void bind_crossing(pybind11::module_& m) {
       .def("chunk_bytes", &Buffer::chunk_bytes)
       .def("mailbox", &Buffer::mailbox, "peer"_a, "parity"_a)
       .def("mailbox_signal", &Buffer::mailbox_signal, "peer"_a, "parity"_a)
-      .def("credit", &Buffer::credit, "peer"_a)
+      .def("credit", &Buffer::credit, "peer"_a, "half"_a)
       .def("arrived", &Buffer::arrived, "peer"_a, "half"_a, "chunk"_a)
       .def("receive_chunk", &Buffer::receive_chunk, "peer"_a, "half"_a, "chunk"_a)
       .def("send_chunk", &Buffer::send_chunk, "peer"_a, "half"_a, "chunk"_a)

@@ -119,6 +119,7 @@ inline constexpr Parameter<CombineLaunch> kCombine[] = {
     parameter<CombineLaunch>("ce_chunks", [](auto& c) -> auto& { return c.chunks.num_chunks; }, "0"),
     parameter<CombineLaunch>("ce_shrink", [](auto& c) -> auto& { return c.chunks.shrink; }, "100"),
     parameter<CombineLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
+    parameter<CombineLaunch>("source_token", [](auto& c) -> auto& { return c.source_token; }, "0"),
 };
 
 inline constexpr Parameter<LayoutLaunch> kLayout[] = {

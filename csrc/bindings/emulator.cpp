@@ -7,6 +7,7 @@
 
 #include "bindings/domain.hpp"
 #include "bindings/emulator_low_latency.hpp"
+#include "bindings/emulator_two_level.hpp"
 #include "bindings/exchange.hpp"
 #include "bindings/rows.hpp"
 #include "emulator/launcher.hpp"
@@ -24,6 +25,8 @@ using deepep::bindings::pointer;
 using Domain = deepep::host::Domain<emu::EmulatorLauncher>;
 
 extern "C" emu::KernelSet* deepep_emulator_kernels();
+// The compiler leaves out members that are named in template arguments alone.
+template class deepep::host::TwoLevelDomain<emu::TwoLevelLauncher>;
 
 namespace {
 
@@ -53,16 +56,17 @@ emu::Space space_named(const std::string& name) {
   if (name == "symmetric") return emu::Space::symmetric;
   if (name == "device") return emu::Space::device;
   if (name == "host") return emu::Space::host;
-  throw std::invalid_argument("space: got " + name + "; allowed: symmetric, device or host");
+  if (name == "remote") return emu::Space::remote;
+  throw std::invalid_argument("space: got " + name + "; allowed: symmetric, device, host or remote");
 }
 
 std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int max_threads, int num_sms,
-                                              int ranks_per_node, bool copy_engines,
-                                              const std::string& strategy, uint64_t seed,
+                                              int ranks_per_node, bool copy_engines, int max_open_puts,
+                                              bool weak_signals, const std::string& strategy, uint64_t seed,
                                               uint64_t expected_steps, uint64_t max_steps,
                                               std::vector<emu::Fault> faults) {
   if (num_ranks < 1 || max_blocks < 1 || max_threads < 32 || max_threads % 32 != 0 || num_sms < 0 ||
-      ranks_per_node < 0)
+      ranks_per_node < 0 || max_open_puts < 0)
     throw std::invalid_argument("a machine has ranks, blocks, and whole warps of threads");
   const int num_actors = copy_engines ? 2 * num_ranks : num_ranks;
   for (const emu::Fault& fault : faults)
@@ -72,7 +76,9 @@ std::unique_ptr<emu::Simulation> make_machine(int num_ranks, int max_blocks, int
                          .max_threads = max_threads,
                          .num_sms = num_sms,
                          .ranks_per_node = ranks_per_node,
-                         .num_gpus = num_ranks};
+                         .num_gpus = num_ranks,
+                         .max_open_puts = max_open_puts,
+                         .weak_signals = weak_signals};
   const emu::Plan plan{.strategy = strategy_named(strategy),
                        .seed = seed,
                        .expected_steps = expected_steps,
@@ -145,7 +151,8 @@ void bind_machine(py::module_& m) {
 
   py::class_<emu::Simulation>(m, "Machine")
       .def(py::init(&make_machine), py::kw_only(), "num_ranks"_a, "max_blocks"_a, "max_threads"_a,
-           "num_sms"_a = 0, "ranks_per_node"_a = 0, "copy_engines"_a = false, "strategy"_a = "random",
+           "num_sms"_a = 0, "ranks_per_node"_a = 0, "copy_engines"_a = false, "max_open_puts"_a = 0, "weak_signals"_a = false,
+           "strategy"_a = "random",
            "seed"_a = 0, "expected_steps"_a = 20000, "max_steps"_a = 20'000'000,
            "faults"_a = std::vector<emu::Fault>{})
       .def(
@@ -219,6 +226,7 @@ void bind_machine(py::module_& m) {
           },
           "rank"_a, "kernel"_a, "args"_a, "num_blocks"_a, "num_threads"_a, "shared_bytes"_a, "kernels"_a)
       .def("meet", &emu::Simulation::meet)
+      .def("put_bytes", &emu::Simulation::put_bytes, "rank"_a, "to"_a)
       .def("host_step", &emu::Simulation::host_step, "rank"_a)
       .def("run", &emu::Simulation::run, py::call_guard<py::gil_scoped_release>());
 }
@@ -296,17 +304,20 @@ void bind_layouts(py::module_& m) {
 void bind_kernel_arguments(py::module_& m) {
   m.def(
       "litmus_args",
-      [](int role, int writer, int reader, uintptr_t words, uintptr_t out, uint64_t timeout_ns,
-         uintptr_t neighbour) {
+      [](int role, int writer, int reader, uintptr_t words, uintptr_t out, uint64_t timeout_ns, uintptr_t links,
+         uintptr_t neighbour, uintptr_t far) {
         return bytes_of(deepep::litmus::LitmusArgs{.role = role,
                                                    .writer = writer,
                                                    .reader = reader,
                                                    .words = pointer<uint32_t>(words),
                                                    .out = pointer<uint32_t>(out),
                                                    .timeout_ns = timeout_ns,
-                                                   .neighbour = pointer<uint32_t>(neighbour)});
+                                                   .links = pointer<uint32_t>(links),
+                                                   .neighbour = pointer<uint32_t>(neighbour),
+                                                   .far = pointer<uint32_t>(far)});
       },
-      py::kw_only(), "role"_a, "writer"_a, "reader"_a, "words"_a, "out"_a, "timeout_ns"_a, "neighbour"_a = 0);
+      py::kw_only(), "role"_a, "writer"_a, "reader"_a, "words"_a, "out"_a, "timeout_ns"_a, "links"_a = 0,
+      "neighbour"_a = 0, "far"_a = 0);
   m.def(
       "bulk_copy_args",
       [](uintptr_t from, uintptr_t to, int64_t bytes, int64_t stage_bytes, int num_stages,
@@ -365,6 +376,7 @@ PYBIND11_MODULE(_emulator, m) {
   bind_machine(m);
   bind_domain(m);
   deepep::bindings::bind_emulated_low_latency<Kernels>(m);
+  deepep::bindings::bind_emulated_two_level<Kernels>(m);
   bind_layouts(m);
   bind_kernel_arguments(m);
   deepep::bindings::bind_rows<RowBytes>(m, "_args");

@@ -388,11 +388,11 @@ DEEPEP_DEVICE void fence_async() {
 
 /// NVSHMEM's signals count in 64 bits; an epoch is the lower half.
 template <class Order, class Scope>
-[[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* signal, uint32_t epoch, Deadline deadline) {
+[[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* word, uint32_t epoch, Deadline deadline) {
   const auto reached = [=](uint64_t seen) {
     return static_cast<int32_t>(static_cast<uint32_t>(seen) - epoch) >= 0;
   };
-  return wait_until<Order, Scope>(signal, reached, deadline);
+  return wait_until<Order, Scope>(word, reached, deadline);
 }
 
 #if defined(DEEPEP_WITH_NVSHMEM)
@@ -400,10 +400,16 @@ DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank) {
   nvshmem_putmem_nbi(to, from, static_cast<size_t>(bytes), rank);
 }
 template <class Update>
-DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value,
+DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* word, uint64_t value,
                               int rank) {
   constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
-  nvshmem_putmem_signal_nbi(to, from, static_cast<size_t>(bytes), signal, value, update, rank);
+  nvshmem_putmem_signal_nbi(to, from, static_cast<size_t>(bytes), word, value, update, rank);
+}
+/// Not a put without bytes, which reads outside of its table of keys over IBGDA.
+template <class Update>
+DEEPEP_DEVICE void signal(uint64_t* word, uint64_t value, int rank) {
+  constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
+  nvshmemx_signal_op(word, value, update, rank);
 }
 DEEPEP_DEVICE void put_fence() { nvshmem_fence(); }
 DEEPEP_DEVICE void put_quiet() { nvshmem_quiet(); }

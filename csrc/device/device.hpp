@@ -42,16 +42,18 @@
 //                                      at its parity: it must be the running phase or the one before (-1
 //                                      before phase 0)
 //
-//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `signal` are
-//                symmetric memory of this rank; what is written is the same place of `rank`. One thread each. A
+//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are memory of
+//                this rank that its NIC knows; what is written is the same place of `rank`. One thread each. A
 //                put carries no more than its bytes, and is a relaxed operation: what else a signal is to carry
 //                stands before a fence of system scope
 //                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet
-//                put_signal<Update>(to, from, bytes, signal, value, rank)  the signal behind these bytes.
-//                                      Update: signal_set, signal_add
+//                put_signal<Update>(to, from, bytes, word, value, rank)  the signal behind these bytes, of
+//                                      which there are some. Update: signal_set, signal_add. One that is set
+//                                      need not stay behind its bytes on every network; one that is added does
+//                signal<Update>(word, value, rank)   a signal by itself
 //                put_fence()           this thread's puts to a rank so far are delivered before later ones
 //                put_quiet()           this thread's puts so far, and all it knows of its rank's, are delivered
-//                wait_signal<Order, Scope>(signal, epoch, deadline)  until *signal has reached it
+//                wait_signal<Order, Scope>(word, epoch, deadline)  until the lower half of *word has reached it
 //   FP8          e4m3.hpp, on either: bits_of_e4m3(byte)
 //
 // Orders: relaxed, acquire, release, acq_rel. Scopes: block_scope, gpu_scope, sys_scope. They are template

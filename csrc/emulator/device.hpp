@@ -338,6 +338,10 @@ DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_
                               int rank, emu::Site site = emu::Site::current()) {
   emu::machine->put(to, from, bytes, signal, value, std::is_same_v<Update, signal_add>, rank, site);
 }
+template <class Update>
+DEEPEP_DEVICE void signal(uint64_t* word, uint64_t value, int rank, emu::Site site = emu::Site::current()) {
+  emu::machine->signal(word, value, std::is_same_v<Update, signal_add>, rank, site);
+}
 DEEPEP_DEVICE void put_fence(emu::Site site = emu::Site::current()) { emu::machine->put_fence(site); }
 DEEPEP_DEVICE void put_quiet(emu::Site site = emu::Site::current()) { emu::machine->put_quiet(site); }
 template <class Order, class Scope>

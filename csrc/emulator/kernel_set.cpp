@@ -41,3 +41,7 @@
 #include "kernels/rows/swiglu.hpp"
 #include "kernels/rows/swiglu_backward.hpp"
 #include "kernels/rows/weigh_rows.hpp"
+#include "kernels/two_level/combine.hpp"
+#include "kernels/two_level/dispatch.hpp"
+#include "kernels/two_level/dispatch_cached.hpp"
+#include "kernels/two_level/prefix.hpp"

@@ -86,6 +86,10 @@ struct ControlLayout {
   /// written there all the same: a 4-byte word, 0 if there is none. On the line of a digest, which is at hand
   /// by then.
   [[nodiscard]] DEEPEP_HD int64_t overwritten(int s) const { return combine_digest(s, 0) + 8; }
+  /// Between domains, T of the combine that source `s` begins: a tagged 8-byte word, on the line of its digest.
+  [[nodiscard]] DEEPEP_HD int64_t combine_tokens(int s, uint32_t epoch) const {
+    return combine_digest(s, epoch) + 16;
+  }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
 
  private:

@@ -219,5 +219,6 @@ register(
         device_types=("cpu",),
         by_name_only=True,
         admits=True,
+        several_domains=True,
     )
 )

@@ -22,8 +22,8 @@ from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
-from deepep.sim.emulator import shapes
-from deepep.sim.emulator.calls import CombineCall, DispatchCall, PlanAt
+from deepep.sim.emulator import shapes, two_level
+from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
 
 Given = TypeVar("Given")
@@ -71,9 +71,14 @@ class _Combine:
 
 
 class EmulatedAllToAll:
-    """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED."""
+    """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED.
 
-    def __init__(self) -> None:
+    ranks_per_domain: so many consecutive ranks share an NVLink domain, and rows cross to others by the two-level
+    kernels; 0: all ranks share one.
+    """
+
+    def __init__(self, ranks_per_domain: int = 0) -> None:
+        self._ranks_per_domain = ranks_per_domain
         self._seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         self._operations = 0
 
@@ -111,6 +116,7 @@ class EmulatedAllToAll:
         # Every other dispatch finds out itself where tokens go; ranks may do either.
         by_topk = (
             not is_cached
+            and not self._ranks_per_domain
             and topk_idx is not None
             and (self._operations + wire.rank) % 2 == 0
             and _is_layout_of(topk_idx, num_local_experts, wire, in_rank, per_expert)
@@ -163,6 +169,7 @@ class EmulatedAllToAll:
             num_topk=0 if topk_weights is None else topk_weights.shape[1],
             topk_weights=0 if topk_weights is None else topk_weights,
             biases=biases,
+            source_token=plan.src_token if self._ranks_per_domain else 0,
         )
         send_row = kept[0] if kept else _send_row(plan, wire.rank)
         mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row)
@@ -173,7 +180,8 @@ class EmulatedAllToAll:
         self, topk_idx: Tensor, num_experts: int, num_ranks: int, ranks_per_domain: int
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(per rank [R], per domain [D] or None, per expert [E], token-in-rank [T, R] bool), one rank's."""
-        run = self._new_run(num_ranks, num_experts // num_ranks, staging_rows=0, row_bytes=16, slot_bytes=16)
+        sizes = _Sizes(num_experts // num_ranks, row_bytes=16, slot_bytes=16)
+        run = self._run_in_one_domain(num_ranks, sizes)
         at = run.domain.layout(0, topk_idx, num_experts, ranks_per_domain)
         run.to_the_end()
         return run.domain.read_layout(0, at, topk_idx.shape[0], num_experts, ranks_per_domain)
@@ -187,12 +195,19 @@ class EmulatedAllToAll:
             rank: replace(mine.call, num_worst_tokens=mine.rows_out if has_worst else 0)
             for rank, mine in given.items()
         }
+        kept = [call.scales for call in calls.values() if call.scales is not None]
+        indices = [call.topk_idx for call in calls.values() if call.topk_idx is not None]
         run = self._new_run(
             num_ranks,
-            max(call.num_local_experts for call in calls.values()),
-            staging_rows=0,
-            row_bytes=16,
-            slot_bytes=max(call.slot.num_bytes for call in calls.values()),
+            tuple(given),
+            _Sizes(
+                max(call.num_local_experts for call in calls.values()),
+                row_bytes=max(call.x.shape[1] * call.x.element_size() for call in calls.values()),
+                slot_bytes=max(call.slot.num_bytes for call in calls.values()),
+                max_tokens=max(len(call.x) for call in calls.values()),
+                num_scales=max((scales.shape[1] for scales in kept), default=0),
+                num_topk=max((idx.shape[1] for idx in indices), default=0),
+            ),
         )
         domain, slots, plans, layouts = run.domain, {}, {}, {}
         for rank, mine in given.items():
@@ -236,12 +251,18 @@ class EmulatedAllToAll:
 
     def _run_combine(self, given: dict[int, _Combine], num_ranks: int) -> dict[int, Any]:
         calls = {rank: mine.call for rank, mine in given.items()}
+        max_tokens = max(call.num_tokens for call in calls.values())
         run = self._new_run(
             num_ranks,
-            1,
-            staging_rows=num_ranks * max(call.num_tokens for call in calls.values()),
-            row_bytes=max(2 * call.hidden + 4 * call.num_topk + 16 for call in calls.values()),
-            slot_bytes=16,
+            tuple(given),
+            _Sizes(
+                1,
+                row_bytes=max(2 * call.hidden for call in calls.values()),
+                slot_bytes=16,
+                max_tokens=max_tokens,
+                num_topk=max(call.num_topk for call in calls.values()),
+                staging_rows=num_ranks * max_tokens,
+            ),
         )
         domain = run.domain
         at = {
@@ -251,23 +272,83 @@ class EmulatedAllToAll:
         run.to_the_end()
         return {rank: domain.read_sums(rank, calls[rank], at[rank]) for rank in given}
 
-    def _new_run(self, num_ranks: int, local_experts: int, **sizes: int) -> _Run:
-        number = self._seed * 1_000_003 + self._operations
-        gpu = GPUS[number % len(GPUS)]
-        machine = _emulator.Machine(
+    def _new_run(self, num_ranks: int, members: tuple[int, ...], sizes: _Sizes) -> _Run:
+        if 0 < self._ranks_per_domain < num_ranks:
+            return self._run_between_domains(num_ranks, members, sizes)
+        return self._run_in_one_domain(num_ranks, sizes)
+
+    def _run_in_one_domain(self, num_ranks: int, sizes: _Sizes) -> _Run:
+        gpu = GPUS[self._number % len(GPUS)]
+        machine = self._machine(num_ranks, gpu)
+        domain = EmulatedDomain(
+            machine,
+            _emulator.own_kernels(),
+            gpu,
+            num_ranks=num_ranks,
+            max_local_experts=sizes.local_experts,
+            staging_rows=sizes.staging_rows,
+            row_bytes=sizes.row_bytes + 4 * sizes.num_topk + 16,
+            slot_bytes=sizes.slot_bytes,
+        )
+        return _Run(machine, domain)
+
+    def _run_between_domains(self, num_ranks: int, members: tuple[int, ...], sizes: _Sizes) -> _Run:
+        gpu = shapes.TWO_LEVEL_GPUS[self._number % len(shapes.TWO_LEVEL_GPUS)]
+        shape = two_level.shape_of(
+            gpu,
+            num_ranks=num_ranks,
+            ranks_per_domain=self._ranks_per_domain,
+            live=members,
+            max_local_experts=sizes.local_experts,
+            row_bytes=sizes.row_bytes,
+            num_scales=sizes.num_scales,
+            num_topk=sizes.num_topk,
+        )
+        machine = self._machine(num_ranks, gpu, **two_level.network(shape, self._ranks_per_domain))
+        domain = two_level.EmulatedDomains(
+            machine,
+            _emulator.own_kernels(),
+            gpu,
+            num_ranks=num_ranks,
+            ranks_per_domain=self._ranks_per_domain,
+            shape=shape,
+            live=members,
+            max_local_experts=sizes.local_experts,
+            max_tokens=sizes.max_tokens,
+            slot_bytes=sizes.slot_bytes,
+        )
+        return _Run(machine, domain)
+
+    @property
+    def _number(self) -> int:
+        """The number of this operation's schedule."""
+        return self._seed * 1_000_003 + self._operations
+
+    def _machine(self, num_ranks: int, gpu: Gpu, **network: Any) -> _emulator.Machine:
+        return _emulator.Machine(
+            **network,
             num_ranks=num_ranks,
             copy_engines=gpu.ce_chunks > 0,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
-            strategy=shapes.STRATEGIES[number % len(shapes.STRATEGIES)],
-            seed=number,
+            num_sms=gpu.num_sms,
+            strategy=shapes.STRATEGIES[self._number % len(shapes.STRATEGIES)],
+            seed=self._number,
             max_steps=10**9,
         )
-        kernels = _emulator.own_kernels()
-        domain = EmulatedDomain(
-            machine, kernels, gpu, num_ranks=num_ranks, max_local_experts=local_experts, **sizes
-        )
-        return _Run(machine, domain)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The most of any rank: L, bytes of rows without weights, of a receive slot, T, scales, K; rows staged."""
+
+    local_experts: int
+    row_bytes: int
+    slot_bytes: int
+    max_tokens: int = 0
+    num_scales: int = 0
+    num_topk: int = 0
+    staging_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Gpu:
     blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before: of each operation,
     as the ranks count them, modulo 2^32. ce_chunks: into so many parts the copy engine cuts the rows that
     a combine returns, each engine_shrink percent of the one before; 0: SMs return them. alone_tokens: up to
-    so many tokens, blocks of a dispatch by top-k count for themselves; else together.
+    so many tokens, blocks of a dispatch by top-k count for themselves; else together. window: tokens of a
+    window between domains.
     """
 
     num_blocks: int = 2
@@ -39,6 +40,7 @@ class Gpu:
     ce_chunks: int = 0
     engine_shrink: int = 100
     alone_tokens: int = 64
+    window: int = 16
 
     def num_actors(self, num_ranks: int) -> int:
         """Ranks and the copy engines that are used, which are counted behind them."""
@@ -134,6 +136,7 @@ class CombineCall:
     topk_weights: Tensor | int = 0  # [N, K] float32
     biases: tuple[Tensor, ...] = ()  # [T, H] bf16
     refused: bool = False  # only post to the others that this rank takes no part
+    source_token: Tensor | int = 0  # [N] int32 or its address: between domains, the token that each row is
 
 
 @dataclass(frozen=True)

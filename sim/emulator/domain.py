@@ -325,6 +325,9 @@ class EmulatedDomain:
         weights = call.topk_weights
         if not isinstance(weights, int):
             weights = self._put(f"returned weights@{rank}", rank, weights)
+        source_token = call.source_token
+        if not isinstance(source_token, int):
+            source_token = self._put(f"source tokens@{rank}", rank, source_token)
         biases = [self._put(f"bias{i}@{rank}", rank, bias) for i, bias in enumerate(call.biases)] + [0, 0]
         out = self._allocate(f"out@{rank}", "device", rank, 2 * tokens * call.hidden)
         out_weights = self._allocate(f"out weights@{rank}", "device", rank, 4 * tokens * topk) if topk else 0
@@ -347,6 +350,7 @@ class EmulatedDomain:
             out_weights=out_weights,
             ce_chunks=self.gpu.ce_chunks,
             ce_shrink=self.gpu.engine_shrink,
+            source_token=source_token,
         )
         return out, out_weights
 

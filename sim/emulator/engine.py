@@ -21,7 +21,6 @@ from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.engine import EngineOptions
 from deepep.runtime.requests import (
-    RANKS_PER_DOMAIN,
     Combined,
     CombineRequest,
     Dispatched,
@@ -48,7 +47,8 @@ class EmulatorEngine(ReferenceEngine):
         operations = {**self.info.operations, **dict.fromkeys(names, "emulated kernels")}
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
-        self._kernels = EmulatedAllToAll()
+        per_domain = options.ranks_per_domain
+        self._kernels = EmulatedAllToAll(per_domain if per_domain < self.info.num_ranks else 0)
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         exchange = EmulatedLowLatencyExchange(seed, self._control.waits)
@@ -57,15 +57,15 @@ class EmulatorEngine(ReferenceEngine):
     def _layout(
         self, topk_idx: Tensor, num_experts: int, schedule: Schedule
     ) -> tuple[Layout, Completion | None]:
-        num_ranks = self.info.num_ranks
+        num_ranks, per_domain = self.info.num_ranks, self.info.ranks_per_domain
         checks.check_topk_idx(topk_idx, self.info.device_type)
         checks.check_num_experts(num_experts, num_ranks)
         topk_idx = topk_idx.detach()
-        layout = high_throughput.empty_layout(topk_idx, num_experts, num_ranks)
+        layout = high_throughput.empty_layout(topk_idx, num_experts, num_ranks, per_domain)
 
         def job() -> None:
             checks.check_index_range(topk_idx, num_experts)
-            made = self._kernels.layout(topk_idx, num_experts, num_ranks, RANKS_PER_DOMAIN)
+            made = self._kernels.layout(topk_idx, num_experts, num_ranks, per_domain)
             for target, got in zip(high_throughput.layout_tensors(layout), made, strict=True):
                 if target is not None and got is not None:
                     target.copy_(got)

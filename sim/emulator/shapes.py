@@ -28,3 +28,11 @@ GPUS = (
         engine_shrink=57,
     ),
 )
+
+#: Between domains: two blocks, one, wide ones, and fewer SMs than blocks; windows of one chunk and of two.
+TWO_LEVEL_GPUS = (
+    Gpu(num_blocks=2, num_threads=64),
+    Gpu(num_blocks=1, num_threads=64, window=32),
+    Gpu(num_blocks=2, num_threads=128),
+    Gpu(num_blocks=4, num_threads=64, num_sms=2),
+)

@@ -19,6 +19,7 @@ from deepep import _emulator
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.values import RankInputs, inputs
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, HostCounts, LayoutAt, PlanAt
+from deepep.sim.emulator import two_level
 from deepep.sim.emulator.domain import EmulatedDomain
 from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 from deepep.sim.rules import oracle
@@ -49,10 +50,12 @@ def run(
 
     kernels: what `_emulator.load_kernels` gave; default the product's own. max_steps: more is a livelock.
     """
-    return _ScenarioRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
+    return ScenarioRun(scenario, schedule, stops, kernels or _emulator.own_kernels(), max_steps).run()
 
 
-class _ScenarioRun:
+class ScenarioRun:
+    """A scenario on a machine of its own. max_open_puts: between domains; 0: as many as the protocol may have."""
+
     def __init__(
         self,
         scenario: Scenario,
@@ -60,14 +63,34 @@ class _ScenarioRun:
         stops: Sequence[Stop],
         kernels: Any,
         max_steps: int,
+        *,
+        max_open_puts: int = 0,
     ) -> None:
         self.scenario = scenario
         self.stops = stops
         self.num_ranks = scenario.cases[0].num_ranks
         gpu = scenario.gpu
+        cases = scenario.cases
+        calls = [_call(case, inputs(case, 0)) for case in cases]
+        local_experts = max(case.num_local_experts for case in cases)
+        network: dict[str, Any] = {}
+        if scenario.between_domains:
+            shape = two_level.shape_of(
+                gpu,
+                num_ranks=self.num_ranks,
+                ranks_per_domain=scenario.ranks_per_domain,
+                live=cases[0].dispatch_members,
+                max_local_experts=local_experts,
+                row_bytes=max(2 * case.hidden for case in cases),
+                num_scales=max(0 if call.scales is None else call.scales.shape[1] for call in calls),
+                num_topk=max(case.num_topk for case in cases),
+            )
+            network = two_level.network(shape, scenario.ranks_per_domain)
+            network["max_open_puts"] = max_open_puts or network["max_open_puts"]
         machine = _emulator.Machine(
+            **network,
             num_ranks=self.num_ranks,
-            copy_engines=gpu.ce_chunks > 0,
+            copy_engines=gpu.ce_chunks > 0 and not scenario.between_domains,
             max_blocks=gpu.num_blocks,
             max_threads=gpu.num_threads,
             num_sms=gpu.num_sms,
@@ -87,18 +110,36 @@ class _ScenarioRun:
             ],
         )
         self.machine = machine
-        cases = scenario.cases
+        slot_bytes = max(call.slot.num_bytes for call in calls)
+        if scenario.between_domains:
+            self.domain: EmulatedDomain = two_level.EmulatedDomains(
+                machine,
+                kernels,
+                gpu,
+                num_ranks=self.num_ranks,
+                ranks_per_domain=scenario.ranks_per_domain,
+                shape=shape,
+                live=cases[0].dispatch_members,
+                max_local_experts=local_experts,
+                max_tokens=max(max(case.num_tokens) for case in cases),
+                slot_bytes=slot_bytes,
+            )
+            self._begin()
+            return
         # Every token may come back from every rank; rows travel with K weights.
         self.domain = EmulatedDomain(
             machine,
             kernels,
             gpu,
             num_ranks=self.num_ranks,
-            max_local_experts=max(case.num_local_experts for case in cases),
+            max_local_experts=local_experts,
             staging_rows=self.num_ranks * max(max(case.num_tokens) for case in cases),
             row_bytes=max(2 * case.hidden + 16 * case.num_topk for case in cases),
-            slot_bytes=max(_call(case, inputs(case, 0)).slot.num_bytes for case in cases),
+            slot_bytes=slot_bytes,
         )
+        self._begin()
+
+    def _begin(self) -> None:
         self.watched: Any = None  # outcome of the watch that ended last
         self.report = RunReport()
         self.programs: dict[int, Program] = {}
@@ -201,6 +242,8 @@ class _ScenarioRun:
         if rank in case.masked:
             return
         combine = _combine_call(case, rank, given, slot, rows)
+        if self.scenario.between_domains:
+            combine = replace(combine, source_token=slot + _call(case, given).slot.source)
         for number in range(self.scenario.num_combines):
             if self.scenario.refuses == "combine":
                 refuser = case.members[(index + number) % len(case.members)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.emulator.shapes import GPUS, STRATEGIES
+from deepep.sim.emulator.shapes import GPUS, STRATEGIES, TWO_LEVEL_GPUS
 from deepep.sim.explore.emulated import run
 from deepep.sim.explore.failures import Failure
 from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
@@ -65,6 +65,48 @@ def draw_tall_scenario(seed: int) -> Scenario:
         cases=(draw_case(choices, limits),),
         gpu=GPUS[choices.integer(0, len(GPUS) - 1)],
         use_layout=("only", "no", "inside")[seed % 3],
+    )
+
+
+TWO_LEVEL_LIMITS = replace(
+    LIMITS,
+    ranks=(4, 3, 4, 5),
+    max_local_experts=2,
+    max_topk=4,
+    max_tokens=60,
+    hidden=(16, 128),
+    masks=0.15,
+    fixed={**LIMITS.fixed, "reduce": "domain"},
+)
+
+
+def draw_two_level_scenario(seed: int, *, limits: Limits = TWO_LEVEL_LIMITS) -> Scenario:
+    """One or two cases of ranks in domains of one to three, the last of which may be smaller: mostly several windows.
+
+    A rank is masked in a single case alone, from its dispatch on: another mask needs other memory.
+    """
+    choices = RandomChoices(seed)
+    per_domain = choices.pick((2, 2, 2, 1, 3))
+    limits = replace(limits, fixed={**limits.fixed, "ranks_per_node": per_domain, "mask_at": "dispatch"})
+    first = draw_case(choices, limits)
+    if per_domain >= first.num_ranks:
+        first = first.with_options(ranks_per_node=per_domain - 1)
+    per_domain = first.options.ranks_per_node
+    same = {**limits.fixed, "ranks_per_node": per_domain}
+    count = 1 if first.masked else choices.integer(1, 2)
+    later = replace(limits, ranks=(first.num_ranks,), masks=0.0, fixed=same)
+    cases = [first, *(draw_case(choices, later) for _ in range(count - 1))]
+    return Scenario(
+        cases=tuple(cases),
+        gpu=replace(
+            TWO_LEVEL_GPUS[choices.integer(0, len(TWO_LEVEL_GPUS) - 1)],
+            calls_before=choices.pick((0, 0, 0xFFFFFFFF, 0xFFFFFFFE)),
+            window=choices.pick((16, 16, 32)),
+        ),
+        use_layout=choices.pick(("no", "no", "yes")),
+        short_slots=choices.flag(0.2),
+        num_combines=choices.pick((1, 1, 0, 2)),
+        between_domains=True,
     )
 
 

@@ -17,7 +17,7 @@ from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedu
 
 FORMAT = "deepep.failing-schedule"
 #: Fields of a Scenario besides its cases and its GPU.
-_SETTINGS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses")
+_SETTINGS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses", "between_domains")
 #: Most cases, and most stops, of a file.
 MAX_CASES = 256
 _GPU_BOUNDS = {
@@ -27,6 +27,7 @@ _GPU_BOUNDS = {
     "local_blocks": (0, 256),
     "reduce_blocks": (0, 256),
     "num_sms": (0, 256),
+    "window": (16, 1 << 20),
     "timeout": (0, 3600),
 }
 

@@ -54,6 +54,11 @@ LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
 }
 #: And the kernels around the local experts.
 ROW_FILES = ("kernels/rows/",)
+#: Two-level operations, and the layout that they alone run.
+TWO_LEVEL_FILES = (
+    *("kernels/two_level/", "layout/crossing_layout.hpp"),
+    *("layout/rail_layout.hpp", "layout/return_layout.hpp"),
+)
 #: Files that take effect where copy engines return a combine's rows.
 COPY_ENGINE_FILES = tuple(
     f"kernels/combine/{name}.hpp" for name in ("copy_engine", "drive", "finish", "overwritten")
@@ -71,6 +76,7 @@ _FENCE = re.compile(r"\bfence<(?P<order>\w+), (?P<scope>\w+)_scope>\(\);")
 _PROXY_FENCE = re.compile(r"\bfence_async<(?P<space>\w+)>\(\);")
 _BULK_WAIT = re.compile(r"\bbulk_wait(?P<read>_read)?<(?P<pending>[^<>]+)>\(\);")
 _BULK_COMMIT = re.compile(r"\bbulk_commit\(\);")
+_SIGNAL = re.compile(r"\b(?P<op>put_signal|signal)<(?P<update>signal_add)>")
 _PUT_ORDER = re.compile(r"\bput_(?P<what>fence|quiet)\(\);")
 _PHASE_WAIT = re.compile(r"\bmbarrier_wait<")
 _SHARED_ORDERED = re.compile(r"\.(?:get|set)<(?P<order>acquire|release)>")
@@ -234,6 +240,8 @@ def _changes(text: str) -> Iterator[_Change]:
             yield _Change(m, 0, weaker, "bulk group", f"{name} -> bulk_wait_read")
     for m in _BULK_COMMIT.finditer(code):
         yield _Change(m, 0, "", "bulk group", "bulk_commit removed")
+    for m in _SIGNAL.finditer(code):
+        yield _Change(m, "update", "signal_set", "signal", f"{m['op']} added -> set")
     for m in _PUT_ORDER.finditer(code):
         yield _Change(m, 0, "", "put order", f"put_{m['what']} removed")
         if m["what"] == "quiet":

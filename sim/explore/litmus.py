@@ -35,7 +35,9 @@ class Litmus:
     out_words: int = 256  # of each rank, zero
     launches: int = 1
     launches_of: Mapping[int, int] = field(default_factory=dict)  # of some ranks, where it is another number
-    ranks_per_node: int = 0  # 0: one node, and one array of words for all
+    ranks_per_node: int = 0  # 0: one domain, and one array of words for all
+    max_open_puts: int = 0
+    weak_signals: bool = False
     out: list[Any] = field(default_factory=list)  # after a run, by rank
 
     def run(self, seed: int, strategy: str = "random") -> Any:
@@ -46,16 +48,21 @@ class Litmus:
             max_threads=self.threads,
             num_sms=self.num_sms,
             ranks_per_node=self.ranks_per_node,
+            max_open_puts=self.max_open_puts,
+            weak_signals=self.weak_signals,
             strategy=strategy,
             seed=seed,
             expected_steps=200,
             max_steps=1_000_000,
             faults=list(self.faults),
         )
-        words = []
+        words, links = [], []
         for rank in range(self.ranks if self.ranks_per_node else 1):
-            words.append(machine.allocate(f"words@{rank}", "symmetric", rank, 4 * self.words))
-            machine.write(rank, words[rank], bytes(4 * self.words))
+            space = "remote" if self.ranks_per_node else "symmetric"
+            words.append(machine.allocate(f"words@{rank}", space, rank, 4 * self.words))
+            links.append(machine.allocate(f"links@{rank}", "symmetric", rank, 4 * self.words))
+            for array in (words, links):
+                machine.write(rank, array[rank], bytes(4 * self.words))
         outs = []
         for rank in range(self.ranks):
             outs.append(machine.allocate(f"out@{rank}", "device", rank, 4 * self.out_words))
@@ -70,7 +77,9 @@ class Litmus:
                 words=words[own],
                 out=outs[rank],
                 timeout_ns=self.timeout_ns,
-                neighbour=words[neighbour],
+                links=links[own],
+                neighbour=links[neighbour],
+                far=words[neighbour],
             )
             for _ in range(self.launches_of.get(rank, self.launches)):
                 machine.launch(
@@ -233,7 +242,12 @@ PROGRAMS = (
             8: "a fence behind both",
             9: "the other node by pointer",
         },
-        {2: "a relaxed wait and a fence", 6: "a fence of puts between", 7: "a quiet between"},
+        {
+            2: "a relaxed wait and a fence",
+            6: "a fence of puts between",
+            7: "a quiet between",
+            10: "a signal that is added",
+        },
         how=_TWO_NODES,
     ),
     Program(
@@ -251,7 +265,11 @@ PROGRAMS = (
     Program(
         "put_relay_kernel",
         "what came from another node is handed on over NVLink",
-        {1: "a relaxed flag to the neighbour", 2: "a relaxed wait for the signal"},
+        {
+            1: "a relaxed flag to the neighbour",
+            2: "a relaxed wait for the signal",
+            3: "the neighbour reads the NIC's memory itself",
+        },
         how={"ranks": 4, "ranks_per_node": 2},
     ),
     Program(

@@ -19,7 +19,14 @@ from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.emulator.shapes import GPUS
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.exchange_runs import explore_exchanges
-from deepep.sim.explore.explorer import LIMITS, draw_scenario, draw_tall_scenario, explore
+from deepep.sim.explore.explorer import (
+    LIMITS,
+    TWO_LEVEL_LIMITS,
+    draw_scenario,
+    draw_tall_scenario,
+    draw_two_level_scenario,
+    explore,
+)
 from deepep.sim.explore.kernel_edits import COPY_FILE
 from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
@@ -31,6 +38,7 @@ from deepep.sim.explore.kernel_mutants import (
     MASKING_EDITS,
     MASKING_FILES,
     ROW_FILES,
+    TWO_LEVEL_FILES,
     Mutant,
     build,
     precompile,
@@ -138,6 +146,17 @@ def _counting_scenario(seed: int) -> Scenario:
     return Scenario(tuple(cases), gpu, use_layout="inside", num_combines=0)
 
 
+TWO_LEVEL_HUNTING_LIMITS = replace(
+    TWO_LEVEL_LIMITS, ranks=(3, 4, 3), max_tokens=50, max_topk=3, hidden=(16,), masks=0.05
+)
+
+
+@lru_cache(maxsize=4096)
+def _two_level_scenario(seed: int) -> Scenario:
+    """Ranks of several domains; mostly several windows of the smallest size."""
+    return draw_two_level_scenario(seed, limits=TWO_LEVEL_HUNTING_LIMITS)
+
+
 @dataclass(frozen=True)
 class Catch:
     """One mutant's outcome. failure: the report of the run that caught it; None if it escaped."""
@@ -202,6 +221,18 @@ def hunt(
         )
         found = None if calls.failure is None else calls.failure.report
         return Catch(mutant, found, calls.runs, calls.seconds)
+    if mutant.file.startswith(TWO_LEVEL_FILES):
+        crossings = explore(
+            runs=runs,
+            seconds=seconds,
+            schedules_per_scenario=2,
+            with_stops=True,
+            scenarios=_two_level_scenario,
+            kernels=kernels,
+            progress=progress,
+        )
+        found = None if crossings.failure is None else crossings.failure.report
+        return Catch(mutant, found, crossings.runs, crossings.seconds)
     by_copy_engine = mutant.file in COPY_ENGINE_FILES
     counts = mutant.file in COUNTING_FILES
     tally = explore(

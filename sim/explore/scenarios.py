@@ -61,6 +61,7 @@ class Scenario:
     learn of it with the counts, and acquire anew.
     num_combines: how often each case's combine is run, from the one handle.
     refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all learn of it.
+    between_domains: domains are the cases'; else all ranks share one, whatever the cases say.
     """
 
     cases: tuple[Case, ...]
@@ -70,11 +71,19 @@ class Scenario:
     short_slots: bool = False
     num_combines: int = 1
     refuses: str = ""
+    between_domains: bool = False
+
+    @property
+    def ranks_per_domain(self) -> int:
+        """P, the same of all cases."""
+        first = self.cases[0]
+        return first.options.ranks_per_node if self.between_domains else first.num_ranks
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
         """The oracle's results, by case and rank."""
-        return [oracle.observe(case) for case in self.cases]
+        sums = "domain" if self.between_domains else "rank"
+        return [oracle.observe(case.with_options(reduce=sums)) for case in self.cases]
 
 
 @dataclass

@@ -55,7 +55,7 @@ def test_a_slot_is_given_back_behind_a_fence_of_the_system(litmus: Any, variant:
     assert set(run.outcomes(range(30), first_word(1))) == {expected}
 
 
-@pytest.mark.parametrize(("variant", "expected"), [(0, 42), (1, RACE), (2, RACE)])
+@pytest.mark.parametrize(("variant", "expected"), [(0, 42), (1, RACE), (2, RACE), (3, "foreign memory")])
 def test_what_came_from_another_node_is_handed_on_over_nvlink(
     litmus: Any, variant: int, expected: Any
 ) -> None:
@@ -91,7 +91,31 @@ def test_a_quiet_completes_what_its_thread_knows_of(litmus: Any, variant: int, e
     assert found <= {expected, "done"}
 
 
-MISTAKES = (*["foreign memory"] * 5, "out of bounds", "foreign memory", "out of bounds")
+@pytest.mark.parametrize(("variant", "carries"), [(0, False), (10, True)])
+def test_on_a_weak_network_only_a_signal_that_is_added_carries_its_put(
+    litmus: Any, variant: int, carries: bool
+) -> None:
+    run = litmus("put_signal_kernel", writer=variant, weak_signals=True)
+    assert set(run.outcomes(range(30), first_word(1))) == ({42} if carries else {RACE})
+
+
+def test_more_open_puts_than_the_queue_holds_are_found_out(litmus: Any) -> None:
+    for limit, expected in ((4, {40}), (3, {40, "too many open puts"}), (0, {40})):
+        run = litmus("put_open_kernel", reader=4, max_open_puts=limit)
+        assert set(run.outcomes(range(30), first_word(1))) == expected
+
+
+def test_memory_of_a_nic_is_reached_by_no_mapping(litmus: Any) -> None:
+    """Nor is another domain's: in one domain the links of a neighbour are."""
+    for variant, kind in ((0, "done"), (1, "done"), (8, "foreign memory")):
+        run = litmus("put_mistake_kernel", writer=variant, ranks_per_node=2)
+        assert set(run.outcomes(range(4))) == {kind}
+
+
+MISTAKES = (
+    *(*["foreign memory"] * 5, "out of bounds", "foreign memory", "out of bounds"),
+    *(*["foreign memory"] * 3, "empty put"),
+)
 
 
 @pytest.mark.parametrize(("number", "kind"), tuple(enumerate(MISTAKES)))

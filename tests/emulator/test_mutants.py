@@ -73,6 +73,7 @@ def test_names_are_unique_and_mutants_differ(all_mutants: list[Mutant]) -> None:
         "bulk group",
         "read-only path",
         "epoch",
+        "signal",
         "protocol",
     }
 

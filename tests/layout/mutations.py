@@ -17,7 +17,7 @@ class Mutation:
     new: str
 
 
-CROSSING = "rules/crossing_layout.hpp"
+CROSSING = "crossing_layout.hpp"
 
 MUTATIONS = [
     # Who owns what.
@@ -284,14 +284,20 @@ MUTATIONS = [
     Mutation(
         "credit for the window before last not asked",
         CROSSING,
-        "number - 1, int64_t",
-        "number - 2, int64_t",
+        "{ return number / 2; }",
+        "{ return number / 4; }",
     ),
     Mutation(
         "credit for the last window asked",
         CROSSING,
-        "max_of(number - 1, int64_t{0})",
-        "number",
+        "{ return number / 2; }",
+        "{ return (number + 1) / 2; }",
+    ),
+    Mutation(
+        "one credit for both halves",
+        CROSSING,
+        "mailbox_signal(num_peers(), 0) + (2 * peer + half) * kCrossingAlignment",
+        "mailbox_signal(num_peers(), 0) + (2 * peer) * kCrossingAlignment",
     ),
     Mutation(
         "the last chunk counted full",
@@ -332,8 +338,8 @@ MUTATIONS = [
     Mutation(
         "credits share a line with signals",
         CROSSING,
-        "return mailbox_signal(num_peers(), 0) + peer",
-        "return mailbox_signal(num_peers(), 0) - 128 + peer",
+        "return mailbox_signal(num_peers(), 0) + (2 * peer",
+        "return mailbox_signal(num_peers(), 0) - 128 + (2 * peer",
     ),
     Mutation(
         "room for one copy",

@@ -29,7 +29,7 @@ def test_windows_take_turns_in_two_halves() -> None:
     turns = [layout.window_turn(number) for number in range(5)]
     assert [turn.half for turn in turns] == [0, 1, 0, 1, 0]
     assert [turn.arrivals for turn in turns] == [1, 1, 2, 2, 3]
-    assert [turn.credit for turn in turns] == [0, 0, 1, 2, 3]
+    assert [turn.credit for turn in turns] == [0, 0, 1, 1, 2]
     assert layout.windows(70, 32) == [(0, 32), (32, 64), (64, 70)]
     assert layout.windows(0, 32) == []
     assert layout.records_in_chunks(20, 48) == [16, 4, 0]

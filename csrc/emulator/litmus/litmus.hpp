@@ -7,8 +7,8 @@
 
 namespace deepep::litmus {
 
-/// `words` are symmetric and start at zero; `out` is this rank's own. On one node all ranks have the same
-/// words; on several each has its own, and sees those of the neighbour on its node.
+/// `words` are symmetric and start at zero; `out` is this rank's own. In one domain all ranks have the same
+/// words; in several each has its own, which its NIC knows, and `links`, symmetric in the domain.
 struct LitmusArgs {
   int role;
   int writer;  // how the writing side orders
@@ -16,7 +16,9 @@ struct LitmusArgs {
   uint32_t* words;
   uint32_t* out;
   uint64_t timeout_ns;
-  uint32_t* neighbour;
+  uint32_t* links;
+  uint32_t* neighbour;  // the next rank's links: role ^ 1
+  uint32_t* far;        // and its words
 };
 
 inline constexpr int kFar = 64;  // words apart, so that nothing shares a line

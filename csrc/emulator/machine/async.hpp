@@ -45,6 +45,7 @@ struct Signal {
   uintptr_t address = 0;  // 0: no signal
   uint64_t value = 0;
   bool adds = false;
+  bool carries = true;  // who sees it sees the bytes of its put
 };
 
 struct Copy {

@@ -6,22 +6,22 @@
 
 namespace deepep::emu {
 
-/// Symmetric memory corresponds by the order in which each rank has allocated it.
+/// Memory of NICs corresponds by the order in which each rank has allocated it.
 uintptr_t Memory::counterpart(const Agent& agent, const Access& access, int rank) {
   const Allocation* own = arena.find(access.address, static_cast<size_t>(access.bytes));
   if (own == nullptr) environment_.fail("out of bounds", described(agent, access));
-  if (own->space != Space::symmetric || own->rank != topology_.rank_of(agent.slot))
+  if (own->space != Space::remote || own->rank != topology_.rank_of(agent.slot))
     environment_.fail("foreign memory", described(agent, access) +
-                                            ": a put is between symmetric memory of its own rank and "
-                                            "the same of another");
+                                            ": a put is between memory of its own rank's NIC and the "
+                                            "same of another's");
   const auto count_before = [&](const Allocation* end) {
     return std::count_if(arena.allocations().data(), end, [&](const Allocation& a) {
-      return a.space == Space::symmetric && a.rank == own->rank;
+      return a.space == Space::remote && a.rank == own->rank;
     });
   };
   auto left = count_before(own);
   for (const Allocation& a : arena.allocations()) {
-    if (a.space != Space::symmetric || a.rank != rank) continue;
+    if (a.space != Space::remote || a.rank != rank) continue;
     if (left-- != 0) continue;
     if (a.end - a.begin != own->end - own->begin) break;
     return a.begin + (access.address - own->begin);
@@ -39,8 +39,6 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
   copy.bytes = bytes;
   copy.rank = rank;
   copy.behind = behind;
-  if (bytes < 0 || (bytes == 0 && signal.address == 0))
-    environment_.fail("out of bounds", described(agent, {"put", to, bytes, site}));
   if (bytes > 0) {
     (void)counterpart(agent, {"put from", from, bytes, site}, rank);
     copy.from = from;
@@ -72,7 +70,7 @@ void Memory::set_signal(const Copy& copy, CopyId id) {
   Message message;
   message.value = copy.signal.value;
   message.releases = copy.releases;
-  message.puts = {id};
+  if (copy.signal.carries) message.puts = {id};
   if (copy.signal.adds) {
     const Message& last = history.messages.back();
     message.value += last.value;

@@ -87,8 +87,11 @@ void Simulation::carry_out(CopyId id) {
   is_carrying_ = false;
   idle_polls_ = 0;
   const Copy& copy = memory_.copy(id);
-  if (copy.kind == Copy::Kind::put)
-    wake(ranks_[static_cast<size_t>(topology_.rank_of(copy.issuer.slot))].quieting);
+  if (copy.kind == Copy::Kind::put) {
+    Rank& issuer = ranks_[static_cast<size_t>(topology_.rank_of(copy.issuer.slot))];
+    if (copy.state == Copy::State::done) --issuer.open_puts[static_cast<size_t>(copy.rank)];
+    wake(issuer.quieting);
+  }
   if (before == Copy::State::issued)
     push_wake(step_ + scheduler_.copy_delay(copy.issuer.slot / 32), topology_.copies(), id);
 }
@@ -107,16 +110,45 @@ void Simulation::check_copies_done() {
 void Simulation::put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds,
                      int rank, Site site) {
   point();
+  const uint16_t id = memory_.sites.id(site);
+  if (bytes <= 0) fail("empty put", name_of(self().agent.now()) + ": " + memory_.sites.name(id));
+  begin_put(address_of(to), address_of(from), bytes, {.address = address_of(signal), .value = value, .adds = adds},
+            rank, id);
+}
+
+void Simulation::signal(void* signal, uint64_t value, bool adds, int rank, Site site) {
+  point();
+  begin_put(0, 0, 0, {.address = address_of(signal), .value = value, .adds = adds}, rank,
+            memory_.sites.id(site));
+}
+
+void Simulation::begin_put(uintptr_t to, uintptr_t from, int64_t bytes, Signal signal, int rank, uint16_t site) {
   Fiber& fiber = self();
+  Rank& issuer = ranks_[static_cast<size_t>(topology_.rank_of(running_))];
   if (rank < 0 || rank >= shape_.num_ranks) fail("foreign memory", "a put to rank " + std::to_string(rank));
   if (fiber.puts.empty()) fiber.puts.resize(static_cast<size_t>(shape_.num_ranks));
+  if (issuer.open_puts.empty()) {
+    issuer.open_puts.resize(static_cast<size_t>(shape_.num_ranks));
+    issuer.put_bytes.resize(static_cast<size_t>(shape_.num_ranks));
+  }
+  int& open = issuer.open_puts[static_cast<size_t>(rank)];
+  if (shape_.max_open_puts > 0 && open >= shape_.max_open_puts)
+    fail("too many open puts", name_of(fiber.agent.now()) + ": " + std::to_string(open) + " to rank " +
+                                   std::to_string(rank) + " are not delivered, and one more is issued at " +
+                                   memory_.sites.name(site));
+  ++open;
+  issuer.put_bytes[static_cast<size_t>(rank)] += bytes;
+  signal.carries = signal.adds || !shape_.weak_signals;
   Fiber::Puts& puts = fiber.puts[static_cast<size_t>(rank)];
-  const CopyId id =
-      memory_.issue_put(fiber.agent, address_of(to), address_of(from), bytes, {address_of(signal), value, adds},
-                        rank, puts.before, memory_.sites.id(site));
+  const CopyId id = memory_.issue_put(fiber.agent, to, from, bytes, signal, rank, puts.before, site);
   puts.latest.push_back(id);
-  ranks_[static_cast<size_t>(topology_.rank_of(running_))].puts.push_back(id);
+  issuer.puts.push_back(id);
   begin(id);
+}
+
+int64_t Simulation::put_bytes(int rank, int to) const {
+  const std::vector<int64_t>& bytes = ranks_.at(static_cast<size_t>(rank)).put_bytes;
+  return bytes.empty() ? 0 : bytes.at(static_cast<size_t>(to));
 }
 
 void Simulation::put_fence(Site site) {

@@ -26,6 +26,8 @@ struct Shape {
   int num_sms = 0;         // blocks of a rank that can be resident together; 0: all
   int ranks_per_node = 0;  // ranks that reach each other's memory; 0: all
   int num_gpus = 0;        // ranks past them are copy engines, each of one of them in turn; 0: none is
+  int max_open_puts = 0;   // to each rank: one more that is not delivered yet is a failure; 0: any number
+  bool weak_signals = false;  // one that is set, not added, may come before the bytes of its own put
 };
 
 /// A rank that stops running at a step, or after its n-th ordered write: for good, or until `pause_ns` later.
@@ -98,6 +100,8 @@ class Simulation final : public Machine, private Environment {
   void watcher_read(int rank, uintptr_t address, void* bytes, size_t count);
   /// All ranks' hosts meet: each then knows what any of them did, as after a collective of the process group.
   void meet();
+  /// Bytes that `rank` has put to another so far, signals not counted.
+  [[nodiscard]] int64_t put_bytes(int rank, int to) const;
   /// What memory holds now, for looking at after a failure: no check, no effect.
   void peek(uintptr_t address, void* bytes, size_t count) const;
 
@@ -131,6 +135,7 @@ class Simulation final : public Machine, private Environment {
   bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope, uint64_t deadline_ns, Site) override;
   void put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,
            Site) override;
+  void signal(void* signal, uint64_t value, bool adds, int rank, Site) override;
   void put_fence(Site) override;
   void put_quiet(Site) override;
   void sync_block(Site site) override;
@@ -171,6 +176,8 @@ class Simulation final : public Machine, private Environment {
     std::deque<Item> stream;
     int launches = 0;
     std::vector<CopyId> puts;    // that no quiet has waited for
+    std::vector<int> open_puts;  // by the rank they go to: not delivered yet
+    std::vector<int64_t> put_bytes;  // by the rank they go to
     std::vector<Slot> quieting;  // threads that wait for some of them
     std::vector<Time> ended;     // of each kernel: the host's time behind it
     bool is_running = false;     // the stream's first item is a kernel that has started
@@ -317,6 +324,7 @@ class Simulation final : public Machine, private Environment {
   // copying.cpp
   void begin(CopyId id);
   void carry_out(CopyId id);
+  void begin_put(uintptr_t to, uintptr_t from, int64_t bytes, Signal signal, int rank, uint16_t site);
   /// A thread ends, or the last of its block: nothing may be left of its copies.
   void check_copies_done();
   /// Suspends the thread until no copy of its that `is_missing` accepts is left.

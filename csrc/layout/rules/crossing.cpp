@@ -1,7 +1,7 @@
 // For the CPU alone: crossings between domains, sizes in 128 bits.
 #include "layout/rules/crossing.hpp"
 
-#include "layout/rules/crossing_layout.hpp"
+#include "layout/crossing_layout.hpp"
 #include "layout/rules/check.hpp"
 
 namespace deepep::host {
@@ -145,8 +145,8 @@ int64_t CrossingBuffer::mailbox(int64_t peer, int64_t parity) const {
 int64_t CrossingBuffer::mailbox_signal(int64_t peer, int64_t parity) const {
   return core().mailbox_signal(peer, parity);
 }
-int64_t CrossingBuffer::credit(int64_t peer) const {
-  return core().credit(peer);
+int64_t CrossingBuffer::credit(int64_t peer, int64_t half) const {
+  return core().credit(peer, half);
 }
 int64_t CrossingBuffer::arrived(int64_t peer, int64_t half, int64_t chunk) const {
   return core().arrived(peer, half, chunk);

@@ -1,4 +1,4 @@
-// The rules of layout/rules/crossing_layout.hpp for the host: std::invalid_argument for values that make no
+// The rules of layout/crossing_layout.hpp for the host: std::invalid_argument for values that make no
 // sense, std::overflow_error for memory that 64 bits do not hold.
 // For the CPU alone.
 #pragma once
@@ -64,7 +64,7 @@ class CrossingBuffer {
   [[nodiscard]] int64_t chunk_bytes() const;
   [[nodiscard]] int64_t mailbox(int64_t peer, int64_t parity) const;
   [[nodiscard]] int64_t mailbox_signal(int64_t peer, int64_t parity) const;
-  [[nodiscard]] int64_t credit(int64_t peer) const;
+  [[nodiscard]] int64_t credit(int64_t peer, int64_t half) const;
   [[nodiscard]] int64_t arrived(int64_t peer, int64_t half, int64_t chunk) const;
   [[nodiscard]] int64_t receive_chunk(int64_t peer, int64_t half, int64_t chunk) const;
   [[nodiscard]] int64_t send_chunk(int64_t peer, int64_t half, int64_t chunk) const;

@@ -37,9 +37,10 @@ struct WindowTurn {
   /// What the word of each of its chunks says once the chunk is here: every window signals all chunks of its
   /// half once, empty ones too.
   [[nodiscard]] DEEPEP_HD constexpr int64_t arrivals() const { return number / 2 + 1; }
-  /// What the sender's credit must say before it writes: the receiver adds one for each window it has read,
-  /// and the last one in this half is two before.
-  [[nodiscard]] DEEPEP_HD constexpr int64_t credit() const { return max_of(number - 1, int64_t{0}); }
+  /// What the sender's credit for this half must say before it writes: so many windows before went through it,
+  /// and the receiver adds one for each that it has read. Windows of one half are read one after the other; those
+  /// of both, in any order.
+  [[nodiscard]] DEEPEP_HD constexpr int64_t credit() const { return number / 2; }
 };
 
 /// The chunk that holds the record with this position among the window's.
@@ -116,13 +117,13 @@ struct CrossingBuffer {
   [[nodiscard]] DEEPEP_HD constexpr Int mailbox_signal(Int peer, Int parity) const {
     return mailbox(num_peers(), 0) + (2 * peer + parity) * kCrossingAlignment;
   }
-  /// Windows of this rank that `peer` has read: a count that never goes back.
-  [[nodiscard]] DEEPEP_HD constexpr Int credit(Int peer) const {
-    return mailbox_signal(num_peers(), 0) + peer * kCrossingAlignment;
+  /// Windows of this rank that `peer` has read in this half: a count that never goes back.
+  [[nodiscard]] DEEPEP_HD constexpr Int credit(Int peer, Int half) const {
+    return mailbox_signal(num_peers(), 0) + (2 * peer + half) * kCrossingAlignment;
   }
   /// Windows of `peer` whose chunk of this number has arrived in this half: a count that never goes back.
   [[nodiscard]] DEEPEP_HD constexpr Int arrived(Int peer, Int half, Int chunk) const {
-    return credit(num_peers()) + (2 * peer + half) * arrived_bytes() + 8 * chunk;
+    return credit(num_peers(), 0) + (2 * peer + half) * arrived_bytes() + 8 * chunk;
   }
   /// Where a chunk of `peer` arrives.
   [[nodiscard]] DEEPEP_HD constexpr Int receive_chunk(Int peer, Int half, Int chunk) const {
