@@ -151,7 +151,8 @@ void bind_machine(py::module_& m) {
 
   py::class_<emu::Simulation>(m, "Machine")
       .def(py::init(&make_machine), py::kw_only(), "num_ranks"_a, "max_blocks"_a, "max_threads"_a,
-           "num_sms"_a = 0, "ranks_per_node"_a = 0, "copy_engines"_a = false, "max_open_puts"_a = 0, "weak_signals"_a = false,
+           "num_sms"_a = 0, "ranks_per_node"_a = 0, "copy_engines"_a = false, "max_open_puts"_a = 0,
+           "weak_signals"_a = false,
            "strategy"_a = "random",
            "seed"_a = 0, "expected_steps"_a = 20000, "max_steps"_a = 20'000'000,
            "faults"_a = std::vector<emu::Fault>{})

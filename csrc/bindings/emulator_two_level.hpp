@@ -59,8 +59,8 @@ void bind_emulated_two_level(py::module_& m) {
   m.attr("RAIL_STATE_BYTES") = sizeof(kernels::RailState);
   m.attr("RAIL_COUNTERS") = offsetof(kernels::RailState, claimed) / sizeof(uint64_t);
   py::class_<Shape>(m, "TwoLevelShape")
-      .def(py::init([](int num_ranks, int ranks_per_domain, uint32_t live, int max_local_experts, int max_blocks,
-                       int64_t window, int64_t row_bytes, int num_scales, int num_topk) {
+      .def(py::init([](int num_ranks, int ranks_per_domain, uint32_t live, int max_local_experts,
+                       int max_blocks, int64_t window, int64_t row_bytes, int num_scales, int num_topk) {
              return Shape{.plan = {layout::Placement(num_ranks, num_ranks, ranks_per_domain), live},
                           .max_local_experts = max_local_experts,
                           .max_blocks = max_blocks,
@@ -77,7 +77,8 @@ void bind_emulated_two_level(py::module_& m) {
       .def_property_readonly("remote_bytes", [](const Shape& self) { return self.rails().bytes(); })
       .def("remote_words", &remote_words, "before"_a,
            "The words that puts raise, as they are after so many windows and calls: offset and value.")
-      .def("heap_words", &heap_words, "before"_a, "The same of the words between neighbours, which have 4 bytes.")
+      .def("heap_words", &heap_words, "before"_a,
+           "The same of the words between neighbours, which have 4 bytes.")
       .def_property_readonly("max_open_puts", [](const Shape& self) { return self.rails().max_open_puts(); });
   py::class_<Domain> domain(m, "TwoLevelDomain");
   domain.def(py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, const Shape& shape,
@@ -98,8 +99,8 @@ void bind_emulated_two_level(py::module_& m) {
                                                    .timeout_seconds = timeout_seconds};
                return std::make_unique<Domain>(options, machine, *kernels.set, rank, num_threads);
              }),
-             py::keep_alive<1, 2>(), py::kw_only(), "machine"_a, "kernels"_a, "num_threads"_a, "shape"_a, "rank"_a,
-             "heaps"_a, "remote"_a, "before"_a, "max_tokens"_a, "state"_a, "rail_state"_a, "fault"_a,
+             py::keep_alive<1, 2>(), py::kw_only(), "machine"_a, "kernels"_a, "num_threads"_a, "shape"_a,
+             "rank"_a, "heaps"_a, "remote"_a, "before"_a, "max_tokens"_a, "state"_a, "rail_state"_a, "fault"_a,
              "timeout_seconds"_a);
   NamedMethod<Domain, kDispatch, &Domain::dispatch>::add_to(domain, "dispatch", "Launches a dispatch.");
   NamedMethod<Domain, kCachedDispatch, &Domain::prepare_cached>::add_to(
@@ -109,8 +110,8 @@ void bind_emulated_two_level(py::module_& m) {
   domain
       .def(
           "dispatch_cached",
-          [](Domain& self, const host::CachedDispatch& prepared, uintptr_t x, uintptr_t scales, uintptr_t recv_x,
-             uintptr_t recv_scales) {
+          [](Domain& self, const host::CachedDispatch& prepared, uintptr_t x, uintptr_t scales,
+             uintptr_t recv_x, uintptr_t recv_scales) {
             const host::CachedRows rows{.x = pointer<const std::byte>(x),
                                         .scales = pointer<const uint32_t>(scales),
                                         .recv_x = pointer<std::byte>(recv_x),

@@ -42,7 +42,8 @@
 //                                      at its parity: it must be the running phase or the one before (-1
 //                                      before phase 0)
 //
-//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are memory of
+//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are
+//         memory of
 //                this rank that its NIC knows; what is written is the same place of `rank`. One thread each. A
 //                put carries no more than its bytes, and is a relaxed operation: what else a signal is to carry
 //                stands before a fence of system scope

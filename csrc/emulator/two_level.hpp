@@ -12,7 +12,10 @@ namespace deepep::emu {
 class TwoLevelLauncher {
  public:
   TwoLevelLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads)
-      : machine_(machine), kernels_(kernels), rank_(rank), num_threads_(num_threads),
+      : machine_(machine),
+        kernels_(kernels),
+        rank_(rank),
+        num_threads_(num_threads),
         within_(machine, kernels, rank, num_threads) {}
 
   void prefix(const kernels::TwoLevelPrefixArgs& args, void*) {

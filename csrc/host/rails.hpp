@@ -26,7 +26,8 @@ struct RailPlan {
     const int own = place.domain_of_rank(rank);
     for (int r = 0; r < place.num_ranks; ++r) {
       const int other = place.domain_of_rank(r);
-      if (is_live(r) && other != own && (gateway(r, own) == rank || gateway(rank, other) == r)) peers.push_back(r);
+      if (is_live(r) && other != own && (gateway(r, own) == rank || gateway(rank, other) == r))
+        peers.push_back(r);
     }
     return peers;
   }
@@ -40,8 +41,12 @@ struct RailPlan {
     return sources;
   }
   /// The most that any rank has: memory is laid out alike on all.
-  [[nodiscard]] int max_rails() const { return most([this](int r) { return peers_of(r).size(); }); }
-  [[nodiscard]] int max_served() const { return most([this](int r) { return served_by(r).size(); }); }
+  [[nodiscard]] int max_rails() const {
+    return most([this](int r) { return peers_of(r).size(); });
+  }
+  [[nodiscard]] int max_served() const {
+    return most([this](int r) { return served_by(r).size(); });
+  }
 
   [[nodiscard]] kernels::Rails rails_of(int rank) const {
     kernels::Rails rails{};

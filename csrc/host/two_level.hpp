@@ -1,5 +1,5 @@
-// One rank's view of a group of several domains, and the two-level operations on it. Its launcher is the emulator's
-// so far (emulator/two_level.hpp): no CUDA translation unit instantiates it.
+// One rank's view of a group of several domains, and the two-level operations on it. Its launcher is the
+// emulator's so far (emulator/two_level.hpp): no CUDA translation unit instantiates it.
 #pragma once
 
 #include <utility>
@@ -70,7 +70,9 @@ class TwoLevelDomain {
  public:
   template <class... OfLauncher>
   explicit TwoLevelDomain(const TwoLevelOptions& given, OfLauncher&&... of_launcher)
-      : before_(given.before), max_tokens_(given.max_tokens), launcher_(std::forward<OfLauncher>(of_launcher)...) {
+      : before_(given.before),
+        max_tokens_(given.max_tokens),
+        launcher_(std::forward<OfLauncher>(of_launcher)...) {
     const RailPlan& plan = given.shape.plan;
     const int ranks = plan.place.num_ranks;
     if (ranks < 2 || ranks > layout::kMaxRanks || given.heaps.size() != static_cast<size_t>(ranks))
@@ -130,11 +132,13 @@ class TwoLevelDomain {
   }
 
   void combine(const CombineLaunch& call) {
-    if (call.source_token == nullptr) throw std::invalid_argument("source_token: a combine between domains needs it");
-    kernels::TwoLevelCombineArgs args{.combine = call.args,
-                                      .two_level = two_level_,
-                                      .record = {.row_bytes = call.args.row_bytes, .num_topk = call.args.num_topk},
-                                      .source_token = call.source_token};
+    if (call.source_token == nullptr)
+      throw std::invalid_argument("source_token: a combine between domains needs it");
+    kernels::TwoLevelCombineArgs args{
+        .combine = call.args,
+        .two_level = two_level_,
+        .record = {.row_bytes = call.args.row_bytes, .num_topk = call.args.num_topk},
+        .source_token = call.source_token};
     check_record(args.record.bytes());
     args.combine.group = group_;
     launcher_.combine(args, call.blocks.total, call.stream);

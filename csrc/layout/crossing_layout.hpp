@@ -38,8 +38,8 @@ struct WindowTurn {
   /// half once, empty ones too.
   [[nodiscard]] DEEPEP_HD constexpr int64_t arrivals() const { return number / 2 + 1; }
   /// What the sender's credit for this half must say before it writes: so many windows before went through it,
-  /// and the receiver adds one for each that it has read. Windows of one half are read one after the other; those
-  /// of both, in any order.
+  /// and the receiver adds one for each that it has read. Windows of one half are read one after the other;
+  /// those of both, in any order.
   [[nodiscard]] DEEPEP_HD constexpr int64_t credit() const { return number / 2; }
 };
 

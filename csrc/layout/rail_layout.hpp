@@ -1,7 +1,7 @@
 // A rank's memory that its NIC reads and writes: the windows of crossing_layout.hpp, and what is posted beside
-// them. A *rail* joins two ranks of different domains of which one is the other's gateway; every rank numbers its
-// rails from 0 by the other's rank. Laid out alike on all ranks, so that a put's target follows from the peer's
-// number of the rail.
+// them. A *rail* joins two ranks of different domains of which one is the other's gateway; every rank numbers
+// its rails from 0 by the other's rank. Laid out alike on all ranks, so that a put's target follows from the
+// peer's number of the rail.
 #pragma once
 
 #include "layout/crossing_layout.hpp"
@@ -29,8 +29,8 @@ struct RailLayout {
   [[nodiscard]] DEEPEP_HD constexpr int64_t digest_signal(int64_t rail, int64_t parity) const {
     return digest(2 * num_rails() + rail, parity);
   }
-  /// Calls for the sums of a window: uint32 [window], bit j of a token's: the domain's rank with the local index j
-  /// has a row of it. Here, and on its way; and the word behind it: a count that never goes back.
+  /// Calls for the sums of a window: uint32 [window], bit j of a token's: the domain's rank with the local
+  /// index j has a row of it. Here, and on its way; and the word behind it: a count that never goes back.
   [[nodiscard]] DEEPEP_HD constexpr int64_t ask(int64_t rail, int64_t half) const {
     return digest(3 * num_rails(), 0) + (2 * rail + half) * ask_bytes();
   }

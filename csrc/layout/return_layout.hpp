@@ -16,20 +16,21 @@ struct ReturnStaging {
   int64_t num_ranks;
   int64_t record_bytes;  // of ReturnRecord
 
-  /// Windows of this slot's source whose chunk the neighbour with this local index has returned, in this half: a
-  /// 4-byte count that never goes back. Its one writer is the neighbour.
+  /// Windows of this slot's source whose chunk the neighbour with this local index has returned, in this half:
+  /// a 4-byte count that never goes back. Its one writer is the neighbour.
   [[nodiscard]] DEEPEP_HD constexpr int64_t returned(int64_t slot, int64_t half, int64_t chunk,
                                                      int64_t local) const {
     return 4 * (((2 * slot + half) * (window / kChunkRecords) + chunk) * domain_ranks + local);
   }
-  /// At a rank that returns rows: windows of `source` that its gateway in this domain has summed, in this half: the
-  /// same. Its one writer is that gateway.
+  /// At a rank that returns rows: windows of `source` that its gateway in this domain has summed, in this half:
+  /// the same. Its one writer is that gateway.
   [[nodiscard]] DEEPEP_HD constexpr int64_t summed(int64_t source, int64_t half) const {
     return align_up(returned(num_slots, 0, 0, 0), kLine) + kLine * source + 4 * half;
   }
   [[nodiscard]] DEEPEP_HD constexpr int64_t words() const { return summed(num_ranks, 0); }
   /// The row that `local` returns for the token so far from the window's first.
-  [[nodiscard]] DEEPEP_HD constexpr int64_t row(int64_t slot, int64_t half, int64_t token, int64_t local) const {
+  [[nodiscard]] DEEPEP_HD constexpr int64_t row(int64_t slot, int64_t half, int64_t token,
+                                                int64_t local) const {
     return words() + (((2 * slot + half) * window + token) * domain_ranks + local) * record_bytes;
   }
   [[nodiscard]] DEEPEP_HD constexpr int64_t bytes() const { return align_up(row(num_slots, 0, 0, 0), kLine); }

@@ -73,8 +73,8 @@ class _Combine:
 class EmulatedAllToAll:
     """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED.
 
-    ranks_per_domain: so many consecutive ranks share an NVLink domain, and rows cross to others by the two-level
-    kernels; 0: all ranks share one.
+    ranks_per_domain: so many consecutive ranks share an NVLink domain, and rows cross to others by the
+    two-level kernels; 0: all ranks share one.
     """
 
     def __init__(self, ranks_per_domain: int = 0) -> None:
@@ -340,7 +340,7 @@ class EmulatedAllToAll:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The most of any rank: L, bytes of rows without weights, of a receive slot, T, scales, K; rows staged."""
+    """The most of any rank: L, bytes of rows without weights, of receive slots, T, scales, K; staged rows."""
 
     local_experts: int
     row_bytes: int

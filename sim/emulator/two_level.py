@@ -1,7 +1,7 @@
 """Ranks of several NVLink domains on an emulated machine: two-level dispatch and combine.
 
-As EmulatedDomain, whose calls it has; besides its heap, which its domain maps, every rank has memory that its NIC
-knows and that others reach by puts alone. Who takes part is fixed: another mask needs other memory.
+As EmulatedDomain, whose calls it has; besides its heap, which its domain maps, every rank has memory that its
+NIC knows and that others reach by puts alone. Who takes part is fixed: another mask needs other memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepep.sim.emulator.domain import Blocks, EmulatedDomain
 
 
 def network(shape: _emulator.TwoLevelShape, ranks_per_domain: int) -> dict[str, Any]:
-    """Arguments of a machine between domains: no mapping there, as many open puts as the protocol may have, and
+    """Arguments of a machine between domains: no mapping, as many open puts as the protocol may have, and
     signals that carry nothing if they are set.
     """
     return {

@@ -18,8 +18,8 @@ from torch import Tensor
 from deepep import _emulator
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.values import RankInputs, inputs
-from deepep.sim.emulator.calls import CombineCall, DispatchCall, HostCounts, LayoutAt, PlanAt
 from deepep.sim.emulator import two_level
+from deepep.sim.emulator.calls import CombineCall, DispatchCall, HostCounts, LayoutAt, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
 from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 from deepep.sim.rules import oracle
@@ -54,7 +54,7 @@ def run(
 
 
 class ScenarioRun:
-    """A scenario on a machine of its own. max_open_puts: between domains; 0: as many as the protocol may have."""
+    """A scenario on a machine of its own. max_open_puts: between domains; 0: what the protocol needs."""
 
     def __init__(
         self,

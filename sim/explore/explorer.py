@@ -81,9 +81,10 @@ TWO_LEVEL_LIMITS = replace(
 
 
 def draw_two_level_scenario(seed: int, *, limits: Limits = TWO_LEVEL_LIMITS) -> Scenario:
-    """One or two cases of ranks in domains of one to three, the last of which may be smaller: mostly several windows.
+    """One or two cases of ranks in domains of one to three, the last of which may be smaller.
 
-    A rank is masked in a single case alone, from its dispatch on: another mask needs other memory.
+    Mostly there are several windows. A rank is masked in a single case alone, from its dispatch on: another
+    mask needs other memory.
     """
     choices = RandomChoices(seed)
     per_domain = choices.pick((2, 2, 2, 1, 3))

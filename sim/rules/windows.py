@@ -27,7 +27,9 @@ class _Rail:
     buffer: layout.CrossingBuffer
     peer: int  # the source's number at the gateway
     memory: dict[int, Record | None] = field(default_factory=dict)  # by offset; None: read
-    words: dict[int, int] = field(default_factory=dict)  # arrived, at the gateway; at the source credit, of half h: -1 - h
+    words: dict[int, int] = field(
+        default_factory=dict
+    )  # arrived, at the gateway; at the source credit, of half h: -1 - h
     headers: dict[int, tuple[int, int]] = field(default_factory=dict)  # by offset of the chunk
 
     def send(self, number: int, records: list[Record], window: int) -> bool:

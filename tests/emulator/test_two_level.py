@@ -64,7 +64,7 @@ def between(tokens: int, *, num_ranks: int = 4, per_domain: int = 2, **options: 
 
 
 def test_a_token_and_a_sum_cross_once() -> None:
-    """Counted where puts are made: records of the tokens that go to a domain, and nothing else but what is posted."""
+    """Counted where puts are made: records of the tokens that go to a domain, and what is posted."""
     tokens, window, chunk_header = 40, 16, 16
     for topk in (False, True):
         case = between(tokens, topk=topk, values="normal")
@@ -103,12 +103,14 @@ def test_a_window_is_counted_before_its_last_chunk_leaves() -> None:
 
 
 def test_puts_within_the_limit_of_the_protocol_and_no_more() -> None:
-    """The machine fails a put beyond RailLayout::max_open_puts; one less than two windows' chunks is too few."""
+    """The machine fails a put beyond RailLayout::max_open_puts; with a limit of two it fails."""
     case = between(64)
     scenario = Scenario((case,), Gpu(num_threads=64, window=32), between_domains=True)
     kinds = set()
     for seed in range(12):
-        ran = ScenarioRun(scenario, draw_schedule(seed), (), _emulator.own_kernels(), 5_000_000, max_open_puts=2)
+        ran = ScenarioRun(
+            scenario, draw_schedule(seed), (), _emulator.own_kernels(), 5_000_000, max_open_puts=2
+        )
         kinds.add(ran.run().kind)
         assert run(scenario, draw_schedule(seed)).kind == "ok"
     assert "too many open puts" in kinds
@@ -126,7 +128,7 @@ def test_a_failure_between_domains_is_saved_and_replayed(tmp_path) -> None:
 
 
 def on_buffer(ctx: RankContext, backend: str) -> list[bytes]:
-    """The bits of fresh and cached dispatches and of combines, BF16 and FP8, with and without a masked rank."""
+    """The bits of fresh and cached dispatches and combines, BF16 and FP8, with and without a masked rank."""
     from deepep import Buffer
 
     buffer = Buffer(
@@ -145,7 +147,8 @@ def on_buffer(ctx: RankContext, backend: str) -> list[bytes]:
     idx = torch.stack([torch.randperm(experts, generator=generator)[:3] for _ in range(tokens)])
     weights = torch.rand(tokens, 3, generator=generator)
     per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
-    how = dict(num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert)
+    how = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank}
+    how["num_tokens_per_expert"] = per_expert
     made = [per_domain]
     rows, _, got_weights, counts, handle, _ = buffer.dispatch(
         x, topk_idx=idx, topk_weights=weights, expert_alignment=4, num_tokens_per_rdma_rank=per_domain, **how

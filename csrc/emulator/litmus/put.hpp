@@ -62,8 +62,8 @@ DEEPEP_KERNEL(put_source_kernel, LitmusArgs, 32) {
   if (args.role == 0) {
     for (uint32_t round = 0; round < 2; ++round) {
       fill(args.words + kSent, 100 * round);
-      put_signal<signal_set>(args.words + kSlot + 64 * round, args.words + kSent, kPutBytes, signal_word(args, 0),
-                             round + 1, 1);
+      put_signal<signal_set>(args.words + kSlot + 64 * round, args.words + kSent, kPutBytes,
+                             signal_word(args, 0), round + 1, 1);
       if (args.writer == 0) put_quiet();
       if (args.writer == 2) put_fence();
     }
@@ -84,8 +84,8 @@ DEEPEP_KERNEL(put_again_kernel, LitmusArgs, 32) {
     for (uint32_t round = 0; round < 3; ++round) {
       fill(args.words + kSent + 16 * round, 100 * round);
       if (round > 0 && !wait_signal<acquire, sys_scope>(signal_word(args, 1), round, deadline)) return;
-      put_signal<signal_set>(args.words + kSlot, args.words + kSent + 16 * round, kPutBytes, signal_word(args, 0),
-                             round + 1, 1);
+      put_signal<signal_set>(args.words + kSlot, args.words + kSent + 16 * round, kPutBytes,
+                             signal_word(args, 0), round + 1, 1);
     }
     return;
   }
@@ -132,7 +132,8 @@ DEEPEP_KERNEL(put_open_kernel, LitmusArgs, 32) {
   if (args.role == 0) {
     fill(args.words + kSent, 40);
     for (int i = 0; i < args.reader; ++i)
-      put_signal<signal_add>(args.words + kSlot + 16 * i, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
+      put_signal<signal_add>(args.words + kSlot + 16 * i, args.words + kSent, kPutBytes, signal_word(args, 0),
+                             1, 1);
   } else if (wait_signal<acquire, sys_scope>(signal_word(args, 0), static_cast<uint32_t>(args.reader),
                                              Deadline::in(args.timeout_ns))) {
     store(args.out, load(args.words + kSlot + 16 * (args.reader - 1)));
@@ -230,10 +231,10 @@ DEEPEP_KERNEL(put_mistake_kernel, LitmusArgs, 32) {
     case 6: put(slot, sent, 16, 7); break;                          // to nobody
     case 7:
       put_signal<signal_set>(slot, sent, 16, signal_word(args, 0) + 260, 1, 1);
-      break;  // a signal past the end
-    case 8: store(args.far, 1u); break;                   // the other's memory for its NIC, by pointer
-    case 9: put(slot, args.links, 16, 1); break;          // from memory that no NIC knows
-    case 10: put(args.links, sent, 16, 1); break;         // to such memory
+      break;                                       // a signal past the end
+    case 8: store(args.far, 1u); break;            // the other's memory for its NIC, by pointer
+    case 9: put(slot, args.links, 16, 1); break;   // from memory that no NIC knows
+    case 10: put(args.links, sent, 16, 1); break;  // to such memory
     case 11: put_signal<signal_add>(slot, sent, 0, signal_word(args, 0), 1, 1); break;  // nothing
     default: break;
   }

@@ -13,8 +13,8 @@
 namespace deepep::emu {
 
 /// Who may touch an allocation: `symmetric` every rank of its domain, `device` and `host` (pinned) their own,
-/// `shared` one block. `remote` is what a NIC reads and writes: its own rank touches it, others reach it by puts
-/// alone, and puts reach nothing else.
+/// `shared` one block. `remote` is what a NIC reads and writes: its own rank touches it, others reach it by
+/// puts alone, and puts reach nothing else.
 enum class Space : uint8_t { symmetric, device, host, shared, remote };
 
 struct Allocation {

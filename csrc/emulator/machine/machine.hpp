@@ -84,8 +84,8 @@ class Machine {
   [[nodiscard]] virtual bool mbarrier_wait(const void* barrier, uint32_t phase, Order, Scope,
                                            uint64_t deadline_ns, Site) = 0;
 
-  /// NVSHMEM. `signal` null: none; `adds`: to what it holds. A put has bytes; a signal by itself is a call of its
-  /// own.
+  /// NVSHMEM. `signal` null: none; `adds`: to what it holds. A put has bytes; a signal by itself is a call of
+  /// its own.
   virtual void put(void* to, const void* from, int64_t bytes, void* signal, uint64_t value, bool adds, int rank,
                    Site) = 0;
   virtual void signal(void* signal, uint64_t value, bool adds, int rank, Site) = 0;

@@ -112,8 +112,8 @@ void Simulation::put(void* to, const void* from, int64_t bytes, void* signal, ui
   point();
   const uint16_t id = memory_.sites.id(site);
   if (bytes <= 0) fail("empty put", name_of(self().agent.now()) + ": " + memory_.sites.name(id));
-  begin_put(address_of(to), address_of(from), bytes, {.address = address_of(signal), .value = value, .adds = adds},
-            rank, id);
+  begin_put(address_of(to), address_of(from), bytes,
+            {.address = address_of(signal), .value = value, .adds = adds}, rank, id);
 }
 
 void Simulation::signal(void* signal, uint64_t value, bool adds, int rank, Site site) {
@@ -122,7 +122,8 @@ void Simulation::signal(void* signal, uint64_t value, bool adds, int rank, Site 
             memory_.sites.id(site));
 }
 
-void Simulation::begin_put(uintptr_t to, uintptr_t from, int64_t bytes, Signal signal, int rank, uint16_t site) {
+void Simulation::begin_put(uintptr_t to, uintptr_t from, int64_t bytes, Signal signal, int rank,
+                           uint16_t site) {
   Fiber& fiber = self();
   Rank& issuer = ranks_[static_cast<size_t>(topology_.rank_of(running_))];
   if (rank < 0 || rank >= shape_.num_ranks) fail("foreign memory", "a put to rank " + std::to_string(rank));

@@ -21,12 +21,12 @@ namespace deepep::emu {
 
 struct Shape {
   int num_ranks = 1;
-  int max_blocks = 1;      // per launch
-  int max_threads = 32;    // per block; a multiple of 32
-  int num_sms = 0;         // blocks of a rank that can be resident together; 0: all
-  int ranks_per_node = 0;  // ranks that reach each other's memory; 0: all
-  int num_gpus = 0;        // ranks past them are copy engines, each of one of them in turn; 0: none is
-  int max_open_puts = 0;   // to each rank: one more that is not delivered yet is a failure; 0: any number
+  int max_blocks = 1;         // per launch
+  int max_threads = 32;       // per block; a multiple of 32
+  int num_sms = 0;            // blocks of a rank that can be resident together; 0: all
+  int ranks_per_node = 0;     // ranks that reach each other's memory; 0: all
+  int num_gpus = 0;           // ranks past them are copy engines, each of one of them in turn; 0: none is
+  int max_open_puts = 0;      // to each rank: one more that is not delivered yet is a failure; 0: any number
   bool weak_signals = false;  // one that is set, not added, may come before the bytes of its own put
 };
 
@@ -175,13 +175,13 @@ class Simulation final : public Machine, private Environment {
     Agent host;         // also the stream: kernels start with what it knows, and it learns what they did
     std::deque<Item> stream;
     int launches = 0;
-    std::vector<CopyId> puts;    // that no quiet has waited for
-    std::vector<int> open_puts;  // by the rank they go to: not delivered yet
+    std::vector<CopyId> puts;        // that no quiet has waited for
+    std::vector<int> open_puts;      // by the rank they go to: not delivered yet
     std::vector<int64_t> put_bytes;  // by the rank they go to
-    std::vector<Slot> quieting;  // threads that wait for some of them
-    std::vector<Time> ended;     // of each kernel: the host's time behind it
-    bool is_running = false;     // the stream's first item is a kernel that has started
-    bool is_starting = false;    // or one that starts at a step to come
+    std::vector<Slot> quieting;      // threads that wait for some of them
+    std::vector<Time> ended;         // of each kernel: the host's time behind it
+    bool is_running = false;         // the stream's first item is a kernel that has started
+    bool is_starting = false;        // or one that starts at a step to come
     bool at_host_step = false;
     Watch watch;
     std::vector<uint64_t> watched_words;

@@ -11,9 +11,9 @@ inline constexpr int kMaxRails = layout::kMaxRanks;
 
 /// This rank's words about its rails, in device memory: they survive graph replays, and all count up for ever.
 struct RailState {
-  uint64_t sent[kMaxRails];               // windows to each rail's peer
-  uint64_t received[kMaxRails];           // windows from it
-  uint64_t returned[layout::kMaxRanks];   // windows of each source that combines have summed
+  uint64_t sent[kMaxRails];              // windows to each rail's peer
+  uint64_t received[kMaxRails];          // windows from it
+  uint64_t returned[layout::kMaxRanks];  // windows of each source that combines have summed
   uint64_t dispatches;
   uint64_t combines;
   uint32_t claimed;                       // items of the running kernel that blocks have taken
@@ -58,7 +58,8 @@ struct TwoLevelDispatchArgs {
   DispatchArgs dispatch;
   TwoLevelArgs two_level;
   layout::CrossingRecord<int64_t> record;
-  int32_t* before;  // [ceil(T / kChunkRecords), R]: tokens of earlier chunks for each rank; not used when cached
+  int32_t*
+      before;  // [ceil(T / kChunkRecords), R]: tokens of earlier chunks for each rank; not used when cached
 };
 
 struct TwoLevelCombineArgs {

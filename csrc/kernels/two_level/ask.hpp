@@ -1,14 +1,15 @@
-// A token's owner asks its gateways for the sums of a window: which of their domain's ranks have a row of each token.
-// So handles are those of one level, and a rank may be masked in between.
+// A token's owner asks its gateways for the sums of a window: which of their domain's ranks have a row of each
+// token. So handles are those of one level, and a rank may be masked in between.
 #pragma once
 
 #include "kernels/two_level/combine_call.hpp"
 
 namespace deepep::kernels {
 
-/// Waits until the sums of the window two before are here: the gateway has read what it was asked for then. Threads
-/// each some of its chunks.
-DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemTurn& turn, int rail, int64_t window) {
+/// Waits until the sums of the window two before are here: the gateway has read what it was asked for then.
+/// Threads each some of its chunks.
+DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemTurn& turn, int rail,
+                                    int64_t window) {
   using namespace dev;
   if (window < 2) return;  // those of an earlier call were all here when it ended
   const uint64_t number = load(&call.two_level.state->received[rail]) + static_cast<uint64_t>(window - 2);
@@ -33,8 +34,8 @@ DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemT
   for (int64_t i = thread(); i < two_level.staging.window; i += num_threads()) {
     uint32_t ranks = 0;
     for (int local = 0; local < rails.out_size[o]; ++local) {
-      const bool returns = first + i < call.args.combine.num_tokens &&
-                           has_row(call, first + i, rails.out_first[o] + local);
+      const bool returns =
+          first + i < call.args.combine.num_tokens && has_row(call, first + i, rails.out_first[o] + local);
       ranks |= static_cast<uint32_t>(returns) << local;
     }
     store(out + i, ranks);

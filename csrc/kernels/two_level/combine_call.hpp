@@ -72,7 +72,8 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
   }
 }
 
-/// Block 0: what ranks of other domains have posted to this rank, their gateway, to its neighbours. A warp a source.
+/// Block 0: what ranks of other domains have posted to this rank, their gateway, to its neighbours. A warp a
+/// source.
 [[nodiscard]] DEEPEP_DEVICE bool relay_digests(const TwoLevelCombineCall& call) {
   using namespace dev;
   if (!is_first_block()) return true;
@@ -135,11 +136,13 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
 }
 
 /// The number of a window of `source` among all that combines have returned.
-[[nodiscard]] DEEPEP_DEVICE uint64_t return_number(const TwoLevelCombineCall& call, int source, int64_t window) {
+[[nodiscard]] DEEPEP_DEVICE uint64_t return_number(const TwoLevelCombineCall& call, int source,
+                                                   int64_t window) {
   return dev::load(&call.two_level.state->returned[source]) + static_cast<uint64_t>(window);
 }
 
-/// Whether rank r has a row of token t. A dispatch that was given up has left counts of 0, and maybe nothing else.
+/// Whether rank r has a row of token t. A dispatch that was given up has left counts of 0, and maybe nothing
+/// else.
 [[nodiscard]] DEEPEP_DEVICE bool has_row(const TwoLevelCombineCall& call, int64_t t, int r) {
   const Group& g = call.all.g;
   if (!is_live(g, r) || call.all.counts()(g.rank, r) == 0) return false;
@@ -147,7 +150,8 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
 }
 
 /// Which of the chunk's tokens have a row at this lane's rank: bit i of token i.
-[[nodiscard]] DEEPEP_DEVICE uint32_t returning_tokens(const TwoLevelCombineCall& call, const ChunkTokens& tokens) {
+[[nodiscard]] DEEPEP_DEVICE uint32_t returning_tokens(const TwoLevelCombineCall& call,
+                                                      const ChunkTokens& tokens) {
   using namespace dev;
   uint32_t returning = 0;
   if (lane() >= call.all.g.num_ranks) return 0;

@@ -1,5 +1,5 @@
-// Dispatch over several domains: a token crosses to a domain once, to its source's gateway there, which spreads it
-// over NVLink. Counts and rows are found out, and fill a handle. docs/kernels.md has the protocol.
+// Dispatch over several domains: a token crosses to a domain once, to its source's gateway there, which spreads
+// it over NVLink. Counts and rows are found out, and fill a handle. docs/kernels.md has the protocol.
 //
 // Phases:
 //   start                reads the epoch
@@ -19,10 +19,11 @@
 //   finish               looks for what went wrong
 //   report_fault         one thread, if something did
 //
-// Who waits for whom: all blocks for block 0 of every live rank and of its gateways; an item for items of earlier
-// stages (move_rows.hpp); the last block for the neighbours' blocks. Block 0 posts before it waits, an item waits
-// only for what blocks that run have claimed before, so no block needs another one to be resident. No quiet, and no
-// fence of puts: a put carries its own bytes, and what lies where it wrote is granted by the reader.
+// Who waits for whom: all blocks for block 0 of every live rank and of its gateways; an item for items of
+// earlier stages (move_rows.hpp); the last block for the neighbours' blocks. Block 0 posts before it waits, an
+// item waits only for what blocks that run have claimed before, so no block needs another one to be resident.
+// No quiet, and no fence of puts: a put carries its own bytes, and what lies where it wrote is granted by the
+// reader.
 #pragma once
 
 #include "kernels/two_level/move_rows.hpp"

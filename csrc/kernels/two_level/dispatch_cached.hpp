@@ -2,7 +2,8 @@
 //
 // Phases:
 //   start           reads the epoch
-//   post_metadata   block 0 posts this rank's receive arrays to its neighbours, and by puts its shape to gateways
+//   post_metadata   block 0 posts this rank's receive arrays to its neighbours, and by puts its shape to
+//                   gateways
 //   relay_metadata  block 0 posts to its neighbours what sources of other domains have put here
 //   assign_tokens   all blocks both push and write what stays
 //   wait_metadata   every block waits for the metadata of all ranks; counts are the handle's

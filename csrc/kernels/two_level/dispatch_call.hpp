@@ -69,7 +69,8 @@ template <bool kCached>
   const auto first = static_cast<int32_t>(layout::first_row_of_source(count, call.all.g.rank, lane()));
   const int32_t end = first + count(call.all.g.rank, lane());
   if (!kCached)
-    routes.first_row = first + load_once(call.args.before + tokens.begin / layout::kChunkRecords * ranks + lane());
+    routes.first_row =
+        first + load_once(call.args.before + tokens.begin / layout::kChunkRecords * ranks + lane());
 #pragma unroll 1
   for (int i = 0; i < tokens.size(); ++i) {
     const int64_t at = (tokens.begin + i) * ranks + lane();
@@ -83,7 +84,8 @@ template <bool kCached>
   if (lawful != routes.going) {
     note_fault(call.all.g, Phase::kDisagreement, 1u << call.all.g.rank, static_cast<uint32_t>(end),
                static_cast<uint32_t>(routes.first_row));
-    SharedArray<uint32_t>(MetadataShared{ranks}.failed()).bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
+    SharedArray<uint32_t>(MetadataShared{ranks}.failed())
+        .bit_or(0, static_cast<uint32_t>(Phase::kDisagreement));
     routes.going = lawful;
   }
   return routes;

@@ -1,5 +1,5 @@
-// The sum of a domain's rows of a token: ranks ascending, in fp32, rounded once. At a gateway, it crosses; at the
-// token's owner, it is one of the addends of the last sum (owner_sum.hpp).
+// The sum of a domain's rows of a token: ranks ascending, in fp32, rounded once. At a gateway, it crosses; at
+// the token's owner, it is one of the addends of the last sum (owner_sum.hpp).
 #pragma once
 
 #include "kernels/two_level/give_back.hpp"
@@ -8,10 +8,10 @@ namespace deepep::kernels {
 
 /// A token's rows in this domain, as its gateway finds them.
 struct DomainRows {
-  int slot;       // of the token's owner
-  int64_t half;   // of its window
-  int64_t token;  // from the window's first on
-  int64_t own;    // its row here, if there is one
+  int slot;        // of the token's owner
+  int64_t half;    // of its window
+  int64_t token;   // from the window's first on
+  int64_t own;     // its row here, if there is one
   uint32_t ranks;  // the domain's ranks that have one, by local index, as bits
 };
 
@@ -33,16 +33,19 @@ DEEPEP_DEVICE void wait_returned(const TwoLevelCombineCall& call, const ItemTurn
   }
 }
 
-/// All neighbours may write where a window of `source` lay: it was summed. One thread, which knows of all reading.
-DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source, const layout::WindowTurn& number) {
+/// All neighbours may write where a window of `source` lay: it was summed. One thread, which knows of all
+/// reading.
+DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
+                                 const layout::WindowTurn& number) {
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Group& g = call.near.g;
   for (int local = 0; local < two_level.num_neighbours; ++local) {
     const int r = two_level.first_neighbour + local;
     if (r == g.rank || !is_live(g, r)) continue;
-    store<release, sys_scope>(at<uint32_t>(g, r, g.staging_offset + two_level.staging.summed(source, number.half())),
-                              static_cast<uint32_t>(number.arrivals()));
+    store<release, sys_scope>(
+        at<uint32_t>(g, r, g.staging_offset + two_level.staging.summed(source, number.half())),
+        static_cast<uint32_t>(number.arrivals()));
   }
 }
 
@@ -54,8 +57,9 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source, co
   Addends addends{0, 0, 0};
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
     const int local = lowest_bit(left);
-    const std::byte* row = local == own ? args.x + rows.own * args.row_bytes
-                                        : staged_row(call, call.near.g.rank, rows.slot, rows.half, rows.token, local);
+    const std::byte* row = local == own
+                               ? args.x + rows.own * args.row_bytes
+                               : staged_row(call, call.near.g.rank, rows.slot, rows.half, rows.token, local);
     if (lane() == addends.count) addends.address = reinterpret_cast<uint64_t>(row);
     ++addends.count;
   }
@@ -71,11 +75,11 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source, co
   if (lane() >= args.num_topk) return weight;
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
     const int local = lowest_bit(left);
-    const auto* from =
-        local == own ? args.topk_weights + rows.own * args.num_topk + lane()
-                     : reinterpret_cast<const float*>(staged_row(call, call.near.g.rank, rows.slot, rows.half,
-                                                                 rows.token, local) +
-                                                      call.args.record.weight(lane()));
+    const auto* from = local == own
+                           ? args.topk_weights + rows.own * args.num_topk + lane()
+                           : reinterpret_cast<const float*>(
+                                 staged_row(call, call.near.g.rank, rows.slot, rows.half, rows.token, local) +
+                                 call.args.record.weight(lane()));
     weight = add_rounded(weight, load(from));
   }
   return weight;
@@ -127,7 +131,8 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source, co
     std::byte* record = begin + layout::kChunkHeader + n * stride;
     reduce_many(reinterpret_cast<Vec16*>(record), list_rows(call, rows), 0, pieces);
     const float weight = sum_weights(call, rows);
-    if (lane() < args.num_topk) store(reinterpret_cast<float*>(record + call.args.record.weight(lane())), weight);
+    if (lane() < args.num_topk)
+      store(reinterpret_cast<float*>(record + call.args.record.weight(lane())), weight);
     pad_record(record, call.args.record.weight(args.num_topk), stride);
   }
   sync_block();

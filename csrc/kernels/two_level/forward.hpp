@@ -1,4 +1,5 @@
-// What comes from other domains: the gateway spreads each record over NVLink, to the final rows that it carries.
+// What comes from other domains: the gateway spreads each record over NVLink, to the final rows that it
+// carries.
 #pragma once
 
 #include "kernels/two_level/dispatch_call.hpp"
@@ -72,7 +73,8 @@ DEEPEP_DEVICE void spread_record(const TwoLevelDispatchCall& call, const std::by
   const int rail = two_level.rails.in[i];
   if (window < 0 || window >= windows_of(two_level, tokens_of(call, two_level.rails.peer[rail]))) return true;
   const uint64_t number = load(&two_level.state->received[rail]) + static_cast<uint64_t>(window);
-  if (thread() == 0) wait_chunk(two_level, call.all.g, turn, rail, number, chunk, Phase::kRows, call.all.deadline);
+  if (thread() == 0)
+    wait_chunk(two_level, call.all.g, turn, rail, number, chunk, Phase::kRows, call.all.deadline);
   if (!turn.is_ready()) return false;
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   const auto* begin =

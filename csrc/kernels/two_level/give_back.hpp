@@ -6,8 +6,8 @@
 namespace deepep::kernels {
 
 /// Where a token's row of rank `local` is staged at the gateway.
-[[nodiscard]] DEEPEP_DEVICE std::byte* staged_row(const TwoLevelCombineCall& call, int gateway, int slot, int64_t half,
-                                                  int64_t token, int local) {
+[[nodiscard]] DEEPEP_DEVICE std::byte* staged_row(const TwoLevelCombineCall& call, int gateway, int slot,
+                                                  int64_t half, int64_t token, int local) {
   const Group& g = call.near.g;
   return g.heap[gateway] + g.staging_offset + call.two_level.staging.row(slot, half, token, local);
 }
@@ -26,8 +26,8 @@ DEEPEP_DEVICE void give_back_row(const TwoLevelCombineCall& call, std::byte* sta
 }
 
 /// What this rank has of a chunk of tokens of `source`. Whole block.
-[[nodiscard]] DEEPEP_DEVICE bool give_back_rows(const TwoLevelCombineCall& call, const ItemTurn& turn, int source,
-                                                int64_t window, int chunk) {
+[[nodiscard]] DEEPEP_DEVICE bool give_back_rows(const TwoLevelCombineCall& call, const ItemTurn& turn,
+                                                int source, int64_t window, int chunk) {
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Group& g = call.near.g;

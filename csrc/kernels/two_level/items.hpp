@@ -1,5 +1,5 @@
-// Items of work, which a kernel's blocks claim in order. An item waits only for items that come before it in this
-// order, on whichever rank; so the earliest that is not done can always go on, however few blocks run.
+// Items of work, which a kernel's blocks claim in order. An item waits only for items that come before it in
+// this order, on whichever rank; so the earliest that is not done can always go on, however few blocks run.
 #pragma once
 
 #include "kernels/common/fault.hpp"
@@ -68,8 +68,8 @@ struct ChunkTokens {
   [[nodiscard]] DEEPEP_DEVICE int size() const { return static_cast<int>(end - begin); }
 };
 
-[[nodiscard]] DEEPEP_DEVICE ChunkTokens tokens_of_chunk(const TwoLevelArgs& args, int64_t num_tokens, int64_t window,
-                                                        int chunk) {
+[[nodiscard]] DEEPEP_DEVICE ChunkTokens tokens_of_chunk(const TwoLevelArgs& args, int64_t num_tokens,
+                                                        int64_t window, int chunk) {
   const int64_t begin = window * args.staging.window + chunk * layout::kChunkRecords;
   const int64_t end = layout::min_of(begin + layout::kChunkRecords, num_tokens);
   return {layout::min_of(begin, end), end};
@@ -89,12 +89,15 @@ struct ChunkTokens {
 }
 
 /// The bits before the i-th.
-[[nodiscard]] DEEPEP_DEVICE int bits_before(uint32_t bits, int i) { return dev::popcount(bits & ((1u << i) - 1)); }
+[[nodiscard]] DEEPEP_DEVICE int bits_before(uint32_t bits, int i) {
+  return dev::popcount(bits & ((1u << i) - 1));
+}
 
 /// Zeros behind a record's last field, up to its end: nothing crosses that nobody wrote. One warp.
 DEEPEP_DEVICE void pad_record(std::byte* record, int64_t from, int64_t end) {
   auto* words = reinterpret_cast<uint32_t*>(record);
-  for (int64_t word = from / 4 + dev::lane(); word < end / 4; word += dev::kWarpSize) dev::store(words + word, 0u);
+  for (int64_t word = from / 4 + dev::lane(); word < end / 4; word += dev::kWarpSize)
+    dev::store(words + word, 0u);
 }
 
 /// The number of the n-th bit that is set.
@@ -118,8 +121,8 @@ DEEPEP_DEVICE void wait_window_credit(const TwoLevelArgs& args, const Group& g, 
 }
 
 /// Waits for a chunk of the peer's window `number`. One thread.
-DEEPEP_DEVICE void wait_chunk(const TwoLevelArgs& args, const Group& g, const ItemTurn& turn, int rail, uint64_t number,
-                              int chunk, Phase phase, dev::Deadline deadline) {
+DEEPEP_DEVICE void wait_chunk(const TwoLevelArgs& args, const Group& g, const ItemTurn& turn, int rail,
+                              uint64_t number, int chunk, Phase phase, dev::Deadline deadline) {
   using namespace dev;
   const layout::WindowTurn window{static_cast<int64_t>(number)};
   const auto wanted = static_cast<uint32_t>(window.arrivals());
@@ -130,18 +133,18 @@ DEEPEP_DEVICE void wait_chunk(const TwoLevelArgs& args, const Group& g, const It
   turn.give_up();
 }
 
-/// Sends a chunk of window `number` with records of so many bytes, which the block's warps have made. One thread, behind a
-/// block barrier: the fence puts what they stored before the put reads it.
+/// Sends a chunk of window `number` with records of so many bytes, which the block's warps have made. One
+/// thread, behind a block barrier: the fence puts what they stored before the put reads it.
 DEEPEP_DEVICE void put_chunk(const TwoLevelArgs& args, int rail, uint64_t number, int chunk, int64_t bytes) {
   using namespace dev;
   const auto& windows = args.layout.windows;
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   const int there = args.rails.there[rail];
   fence<acq_rel, sys_scope>();
-  put_signal<signal_add>(remote_at<std::byte>(args, windows.receive_chunk(there, half, chunk)),
-                         remote_at<std::byte>(args, windows.send_chunk(rail, half, chunk)),
-                         layout::kChunkHeader + bytes,
-                         remote_at<uint64_t>(args, windows.arrived(there, half, chunk)), 1, args.rails.peer[rail]);
+  put_signal<signal_add>(
+      remote_at<std::byte>(args, windows.receive_chunk(there, half, chunk)),
+      remote_at<std::byte>(args, windows.send_chunk(rail, half, chunk)), layout::kChunkHeader + bytes,
+      remote_at<uint64_t>(args, windows.arrived(there, half, chunk)), 1, args.rails.peer[rail]);
 }
 
 /// Lets the peer write where window `number` lay, which was read. One thread, which knows of all reading.

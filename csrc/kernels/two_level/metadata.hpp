@@ -2,8 +2,8 @@
 // domain by a put, which posts it to its own neighbours. So every rank learns the words of all, in its own
 // mailboxes; receive arrays are known in their domain alone.
 //
-// Why what a put is made from may be written two calls later: this rank has received words of the peer of the call
-// in between, which the peer posted when its kernel had ended, and that had read the put.
+// Why what a put is made from may be written two calls later: this rank has received words of the peer of the
+// call in between, which the peer posted when its kernel had ended, and that had read the put.
 #pragma once
 
 #include "kernels/two_level/dispatch_call.hpp"
@@ -27,8 +27,8 @@ namespace deepep::kernels {
   const Group& g = call.all.g;
   const layout::MailboxWords words{g.num_ranks};
   if (word >= words.expert_count(0))
-    return static_cast<uint32_t>(load_once(args.tokens_per_expert + first_rank * args.num_local_experts + word -
-                                           words.expert_count(0)));
+    return static_cast<uint32_t>(
+        load_once(args.tokens_per_expert + first_rank * args.num_local_experts + word - words.expert_count(0)));
   if (word == words.slot(layout::kSlotRows) && !is_near) return static_cast<uint32_t>(args.num_tokens);
   if (word >= g.num_ranks) return args.common_words[word - g.num_ranks];
   if (args.mode == DispatchMode::kCached || !is_live(g, word)) return 0;  // those are in everybody's handle
@@ -54,8 +54,8 @@ DEEPEP_DEVICE void post_metadata(const TwoLevelDispatchCall& call) {
   }
   const Rails& rails = two_level.rails;
   const int64_t parity = layout::WindowTurn{static_cast<int64_t>(load(&two_level.state->dispatches))}.half();
-  const int posted = num_posted_words(g.num_ranks, static_cast<int>(two_level.staging.domain_ranks),
-                                      num_expert_words(args));
+  const int posted =
+      num_posted_words(g.num_ranks, static_cast<int>(two_level.staging.domain_ranks), num_expert_words(args));
   for (int i = thread(); i < posted * rails.num_out; i += num_threads()) {
     const int o = i / posted;
     const int word = i % posted;
@@ -72,7 +72,8 @@ DEEPEP_DEVICE void post_metadata(const TwoLevelDispatchCall& call) {
     put_signal<signal_add>(
         remote_at<std::byte>(two_level, two_level.layout.windows.mailbox(there, parity)),
         remote_at<std::byte>(two_level, two_level.layout.mailbox_out(rail, parity)), 8 * posted,
-        remote_at<uint64_t>(two_level, two_level.layout.windows.mailbox_signal(there, parity)), 1, rails.peer[rail]);
+        remote_at<uint64_t>(two_level, two_level.layout.windows.mailbox_signal(there, parity)), 1,
+        rails.peer[rail]);
   }
 }
 
@@ -93,14 +94,15 @@ DEEPEP_DEVICE void relay_metadata(const TwoLevelDispatchCall& call) {
   for (int i = warp(); i < rails.num_in; i += num_warps()) {
     const int rail = rails.in[i];
     const int source = rails.peer[rail];
-    const uint64_t* raised = remote_at<uint64_t>(
-        two_level, two_level.layout.windows.mailbox_signal(rail, turn.half()));
+    const uint64_t* raised =
+        remote_at<uint64_t>(two_level, two_level.layout.windows.mailbox_signal(rail, turn.half()));
     bool came = true;
     if (lane() == 0) {
       const auto wanted = static_cast<uint32_t>(turn.arrivals());
       came = wait_signal<acquire, sys_scope>(raised, wanted, call.near.deadline);
       if (!came) {
-        note_fault(g, Phase::kCounts, 1u << source, wanted, static_cast<uint32_t>(load<relaxed, sys_scope>(raised)));
+        note_fault(g, Phase::kCounts, 1u << source, wanted,
+                   static_cast<uint32_t>(load<relaxed, sys_scope>(raised)));
         failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
       }
     }

@@ -8,9 +8,10 @@
 
 namespace deepep::kernels {
 
-/// The items of a call: stage by stage, in each the sending of window k, a chunk of it to each other domain after
-/// the other; the rows of window k that stay; and the spreading of the peers' windows k - 1. To send window k
-/// waits for the spreading of window k - 2; to spread window k - 1, for its sending: both in stages before.
+/// The items of a call: stage by stage, in each the sending of window k, a chunk of it to each other domain
+/// after the other; the rows of window k that stay; and the spreading of the peers' windows k - 1. To send
+/// window k waits for the spreading of window k - 2; to spread window k - 1, for its sending: both in stages
+/// before.
 struct DispatchItems {
   int chunks;
   int num_out;
@@ -39,8 +40,8 @@ template <bool kCached>
   const DispatchItems items{num_chunks(two_level), two_level.rails.num_out, two_level.rails.num_in};
   const uint32_t a_stage = items.a_stage();
   const auto num_items = static_cast<uint32_t>(num_stages(call)) * a_stage;
-  const bool done = work_on_items(
-      two_level, item_words(call.args), num_items, [&](uint32_t item, const ItemTurn& turn) {
+  const bool done =
+      work_on_items(two_level, item_words(call.args), num_items, [&](uint32_t item, const ItemTurn& turn) {
         const int64_t stage = item / a_stage;
         const int what = static_cast<int>(item % a_stage) / items.chunks;
         const int chunk = static_cast<int>(item % a_stage) % items.chunks;
@@ -53,16 +54,16 @@ template <bool kCached>
   return done;
 }
 
-/// The flags behind this block's rows, and the wait for those of all neighbours' blocks: as in one level. A block
-/// that has waited in vain (`moved` is false) raises none: rows that it was to spread are not there.
+/// The flags behind this block's rows, and the wait for those of all neighbours' blocks: as in one level. A
+/// block that has waited in vain (`moved` is false) raises none: rows that it was to spread are not there.
 DEEPEP_DEVICE void signal_rows(const TwoLevelDispatchCall& call, const WarpShare& share, bool moved) {
   if (moved) signal_rows(call.near, share);
 }
 DEEPEP_DEVICE void wait_rows(const TwoLevelDispatchCall& call) { wait_rows(call.near); }
 
-/// A dispatch that was given up leaves a handle of no rows: a combine queued behind it does no harm. The rows of
-/// tokens are written by whichever block has claimed them, so here only block 0's counts are cleared, in which a
-/// combine looks first.
+/// A dispatch that was given up leaves a handle of no rows: a combine queued behind it does no harm. The rows
+/// of tokens are written by whichever block has claimed them, so here only block 0's counts are cleared, in
+/// which a combine looks first.
 DEEPEP_DEVICE void clear_counts(const TwoLevelDispatchCall& call) {
   using namespace dev;
   if (!is_leader_block()) return;
@@ -70,8 +71,8 @@ DEEPEP_DEVICE void clear_counts(const TwoLevelDispatchCall& call) {
   for (int i = thread(); i < ranks * ranks; i += num_threads()) store(call.args.dispatch.counts + i, 0);
 }
 
-/// The last block to come here has the epoch and all counts advance: every block has read them. `why`: not 0 where
-/// no rows were moved.
+/// The last block to come here has the epoch and all counts advance: every block has read them. `why`: not 0
+/// where no rows were moved.
 DEEPEP_DEVICE void advance_epoch(const TwoLevelDispatchCall& call, uint32_t why) {
   using namespace dev;
   if (thread() != num_threads() - 1) return;

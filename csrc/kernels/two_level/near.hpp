@@ -27,8 +27,8 @@ template <bool kCached>
     HeldRow held{};
     if (args.num_scales > 0) held.scales = read_scales(args, t);
     store_row(reinterpret_cast<uint64_t>(args.x + t * args.row_bytes),
-              slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes), 0, pieces, destinations,
-              held);
+              slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes), 0, pieces,
+              destinations, held);
     for (uint32_t left = args.num_scales > 0 ? destinations : 0; left != 0; left &= left - 1) {
       const int d = lowest_bit(left);
       write_scales(args, held.scales, t, d, shuffle(row, d));

@@ -5,8 +5,8 @@
 
 namespace deepep::kernels {
 
-/// One token of a chunk. `returning`: of lane r, which of the chunk's tokens have a row at rank r; `records`: of lane
-/// o, where the sums of other domain number o lie; `crossing`: which tokens have one. One warp.
+/// One token of a chunk. `returning`: of lane r, which of the chunk's tokens have a row at rank r; `records`:
+/// of lane o, where the sums of other domain number o lie; `crossing`: which tokens have one. One warp.
 DEEPEP_DEVICE void sum_token(const TwoLevelCombineCall& call, const DomainRows& own, int64_t t, int i,
                              uint64_t records, uint32_t crossing) {
   using namespace dev;
@@ -22,8 +22,8 @@ DEEPEP_DEVICE void sum_token(const TwoLevelCombineCall& call, const DomainRows& 
     own_sum = reinterpret_cast<uint64_t>(out);
   }
   const float own_weight = sum_weights(call, own);
-  const uint64_t record =
-      records + static_cast<uint64_t>(bits_before(crossing, i)) * static_cast<uint64_t>(call.args.record.bytes());
+  const uint64_t record = records + static_cast<uint64_t>(bits_before(crossing, i)) *
+                                        static_cast<uint64_t>(call.args.record.bytes());
   Addends addends{0, 0, 0};
   float weight = 0.0f;
   const auto append = [&](uint64_t address) {
@@ -44,15 +44,16 @@ DEEPEP_DEVICE void sum_token(const TwoLevelCombineCall& call, const DomainRows& 
     append(from);
     if (lane() < args.num_topk)
       weight = add_rounded(
-          weight, load(reinterpret_cast<const float*>(from + static_cast<uint64_t>(call.args.record.weight(lane())))));
+          weight,
+          load(reinterpret_cast<const float*>(from + static_cast<uint64_t>(call.args.record.weight(lane())))));
   }
   reduce_many(out, addends, 0, pieces);
   if (lane() < args.num_topk) store(args.out_weights + t * args.num_topk + lane(), weight);
 }
 
 /// A chunk of one of this rank's windows. The last of its window lets all others go on. Whole block.
-[[nodiscard]] DEEPEP_DEVICE bool sum_chunk(const TwoLevelCombineCall& call, const ItemTurn& turn, int64_t window,
-                                           int chunk) {
+[[nodiscard]] DEEPEP_DEVICE bool sum_chunk(const TwoLevelCombineCall& call, const ItemTurn& turn,
+                                           int64_t window, int chunk) {
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Rails& rails = two_level.rails;
@@ -62,8 +63,8 @@ DEEPEP_DEVICE void sum_token(const TwoLevelCombineCall& call, const DomainRows& 
   wait_returned(call, turn, 0, number, chunk);
   for (int o = thread(); o < rails.num_out; o += num_threads())
     wait_chunk(two_level, g, turn, rails.out[o],
-               load(&two_level.state->received[rails.out[o]]) + static_cast<uint64_t>(window), chunk, Phase::kReturn,
-               call.all.deadline);
+               load(&two_level.state->received[rails.out[o]]) + static_cast<uint64_t>(window), chunk,
+               Phase::kReturn, call.all.deadline);
   if (!turn.is_ready()) return false;
   const ChunkTokens tokens = tokens_of_chunk(two_level, call.args.combine.num_tokens, window, chunk);
   const uint32_t returning = returning_tokens(call, tokens);
@@ -97,7 +98,8 @@ DEEPEP_DEVICE void sum_token(const TwoLevelCombineCall& call, const DomainRows& 
   }
   sync_block();
   const bool is_alone = rails.num_out == 0 && call.near.g.live == 1u << g.rank;  // nobody waits, for nobody
-  if (thread() != 0 || is_alone || !count_chunk(two_level, &two_level.state->summed[0][number.half()])) return true;
+  if (thread() != 0 || is_alone || !count_chunk(two_level, &two_level.state->summed[0][number.half()]))
+    return true;
   grant_staging(call, g.rank, number);
   for (int o = 0; o < rails.num_out; ++o)
     grant_window_credit(two_level, rails.out[o],

@@ -1,13 +1,13 @@
-// How many tokens of the chunks before each chunk go to each rank: a kernel before a two-level dispatch that is not
-// cached. One block; crosses no ranks.
+// How many tokens of the chunks before each chunk go to each rank: a kernel before a two-level dispatch that is
+// not cached. One block; crosses no ranks.
 //
 // Phases:
 //   count_chunks    a thread counts a chunk's tokens for one rank
 //   sum_chunks      a warp adds up one rank's counts, chunk by chunk
 #pragma once
 
-#include "kernels/two_level/args.hpp"
 #include "device/device.hpp"
+#include "kernels/two_level/args.hpp"
 
 namespace deepep::kernels {
 

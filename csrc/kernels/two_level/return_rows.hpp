@@ -6,10 +6,10 @@
 
 namespace deepep::kernels {
 
-/// The items of a call: stage by stage, in each what is asked for window k; the rows that go back for window k of
-/// every source; the sums of window k - 1 for other domains, and those of this rank's own tokens. What window k waits
-/// for is of windows up to k - 2, but for the sums of window k - 1, which wait for rows and for what was asked of that
-/// window: all in stages before.
+/// The items of a call: stage by stage, in each what is asked for window k; the rows that go back for window k
+/// of every source; the sums of window k - 1 for other domains, and those of this rank's own tokens. What
+/// window k waits for is of windows up to k - 2, but for the sums of window k - 1, which wait for rows and for
+/// what was asked of that window: all in stages before.
 struct CombineItems {
   int chunks;
   int num_out;
@@ -37,23 +37,22 @@ struct CombineItems {
                            call.all.g.num_ranks};
   const uint32_t a_stage = items.a_stage();
   const auto num_items = static_cast<uint32_t>(num_stages(call)) * a_stage;
-  return work_on_items(
-      two_level, TwoLevelCombineShared{call.all.g.num_ranks}.items(), num_items,
-      [&](uint32_t item, const ItemTurn& turn) {
-        const int64_t stage = item / a_stage;
-        const int place = static_cast<int>(item % a_stage);
-        if (place < items.num_out) return ask_for_sums(call, turn, place, stage);
-        const int what = (place - items.num_out) / items.chunks;
-        const int chunk = (place - items.num_out) % items.chunks;
-        if (what < items.num_ranks) return give_back_rows(call, turn, what, stage, chunk);
-        if (what < items.num_ranks + items.num_in)
-          return send_sums(call, turn, what - items.num_ranks, stage - 1, chunk);
-        return sum_chunk(call, turn, stage - 1, chunk);
-      });
+  return work_on_items(two_level, TwoLevelCombineShared{call.all.g.num_ranks}.items(), num_items,
+                       [&](uint32_t item, const ItemTurn& turn) {
+                         const int64_t stage = item / a_stage;
+                         const int place = static_cast<int>(item % a_stage);
+                         if (place < items.num_out) return ask_for_sums(call, turn, place, stage);
+                         const int what = (place - items.num_out) / items.chunks;
+                         const int chunk = (place - items.num_out) % items.chunks;
+                         if (what < items.num_ranks) return give_back_rows(call, turn, what, stage, chunk);
+                         if (what < items.num_ranks + items.num_in)
+                           return send_sums(call, turn, what - items.num_ranks, stage - 1, chunk);
+                         return sum_chunk(call, turn, stage - 1, chunk);
+                       });
 }
 
-/// The last block to come here has the epoch and all counts advance: every block has read them. `agrees`: whether rows
-/// were returned.
+/// The last block to come here has the epoch and all counts advance: every block has read them. `agrees`:
+/// whether rows were returned.
 DEEPEP_DEVICE void advance_epoch(const TwoLevelCombineCall& call, bool agrees) {
   using namespace dev;
   if (thread() != num_threads() - 1) return;

@@ -23,7 +23,8 @@ DEEPEP_DEVICE void write_record(const TwoLevelDispatchCall& call, std::byte* rec
       if (u * kWarpSize < pieces - begin) store_streaming(to + begin + u * kWarpSize, v[u]);
   }
   auto* words = reinterpret_cast<uint32_t*>(record);
-  for (int i = lane(); i < args.num_scales; i += kWarpSize) store(words + at.scales() / 4 + i, scale_of(args, t, i));
+  for (int i = lane(); i < args.num_scales; i += kWarpSize)
+    store(words + at.scales() / 4 + i, scale_of(args, t, i));
   if (lane() == 0) store(words + at.token() / 4, static_cast<uint32_t>(t));
   for (int local = lane(); local < call.two_level.staging.domain_ranks + lane(); local += kWarpSize) {
     const int32_t final_row = shuffle(row, local < num_ranks ? first_rank + local : 0);
