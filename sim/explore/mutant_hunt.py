@@ -223,6 +223,7 @@ def hunt(
         return Catch(mutant, found, calls.runs, calls.seconds)
     if mutant.file.startswith(TWO_LEVEL_FILES):
         crossings = explore(
+            first_seed=first,
             runs=runs,
             seconds=seconds,
             schedules_per_scenario=2,

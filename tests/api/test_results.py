@@ -12,6 +12,7 @@ import torch
 import deepep
 from deepep.api import results
 from deepep.api.handles import DispatchHandle, LowLatencyHandle
+from deepep.runtime import backends as registry
 
 LENGTHS = {
     results.DispatchLayoutResult: 5,
@@ -243,9 +244,13 @@ def with_domains(ctx: Any, backend: str, per_domain: list[int | None]) -> str:
 def test_domains_have_to_agree_and_be_served(world_of: Any) -> None:
     for text in world_of(3).run(with_domains, "reference", [2, 1, 2]):
         assert text.startswith("MismatchError: rank 1: ranks_per_domain: got 1; allowed: 2, as on rank 0")
-    for text in world_of(3).run(with_domains, "emulator", [2, 2, 2]):
-        assert "RangeError" in text
-        assert "emulator: it serves one scale-up domain" in text
+
+
+def test_a_backend_of_one_domain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one = dataclasses.replace(registry._backends["emulator"], several_domains=False)
+    monkeypatch.setitem(registry._backends, "emulator", of_one)
+    with pytest.raises(deepep.RangeError, match="emulator: it serves one scale-up domain"):
+        registry.choose("emulator", None, torch.device("cpu"), num_domains=2)
 
 
 def left(ctx: Any, routing: Any) -> Any:
