@@ -3,7 +3,6 @@
 // tokens, a combine its domain's sums. What goes from one rank to another is one sequence of windows over all
 // calls; it uses the two halves of a buffer by turns, and all counting is by the window's number in it.
 // docs/domains.md has the protocol.
-// For the CPU alone, until there are kernels between domains.
 // Templates over the integer: the host evaluates total_bytes() in 128 bits before anybody uses 64.
 #pragma once
 
@@ -43,9 +42,10 @@ struct WindowTurn {
   [[nodiscard]] DEEPEP_HD constexpr int64_t credit() const { return number / 2; }
 };
 
-/// The chunk that holds the record with this position among the window's.
+/// Records that are packed by their position, whatever their tokens: the chunk that holds one. For the CPU
+/// alone: kernels pack those of kChunkRecords tokens that follow each other.
 [[nodiscard]] DEEPEP_HD constexpr int64_t chunk_of_record(int64_t position) { return position / kChunkRecords; }
-/// Records in a chunk, of a window that has so many: the first chunks are full.
+/// The same: records in a chunk, of a window that has so many: the first chunks are full.
 [[nodiscard]] DEEPEP_HD constexpr int64_t records_in_chunk(int64_t num_records, int64_t chunk) {
   return max_of(min_of(num_records - chunk * kChunkRecords, int64_t{kChunkRecords}), int64_t{0});
 }
@@ -141,7 +141,8 @@ struct CrossingBuffer {
     return align_up(send_chunk(num_peers(), 0, 0), Int(kCrossingAlignment));
   }
 
-  /// At a gateway: the row that comes back for the token with this position in a window of `peer`, from the
+  /// For the CPU alone: staging of the fewest rows; kernels stage by local index (return_layout.hpp), which needs
+  /// no word about places. At a gateway: the row that comes back for the token with this position in a window of `peer`, from the
   /// domain's rank that is number `copy` among those the token went to. The gateway sends each of them this
   /// place with the row, so nobody has to know another's counts, and a token's rows lie side by side.
   [[nodiscard]] DEEPEP_HD constexpr Int staged_row(Int peer, Int half, Int position, Int copy) const {

@@ -195,7 +195,7 @@ class EmulatedAllToAll:
             rank: replace(mine.call, num_worst_tokens=mine.rows_out if has_worst else 0)
             for rank, mine in given.items()
         }
-        kept = [call.scales for call in calls.values() if call.scales is not None]
+        scales = [call.scales for call in calls.values() if call.scales is not None]
         indices = [call.topk_idx for call in calls.values() if call.topk_idx is not None]
         run = self._new_run(
             num_ranks,
@@ -205,8 +205,8 @@ class EmulatedAllToAll:
                 row_bytes=max(call.x.shape[1] * call.x.element_size() for call in calls.values()),
                 slot_bytes=max(call.slot.num_bytes for call in calls.values()),
                 max_tokens=max(len(call.x) for call in calls.values()),
-                num_scales=max((scales.shape[1] for scales in kept), default=0),
-                num_topk=max((idx.shape[1] for idx in indices), default=0),
+                num_scales=max((each.shape[1] for each in scales), default=0),
+                num_topk=max((each.shape[1] for each in indices), default=0),
             ),
         )
         domain, slots, plans, layouts = run.domain, {}, {}, {}

@@ -7,7 +7,7 @@ NIC knows and that others reach by puts alone. Who takes part is fixed: another 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from deepep import _emulator
 from deepep.sim.emulator.calls import Gpu
@@ -97,25 +97,25 @@ class EmulatedDomains(EmulatedDomain):
             machine.write(rank, rail_state, windows_before.to_bytes(8, "little") * _emulator.RAIL_COUNTERS)
             first = rank - rank % ranks_per_domain
             near = range(first, min(first + ranks_per_domain, num_ranks))
-            self._domains.append(
-                _emulator.TwoLevelDomain(
-                    machine=machine,
-                    kernels=kernels,
-                    num_threads=gpu.num_threads,
-                    shape=shape,
-                    rank=rank,
-                    heaps=[self._heaps[r] if r in near else 0 for r in everyone],
-                    remote=remote[rank],
-                    before=self._allocate(
-                        f"tokens before@{rank}", "device", rank, 4 * -(-max_tokens // 16) * num_ranks
-                    ),
-                    max_tokens=max_tokens,
-                    state=state,
-                    rail_state=rail_state,
-                    fault=self._zeros(f"fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
-                    timeout_seconds=gpu.timeout,
-                )
+            domain = _emulator.TwoLevelDomain(
+                machine=machine,
+                kernels=kernels,
+                num_threads=gpu.num_threads,
+                shape=shape,
+                rank=rank,
+                heaps=[self._heaps[r] if r in near else 0 for r in everyone],
+                remote=remote[rank],
+                before=self._allocate(
+                    f"tokens before@{rank}", "device", rank, 4 * -(-max_tokens // 16) * num_ranks
+                ),
+                max_tokens=max_tokens,
+                state=state,
+                rail_state=rail_state,
+                fault=self._zeros(f"fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
+                timeout_seconds=gpu.timeout,
             )
+            # Barriers, masks and refusals apart it has the methods of one domain's.
+            self._domains.append(cast(_emulator.Domain, domain))
         machine.meet()
         self._tickets = [0] * num_ranks
         self._slots_used = [0] * num_ranks

@@ -290,4 +290,48 @@ EDITS = (
         "",
         "an owner whose weights came late takes what lies there for its row",
     ),
+    Edit(
+        "one credit for both halves",
+        "layout/crossing_layout.hpp",
+        "return mailbox_signal(num_peers(), 0) + (2 * peer + half) * kCrossingAlignment;",
+        "return mailbox_signal(num_peers(), 0) + (2 * peer) * kCrossingAlignment;",
+        "windows are read in any order: one is written over the one before last, which is still read",
+    ),
+    Edit(
+        "arrivals by parity",
+        "kernels/two_level/items.hpp",
+        "const auto wanted = static_cast<uint32_t>(window.arrivals());",
+        "const auto wanted = static_cast<uint32_t>(window.arrivals() & 1);",
+        "a chunk of a former window is taken for this one's",
+    ),
+    Edit(
+        "empty chunks without a signal",
+        "kernels/two_level/send.hpp",
+        "if (thread() == 0) put_chunk(",
+        "if (thread() == 0 && records > 0) put_chunk(",
+        "words count windows: a chunk that is not signalled is waited for",
+    ),
+    Edit(
+        "a window that is counted behind its last put",
+        "kernels/two_level/domain_sum.hpp",
+        "  const bool is_last = count_chunk(two_level, &two_level.state->summed[slot][number.half()]);\n"
+        "  put_chunk(two_level, rail, sent, chunk, records * stride);\n",
+        "  put_chunk(two_level, rail, sent, chunk, records * stride);\n"
+        "  const bool is_last = count_chunk(two_level, &two_level.state->summed[slot][number.half()]);\n",
+        "the window after the next is counted before the counter is set to zero",
+    ),
+    Edit(
+        "asked again before the sums are here",
+        "kernels/two_level/ask.hpp",
+        "if (window < 2) return;",
+        "if (window < 1000) return;",
+        "what is asked for is written over what the gateway still reads",
+    ),
+    Edit(
+        "flags of a block that has waited in vain",
+        "kernels/two_level/move_rows.hpp",
+        "if (moved) signal_rows(call.near, share);",
+        "signal_rows(call.near, share);",
+        "rows of a rank that is gone are taken for received",
+    ),
 )

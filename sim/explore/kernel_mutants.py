@@ -117,6 +117,8 @@ _BYTES_ALONE = "the phase waits for the copies' bytes, and nobody reads what the
 _ONE_WORD = "the emulator orders stores to one word as they run: it cannot show what this order is for"
 _ONE_OF_TWO = "get<acquire> and the fence behind it each acquire what the pushing warps have stored"
 
+_ACQUIRED_BEFORE = "what the fence hands on was acquired before it: by a wait, or by a barrier"
+
 #: Mutants that nothing can catch, and why they do no harm. What is not here must be caught.
 HARMLESS: dict[str, str] = {
     "common/fault.hpp report_fault: fetch_add acq_rel -> acquire": _OWN_ATOMIC,
@@ -140,6 +142,12 @@ HARMLESS: dict[str, str] = {
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,
     "rows/weigh_rows.hpp weigh_row: load -> load_once": "no kernel writes the gradient while this one runs",
     "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
+    "two_level/ask.hpp ask_for_sums: fence acq_rel -> release": _ACQUIRED_BEFORE,
+    "two_level/combine_call.hpp relay_digests: fence acq_rel -> release": _ACQUIRED_BEFORE,
+    "two_level/items.hpp put_chunk: fence acq_rel -> release": _ACQUIRED_BEFORE,
+    "two_level/items.hpp grant_window_credit: fence acq_rel -> release": _ACQUIRED_BEFORE,
+    "two_level/metadata.hpp post_metadata: fence acq_rel -> release": _ACQUIRED_BEFORE,
+    "two_level/metadata.hpp relay_metadata: fence acq_rel -> release": _ACQUIRED_BEFORE,
 }
 
 

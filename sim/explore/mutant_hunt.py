@@ -153,8 +153,22 @@ TWO_LEVEL_HUNTING_LIMITS = replace(
 
 @lru_cache(maxsize=4096)
 def _two_level_scenario(seed: int) -> Scenario:
-    """Ranks of several domains; mostly several windows of the smallest size."""
-    return draw_two_level_scenario(seed, limits=TWO_LEVEL_HUNTING_LIMITS)
+    """Ranks of several domains; mostly several windows of the smallest size.
+
+    In every fifth, calls in which only what a gateway relays puts ranks in order: rank 2 is the gateway of
+    ranks 0 and 1, and only rank 0 has tokens.
+    """
+    if seed % 5 != 4:
+        return draw_two_level_scenario(seed, limits=TWO_LEVEL_HUNTING_LIMITS)
+    limits = replace(TWO_LEVEL_HUNTING_LIMITS, ranks=(3,), max_tokens=16, masks=0.0)
+    scenario = draw_two_level_scenario(seed // 5, limits=limits)
+    cases = tuple(
+        replace(case, topk_idx=tuple(idx if rank == 0 else idx[:0] for rank, idx in enumerate(case.topk_idx)))
+        for case in scenario.cases
+    )
+    again = {"ranks_per_node": 2, "cached": True}
+    repeated = tuple(case.with_options(**again) for case in cases) * (3 - len(cases))
+    return replace(scenario, cases=repeated, num_combines=3, short_slots=False)
 
 
 @dataclass(frozen=True)

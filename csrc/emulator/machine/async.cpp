@@ -151,7 +151,12 @@ Agent Memory::carrier(CopyId id, size_t space) {
 }
 
 void Memory::read_source(Copy& copy, CopyId id) {
-  const Agent agent = carrier(id, copy.kind == Copy::Kind::load ? Crossed::kGlobal : Crossed::kShared);
+  Agent agent = carrier(id, copy.kind == Copy::Kind::load ? Crossed::kGlobal : Crossed::kShared);
+  if (copy.kind == Copy::Kind::put) {
+    // A NIC is no thread of the block: of others' stores it reads those before a fence of system scope.
+    agent.known = copy.released ? copy.released : clocks.zero();
+    agent.known.raise(copy.issuer);
+  }
   const Access access{what(copy.kind, false), copy.from, copy.bytes, copy.site};
   for_cells(agent, access, [&](Cell& cell, uint8_t mask) {
     if ((cell.written & mask) != mask) fail_unwritten(agent, access);
@@ -201,7 +206,7 @@ void Memory::carry_out(CopyId id) {
     if (copy.kind == Copy::Kind::load) complete_bytes(barriers_[copy.barrier], copy, id);
     if (copy.signal.address != 0) set_signal(copy, id);
     copy.data = {};
-    copy.known = copy.at_launch = ClockRef();
+    copy.known = copy.at_launch = copy.released = ClockRef();
     copy.crossed = {};
     copy.releases = {};
     std::erase(under_way_, id);

@@ -64,6 +64,7 @@ struct Copy {
   // of a put
   int rank = 0;
   Signal signal;
+  ClockRef released;                   // what a fence of system scope has put before it: that it may read
   std::vector<CopyId> behind;          // puts that are delivered before it, as a fence or a quiet has it
   std::vector<Released> releases;      // what its signal carries
   std::vector<std::byte> data;         // between reading and writing

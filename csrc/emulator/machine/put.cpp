@@ -52,6 +52,7 @@ CopyId Memory::issue_put(Agent& agent, uintptr_t to, uintptr_t from, int64_t byt
     // A relaxed store: it carries what a fence of this thread has released before.
     copy.releases = releases_of(agent, Order::relaxed, Scope::sys);
   }
+  copy.released = agent.fenced[static_cast<size_t>(Scope::sys)].known;
   return begin_copy(agent, std::move(copy));
 }
 

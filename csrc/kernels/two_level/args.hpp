@@ -9,7 +9,7 @@ namespace deepep::kernels {
 
 inline constexpr int kMaxRails = layout::kMaxRanks;
 
-/// This rank's words about its rails, in device memory: they survive graph replays, and all count up for ever.
+/// This rank's words about its rails, in device memory: they survive graph replays, and counts never go back.
 struct RailState {
   uint64_t sent[kMaxRails];              // windows to each rail's peer
   uint64_t received[kMaxRails];          // windows from it

@@ -115,9 +115,7 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
     if (agrees && lane() < g.num_ranks && is_live(g, lane())) {
       const uint64_t* word = at<uint64_t>(g, g.rank, g.control.combine_tokens(lane(), call.all.epoch));
       agrees = wait_tag<acquire, sys_scope>(word, call.all.epoch, call.all.deadline, seen);
-      if (!agrees)
-        note_fault(g, Phase::kReturn, 1u << lane(), call.all.epoch,
-                   unpack_tagged(load<relaxed, sys_scope>(word)).tag);
+      if (!agrees) note_fault(g, Phase::kReturn, 1u << lane(), call.all.epoch, 0);
     }
     if (lane() < g.num_ranks) tokens.set(lane(), seen);
     if (!agrees) disagrees.bit_or(0, 1u);

@@ -1,6 +1,6 @@
 // Two-level routing: a token crosses to a domain at most once, to the rank there with its source's local index,
 // which spreads it to the domain's ranks. Their rows are those of flat routing: nothing downstream can tell.
-// For the CPU alone, until there are kernels between domains.
+// For the CPU alone: the host makes the kernels' tables of them (host/rails.hpp).
 #pragma once
 
 #include "layout/counts.hpp"
