@@ -141,10 +141,9 @@ struct CrossingBuffer {
     return align_up(send_chunk(num_peers(), 0, 0), Int(kCrossingAlignment));
   }
 
-  /// For the CPU alone: staging of the fewest rows; kernels stage by local index (return_layout.hpp), which needs
-  /// no word about places. At a gateway: the row that comes back for the token with this position in a window of `peer`, from the
-  /// domain's rank that is number `copy` among those the token went to. The gateway sends each of them this
-  /// place with the row, so nobody has to know another's counts, and a token's rows lie side by side.
+  /// For the CPU alone, staging of the fewest rows: kernels stage by local index (return_layout.hpp), so that
+  /// no place has to be told. At a gateway, the row that comes back for the token with this position in a window
+  /// of `peer`, from the domain's rank that is number `copy` among those the token went to: told with the row.
   [[nodiscard]] DEEPEP_HD constexpr Int staged_row(Int peer, Int half, Int position, Int copy) const {
     return (((2 * peer + half) * window + position) * copies + copy) * return_bytes;
   }
