@@ -42,11 +42,10 @@
 //                                      at its parity: it must be the running phase or the one before (-1
 //                                      before phase 0)
 //
-//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are
-//         memory of
-//                this rank that its NIC knows; what is written is the same place of `rank`. One thread each. A
-//                put carries no more than its bytes, and is a relaxed operation: what else a signal is to carry,
-//                and what it reads that other threads have stored, stands before a fence of system scope
+//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are memory
+//                of this rank that its NIC knows; what is written is the same place of `rank`. One thread each.
+//                A put carries no more than its bytes, and is a relaxed operation: what else a signal is to
+//                carry, and what it reads that other threads have stored, stands before a fence of system scope
 //                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet
 //                put_signal<Update>(to, from, bytes, word, value, rank)  the signal behind these bytes, of
 //                                      which there are some. Update: signal_set, signal_add. One that is set
