@@ -87,9 +87,7 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
     if (lane() == 0) {
       const auto wanted = static_cast<uint32_t>(turn.arrivals());
       came = wait_signal<acquire, sys_scope>(raised, wanted, call.all.deadline);
-      if (!came)
-        note_fault(call.all.g, Phase::kReturn, 1u << rails.peer[rail], wanted,
-                   static_cast<uint32_t>(load<relaxed, sys_scope>(raised)));
+      if (!came) note_late(call.all.g, Phase::kReturn, 1u << rails.peer[rail], wanted, raised);
     }
     sync_warp();  // lane 0's acquire comes before what the warp reads
     came = ballot(!came) == 0;

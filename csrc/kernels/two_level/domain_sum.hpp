@@ -28,7 +28,7 @@ DEEPEP_DEVICE void wait_returned(const TwoLevelCombineCall& call, const ItemTurn
         g, g.rank, g.staging_offset + two_level.staging.returned(slot, number.half(), chunk, local));
     const auto wanted = static_cast<uint32_t>(number.arrivals());
     if (wait_reached<acquire, sys_scope>(returned, wanted, call.all.deadline)) continue;
-    note_fault(g, Phase::kReturn, 1u << r, wanted, load<relaxed, sys_scope>(returned));
+    note_late(g, Phase::kReturn, 1u << r, wanted, returned);
     turn.give_up();
   }
 }
@@ -101,8 +101,7 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
     const uint64_t* asked = remote_at<uint64_t>(two_level, two_level.layout.ask_signal(rail, number.half()));
     const auto wanted = static_cast<uint32_t>(number.arrivals());
     if (!wait_signal<acquire, sys_scope>(asked, wanted, call.all.deadline)) {
-      note_fault(call.all.g, Phase::kReturn, 1u << source, wanted,
-                 static_cast<uint32_t>(load<relaxed, sys_scope>(asked)));
+      note_late(call.all.g, Phase::kReturn, 1u << source, wanted, asked);
       turn.give_up();
     }
     wait_window_credit(two_level, call.all.g, turn, rail, sent, call.all.deadline);

@@ -39,7 +39,7 @@ DEEPEP_DEVICE void give_back_row(const TwoLevelCombineCall& call, std::byte* sta
         at<uint32_t>(g, g.rank, g.staging_offset + two_level.staging.summed(source, number.half()));
     const auto wanted = static_cast<uint32_t>(number.credit());
     if (!wait_reached<acquire, sys_scope>(summed, wanted, call.all.deadline)) {
-      note_fault(g, Phase::kStaging, 1u << gateway, wanted, load<relaxed, sys_scope>(summed));
+      note_late(g, Phase::kStaging, 1u << gateway, wanted, summed);
       turn.give_up();
     }
   }

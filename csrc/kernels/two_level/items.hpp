@@ -7,6 +7,13 @@
 
 namespace deepep::kernels {
 
+/// Notes that a rank's word has not come to what was `wanted`, with what it says.
+template <class Word>
+DEEPEP_DEVICE void note_late(const Group& g, Phase phase, uint32_t missing, uint32_t wanted, const Word* word) {
+  using namespace dev;
+  note_fault(g, phase, missing, wanted, static_cast<uint32_t>(load<relaxed, sys_scope>(word)));
+}
+
 /// The block's words, at `begin` of its dynamic shared memory.
 struct ItemShared {
   int64_t begin;
@@ -115,8 +122,7 @@ DEEPEP_DEVICE void wait_window_credit(const TwoLevelArgs& args, const Group& g, 
   const auto wanted = static_cast<uint32_t>(window.credit());
   const uint64_t* credit = remote_at<uint64_t>(args, args.layout.windows.credit(rail, window.half()));
   if (wait_signal<acquire, sys_scope>(credit, wanted, deadline)) return;
-  note_fault(g, Phase::kStaging, 1u << args.rails.peer[rail], wanted,
-             static_cast<uint32_t>(load<relaxed, sys_scope>(credit)));
+  note_late(g, Phase::kStaging, 1u << args.rails.peer[rail], wanted, credit);
   turn.give_up();
 }
 
@@ -128,8 +134,7 @@ DEEPEP_DEVICE void wait_chunk(const TwoLevelArgs& args, const Group& g, const It
   const auto wanted = static_cast<uint32_t>(window.arrivals());
   const uint64_t* arrived = remote_at<uint64_t>(args, args.layout.windows.arrived(rail, window.half(), chunk));
   if (wait_signal<acquire, sys_scope>(arrived, wanted, deadline)) return;
-  note_fault(g, phase, 1u << args.rails.peer[rail], wanted,
-             static_cast<uint32_t>(load<relaxed, sys_scope>(arrived)));
+  note_late(g, phase, 1u << args.rails.peer[rail], wanted, arrived);
   turn.give_up();
 }
 

@@ -101,8 +101,7 @@ DEEPEP_DEVICE void relay_metadata(const TwoLevelDispatchCall& call) {
       const auto wanted = static_cast<uint32_t>(turn.arrivals());
       came = wait_signal<acquire, sys_scope>(raised, wanted, call.near.deadline);
       if (!came) {
-        note_fault(g, Phase::kCounts, 1u << source, wanted,
-                   static_cast<uint32_t>(load<relaxed, sys_scope>(raised)));
+        note_late(g, Phase::kCounts, 1u << source, wanted, raised);
         failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
       }
     }
