@@ -35,8 +35,9 @@ struct ItemTurn {
   /// Whether what the block's threads have waited for has come; the same on all of them. Acquires of any come
   /// before what all of them do behind it.
   [[nodiscard]] DEEPEP_DEVICE bool is_ready() const {
-    dev::sync_block();
-    return dev::SharedArray<uint32_t>(shared.missed()).get(parity) == 0;
+    using namespace dev;
+    sync_block();
+    return SharedArray<uint32_t>(shared.missed()).get(parity) == 0;
   }
 };
 
