@@ -327,11 +327,4 @@ EDITS = (
         "if (window < 1000) return;",
         "what is asked for is written over what the gateway still reads",
     ),
-    Edit(
-        "flags of a block that has waited in vain",
-        "kernels/two_level/move_rows.hpp",
-        "if (moved) signal_rows(call.near, share);",
-        "signal_rows(call.near, share);",
-        "rows of a rank that is gone are taken for received",
-    ),
 )
