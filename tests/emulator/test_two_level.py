@@ -49,7 +49,7 @@ def test_two_domains_of_four_ranks() -> None:
 
 
 def test_whoever_waits_for_a_rank_that_stops_gives_up() -> None:
-    """Once a gateway that had given up raised its flags all the same: the 12th run read rows that were not there."""
+    """Once a gateway that had given up raised its flags all the same: the 12th run read rows not there."""
     tally = explore(
         first_seed=300, runs=24, schedules_per_scenario=3, with_stops=True, scenarios=draw_two_level_scenario
     )
