@@ -19,7 +19,7 @@ LEAST_STEPS = 64
 CLUSTER = "interleaved"
 
 
-def run_gradients(config: DemoConfig, compression: str, out: Path) -> bool:
+def run_gradients(config: DemoConfig, compression: str, out: Path, probe_seconds: float = 20.0) -> bool:
     """Trains by torch's gloo and by `compression`, shows both and draws a picture; False if losses differ.
 
     Raises ArgumentError for a compression that is none. Without the rights for an emulated network the ranks
@@ -45,7 +45,7 @@ def run_gradients(config: DemoConfig, compression: str, out: Path) -> bool:
         world = stack.enter_context(World(ranks, timeout=3600.0, network=network))
         speeds = world.run(_probe)[0]
         console.print(f"{title}; groups found: {speeds.groups}")
-        torchs, ours = (world.run(_train, config, way)[0] for way in ("torch", compression))
+        torchs, ours = (world.run(_train, config, way, probe_seconds)[0] for way in ("torch", compression))
     table = Table(
         "gradients", "loss, last 16 steps", "kB a step and rank", "backward, ms (median)", "formats"
     )
@@ -75,7 +75,7 @@ def _probe(context: Any) -> Any:
     return probe_links(context.group)
 
 
-def _train(context: Any, config: DemoConfig, compression: str) -> Any:
+def _train(context: Any, config: DemoConfig, compression: str, probe_seconds: float) -> Any:
     from deepep.demo.data_parallel import train_gradients
 
-    return train_gradients(context.group, config, compression)
+    return train_gradients(context.group, config, compression, probe_seconds)

@@ -39,19 +39,21 @@ def probe_links(group: dist.ProcessGroup) -> LinkSpeeds:
         return comm.probe()
 
 
-def train_gradients(group: dist.ProcessGroup, config: DemoConfig, compression: str) -> GradientRun:
+def train_gradients(
+    group: dist.ProcessGroup, config: DemoConfig, compression: str, probe_seconds: float
+) -> GradientRun:
     """Trains the demo's model. Collective.
 
-    compression: an option of ParallelConfig's, or "torch" for torch's own all-reduce.
+    compression: an option of ParallelConfig's, or "torch" for torch's own all-reduce. probe_seconds: another.
     """
     torch.set_num_threads(1)
     run = GradientRun()
-    options: dict[str, Any] = {"compression": compression, "min_compressed_bytes": 0, "probe_seconds": 20.0}
+    options: dict[str, Any] = {"compression": compression, "min_compressed_bytes": 0}
     if compression == "torch":
         options = {"topology": "native", "reproducible": False}
     with Buffer(group, device="cpu", timeout=300.0) as buffer:
         model = ByteModel(buffer, config)
-        parallel = ParallelConfig(**options, seed=config.seed, timeout=300.0)
+        parallel = ParallelConfig(**options, seed=config.seed, timeout=300.0, probe_seconds=probe_seconds)
         wrapped = DistributedDataParallel(model, process_group=group, config=parallel)
         before, whole = 0, float32_bytes(wrapped, config.num_ranks)
         if compression != "torch":

@@ -85,6 +85,6 @@ def test_the_demo_draws_gradients_on_a_cluster(tmp_path: Path, capsys: pytest.Ca
         context=64,
         sequences=2,
     )
-    assert run_gradients(config, "auto", tmp_path / "out")
+    assert run_gradients(config, "auto", tmp_path / "out", probe_seconds=0.1)
     assert (tmp_path / "out" / "data_parallel.png").stat().st_size > 10_000
     assert "groups found" in capsys.readouterr().out

@@ -177,18 +177,16 @@ def trained(context: Any, steps: int, alike: range) -> list[dict[str, Any]]:
 
 
 def test_ranks_follow_the_noise_and_agree(world_of: Callable[[int], Any]) -> None:
-    """Equal batches: all bits within two steps. Different ones again: FP8 after `PATIENCE`, or twice that."""
-    alike = range(30, 34)
-    by_rank = world_of(3).run(trained, 34 + 2 * PATIENCE + 3, alike, timeout=180.0)
-    assert all(
-        reports == by_rank[0] or _but_for_bytes(reports) == _but_for_bytes(by_rank[0]) for reports in by_rank
-    )
+    """Equal batches: all bits within two steps. Different ones again: FP8 after `PATIENCE` and some."""
+    alike = range(24, 27)
+    by_rank = world_of(3).run(trained, alike.stop + PATIENCE + 6, alike, timeout=180.0)
+    assert all(_but_for_bytes(reports) == _but_for_bytes(by_rank[0]) for reports in by_rank)
     codecs = [report["plans"][0]["codec"] for report in by_rank[0]]
     assert codecs[0] == FIRST
-    assert codecs[28] == "fp8"
+    assert codecs[alike.start - 1] == "fp8"
     assert codecs[alike.start + 2] == "fixed32"
     back = codecs.index("fp8", alike.start + 2) - alike.stop
-    assert PATIENCE <= back <= 2 * PATIENCE
+    assert back >= PATIENCE
     for before, report in zip(by_rank[0][1:], by_rank[0][3:], strict=False):
         codec = before["plans"][0]["codec"]
         if codec in report["noise"].get(0, {}):
