@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-INTERFACE, SUBNET, MTU = "deepep0", "10.77.0", 9000
+INTERFACE, SUBNET, MTU = "deepep0", "10.77.0", 16000
 WINDOW = 1 << 20  # bytes a connection may have under way
 _CLONE_NEWNET, _TUNSETIFF, _TUN_NO_PI = 0x40000000, 0x400454CA, 0x1001
 

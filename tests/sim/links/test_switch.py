@@ -71,7 +71,7 @@ def test_links_change_for_what_is_sent_afterwards() -> None:
     run.network.change(json.loads(cluster.slowed(1, 5.0).to_json()))
     run.network.send(0.0, 0, 1, b"x" * 5000)
     run.until_empty()
-    assert run.arrived[0][0] == pytest.approx(5000 / 25e6 + 5000 / 5e6 + 2e-4)
+    assert run.arrived[0][0] == pytest.approx(5000 / 10e6 + 5000 / 2e6 + 2e-4)
 
 
 @st.composite
