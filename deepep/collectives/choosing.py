@@ -25,9 +25,9 @@ def choose(
 ) -> PlanTable:
     """A plan for each codec and size, the same on all ranks. Collective, on the CPU.
 
-    seconds: after which predictions are believed without timing, small sizes first. schedule: the only one to
-    consider, or "auto". groups: in place of those found. current: the plans in use, which are changed for a
-    gain alone.
+    seconds: that timing may take, by the predictions, small sizes first; beyond it they are believed.
+    schedule: the only one to consider, or "auto". groups: in place of those found. current: the plans in use,
+    which are changed for a gain alone.
     """
     speeds = comm.probe()
     if groups is not None:
@@ -37,7 +37,7 @@ def choose(
     for size in SIZES:
         for codec in codecs:
             listed = shortlist(candidates(codec, speeds.groups, schedule), size, speeds)
-            if len(listed) == 1 or spent >= seconds:
+            if len(listed) == 1 or spent + TRIES * sum(entry.seconds for entry in listed) > seconds:
                 entries.append(listed[0])
                 continue
             used = None

@@ -12,7 +12,7 @@ from deepep.sim.worlds.world import World
 
 MOST_RATE_OFF, MOST_DELAY_OFF = 0.15, 2e-3
 """Share by which a rate may differ from what was asked, and seconds by which a delay may."""
-_FIRST, _ROUNDS = 256 << 10, 20
+_FIRST, _ROUNDS = 32 << 10, 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ def measure_links(cluster: EmulatedCluster) -> list[LinkMeasurement]:
 def _best_rate(world: World, pairs: list[tuple[int, int]], rate: float) -> float:
     """The highest of three rates, all pairs' together: less says that this machine was busy."""
     length = max(_FIRST, round(rate))  # a second's
-    return max(sum(world.run(_stream, pairs, length)) for _ in range(3))
+    best = 0.0
+    for _ in range(3):
+        spans = [span for span in world.run(_stream, pairs, length) if span is not None]
+        seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+        best = max(best, len(spans) * length / seconds)
+    return best
 
 
 def _pair(cluster: EmulatedCluster, same_group: bool) -> tuple[int, int] | None:
@@ -87,8 +92,12 @@ def _ping(context: Any, first: int, second: int) -> float | None:
     return best
 
 
-def _stream(context: Any, pairs: list[tuple[int, int]], length: int) -> float:
-    """Bytes a second that this rank receives of a second message that follows a first; 0 on the others."""
+def _stream(context: Any, pairs: list[tuple[int, int]], length: int) -> tuple[float, float] | None:
+    """Receives a first message, and one of `length` after it: when it had each; None on the other ranks.
+
+    By the machine's clock, which all ranks share: pairs that share a link end at different times, and what
+    they have together is known by the last alone.
+    """
     import torch
     import torch.distributed as dist
 
@@ -103,5 +112,5 @@ def _stream(context: Any, pairs: list[tuple[int, int]], length: int) -> float:
             first.wait()
             started = time.monotonic()
             second.wait()
-            return length / (time.monotonic() - started)
-    return 0.0
+            return started, time.monotonic()
+    return None
