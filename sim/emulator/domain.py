@@ -66,7 +66,7 @@ class EmulatedDomain:
         everyone = range(num_ranks)
         control = _emulator.control_bytes(num_ranks, max_local_experts, gpu.num_blocks)
         # A staged row needs its flags' share of the area.
-        staging = (staging_rows + 1) * max(1024, row_bytes) + 4096
+        staging = -(-(staging_rows + 1) * max(1024, row_bytes) // 128) * 128 + 4096  # receive slots follow
         self._slots_begin = control + staging
         self._slot_bytes = slot_bytes
         self._marks = self._slots_begin + 2 * slot_bytes
