@@ -97,7 +97,8 @@ BAD: dict[str, tuple[Change, type[Exception], str]] = {
         "num_max_expanded_tokens",
     ),
     "three parts of x": (lambda a: {"x": (a["x"],) * 3}, errors.ArgumentTypeError, "x"),
-    "x not a tensor": (lambda a: {"x": [1.0]}, errors.ArgumentTypeError, "x"),
+    "x not a tensor": (lambda a: {"x": 1.0}, errors.ArgumentTypeError, "x"),
+    "x a list of no tensors": (lambda a: {"x": [1.0]}, errors.ArgumentTypeError, "x[0]"),
 }
 
 

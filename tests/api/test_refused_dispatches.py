@@ -21,7 +21,8 @@ def fp8(arguments: dict[str, Any], **scales: Any) -> dict[str, Any]:
 
 # what is wrong -> (the arguments that rank 1 passes instead, the error, the argument it names)
 DISPATCH: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = {
-    "x not a tensor": (lambda a: {"x": [1.0]}, errors.ArgumentTypeError, "x"),
+    "x not a tensor": (lambda a: {"x": 1.0}, errors.ArgumentTypeError, "x"),
+    "x a list of no tensors": (lambda a: {"x": [1.0]}, errors.ArgumentTypeError, "x[0]"),
     "x of integers": (lambda a: {"x": a["x"].long()}, errors.ArgumentTypeError, "x"),
     "x of bytes without scales": (lambda a: {"x": a["x"].byte()}, errors.ArgumentTypeError, "x"),
     "x on another device": (lambda a: {"x": a["x"].to("meta")}, errors.DeviceError, "x"),
