@@ -124,7 +124,8 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("deadline", [60.0, 15.0])
 def test_nothing_is_left_of_ranks_that_do_not_end(deadline: float) -> None:
-    before = set(Path("/dev/shm").glob("loopverbs.*"))
+    mine = f"loopverbs.{os.getpid()}-*"  # other tests have their own wires meanwhile
+    before = set(Path("/dev/shm").glob(mine))
     pids: list[int] = []
     wire = WireOptions(ranks=2, ranks_per_domain=1, deadline=deadline, grace=0.2)
     result = run_on_wire(wire, [sys.executable, "-c", SLEEPS], lambda rank, line: pids.append(int(line)))
@@ -135,7 +136,7 @@ def test_nothing_is_left_of_ranks_that_do_not_end(deadline: float) -> None:
     while not all(map(gone, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     assert all(map(gone, pids))
-    assert set(Path("/dev/shm").glob("loopverbs.*")) <= before
+    assert set(Path("/dev/shm").glob(mine)) <= before
 
 
 LEAVES = """
