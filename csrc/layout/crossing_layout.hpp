@@ -142,8 +142,8 @@ struct CrossingBuffer {
   }
 
   /// For the CPU alone, staging of the fewest rows: kernels stage by local index (return_layout.hpp), so that
-  /// no place has to be told. At a gateway, the row that comes back for the token with this position in a
-  /// window of `peer`, from the domain's rank that is number `copy` among those it went to: told with the row.
+  /// no place has to travel. At a gateway, the row that comes back for the token with this position in a
+  /// window of `peer`, from the domain's rank that is number `copy` among those it went to: it travels along.
   [[nodiscard]] DEEPEP_HD constexpr Int staged_row(Int peer, Int half, Int position, Int copy) const {
     return (((2 * peer + half) * window + position) * copies + copy) * return_bytes;
   }

@@ -16,6 +16,7 @@ from deepep.runtime.checks import check_int
 from deepep.runtime.control import admission
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.requests import Operation
+from deepep.runtime.traffic_lanes import VARIABLES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,6 +110,7 @@ class Joining(BufferLifetime):
             reduction=options["reduction"],
             ranks_per_domain=options["ranks_per_domain"] or None,
             max_num_ranks=options["num_ranks"] or None,
+            **{name: options[name] for name in VARIABLES if options[name] >= 0},
         )
 
     def _changing(self, operation: Operation, ranks: Sequence[int]) -> tuple[int, ...]:

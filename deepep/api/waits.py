@@ -49,7 +49,7 @@ class WaitCalls:
         """Measure from now on, or no longer, how long this rank waits for each of the others.
 
         Not collective; ranks may differ. While any rank measures, rows of the reference travel from peer to
-        peer, on all of them, so that each peer's can be told apart; results have the same bits. It costs two
+        peer, on all of them, so that each peer's are timed by themselves; the bits are the same. It costs two
         words in each control exchange, which are there in any case, and a few readings of the clock.
 
         On CUDA kernels add up their own waits in low latency, calls without statistics of the caller's alone;

@@ -63,12 +63,12 @@ def _stop_in_turn(world: World, rank: int, over: threading.Event) -> None:
 
 
 def run_trials(
-    world: World, times: int, rounds: int, backend: str | None, told: Callable[[Trial], None]
+    world: World, times: int, rounds: int, backend: str | None, progress: Callable[[Trial], None]
 ) -> list[Trial]:
     """So many runs of each fault, and as many without any."""
     trials = []
     for fault in FAULTS:
         for number in range(times):
             trials.append(run_trial(world, fault, number, rounds, backend))
-            told(trials[-1])
+            progress(trials[-1])
     return trials

@@ -220,11 +220,11 @@ class Engine(ABC):
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
         """Returns once every rank has called it; `arguments` must agree."""
 
+    @abstractmethod
     def gather(self, values: torch.Tensor, agreed: Mapping[str, int]) -> dict[int, torch.Tensor]:
         """Every member's `values`, on the CPU, by rank; a barrier. agreed: what has to be the same on all
         ranks, dtype and shape among them.
         """
-        raise NotImplementedError(f"{self.info.backend}: it gathers nothing")
 
     @abstractmethod
     def release_memory(self) -> None:

@@ -1,7 +1,8 @@
-"""Ranks that join a Buffer at work, and ranks that go: who is there, what they compute, who is told what."""
+"""Ranks that join a Buffer at work, and ranks that go: who is there, what they compute, who raises what."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,30 @@ def test_what_is_refused(fresh_world: Any) -> None:
     fresh_world(2).run(body)
 
 
+def test_a_newcomer_that_constructs_something_else_is_refused(fresh_world: Any, tmp_path: Path) -> None:
+    def body(ctx: Any, path: str) -> None:
+        buffer = buffer_for(ctx, "reference", max_num_ranks=3)
+        with pytest.raises(deepep.MismatchError, match="reduction"):
+            buffer.admit(hand_over(ctx, buffer, (2,), path))
+        rounds(buffer, (2,))
+        buffer.destroy()
+
+    def other(ctx: Any, path: str) -> None:
+        import time
+
+        while not Path(path).exists():
+            time.sleep(0.01)
+        text = Path(path).read_text()
+        assert text.count('"expert_rank"') == 1
+        with pytest.raises(deepep.MismatchError, match="reduction"):
+            deepep.Buffer.join(text.replace('"expert_rank"', '"exact"'), 2, timeout=TIMEOUT)
+
+    path = str(tmp_path / "invitation")
+    fresh = fresh_world(1).submit(other, path)
+    fresh_world(2).run(body, path)
+    fresh.results()
+
+
 def test_an_invitation_by_other_members_is_refused(fresh_world: Any) -> None:
     def body(ctx: Any) -> None:
         buffer = buffer_for(ctx, "reference", max_num_ranks=4)
@@ -316,4 +341,8 @@ def test_a_store_is_found_by_its_place() -> None:
     assert place_of(PrefixStore("a", HashStore())) == ""
     with pytest.raises(RangeError, match="store"):
         open_store("", 5.0)
+    with socket.socket() as silent:  # bound, and nobody listens
+        silent.bind(("127.0.0.1", 0))
+        with pytest.raises(RangeError, match="one that answers"):
+            open_store(f"tcp:127.0.0.1:{silent.getsockname()[1]}", 0.5)
     assert place_of(FileStore("/tmp/deepep-no-such-store", -1)) == "file:/tmp/deepep-no-such-store"

@@ -37,7 +37,6 @@ def test_permutations_are_unlike_each_other_and_the_order() -> None:
     """Fixed points, pairs that stay neighbours, and agreements of two permutations are about one each: for
     random ones their numbers have a Poisson distribution, so 12 of them have one chance in a billion.
     """
-    size = 1 << 12
     for size in (4096, 5000, 60_000):
         order = torch.arange(size)
         one, other = (shuffled(order, size, f"{seed} 0") for seed in (1, 2))

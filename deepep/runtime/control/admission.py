@@ -85,11 +85,7 @@ def dismiss(control: ControlPlane, ranks: Sequence[int]) -> None:
     """Leaves out ranks for good, this one among them perhaps: it lets the others go first. Collective."""
     membership = control.membership
     stay = [rank for rank in membership.members if rank not in ranks]
-
-    def body(link: Link, limits: dict[int, int]) -> None:
-        pass
-
-    _perform(control, Operation.DISMISS, body, {"ranks": _digest(tuple(ranks))})
+    control.barrier(Schedule(), {"ranks": _digest(tuple(ranks))}, Operation.DISMISS)
 
     def leave() -> None:
         if membership.rank in ranks:

@@ -30,11 +30,15 @@ def place_of(store: Store) -> str:
 
 
 def open_store(place: str, timeout: float) -> Store:
-    """The store at a place, on a connection of its own. Raises RangeError if it needs another way."""
+    """The store at a place, on a connection of its own. Raises RangeError if none answers there."""
     kind, _, where = place.partition(":")
     if kind == "tcp":
         host, _, port = where.rpartition(":")
-        return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
+        try:
+            return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
+        except RuntimeError as error:  # torch's own, for whatever keeps it from connecting
+            reason = str(error).partition("\n")[0]
+            raise RangeError("store", f"{place} ({reason})"[:300], "one that answers") from None
     if kind == "file":
         store = FileStore(where, -1)
         store.set_timeout(timedelta(seconds=timeout))

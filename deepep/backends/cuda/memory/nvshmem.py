@@ -58,8 +58,8 @@ class SymmetricPart:
 class NvshmemProcess:
     """NVSHMEM in this process, from its start (or since it was joined) to the process's end.
 
-    pe, num_pes: this process's PE and their number. is_counted: nvshmem4py was told to start it, here, and is
-    told to end it; false where the user had started it through nvshmem4py, whose memory that would free.
+    pe, num_pes: this process's PE and their number. is_counted: nvshmem4py started it, here, and is to
+    end it; false where the user had started it through nvshmem4py, whose memory that would free.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class NvshmemProcess:
         is free that is large enough.
         """
         with self._lock:
-            told = exchange(json.dumps([self.pe, num_bytes, self._free.ranges]).encode())
-            pes, sizes, free = zip(*(_parse(raw) for raw in told), strict=True)
+            posted = exchange(json.dumps([self.pe, num_bytes, self._free.ranges]).encode())
+            pes, sizes, free = zip(*(_parse(raw) for raw in posted), strict=True)
             for rank, size in enumerate(sizes):
                 if size != sizes[0]:
                     raise MismatchError("num_bytes", str(size), f"{sizes[0]}, as on rank 0", rank)
@@ -176,9 +176,9 @@ class NvshmemOwner:
                     slab = binding.allocate(num_bytes)
             except Exception as error:  # NVSHMEM's own classes; all ranks learn of it
                 problem = _first_line(error)
-            for at, told in enumerate(exchange(problem.encode())):
-                if told:
-                    raise ModeError("NVSHMEM", told.decode(), "a start and an allocation that succeed", at)
+            for at, posted in enumerate(exchange(problem.encode())):
+                if posted:
+                    raise ModeError("NVSHMEM", posted.decode(), "a start and an allocation that succeed", at)
             assert slab is not None
             counted = facts.state != "running"
             self.process = NvshmemProcess(binding, slab, is_counted=counted, exchange=exchange)
@@ -200,7 +200,7 @@ class NvshmemOwner:
             found = binding.state()
             pe, pes = (-1, 0) if found == "stopped" else binding.pe()
             ordering = binding.write_ordering()
-        except Exception as error:
+        except Exception as error:  # the binding's own classes; it goes to the others as a fact
             return None, facts("missing", problem=_first_line(error))
         return binding, facts(found, pe=pe, pes=pes, version=binding.version, write_ordering=ordering)
 

@@ -29,32 +29,32 @@ class StoreExchange:
         """Every rank's bytes, by rank. Raises PeerTimeoutError with the ranks that did not come."""
         number, begin = self._count, time.monotonic()
         self._count += 1
-        told: dict[int, bytes] = {}
+        posted: dict[int, bytes] = {}
         try:
             self._store.set(f"{number}/{self._rank}", base64.b64encode(mine).decode() + ".")
             while True:
-                for rank in set(range(self._num_ranks)) - set(told):
+                for rank in set(range(self._num_ranks)) - set(posted):
                     raw = self._store.get(f"{number}/{rank}")
                     if raw is not None:
-                        told[rank] = base64.b64decode(raw.rstrip(b"."))
-                if len(told) == self._num_ranks:
+                        posted[rank] = base64.b64decode(raw.rstrip(b"."))
+                if len(posted) == self._num_ranks:
                     # Whoever posts this one has read the one before.
                     self._store.remove(f"{number - 1}/{self._rank}")
-                    return [told[rank] for rank in range(self._num_ranks)]
+                    return [posted[rank] for rank in range(self._num_ranks)]
                 if time.monotonic() - begin > self._timeout:
-                    raise self._fault(number, told, begin)
+                    raise self._fault(number, posted, begin)
                 time.sleep(_POLL)
         except StoreError as error:
-            raise self._fault(number, told, begin, f"the store failed: {error}") from None
+            raise self._fault(number, posted, begin, f"the store failed: {error}") from None
 
-    def _fault(self, number: int, told: dict[int, bytes], begin: float, why: str = "") -> PeerTimeoutError:
+    def _fault(self, number: int, posted: dict[int, bytes], begin: float, why: str = "") -> PeerTimeoutError:
         record = FaultRecord(
             operation="NVSHMEM",
             phase=f"exchange {number}",
             rank=self._rank,
-            waited_on=() if why else tuple(sorted(set(range(self._num_ranks)) - set(told))),
+            waited_on=() if why else tuple(sorted(set(range(self._num_ranks)) - set(posted))),
             expected=self._num_ranks,
-            seen=len(told),
+            seen=len(posted),
             seconds=time.monotonic() - begin,
         )
         return PeerTimeoutError(record, why)
