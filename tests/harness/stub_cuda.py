@@ -214,7 +214,7 @@ def install(num_rows: int) -> None:
     cuda.current_stream = lambda device=None: stream
     cuda.stream = contextlib.nullcontext
     cuda.is_current_stream_capturing = lambda: False
-    cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     cuda.synchronize = lambda device=None: None
     cuda.MemPool = lambda allocator: SimpleNamespace(id=(0, 1), snapshot=list)
     cuda.memory.CUDAPluggableAllocator = lambda *args: SimpleNamespace(allocator=lambda: None)
