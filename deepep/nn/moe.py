@@ -19,7 +19,13 @@ from deepep.nn.experts import (
     GroupedSwiGLU,
     SwiGLU,
 )
-from deepep.nn.placing import agree_on, checked_placement, move_experts, sum_replica_gradients
+from deepep.nn.placing import (
+    agree_on,
+    checked_placement,
+    move_experts,
+    sum_replica_gradients,
+    watch_replica_gradients,
+)
 from deepep.nn.precision import (
     autocast_dtype,
     check_multiplies,
@@ -78,7 +84,8 @@ class ExpertParallelMoE(nn.Module):
             itself what it keeps.
         placement: where experts lie, and which have replicas (deepep.placement); the same on all ranks. None:
             rank r has experts r * L to (r + 1) * L - 1. Replicas begin equal; `sum_replica_gradients` keeps
-            them so in training. `move_to` another one, at any time.
+            them so in training, and an optimizer that steps without it raises ModeError. `move_to` another
+            one, at any time.
         seed: of the weights.
         device: of the parameters; torch's default device where one is set, else the buffer's.
         dtype: of the parameters; bfloat16 on CUDA, torch's default dtype on the CPU.
@@ -134,7 +141,7 @@ class ExpertParallelMoE(nn.Module):
         self.hidden, self.num_experts, self.num_topk, self.seed = hidden, num_experts, num_topk, seed
         self.rank, self.placement = buffer.rank, checked_placement(placement, num_experts, num_ranks)
         self.num_physical = num_experts if placement is None else placement.num_physical
-        self.num_local_experts = self.num_physical // num_ranks
+        self.num_local_experts, self.num_expert_ranks = self.num_physical // num_ranks, num_ranks
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
         first = self.rank * self.num_local_experts
         numbers = None if placement is None else placement.of_rank(self.rank)
@@ -177,6 +184,8 @@ class ExpertParallelMoE(nn.Module):
             number, rows, self._physical(routing.topk_idx), routing.topk_weights, self.num_physical
         )
         with posting_errors(number, Operation.COMBINE, "experts"):
+            if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                watch_replica_gradients(self.experts.parameters())
             rows = self._apply_experts(received)  # [N, H]
         y = combine(rows, received.route)
         if beside is not None:
@@ -229,6 +238,23 @@ class ExpertParallelMoE(nn.Module):
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of this rank's experts: keep them out of data-parallel all-reduces."""
         yield from self.experts.parameters()
+
+    @property
+    def expert_numbers(self) -> tuple[int, ...]:
+        """The experts of this rank, by their numbers in the model."""
+        first = self.rank * self.num_local_experts
+        consecutive = range(first, first + self.num_local_experts)
+        return tuple(consecutive if self.placement is None else self.placement.of_rank(self.rank))
+
+    def first_replicas(self) -> list[int]:
+        """Places, in the parameters' first dimension, of the experts whose first replica is this rank's."""
+        if self.placement is None:
+            return list(range(self.num_local_experts))
+        first = self.rank * self.num_local_experts
+        replicas = self.placement.replicas_of
+        return [
+            place for place, expert in enumerate(self.expert_numbers) if replicas[expert][0] == first + place
+        ]
 
     def sum_replica_gradients(self) -> None:
         """Gives the replicas of an expert the sum of their gradients, each of a share of its tokens:

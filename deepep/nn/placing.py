@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
-from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError, ShapeError
+from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, ModeError, RangeError, ShapeError
 from deepep.nn.precision import check_plain
 from deepep.placement.experts import ExpertPlacement
 from deepep.runtime.checks import check_int
@@ -22,6 +25,12 @@ from deepep.runtime.control.transport import gather_bytes
 
 CHUNK = 1 << 24
 """Elements that one all_reduce takes, or one expert's replicas if they are more."""
+
+_watched: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+"""Hooks of the weights of replicated experts."""
+_unsummed: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+"""Those whose gradient is this rank's share alone."""
+_is_watching = False
 
 
 def checked_placement(placement: object, num_experts: int, num_ranks: int) -> ExpertPlacement | None:
@@ -67,6 +76,8 @@ def sum_replica_gradients(
     weights: Sequence[torch.nn.Parameter], placement: ExpertPlacement, rank: int, group: Any
 ) -> None:
     """Sums the gradients of an expert's replicas: `ExpertParallelMoE.sum_replica_gradients`."""
+    for weight in weights:
+        _unsummed.pop(weight, None)
     local, first = placement.num_local, rank * placement.num_local
     shared = [replicas for replicas in placement.replicas_of if len(replicas) > 1]
     for weight in weights:
@@ -92,6 +103,33 @@ def sum_replica_gradients(
                     if physical // local == rank:
                         gradient[physical - first] = total.to(sent.dtype)
                 begin += len(replicas)
+
+
+def watch_replica_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
+    """Has an optimizer raise ModeError that steps after a backward without `sum_replica_gradients`, before it
+    changes anything: replicas would part, and every rank would go on with experts of its own.
+    """
+    global _is_watching
+    if not _is_watching:
+        register_optimizer_step_pre_hook(_check_summed)
+        _is_watching = True
+    for weight in weights:
+        if weight.requires_grad and weight not in _watched:
+            _watched[weight] = weight.register_post_accumulate_grad_hook(_note_gradient)
+
+
+def _note_gradient(weight: Tensor) -> None:
+    _unsummed[weight] = True
+
+
+def _check_summed(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    if not _unsummed:
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and weight in _unsummed:
+                allowed = "layer.sum_replica_gradients() before it, or the experts' replicas part"
+                raise ModeError("step", "gradients of one replica alone", allowed)
 
 
 def move_experts(

@@ -2,11 +2,13 @@
 
 DistributedDataParallel          gradients reduced as the options say; experts left to their ranks
 optimize                         a model, a group, or the default group
+clip_grad_norm_                  gradients' norm, each expert counted once
 ElasticSampler                   which samples a rank takes, by the step and who is there
 set_config, configured           options of the process, of a block; ParallelConfig has their names
 """
 
 from deepep.collectives.plan import ReductionPlan
+from deepep.parallel.clipping import clip_grad_norm_
 from deepep.parallel.config import ParallelConfig, configured, get_config, set_config
 from deepep.parallel.ddp import DistributedDataParallel
 from deepep.parallel.optimize import Optimized, optimize
@@ -18,6 +20,7 @@ __all__ = [
     "Optimized",
     "ParallelConfig",
     "ReductionPlan",
+    "clip_grad_norm_",
     "configured",
     "get_config",
     "optimize",

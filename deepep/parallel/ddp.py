@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataParallel
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from deepep.collectives import Communicator
 from deepep.collectives.communicator import DTYPES
 from deepep.collectives.plan_table import PlanTable
 from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
+from deepep.parallel.experts import (
+    ExpertReducer,
+    check_replicas,
+    expert_parameters,
+    forget_reductions,
+    group_of_replicas,
+    make_equal,
+    scale_gradients,
+    statement_of_experts,
+)
 from deepep.parallel.hook import BucketReducer, reduce_bucket
 from deepep.parallel.planning import table_of
 
 GRADIENTS = ("mean", "sum")
-_scalings: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
-"""The hooks of `scale_gradients`, by parameter."""
 
 
 class DistributedDataParallel(TorchDistributedDataParallel):
@@ -40,10 +45,13 @@ class DistributedDataParallel(TorchDistributedDataParallel):
     device_ids: as torch's; several are the node's, of which this rank takes that of its local rank. In a
         process without a group they are torch.nn.DataParallel's, which is then what one gets, with a warning.
 
-    Parameters of experts (modules with `expert_parameters()`, as deepep.nn.ExpertParallelMoE) are this rank's
-    own: they are neither broadcast nor reduced. Their gradients are sums over all ranks' losses, and are
-    divided by the ranks where the others are averaged: loss.backward(), undivided, is the mean's gradient for
-    every parameter.
+    expert_group: the ranks that hold the same experts as this one, where a model's ranks are several groups
+        between which no tokens go: a process group, or one dimension of a device mesh.
+
+    Parameters of experts (modules with `expert_parameters()`, as deepep.nn.ExpertParallelMoE) are not every
+    rank's: they are neither broadcast to all nor reduced over all, but over `expert_group`. Their gradients
+    are sums over the losses of the ranks that exchange tokens, and are divided where the others are averaged:
+    loss.backward(), undivided, is the mean's gradient for every parameter.
 
     A rank that is missing in a backward has that backward raise PeerTimeoutError on the others, at its end;
     gradients are not to be used then. Raises ArgumentError (and its kinds) for what does not fit, and
@@ -70,6 +78,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         *torch_arguments: Any,
         config: ParallelConfig | None = None,
         gradient: str = "mean",
+        expert_group: Any = None,
         **torch_options: Any,
     ) -> None:
         if config is not None and not isinstance(config, ParallelConfig):
@@ -80,7 +89,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             raise ArgumentError(
                 "mixed_precision", "a policy", "None: it takes torch's own hook; use autocast"
             )
-        options = config or get_config()
+        options, replicas = config or get_config(), group_of_replicas(expert_group)
         if device_ids is not None and len(device_ids) > 1:
             device_ids = [_device_of_this_rank(module, list(device_ids))]
         experts = dict(expert_parameters(module))
@@ -96,15 +105,42 @@ class DistributedDataParallel(TorchDistributedDataParallel):
                 allowed = "parameters of float32, bfloat16, float16 or float64"
                 raise ArgumentTypeError(name, str(parameter.dtype).removeprefix("torch."), allowed)
         self._bucket_reducer: BucketReducer | None = None
+        self._expert_reducer: ExpertReducer | None = None
+        self.expert_group = replicas
         super().__init__(module, device_ids, output_device, dim, *torch_arguments, **torch_options)
         # A second backward reduces what the first has reduced together with what it adds: right for a mean
         # alone. So a sum is the mean of R times the addends.
         num_ranks = self.process_group.size()
+        num_replicas = 1 if replicas is None else replicas.size()
+        if experts:
+            check_replicas(module, num_ranks, num_replicas)
         replicated = [p for n, p in module.named_parameters() if n not in ignored]
-        scale_gradients(experts.values(), 1, num_ranks if gradient == "mean" else 1)
+        forget_reductions(module.parameters())
+        if gradient == "mean":
+            scale_gradients(experts.values(), 1, num_ranks // num_replicas)
+        else:
+            scale_gradients(experts.values(), num_replicas, 1)
         scale_gradients(replicated, num_ranks if gradient == "sum" else 1, 1)
         if not options.is_torchs:
             self._bucket_reducer = attach(self, options, gradient)
+        if replicas is not None and experts:
+            self._reduce_experts(module, replicas, options)
+
+    def _reduce_experts(
+        self, module: nn.Module, replicas: dist.ProcessGroup, options: ParallelConfig
+    ) -> None:
+        statement = {"config": repr(options), "experts": statement_of_experts(module)}
+        reducer = reducer_over(replicas, self, options, statement)
+        experts = [parameter for _, parameter in expert_parameters(module)]
+        make_equal(experts, replicas)
+        self._expert_reducer = ExpertReducer(experts, reducer, lambda: self._has_synced)
+        self._has_synced = True
+        self.register_forward_pre_hook(DistributedDataParallel._before_forward)
+
+    def _before_forward(self, inputs: Any) -> None:
+        """As torch's: a backward is reduced if its forward was not inside no_sync."""
+        if torch.is_grad_enabled():
+            self._has_synced = self.require_backward_grad_sync
 
     def join_hook(self, **kwargs: Any) -> Any:
         """torch's, for uneven inputs.
@@ -132,6 +168,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         """
         reducer = self._reducer_of_ours()
         reducer.next_config = with_changes(reducer.next_config or reducer.config, changes)
+        if self._expert_reducer is not None:
+            self._expert_reducer.reducer.next_config = reducer.next_config
 
     def report(self) -> dict[str, Any]:
         """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans` by
@@ -159,6 +197,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         """Ends communication; collective, idempotent. At the latest, the process's end does it."""
         if self._bucket_reducer is not None:
             self._bucket_reducer.comm.close()
+        if self._expert_reducer is not None:
+            self._expert_reducer.reducer.comm.close()
 
     def _reducer_of_ours(self) -> BucketReducer:
         if self._bucket_reducer is None:
@@ -170,49 +210,33 @@ def attach(
     model: TorchDistributedDataParallel, config: ParallelConfig, gradient: str = "mean"
 ) -> BucketReducer:
     """Has a torch DDP's buckets reduced by `config`. Collective over its group."""
-    comm = Communicator(
-        model.process_group,
-        device="cpu" if model.device_type == "cpu" else model.device,
-        timeout=config.seconds,
-        statement={
+    reducer = reducer_over(
+        *(model.process_group, model, config),
+        {
             "config": repr(config),
             "gradient": gradient,
             # By which the ranks cut buckets alike; one cap, or several (torch from 2.13 on).
             "buckets": repr((model.bucket_bytes_cap, getattr(model, "bucket_bytes_cap_list", []))),
         },
     )
-    reducer = BucketReducer(comm, config, table_of(comm, config))
     TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
     return reducer
 
 
-def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that only this rank has: those that a submodule's `expert_parameters()` gives."""
-    owned: set[int] = set()
-    for part in module.modules():
-        find = getattr(part, "expert_parameters", None)
-        if callable(find):
-            owned.update(id(parameter) for parameter in find())
-    for name, parameter in module.named_parameters():
-        if id(parameter) in owned:
-            yield name, parameter
-
-
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: int, divisor: int) -> None:
-    """Multiplies and divides what every backward adds to these parameters' gradients, in place of what an
-    earlier call had it multiplied and divided by: a module may be wrapped again.
-    """
-
-    def scaled(gradient: Tensor) -> Tensor:
-        return gradient * factor / divisor
-
-    is_scaled = factor != divisor
-
-    for parameter in parameters:
-        if parameter in _scalings:
-            _scalings.pop(parameter).remove()
-        if parameter.requires_grad and is_scaled:
-            _scalings[parameter] = parameter.register_hook(scaled)
+def reducer_over(
+    group: dist.ProcessGroup,
+    model: TorchDistributedDataParallel,
+    config: ParallelConfig,
+    statement: dict[str, str],
+) -> BucketReducer:
+    """A reducer of the model's gradients over a group, whose ranks pass the same statement. Collective."""
+    comm = Communicator(
+        group,
+        device="cpu" if model.device_type == "cpu" else model.device,
+        timeout=config.seconds,
+        statement=statement,
+    )
+    return BucketReducer(comm, config, table_of(comm, config))
 
 
 def _has_ranks() -> bool:

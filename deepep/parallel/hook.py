@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ from deepep.parallel.config import ParallelConfig
 from deepep.parallel.drift import DriftDetector
 from deepep.parallel.planning import plan_of, table_of
 from deepep.parallel.policy import BucketFormat, BucketNoise, measure, square_of
+
+
+class Bucket(Protocol):
+    """A part of the gradients, as torch.distributed.GradBucket."""
+
+    def index(self) -> int:
+        """Its place in the order of the backward, from 0."""
+
+    def buffer(self) -> Tensor:
+        """The gradients, which are reduced in place."""
+
+    def is_last(self) -> bool:
+        """True of a backward's last."""
 
 
 @dataclass
@@ -47,7 +61,7 @@ class BucketReducer:
     _sizes: dict[int, int] = field(default_factory=dict)
     _planned: tuple[float, float] = (0.0, 0.0)  # when plans were last measured again, and for how long
 
-    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
+    def reduce(self, bucket: Bucket) -> Future[Tensor]:
         """Starts a bucket; its future is the bucket itself, reduced. Never raises inside autograd, which
         would leave torch's reducer half done: a bucket that fails is completed with what this rank has, and
         the failure raised once backward has come to its end.
@@ -60,7 +74,7 @@ class BucketReducer:
         if bucket.is_last():
             self.step += 1
             if in_backward:
-                _at_the_end_of_backward(self._raise)
+                at_the_end_of_backward(self._raise)
         if self._failure is not None:
             return _completed(tensor)
         try:
@@ -217,7 +231,7 @@ def _completed(tensor: Tensor) -> Future[Tensor]:
     return future
 
 
-def _at_the_end_of_backward(call: Callable[[], None]) -> None:
+def at_the_end_of_backward(call: Callable[[], None]) -> None:
     """Calls after torch's reducer has waited for the buckets, in a callback that it queues after this one."""
     engine = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(call))

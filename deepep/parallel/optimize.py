@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel as TorchDistributedDataPar
 
 from deepep.errors import ArgumentTypeError, ModeError
 from deepep.parallel.config import ParallelConfig, get_config
-from deepep.parallel.ddp import DistributedDataParallel, attach, expert_parameters
+from deepep.parallel.ddp import DistributedDataParallel, attach
+from deepep.parallel.experts import expert_parameters
 from deepep.parallel.group import CommGroup
 
 
