@@ -50,6 +50,22 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = 
     return out
 
 
+def grouped_mm_to_ends(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` where the ends [L] int32 of each expert's rows are known on the device of x alone.
+
+    Rows of x [P, A] behind the last end belong to nobody; those of the result have any value. Not
+    differentiable. Waits for the device where torch's grouped product does not take the operands.
+    """
+    native = _native()
+    if native is not None and _is_native(x, weight):
+        return native(x, weight, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).to("cpu", torch.int64)
+    used = int(counts.sum())
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    out[:used] = grouped_mm.function(x[:used], weight, counts)
+    return out
+
+
 @grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepep.errors import ArgumentTypeError, DeviceError, RangeError, ShapeError
+from deepep.errors import ArgumentTypeError, CapacityError, DeviceError, RangeError, ShapeError
 from deepep.gate import sigmoid_topk
 from deepep.nn.buffers import BufferLike, buffer_number, buffer_of, posting_errors
 from deepep.nn.exchange import Received, combine, dispatch
@@ -19,6 +19,7 @@ from deepep.nn.experts import (
     GroupedSwiGLU,
     SwiGLU,
 )
+from deepep.nn.fixed import check_fixed, exchange_and_apply
 from deepep.nn.placing import (
     agree_on,
     checked_placement,
@@ -44,7 +45,7 @@ from deepep.nn.scaled import (
     expand_scaled_rows,
 )
 from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
-from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
+from deepep.runtime.checks import INDEX_DTYPES, MOST, check_int, dtype_names
 from deepep.runtime.requests import Operation
 
 
@@ -82,6 +83,9 @@ class ExpertParallelMoE(nn.Module):
         recompute: keep of the experts' forward nothing but the rows received, and repeat it in the backward:
             activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
             itself what it keeps.
+        num_max_tokens: M, the most tokens that any rank brings, the same on all ranks; 0: any number. With
+            it a forward without gradients has fixed shapes: the host waits for nothing, a CUDA graph can hold
+            it, and it takes memory for R * M * K rows, as if all tokens of all ranks came to each.
         placement: where experts lie, and which have replicas (deepep.placement); the same on all ranks. None:
             rank r has experts r * L to (r + 1) * L - 1. Replicas begin equal; `sum_replica_gradients` keeps
             them so in training, and an optimizer that steps without it raises ModeError. `move_to` another
@@ -116,6 +120,7 @@ class ExpertParallelMoE(nn.Module):
         shared_hidden: int = 0,
         fp8_dispatch: bool = False,
         recompute: bool = False,
+        num_max_tokens: int = 0,
         placement: ExpertPlacement | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -134,6 +139,7 @@ class ExpertParallelMoE(nn.Module):
             if not isinstance(flag, bool):
                 raise ArgumentTypeError(name, type(flag).__name__, "a bool")
         self.fp8_dispatch, self.recompute = fp8_dispatch, recompute
+        self.num_max_tokens = check_int("num_max_tokens", num_max_tokens, 0, MOST)
         made, self.row_dtypes = parameter_options(buffer, device, dtype), summed_dtypes(buffer)
         if fp8_dispatch:
             check_casts(hidden, made["dtype"])
@@ -149,6 +155,8 @@ class ExpertParallelMoE(nn.Module):
             *(self.num_local_experts, hidden, expert_hidden),
             **{"seed": seed, "first_expert": first, "numbers": numbers, **made},
         )
+        if num_max_tokens:
+            check_fixed(self.experts, self.experts.down.device, self.experts.down.dtype)
         self.shared = SwiGLU(hidden, shared_hidden, seed=seed + 1, **made) if shared_hidden else None
         # Tables of the placement: buffers, so that they are where the parameters are; no part of the model.
         self.replicas: Tensor | None
@@ -179,6 +187,14 @@ class ExpertParallelMoE(nn.Module):
         with posting_errors(number, Operation.DISPATCH, "shared"):
             # Before the dispatch, which has the host wait for counts: the device is busy meanwhile.
             beside = None if self.shared is None else self.shared(tokens)
+        if self._is_fixed():
+            y = exchange_and_apply(
+                *(number, self.experts, rows, self._physical(routing.topk_idx), routing.topk_weights),
+                num_experts=self.num_physical,
+                num_max_tokens=self.num_max_tokens,
+                in_fp8=self.fp8_dispatch,
+            )
+            return (y if beside is None else y + beside).view(x.shape)
         send = dispatch_scaled if self.fp8_dispatch else dispatch
         received = send(
             number, rows, self._physical(routing.topk_idx), routing.topk_weights, self.num_physical
@@ -191,6 +207,10 @@ class ExpertParallelMoE(nn.Module):
         if beside is not None:
             y = y + beside
         return y.view(x.shape)
+
+    def _is_fixed(self) -> bool:
+        """Tell whether this forward has fixed shapes."""
+        return self.num_max_tokens > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _physical(self, topk_idx: Tensor) -> Tensor:
         """The experts of the router's choice as dispatch numbers them."""
@@ -221,6 +241,11 @@ class ExpertParallelMoE(nn.Module):
         if dtype not in self.row_dtypes:
             allowed = f"{dtype_names(self.row_dtypes)}, which combine sums"
             raise ArgumentTypeError("x", dtype_names([dtype]), allowed)
+        if self._is_fixed():
+            check_fixed(self.experts, x.device, dtype)
+            if x.numel() > self.num_max_tokens * self.hidden:
+                got, allowed = f"{x.numel() // self.hidden} tokens", f"at most {self.num_max_tokens}"
+                raise CapacityError("num_max_tokens", got, allowed)
         for module in (self.experts, self.shared):
             if isinstance(module, GroupedSwiGLU | SwiGLU) and not is_distributed(module.down):
                 check_multiplies(x, module.down)

@@ -59,22 +59,7 @@ def sort_pairs(topk_idx: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     num_pairs = sum(counts.tolist())
     if kernels.serve(topk_idx):
-        pairs = topk_idx.new_empty(num_pairs, dtype=torch.int64)
-        slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int64)
-        ends = topk_idx.new_empty(counts.shape[0], dtype=torch.int32)
-        kernels.launch(
-            "sort_pairs",
-            topk_idx,
-            topk_idx=topk_idx,
-            index_bytes=topk_idx.element_size(),
-            num_local_experts=counts.shape[0],
-            num_entries=topk_idx.numel(),
-            num_pairs=num_pairs,
-            pairs=pairs,
-            slots=slots,
-            ends=ends,
-        )
-        return pairs, slots, ends
+        return _launch_sort(topk_idx, counts.shape[0], num_pairs)
     if topk_idx.device.type == "cpu":
         found = torch.bincount(topk_idx[topk_idx >= 0], minlength=counts.shape[0])
         if not torch.equal(found, counts):
@@ -90,6 +75,35 @@ def _(topk_idx: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.empty_like(topk_idx, dtype=torch.int64),
         topk_idx.new_empty(counts.shape[0], dtype=torch.int32),
     )
+
+
+def sort_pairs_to_ends(topk_idx: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where nobody has counted, without a wait where kernels serve: pairs [N * K] then, of which
+    the first ends[-1] say anything.
+    """
+    if kernels.serve(topk_idx):
+        return _launch_sort(topk_idx, num_local_experts, topk_idx.numel())
+    pairs, counts, slots = expert_rows.function(topk_idx, num_local_experts)
+    return pairs, slots, ends_of(counts, topk_idx.device)
+
+
+def _launch_sort(topk_idx: Tensor, num_local_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = topk_idx.new_empty(num_pairs, dtype=torch.int64)
+    slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int64)
+    ends = topk_idx.new_empty(num_local_experts, dtype=torch.int32)
+    kernels.launch(
+        "sort_pairs",
+        topk_idx,
+        topk_idx=topk_idx,
+        index_bytes=topk_idx.element_size(),
+        num_local_experts=num_local_experts,
+        num_entries=topk_idx.numel(),
+        num_pairs=num_pairs,
+        pairs=pairs,
+        slots=slots,
+        ends=ends,
+    )
+    return pairs, slots, ends
 
 
 def ends_of(counts: Tensor, device: torch.device) -> Tensor:

@@ -154,7 +154,7 @@ def _dispatch_scaled(
     assert received.topk_weights is not None
     row_bytes = row_bytes_of(values, scales, topk_idx, topk_weights)
     report_exchange(engine, "dispatch", tables[1].t(), row_bytes, started)
-    rows = _stand_in(x, len(received.x)), received.x, received.scales
+    rows = stand_in_for(x, len(received.x)), received.x, received.scales
     return *rows, received.topk_idx, received.topk_weights, *tables
 
 
@@ -169,14 +169,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, hidden = torch.library.get_ctx().new_dynamic_size(), x.shape[1]
     return (
-        _stand_in(x, num_rows),
+        stand_in_for(x, num_rows),
         x.new_empty(num_rows, hidden, dtype=torch.float8_e4m3fn),
         x.new_empty(num_rows, hidden // GROUP, dtype=torch.float32),
         *fake_fields(num_rows, x, topk_idx, topk_weights, num_experts, buffer),
     )
 
 
-def _stand_in(x: Tensor, num_rows: Any) -> Tensor:
+def stand_in_for(x: Tensor, num_rows: Any) -> Tensor:
     """[N, H] of one element's memory."""
     return x.new_empty_strided((num_rows, x.shape[1]), (0, 0))
 

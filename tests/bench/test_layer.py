@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from deepep.bench.layer.plain import PlainLayer
-from deepep.bench.layer.rank import FORWARD, PLAIN, PRODUCTS, SCALED, TRAINED, run_layer_rank
+from deepep.bench.layer.rank import FIXED, FORWARD, PLAIN, PRODUCTS, SCALED, TRAINED, run_layer_rank
 from deepep.bench.layer.table import print_layer_report
 from deepep.bench.sweep import Shape, Sweep
 from deepep.errors import ArgumentError
@@ -41,7 +41,8 @@ def test_plain_torch_computes_the_same_and_all_is_measured(world_of: Any) -> Non
     for report in world_of(2).run(measured, False):
         assert report.problems == []
         assert [(f.operation, f.by) for f in report.figures] == [
-            (operation, by) for operation in (FORWARD, TRAINED) for by in ("deepep", PLAIN, PRODUCTS)
+            *((FORWARD, by) for by in ("deepep", PLAIN, FIXED, PRODUCTS)),
+            *((TRAINED, by) for by in ("deepep", PLAIN, PRODUCTS)),
         ]
         assert all(0 < f.median <= f.p99 for f in report.figures)
     out = io.StringIO()
@@ -56,7 +57,8 @@ def test_rows_in_fp8_are_measured_where_they_can_be_cast(world_of: Any) -> None:
     sweep = replace(SMALL, shapes=(replace(SHAPE, hidden=128),))
     for report in world_of(2).run(measured, False, sweep):
         assert report.problems == []
-        assert [f.by for f in report.figures] == 2 * ["deepep", SCALED, PLAIN, PRODUCTS]
+        forward, both = ["deepep", SCALED, PLAIN, FIXED], ["deepep", SCALED, PLAIN, PRODUCTS]
+        assert [f.by for f in report.figures] == [*forward, PRODUCTS, *both]
         assert {f.dtype for f in report.figures if f.by == SCALED} == {"fp8"}
 
 

@@ -127,7 +127,7 @@ def write(path: Path, text: str) -> None:
 
 
 def defective_body(text: str, mutation: Mutation, number: int) -> tuple[int, str]:
-    """Where the body of the function begins in which the defect is, and the body with it, if it is chosen."""
+    """Find where the function with the defect begins; the body with it, run where it is chosen."""
     if text.count(mutation.old) != 1:
         raise SystemExit(
             f"{mutation.name}: its text occurs {text.count(mutation.old)} times in {mutation.header}"

@@ -13,6 +13,7 @@ from deepep.api.buffer import Buffer
 from deepep.bench.clock import Clock, CudaClock, Stage
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.layer.plain import PlainLayer, Products
+from deepep.bench.low_latency.graph import capture
 from deepep.bench.rank import FUNCTIONAL, TIMEOUT, Bench, Progress, WrongResultError
 from deepep.bench.sweep import SCALE_GROUP, Shape, Sweep
 from deepep.nn import ExpertParallelMoE
@@ -22,6 +23,8 @@ FORWARD, TRAINED = "forward", "forward + backward"
 PLAIN, PRODUCTS = "plain torch", "products alone"
 #: The layer with fp8_dispatch: other results, three digits of mantissa, that are not compared.
 SCALED = f"{OURS}, FP8 rows"
+#: The layer with num_max_tokens, in a CUDA graph where there is CUDA: forward alone, with the same results.
+FIXED = f"{OURS}, fixed shapes"
 #: The Frobenius norm of the difference between two layers' results, over the norm. Both round weights,
 #: weighted rows, sums of a rank and of all to bfloat16, in another order: 2^-9 each at most, and in the
 #: backward as much again. With every row astray it is above 1.
@@ -81,10 +84,29 @@ class LayerBench(Bench):
             layers.insert(1, (SCALED, with_scaled_rows(moe)))
         for by, layer in layers:
             self._time(shape, FORWARD, by, _inference(layer, x))
+        self._time(shape, FORWARD, FIXED, self._fixed(shape, moe, x))
         self._time(shape, FORWARD, PRODUCTS, products.forward)
         for by, layer in layers:
             self._time(shape, TRAINED, by, _step(moe, layer, x, grad))
         self._time(shape, TRAINED, PRODUCTS, products.forward_backward)
+
+    def _fixed(self, shape: Shape, moe: ExpertParallelMoE, x: Tensor) -> Callable[[], object]:
+        """A forward in fixed shapes, in a CUDA graph where there is CUDA. Raises WrongResultError."""
+        fixed = copy(moe)
+        fixed.num_max_tokens = shape.tokens
+        forward = _inference(fixed, x)
+        call: Callable[[], object] = forward
+        if self._device.type == "cpu":
+            made = forward()
+        else:
+            outputs: list[Tensor] = []
+            call = capture(lambda: outputs.append(forward()), 1, self._device).replay
+            call()
+            made = outputs[-1]
+        if self._sweep.check:
+            off = difference(made, _inference(moe, x)())
+            self._agree(f"{shape} {FIXED}", "" if off <= TOLERANCE else f"off by {off:.2e}", ours=True)
+        return call
 
     def _time(self, shape: Shape, operation: str, by: str, call: Callable[[], object] | Stage) -> None:
         self._say(f"{shape} {by} {operation}")

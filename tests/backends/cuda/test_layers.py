@@ -66,3 +66,43 @@ def test_a_layer_learns_the_same(pair: World, compiles: bool, fp8: bool) -> None
         for ours, wanted in zip(kernels[rank], reference[rank], strict=True):
             assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))
         assert any(t.abs().sum() > 0 for t in kernels[rank])
+
+
+def decode(ctx: Any, fp8: bool) -> list[bool]:
+    """Compare a captured forward in fixed shapes with the usual one, for inputs of any length."""
+    import deepep
+    from deepep.nn import ExpertParallelMoE
+
+    buffer = deepep.Buffer(ctx.group, timeout=30.0, backend="cuda")
+    moe = ExpertParallelMoE(
+        buffer,
+        hidden=256,
+        expert_hidden=128,
+        num_experts=16,
+        num_topk=4,
+        shared_hidden=64,
+        fp8_dispatch=fp8,
+        num_max_tokens=64,
+        device=ctx.device,
+        dtype=torch.bfloat16,
+    )
+    same = []
+    for tokens in ((40, 64)[ctx.rank], (5, 0)[ctx.rank]):
+        x = torch.zeros(tokens, 256, dtype=torch.bfloat16, device=ctx.device)
+        with torch.no_grad():
+            moe(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                y = moe(x)
+        for step in range(3):
+            torch.manual_seed(10 * step + ctx.rank)
+            x.copy_(torch.randn(tokens, 256, dtype=torch.bfloat16))
+            graph.replay()
+            same.append(torch.equal(y, moe(x).detach()))
+    buffer.destroy()
+    return same
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16 rows", "fp8 rows"])
+def test_a_forward_in_fixed_shapes_is_captured_and_replayed(pair: World, fp8: bool) -> None:
+    assert pair.run(decode, fp8) == [[True] * 6] * 2
