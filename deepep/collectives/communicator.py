@@ -20,9 +20,10 @@ from deepep.collectives.codecs import FIXED, LOSSY, PLAIN, FixedPoint, Messages
 from deepep.collectives.cost import LinkSpeeds
 from deepep.collectives.plan import ReductionPlan
 from deepep.collectives.probe import probe
+from deepep.collectives.scattering import reduce_scatter
 from deepep.collectives.schedules import PARTIAL, RESULT, Reduction, shares
 from deepep.collectives.transport import MANY_UNITS, PointToPoint, Steps, Transfer, drive
-from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, DeviceError, LayoutError
+from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, DeviceError, LayoutError, ShapeError
 from deepep.runtime.checks import check_int, check_memory
 from deepep.runtime.completion import Completion, HostCompletion
 from deepep.runtime.control import agreement
@@ -191,6 +192,50 @@ class Communicator:
                 return self._control.proceed("bucket", _ASYNCHRONOUS, perhaps, (tensor,))
 
             return self._issue(tensor, plan.for_ranks(self.num_ranks), mean, dice, issue, None, inspect)
+
+    def reduce_scatter(
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        codec: str = FIXED,
+        *,
+        mean: bool = False,
+        dice: tuple[int, int, int] | None = None,
+    ) -> None:
+        """Writes to `out` [N] the sum, or mean, over all ranks of this rank's part of `tensor` [R * N].
+
+        Both of one dtype, as for `all_reduce`. Waits for the result; on CUDA, the current stream does. Raises
+        as `all_reduce`, and ShapeError for sizes that do not fit.
+        """
+        plan = ReductionPlan("oneshot", codec)
+        with self._control.issuing:
+            self._control.check_alive()
+            try:
+                for given in (tensor, out):
+                    self._check(given, plan, dice)
+                if out.dtype != tensor.dtype or out.numel() * self.num_ranks != tensor.numel():
+                    got = f"{out.numel()} of {out.dtype}".replace("torch.", "")
+                    allowed = f"{tensor.numel()} / {self.num_ranks} of {tensor.dtype}".replace("torch.", "")
+                    raise ShapeError("out", got, allowed)
+            except ArgumentError as problem:
+                self._control.refuse(Operation.REDUCE_SCATTER, problem, Schedule())
+
+            def body(link: Link, limits: Mapping[int, int]) -> None:
+                net, divisor = PointToPoint(link), self.num_ranks if mean else 1
+                flat, parts = out.detach().view(-1), tensor.detach().view(self.num_ranks, -1)
+                reduce_scatter(net, flat, parts, codec, divisor, dice)
+                self.bytes_sent += net.bytes_sent
+
+            agreed = {
+                "elements": tensor.numel(),
+                "dtype": dtype_code(tensor.dtype),
+                "mean": mean,
+                "plan": digest_of(codec, dice),
+            }
+            completion = self._control.perform(
+                Operation.REDUCE_SCATTER, _ASYNCHRONOUS, body, agreed=agreed, tensors=(tensor, out)
+            )
+        completion.current_stream_wait()
 
     def _check(
         self, tensor: object, plan: ReductionPlan | None, dice: tuple[int, int, int] | None

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from deepep.errors import ArgumentTypeError
 from deepep.nn.moe import ExpertParallelMoE
+from deepep.nn.precision import is_distributed
 from deepep.parallel.experts import expert_parameters, group_of_replicas
 
 
@@ -52,8 +52,7 @@ def clip_grad_norm_(
         raise RuntimeError(f"the norm of the gradients is {float(total)}; gradients are as they were")
     coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for _, gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.mul_(coefficient)
+        _local_part(gradient).mul_(coefficient)
     return total
 
 
@@ -67,9 +66,11 @@ def _counted(model: nn.Module, replicas: dist.ProcessGroup | None) -> list[Tenso
     counted = []
     for _, parameter in expert_parameters(model):
         gradient = parameter.grad
-        if isinstance(gradient, DTensor):  # shards: each rank counts its own
-            counted.append(gradient.to_local())
-        elif gradient is not None and is_first:
+        if gradient is None:
+            continue
+        if is_distributed(gradient):  # shards: each rank counts its own
+            counted.append(_local_part(gradient))
+        elif is_first:
             counted.append(gradient[rows[id(parameter)]] if id(parameter) in rows else gradient)
     return counted
 
@@ -80,5 +81,11 @@ def _norm(gradients: list[Tensor], norm_type: float, device: torch.device) -> Te
     for gradient in gradients:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         norm = torch.linalg.vector_norm(gradient, norm_type, dtype=wide)
-        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).double())
+        norms.append((norm.full_tensor() if is_distributed(norm) else norm).double())
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _local_part(tensor: Any) -> Tensor:
+    """The tensor, or this rank's shard of a DTensor."""
+    part: Tensor = tensor.to_local() if is_distributed(tensor) else tensor
+    return part

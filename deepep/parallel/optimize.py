@@ -23,15 +23,17 @@ def optimize(
     """Has `target` communicate through deepep, by `config` or the options that hold here. Collective.
 
     a module: becomes a DistributedDataParallel; one that is torch's gets this library's hook and is returned
-        as it is; one of this library's is returned as it is.
+        as it is; one of this library's is returned as it is; of one that fully_shard was called on, the
+        reduce-scatters of gradients become ours, and experts are divided as the others are (once it is
+        sharded whole, before the first step).
     a process group: a group over the same ranks, to be passed as `group=`, whose all-reduces are ours.
     None: the default process group's all-reduces, from now on. Returns an `Optimized`, which ends it, by
         `restore()` or at the end of its `with` block.
 
     Collectives of groups are compressed only with `compress_collectives`: the all-reduce of a metric must not
     lose bits by surprise. Operations, dtypes and reductions that have no schedule here are the group's own.
-    Raises ArgumentTypeError for anything else, ModeError without a default group, for models of FSDP, and for
-    a torch DDP that has a hook, or averages experts.
+    Raises ArgumentTypeError for anything else, ModeError without a default group, for models of FSDP1, and
+    for a torch DDP that has a hook, or averages experts.
     """
     options = config or get_config()
     if isinstance(target, DistributedDataParallel):
@@ -45,10 +47,13 @@ def optimize(
         object.__setattr__(target, "_bucket_reducer", attach(target, options))
         return target
     if isinstance(target, nn.Module):
-        if hasattr(target, "set_custom_reduce_scatter") or hasattr(target, "_fsdp_wrapped_module"):
-            raise ModeError(
-                "target", type(target).__name__, "plain modules and DistributedDataParallel so far"
-            )
+        if hasattr(target, "_fsdp_wrapped_module"):
+            raise ModeError("target", type(target).__name__, "models sharded by fully_shard, or plain ones")
+        if any(hasattr(part, "set_custom_reduce_scatter") for part in target.modules()):
+            from deepep.parallel.sharded import optimize_sharded  # torch's takes seconds to import
+
+            optimize_sharded(target, options)
+            return target
         return DistributedDataParallel(target, config=options)
     if isinstance(target, dist.ProcessGroup):
         return CommGroup(target, options, compress_collectives)

@@ -44,6 +44,7 @@ class Operation(IntEnum):
     PROBE = 12
     RELEASE_MEMORY = 13
     GATHER = 14
+    REDUCE_SCATTER = 18
 
     @property
     def label(self) -> str:

@@ -213,3 +213,46 @@ def closed(comm: Communicator) -> tuple[str, str]:
 
 def test_nothing_works_after_the_end(world_of: Callable[[int], Any]) -> None:
     assert {kind for kind, _ in world_of(2).run(in_communicator, closed)} == {DestroyedError.__name__}
+
+
+def scattered(comm: Communicator, codec: str, count: int, dtype: torch.dtype) -> tuple[bool, float, int]:
+    """True if a part is that of an all-reduce; its error in proportion; the bytes that this rank sent."""
+    generator = torch.Generator().manual_seed(comm.rank)
+    values = torch.randn(count * comm.num_ranks, generator=generator).to(dtype)
+    whole = comm.all_reduce(
+        values.clone(), ReductionPlan("oneshot", codec if codec == "fixed32" else "plain")
+    )
+    before, out = comm.bytes_sent, torch.empty(count, dtype=dtype)
+    comm.reduce_scatter(out, values, codec, dice=(1, 2, 3) if codec == "fp8" else None)
+    wanted = whole[count * comm.rank :][:count]
+    error = float((out - wanted).double().norm() / wanted.double().norm())
+    return torch.equal(out, wanted), error, comm.bytes_sent - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_reduce_scatter_gives_the_parts_of_an_all_reduce(
+    world_of: Callable[[int], Any], dtype: torch.dtype
+) -> None:
+    # In fixed point a part has blocks of its own: those of the whole, if it is of whole blocks.
+    for codec, count in (("plain", 300), ("fixed32", 384), ("fp8", 300)):
+        for is_equal, error, num_bytes in world_of(3).run(in_communicator, scattered, codec, count, dtype):
+            if codec == "fp8" and dtype != torch.float64:
+                assert 0.005 < error < 0.06  # one rounding by dice of 3.7 %
+                assert num_bytes == 2 * (300 + 3)  # a scale per 128
+            else:
+                assert is_equal
+                assert num_bytes == 2 * count * dtype.itemsize
+
+
+def wrong_parts(comm: Communicator) -> list[str]:
+    found = []
+    for count, codec in ((5 + comm.rank // 2, "plain"), (5, ("plain", "fp8", "plain")[comm.rank])):
+        tensor, out = torch.ones(15), torch.zeros(count)
+        found.append(
+            raised(lambda tensor=tensor, out=out, codec=codec: comm.reduce_scatter(out, tensor, codec))
+        )
+    return [kind for kind, _ in found]
+
+
+def test_reduce_scatters_that_differ_raise_on_all_ranks(world_of: Callable[[int], Any]) -> None:
+    assert world_of(3).run(in_communicator, wrong_parts) == [["ShapeError", "MismatchError"]] * 3

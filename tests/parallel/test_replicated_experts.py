@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepep.errors import MismatchError, ModeError, RangeError
+from deepep.parallel.config import ParallelConfig
 
 LONG = 300.0  # the first wrapper of a process imports the compiler of torch
 MOST = 0.05  # a norm that clips
@@ -145,3 +146,44 @@ def test_a_forgotten_sum_of_replicas_is_told_before_they_part(world_of: Callable
         assert found["kept"]
         assert found["moved"]
         torch.testing.assert_close(found["norm"], norm, rtol=1e-12, atol=0.0)
+
+
+def sharded(context: Any, num_ranks: int, config: ParallelConfig) -> dict[str, Any]:
+    """Whole gradients of two backwards: dense parameters over all ranks, experts over their replicas."""
+    from torch.distributed.fsdp import fully_shard
+
+    import deepep
+
+    mesh = mesh_of(context, num_ranks)
+    with deepep.Buffer(mesh["experts"].get_group(), device="cpu", timeout=60.0) as buffer:
+        moe = moe_of(buffer)
+        fully_shard(moe.experts, mesh=mesh["replicas"])
+        fully_shard(moe, mesh=mesh._flatten("all"))
+        assert deepep.optimize(moe, config=config) is moe
+        for _ in range(2):
+            moe(tokens_of(context.num_ranks, context.rank)).square().mean().backward()
+        found = {name: p.grad.full_tensor() for name, p in moe.named_parameters()}
+        norm = deepep.clip_grad_norm_(moe, MOST)
+    return {"gradients": found, "norm": norm}
+
+
+def unsharded(context: Any) -> dict[str, Any]:
+    import deepep
+
+    with deepep.Buffer(context.group, device="cpu", timeout=60.0) as buffer:
+        moe = moe_of(buffer)
+        for _ in range(2):
+            moe(tokens_of(1, 0)).square().mean().backward()
+        found = {name: p.grad.clone() for name, p in moe.named_parameters()}
+        return {"gradients": found, "norm": deepep.clip_grad_norm_(moe, MOST, group=context.group)}
+
+
+@pytest.mark.parametrize("topology", ["auto", "native"])
+def test_shards_have_one_process_gradients(world_of: Callable[[int], Any], topology: str) -> None:
+    (whole,) = world_of(1).run(unsharded, timeout=LONG)
+    config = ParallelConfig(topology=topology, reproducible=topology == "auto")
+    for rank, found in enumerate(world_of(4).run(sharded, 2, config, timeout=LONG)):
+        torch.testing.assert_close(found["norm"], whole["norm"], rtol=1e-12, atol=0.0)
+        for name, wanted in whole["gradients"].items():
+            part = wanted[2 * (rank % 2) :][:2] if name.startswith("experts.") else wanted
+            torch.testing.assert_close(found["gradients"][name], part, rtol=1e-12, atol=1e-15)
