@@ -182,7 +182,7 @@ def extensions() -> list[Extension]:
     if mode == "0":
         return wanted
     if find_nvcc():
-        wanted.append(extension(CUDA, "cuda", "kernels", suffix=".cu"))
+        wanted.append(extension(CUDA, "cuda", "kernels", "put_server", suffix=".cu"))
     elif mode == "1":
         raise SystemExit("DEEPEP_CUDA=1, and no nvcc was found (CUDA_HOME or PATH)")
     else:

@@ -10,6 +10,10 @@ MAX_COUNTED_TOKENS: int
 CE_COMPLETED: int
 EXCHANGE_STATE_WORDS: int
 EXCHANGE_MISSING: int
+RAIL_STATE_BYTES: int
+RAIL_COUNTERS: int
+PUT_ORDER_BYTES: int
+PUT_QUEUE_STATE_BYTES: int
 
 class Blocks(Protocol):
     """Blocks of a launch by role; the two are disjoint, or both all blocks. Not in the module."""
@@ -224,6 +228,159 @@ class Domain:
     def was_captured(self) -> bool: ...
     def has_copies_under_way(self) -> bool: ...
 
+class TwoLevelShape:
+    """Sizes of a group of several domains (csrc/host/two_level.hpp). live: bit r of rank r."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        ranks_per_domain: int,
+        live: int,
+        max_local_experts: int,
+        max_blocks: int,
+        window: int,
+        row_bytes: int,
+        num_scales: int,
+        num_topk: int,
+    ) -> None: ...
+    @property
+    def heap_bytes(self) -> int: ...
+    @property
+    def words_end(self) -> int: ...
+    @property
+    def remote_bytes(self) -> int: ...
+    @property
+    def num_put_orders(self) -> int: ...
+    @property
+    def max_open_puts(self) -> int: ...
+    def remote_words(self, before: int) -> list[tuple[int, int]]: ...
+    def heap_words(self, before: int) -> list[tuple[int, int]]: ...
+
+class PutQueue:
+    """A rank's queue of puts (csrc/device/put_queue.hpp), in memory of its device that is zero at first.
+    num_orders: a power of two, with PUT_ORDER_BYTES each.
+    """
+
+    def __init__(self, *, orders: int, num_orders: int, state: int) -> None: ...
+
+class TwoLevelDomain:
+    """One rank's view of a group of several domains (csrc/host/two_level.hpp). serve: a ServePuts function
+    (csrc/put_server/service.hpp), 0 for none; pes: by rank, what it calls that rank's process.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: TwoLevelShape,
+        rank: int,
+        heaps: list[int],
+        remote: int,
+        puts: PutQueue,
+        serve: int = 0,
+        pes: list[int] = ...,
+        before: int,
+        max_tokens: int,
+        state: int,
+        rail_state: int,
+        fault: int,
+        timeout_seconds: float,
+        turns: Turns,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        num_scales: int,
+        index_bytes: int,
+        row_bytes: int,
+        x: int,
+        scales: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        is_token_in_rank: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        counts: int,
+        send_row: int,
+        recv_x: int,
+        recv_source: int,
+        recv_scales: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+        capacity: int,
+        num_worst_tokens: int,
+        host_counts: int,
+        ticket: int,
+        stream: int = 0,
+    ) -> None: ...
+    def prepare_cached(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_scales: int,
+        row_bytes: int,
+        scale_token_stride: int,
+        scale_stride: int,
+        counts: int,
+        send_row: int,
+        capacity: int,
+    ) -> CachedDispatch: ...
+    def dispatch_cached(
+        self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        blocks: Blocks,
+        num_tokens: int,
+        num_topk: int,
+        row_bytes: int,
+        x: int,
+        topk_weights: int,
+        bias_0: int,
+        bias_1: int,
+        counts: int,
+        send_row: int,
+        out: int,
+        out_weights: int,
+        known: RowCounts | None = None,
+        ce_chunks: int = 0,
+        ce_shrink: int = 100,
+        stream: int = 0,
+        source_token: int = 0,
+    ) -> None: ...
+    def layout(
+        self,
+        *,
+        num_blocks: int,
+        num_ranks: int,
+        num_experts: int,
+        ranks_per_domain: int,
+        num_topk: int,
+        index_bytes: int,
+        num_tokens: int,
+        topk_idx: int,
+        tokens_per_rank: int,
+        tokens_per_domain: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        workspace: int,
+        stream: int = 0,
+    ) -> None: ...
+    def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
+    def follow(self, before: int, stream: int) -> None: ...
+    def wait(self) -> None: ...
+    def is_idle(self) -> bool: ...
+    def was_captured(self) -> bool: ...
+    def has_fault(self) -> bool: ...
+
 class LowLatencyDomain:
     """The same of the low-latency operations (csrc/host/low_latency.hpp).
 
@@ -316,6 +473,16 @@ class LowLatencyDomain:
     def has_fault(self) -> bool: ...
     def was_captured(self) -> bool: ...
 
+def serve_puts_locally(
+    *,
+    puts: list[PutQueue],
+    remotes: list[int],
+    silent_from: list[int],
+    timeout_seconds: float,
+    delay_seconds: float,
+    seed: int,
+    stream: int,
+) -> None: ...
 def low_latency_bytes(
     num_ranks: int,
     max_local_experts: int,

@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/cuda_two_level.hpp"
 #include "bindings/domain.hpp"
 #include "bindings/exchange.hpp"
 #include "bindings/low_latency.hpp"
@@ -122,6 +123,11 @@ void bind_low_latency_domain(py::module_& m) {
         "max_tokens"_a, "max_topk"_a, "max_row_bytes"_a, "entry_stretches"_a = 0);
 }
 
+void bind_two_level_domain(py::module_& m) {
+  py::class_<deepep::bindings::CudaTwoLevelDomain> domain = deepep::bindings::bind_cuda_two_level(m);
+  bind_order(domain);
+}
+
 void bind_counts(py::module_& m) {
   py::class_<Counts>(m, "Counts")
       .def_readonly("phase", &Counts::phase)
@@ -195,6 +201,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_turns(m);
   bind_domain(m);
   bind_low_latency_domain(m);
+  bind_two_level_domain(m);
   bind_counts(m);
   bind_arena(m);
   m.def(

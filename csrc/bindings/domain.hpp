@@ -140,6 +140,30 @@ inline constexpr Parameter<LayoutLaunch> kLayout[] = {
 };
 // clang-format on
 
+/// A cached dispatch, of what `prepare_cached` has collected.
+template <class Domain>
+void bind_dispatch_cached(py::class_<Domain>& domain) {
+  domain.def(
+      "dispatch_cached",
+      [](Domain& self, const host::CachedDispatch& prepared, uintptr_t x, uintptr_t scales, uintptr_t recv_x,
+         uintptr_t recv_scales, uintptr_t stream) {
+        const host::CachedRows rows{.x = pointer<const std::byte>(x),
+                                    .scales = pointer<const uint32_t>(scales),
+                                    .recv_x = pointer<std::byte>(recv_x),
+                                    .recv_scales = pointer<std::byte>(recv_scales)};
+        self.dispatch_cached(prepared, rows, pointer<void>(stream));
+      },
+      "prepared"_a, "x"_a, "scales"_a, "recv_x"_a, "recv_scales"_a, "stream"_a = 0);
+}
+
+/// What kernels have reported.
+template <class Domain>
+void bind_take_fault(py::class_<Domain>& domain) {
+  domain.def(
+      "take_fault", [](Domain& self, uintptr_t stream) { return self.take_fault(pointer<void>(stream)); },
+      "stream"_a = 0);
+}
+
 /// The operations. A module adds the constructor, and what only its launcher has.
 template <class Domain>
 void bind_operations(py::class_<Domain>& domain) {
@@ -150,18 +174,9 @@ void bind_operations(py::class_<Domain>& domain) {
       domain, "prepare_cached", "Collects what the cached dispatches along one handle have in common.");
   NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
   NamedMethod<Domain, kLayout, &Domain::layout>::add_to(domain, "layout", "Launches a dispatch layout.");
+  bind_dispatch_cached(domain);
+  bind_take_fault(domain);
   domain
-      .def(
-          "dispatch_cached",
-          [](Domain& self, const host::CachedDispatch& prepared, uintptr_t x, uintptr_t scales,
-             uintptr_t recv_x, uintptr_t recv_scales, uintptr_t stream) {
-            const host::CachedRows rows{.x = pointer<const std::byte>(x),
-                                        .scales = pointer<const uint32_t>(scales),
-                                        .recv_x = pointer<std::byte>(recv_x),
-                                        .recv_scales = pointer<std::byte>(recv_scales)};
-            self.dispatch_cached(prepared, rows, pointer<void>(stream));
-          },
-          "prepared"_a, "x"_a, "scales"_a, "recv_x"_a, "recv_scales"_a, "stream"_a = 0)
       .def(
           "refuse_dispatch",
           [](Domain& self, uintptr_t counts, uintptr_t stream) {
@@ -177,9 +192,6 @@ void bind_operations(py::class_<Domain>& domain) {
       .def("set_live", &Domain::set_live, "live"_a)
       .def(
           "barrier", [](Domain& self, uintptr_t stream) { self.barrier(pointer<void>(stream)); },
-          "stream"_a = 0)
-      .def(
-          "take_fault", [](Domain& self, uintptr_t stream) { return self.take_fault(pointer<void>(stream)); },
           "stream"_a = 0);
 }
 

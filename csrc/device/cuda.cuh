@@ -7,9 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(DEEPEP_WITH_NVSHMEM)
-#include <nvshmem.h>
-#endif
+#include "device/put_queue.hpp"
 
 #define DEEPEP_DEVICE __device__ __forceinline__
 /// A kernel: `DEEPEP_KERNEL(name, Args, threads) { ... args ... }`. One block per SM: blocks wait for each
@@ -150,6 +148,7 @@ DEEPEP_ADD_WIDTHS(relaxed, gpu_scope, "relaxed.gpu")
 DEEPEP_ADD_WIDTHS(release, gpu_scope, "release.gpu")
 DEEPEP_ADD_WIDTHS(acquire, gpu_scope, "acquire.gpu")
 DEEPEP_ADD_WIDTHS(acq_rel, gpu_scope, "acq_rel.gpu")
+DEEPEP_ADD_WIDTHS(relaxed, sys_scope, "relaxed.sys")
 
 #undef DEEPEP_ADD_WIDTHS
 #undef DEEPEP_WIDTHS
@@ -386,7 +385,7 @@ DEEPEP_DEVICE void fence_async() {
 
 // ---- other domains -----------------------------------------------------------------------------------------
 
-/// NVSHMEM's signals count in 64 bits; an epoch is the lower half.
+/// Signals count in 64 bits; an epoch is the lower half.
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool wait_signal(const uint64_t* word, uint32_t epoch, Deadline deadline) {
   const auto reached = [=](uint64_t seen) {
@@ -395,25 +394,33 @@ template <class Order, class Scope>
   return wait_until<Order, Scope>(word, reached, deadline);
 }
 
-#if defined(DEEPEP_WITH_NVSHMEM)
-DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank) {
-  nvshmem_putmem_nbi(to, from, static_cast<size_t>(bytes), rank);
+using Wire = PutQueue;
+
+/// The last store carries what the thread knows: whoever serves the order reads it behind an acquire.
+DEEPEP_DEVICE void order_put(const Wire& wire, const PutOrder& order) {
+  const uint32_t number = fetch_add<relaxed, gpu_scope>(&wire.state->ordered, 1u);
+  PutOrder* at = wire.orders + (number & wire.last);
+  at->to = order.to;
+  at->from = order.from;
+  at->bytes = order.bytes;
+  at->word = order.word;
+  at->value = order.value;
+  at->rank = order.rank;
+  store<release, gpu_scope>(&at->ready, number + 1);
 }
 template <class Update>
-DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* word, uint64_t value,
-                              int rank) {
-  constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
-  nvshmem_putmem_signal_nbi(to, from, static_cast<size_t>(bytes), word, value, update, rank);
+DEEPEP_DEVICE void put_signal(const Wire& wire, void* to, const void* from, int64_t bytes, uint64_t* word,
+                              uint64_t value, int rank) {
+  static_assert(std::is_same_v<Update, signal_add>);
+  order_put(wire, {.to = to, .from = from, .bytes = bytes, .word = word, .value = value, .rank = rank});
 }
-/// Not a put without bytes, which reads outside of its table of keys over IBGDA.
 template <class Update>
-DEEPEP_DEVICE void signal(uint64_t* word, uint64_t value, int rank) {
-  constexpr int update = std::is_same_v<Update, signal_set> ? NVSHMEM_SIGNAL_SET : NVSHMEM_SIGNAL_ADD;
-  nvshmemx_signal_op(word, value, update, rank);
+DEEPEP_DEVICE void signal(const Wire& wire, uint64_t* word, uint64_t value, int rank) {
+  put_signal<Update>(wire, nullptr, nullptr, 0, word, value, rank);
 }
-DEEPEP_DEVICE void put_fence() { nvshmem_fence(); }
-DEEPEP_DEVICE void put_quiet() { nvshmem_quiet(); }
-#endif
+DEEPEP_DEVICE void close_wire(const Wire& wire) {
+  store<release, gpu_scope>(&wire.state->closed, load(&wire.state->closed) + 1);
+}
 
 // ---- numbers -----------------------------------------------------------------------------------------------
 

@@ -42,17 +42,20 @@
 //                                      at its parity: it must be the running phase or the one before (-1
 //                                      before phase 0)
 //
-//   other domains  NVSHMEM's: the only way there, and weaker than the rest. `to`, `from` and `word` are memory
-//                of this rank that its NIC knows; what is written is the same place of `rank`. One thread each.
+//   other domains  puts: the only way there, and weaker than the rest. `to`, `from` and `word` are memory of
+//                this rank that its NIC knows; what is written is the same place of `rank`. One thread each.
 //                A put carries no more than its bytes, and is a relaxed operation: what else a signal is to
 //                carry, and what it reads that other threads have stored, stands before a fence of system scope
-//                put(to, from, bytes, rank)  some time; `from` may be written again behind a quiet
-//                put_signal<Update>(to, from, bytes, word, value, rank)  the signal behind these bytes, of
-//                                      which there are some. Update: signal_set, signal_add. One that is set
-//                                      need not stay behind its bytes on every network; one that is added does
-//                signal<Update>(word, value, rank)   a signal by itself
-//                put_fence()           this thread's puts to a rank so far are delivered before later ones
-//                put_quiet()           this thread's puts so far, and all it knows of its rank's, are delivered
+//                put_signal<Update>(wire, to, from, bytes, word, value, rank)
+//                                      the signal behind these bytes, of which there are some. Update:
+//                                      signal_add; on the emulator signal_set as well, which need not stay
+//                                      behind its bytes on every network
+//                signal<Update>(wire, word, value, rank)   a signal by itself
+//                close_wire(wire)      the operation puts nothing any more; by one thread, behind all its puts
+//                put(to, from, bytes, rank) put_fence() put_quiet()
+//                                      on the emulator alone, for litmus tests: a put without a signal; this
+//                                      thread's puts to a rank so far are delivered before later ones; they,
+//                                      and all it knows of its rank's, are delivered
 //                wait_signal<Order, Scope>(word, epoch, deadline)  until the lower half of *word has reached it
 //   FP8          e4m3.hpp, on either: bits_of_e4m3(byte)
 //

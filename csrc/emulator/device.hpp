@@ -327,19 +327,24 @@ DEEPEP_DEVICE void fence_async(emu::Site site = emu::Site::current()) {
                             site);
 }
 
-// ---- other nodes -------------------------------------------------------------------------------------------
+// ---- other domains -----------------------------------------------------------------------------------------
+
+/// The machine carries puts by itself.
+struct Wire {};
+DEEPEP_DEVICE void close_wire(const Wire&) {}
 
 DEEPEP_DEVICE void put(void* to, const void* from, int64_t bytes, int rank,
                        emu::Site site = emu::Site::current()) {
   emu::machine->put(to, from, bytes, nullptr, 0, false, rank, site);
 }
 template <class Update>
-DEEPEP_DEVICE void put_signal(void* to, const void* from, int64_t bytes, uint64_t* signal, uint64_t value,
-                              int rank, emu::Site site = emu::Site::current()) {
+DEEPEP_DEVICE void put_signal(const Wire&, void* to, const void* from, int64_t bytes, uint64_t* signal,
+                              uint64_t value, int rank, emu::Site site = emu::Site::current()) {
   emu::machine->put(to, from, bytes, signal, value, std::is_same_v<Update, signal_add>, rank, site);
 }
 template <class Update>
-DEEPEP_DEVICE void signal(uint64_t* word, uint64_t value, int rank, emu::Site site = emu::Site::current()) {
+DEEPEP_DEVICE void signal(const Wire&, uint64_t* word, uint64_t value, int rank,
+                          emu::Site site = emu::Site::current()) {
   emu::machine->signal(word, value, std::is_same_v<Update, signal_add>, rank, site);
 }
 DEEPEP_DEVICE void put_fence(emu::Site site = emu::Site::current()) { emu::machine->put_fence(site); }

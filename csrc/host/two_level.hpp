@@ -1,7 +1,8 @@
 // One rank's view of a group of several domains, and the two-level operations on it. Its launcher is the
-// emulator's so far (emulator/two_level.hpp): no CUDA translation unit instantiates it.
+// emulator's (emulator/two_level.hpp) or a GPU's (cuda_two_level.hpp).
 #pragma once
 
+#include <bit>
 #include <utility>
 
 #include "host/launches.hpp"
@@ -47,6 +48,11 @@ struct TwoLevelShape {
             .num_ranks = plan.place.num_ranks,
             .record_bytes = return_record().bytes()};
   }
+  /// Places in a rank's queue of puts, a power of two: for all that may be open.
+  [[nodiscard]] int64_t num_put_orders() const {
+    return static_cast<int64_t>(
+        std::bit_ceil(static_cast<uint64_t>(plan.max_rails() * rails().max_open_puts())));
+  }
   /// Of the heap that a domain maps, what operations need before the arrays they receive in.
   [[nodiscard]] int64_t heap_bytes() const { return control().bytes() + staging().bytes(); }
 };
@@ -57,6 +63,7 @@ struct TwoLevelOptions {
   int rank = 0;
   std::vector<std::byte*> heaps;  // every rank's, as mapped here; null: of another domain
   std::byte* remote = nullptr;    // shape.rails().bytes(), which its NIC knows
+  dev::Wire wire;                 // by which it puts
   int32_t* before = nullptr;      // [chunks of the most tokens, R]
   int64_t max_tokens = 0;
   kernels::LocalState* state = nullptr;
@@ -100,6 +107,7 @@ class TwoLevelDomain {
     two_level_.layout = given.shape.rails();
     two_level_.staging = given.shape.staging();
     two_level_.remote = given.remote;
+    two_level_.wire = given.wire;
     two_level_.state = given.rail_state;
   }
 

@@ -14,7 +14,10 @@ from harness.device_calls import laid_out
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: tokens per rank, hidden size, top-k, experts per rank, and how indices are drawn."""
+    """One case: tokens per rank, hidden size, top-k, experts per rank, and how indices are drawn.
+
+    per_domain: ranks whose rows are summed and rounded by themselves; None: all.
+    """
 
     tokens: tuple[int, ...]
     hidden: int = 256
@@ -26,6 +29,7 @@ class Shape:
     pattern: str = "uniform"
     scale_layout: str = "row"
     with_topk: bool = True
+    per_domain: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -153,7 +157,9 @@ def prepared(shape: Shape, seed: int) -> Prepared:
     ]
     weights = [want.recv_topk_weights for want in expected] if shape.with_topk else None
     tables = [given.is_token_in_rank for given in inputs]
-    sums = oracle.combine(rows, tables, topk_weights=weights, biases=biases)
+    sums = oracle.combine(
+        rows, tables, topk_weights=weights, biases=biases, ranks_per_domain=shape.per_domain
+    )
     return Prepared(inputs, expected, rows, biases, sums, moved, expected_again)
 
 

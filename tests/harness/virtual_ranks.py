@@ -94,6 +94,7 @@ class VirtualDomain:
         by_topk: ranks whose kernel finds out itself where tokens go, into the plan's in_rank.
         """
         torch.cuda.synchronize(self.device)
+        self._begin(skip)
         results: dict[int, Arrived] = {}
         for r in order if order is not None else range(self.num_ranks):
             if r in skip:
@@ -145,6 +146,9 @@ class VirtualDomain:
         torch.cuda.synchronize(self.device)
         return [results[r] for r in sorted(results)]
 
+    def _begin(self, skip: frozenset[int]) -> None:
+        """Before all ranks but those of `skip` launch an operation."""
+
     def _hold_back(self, rank: int, late: int | None) -> None:
         """Delays rank `late`: what is launched next for it starts about 100 ms after the others."""
         if rank == late:
@@ -164,6 +168,7 @@ class VirtualDomain:
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
         torch.cuda.synchronize(self.device)
+        self._begin(skip)
         results = []
         for r in range(self.num_ranks):
             plan = plans[r]

@@ -26,7 +26,6 @@ CSRC = ROOT / "csrc"
 KERNELS = CSRC / "kernels"
 SOURCES = sorted(KERNELS.rglob("*.cu"))
 HEADERS = sorted(KERNELS.rglob("*.hpp"))
-EMULATED = ("two_level",)  # folders that no .cu compiles yet: they put, and so need NVSHMEM's device library
 
 REGISTERS = 65536  # of an SM
 REGISTER_UNIT = 8  # a thread's registers are granted in multiples of this
@@ -88,9 +87,8 @@ def parse_report(report: str) -> dict[str, Usage]:
 
 
 def declared_kernels() -> dict[str, int]:
-    """Threads of a block by kernel, as csrc/kernels declares them where a .cu compiles them."""
-    compiled = [header for header in HEADERS if header.parent.name not in EMULATED]
-    code = "\n".join(read_code(header) for header in compiled)
+    """Threads of a block by kernel, as csrc/kernels declares them."""
+    code = "\n".join(read_code(header) for header in HEADERS)
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", code))
     declared = re.findall(r"DEEPEP_(WATCHING_)?KERNEL\((\w+),\s+\w+,\s+(\w+)\)", code)
     forms = {"": ("",), "WATCHING_": ("", "_watching")}
@@ -152,12 +150,6 @@ def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Usage]:
 
     with ThreadPoolExecutor(2) as pool:
         return parse_report("\n".join(pool.map(compile_one, SOURCES)))
-
-
-def test_folders_that_the_emulator_alone_runs_have_no_source_for_nvcc() -> None:
-    for name in EMULATED:
-        assert list((CSRC / "kernels" / name).glob("*.hpp"))
-        assert not list((CSRC / "kernels" / name).glob("*.cu"))
 
 
 def test_every_kernel_fits(usage: dict[str, Usage], capsys: pytest.CaptureFixture[str]) -> None:

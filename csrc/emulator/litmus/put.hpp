@@ -32,14 +32,14 @@ DEEPEP_KERNEL(put_signal_kernel, LitmusArgs, 32) {
     fill(args.words + kSent, 40);
     if (args.writer == 9) store(args.neighbour + kSlot, 1u);
     if (args.writer == 10) {
-      put_signal<signal_add>(slot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
+      put_signal<signal_add>(Wire{}, slot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
     } else if (args.writer < 5) {
-      put_signal<signal_set>(slot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
+      put_signal<signal_set>(Wire{}, slot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
     } else {
       put(slot, args.words + kSent, kPutBytes, 1);
       if (args.writer == 6) put_fence();
       if (args.writer == 7) put_quiet();
-      signal<signal_set>(signal_word(args, 0), 1, 1);
+      signal<signal_set>(Wire{}, signal_word(args, 0), 1, 1);
       if (args.writer == 8) put_fence();
     }
     return;
@@ -62,7 +62,7 @@ DEEPEP_KERNEL(put_source_kernel, LitmusArgs, 32) {
   if (args.role == 0) {
     for (uint32_t round = 0; round < 2; ++round) {
       fill(args.words + kSent, 100 * round);
-      put_signal<signal_set>(args.words + kSlot + 64 * round, args.words + kSent, kPutBytes,
+      put_signal<signal_set>(Wire{}, args.words + kSlot + 64 * round, args.words + kSent, kPutBytes,
                              signal_word(args, 0), round + 1, 1);
       if (args.writer == 0) put_quiet();
       if (args.writer == 2) put_fence();
@@ -84,7 +84,7 @@ DEEPEP_KERNEL(put_again_kernel, LitmusArgs, 32) {
     for (uint32_t round = 0; round < 3; ++round) {
       fill(args.words + kSent + 16 * round, 100 * round);
       if (round > 0 && !wait_signal<acquire, sys_scope>(signal_word(args, 1), round, deadline)) return;
-      put_signal<signal_set>(args.words + kSlot, args.words + kSent + 16 * round, kPutBytes,
+      put_signal<signal_set>(Wire{}, args.words + kSlot, args.words + kSent + 16 * round, kPutBytes,
                              signal_word(args, 0), round + 1, 1);
     }
     return;
@@ -95,7 +95,7 @@ DEEPEP_KERNEL(put_again_kernel, LitmusArgs, 32) {
     sum += load(args.words + kSlot + 1);
     if (args.writer == 0) fence<acq_rel, sys_scope>();
     if (args.writer == 2) fence<acq_rel, gpu_scope>();
-    signal<signal_set>(signal_word(args, 1), round + 1, 0);
+    signal<signal_set>(Wire{}, signal_word(args, 1), round + 1, 0);
   }
   store(args.out, sum);
 }
@@ -109,7 +109,8 @@ DEEPEP_KERNEL(put_relay_kernel, LitmusArgs, 32) {
   constexpr int kFlag = 900;
   if (args.role == 0) {
     fill(args.words + kSent, 40);
-    put_signal<signal_add>(args.words + kSlot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 2);
+    put_signal<signal_add>(Wire{}, args.words + kSlot, args.words + kSent, kPutBytes, signal_word(args, 0), 1,
+                           2);
   } else if (args.role == 2) {
     const bool came = args.writer == 2 ? wait_signal<relaxed, sys_scope>(signal_word(args, 0), 1, deadline)
                                        : wait_signal<acquire, sys_scope>(signal_word(args, 0), 1, deadline);
@@ -132,8 +133,8 @@ DEEPEP_KERNEL(put_open_kernel, LitmusArgs, 32) {
   if (args.role == 0) {
     fill(args.words + kSent, 40);
     for (int i = 0; i < args.reader; ++i)
-      put_signal<signal_add>(args.words + kSlot + 16 * i, args.words + kSent, kPutBytes, signal_word(args, 0),
-                             1, 1);
+      put_signal<signal_add>(Wire{}, args.words + kSlot + 16 * i, args.words + kSent, kPutBytes,
+                             signal_word(args, 0), 1, 1);
   } else if (wait_signal<acquire, sys_scope>(signal_word(args, 0), static_cast<uint32_t>(args.reader),
                                              Deadline::in(args.timeout_ns))) {
     store(args.out, load(args.words + kSlot + 16 * (args.reader - 1)));
@@ -149,9 +150,9 @@ DEEPEP_KERNEL(put_count_kernel, LitmusArgs, 32) {
     fill(args.words + kSent, 40);
     uint32_t* to = args.words + kSlot + 64 * args.role;
     if (args.writer == 0)
-      put_signal<signal_add>(to, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 2);
+      put_signal<signal_add>(Wire{}, to, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 2);
     else
-      put_signal<signal_set>(to, args.words + kSent, kPutBytes, signal_word(args, 0), 2, 2);
+      put_signal<signal_set>(Wire{}, to, args.words + kSent, kPutBytes, signal_word(args, 0), 2, 2);
   } else if (wait_signal<acquire, sys_scope>(signal_word(args, 0), 2, Deadline::in(args.timeout_ns))) {
     store(args.out, load(args.words + kSlot) + load(args.words + kSlot + 64));
   }
@@ -164,7 +165,8 @@ DEEPEP_KERNEL(put_then_bulk_kernel, LitmusArgs, 32) {
   const Deadline deadline = Deadline::in(args.timeout_ns);
   if (args.role == 0) {
     fill(args.words + kSent, 40);
-    put_signal<signal_set>(args.words + kSlot, args.words + kSent, kPutBytes, signal_word(args, 0), 1, 1);
+    put_signal<signal_set>(Wire{}, args.words + kSlot, args.words + kSent, kPutBytes, signal_word(args, 0), 1,
+                           1);
     return;
   }
   mbarrier_init(barrier(0), 1);
@@ -191,7 +193,7 @@ DEEPEP_KERNEL(put_cleaning_kernel, LitmusArgs, 32) {
       store(args.out, 1u);
     } else {
       fence<acq_rel, sys_scope>();
-      signal<signal_set>(signal_word(args, 0), 1, 1);
+      signal<signal_set>(Wire{}, signal_word(args, 0), 1, 1);
     }
     return;
   }
@@ -230,12 +232,12 @@ DEEPEP_KERNEL(put_mistake_kernel, LitmusArgs, 32) {
     case 5: put(args.words + 1020, sent, 64, 1); break;             // past the end
     case 6: put(slot, sent, 16, 7); break;                          // to nobody
     case 7:
-      put_signal<signal_set>(slot, sent, 16, signal_word(args, 0) + 260, 1, 1);
+      put_signal<signal_set>(Wire{}, slot, sent, 16, signal_word(args, 0) + 260, 1, 1);
       break;                                       // a signal past the end
     case 8: store(args.far, 1u); break;            // the other's memory for its NIC, by pointer
     case 9: put(slot, args.links, 16, 1); break;   // from memory that no NIC knows
     case 10: put(args.links, sent, 16, 1); break;  // to such memory
-    case 11: put_signal<signal_add>(slot, sent, 0, signal_word(args, 0), 1, 1); break;  // nothing
+    case 11: put_signal<signal_add>(Wire{}, slot, sent, 0, signal_word(args, 0), 1, 1); break;  // nothing
     default: break;
   }
 }

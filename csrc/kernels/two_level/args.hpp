@@ -1,6 +1,7 @@
 // The arguments of the two-level kernels: those of one level, and what lies between domains.
 #pragma once
 
+#include "device/device.hpp"
 #include "kernels/common/args.hpp"
 #include "layout/rail_layout.hpp"
 #include "layout/return_layout.hpp"
@@ -50,6 +51,7 @@ struct TwoLevelArgs {
   layout::RailLayout layout;
   layout::ReturnStaging staging;
   std::byte* remote;  // this rank's memory that its NIC knows
+  dev::Wire wire;     // by which it puts
   RailState* state;
 };
 

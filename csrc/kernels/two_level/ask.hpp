@@ -44,7 +44,8 @@ DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemT
   if (thread() != 0) return true;
   const int there = rails.there[rail];
   fence<acq_rel, sys_scope>();
-  put_signal<signal_add>(remote_at<uint32_t>(two_level, two_level.layout.ask(there, number.half())), out,
+  put_signal<signal_add>(two_level.wire,
+                         remote_at<uint32_t>(two_level, two_level.layout.ask(there, number.half())), out,
                          4 * two_level.staging.window,
                          remote_at<uint64_t>(two_level, two_level.layout.ask_signal(there, number.half())), 1,
                          rails.peer[rail]);

@@ -66,7 +66,8 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
     auto* out = remote_at<uint32_t>(two_level, two_level.layout.digest_out(rail, parity));
     store(out, digest);
     store(out + 1, tokens);
-    put_signal<signal_add>(remote_at<uint32_t>(two_level, two_level.layout.digest(there, parity)), out, 8,
+    put_signal<signal_add>(two_level.wire,
+                           remote_at<uint32_t>(two_level, two_level.layout.digest(there, parity)), out, 8,
                            remote_at<uint64_t>(two_level, two_level.layout.digest_signal(there, parity)), 1,
                            rails.peer[rail]);
   }

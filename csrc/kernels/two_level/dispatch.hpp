@@ -30,7 +30,7 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(two_level_dispatch_kernel, TwoLevelDispatchArgs, kDispatchThreads) {
+DEEPEP_KERNEL(two_level_dispatch_kernel, TwoLevelDispatchArgs, kTwoLevelDispatchThreads) {
   using namespace dev;
   const TwoLevelDispatchCall call = start(args);
   sync_block();

@@ -19,7 +19,7 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(two_level_dispatch_cached_kernel, TwoLevelDispatchArgs, kDispatchThreads) {
+DEEPEP_KERNEL(two_level_dispatch_cached_kernel, TwoLevelDispatchArgs, kTwoLevelDispatchThreads) {
   using namespace dev;
   const TwoLevelDispatchCall call = start(args);
   sync_block();

@@ -10,6 +10,9 @@
 
 namespace deepep::kernels {
 
+/// Fewer than in one level: a thread has more to remember, and a chunk has 16 tokens.
+inline constexpr int kTwoLevelDispatchThreads = 384;
+
 struct TwoLevelDispatchCall {
   const TwoLevelDispatchArgs& args;
   const TwoLevelArgs& two_level;

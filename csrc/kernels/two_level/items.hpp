@@ -147,10 +147,11 @@ DEEPEP_DEVICE void put_chunk(const TwoLevelArgs& args, int rail, uint64_t number
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   const int there = args.rails.there[rail];
   fence<acq_rel, sys_scope>();
-  put_signal<signal_add>(
-      remote_at<std::byte>(args, windows.receive_chunk(there, half, chunk)),
-      remote_at<std::byte>(args, windows.send_chunk(rail, half, chunk)), layout::kChunkHeader + bytes,
-      remote_at<uint64_t>(args, windows.arrived(there, half, chunk)), 1, args.rails.peer[rail]);
+  put_signal<signal_add>(args.wire, remote_at<std::byte>(args, windows.receive_chunk(there, half, chunk)),
+                         remote_at<std::byte>(args, windows.send_chunk(rail, half, chunk)),
+                         layout::kChunkHeader + bytes,
+                         remote_at<uint64_t>(args, windows.arrived(there, half, chunk)), 1,
+                         args.rails.peer[rail]);
 }
 
 /// Lets the peer write where window `number` lay, which was read. One thread, which knows of all reading.
@@ -158,7 +159,8 @@ DEEPEP_DEVICE void grant_window_credit(const TwoLevelArgs& args, int rail, uint6
   using namespace dev;
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   fence<acq_rel, sys_scope>();
-  signal<signal_add>(remote_at<uint64_t>(args, args.layout.windows.credit(args.rails.there[rail], half)), 1,
+  signal<signal_add>(args.wire,
+                     remote_at<uint64_t>(args, args.layout.windows.credit(args.rails.there[rail], half)), 1,
                      args.rails.peer[rail]);
 }
 

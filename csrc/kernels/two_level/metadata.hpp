@@ -70,7 +70,7 @@ DEEPEP_DEVICE void post_metadata(const TwoLevelDispatchCall& call) {
     const int there = rails.there[rail];
     fence<acq_rel, sys_scope>();
     put_signal<signal_add>(
-        remote_at<std::byte>(two_level, two_level.layout.windows.mailbox(there, parity)),
+        two_level.wire, remote_at<std::byte>(two_level, two_level.layout.windows.mailbox(there, parity)),
         remote_at<std::byte>(two_level, two_level.layout.mailbox_out(rail, parity)), 8 * posted,
         remote_at<uint64_t>(two_level, two_level.layout.windows.mailbox_signal(there, parity)), 1,
         rails.peer[rail]);

@@ -83,6 +83,7 @@ DEEPEP_DEVICE void advance_epoch(const TwoLevelDispatchCall& call, uint32_t why)
   RailState* state = two_level.state;
   store(&state->dispatches, load(&state->dispatches) + 1);
   store(&state->claimed, 0u);
+  close_wire(two_level.wire);
   if (why != 0) return;
   const auto sent = static_cast<uint64_t>(windows_of(two_level, call.args.dispatch.num_tokens));
   DEEPEP_ROLLED

@@ -62,6 +62,7 @@ DEEPEP_DEVICE void advance_epoch(const TwoLevelCombineCall& call, bool agrees) {
   RailState* state = call.two_level.state;
   store(&state->combines, load(&state->combines) + 1);
   store(&state->claimed, 0u);
+  close_wire(call.two_level.wire);
   if (!agrees) return;
   DEEPEP_ROLLED
   for (int source = 0; source < g.num_ranks; ++source)

@@ -144,7 +144,7 @@ class Endpoint:
         self.timeout = timeout
         self.staging_bytes = staging_bytes
         #: where the part of the heap begins that dispatches receive in
-        self.pool_begin = _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + staging_bytes
+        self.pool_begin = self._reserved_bytes()
         heap[: self.pool_begin].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
         self._fault = pinned_zeros(_cuda.FAULT_BYTES)
@@ -154,19 +154,27 @@ class Endpoint:
         counting = _cuda.counting_bytes(self.num_ranks, MAX_LOCAL_EXPERTS)
         self._counting = torch.zeros(counting, dtype=torch.uint8, device=self.device)
         self._no_counts = torch.zeros(self.num_ranks**2, dtype=torch.int32, device=self.device)
-        self.domain = _cuda.Domain(
-            rank=rank,
+        self.domain = self._make_domain(addresses, turns or _cuda.Turns())
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _reserved_bytes(self) -> int:
+        """Bytes of the heap before the part that dispatches receive in."""
+        return _cuda.control_bytes(self.num_ranks, MAX_LOCAL_EXPERTS, MAX_BLOCKS) + self.staging_bytes
+
+    def _make_domain(self, addresses: list[int], turns: _cuda.Turns) -> _cuda.Domain:
+        """The kernels' launcher, over memory that is there by then."""
+        return _cuda.Domain(
+            rank=self.rank,
             heaps=addresses,
             max_local_experts=MAX_LOCAL_EXPERTS,
             max_blocks=MAX_BLOCKS,
-            staging_bytes=staging_bytes,
+            staging_bytes=self.staging_bytes,
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
             counting=self._counting.data_ptr(),
-            timeout_seconds=timeout,
-            turns=turns or _cuda.Turns(),
+            timeout_seconds=self.timeout,
+            turns=turns,
         )
-        torch.cuda.current_stream(self.device).synchronize()
 
     def set_live(self, live: int) -> None:
         """Ranks that take part in the calls to come, as bits. All live ranks must set the same."""
@@ -319,6 +327,7 @@ class Endpoint:
             ce_chunks=ce_chunks[0],
             ce_shrink=ce_chunks[1],
             stream=stream,
+            source_token=_address(plan.source),
         )
 
     def barrier(self, stream: int) -> None:

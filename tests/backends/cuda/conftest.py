@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Before CUDA starts. Virtual ranks have a stream each; with the usual 8 queues of the GPU a stream's kernel
+# would wait for kernels of another, which wait for it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,110 @@
+// Launches of a TwoLevelDomain's operations on a GPU, in turns with the rank's other operations, each beside
+// the kernel that serves its puts.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "host/turns.hpp"
+#include "host/two_level.hpp"
+#include "kernels/common/launch.hpp"
+#include "kernels/two_level/launch.hpp"
+#include "put_server/service.hpp"
+
+namespace deepep::host {
+
+/// Where the serving kernel runs: a stream beside the one that an operation is launched on. Of the device that
+/// is current when it is made.
+class PutStream {
+ public:
+  PutStream() {
+    int least = 0, greatest = 0;
+    kernels::check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    kernels::check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest),
+                   "cudaStreamCreateWithPriority");
+  }
+  ~PutStream() { (void)cudaStreamDestroy(stream_); }
+  PutStream(const PutStream&) = delete;
+  PutStream& operator=(const PutStream&) = delete;
+
+  /// `serve` begins when `operation` may, and what follows on `on` runs when both have ended.
+  template <class Serve, class Launch>
+  void beside(void* on, const Serve& serve, const Launch& operation) {
+    auto* stream = static_cast<cudaStream_t>(on);
+    begin_.record(stream);
+    begin_.hold_back(stream_);
+    serve(stream_);
+    operation();
+    end_.record(stream_);
+    end_.hold_back(stream);
+  }
+
+ private:
+  cudaStream_t stream_{};
+  Event begin_;
+  Event end_;
+};
+
+/// Of one rank, on the device that is current when it is made, which is that of its turns.
+class CudaTwoLevelLauncher {
+ public:
+  /// serve: null where whoever launches has the puts served.
+  CudaTwoLevelLauncher(std::shared_ptr<Turns> turns, put_server::ServePuts serve,
+                       const put_server::PutService& service)
+      : turns_(std::move(turns)), serve_(serve), service_(service) {
+    kernels::load_two_level();
+    if (serve_ == nullptr) return;
+    int device = 0;
+    kernels::check(cudaGetDevice(&device), "cudaGetDevice");
+    kernels::check(cudaDeviceGetAttribute(&sms_, cudaDevAttrMultiProcessorCount, device),
+                   "cudaDeviceGetAttribute");
+    put_stream_ = std::make_unique<PutStream>();
+  }
+
+  void prefix(const kernels::TwoLevelPrefixArgs& args, void* stream) {
+    in_turn(stream, [&] { kernels::launch_two_level(args, stream); });
+  }
+  void dispatch(const kernels::TwoLevelDispatchArgs& args, int num_blocks, void* stream) {
+    with_puts(args, num_blocks, stream);
+  }
+  void combine(const kernels::TwoLevelCombineArgs& args, int num_blocks, void* stream) {
+    with_puts(args, num_blocks, stream);
+  }
+  void layout(const kernels::LayoutArgs& args, int num_blocks, void* stream) {
+    in_turn(stream, [&] { kernels::launch_layout(args, num_blocks, stream); });
+  }
+  [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream) {
+    return host::take_fault(group, *turns_, stream);
+  }
+  [[nodiscard]] Turns& turns() { return *turns_; }
+
+  /// True once a launch was captured: graphs hold the addresses of this domain's memory.
+  [[nodiscard]] bool was_captured() const { return was_captured_; }
+
+ private:
+  template <class Args>
+  void with_puts(const Args& args, int num_blocks, void* stream) {
+    in_turn(stream, [&] {
+      if (serve_ == nullptr) return kernels::launch_two_level(args, num_blocks, stream);
+      // An SM stays free for who serves: it would wait for these blocks, and they for it.
+      put_stream_->beside(
+          stream, [&](cudaStream_t beside) { serve_(service_, beside); },
+          [&] { kernels::launch_two_level(args, std::min(num_blocks, sms_ - 1), stream); });
+    });
+  }
+  template <class Launch>
+  void in_turn(void* stream, const Launch& launch) {
+    if (turns_->take(stream, launch)) was_captured_ = true;
+  }
+
+  std::shared_ptr<Turns> turns_;
+  put_server::ServePuts serve_;
+  put_server::PutService service_;
+  std::unique_ptr<PutStream> put_stream_;
+  int sms_ = 0;
+  bool was_captured_ = false;
+};
+
+}  // namespace deepep::host

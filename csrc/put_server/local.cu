@@ -1,0 +1,55 @@
+// Puts between virtual ranks, which share a GPU: their kernels cannot tell that no NIC carries them.
+#include "put_server/serve.cuh"
+#include "kernels/common/launch.cuh"
+#include "put_server/service.hpp"
+
+namespace deepep::put_server {
+
+namespace {
+
+/// Words of a mix, each as good as random: SplitMix64's steps.
+__device__ uint64_t mixed(uint64_t word) {
+  word += 0x9e3779b97f4a7c15;
+  word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9;
+  word = (word ^ (word >> 27)) * 0x94d049bb133111eb;
+  return word ^ (word >> 31);
+}
+
+/// One warp; sizes are multiples of 4, places of 16 where the size is.
+__device__ void copy(std::byte* to, const std::byte* from, int64_t bytes) {
+  using namespace dev;
+  const int64_t pieces = bytes / 16;
+  for (int64_t i = lane(); i < pieces; i += kWarpSize)
+    store_streaming(reinterpret_cast<Vec16*>(to) + i, load_streaming(reinterpret_cast<const Vec16*>(from) + i));
+  for (int64_t at = 16 * pieces + 4 * lane(); at < bytes; at += 4 * kWarpSize)
+    store(reinterpret_cast<uint32_t*>(to + at), load(reinterpret_cast<const uint32_t*>(from + at)));
+}
+
+__global__ void __launch_bounds__(kThreads) serve_locally_kernel(const __grid_constant__ LocalService service) {
+  using namespace dev;
+  const int self = block();
+  if (service.queue[self].state == nullptr) return;  // of a rank that takes no part
+  serve(service.queue[self], service.timeout_ns, [&](const PutOrder& order, uint32_t number) {
+    const uint64_t word = mixed(service.seed + (static_cast<uint64_t>(self) << 32 | number));
+    if (service.delay_ns > 0)
+      for (const Deadline late = Deadline::in(word % service.delay_ns); !late.passed();) pause();
+    if (number >= service.silent_from[self]) return;
+    const auto there = [&](const void* here) {
+      return service.remote[order.rank] + (static_cast<const std::byte*>(here) - service.remote[self]);
+    };
+    if (order.bytes > 0) copy(there(order.to), static_cast<const std::byte*>(order.from), order.bytes);
+    sync_warp();
+    if (lane() != 0) return;
+    fence<acq_rel, sys_scope>();
+    fetch_add<relaxed, sys_scope>(reinterpret_cast<uint64_t*>(there(order.word)), order.value);
+  });
+}
+
+}  // namespace
+
+void serve_locally(const LocalService& service, void* stream) {
+  serve_locally_kernel<<<service.num_ranks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(service);
+  kernels::check(cudaGetLastError(), "serve_locally");
+}
+
+}  // namespace deepep::put_server
