@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Joining(BufferLifetime):
-    """Ranks that join and go, on the reference and the emulator. Needs enable_shrink.
+    """Ranks that join and go. Needs enable_shrink.
 
     A rank is vacant if its process has died, or left, and it is masked on all others; or if the buffer was
     made for more ranks than its group has (max_num_ranks). For E experts, R counts vacant ranks too: their
@@ -45,7 +45,8 @@ class Joining(BufferLifetime):
 
         From then on the members' masks are those of the invitation, and a rank that is masked can come back
         by invitation alone. Operations begin on a new link; handles of high-throughput dispatches from before
-        still hold.
+        still hold. On CUDA memory is made anew, outside of graphs, and a cached dispatch takes a handle of
+        the same ranks alone; graphs captured before go on among those who were members then.
 
         Raises PeerTimeoutError with the ranks that did not come in time, MismatchError if what they construct
         is not what the members have: the same on all, the members go on as before, and may invite again.

@@ -8,7 +8,7 @@ backend (devices.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ Answer = tuple[bool, str]
 @dataclass(frozen=True)
 class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
+    serves: the same for so many ranks, those that may join among them, and the hosts of those that are there.
 
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
@@ -41,6 +42,7 @@ class Backend:
     several_domains: bool = False
     admits: bool = False
     no_lanes: str = "it has no remote transport"
+    serves: Callable[[int, Collection[str]], Answer] = lambda num_ranks, hosts: (True, "any number of ranks")
 
 
 _backends: dict[str, Backend] = {}
@@ -79,12 +81,15 @@ def choose(
     among: Container[str] | None = None,
     num_domains: int = 1,
     grows: bool = False,
+    num_ranks: int = 0,
+    hosts: Collection[str] = (),
 ) -> tuple[Backend, torch.device]:
     """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
     and the device (None: the first of the backend's that this machine has).
 
     among: what every rank's machine can run. num_domains: scale-up domains of the group. grows: more ranks
-    may join. Raises RangeError with every backend's reason if there is none.
+    may join. num_ranks: R, with those. hosts: of the ranks that are there. Raises RangeError with every
+    backend's reason if there is none.
     """
     wanted = default_name() if name is None else name
     if wanted is not None:
@@ -100,6 +105,7 @@ def choose(
             lambda b=backend: (num_domains == 1 or b.several_domains, "it serves one scale-up domain"),
             lambda b=backend: (b.admits or not grows, "no rank can join its ranks at work"),
             lambda b=backend: b.supports(group),
+            lambda b=backend: b.serves(num_ranks, hosts),
         ):
             able, why = answer()
             if not able:
@@ -165,17 +171,14 @@ def _cuda_available() -> Answer:
     return True, "kernels for sm_90"
 
 
-def _cuda_supports(group: Any) -> Answer:
-    able, why = is_group(group)
-    if not able:
-        return able, why
+def _cuda_serves(num_ranks: int, hosts: Collection[str]) -> Answer:
     from deepep.backends.cuda.launch import MAX_RANKS
-    from deepep.backends.cuda.memory.ipc import why_not_one_node
 
-    if group.size() > MAX_RANKS:
-        return False, f"{group.size()} ranks; one NVLink domain has at most {MAX_RANKS}"
-    why = why_not_one_node(group)
-    return not why, why or "one node, linked GPUs"
+    if num_ranks > MAX_RANKS:
+        return False, f"{num_ranks} ranks; one NVLink domain has at most {MAX_RANKS}"
+    if len(set(hosts)) > 1:
+        return False, "the ranks span several hosts"
+    return True, "one node, linked GPUs"
 
 
 def _cuda_create(options: EngineOptions, control: ControlPlane) -> Engine:
@@ -188,9 +191,11 @@ register(
     Backend(
         "cuda",
         _cuda_available,
-        _cuda_supports,
+        is_group,
         _cuda_create,
         device_types=("cuda",),
+        serves=_cuda_serves,
+        admits=True,
         no_lanes="it serves one scale-up domain, and nothing there crosses a NIC",
     )
 )

@@ -7,7 +7,6 @@ meeting, so that the others do not wait for it; and so does whatever else it rai
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -34,13 +33,15 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
     membership = membership_of(options.group, options.timeout, options.num_ranks)
     asked = registry.default_name() if backend is None else backend
     try:
-        name, among = _agree_on_backend(membership, asked, options.problem)
+        name, among, hosts = _agree_on_backend(membership, asked, options.problem)
         problem: ArgumentError | None = None
         try:
             num_ranks = options.num_ranks or options.group.size()
             domains = -(-num_ranks // (options.ranks_per_domain or num_ranks))
             grows = num_ranks > options.group.size()
-            chosen, where = registry.choose(name, options.group, device, among, domains, grows)
+            chosen, where = registry.choose(
+                name, options.group, device, among, domains, grows, num_ranks, hosts
+            )
             if options.lanes.asked() and chosen.no_lanes:
                 raise options.lanes.refusal(f"backend {chosen.name!r}: {chosen.no_lanes}")
         except ArgumentError as refused:
@@ -67,23 +68,19 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
 
 def _agree_on_backend(
     membership: Membership, name: str | None, problem: ArgumentError | None
-) -> tuple[str | None, frozenset[str]]:
-    """The backend that ranks ask for by name, if any does, and those that every rank's machine can run.
-
-    They have to be known before any rank asks a backend whether it serves the group: for that they may meet.
-    """
+) -> tuple[str | None, frozenset[str], frozenset[str]]:
+    """The backend that ranks ask for by name, if any does; those that every machine can run; all hosts."""
     if problem is None and name is not None:
         try:
             registry.check_name(name)
         except ArgumentError as refused:
             problem = refused
     able = [backend.name for backend in registry.backends() if backend.available()[0]]
-    facts: dict[str, Any] = {"backend": name, "able": able}
-    met = agreement.agree(membership, "arrived", {}, problem, facts)
+    met = agreement.agree(membership, "arrived", {}, problem, agreement.arrival(name, able))
     names = {rank: facts["backend"] for rank, facts in met.items() if facts["backend"] is not None}
     first = min(names, default=0)
     for rank, asked in names.items():
         if asked != names[first]:
             raise MismatchError("backend", repr(asked), f"{names[first]!r}, as on rank {first}", rank)
     common = frozenset.intersection(*(frozenset(facts["able"]) for facts in met.values()))
-    return names.get(first), common
+    return names.get(first), common, frozenset(facts["host"] for facts in met.values())

@@ -1,6 +1,6 @@
 """Times of ranks that join: a process takes a vacant rank again and again, beside ranks that stay.
 
-    python tests/harness/joins.py --ranks 4 --count 20
+    python tests/harness/joins.py --ranks 4 --count 20      # on GPUs: --backend cuda
 
 Prints the medians and the longest of: `invite`; `admit`, whose newcomer has its interpreter and its libraries
 loaded and reads the invitation from a file; the first low-latency dispatch with it; `dismiss`.
@@ -27,16 +27,16 @@ OPTIONS = {"low_latency_mode": True, "enable_shrink": True, "timeout": 60.0}
 
 def call(buffer: Any) -> None:
     """A low-latency dispatch and combine."""
-    experts = LOCAL * buffer.group_size
-    x = torch.ones(TOKENS, HIDDEN).bfloat16()
-    idx = (torch.arange(TOKENS)[:, None] + torch.arange(TOPK) * LOCAL) % experts
+    experts, device = LOCAL * buffer.group_size, buffer.info.device
+    x = torch.ones(TOKENS, HIDDEN, device=device).bfloat16()
+    idx = (torch.arange(TOKENS, device=device)[:, None] + torch.arange(TOPK, device=device) * LOCAL) % experts
     rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, TOKENS, experts, use_fp8=False)
-    buffer.low_latency_combine(rows, idx, torch.ones(TOKENS, TOPK), handle)
+    buffer.low_latency_combine(rows, idx, torch.ones(TOKENS, TOPK, device=device), handle)[0].cpu()
 
 
-def stay(ctx: Any, folder: str, last: int, count: int) -> dict[str, list[float]]:
+def stay(ctx: Any, folder: str, last: int, count: int, backend: str) -> dict[str, list[float]]:
     """The members: invite and dismiss rank `last`, `count` times; seconds of each part."""
-    buffer = deepep.Buffer(ctx.group, backend="reference", max_num_ranks=last + 1, **OPTIONS)
+    buffer = deepep.Buffer(ctx.group, backend=backend, max_num_ranks=last + 1, **OPTIONS)
     call(buffer)
     took: dict[str, list[float]] = {"invite": [], "admit": [], "first call": [], "dismiss": []}
 
@@ -61,6 +61,7 @@ def stay(ctx: Any, folder: str, last: int, count: int) -> dict[str, list[float]]
 
 def come(ctx: Any, folder: str, last: int, count: int) -> None:
     """The newcomer: joins and is dismissed, `count` times."""
+    torch.ones(1, device=ctx.device)  # its device is awake
     for number in range(count):
         path = Path(folder, str(number))
         while not path.exists():
@@ -74,12 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4, help="with the newcomer")
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--backend", choices=["reference", "cuda"], default="reference")
     arguments = parser.parse_args()
-    last = arguments.ranks - 1
-    with tempfile.TemporaryDirectory() as folder, World(last) as members, World(1) as newcomer:
+    last, kind = arguments.ranks - 1, "nccl" if arguments.backend == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder, World(last, kind) as members, World(1, kind) as newcomer:
         members.ensure_started()
         coming = newcomer.submit(come, folder, last, arguments.count, timeout=600)
-        took = members.run(stay, folder, last, arguments.count, timeout=600)[0]
+        took = members.run(stay, folder, last, arguments.count, arguments.backend, timeout=600)[0]
         coming.results()
     print(f"{arguments.ranks} ranks, {arguments.count} times, milliseconds (median, longest)")
     for what, seconds in took.items():

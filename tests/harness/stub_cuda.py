@@ -234,24 +234,19 @@ def _address(device: int) -> int:
     return ADDRESS
 
 
-@contextlib.contextmanager
-def stub_buffer(elastic: bool = False, **options: Any) -> Iterator[Any]:
-    """A Buffer, or an ElasticBuffer, of one rank on the CUDA backend, after `install`."""
-    import deepep
+def serve() -> None:
+    """Registers the CUDA engine as the backend "stub" of CPU tensors, after `install`."""
     from deepep.backends.cuda.engine import CudaEngine
     from deepep.backends.cuda.memory import generations
     from deepep.backends.cuda.memory.ipc import SymmetricHeap
     from deepep.runtime import backends, streams
-    from deepep.runtime.control.transport import private_group
     from deepep.runtime.session import Session
 
     streams.current = lambda device: Stream()  # type: ignore[assignment]
+    streams.current_address = _address  # of a process that had imported it before
     generations.export_heap = lambda own: b""  # type: ignore[assignment]
     generations.map_heaps = lambda own, rank, exported: SymmetricHeap(own, [own])  # type: ignore[assignment]
-    group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
-    session = Session(group, torch.device("cpu"))
-    session._stream = Stream()  # type: ignore[assignment]
-    Session.of = classmethod(lambda cls, group, device, num_ranks=0: session)  # type: ignore[assignment]
+    Session.stream = property(lambda session: Stream())  # type: ignore[assignment]
 
     def create(how: Any, control: Any) -> CudaEngine:
         engine = CudaEngine(how, control)
@@ -259,7 +254,18 @@ def stub_buffer(elastic: bool = False, **options: Any) -> Iterator[Any]:
         return engine
 
     can = (True, "stubs")
-    backends.register(backends.Backend("stub", lambda: can, lambda group: can, create, by_name_only=True))
+    stub = backends.Backend("stub", lambda: can, backends.is_group, create, by_name_only=True, admits=True)
+    backends.register(stub)
+
+
+@contextlib.contextmanager
+def stub_buffer(elastic: bool = False, **options: Any) -> Iterator[Any]:
+    """A Buffer, or an ElasticBuffer, of one rank on the CUDA backend, after `install`."""
+    import deepep
+    from deepep.runtime.control.transport import private_group
+
+    serve()
+    group = private_group(torch.distributed.HashStore(), 0, 1, 30.0, "cpu")
     if elastic:
         buffer = deepep.ElasticBuffer(group, backend="stub", device="cpu", **options)
     else:

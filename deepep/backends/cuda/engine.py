@@ -1,8 +1,9 @@
 """The CUDA backend: high-throughput operations by kernels over NVLink, inside one node.
 
 One file an operation: dispatch.py, cached.py, combine.py, layout.py; low_latency.py has the low-latency ones,
-with memory and state of their own. This file is the engine around them: its control plane, its symmetric
-memory, what it refuses, and what kernels have reported.
+with memory and state of their own. members.py changes who takes part; routes.py reads what dispatches leave.
+This file is the engine around them: its control plane, its symmetric memory, what it refuses, and what
+kernels have reported.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from deepep import _cuda
 from deepep.backends.cuda import checks as cuda_checks
 from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
-from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS, Counts, Endpoint, Phase, Plan
+from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS, Counts, Endpoint, Phase
 from deepep.backends.cuda.layout import LayoutKernel
 from deepep.backends.cuda.local_rows import RowKernels
 from deepep.backends.cuda.low_latency import CudaLowLatency
+from deepep.backends.cuda.members import CudaMembers
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
+from deepep.backends.cuda.routes import CudaRoutes, plan_of
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
     ArgumentError,
@@ -40,7 +43,7 @@ from deepep.runtime import checks, streams
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import LAST_MOMENT, ControlPlane
 from deepep.runtime.control.waits import WaitRecorder
-from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
+from deepep.runtime.engine import EngineInfo, EngineOptions, Made, Observer
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
     Combined,
@@ -54,7 +57,6 @@ from deepep.runtime.requests import (
     LowLatencyDispatchRequest,
     LowLatencyRoute,
     Operation,
-    Route,
     Schedule,
 )
 
@@ -68,7 +70,7 @@ OPERATIONS = {
 }
 
 
-class CudaEngine(Engine):
+class CudaEngine(CudaRoutes, CudaMembers):
     """See `Engine`.
 
     symmetric: symmetric memory, there from the first dispatch or combine on. unsettled: something is to be
@@ -103,7 +105,7 @@ class CudaEngine(Engine):
         self._generations = Generations(control.membership, self.device, "build")
         self._low_latency = CudaLowLatency(self._control, self, self._turns)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
-        self._live = (1 << session.num_ranks) - 1
+        self.live = control.membership.live
         self._is_built = False
         self._must_build = self.unsettled = True
         self._refused = False
@@ -141,7 +143,7 @@ class CudaEngine(Engine):
             try:
                 if not dispatch.is_usual(self, request):
                     self._check_dispatch(request)
-                if route is not None and self._plan_of(route).live != self._live:
+                if route is not None and plan_of(route).live != self.live:
                     got = "one made while other ranks were masked"
                     raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:
@@ -162,7 +164,7 @@ class CudaEngine(Engine):
                     checks.check_own(request.route, self)
                     checks.check_combine(request, self.info.device_type)
                     cuda_checks.check_combine(request, self.device)
-                plan = self._plan_of(request.route)
+                plan = plan_of(request.route)
                 combine.check_staging(self, request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
@@ -208,59 +210,6 @@ class CudaEngine(Engine):
                 made = make()
                 fill(made)
             return made, hand_out(self.comm, None, schedule, tuple(given), tuple(made))
-
-    # routes
-
-    def rows_by_source(self, route: Route) -> Tensor:
-        plan = self._plan_of(route)
-        if plan.stream != streams.current_address(self.index):
-            plan.table.record_stream(streams.current(self.index))
-        return plan.counts[:, self.info.rank]
-
-    def route_counts(self, route: Route) -> Tensor:
-        plan, ranks = self._plan_of(route), self.info.num_ranks
-        if plan.known is None:
-            return plan.counts.to("cpu", torch.int64)
-        return torch.tensor(plan.known.tolist(), dtype=torch.int64, device="cpu").view(ranks, ranks)
-
-    def route_sources(self, route: Route) -> Tensor | None:
-        plan = self._plan_of(route)
-        if plan.source is not None and plan.stream != streams.current_address(self.index):
-            plan.source.record_stream(streams.current(self.index))
-        return plan.source
-
-    def route_table(self, route: Route) -> Tensor:
-        return self._plan_of(route).table
-
-    def restore_route(
-        self, is_token_in_rank: Tensor, counts: Tensor, num_experts: int, table: Tensor | None = None
-    ) -> Route:
-        tokens, ranks = is_token_in_rank.shape
-        rows: list[list[int]] = counts.tolist()
-        if table is None:
-            table = self._table_of(is_token_in_rank, counts.to(torch.int64))
-        elif table.shape != (tokens + ranks, ranks) or not table.is_contiguous():
-            raise HandleError(
-                "route", f"a table {list(table.shape)}", f"one of {tokens} tokens, {ranks} ranks"
-            )
-        received = [sum(column) for column in zip(*rows, strict=True)]
-        own = received[self.info.rank]
-        plan = Plan(table, tokens, own, self._live, streams.current_address(self.index))
-        plan.most_rows = max(received)
-        plan.known = _cuda.RowCounts([count for row in rows for count in row])
-        return Route(self, tokens, num_experts, is_token_in_rank, plan.num_rows, plan)
-
-    def _table_of(self, is_token_in_rank: Tensor, counts: Tensor) -> Tensor:
-        """A plan's table, worked out anew: waits for the device."""
-        first_row = (counts.cumsum(0) - counts)[self.info.rank].to(self.device)  # [R]
-        position = is_token_in_rank.to(torch.int32).cumsum(0) - 1 + first_row
-        send_row = torch.where(is_token_in_rank, position, -1).to(torch.int32)
-        return torch.cat([send_row, counts.to(self.device, torch.int32)])
-
-    def _plan_of(self, route: Route) -> Plan:
-        if not isinstance(route.plan, Plan):
-            raise HandleError("handle", "one whose dispatch did not finish", "a handle of a dispatch here")
-        return route.plan
 
     # refusals, faults, memory
 
@@ -328,7 +277,7 @@ class CudaEngine(Engine):
 
     def _build(self) -> None:
         """Symmetric memory over the ranks that take part; collective."""
-        membership, timeout, live = self._control.membership, self.info.options.timeout, self._live
+        membership, timeout, live = self._control.membership, self.info.options.timeout, self.live
 
         def make(heap: SymmetricHeap) -> SymmetricMemory:
             return SymmetricMemory(membership.rank, live, heap, timeout=timeout, turns=self._turns)
@@ -378,13 +327,11 @@ class CudaEngine(Engine):
 
     def release_memory(self) -> None:
         with self.issuing:
-            if torch.cuda.is_current_stream_capturing():
-                raise ArgumentError("release_memory", "captured", "outside of a graph")
+            self._check_not_captured(Operation.RELEASE_MEMORY)
             fault = self._fault or self._low_latency.state.fault
             if fault is not None:
                 raise PeerTimeoutError(fault)
-            for rank in self._low_latency.state.masked - self._control.masked:  # by its kernels
-                self.mask(rank, True)
+            self._take_over_masks()
             self._control.barrier(Schedule(), operation=Operation.RELEASE_MEMORY)
             reported = self._reported() if self._is_built else None  # it is lost with the memory
             self.last_layout = None
@@ -408,25 +355,7 @@ class CudaEngine(Engine):
             return reported
         return None
 
-    # masks, the end, the rest
-
-    def mask(self, rank: int, masked: bool) -> None:
-        for other in self._low_latency.state.masked - {rank}:  # by its kernels: now for all operations
-            self._control.mask(other, True)
-        self._control.mask(rank, masked)
-        self._live = sum(1 << r for r in range(self.info.num_ranks) if r not in self._control.masked)
-        self._fault = None
-        self._must_build = self.unsettled = True
-        self._low_latency.state.change_members()
-
-    @property
-    def masked(self) -> frozenset[int]:
-        return self._control.masked | self._low_latency.state.masked
-
-    def write_masked(self, status: Tensor) -> None:
-        with self.issuing:
-            super().write_masked(status)
-            self._low_latency.state.write_masked(status)
+    # the end, the rest
 
     def memory(self) -> dict[str, int]:
         symmetric = self._num_bytes if self._is_built else 0

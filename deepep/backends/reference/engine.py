@@ -4,7 +4,7 @@ an engine, on gloo or NCCL groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.low_latency import LowLatencyOperations
-from deepep.errors import ArgumentError, RangeError
+from deepep.errors import ArgumentError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import restore_plan
 from deepep.reference.two_level import TwoLevelExchange
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control import admission
-from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
@@ -206,32 +205,13 @@ class ReferenceEngine(Engine):
         return self._control.masked
 
     def invite(self, ranks: Sequence[int]) -> str:
-        with self._issuing(Operation.INVITE, Schedule()):
-            self._check_ranks(ranks, self._control.membership.masked, "a rank that is masked")
-        return admission.invite(self._control, ranks, self.info.backend).encode()
+        return admission.invite(self._control, ranks)
 
     def admit(self, invitation: str) -> None:
-        with self._issuing(Operation.ADMIT, Schedule()):
-            decoded = Invitation.decode(invitation)
-            here, theirs = self._control.membership.members, decoded.members
-            if here != theirs:
-                raise RangeError("invitation", f"one by ranks {theirs}", f"a new one, by ranks {here}")
-        admission.admit(self._control, decoded)
+        admission.admit(self._control, invitation)
 
     def dismiss(self, ranks: Sequence[int]) -> None:
-        with self._issuing(Operation.DISMISS, Schedule()):
-            members = self._control.membership.members
-            self._check_ranks(ranks, members, "a rank that is not masked")
-            if set(ranks) >= set(members):
-                raise RangeError("ranks", f"{tuple(ranks)}", "not all ranks that are left")
         admission.dismiss(self._control, ranks)
-
-    def _check_ranks(self, ranks: Sequence[int], among: Iterable[int], allowed: str) -> None:
-        for rank in ranks:
-            if rank not in set(among):
-                raise RangeError("ranks", f"{rank}", allowed)
-        if not ranks or len(set(ranks)) < len(ranks):
-            raise RangeError("ranks", f"{tuple(ranks)}", "at least one, and each once")
 
     def comm_stream(self) -> torch.cuda.Stream | None:
         return self._control.session.stream

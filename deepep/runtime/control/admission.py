@@ -12,13 +12,13 @@ import contextlib
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from deepep.errors import RangeError
+from deepep.errors import ArgumentError, RangeError
 from deepep.runtime.control import agreement
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
@@ -32,9 +32,11 @@ _MOST_BYTES = 1024
 _Body = Callable[[Link, dict[int, int]], None]
 
 
-def invite(control: ControlPlane, ranks: Sequence[int], backend: str) -> Invitation:
-    """An invitation of ranks that are vacant, the same on all members; collective."""
+def invite(control: ControlPlane, ranks: Sequence[int]) -> str:
+    """An invitation of ranks that are vacant, the same on all members; collective. Raises RangeError."""
     membership = control.membership
+    with _refusing(control, Operation.INVITE):
+        _check_ranks(ranks, membership.masked, "a rank that is masked")
     proposal = f"{uuid.uuid4().hex} {membership.place}".encode()[:_MOST_BYTES]
     agreed = bytearray()
 
@@ -45,22 +47,30 @@ def invite(control: ControlPlane, ranks: Sequence[int], backend: str) -> Invitat
 
     _perform(control, Operation.INVITE, body, {"ranks": _digest(tuple(ranks))})
     token, _, place = agreed.decode().partition(" ")
-    return Invitation(
+    invitation = Invitation(
         token=token,
         ranks=tuple(ranks),
         members=membership.members,
         num_ranks=membership.num_ranks,
         place=place,
-        backend=backend,
+        backend=str(control.statement["backend"]),
         options=control.statement,
     )
+    return invitation.encode()
 
 
-def admit(control: ControlPlane, invitation: Invitation) -> None:
-    """Goes on with those who are invited, once they have come; collective.
+def admit(control: ControlPlane, text: str) -> tuple[int, ...]:
+    """Goes on with those who are invited, once they have come; collective. The ranks that stayed.
 
-    Raises PeerTimeoutError or MismatchError, and then all is as before; the same on all members.
+    Raises RangeError for another text, PeerTimeoutError or MismatchError; the same on all members, and then
+    all is as before.
     """
+    here = control.membership.members
+    with _refusing(control, Operation.ADMIT):
+        invitation = Invitation.decode(text)
+        if here != invitation.members:
+            got = f"one by ranks {invitation.members}"
+            raise RangeError("invitation", got, f"a new one, by ranks {here}")
 
     def body(link: Link, limits: dict[int, int]) -> None:
         previous = control.membership
@@ -69,7 +79,7 @@ def admit(control: ControlPlane, invitation: Invitation) -> None:
         control.go_on_with(membership)
         try:
             membership.begin(Operation.ADMIT.label)
-            facts = {"backend": invitation.backend, "able": [invitation.backend]}
+            facts = agreement.arrival(invitation.backend, [invitation.backend])
             agreement.agree(membership, "arrived", {}, None, facts)
             control.meet(Operation.ADMIT.label)
         except BaseException:
@@ -78,12 +88,20 @@ def admit(control: ControlPlane, invitation: Invitation) -> None:
             raise
         previous.move()
 
-    _perform(control, Operation.ADMIT, body, {"invitation": _digest(invitation.encode())})
+    _perform(control, Operation.ADMIT, body, {"invitation": _digest(text)})
+    return here
 
 
 def dismiss(control: ControlPlane, ranks: Sequence[int]) -> None:
-    """Leaves out ranks for good, this one among them perhaps: it lets the others go first. Collective."""
+    """Leaves out ranks for good, this one among them perhaps: it lets the others go first. Collective.
+
+    Raises RangeError.
+    """
     membership = control.membership
+    with _refusing(control, Operation.DISMISS):
+        _check_ranks(ranks, membership.members, "a rank that is not masked")
+        if set(ranks) >= set(membership.members):
+            raise RangeError("ranks", f"{tuple(ranks)}", "not all ranks that are left")
     stay = [rank for rank in membership.members if rank not in ranks]
     control.barrier(Schedule(), {"ranks": _digest(tuple(ranks))}, Operation.DISMISS)
 
@@ -108,6 +126,24 @@ def enter(invitation: Invitation, rank: int, store: Store | None, timeout: float
     vacant = frozenset(range(invitation.num_ranks)) - set(invitation.everybody)
     meets_at(group, MeetingPlace(ControlStore(base, _path(invitation.token)), Connections(base), vacant))
     return group
+
+
+@contextlib.contextmanager
+def _refusing(control: ControlPlane, operation: Operation) -> Iterator[None]:
+    """Refuses on all ranks what is found wrong inside."""
+    with control.issuing:
+        try:
+            yield
+        except ArgumentError as problem:
+            control.refuse(operation, problem, Schedule())
+
+
+def _check_ranks(ranks: Sequence[int], among: Collection[int], allowed: str) -> None:
+    for rank in ranks:
+        if rank not in among:
+            raise RangeError("ranks", f"{rank}", allowed)
+    if not ranks or len(set(ranks)) < len(ranks):
+        raise RangeError("ranks", f"{tuple(ranks)}", "at least one, and each once")
 
 
 def _path(token: str) -> str:

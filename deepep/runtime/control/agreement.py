@@ -8,7 +8,8 @@ same error. A rank with bad input takes part like any other, so nobody is left h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,13 @@ def agree(
             if value != wanted:
                 raise _mismatch(name, value, value, wanted, rank, first)
     return {rank: facts for rank, (_, _, facts) in posts.items()}
+
+
+def arrival(backend: str | None, able: Sequence[str]) -> dict[str, Any]:
+    """A rank's facts when it comes to construct: the backend that it asks for, if it does; the backends that
+    its machine can run; its host.
+    """
+    return {"backend": backend, "able": list(able), "host": socket.gethostname()}
 
 
 def reason(rank: int, error: BaseException) -> str:

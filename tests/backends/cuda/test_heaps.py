@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,20 +58,24 @@ class Contents:
 
 
 class Machine:
-    """Ranks whose heaps and mappings are counted. heaps: the ids of each rank's; mapped: by id, by whom.
+    """Ranks whose heaps and mappings are counted. heaps: the ids of each process'; mapped: by id, by whom.
 
-    unsafe: heaps that were freed while a living process could write to them.
+    process: of each rank, a number: its own until another takes its place. dead: processes that are gone.
+    unsafe: heaps that were freed while a living process could write to them. present: ranks that have one.
     """
 
     def __init__(self, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_ranks = num_ranks
+        self.process = list(range(num_ranks))
+        self.present = set(range(num_ranks))
         self.dead: set[int] = set()
         self.heaps: dict[int, set[int]] = {rank: set() for rank in range(num_ranks)}
         self.mapped: dict[int, set[int]] = {}
         self.unsafe: list[int] = []
         self.before_sharing: Callable[[int], None] = lambda rank: None
         self._last = 0
-        self._rank: ContextVar[int] = ContextVar("rank")
+        self._replaced: list[Any] = []
+        self._here: ContextVar[int] = ContextVar("process")
         monkeypatch.setattr(generations, "export_heap", self._export)
         monkeypatch.setattr(generations, "map_heaps", self._map)
         monkeypatch.setattr(generations, "_left", [])
@@ -87,15 +92,17 @@ class Machine:
         self.generations = [Generations(m, torch.device("cpu"), "build") for m in self.memberships]
         self.contents: dict[int, Contents] = {}
         self._pool = ThreadPoolExecutor(num_ranks)
+        self._naming = threading.Lock()
 
     def _export(self, own: torch.Tensor) -> bytes:
-        rank = self._rank.get()
-        self._last += 1
-        name = self._last * self.num_ranks + rank
-        self.heaps[rank].add(name)
+        here = self._here.get()
+        with self._naming:
+            self._last += 1
+            name = self._last
+        self.heaps[here].add(name)
         self.mapped[name] = set()
-        weakref.finalize(own, self._freed, rank, name)
-        self.before_sharing(rank)
+        weakref.finalize(own, self._freed, here, name)
+        self.before_sharing(here)
         return str(name).encode()
 
     def _map(self, own: torch.Tensor, rank: int, exported: list[bytes | None]) -> SymmetricHeap:
@@ -103,21 +110,21 @@ class Machine:
         for peer, raw in enumerate(exported):
             if raw is not None and peer != rank:
                 theirs = torch.empty(0)
-                self.mapped[int(raw)].add(rank)
-                weakref.finalize(theirs, self.mapped[int(raw)].discard, rank)
+                self.mapped[int(raw)].add(self._here.get())
+                weakref.finalize(theirs, self.mapped[int(raw)].discard, self._here.get())
                 mapped.append(theirs)
         return SymmetricHeap(own, mapped)
 
-    def _freed(self, rank: int, name: int) -> None:
-        self.heaps[rank].remove(name)
-        if self.mapped[name] - self.dead and rank not in self.dead:
+    def _freed(self, process: int, name: int) -> None:
+        self.heaps[process].remove(name)
+        if self.mapped[name] - self.dead and process not in self.dead:
             self.unsafe.append(name)
 
     def each(self, ranks: Collection[int], part: Callable[[int], Any]) -> list[Any]:
         """Calls `part(rank)` as each of `ranks`. What it returned or raised."""
 
         def call(rank: int) -> Any:
-            self._rank.set(rank)
+            self._here.set(self.process[rank])
             try:
                 return part(rank)
             except Exception as error:  # it is what the test asks for
@@ -128,7 +135,7 @@ class Machine:
     def set_members(self, ranks: Collection[int]) -> None:
         """Has `ranks` leave out all others."""
         for rank in ranks:
-            for other in range(self.num_ranks):
+            for other in self.present:
                 change = self.memberships[rank].unmask if other in ranks else self.memberships[rank].mask
                 change(other)
 
@@ -143,11 +150,29 @@ class Machine:
 
     def counts(self, *ranks: int) -> list[int]:
         """The number of heaps of each."""
-        return [len(self.heaps[rank]) for rank in ranks]
+        return [len(self.heaps[self.process[rank]]) for rank in ranks]
 
-    def die(self, rank: int) -> None:
-        """The process of a rank is gone, with its mappings."""
-        self.dead.add(rank)
+    def die(self, rank: int) -> int:
+        """The process of a rank is gone, with its mappings. Its number."""
+        self.dead.add(self.process[rank])
+        return self.process[rank]
+
+    def admit(self, members: Collection[int], rank: int) -> int:
+        """Has the members go on with a new process as `rank`; the process that was it before."""
+        before, number = self.process[rank], len(self.heaps)
+        self._replaced.append((self.generations[rank], self.contents.pop(rank, None)))  # it may live on
+        self.process[rank], self.heaps[number] = number, set()
+        self.present = {*members, rank}
+        vacant = set(range(self.num_ranks)) - self.present
+        for r in self.present:
+            place = ControlStore(self.store, f"test-{number}"), Connections(self.store)
+            self.memberships[r] = Membership(*place, r, self.num_ranks, 20.0, vacant)
+            self.memberships[r].introduce({other: str(self.process[other]) for other in self.present})
+            if r == rank:
+                self.generations[r] = Generations(self.memberships[r], torch.device("cpu"), "build")
+            else:
+                self.generations[r].go_on_with(self.memberships[r], members)
+        return before
 
 
 @pytest.fixture
@@ -204,6 +229,43 @@ def test_a_heap_is_freed_when_the_process_is_gone(machine: Callable[[int], Machi
     m.build(0, 1)
     assert m.counts(0, 1) == [1, 1]
     assert m.generations[0].num_kept_bytes == 0
+
+
+def test_the_word_of_a_successor_is_its_own(machine: Callable[[int], Machine]) -> None:
+    """The process before it lives, and may write to a heap of old until it is gone, or departs by itself.
+    It is the lowest rank, after which generations are named.
+    """
+    m = machine(3)
+    m.build(0, 1, 2)
+    m.build(1, 2)
+    assert m.counts(1, 2) == [2, 2]
+    first = m.admit((1, 2), 0)
+    for _ in range(3):
+        m.build(0, 1, 2)
+        assert m.counts(0, 1, 2) == [1, 2, 2]
+    departed = m.memberships[0]
+    m.memberships[1].mask(0), m.memberships[2].mask(0)
+    departed.depart(m.generations[0].retire(wait=True))  # the second one
+    m.admit((1, 2), 0)
+    m.build(0, 1, 2)
+    assert m.counts(0, 1, 2) == [1, 2, 2]
+    m.dead.add(first)
+    m.build(0, 1, 2)
+    assert m.counts(0, 1, 2) == [1, 1, 1]
+
+
+def test_captured_graphs_keep_their_memory_over_admissions(machine: Callable[[int], Machine]) -> None:
+    m = machine(3)
+    m.build(0, 1, 2)
+    m.contents[1].is_captured = True
+    m.die(2)
+    m.admit((0, 1), 2)
+    for _ in range(3):
+        m.build(0, 1, 2)
+        assert m.counts(0, 1, 2) == [2, 2, 1]
+    m.contents[0].is_captured = True
+    m.build(0, 1, 2)
+    assert m.counts(0, 1, 2) == [3, 3, 2]
 
 
 def test_a_rank_waits_for_its_own_kernels_before_it_comes(machine: Callable[[int], Machine]) -> None:
@@ -336,8 +398,8 @@ def test_operations_under_way_keep_heaps_of_a_dropped_buffer(machine: Callable[[
 
 
 def test_drawn_histories(machine: Callable[[int], Machine]) -> None:
-    """Ranks fall silent, come back and die, in drawn order. No heap is freed that a living rank has mapped; a
-    rank keeps one for each that is silent and alive, at most.
+    """Ranks fall silent, come back, die and are replaced, in drawn order. No heap is freed that a living
+    process has mapped; a rank keeps one for each that is silent and alive, at most.
     """
     print(f"seed {SEED} (DEEPEP_TEST_SEED)")
     choices = random.Random(SEED)
@@ -345,21 +407,26 @@ def test_drawn_histories(machine: Callable[[int], Machine]) -> None:
         m = machine(5)
         m.build(*range(5))
         for _ in range(25):
-            living = [rank for rank in range(5) if rank not in m.dead]
+            living = [rank for rank in sorted(m.present) if m.process[rank] not in m.dead]
             if len(living) > 2 and choices.random() < 0.06:
                 m.die(choices.choice(living))
                 continue
             members = sorted(choices.sample(living, choices.randint(1, len(living))))
+            others = sorted(set(range(5)) - set(members))
+            if others and choices.random() < 0.3:
+                m.set_members(members)
+                m.admit(members, choices.choice(others))
+                continue
             m.build(*members)
-            silent = len(living) - len(members)
-            assert max(m.counts(*members)) <= 1 + silent
+            silent = set(m.heaps) - m.dead - {m.process[rank] for rank in members}
+            assert max(m.counts(*members)) <= 1 + len(silent)
             assert not m.unsafe
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"1", b"{}", b'["1", []]', b"[1, [2]]", b'[1, "a"]', b"[1, [], 2]", b"\xff"]
+    "raw", [b"", b"1", b"{}", b"[1, []]", b'["1", [2]]', b'["1", "a"]', b'["1", [], 2]', b"\xff"]
 )
 def test_words_of_another_kind_are_refused(raw: bytes) -> None:
-    assert Arrival.decode(Arrival(3, ("0:1", "2:7")).encode()) == Arrival(3, ("0:1", "2:7"))
+    assert Arrival.decode(Arrival("c", ("a", "b")).encode()) == Arrival("c", ("a", "b"))
     with pytest.raises(ValueError, match="arrival: got"):
         Arrival.decode(raw)

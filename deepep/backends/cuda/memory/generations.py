@@ -14,6 +14,9 @@ carry epochs, but rows carry nothing by which one written late differs from one 
 A rank whose graphs may replay old calls, or whose copy engine still has rows to write, names those
 generations when it comes; they are kept, here and there. So are heaps in which somebody holds tensors, until
 all are freed.
+
+A rank may get another process. What that one says holds for it alone: the one before may write to what it had
+mapped until it is gone, or has departed by itself. The newcomer maps nothing of before.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import json
 import threading
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol, TypeVar
+from uuid import uuid4
 
 import torch
 
@@ -58,11 +62,11 @@ _Contents = TypeVar("_Contents", bound=HeapContents)
 
 
 class Arrival(NamedTuple):
-    """The words with which a rank comes to build a generation: how many it has built or tried to, and those
-    that something of its own may still write to.
+    """The words with which a rank comes to build a generation: a name for it, which nobody has used, and the
+    names of those that something of its own may still write to.
     """
 
-    number: int
+    name: str
     writes: tuple[str, ...]
 
     def encode(self) -> bytes:
@@ -73,24 +77,26 @@ class Arrival(NamedTuple):
     def decode(cls, raw: bytes) -> Arrival:
         """The words that `encode` made a text of. Raises ValueError for anything else."""
         try:
-            number, writes = json.loads(raw)
+            name, writes = json.loads(raw)
         except (TypeError, ValueError):
-            raise ValueError(f"arrival: got {raw[:200]!r}; allowed: a number and names") from None
-        if type(number) is not int or not isinstance(writes, list) or not all(type(w) is str for w in writes):
-            raise ValueError(f"arrival: got {raw[:200]!r}; allowed: a number and names")
-        return cls(number, tuple(writes))
+            raise ValueError(f"arrival: got {raw[:200]!r}; allowed: a name and names") from None
+        if type(name) is not str or not isinstance(writes, list) or not all(type(w) is str for w in writes):
+            raise ValueError(f"arrival: got {raw[:200]!r}; allowed: a name and names")
+        return cls(name, tuple(writes))
 
 
 class Generation:
     """One heap of this rank, and who else may write to it.
 
-    name: the same on all ranks. writers: the peers that may. contents: None until they are made. mapped: all
-    ranks' heaps of the generation, until this rank has left it.
+    name: the same on all ranks. writers: the peers that may. gone: those of earlier memberships that may, as
+    (membership, rank). contents: None until they are made. mapped: all ranks' heaps of the generation, until
+    this rank has left it.
     """
 
     def __init__(self, name: str, num_bytes: int, device: torch.device, membership: Membership) -> None:
         self.name, self.num_bytes, self.device = name, num_bytes, device
         self.writers = {rank for rank in membership.members if rank != membership.rank}
+        self.gone: list[tuple[Membership, int]] = []
         self.contents: HeapContents | None = None
         self.mapped: list[torch.Tensor] = []
         self._own: torch.Tensor | None = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -132,12 +138,19 @@ class Generation:
         """Those who have come, and do not name this generation, write here no more."""
         self.writers -= {rank for rank, arrival in arrivals.items() if self.name not in arrival.writes}
 
+    def go_on_with(self, membership: Membership, stayed: Collection[int]) -> None:
+        """Another membership: of its ranks, only `stayed` are the processes that they were."""
+        self.gone += [(self._membership, rank) for rank in self.writers - set(stayed)]
+        self.writers &= set(stayed)
+        self._membership = membership
+
     def free(self) -> bool:
         """Frees the heap if that can be done; True if it was."""
         if not self.leave(wait=False):
             return False
         self.writers = {rank for rank in self.writers if not self._membership.is_over(rank)}
-        if self.writers or (self.contents is not None and self.contents.is_in_use()):
+        self.gone = [(before, rank) for before, rank in self.gone if not before.is_over(rank)]
+        if self.writers or self.gone or (self.contents is not None and self.contents.is_in_use()):
             return False
         if self.contents is not None:
             self.contents.free()
@@ -156,7 +169,6 @@ class Generations:
     def __init__(self, membership: Membership, device: torch.device, what: str) -> None:
         """what: the name of what is built."""
         self._membership, self._device, self._what = membership, device, what
-        self._number = 0
         self._present: Generation | None = None
         self._kept: list[Generation] = []
 
@@ -171,8 +183,7 @@ class Generations:
         """
         gather = gathering(self._membership, self._what)
         arrivals = self._end_present(gather("leave"))
-        first = min(arrivals)
-        made = Generation(f"{first}:{arrivals[first].number}", num_bytes, self._device, self._membership)
+        made = Generation(arrivals[min(arrivals)].name, num_bytes, self._device, self._membership)
         self._kept.append(made)  # whatever happens from here on, peers may have mapped it
         heap = made.map(gather("share")(made.export()))
         made.contents = contents = make(heap)
@@ -189,9 +200,8 @@ class Generations:
     def _end_present(self, gather: Gather) -> dict[int, Arrival]:
         """The words of all members, each of which has left its present generation."""
         self.retire(wait=True)
-        self._number += 1
         names = tuple(generation.name for generation in self._kept if generation.may_write())
-        came = gather(Arrival(self._number, names).encode())
+        came = gather(Arrival(uuid4().hex, names).encode())
         arrivals = {r: Arrival.decode(raw) for r, raw in enumerate(came) if raw is not None}
         for generation in self._kept:
             generation.strike(arrivals)
@@ -230,13 +240,20 @@ class Generations:
                     if generation.free() and generation in generations:
                         generations.remove(generation)
 
+    def go_on_with(self, membership: Membership, stayed: Collection[int]) -> None:
+        """Builds among the ranks of another membership from now on, of whom only `stayed` were here."""
+        present = [] if self._present is None else [self._present]
+        for generation in (*self._kept, *present):
+            generation.go_on_with(membership, stayed)
+        self._membership = membership
+
     def close(self, came: Collection[int]) -> None:
         """Ends all generations, after `retire`. Idempotent.
 
         came: ranks that have retired theirs, too, and have come to the end.
         """
         for generation in self._kept:
-            generation.strike(dict.fromkeys(came, Arrival(0, ())))
+            generation.strike(dict.fromkeys(came, Arrival("", ())))
         with _left_lock:
             _left.extend(self._kept)
             self._kept = []

@@ -6,9 +6,7 @@ bytes that are parsed field by field: nothing that came from a peer is unpickled
 
 from __future__ import annotations
 
-import hashlib
 import json
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -152,9 +150,3 @@ def map_heaps(own: torch.Tensor, rank: int, exported: list[bytes | None]) -> Sym
 def gather_over(group: dist.ProcessGroup) -> Callable[[bytes], list[Any]]:
     """A `Gather` over a process group, of which every rank takes part."""
     return lambda mine: gather_bytes(group, mine)
-
-
-def why_not_one_node(group: dist.ProcessGroup) -> str:
-    """Empty if all ranks of the group share a host, else why they cannot map each other. Collective."""
-    hosts = gather_bytes(group, hashlib.sha256(socket.gethostname().encode()).digest())
-    return "the ranks span several hosts" if len(set(hosts)) > 1 else ""
