@@ -503,6 +503,8 @@ def copy(
     stages: int = 6,
     stage_bytes: int = 8192,
 ) -> None: ...
+def hold(nanoseconds: int, num_blocks: int, stream: int) -> None:
+    """Launches blocks that take an SM each and do nothing for so long, at most ten seconds."""
 
 class Exchange:
     """One rank's part in bare exchanges (csrc/kernels/exchange) of up to pair_bytes between any two ranks.

@@ -217,6 +217,12 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "source"_a, "target"_a, "num_bytes"_a, "num_blocks"_a, "stream"_a, py::kw_only(), "bulk"_a = false,
       "warps"_a = 4, "stages"_a = 6, "stage_bytes"_a = 8192);
+  m.def(
+      "hold",
+      [](uint64_t nanoseconds, int num_blocks, uintptr_t stream) {
+        dk::launch_hold(nanoseconds, num_blocks, pointer<void>(stream));
+      },
+      "nanoseconds"_a, "num_blocks"_a, "stream"_a);
   deepep::bindings::bind_exchange(m, dk::load_exchange).def(
       "launch",
       [](const deepep::bindings::ExchangeOf& self, uintptr_t source, const std::vector<int64_t>& sent,

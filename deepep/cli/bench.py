@@ -18,6 +18,7 @@ from rich.console import Console
 from deepep.bench.figures import BenchReport
 from deepep.bench.layer.rank import run_layer_rank
 from deepep.bench.low_latency.rank import run_low_latency_rank
+from deepep.bench.overlap.rank import run_overlap_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
 from deepep.cli.launcher import launched_ranks
@@ -35,11 +36,11 @@ def command(
         int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
-    mode: Annotated[str, typer.Option(help="throughput, low-latency or layer.")] = "throughput",
+    mode: Annotated[str, typer.Option(help="throughput, low-latency, layer or overlap.")] = "throughput",
     tokens: Annotated[
         str,
         typer.Option(
-            help="T, tokens of a rank. [4096,128; low latency 1 to 512; layer 4096,512; on CPU 64; 1,8]"
+            help="T, of a rank. [4096,128; low latency 1..512; layer 4096,512; overlap 4096; on CPU 64; 1,8]"
         ),
     ] = "",
     hidden: Annotated[str, typer.Option(help="H. [7168; on CPU 512]")] = "",
@@ -47,7 +48,9 @@ def command(
     experts: Annotated[
         str, typer.Option(help="E, of all ranks. [256; layer 64; on CPU 8 a rank; a trace's own]")
     ] = "",
-    width: Annotated[int | None, typer.Option(help="Of a layer's experts. [2048; on CPU 64]")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of a layer's experts, or products. [2048; on CPU 64]")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What is dispatched.")] = "bf16,fp8",
     sms: Annotated[str | None, typer.Option(help="SM counts. [8,16,24; others choose themselves]")] = None,
     routing: Annotated[str, typer.Option(help="uniform, zipf or trace.")] = "uniform",
@@ -73,7 +76,8 @@ def command(
     and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
     bytes. With --mode low-latency the calls of that mode, their halves and pairs in a graph, against a bare
     exchange. With --mode layer an MoE layer, forward (without gradients) and forward + backward, against
-    plain torch and its matrix products alone.
+    plain torch and its matrix products alone. With --mode overlap a dispatch or combine beside matrix
+    products of about its length, against the same products beside blocks that hold as many SMs.
 
     Numbers may be lists ("4096,128"). Under torchrun the ranks are torchrun's. Exit status 1 if a
     result is wrong, 2 for misuse.
@@ -91,8 +95,7 @@ def command(
         own = RoutingTrace.load(trace) if trace is not None else None
         is_decode, is_layer = mode == "low-latency", mode == "layer"
         few, many = ("1,8", "1,8,32,64,128,256,512") if is_decode else ("64", "4096,128")
-        if is_layer:
-            many = "4096,512"
+        many = {"layer": "4096,512", "overlap": "4096"}.get(mode, many)
         small = {"tokens": few, "hidden": "512", "topk": "4", "experts": str(8 * num_ranks)}
         large = {"tokens": many, "hidden": "7168", "topk": "8", "experts": "64" if is_layer else "256"}
         default = large if cuda else small
@@ -122,7 +125,7 @@ def command(
             mode=mode,
             width=width if width is not None else (2048 if cuda else 64),
         )
-        if plot is not None and is_layer:
+        if plot is not None and mode in ("layer", "overlap"):
             raise ArgumentError("plot", str(plot), f"none: {mode} has nothing to draw over")
         if cuda and not sweep.sms and not (is_decode or is_layer):
             raise ArgumentError("sms", "none", "one SM count or more")
@@ -146,6 +149,7 @@ def command(
 def _show(report: BenchReport, console: Console, json_file: Path | None, plot: Path | None) -> None:
     from deepep.bench.layer.table import print_layer_report
     from deepep.bench.low_latency.table import print_low_latency_report
+    from deepep.bench.overlap.table import print_overlap_report
     from deepep.bench.table import print_report
 
     launcher = f"torchrun --nproc-per-node {report.environment['ranks']}" if launched_ranks() else "python"
@@ -154,6 +158,8 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
         print_low_latency_report(report, console)
     elif report.environment.get("mode") == "layer":
         print_layer_report(report, console)
+    elif report.environment.get("mode") == "overlap":
+        print_overlap_report(report, console)
     else:
         print_report(report, console)
     if json_file is not None:
@@ -203,7 +209,8 @@ def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
 
 
 def _runner(sweep: Sweep) -> Callable[..., BenchReport]:
-    return {"low-latency": run_low_latency_rank, "layer": run_layer_rank}.get(sweep.mode, run_rank)
+    modes = {"low-latency": run_low_latency_rank, "layer": run_layer_rank, "overlap": run_overlap_rank}
+    return modes.get(sweep.mode, run_rank)
 
 
 def _sm_counts(given: str | None, cuda: bool, refuses: bool) -> tuple[int, ...]:

@@ -131,6 +131,21 @@ def test_the_command_measures_a_layer(tmp_path: Path) -> None:
     assert (written["environment"]["mode"], written["environment"]["width"]) == ("layer", 16)
 
 
+def test_the_command_measures_overlap(tmp_path: Path) -> None:
+    done = run(
+        "deepep", "bench", "--mode", "overlap", "--device", "cpu", "--ranks", "2", "--tokens", "3",
+        "--hidden", "128", "--width", "16", "--iterations", "50", "--warmup", "0", "--dtype", "bf16",
+        "--json", str(tmp_path / "b.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "x bound" in done.stdout
+    written = json.loads((tmp_path / "b.json").read_text())
+    parts = ("alone", "products alone", "together")
+    operations = [f"{name}, {part}" for name in ("cached dispatch", "combine") for part in parts]
+    assert [f["operation"] for f in written["figures"]] == operations
+    assert written["environment"]["mode"] == "overlap"
+
+
 def test_a_recorded_trace_is_measured(tmp_path: Path) -> None:
     """Replays in `bench` what `demo` recorded, and reports how skewed it is."""
     demo = run("deepep", "demo", "--ranks", "2", "--steps", "2", "--experts", "6", "--topk", "1",

@@ -10,6 +10,8 @@ void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream);
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
 void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
 void launch_barrier(const Group& group, void* stream);
+/// Blocks that take an SM each, for so long, at most ten seconds.
+void launch_hold(uint64_t nanoseconds, int num_blocks, void* stream);
 void launch_copy(const std::byte* from, std::byte* to, int64_t bytes, int num_blocks, void* stream);
 /// Loads the kernels of all modes onto the current device, before any runs: those of rare ones might else be
 /// loaded while a peer's kernel waits for them.

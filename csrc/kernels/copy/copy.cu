@@ -3,6 +3,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
 #include "kernels/copy/bulk_copy.hpp"
+#include "kernels/copy/hold.hpp"
 
 namespace deepep::kernels {
 
@@ -31,6 +32,11 @@ void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int n
                           .num_stages = num_stages,
                           .timeout_ns = kTimeoutNs};
   launch<BulkCopyArgs>(bulk_copy_kernel, args, num_blocks, 32 * num_warps, shared, stream, "bulk copy");
+}
+
+void launch_hold(uint64_t nanoseconds, int num_blocks, void* stream) {
+  const HoldArgs args{nanoseconds < kTimeoutNs ? nanoseconds : kTimeoutNs};
+  launch<HoldArgs>(hold_kernel, args, num_blocks, kThreads, kMaxSharedBytes, stream, "hold");
 }
 
 }  // namespace deepep::kernels

@@ -27,3 +27,27 @@ def test_a_copy_is_the_original(num_bytes: int, blocks: int, ring: dict[str, int
     _cuda.copy(source.data_ptr(), target.data_ptr(), num_bytes, blocks, stream, **ring)
     assert torch.equal(target[:num_bytes], source)
     assert (target[num_bytes:] == 7).all()
+
+
+def test_blocks_hold_as_many_sms_for_as_long() -> None:
+    """Two launches that do not fit beside each other come one after the other; two that do, at once."""
+    from deepep import _cuda
+
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def milliseconds(blocks: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for stream in streams:
+            stream.wait_event(begin)
+            _cuda.hold(20_000_000, blocks, stream.cuda_stream)
+            torch.cuda.current_stream().wait_stream(stream)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    milliseconds(1)
+    assert milliseconds(sms) >= 40  # the second begins behind the first: a count of launches, no speed
+    assert milliseconds(sms // 2) >= 20
