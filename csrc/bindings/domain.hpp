@@ -120,6 +120,9 @@ inline constexpr Parameter<CombineLaunch> kCombine[] = {
     parameter<CombineLaunch>("ce_shrink", [](auto& c) -> auto& { return c.chunks.shrink; }, "100"),
     parameter<CombineLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
     parameter<CombineLaunch>("source_token", [](auto& c) -> auto& { return c.source_token; }, "0"),
+    parameter<CombineLaunch>("num_entries", [](auto& c) -> auto& { return c.args.num_entries; }, "0"),
+    parameter<CombineLaunch>("slots", [](auto& c) -> auto& { return c.args.slots; }, "0"),
+    parameter<CombineLaunch>("factors", [](auto& c) -> auto& { return c.args.factors; }, "0"),
 };
 
 inline constexpr Parameter<LayoutLaunch> kLayout[] = {

@@ -7,6 +7,7 @@
 #include "kernels/barrier/barrier.hpp"
 #include "kernels/combine/combine.hpp"
 #include "kernels/combine/copy_engine.hpp"
+#include "kernels/combine/expanded.hpp"
 #include "kernels/combine/refused.hpp"
 #include "kernels/copy/bulk_copy.hpp"
 #include "kernels/copy/copy.hpp"

@@ -51,6 +51,7 @@ void EmulatorLauncher::combine(const kernels::CombineArgs& given, const host::Co
                   .shared_bytes = kernels::CombineShared{given.group.num_ranks}.bytes()};
   if (given.mode == kernels::CombineMode::kRefused)
     return launch("combine_refused_kernel", given, call.stream, grid);
+  if (given.slots != nullptr) return launch("combine_expanded_kernel", given, call.stream, grid);
   if (call.chunks.num_chunks == 0) return launch("combine_kernel", given, call.stream, grid);
   ce_ticket_ += static_cast<uint32_t>(call.chunks.num_chunks);
   kernels::CombineArgs args = given;

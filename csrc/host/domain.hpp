@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "host/launches.hpp"
+#include "kernels/rows/args.hpp"
 
 namespace deepep::host {
 
@@ -119,6 +120,9 @@ class Domain {
 
   void combine(const CombineLaunch& call) {
     if (call.blocks.local != call.blocks.total) check_roles(call.blocks);
+    const bool fits = call.chunks.num_chunks == 0 && call.args.num_entries <= kernels::kMaxRowEntries;
+    if (call.args.slots != nullptr && !fits)
+      throw std::invalid_argument("expanded rows are summed by SMs, up to 32 entries a row");
     kernels::CombineArgs args = call.args;
     args.group = group_;
     args.mode = kernels::combine_mode(call.blocks.total, call.blocks.remote, call.blocks.local);

@@ -251,10 +251,12 @@ def check_combine(request: CombineRequest, device_type: str) -> None:
     route = request.route
     rows = route.num_rows
     assert rows is not None
-    x = check_tensor("x", request.x, dtypes=SUM_DTYPES, device_type=device_type, shape=(rows, "H"))
+    of_x: int | str = rows if request.slots is None else "X"
+    x = check_tensor("x", request.x, dtypes=SUM_DTYPES, device_type=device_type, shape=(of_x, "H"))
     check_row_bytes(x)
     if request.topk_weights is not None:
-        check_topk_weights(request.topk_weights, (rows, "K"), device_type)
+        of_weights = (rows, "K") if request.slots is None else (x.shape[0],)
+        check_topk_weights(request.topk_weights, of_weights, device_type)
     for bias in request.biases:
         check_tensor(
             "bias", bias, dtypes=(x.dtype,), device_type=device_type, shape=(route.num_tokens, x.shape[1])

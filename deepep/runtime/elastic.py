@@ -1,9 +1,9 @@
 """Dispatches and combines with one row per (token, local expert), composed of an engine's operations.
 
 A dispatch is the engine's, and behind it, on this rank alone, its *epilogue*: rows to the places of their
-lanes. A combine has a *prologue*: a rank's lanes summed to one row a token; or, where the owner is to sum all
-lanes in one go, every lane's row is dispatched back to it. `_Epilogue` and `_prologue` are what kernels that
-write and read expanded rows themselves would make superfluous.
+lanes. A combine sums a rank's lanes to one row a token while it reads them, where the engine does that
+(`Engine.sums_expanded`), else in a *prologue*; or, where the owner is to sum all lanes in one go, every
+lane's row is dispatched back to it.
 
 Shapes: R ranks, E experts, L local experts, K top-k, T tokens here, H hidden, M maximum tokens per rank, N
 rows received, X rows of the expanded layout, P scales per token. A *lane* is one of a token's K entries.
@@ -133,6 +133,9 @@ def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) 
     if route.slots is not None and request.single_reduction:
         return _combine_lanes(engine, request, route.slots, schedule)
     x = request.x
+    if route.slots is not None and engine.sums_expanded and x.dtype == torch.bfloat16 and _is_aligned(x):
+        expanded = CombineRequest(x, route.route, weights, request.biases, request.num_sms, slots=route.slots)
+        return engine.combine(expanded, schedule)
     if route.slots is not None or weights is not None:
         x, weights, reduced = _prologue(engine, request, schedule)
         schedule = replace(schedule, after=reduced)
@@ -369,6 +372,11 @@ def _follow_dispatch(route: ElasticRoute, schedule: Schedule) -> None:
     end, at_once = route.completion, schedule.after is None and not schedule.asynchronous
     if isinstance(end, CudaCompletion) and at_once and not torch.cuda.is_current_stream_capturing():
         end.current_stream_wait()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """True of rows that kernels read 16 bytes at a time."""
+    return x.is_contiguous() and not x.is_neg() and x.data_ptr() % 16 == 0
 
 
 def _no_weights(topk_idx: Tensor) -> Tensor:

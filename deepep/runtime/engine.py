@@ -127,6 +127,9 @@ class Engine(ABC):
     local_rows: LocalRows = LocalRows()
     """Work on received rows that a rank does on its own, as this backend does it."""
 
+    sums_expanded: bool = False
+    """True if a combine takes expanded rows, and sums those of a token itself (CombineRequest.slots)."""
+
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds at present for the engine, by what they are for."""
         return {}

@@ -164,6 +164,10 @@ class CombineRequest:
     """Rows to return to their tokens' owners.
 
     x [N, H], topk_weights [N, K] float32 or None, biases [T, H] each; num_sms as for DispatchRequest.
+    slots [N, K] int64, for engines that `sums_expanded`: x [X, H] and topk_weights [X] are of expanded rows,
+    the one of each entry is named there, -1 for none; what returns of a received row is the sum of its
+    entries' rows as LocalRows.reduce makes it, of each times its `factors` [N, K] float32 if they are given,
+    and their weights, 0 where there is none.
     """
 
     x: torch.Tensor
@@ -171,6 +175,15 @@ class CombineRequest:
     topk_weights: torch.Tensor | None = None
     biases: tuple[torch.Tensor, ...] = ()
     num_sms: int = 0
+    slots: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    @property
+    def num_topk(self) -> int:
+        """K of the weights that travel; 0: none do."""
+        if self.topk_weights is None:
+            return 0
+        return (self.topk_weights if self.slots is None else self.slots).shape[1]
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -81,6 +82,15 @@ class EmulatedAllToAll:
         self._ranks_per_domain = ranks_per_domain
         self._seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         self._operations = 0
+        self._slots: Tensor | None = None
+        self._factors: Tensor | None = None
+
+    def summing(self, slots: Tensor, factors: Tensor | None) -> EmulatedAllToAll:
+        """The same for one combine, of expanded rows (CombineRequest)."""
+        self._operations += 1
+        other = copy(self)
+        other._slots, other._factors = slots, factors
+        return other
 
     def exchange_counts(
         self, wire: Wire, is_token_in_rank: Tensor, num_tokens_per_expert: Tensor | None = None
@@ -159,6 +169,7 @@ class EmulatedAllToAll:
         biases: tuple[Tensor, ...] = (),
     ) -> CombineTensors:
         """See all_to_all.combine."""
+        slots, factors = self._slots, self._factors
         self._operations += 1
         kept = plan.send_row if isinstance(plan, EmulatedPlan) else []
         call = CombineCall(
@@ -166,10 +177,12 @@ class EmulatedAllToAll:
             hidden=x.shape[1],
             num_tokens=plan.num_tokens,
             live=wire.members,
-            num_topk=0 if topk_weights is None else topk_weights.shape[1],
+            num_topk=0 if topk_weights is None else (topk_weights if slots is None else slots).shape[1],
             topk_weights=0 if topk_weights is None else topk_weights,
             biases=biases,
             source_token=plan.src_token if self._ranks_per_domain else 0,
+            slots=slots,
+            factors=factors,
         )
         send_row = kept[0] if kept else _send_row(plan, wire.rank)
         mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row)

@@ -137,6 +137,8 @@ class CombineCall:
     biases: tuple[Tensor, ...] = ()  # [T, H] bf16
     refused: bool = False  # only post to the others that this rank takes no part
     source_token: Tensor | int = 0  # [N] int32 or its address: between domains, the token that each row is
+    slots: Tensor | None = None  # [N, K] int64: x [X, H] and topk_weights [X] are of expanded rows
+    factors: Tensor | None = None  # [N, K] float32: of those
 
 
 @dataclass(frozen=True)

@@ -348,9 +348,12 @@ class EmulatedDomain:
             send_row=plan.send_row,
             out=out,
             out_weights=out_weights,
-            ce_chunks=self.gpu.ce_chunks,
+            ce_chunks=0 if call.slots is not None else self.gpu.ce_chunks,
             ce_shrink=self.gpu.engine_shrink,
             source_token=source_token,
+            num_entries=0 if call.slots is None else call.slots.shape[1],
+            slots=self._put_maybe(f"slots@{rank}", rank, call.slots),
+            factors=self._put_maybe(f"factors@{rank}", rank, call.factors),
         )
         return out, out_weights
 

@@ -21,6 +21,8 @@ from deepep.sim.cases.values import RankInputs, inputs
 from deepep.sim.emulator import two_level
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, HostCounts, LayoutAt, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
+from deepep.sim.explore import expanded_rows
+from deepep.sim.explore.expanded_rows import EntryRows
 from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedule
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import Array, RankView, bits, first_difference
@@ -241,7 +243,11 @@ class ScenarioRun:
             self._judge(rank, index, view)
         if rank in case.masked:
             return
-        combine = _combine_call(case, rank, given, slot, rows)
+        if self.scenario.expands:
+            made = expanded_rows.draw(case, rank, rows, weighted=self.scenario.expands == "weighted")
+            combine = _combine_call(case, rank, given, slot, rows, made)
+        else:
+            combine = _combine_call(case, rank, given, slot, rows)
         if self.scenario.between_domains:
             combine = replace(combine, source_token=slot + _call(case, given).slot.source)
         for number in range(self.scenario.num_combines):
@@ -262,7 +268,8 @@ class ScenarioRun:
         # The slot will be used anew: who combines with this handle later brings rows of its own.
         own = torch.zeros(rows, case.hidden, dtype=torch.bfloat16)
         own_weights = torch.zeros(rows, combine.num_topk) if combine.num_topk else 0
-        self.handles[rank] = (replace(combine, x=own, topk_weights=own_weights), plan)
+        plain = replace(combine, x=own, topk_weights=own_weights, slots=None, factors=None)
+        self.handles[rank] = (plain, plan)
 
     def _lays_out_inside(self, case: Case) -> bool:
         return self.scenario.use_layout == "inside" and case.options.topk
@@ -406,9 +413,23 @@ def _call(case: Case, given: RankInputs, *, cached: bool = False) -> DispatchCal
     )
 
 
-def _combine_call(case: Case, rank: int, given: RankInputs, slot: int, rows: int) -> CombineCall:
-    """A rank's combine of the slot's rows, or of others."""
+def _combine_call(
+    case: Case, rank: int, given: RankInputs, slot: int, rows: int, expanded: EntryRows | None = None
+) -> CombineCall:
+    """A rank's combine of the slot's rows, or of others, or of expanded ones."""
     options = case.options
+    if expanded is not None:
+        return CombineCall(
+            x=expanded.x,
+            hidden=case.hidden,
+            num_tokens=case.num_tokens[rank],
+            live=case.members,
+            num_topk=case.num_topk if options.combine_weights else 0,
+            topk_weights=expanded.weights if options.combine_weights else 0,
+            biases=given.biases,
+            slots=expanded.slots,
+            factors=expanded.factors,
+        )
     x: Tensor | int = slot
     if options.combine_rows != "same":
         # Their values depend on how many there are, the rows past the last received included.

@@ -50,6 +50,7 @@ def draw_scenario(seed: int, *, limits: Limits = LIMITS, num_cases: int | None =
         short_slots=choices.flag(0.3),
         num_combines=choices.pick((1, 1, 0, 2, 3)),
         refuses=choices.pick(("", "", "", "dispatch", "combine")),
+        expands=choices.pick(("", "", "rows", "weighted")),
     )
     # Ranks that are masked get new memory, which these do not: nobody waits here for what a rank that was
     # left out has under way of a combine that was refused.

@@ -17,7 +17,15 @@ from deepep.sim.explore.scenarios import RunReport, Scenario, Stop, ThreadSchedu
 
 FORMAT = "deepep.failing-schedule"
 #: Fields of a Scenario besides its cases and its GPU.
-_SETTINGS = ("use_layout", "use_barrier", "short_slots", "num_combines", "refuses", "between_domains")
+_SETTINGS = (
+    "use_layout",
+    "use_barrier",
+    "short_slots",
+    "num_combines",
+    "refuses",
+    "between_domains",
+    "expands",
+)
 #: Most cases, and most stops, of a file.
 MAX_CASES = 256
 _GPU_BOUNDS = {
@@ -81,7 +89,11 @@ class Failure:
             "scenario",
             names=_SETTINGS,
             bounds={"num_combines": (0, 64)},
-            words={"use_layout": ("yes", "no", "only", "inside"), "refuses": ("", "dispatch", "combine")},
+            words={
+                "use_layout": ("yes", "no", "only", "inside"),
+                "refuses": ("", "dispatch", "combine"),
+                "expands": ("", "rows", "weighted"),
+            },
         )
         schedule = make_dataclass(
             ThreadSchedule,

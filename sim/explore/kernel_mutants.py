@@ -65,6 +65,8 @@ COPY_ENGINE_FILES = tuple(
 )
 #: Files that take effect where dispatches find out themselves where tokens go.
 COUNTING_FILES = tuple(f"kernels/dispatch/{name}.hpp" for name in ("count", "count_experts", "topk"))
+#: Files that take effect where rows are expanded.
+EXPANDED_FILES = ("kernels/combine/expanded.hpp",)
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")

@@ -32,6 +32,7 @@ from deepep.sim.explore.kernel_mutants import (
     COPY_ENGINE_FILES,
     COUNTING_FILES,
     EXCHANGE_FILES,
+    EXPANDED_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
     LOW_LATENCY_OPTIONS,
@@ -149,6 +150,12 @@ def _counting_scenario(seed: int) -> Scenario:
     return Scenario(tuple(cases), gpu, use_layout="inside", num_combines=0)
 
 
+@lru_cache(maxsize=4096)
+def _expanded_scenario(seed: int) -> Scenario:
+    """One whose combines are of expanded rows."""
+    return replace(_scenario(seed), expands=("rows", "weighted")[seed % 2])
+
+
 TWO_LEVEL_HUNTING_LIMITS = replace(
     TWO_LEVEL_LIMITS, ranks=(3, 4, 3), max_tokens=50, max_topk=3, hidden=(16,), masks=0.05
 )
@@ -253,13 +260,16 @@ def hunt(
         return Catch(mutant, found, crossings.runs, crossings.seconds)
     by_copy_engine = mutant.file in COPY_ENGINE_FILES
     counts = mutant.file in COUNTING_FILES
+    scenarios = _copy_engine_scenario if by_copy_engine else _counting_scenario if counts else _scenario
+    if mutant.file in EXPANDED_FILES:
+        scenarios = _expanded_scenario
     tally = explore(
         first_seed=first,
         runs=runs,
         seconds=seconds,
         schedules_per_scenario=4 if by_copy_engine else 2,
         with_stops=True,
-        scenarios=_copy_engine_scenario if by_copy_engine else _counting_scenario if counts else _scenario,
+        scenarios=scenarios,
         kernels=kernels,
         progress=progress,
     )

@@ -8,6 +8,7 @@ from functools import cached_property
 from deepep.sim.cases.case import Case
 from deepep.sim.emulator.calls import Gpu, KernelFault
 from deepep.sim.emulator.shapes import STRATEGIES
+from deepep.sim.explore import expanded_rows
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView
 
@@ -62,6 +63,7 @@ class Scenario:
     num_combines: how often each case's combine is run, from the one handle.
     refuses: "dispatch" or "combine": before each of these a rank refuses one, in turn, and all learn of it.
     between_domains: domains are the cases'; else all ranks share one, whatever the cases say.
+    expands: "rows": combines are of expanded rows; "weighted": of each times a factor; "": as received.
     """
 
     cases: tuple[Case, ...]
@@ -72,6 +74,7 @@ class Scenario:
     num_combines: int = 1
     refuses: str = ""
     between_domains: bool = False
+    expands: str = ""
 
     @property
     def ranks_per_domain(self) -> int:
@@ -83,7 +86,11 @@ class Scenario:
     def expected(self) -> list[list[RankView]]:
         """The oracle's results, by case and rank."""
         sums = "domain" if self.between_domains else "rank"
-        return [oracle.observe(case.with_options(reduce=sums)) for case in self.cases]
+        views = [oracle.observe(case.with_options(reduce=sums)) for case in self.cases]
+        if self.expands:
+            for case, of_case in zip(self.cases, views, strict=True):
+                expanded_rows.expect(case, of_case, weighted=self.expands == "weighted")
+        return views
 
 
 @dataclass

@@ -122,14 +122,28 @@ def _high_throughput(case: Case, given: list[RankInputs], views: list[RankView],
         again = [inputs(case, rank, again=True) for rank in range(case.num_ranks)]
         for view, output in zip(views, dispatch(again, topk=False), strict=True):
             fill_again(view, output.recv_x, output.recv_scales, len(output.src_rank))
+    rows = [returned_rows(case, rank, output.recv_x) for rank, output in enumerate(outputs)]
+    weights = [_tensor(o.recv_topk_weights) for o in outputs] if options.combine_weights else None
+    combine(case, views, tables, rows, weights, ht)
+
+
+def combine(
+    case: Case,
+    views: list[RankView],
+    tables: list[Tensor],
+    rows: list[Tensor],
+    weights: list[Tensor] | None,
+    ht: ModuleType = high_throughput,
+) -> None:
+    """Fills in what a combine gives. tables, rows, weights: of each rank, token-in-rank, and what returns."""
     combined = ht.combine(
-        [returned_rows(case, rank, output.recv_x) for rank, output in enumerate(outputs)],
+        rows,
         tables,
-        topk_weights=[_tensor(o.recv_topk_weights) for o in outputs] if options.combine_weights else None,
-        biases=[mine.biases for mine in given],
+        topk_weights=weights,
+        biases=[inputs(case, rank).biases for rank in range(case.num_ranks)],
         masked=case.masked,
         masked_at_dispatch=case.masked_at_dispatch,
-        ranks_per_domain=options.ranks_per_node if case.sums_by_domain else None,
+        ranks_per_domain=case.options.ranks_per_node if case.sums_by_domain else None,
     )
     for view, result in zip(views, combined, strict=True):
         fill_combine(view, result.x, result.topk_weights)

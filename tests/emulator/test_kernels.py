@@ -89,6 +89,16 @@ def test_rows_return_in_as_many_parts_as_they_are_few(rows: int, gpu: Gpu) -> No
         assert report.kind == "ok", report.text
 
 
+@pytest.mark.parametrize("expands", ["rows", "weighted"])
+def test_expanded_rows_are_summed_while_they_are_read(expands: str) -> None:
+    """Whole rows and parts of them; two to eight entries a row, some of none."""
+    for seed, (tokens, gpu) in enumerate(((3, GPUS[0]), (90, GPUS[2]), (12, GPUS[4]), (5, GPUS[6]))):
+        case = even_case(ranks=2, tokens=tokens, topk=4 - seed % 2, hidden=136)
+        case = case.with_options(combine_weights=True, biases=seed % 3, payload="bf16")
+        report = run(Scenario((case,), gpu, expands=expands), draw_schedule(seed))
+        assert report.kind == "ok", report.text
+
+
 @pytest.mark.parametrize("alone_tokens", [0, 64], ids=["together", "alone"])
 @pytest.mark.parametrize("gpu", [GPUS[1], GPUS[3], GPUS[5]], ids=["one block", "three", "three on one SM"])
 def test_where_tokens_go_is_found_out_inside(gpu: Gpu, alone_tokens: int) -> None:

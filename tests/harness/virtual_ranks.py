@@ -163,10 +163,15 @@ class VirtualDomain:
         hidden: int,
         topk_weights: Sequence[torch.Tensor] | None = None,
         biases: Sequence[tuple[torch.Tensor, ...]] | None = None,
+        slots: Sequence[torch.Tensor] | None = None,
+        factors: Sequence[torch.Tensor] | None = None,
         skip: frozenset[int] = frozenset(),
         late: int | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank."""
+        """One combine of all ranks: (x [T, H], weights [T, K] or None) by rank.
+
+        slots, factors: of expanded rows.
+        """
         torch.cuda.synchronize(self.device)
         self._begin(skip)
         results = []
@@ -175,7 +180,7 @@ class VirtualDomain:
             out = torch.empty((plan.num_tokens, hidden), dtype=torch.bfloat16, device=self.device)
             weights = None
             if topk_weights is not None:
-                columns = topk_weights[r].shape[1]
+                columns = (topk_weights if slots is None else slots)[r].shape[1]
                 weights = torch.empty((plan.num_tokens, columns), dtype=torch.float32, device=self.device)
             results.append((out, weights))
             if r in skip:
@@ -184,13 +189,15 @@ class VirtualDomain:
             self.endpoints[r].combine(
                 rows[r],
                 plan,
-                combine_split(self.num_sms, self.num_ranks),
+                combine_split(self.num_sms, self.num_ranks, expanded=slots is not None),
                 self.streams[r].cuda_stream,
                 topk_weights=None if topk_weights is None else topk_weights[r],
                 biases=() if biases is None else biases[r],
                 out=out,
                 out_weights=weights,
-                ce_chunks=self.ce_chunks,
+                ce_chunks=self.ce_chunks if slots is None else NO_COPY_ENGINE,
+                slots=None if slots is None else slots[r],
+                factors=None if factors is None else factors[r],
             )
         torch.cuda.synchronize(self.device)
         return results

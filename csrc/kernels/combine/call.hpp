@@ -11,6 +11,7 @@ inline constexpr int kCombineThreads = 512;
 inline constexpr int kFewRows = 512;     // up to so many rows from any rank to any other, they travel in parts
 inline constexpr int kFewItems = 360;    // as many parts as 24 SMs have warps, but for one a block that signals
 inline constexpr int kMixedPushing = 4;  // warps that push first, in a block of 16 whose others sum meanwhile
+inline constexpr int kMixedSumming = 8;  // the same where they sum expanded rows to push, as the others do
 
 /// The block's dynamic shared memory.
 struct CombineShared {
@@ -172,7 +173,7 @@ struct CombinePlan {
             .reduce_blocks = blocks};
   }
   if (args.mode == CombineMode::kMixed) {
-    const int mixed = (warps * kMixedPushing + 15) / 16;
+    const int mixed = (warps * (args.slots == nullptr ? kMixedPushing : kMixedSumming) + 15) / 16;
     return {.push_warps = mixed,
             .credit_warp = mixed,
             .signal_warp = mixed,

@@ -1,6 +1,7 @@
 #include "kernels/combine/combine.hpp"
 
 #include "kernels/combine/copy_engine.hpp"
+#include "kernels/combine/expanded.hpp"
 #include "kernels/combine/refused.hpp"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
@@ -9,11 +10,11 @@ namespace deepep::kernels {
 
 namespace {
 
-Kernel<CombineArgs> kernel_of(CombineMode mode) {
+Kernel<CombineArgs> kernel_of(CombineMode mode, bool expanded) {
   switch (mode) {
     case CombineMode::kCopyEngine: return combine_copy_engine_kernel;
     case CombineMode::kRefused: return combine_refused_kernel;
-    default: return combine_kernel;
+    default: return expanded ? combine_expanded_kernel : combine_kernel;
   }
 }
 
@@ -21,12 +22,14 @@ Kernel<CombineArgs> kernel_of(CombineMode mode) {
 
 void launch_combine(const CombineArgs& args, int num_blocks, void* stream) {
   const CombineShared shared{args.group.num_ranks};
-  launch(kernel_of(args.mode), args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
+  const Kernel<CombineArgs> kernel = kernel_of(args.mode, args.slots != nullptr);
+  launch(kernel, args, num_blocks, kCombineThreads, shared.bytes(), stream, "combine");
 }
 
 void load_combine() {
   for (const CombineMode mode : {CombineMode::kSplit, CombineMode::kCopyEngine, CombineMode::kRefused})
-    load(kernel_of(mode), "combine");
+    load(kernel_of(mode, false), "combine");
+  load(kernel_of(CombineMode::kSplit, true), "combine");
 }
 
 }  // namespace deepep::kernels

@@ -38,9 +38,9 @@ DEEPEP_KERNEL(combine_kernel, CombineArgs, kCombineThreads) {
   advance_epoch(call);
   const Turn turn = take_early_turn(call, plan);
   bool succeeded = wait_credit(call, plan);
-  succeeded = push_rows(call, plan) && succeeded;
+  succeeded = push_rows<ReceivedRow>(call, plan) && succeeded;
   signal_rows(call, plan);  // a warp that waits for flags waits for none of this call's sums
-  succeeded = reduce_rows(call, plan, turn) && succeeded;
+  succeeded = reduce_rows<ReceivedRow>(call, plan, turn) && succeeded;
   if (finish(call, plan.role.reduces, succeeded)) report_fault(call.g, Operation::kCombine);
 }
 

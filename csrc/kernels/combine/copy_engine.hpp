@@ -21,6 +21,7 @@
 #include "kernels/combine/drive.hpp"
 #include "kernels/combine/finish.hpp"
 #include "kernels/combine/reduce.hpp"
+#include "kernels/combine/row.hpp"
 
 namespace deepep::kernels {
 
@@ -33,7 +34,7 @@ DEEPEP_KERNEL(combine_copy_engine_kernel, CombineArgs, kCombineThreads) {
   post_digest(call);
   advance_epoch(call);
   bool succeeded = drive_copy_engine(call, plan);
-  succeeded = reduce_rows(call, plan, Turn{0, -1}) && succeeded;
+  succeeded = reduce_rows<ReceivedRow>(call, plan, Turn{0, -1}) && succeeded;
   if (finish(call, true, succeeded)) {
     wait_copy_engine(args);
     report_fault(call.g, Operation::kCombine);

@@ -3,10 +3,9 @@
 #pragma once
 
 #include "kernels/combine/credit.hpp"
+#include "kernels/combine/row.hpp"
 
 namespace deepep::kernels {
-
-inline constexpr int kReturnUnroll = 14;  // 16-byte accesses a lane has in flight when it pushes
 
 /// Calls visit(owner, row here, row in the owner's staging) for every owner that has an n-th row; `nth` may be
 /// a lane's own, all lanes come along. Whole warps.
@@ -43,33 +42,31 @@ struct ReturnItems {
 /// One part of a received row to its place in the owner's staging. One warp. The weights travel with the last
 /// part. `credit`: whether it may be stored; if that is not known yet, it is waited for between the loads and
 /// the stores.
+template <class Row>
 DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int64_t place, uint32_t part,
                             layout::Parts parts, uint32_t& credit) {
   using namespace dev;
   const Group& g = args.group;
   std::byte* area = g.heap[owner] + g.staging_offset;
-  const Vec16* source = reinterpret_cast<const Vec16*>(args.x + row * args.row_bytes);
+  const Row source = Row::of(args, row);
   Vec16* target = reinterpret_cast<Vec16*>(area + args.staging.row(place));
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int end = parts.begin(chunks, part + 1);
   float weight = 0.0f;
-  if (parts.is_last(part) && lane() < args.num_topk)
-    weight = load_once(args.topk_weights + row * args.num_topk + lane());
+  if (parts.is_last(part) && lane() < args.num_topk) weight = source.weight();
   int begin = parts.begin(chunks, part) + lane();
   // Once for a part that is empty, too: it has a flag as any other.
 #pragma unroll 1
   do {
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
-    Vec16 v[kReturnUnroll];
-#pragma unroll
-    for (int u = 0; u < kReturnUnroll; ++u)
-      if (u * kWarpSize < left) v[u] = load_once(source + begin + u * kWarpSize);
+    Vec16 v[Row::kUnroll];
+    source.read(begin, left, v);
     if (credit == 0) credit = has_shared_credit(g) ? kGranted : kNoCredit;
     if (credit == kNoCredit) return;
 #pragma unroll
-    for (int u = 0; u < kReturnUnroll; ++u)
+    for (int u = 0; u < Row::kUnroll; ++u)
       if (u * kWarpSize < left) store_streaming(target + begin + u * kWarpSize, v[u]);
-    begin += kReturnUnroll * kWarpSize;
+    begin += Row::kUnroll * kWarpSize;
   } while (begin < end + lane());
   if (parts.is_last(part) && lane() < args.num_topk)
     store(reinterpret_cast<float*>(area + args.staging.weights(place)) + lane(), weight);
@@ -77,6 +74,7 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
 
 /// A push warp's share of the rows. False if an owner has not granted credit. Where it has several items the
 /// signal warp follows its progress.
+template <class Row>
 [[nodiscard]] DEEPEP_DEVICE bool push_rows(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (warp() >= plan.role.push_warps) return true;
@@ -88,7 +86,7 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
   for (uint32_t item = items.first; item < items.end && credit != kNoCredit; item += items.step) {
     const uint32_t part = plan.parts.part_of(item);
     for_each_owner(call.g, plan.returns, plan.parts.row_of(item), [&](int owner, int64_t row, int64_t place) {
-      if (credit != kNoCredit) push_row(call.args, owner, row, place, part, plan.parts, credit);
+      if (credit != kNoCredit) push_row<Row>(call.args, owner, row, place, part, plan.parts, credit);
     });
     if (plan.role.is_single) continue;
     sync_warp();  // the warp's stores come before lane 0's release

@@ -43,6 +43,7 @@ struct Turn {
 
 /// This warp's turns; `turn`: the first, if it was taken early. Waits for the digests, too: rows of a rank that
 /// disagrees are not where they belong. False if a rank disagrees or a row did not come.
+template <class Row>
 [[nodiscard]] DEEPEP_DEVICE bool reduce_rows(const CombineCall& call, const CombinePlan& plan, Turn turn) {
   using namespace dev;
   if (!plan.role.reduces) return true;
@@ -68,7 +69,8 @@ struct Turn {
     const TokenRows rows{turn.at_rank, turn.at_rank + to_place, ballot(turn.at_rank >= 0),
                          ballot(turn.at_rank >= 0 && lane() != g.rank)};
     const Addends addends = list_addends(args, t, rows);
-    const bool is_pair = addends.count == 1 || (addends.count == 2 && popcount(addends.remote) <= 1);
+    const Row own = Row::of(args, shuffle(turn.at_rank, g.rank));
+    const bool is_pair = !Row::kExpanded && is_pair_of(addends);
     const int from = parts.begin(chunks, part);
     const int end = parts.begin(chunks, part + 1);
     // What is here already comes to the registers while the peers' rows are on their way.
@@ -88,11 +90,13 @@ struct Turn {
     // The lanes' acquires come before the whole warp's reads; a ballot orders no memory.
     sync_warp();
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * args.row_bytes);
-    if (is_pair)
+    if constexpr (Row::kExpanded)
+      reduce_expanded(out, addends, place_of_own(args, rows), own, from, end);
+    else if (is_pair)
       reduce_pair(out, pair_of(addends), from, end, here);
     else
       reduce_many(out, addends, from, end);
-    if (parts.is_last(part) && args.num_topk > 0) reduce_weights(args, t, rows);
+    if (parts.is_last(part) && args.num_topk > 0) reduce_weights(args, t, rows, own);
   }
   return !fails;
 }

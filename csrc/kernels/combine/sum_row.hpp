@@ -3,6 +3,7 @@
 // In fp32, in one order (biases, then rows by rank), with one rounding: the same bits from any warp.
 #pragma once
 
+#include "kernels/combine/row.hpp"
 #include "kernels/common/group.hpp"
 
 namespace deepep::kernels {
@@ -45,13 +46,6 @@ DEEPEP_DEVICE void accumulate(float (&sum)[8], const dev::Vec16& v) {
   }
 }
 
-[[nodiscard]] DEEPEP_DEVICE dev::Vec16 round_sums(const float (&sum)[8]) {
-  dev::Vec16 packed;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) packed.w[i] = dev::pack_bf16(sum[2 * i], sum[2 * i + 1]);
-  return packed;
-}
-
 /// One part of one token, for one or two addends of which at most one is a peer's: all that is in flight is
 /// rows, so more of them. Two sum to the same bits in either order, and in bf16 to the same as in fp32: that
 /// has more than twice the digits and two to spare, so to round to it first changes nothing.
@@ -59,6 +53,10 @@ struct Pair {
   const dev::Vec16* here;  // a bias or the rank's own row, or null
   const dev::Vec16* last;  // the peer's row, or another that is here, or null
 };
+
+[[nodiscard]] DEEPEP_DEVICE bool is_pair_of(const Addends& addends) {
+  return addends.count == 1 || (addends.count == 2 && dev::popcount(addends.remote) <= 1);
+}
 
 [[nodiscard]] DEEPEP_DEVICE Pair pair_of(const Addends& addends) {
   const uint32_t all = (1u << addends.count) - 1u;
@@ -135,6 +133,34 @@ DEEPEP_DEVICE void reduce_many(dev::Vec16* out, const Addends& addends, int from
   }
 }
 
+/// The same where one of the addends, the `own`-th, is made here of the rank's expanded rows; -1: none is.
+DEEPEP_DEVICE void reduce_expanded(dev::Vec16* out, const Addends& addends, int own, const ExpandedRow& row,
+                                   int from, int end) {
+  using namespace dev;
+#pragma unroll 1
+  for (int begin = from + lane(); begin < end + lane(); begin += kSummedUnroll * kWarpSize) {
+    const int left = end - begin;
+    float sum[kSummedUnroll][8] = {};
+    Vec16 made[kSummedUnroll] = {}, read[kSummedUnroll] = {};
+    if (own >= 0) row.read(begin, left, made);
+#pragma unroll 1
+    for (int i = 0; i < addends.count; ++i) {
+      if (i != own) read_addend(addends, i, begin, left, read);
+#pragma unroll
+      for (int u = 0; u < kSummedUnroll; ++u) {
+        const Vec16 addend = i == own ? made[u] : read[u];
+        if (i == 0)
+          accumulate<true>(sum[u], addend);
+        else
+          accumulate<false>(sum[u], addend);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kSummedUnroll; ++u)
+      if (u * kWarpSize < left) store_streaming(out + begin + u * kWarpSize, round_sums(sum[u]));
+  }
+}
+
 /// One token's rows; lane r handles rank r.
 struct TokenRows {
   int32_t at_rank;  // its number in rank r's output, or -1
@@ -173,18 +199,26 @@ struct TokenRows {
   return addends;
 }
 
-/// Weights of token t, each entry the sum over ranks, ascending. Lane k holds entry k.
-DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const TokenRows& rows) {
+/// The place of the rank's own row among the addends; -1: it has none.
+[[nodiscard]] DEEPEP_DEVICE int place_of_own(const CombineArgs& args, const TokenRows& rows) {
+  const uint32_t own = 1u << args.group.rank;
+  if ((rows.ranks & own) == 0) return -1;
+  const int biases = (args.bias[0] != nullptr ? 1 : 0) + (args.bias[1] != nullptr ? 1 : 0);
+  return biases + dev::popcount(rows.ranks & (own - 1u));
+}
+
+/// Weights of token t, each entry the sum over ranks, ascending. Lane k holds entry k; `own`: the rank's row.
+template <class Row>
+DEEPEP_DEVICE void reduce_weights(const CombineArgs& args, int64_t t, const TokenRows& rows, const Row& own) {
   using namespace dev;
   const std::byte* area = args.group.heap[args.group.rank] + args.group.staging_offset;
-  const std::byte* here =
-      reinterpret_cast<const std::byte*>(args.topk_weights + rows.at_rank * int64_t{args.num_topk});
-  const uint64_t weights =
-      reinterpret_cast<uint64_t>(rows.is_remote() ? area + args.staging.weights(rows.place) : here);
+  const uint64_t weights = reinterpret_cast<uint64_t>(area + args.staging.weights(rows.place));
   float weight = 0.0f;
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
-    const float* addend = reinterpret_cast<const float*>(shuffle(weights, lowest_bit(left)));
-    if (lane() < args.num_topk) weight = add_rounded(weight, load(addend + lane()));
+    const int r = lowest_bit(left);
+    const float* addend = reinterpret_cast<const float*>(shuffle(weights, r));
+    if (lane() < args.num_topk)
+      weight = add_rounded(weight, r == args.group.rank ? own.weight() : load(addend + lane()));
   }
   if (lane() < args.num_topk) store(args.out_weights + t * args.num_topk + lane(), weight);
 }

@@ -172,8 +172,11 @@ struct CombineArgs {
   int num_topk;                   // 0: no weights travel
   int64_t row_bytes;              // bf16 rows, a multiple of 16
   layout::StagingLayout staging;  // of rows of this kind
-  const std::byte* x;             // [N, row_bytes]
-  const float* topk_weights;      // [N, K]
+  const std::byte* x;             // [N, row_bytes]; [X, row_bytes] with slots
+  const float* topk_weights;      // [N, K]; [X] with slots
+  int num_entries;                // K where rows were expanded, at most 32
+  const int64_t* slots;           // [N, K] the row of x of each entry, or -1; null: none were expanded
+  const float* factors;           // [N, K] by which those are multiplied, or null
   const std::byte* bias[2];       // [T, row_bytes] or null
   const int32_t* counts;          // [R, R] of the handle
   const int32_t* send_row;        // [T, R] of the handle

@@ -4,25 +4,12 @@
 //   reduce_rows  weight, rounded to bf16, times row, rounded to bf16; summed in fp32, k ascending; rounded once
 #pragma once
 
+#include "kernels/common/entry_sum.hpp"
 #include "kernels/rows/slots.hpp"
 
 namespace deepep::kernels {
 
 inline constexpr int kReduceUnroll = 4;  // pairs whose pieces a thread has in flight
-
-/// Adds weight * v to the sums.
-template <bool kWeighted>
-DEEPEP_DEVICE void add_piece(float (&sum)[8], const dev::Vec16& v, float weight) {
-  using namespace dev;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t word = v.w[i];
-    if constexpr (kWeighted)
-      word = pack_bf16(mul_rounded(bf16_low(word), weight), mul_rounded(bf16_high(word), weight));
-    sum[2 * i] = add_rounded(sum[2 * i], bf16_low(word));
-    sum[2 * i + 1] = add_rounded(sum[2 * i + 1], bf16_high(word));
-  }
-}
 
 template <bool kWeighted>
 DEEPEP_DEVICE void reduce_row(const ReduceRowsArgs& args, int64_t row, const SlotList& list) {
@@ -41,10 +28,7 @@ DEEPEP_DEVICE void reduce_row(const ReduceRowsArgs& args, int64_t row, const Slo
       for (int u = 0; u < kReduceUnroll; ++u)
         if (first + u < count) add_piece<kWeighted>(sum, v[u], kWeighted ? list.weight.get(first + u) : 1.0f);
     }
-    Vec16 rounded;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rounded.w[i] = pack_bf16(sum[2 * i], sum[2 * i + 1]);
-    store(reinterpret_cast<Vec16*>(args.out + row * args.rows.row_bytes) + piece, rounded);
+    store(reinterpret_cast<Vec16*>(args.out + row * args.rows.row_bytes) + piece, round_sums(sum));
   }
 }
 

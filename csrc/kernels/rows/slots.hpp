@@ -1,7 +1,7 @@
 // The pairs of one received row, as a list in shared memory that the whole block reads.
 #pragma once
 
-#include "device/device.hpp"
+#include "kernels/common/entry_sum.hpp"
 #include "kernels/rows/args.hpp"
 
 namespace deepep::kernels {
@@ -13,10 +13,6 @@ struct SlotList {
   dev::SharedArray<float> weight{8 * kMaxRowEntries};
   dev::SharedArray<int32_t> count{kCountAt};
 };
-
-[[nodiscard]] DEEPEP_DEVICE float round_to_bf16(float value) {
-  return dev::bf16_low(dev::pack_bf16(value, 0.0f));
-}
 
 /// Lists row `row`'s pairs: the first warp; the block may read them behind its barrier. `weights`: [N, K] or
 /// null.

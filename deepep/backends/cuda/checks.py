@@ -32,9 +32,8 @@ def check_combine(request: CombineRequest, device: torch.device) -> None:
     _check_rows("x", request.x, device)
     for bias in request.biases:
         _check_rows("bias", bias, device)
-    weights = request.topk_weights
-    if weights is not None and weights.shape[1] > MAX_TOPK:
-        raise RangeError("topk_weights", f"K = {weights.shape[1]}", f"at most {MAX_TOPK}")
+    if request.num_topk > MAX_TOPK:
+        raise RangeError("topk_weights", f"K = {request.num_topk}", f"at most {MAX_TOPK}")
 
 
 def _check_rows(name: str, rows: Tensor, device: torch.device) -> None:

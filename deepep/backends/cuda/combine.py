@@ -39,7 +39,7 @@ def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
         return False
     row_bytes = x.shape[1] * 2
     return (
-        x.shape[0] == route.num_rows
+        (x.shape[0] == route.num_rows or request.slots is not None)
         and row_bytes > 0
         and row_bytes % 16 == 0
         and x.is_contiguous()
@@ -50,7 +50,7 @@ def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
 
 def check_staging(engine: CudaEngine, request: CombineRequest, plan: Plan) -> None:
     """The rows that come back have room. Raises CapacityError."""
-    topk = 0 if request.topk_weights is None else request.topk_weights.shape[1]
+    topk = 0 if request.topk_weights is None else request.num_topk
     room = engine.symmetric.endpoint.staging_capacity(request.x.shape[1] * 2, topk)
     coming = plan.num_tokens * (engine.info.num_ranks - 1) if plan.returning is None else plan.returning
     if coming > room:
@@ -64,7 +64,7 @@ def combine(engine: CudaEngine, request: CombineRequest, plan: Plan, schedule: S
         return Combined(*_launch(engine, request, plan, streams.current_address(engine.index)))
     with CommStream(engine.comm, engine.symmetric.endpoint.domain, schedule.after) as stream:
         made = _launch(engine, request, plan, stream)
-    given = (request.x, request.topk_weights, *request.biases)
+    given = (request.x, request.topk_weights, *request.biases, request.slots, request.factors)
     completion = hand_out(engine.comm, engine.symmetric.pool.users, schedule, given, made)
     return Combined(*made, completion)
 
@@ -73,18 +73,23 @@ def _launch(
     engine: CudaEngine, request: CombineRequest, plan: Plan, stream: int
 ) -> tuple[Tensor, Tensor | None]:
     """The launch on the current stream, `stream`."""
-    x, weights, tokens, device = request.x, request.topk_weights, plan.num_tokens, engine.device
+    x, weights, slots, tokens, device = (
+        *(request.x, request.topk_weights, request.slots),
+        *(plan.num_tokens, engine.device),
+    )
     sms, ranks = max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks
     out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=device)
     out_weights = None
     if weights is not None:
-        out_weights = torch.empty((tokens, weights.shape[1]), dtype=torch.float32, device=device)
-    by_copy_engine = x.numel() * 2 >= COPY_ENGINE_BYTES * (ranks - 1)
+        out_weights = torch.empty((tokens, request.num_topk), dtype=torch.float32, device=device)
+    by_copy_engine = slots is None and x.numel() * 2 >= COPY_ENGINE_BYTES * (ranks - 1)
     engine.symmetric.endpoint.combine(
         x,
         plan,
-        combine_split(sms, ranks),
+        combine_split(sms, ranks, expanded=slots is not None),
         stream,
+        slots=slots,
+        factors=request.factors,
         topk_weights=weights,
         biases=request.biases,
         out=out,

@@ -81,6 +81,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     symmetric: SymmetricMemory
     has_fault: Callable[[], bool]
+    sums_expanded = True
 
     def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
         session, self._control = control.session, control

@@ -304,8 +304,13 @@ class Endpoint:
         out: torch.Tensor,
         out_weights: torch.Tensor | None = None,
         ce_chunks: tuple[int, int] = NO_COPY_ENGINE,
+        slots: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
     ) -> None:
         """Launches a combine of x [N, H] bf16 into out [T, H] bf16, and of weights [N, K] into [T, K].
+
+        slots, factors [N, K]: x [X, H] and weights [X] are of expanded rows (CombineRequest); ce_chunks are
+        none then.
 
         ce_chunks: if its first is not 0 and the host knows the counts, the copy engine returns the rows, in
         so many parts, each so many percent of the one before, and SMs only sum. Not so in a captured call.
@@ -313,7 +318,7 @@ class Endpoint:
         self.domain.combine(
             blocks=split,
             num_tokens=plan.num_tokens,
-            num_topk=0 if topk_weights is None else topk_weights.shape[1],
+            num_topk=0 if out_weights is None else out_weights.shape[1],
             row_bytes=out.shape[1] * out.element_size(),
             x=x.data_ptr(),
             topk_weights=_address(topk_weights),
@@ -328,6 +333,9 @@ class Endpoint:
             ce_shrink=ce_chunks[1],
             stream=stream,
             source_token=_address(plan.source),
+            num_entries=0 if slots is None else slots.shape[1],
+            slots=_address(slots),
+            factors=_address(factors),
         )
 
     def barrier(self, stream: int) -> None:

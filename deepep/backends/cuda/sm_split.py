@@ -69,10 +69,14 @@ def ce_chunks(num_sms: int, num_ranks: int) -> tuple[int, int]:
 
 
 @functools.cache
-def combine_split(num_sms: int, num_ranks: int) -> BlockSplit:
-    """Roles of a combine's blocks: with few SMs all push and sum, else RETURNING_SMS push, the rest sum."""
+def combine_split(num_sms: int, num_ranks: int, *, expanded: bool = False) -> BlockSplit:
+    """Roles of a combine's blocks: with few SMs all push and sum, else RETURNING_SMS push, the rest sum.
+
+    Half push where they sum expanded rows first: the others sum as many, of as many bytes.
+    """
     if num_ranks == 1:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms <= MIXING_SMS:
         return BlockSplit(num_sms, num_sms, num_sms)
-    return BlockSplit(num_sms, RETURNING_SMS, num_sms if num_sms <= RESIDENT_SMS else num_sms - RETURNING_SMS)
+    pushing = num_sms // 2 if expanded else RETURNING_SMS
+    return BlockSplit(num_sms, pushing, num_sms if num_sms <= RESIDENT_SMS else num_sms - pushing)

@@ -283,7 +283,7 @@ def combine(
     route, x = request.route, request.x.detach()
     weights = None if request.topk_weights is None else request.topk_weights.detach()
     biases = tuple(b.detach() for b in request.biases)
-    num_topk = 0 if weights is None else weights.shape[1]
+    num_topk = request.num_topk
     with control.queue.allocating(schedule.allocate_on_comm_stream):
         out = x.new_empty(route.num_tokens, x.shape[1])
         out_weights = None if weights is None else weights.new_empty(route.num_tokens, num_topk)

@@ -77,7 +77,7 @@ def test_plain_rows_take_the_kernels_of_buffer() -> None:
     )
 
 
-def test_expanded_rows_take_two_more() -> None:
+def test_expanded_rows_take_two_more_and_none_on_their_way_back() -> None:
     on_stubs(
         """
         with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
@@ -94,7 +94,7 @@ def test_expanded_rows_take_two_more() -> None:
             assert both_ways(again)[1] == ["dispatch_cached", "spread_rows"]
             def combine(**how):
                 return buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, **how)
-            assert both_ways(combine)[1] == ["reduce_rows", "combine"]
+            assert both_ways(combine)[1] == ["combine"]
         """
     )
 
