@@ -2,13 +2,15 @@
 
 deepep._core      layout rules (csrc/layout), bound with pybind11; a C++20 compiler is all it needs.
 deepep._emulator  the kernels' own source over csrc/emulator, for machines without a GPU.
-deepep._cuda      the kernels for sm_90a; built where nvcc is found, left out (with a message) elsewhere.
+deepep._cuda      the kernels; built where nvcc is found, left out (with a message) elsewhere.
 
 Files of all modules are compiled side by side, and objects are kept in build/objects: a file is compiled
 again only if it, a header of this tree that it includes, its flags, the compiler, Python or pybind11 has
 changed. Where pybind11 lies does not matter: pip puts it into a folder of another name for every build.
 
     DEEPEP_CUDA=0        leave the CUDA part out; DEEPEP_CUDA=1: its absence is an error
+    DEEPEP_CUDA_ARCHS="8.0 9.0a 10.0a"   compute capabilities to compile kernels for; 9.0a if not given. With
+                         "+PTX" behind one, newer GPUs too, for which the driver compiles that code again
     DEEPEP_EMULATOR=0    leave the emulator out
     DEEPEP_BUILD_JOBS=N  compile so many files at a time; the number of cores if not given
     DEEPEP_OBJECTS=DIR   keep objects there instead of in build/objects
@@ -20,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,13 +54,13 @@ NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
     "-lineinfo",
-    "-gencode=arch=compute_90a,code=sm_90a",
     "--cudart=static",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
     "-Xptxas=-v,-warn-spills",
     "--expt-relaxed-constexpr",
 ]
 CUDA = "deepep._cuda"
+ARCHS = re.split(r"[\s,;]+", os.environ.get("DEEPEP_CUDA_ARCHS", "").strip() or "9.0a")
 
 
 def find_nvcc() -> str | None:
@@ -71,6 +74,15 @@ def find_nvcc() -> str | None:
 def find_cxx() -> list[str]:
     """The C++ compiler and what always goes with it: CXX, else the one Python was built with."""
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+def code_for(arch: str) -> str:
+    """The flag that has nvcc compile for a compute capability."""
+    if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+        raise SystemExit(f"DEEPEP_CUDA_ARCHS: got {arch!r}; expected such as 8.0, 9.0a or 8.0+PTX")
+    number = arch.removesuffix("+PTX").replace(".", "")
+    kinds = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={kinds}"
 
 
 class BuildExtensions(build_ext):
@@ -96,7 +108,9 @@ class BuildExtensions(build_ext):
         depends = target.with_suffix(".d")
         includes = [f"-I{d}" for d in [*ext.include_dirs, sysconfig.get_path("include")]]
         if ext.name == CUDA:
-            compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, "-x", "cu"]
+            compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, *map(code_for, ARCHS), "-x", "cu"]
+            if "/bindings/" in source:
+                compiler.append(f'-DDEEPEP_CUDA_ARCHS="{" ".join(ARCHS)}"')
         else:
             compiler = [*find_cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         command = [*compiler, *includes, "-c", source, "-o", str(target), "-MD", "-MF", str(depends)]

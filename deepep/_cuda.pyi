@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+ARCHS: str
 STATE_BYTES: int
 MASKED_OFFSET: int
 FAULT_BYTES: int

@@ -535,6 +535,7 @@ class LowLatencyDomain:
         fault: int,
         timeout_seconds: float,
         shrinks: bool = False,
+        bulk_copies: bool = True,
     ) -> None: ...
     def dispatch(
         self,

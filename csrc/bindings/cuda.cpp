@@ -195,7 +195,8 @@ extern "C" __attribute__((visibility("default"))) void deepep_arena_give_back(vo
 }
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "The CUDA kernels of deepep, for sm_90.";
+  m.doc() = "The CUDA kernels of deepep, for the compute capabilities in ARCHS.";
+  m.attr("ARCHS") = DEEPEP_CUDA_ARCHS;
   deepep::bindings::bind_common(m);
   m.attr("CE_COMPLETED") = offsetof(dk::LocalState, ce_completed) / sizeof(uint32_t);  // a word of the state
   bind_turns(m);

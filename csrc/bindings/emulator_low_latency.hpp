@@ -32,16 +32,18 @@ void bind_emulated_low_latency(py::module_& m) {
   domain.def(py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, int rank,
                          const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens,
                          int max_topk, int64_t max_row_bytes, int entry_stretches, uintptr_t state,
-                         uintptr_t fault, double timeout_seconds, bool shrinks) {
+                         uintptr_t fault, double timeout_seconds, bool shrinks, bool bulk_copies) {
                const host::LowLatencyOptions options =
                    low_latency_options(rank, heaps, max_local_experts, max_tokens, max_topk, max_row_bytes,
                                        entry_stretches, state, fault, timeout_seconds, shrinks);
-               return std::make_unique<Domain>(options, machine, *kernels.set, rank, num_threads);
+               return std::make_unique<Domain>(options, machine, *kernels.set, rank, num_threads,
+                                               bulk_copies);
              }),
              py::keep_alive<1, 2>(), py::kw_only(), py::arg("machine"), py::arg("kernels"),
              py::arg("num_threads"), py::arg("rank"), py::arg("heaps"), py::arg("max_local_experts"),
              py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("entry_stretches"),
-             py::arg("state"), py::arg("fault"), py::arg("timeout_seconds"), py::arg("shrinks") = false);
+             py::arg("state"), py::arg("fault"), py::arg("timeout_seconds"), py::arg("shrinks") = false,
+             py::arg("bulk_copies") = true);
   bind_low_latency(domain);
   domain
       .def_property_readonly(

@@ -1,4 +1,5 @@
-// The vocabulary's body for sm_90. The only file of the project with PTX in it.
+// The vocabulary's body for GPUs, of compute capability 8.0 and up: what an older one lacks is done by other
+// instructions there, to the same bits. The only file of the project with PTX in it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,6 +25,14 @@
   DEEPEP_DEVICE void name##_body(const Args& args, bool option)
 
 namespace deepep::dev {
+
+#if defined(__CUDA_ARCH__)
+inline constexpr int kArch = __CUDA_ARCH__;  // ten times the compute capability that this is compiled for: 900
+#else
+inline constexpr int kArch = 0;  // the host's
+#endif
+/// Where it is false, what bulk copies and their mbarriers do is nothing, and no kernel may come to it.
+inline constexpr bool kHasBulkCopies = kArch >= 900;
 
 DEEPEP_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 DEEPEP_DEVICE int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
@@ -56,6 +65,8 @@ DEEPEP_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 DEEPEP_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 // ---- plain memory ------------------------------------------------------------------------------------------
+
+inline constexpr int kLineBytes = 128;  // of L2
 
 template <class T>
 DEEPEP_DEVICE T load(const T* p) {
@@ -101,7 +112,12 @@ DEEPEP_DEVICE void store_streaming(Vec16* p, Vec16 v) {
 
 DEEPEP_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEEPEP_DEVICE void prefetch(const void* p, int64_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(static_cast<uint32_t>(bytes)));
+  if constexpr (kHasBulkCopies) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(static_cast<uint32_t>(bytes)));
+  } else {
+#pragma unroll 1
+    for (int64_t line = 0; line < bytes; line += kLineBytes) prefetch(static_cast<const std::byte*>(p) + line);
+  }
 }
 
 // ---- ordered memory ----------------------------------------------------------------------------------------
@@ -312,31 +328,38 @@ DEEPEP_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 }
 
 DEEPEP_DEVICE void mbarrier_expect_impl(release, block_scope, uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
+  if constexpr (kHasBulkCopies)
+    asm volatile(
+        "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 template <class Order, class Scope>
 DEEPEP_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   mbarrier_expect_impl(Order{}, Scope{}, barrier, bytes);
 }
 
-/// One look, in which the hardware may suspend the thread for a while.
+#define DEEPEP_MBARRIER_LOOK(INSTRUCTION)                                                  \
+  asm volatile(                                                                            \
+      "{\n"                                                                                \
+      ".reg .pred complete;\n"                                                             \
+      "mbarrier." INSTRUCTION ".parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"  \
+      "selp.b32 %0, 1, 0, complete;\n"                                                     \
+      "}"                                                                                  \
+      : "=r"(complete)                                                                     \
+      : "r"(shared_address(barrier)), "r"(phase & 1u)                                      \
+      : "memory")
+/// One look, in which hardware of 9.0 and up may suspend the thread for a while.
 [[nodiscard]] DEEPEP_DEVICE bool mbarrier_try_impl(acquire, block_scope, const uint64_t* barrier,
                                                    uint32_t phase) {
   uint32_t complete;
-  asm volatile(
-      "{\n"
-      ".reg .pred complete;\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, complete;\n"
-      "}"
-      : "=r"(complete)
-      : "r"(shared_address(barrier)), "r"(phase & 1u)
-      : "memory");
+  if constexpr (kArch >= 900)
+    DEEPEP_MBARRIER_LOOK("try_wait");
+  else
+    DEEPEP_MBARRIER_LOOK("test_wait");
   return complete != 0;
 }
+#undef DEEPEP_MBARRIER_LOOK
 template <class Order, class Scope>
 [[nodiscard]] DEEPEP_DEVICE bool mbarrier_wait(const uint64_t* barrier, uint32_t phase, Deadline deadline) {
   for (;;) {
@@ -351,33 +374,41 @@ template <class Order, class Scope>
 
 DEEPEP_DEVICE void bulk_load(void* stage, const void* from, int64_t bytes, uint64_t* barrier) {
   // .shared::cluster with an address of this block: the form that every PTX version with bulk copies has.
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(stage)),
-               "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(bytes)),
-               "r"(shared_address(barrier))
-               : "memory");
+  if constexpr (kHasBulkCopies)
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(stage)),
+        "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(bytes)), "r"(shared_address(barrier))
+        : "memory");
 }
 DEEPEP_DEVICE void bulk_store(void* to, const void* stage, int64_t bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
-      "r"(shared_address(stage)), "r"(static_cast<uint32_t>(bytes))
-      : "memory");
+  if constexpr (kHasBulkCopies)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                     __cvta_generic_to_global(to)),
+                 "r"(shared_address(stage)), "r"(static_cast<uint32_t>(bytes))
+                 : "memory");
 }
-DEEPEP_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEEPEP_DEVICE void bulk_commit() {
+  if constexpr (kHasBulkCopies) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 template <int kPending>
 DEEPEP_DEVICE void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  if constexpr (kHasBulkCopies) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 template <int kPending>
 DEEPEP_DEVICE void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+  if constexpr (kHasBulkCopies) asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 DEEPEP_DEVICE void fence_async_impl(shared_space) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if constexpr (kHasBulkCopies) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-DEEPEP_DEVICE void fence_async_impl(global_space) { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-DEEPEP_DEVICE void fence_async_impl(all_spaces) { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEEPEP_DEVICE void fence_async_impl(global_space) {
+  if constexpr (kHasBulkCopies) asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+DEEPEP_DEVICE void fence_async_impl(all_spaces) {
+  if constexpr (kHasBulkCopies) asm volatile("fence.proxy.async;" ::: "memory");
+}
 template <class Space>
 DEEPEP_DEVICE void fence_async() {
   fence_async_impl(Space{});
@@ -435,7 +466,10 @@ DEEPEP_DEVICE uint32_t pack_bf16(float low, float high) {
 /// Both sums, each rounded once to nearest even; subnormals are kept.
 DEEPEP_DEVICE uint32_t add_bf16(uint32_t a, uint32_t b) {
   uint32_t sum;
-  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  if constexpr (kArch >= 900)
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  else  // times 1.0, twice
+    asm("fma.rn.bf16x2 %0, %1, %3, %2;" : "=r"(sum) : "r"(a), "r"(b), "r"(0x3f803f80u));
   return sum;
 }
 /// Of each half the larger magnitude: `a` is one already. A NaN has none.
@@ -450,8 +484,11 @@ DEEPEP_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }
 DEEPEP_DEVICE float div_rounded(float a, float b) { return __fdiv_rn(a, b); }
 DEEPEP_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEEPEP_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
-/// Four channels as e4m3, the first in the lowest byte: device/e4m3.hpp, in hardware.
+/// Four channels as e4m3, the first in the lowest byte: device/e4m3.hpp, in hardware of 8.9 and up.
 DEEPEP_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
+  if constexpr (kArch < 890)
+    return e4m3_of_bits(bits_of(a)) | e4m3_of_bits(bits_of(b)) << 8 | e4m3_of_bits(bits_of(c)) << 16 |
+           e4m3_of_bits(bits_of(d)) << 24;
   uint16_t low, high;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));

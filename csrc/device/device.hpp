@@ -1,6 +1,6 @@
 // The vocabulary of the kernels: everything that crosses a warp, a block or a rank has its name here.
 //
-// Two bodies stand behind it. Under nvcc, device/cuda.cuh: PTX for sm_90. Under a plain C++ compiler,
+// Two bodies stand behind it. Under nvcc, device/cuda.cuh: PTX, for 8.0 and up. Under a plain C++ compiler,
 // emulator/device.hpp: the same names over fibers and a memory model that delays and reorders. A kernel
 // includes this file and nothing else of either, so its source is one.
 //
@@ -25,7 +25,8 @@
 //   shared       SharedArray<T>: the block's dynamic shared memory, carved by byte offset; get set add bit_or,
 //                and get<acquire> set<release>, ordered within the block; at(i): an address, for bulk copies
 //   bulk copies  carried out later, in the async proxy; 16-byte addresses and sizes; one end is the block's
-//                shared memory
+//                shared memory. Only where kHasBulkCopies: GPUs of compute capability 8 have none, and a kernel
+//                moves its rows by plain accesses there, which the host must know (low_latency/share.hpp)
 //                bulk_load(stage, from, bytes, barrier)  complete when a phase of the mbarrier is
 //                bulk_store(to, stage, bytes) bulk_commit()  in groups of the thread, which complete in order
 //                bulk_wait_read<N>()   until all groups of this thread but the last N have read their stages

@@ -278,6 +278,9 @@ class SharedArray {
 
 // ---- mbarriers and bulk copies -----------------------------------------------------------------------------
 
+/// The machine has what 9.0 has; a host may keep a kernel from using it.
+inline constexpr bool kHasBulkCopies = true;
+
 DEEPEP_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count, emu::Site site = emu::Site::current()) {
   emu::machine->mbarrier_init(barrier, count, site);
 }

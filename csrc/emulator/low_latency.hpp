@@ -26,14 +26,23 @@
 
 namespace deepep::emu {
 
-/// Of one rank. num_threads: per block; fewer than on hardware, so that schedules are cheap.
+/// A block's shared memory on GPUs with bulk copies.
+inline constexpr int kBulkBytes = 227 * 1024;
+
+/// Of one rank. num_threads: per block; fewer than on hardware, for cheap schedules. bulk_copies: its GPU
+/// has some.
 class LowLatencyLauncher {
  public:
-  LowLatencyLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads)
-      : machine_(machine), kernels_(kernels), rank_(rank), num_threads_(num_threads) {}
+  LowLatencyLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads, bool bulk_copies)
+      : machine_(machine),
+        kernels_(kernels),
+        rank_(rank),
+        num_threads_(num_threads),
+        bulk_copies_(bulk_copies) {}
 
-  /// Of a block.
-  [[nodiscard]] int num_warps() const { return num_threads_ / dev::kWarpSize; }
+  [[nodiscard]] kernels::BlockSize block_size() const {
+    return {.num_warps = num_threads_ / dev::kWarpSize, .bulk_bytes = bulk_copies_ ? kBulkBytes : 0};
+  }
 
   void start(const kernels::LowLatencyDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
     launch("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
@@ -82,6 +91,7 @@ class LowLatencyLauncher {
   const KernelSet& kernels_;
   int rank_;
   int num_threads_;
+  bool bulk_copies_;
 };
 
 }  // namespace deepep::emu

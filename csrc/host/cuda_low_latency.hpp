@@ -14,12 +14,10 @@ namespace deepep::host {
 /// Of one rank, on the device that is current when it is made, which is that of its turns.
 class CudaLowLatencyLauncher {
  public:
-  explicit CudaLowLatencyLauncher(std::shared_ptr<Turns> turns) : turns_(std::move(turns)) {
-    kernels::load_low_latency();
-  }
+  explicit CudaLowLatencyLauncher(std::shared_ptr<Turns> turns)
+      : turns_(std::move(turns)), block_size_(kernels::load_low_latency()) {}
 
-  /// Of a block.
-  [[nodiscard]] static int num_warps() { return kernels::low_latency_warps(); }
+  [[nodiscard]] const kernels::BlockSize& block_size() const { return block_size_; }
 
   template <class Args>
   void start(const Args& args, int num_blocks, Halves halves, void* stream) {
@@ -38,6 +36,7 @@ class CudaLowLatencyLauncher {
 
  private:
   std::shared_ptr<Turns> turns_;
+  kernels::BlockSize block_size_;
   bool was_captured_ = false;
 };
 

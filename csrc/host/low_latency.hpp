@@ -111,7 +111,7 @@ class LowLatencyDomain {
     auto args = call.args;
     args.group = group_;
     args.slots = slots_;
-    args.share = kernels::share_of(args, call.num_blocks, launcher_.num_warps());
+    args.share = kernels::share_of(args, call.num_blocks, launcher_.block_size());
     launcher_.start(args, call.num_blocks, static_cast<Halves>(call.halves), call.stream);
   }
 

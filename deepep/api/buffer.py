@@ -105,7 +105,7 @@ class Buffer(LowLatencyCalls, Joining):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Say whether the CUDA kernels (sm_90a) are part of this installation."""
+        """Say whether the CUDA kernels are part of this installation."""
         from importlib.util import find_spec
 
         return find_spec("deepep._cuda") is not None

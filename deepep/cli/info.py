@@ -20,13 +20,14 @@ from deepep.backends.cuda.memory.nvshmem4py import PACKAGES, installed, missing
 from deepep.backends.cuda.memory.nvshmem_settings import in_force
 from deepep.cli.terminal import make_console
 from deepep.runtime.backends import backends as registered_backends
+from deepep.runtime.capabilities import compiled
 from deepep.version import __version__
 
 #: Extension module -> what it is for.
 EXTENSIONS = {
     "_core": "layout rules (C++)",
     "_emulator": "the kernels' source, run on the CPU",
-    "_cuda": "the kernels, sm_90a",
+    "_cuda": "the kernels",
 }
 Section = dict[str, str]
 
@@ -93,6 +94,8 @@ def _extension(name: str) -> str:
         importlib.import_module(f"deepep.{name}")
     except ImportError as error:
         return f"built, does not load: {error}"
+    if name == "_cuda":
+        return f"built for {', '.join(compiled())}, loads"
     return "built, loads"
 
 

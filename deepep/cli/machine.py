@@ -6,7 +6,6 @@ nobody has at hand.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -20,12 +19,12 @@ from typing import Literal
 
 import torch
 
+from deepep.backends.cuda.memory.nvshmem4py import missing
 from deepep.cli.info import nvlinks
+from deepep.runtime.capabilities import can_run, compiled
 
 Level = Literal["cannot run", "slow", "look"]
 LEAST_SHM = 1 << 30
-_NVSHMEM = ("nvshmem4py-cu13", "nvshmem4py-cu12")
-_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,15 @@ class NicFacts:
 class MachineFacts:
     """Facts that were read from the system; sizes in bytes, None where there is no limit.
 
-    kernels: deepep._cuda is installed. emulator: deepep._emulator is. torch_cuda: CUDA's version that torch
-    is built for, empty without. gpu_nodes: /dev/nvidia0, ...: GPUs the driver shows to this container.
+    kernels: compute capabilities of the kernels; () without any. emulator: deepep._emulator is installed.
+    torch_cuda: CUDA's version that torch is built for, empty without. gpu_nodes: /dev/nvidia0, ...: GPUs the
+    driver shows to this container.
     unreachable: pairs of GPUs without peer access. by_pcie: pairs whose way leads over PCIe or the CPUs.
     verbs_device: /dev/infiniband is there. peer_memory: a NIC may read GPU memory (nvidia_peermem is loaded).
+    nvshmem_missing: what NVSHMEM's Python binding lacks here, in words; empty: nothing.
     """
 
-    kernels: bool = True
+    kernels: tuple[str, ...] = ("9.0a",)
     emulator: bool = True
     torch_cuda: str = ""
     gpu_nodes: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ class MachineFacts:
     nics: tuple[NicFacts, ...] = ()
     verbs_device: bool = False
     peer_memory: bool = False
-    nvshmem: str = ""
+    nvshmem_missing: str = ""
     shm_bytes: int | None = None
     memlock_bytes: int | None = None
     cores: int = 1
@@ -109,10 +110,11 @@ def _kernels(facts: MachineFacts) -> list[Advice]:
         why = "deepep._cuda is not part of this installation"
         found.append(Advice("cannot run", "kernels", why, "a wheel with CUDA, or a build where nvcc is"))
     for number, gpu in enumerate(facts.gpus):
-        if gpu.capability != _CAPABILITY:
-            have = ".".join(map(str, gpu.capability))
-            why = f"GPU {number} ({gpu.name}) has compute capability {have}, kernels are for 9.0"
-            found.append(Advice("cannot run", "kernels", why, "the reference serves it over NCCL"))
+        if facts.kernels and not can_run(gpu.capability, facts.kernels):
+            have, built = ".".join(map(str, gpu.capability)), ", ".join(facts.kernels)
+            why = f"GPU {number} ({gpu.name}) has compute capability {have}, kernels are for {built}"
+            remedy = "build with DEEPEP_CUDA_ARCHS; the reference serves it over NCCL"
+            found.append(Advice("cannot run", "kernels", why, remedy))
         if "MIG" in gpu.name:
             why = f"GPU {number} is a MIG slice: slices reach no other's memory"
             found.append(Advice("cannot run", "kernels between GPUs", why, "whole GPUs"))
@@ -160,9 +162,8 @@ def _nodes(facts: MachineFacts) -> list[Advice]:
     if active and not facts.peer_memory:
         why = "nvidia_peermem is not loaded: unless the NIC takes DMA-BUF, rows pass through host memory"
         found.append(Advice("slow", what, why, "modprobe nvidia_peermem"))
-    if not facts.nvshmem:
-        why = "NVSHMEM's Python binding is not installed"
-        found.append(Advice("cannot run", f"{what} with kernels", why, "pip install 'deepep[nvshmem]'"))
+    if facts.nvshmem_missing:
+        found.append(Advice("cannot run", f"{what} with kernels", f"NVSHMEM: {facts.nvshmem_missing}"))
     return found
 
 
@@ -198,7 +199,7 @@ def read_facts() -> MachineFacts:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     return MachineFacts(
-        kernels=importlib.util.find_spec("deepep._cuda") is not None,
+        kernels=compiled(),
         emulator=importlib.util.find_spec("deepep._emulator") is not None,
         torch_cuda=torch.version.cuda or "",
         gpu_nodes=tuple(sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))),
@@ -208,7 +209,7 @@ def read_facts() -> MachineFacts:
         nics=read_nics(Path("/sys/class/infiniband")),
         verbs_device=Path("/dev/infiniband").exists(),
         peer_memory=bool(re.search(r"^nv(idia_peermem|_peer_mem)\b", _text("/proc/modules"), re.MULTILINE)),
-        nvshmem=_nvshmem_version(),
+        nvshmem_missing=missing(),
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         memlock_bytes=_limit(resource.RLIMIT_MEMLOCK),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -251,15 +252,6 @@ def _gpu(index: int) -> GpuFacts:
     except RuntimeError as problem:
         error = str(problem).partition("\n")[0]
     return GpuFacts(about.name, (about.major, about.minor), error)
-
-
-def _nvshmem_version() -> str:
-    for package in _NVSHMEM:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
 
 
 def _limit(kind: int) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepep.runtime import streams
+from deepep.runtime.capabilities import can_run, compiled
 
 #: Rows are moved 16 bytes at a time.
 UNIT = 16
@@ -30,7 +31,7 @@ def _module() -> Any:
 
 @cache
 def _is_built_for(index: int) -> bool:
-    return _module() is not None and torch.cuda.get_device_capability(index) == (9, 0)
+    return can_run(torch.cuda.get_device_capability(index), compiled())
 
 
 def serve(*tensors: Tensor) -> bool:

@@ -165,10 +165,13 @@ def _cuda_available() -> Answer:
         return False, "built without nvcc: deepep._cuda is missing"
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
+    from deepep.runtime.capabilities import can_run, compiled
+
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
-        return False, f"the kernels are for compute capability 9.0, this device has {major}.{minor}"
-    return True, "kernels for sm_90"
+    kernels = f"kernels for compute capability {', '.join(compiled())}"
+    if not can_run((major, minor), compiled()):
+        return False, f"{kernels}; this device has {major}.{minor}"
+    return True, kernels
 
 
 def _cuda_serves(num_ranks: int, hosts: Collection[str]) -> Answer:

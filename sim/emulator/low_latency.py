@@ -40,7 +40,8 @@ class LowLatencyGpu:
     """The shape of each rank's GPU.
 
     num_sms: how many blocks are resident together; 0 is all. timeout: seconds a kernel waits. calls_before:
-    of each operation, modulo 2^32. shrinks: kernels mask a rank that is missing, and go on.
+    of each operation, modulo 2^32. shrinks: kernels mask a rank that is missing, and go on. plain_copies:
+    ranks whose GPU has no bulk copies, as of compute capability 8.
     """
 
     num_blocks: int = 2
@@ -49,6 +50,7 @@ class LowLatencyGpu:
     timeout: float = 1.0
     calls_before: int = 0
     shrinks: bool = False
+    plain_copies: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class EmulatedLowLatency:
                     fault=self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
                     timeout_seconds=gpu.timeout,
                     shrinks=gpu.shrinks,
+                    bulk_copies=rank not in gpu.plain_copies,
                 )
             )
         machine.meet()

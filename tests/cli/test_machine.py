@@ -26,7 +26,6 @@ WELL = MachineFacts(
     nics=(NicFacts("mlx5_0", "ACTIVE", "400 Gb/sec (4X NDR)", "InfiniBand"),),
     verbs_device=True,
     peer_memory=True,
-    nvshmem="0.2.1",
     shm_bytes=64 << 30,
     cores=64,
 )
@@ -42,7 +41,7 @@ def test_nothing_is_said_of_a_machine_without_obstacles() -> None:
 @pytest.mark.parametrize(
     ("changed", "level", "words"),
     [
-        ({"kernels": False}, "cannot run", "deepep._cuda"),
+        ({"kernels": ()}, "cannot run", "deepep._cuda"),
         ({"emulator": False}, "cannot run", "deepep._emulator"),
         ({"gpus": (H200, GpuFacts("NVIDIA A100", (8, 0)))}, "cannot run", "GPU 1 (NVIDIA A100) has compute"),
         ({"gpus": (GpuFacts("H200 MIG 1g.18gb", (9, 0)),)}, "cannot run", "MIG"),
@@ -57,7 +56,7 @@ def test_nothing_is_said_of_a_machine_without_obstacles() -> None:
         ({"verbs_device": False}, "cannot run", "/dev/infiniband"),
         ({"memlock_bytes": 8 << 20}, "cannot run", "at most 8 MiB may be locked"),
         ({"peer_memory": False}, "slow", "nvidia_peermem"),
-        ({"nvshmem": ""}, "cannot run", "NVSHMEM"),
+        ({"nvshmem_missing": "not installed: cuda.core"}, "cannot run", "NVSHMEM: not installed: cuda.core"),
         ({"shm_bytes": 64 << 20}, "look", "/dev/shm has 64 MiB"),
         ({"cores": 3}, "slow", "3 cores for 2 ranks"),
         ({"host_name_error": "pod-7: unknown"}, "look", "pod-7"),

@@ -380,3 +380,12 @@ def test_rows_of_entries_take_memory_by_topk(stretches: int) -> None:
     size, _ = _emulator.low_latency_bytes(8, 36, 128, 8, 2 * 7168, stretches)
     rows = 2 * 128 * (8 + 8 * stretches) * (2 * 7168)
     assert rows < size < 1.05 * rows
+
+
+@pytest.mark.parametrize("plain", [(0,), (0, 1, 2)], ids=["one rank", "all ranks"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gpus_without_bulk_copies_give_the_same_bits(plain: tuple[int, ...], hooked: bool) -> None:
+    """Groups of different compute capabilities, and of 8.0 alone."""
+    routing = random_routing(3, 6, 4, 4, seed=8)
+    gpu = LowLatencyGpu(plain_copies=plain)
+    run_all(scenario_of(routing, 6, values="normal", low_latency="fp8", hooked=hooked, gpu=gpu))

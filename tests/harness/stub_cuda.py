@@ -175,6 +175,7 @@ def extension(num_rows: int) -> ModuleType:
     stub: Any = ModuleType("deepep._cuda")
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
     stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
+    stub.ARCHS = "9.0a"
     stub.MASKED_OFFSET, stub.MAX_COUNTED_TOKENS = 0, 1 << 14
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
     stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns

@@ -1,9 +1,9 @@
 """Resources of the kernels, and the vocabulary they are written in; no GPU is needed.
 
-ptxas is asked for every kernel, with the flags of setup.py, or has said it when the package was built here:
-no spills, no stack, registers for a whole block, shared memory from the launch alone. The sources are read
-for the rule that lets the emulator run them: everything that crosses a warp, a block or a rank goes through
-the vocabulary of csrc/device.
+ptxas is asked for every kernel, with the flags of setup.py for compute capability 9.0a, or has said it when
+the package was built here: no spills, no stack, registers for a whole block, shared memory from the launch
+alone. The sources are read for the rule that lets the emulator run them: everything that crosses a warp, a
+block or a rank goes through the vocabulary of csrc/device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from harness.nvcc import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -27,6 +28,7 @@ KERNELS = CSRC / "kernels"
 SOURCES = sorted(KERNELS.rglob("*.cu"))
 HEADERS = sorted(KERNELS.rglob("*.hpp"))
 
+MEASURED = "-gencode=arch=compute_90a,code=sm_90a"
 REGISTERS = 65536  # of an SM
 REGISTER_UNIT = 8  # a thread's registers are granted in multiples of this
 
@@ -65,9 +67,11 @@ class Usage:
 
 
 def parse_report(report: str) -> dict[str, Usage]:
-    """By mangled name, from the output of -Xptxas=-v."""
+    """By mangled name, from the output of -Xptxas=-v; of sm_90a, where it speaks of others too."""
     found = {}
     for part in re.split(r"Compiling entry function '", report)[1:]:
+        if "' for 'sm_90a'" not in part.partition("\n")[0]:
+            continue
 
         def number(pattern: str, text: str = part) -> int:
             match = re.search(pattern, text)
@@ -100,20 +104,12 @@ def declared_kernels() -> dict[str, int]:
     }
 
 
-def find_nvcc() -> str | None:
-    """As setup.py does."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc")
-
-
 def build_flags() -> list[str]:
-    """NVCC_FLAGS of setup.py, which cannot be imported: it builds."""
+    """NVCC_FLAGS of setup.py, which cannot be imported: it builds; for the capability that is measured."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
             flags: list[str] = ast.literal_eval(node.value)
-            return flags
+            return [*flags, MEASURED]
     raise AssertionError("setup.py has no NVCC_FLAGS")
 
 

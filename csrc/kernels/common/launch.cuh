@@ -17,11 +17,33 @@ inline void check(cudaError_t status, const char* what) {
 template <class Args>
 using Kernel = void (*)(Args);
 
+/// Facts of a kernel's code for the current device, which they load onto it.
+template <class Args>
+[[nodiscard]] cudaFuncAttributes attributes_of(Kernel<Args> kernel, const char* name) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  return attributes;
+}
+
 /// Loads a kernel onto the current device: at its first launch that might have to wait for kernels which run.
 template <class Args>
 void load(Kernel<Args> kernel, const char* name) {
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  static_cast<void>(attributes_of(kernel, name));
+}
+
+/// Whether the code that runs here was compiled with bulk copies (device/device.hpp): code for an older GPU may
+/// have been compiled again, by the driver, for this one.
+template <class Args>
+[[nodiscard]] bool has_bulk_copies(Kernel<Args> kernel, const char* name) {
+  return attributes_of(kernel, name).ptxVersion >= 90;
+}
+
+/// The most dynamic shared memory that a block may be allowed on the current device.
+[[nodiscard]] inline int most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "the current device");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return bytes;
 }
 
 /// Lets launches of a kernel on the current device take so much dynamic shared memory; without it, 48 KiB.

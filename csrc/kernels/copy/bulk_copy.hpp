@@ -117,7 +117,7 @@ DEEPEP_DEVICE void finish_ring() {
 }
 
 DEEPEP_KERNEL(bulk_copy_kernel, BulkCopyArgs, kThreads) {
-  if (dev::lane() != 0) return;
+  if (!dev::kHasBulkCopies || dev::lane() != 0) return;  // the launch is refused there
   const BulkRing ring = start_ring(args);
   turn_ring(ring);
   finish_ring();

@@ -7,8 +7,6 @@
 
 namespace deepep::kernels {
 
-/// Of one block, on sm_90.
-constexpr int64_t kMaxSharedBytes = 227 * 1024;
 /// For a load of a bulk copy: memory that does not answer for so long never will.
 constexpr uint64_t kTimeoutNs = 10'000'000'000;
 
@@ -24,7 +22,8 @@ void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int n
   if (stage_bytes < 16 || stage_bytes % 16 != 0) refuse("bytes of a stage: a positive multiple of 16");
   if (bytes < 0 || bytes % 16 != 0) refuse("bytes: a multiple of 16");
   const int64_t shared = BulkCopyShared{num_warps, num_stages, stage_bytes}.bytes();
-  if (shared > kMaxSharedBytes) refuse("the stages of a block do not fit into its shared memory");
+  if (!has_bulk_copies<BulkCopyArgs>(bulk_copy_kernel, "bulk copy")) refuse("compute capability 9.0 and up");
+  if (shared > most_shared_bytes()) refuse("the stages of a block do not fit into its shared memory");
   const BulkCopyArgs args{.from = from,
                           .to = to,
                           .bytes = bytes,

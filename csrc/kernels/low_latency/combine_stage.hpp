@@ -1,6 +1,6 @@
 // The rows of a warp's first message on their way into shared memory while it waits for their weights: bulk
-// copies, which hold no registers. Where a message has more rows than there is room for, and for messages that
-// come later, rows are read as they are summed.
+// copies, which hold no registers. Where a message has more rows than there is room for, where the GPU has none
+// of them, and for messages that come later, rows are read as they are summed.
 #pragma once
 
 #include "kernels/low_latency/combine_call.hpp"
@@ -32,7 +32,7 @@ struct Pieces {
                                             const Pieces& mine) {
   using namespace dev;
   const int count = popcount(rows), bytes = 16 * (mine.end - mine.begin);
-  if (count == 0 || bytes == 0 || count > call.args.share.staged_rows) return false;
+  if (!kHasBulkCopies || count == 0 || bytes == 0 || count > call.args.share.staged_rows) return false;
   uint64_t* barrier = stage_barrier(call);
   if (lane() == 0) {
     mbarrier_init(barrier, 1);

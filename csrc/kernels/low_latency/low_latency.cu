@@ -58,8 +58,6 @@ void load(const Forms<Args>& forms, const char* what) {
 
 }  // namespace
 
-int low_latency_warps() { return kLowLatencyThreads / dev::kWarpSize; }
-
 void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
   launch(kDispatches[static_cast<int>(halves)].of(args), args, num_blocks, kLowLatencyThreads,
          shared_of(args).bytes(), stream, "low-latency dispatch");
@@ -70,14 +68,17 @@ void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halve
                  num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency combine");
 }
 
-void load_low_latency() {
+BlockSize load_low_latency() {
+  const int shared_bytes = most_shared_bytes();
   for (const auto& dispatch : kDispatches) load(dispatch, "low-latency dispatch");
   for (const auto& combines : kCombines)
     for (const auto& combine : combines) {
       load(combine, "low-latency combine");
       for (const auto kernel : {combine.plain, combine.watching})
-        allow_shared(kernel, kSharedBytes, "low-latency combine");
+        allow_shared(kernel, shared_bytes, "low-latency combine");
     }
+  const bool bulk = has_bulk_copies(kCombines[0][0].plain, "low-latency combine");
+  return {.num_warps = kLowLatencyThreads / dev::kWarpSize, .bulk_bytes = bulk ? shared_bytes : 0};
 }
 
 }  // namespace deepep::kernels

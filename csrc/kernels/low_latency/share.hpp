@@ -83,26 +83,32 @@ template <class Args>
 /// A row that goes back has one flag, and one block that sums it.
 [[nodiscard]] inline int strip_shift(const LowLatencyCombineArgs&) { return 0; }
 
-/// A block's shared memory, of which a combine takes at most so much for its own words, and 4 bytes for each 32
-/// tokens of each rank.
-inline constexpr int kSharedBytes = 227 * 1024;
+/// A combine takes at most so much of a block's shared memory for its own words, and 4 bytes for each 32 tokens
+/// of each rank.
 inline constexpr int kCombineWordBytes = 256;
+
+/// A block as the launcher makes it. bulk_bytes: all of its shared memory, where bulk copies can fill that;
+/// 0 where the GPU, or its code, has none.
+struct BlockSize {
+  int num_warps;
+  int bulk_bytes;
+};
 
 /// What a warp has in shared memory of the rows of its first message, which it sums when their weights have
 /// come.
-inline void add_stage(LowLatencyShare&, const LowLatencyDispatchArgs&) {}
-inline void add_stage(LowLatencyShare& share, const LowLatencyCombineArgs& args) {
+inline void add_stage(LowLatencyShare&, const LowLatencyDispatchArgs&, int) {}
+inline void add_stage(LowLatencyShare& share, const LowLatencyCombineArgs& args, int bulk_bytes) {
   if (args.returned != Returned::kSums) return;
   const int parts = 1 << share.message_shift;
   const int words = args.group.num_ranks * ((args.max_tokens + 31) / 32);
-  const int room = kSharedBytes - kCombineWordBytes - 4 * words;
+  const int room = layout::max_of(bulk_bytes - kCombineWordBytes - 4 * words, 0);
   share.staged_bytes = static_cast<int>(16 * layout::ceil_div(args.hidden / 8, parts));
   share.staged_rows = layout::min_of(args.num_topk, room / (share.num_warps * share.staged_bytes));
 }
 
-/// num_warps: of a block.
 template <class Args>
-[[nodiscard]] LowLatencyShare share_of(const Args& args, int num_blocks, int num_warps) {
+[[nodiscard]] LowLatencyShare share_of(const Args& args, int num_blocks, const BlockSize& block) {
+  const int num_warps = block.num_warps;
   const auto of_block = [&](int64_t items, int blocks) { return layout::ceil_div(items, blocks); };
   const auto can_spare_one = [&](int64_t items) {
     return num_blocks > 1 && of_block(items, num_blocks - 1) == of_block(items, num_blocks);
@@ -121,7 +127,7 @@ template <class Args>
   share.message_shift = warp_shift(of_block(messages, num_blocks), warps);
   share.own_shift = warp_shift(share.tokens_per_block, warps);
   share.num_warps = num_warps;
-  add_stage(share, args);
+  add_stage(share, args, block.bulk_bytes);
   while ((1 << share.rank_shift) < args.group.num_ranks) ++share.rank_shift;
   share.by_local_experts = layout::Divisor(args.num_local_experts);
   share.by_topk = layout::Divisor(args.num_topk);
