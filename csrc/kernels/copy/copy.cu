@@ -35,7 +35,7 @@ void launch_bulk_copy(const std::byte* from, std::byte* to, int64_t bytes, int n
 
 void launch_hold(uint64_t nanoseconds, int num_blocks, void* stream) {
   const HoldArgs args{nanoseconds < kTimeoutNs ? nanoseconds : kTimeoutNs};
-  launch<HoldArgs>(hold_kernel, args, num_blocks, kThreads, kMaxSharedBytes, stream, "hold");
+  launch<HoldArgs>(hold_kernel, args, num_blocks, kThreads, most_shared_bytes(), stream, "hold");
 }
 
 }  // namespace deepep::kernels
