@@ -318,7 +318,7 @@ def grad_of_dispatch(
     ctx: Any, grad_x: Tensor, _idx: None, grad_weights: Tensor, *_: None
 ) -> tuple[Tensor, None, Tensor, None, None, None]:
     """A combine with weights of the gradients of the rows and of their top-k weights."""
-    _refuse_second_derivative(ctx.buffer, Operation.COMBINE, grad_x, grad_weights)
+    refuse_second_derivative(ctx.buffer, Operation.COMBINE, grad_x, grad_weights)
     recv_idx, in_rank, counts, table = ctx.saved_tensors
     # The weight of another rank's expert is a constant zero here, whatever the caller computed from it.
     grad_weights = torch.where(recv_idx >= 0, grad_weights, 0)
@@ -335,7 +335,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-    _refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
+    refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
     in_rank, counts, table = ctx.saved_tensors
     grad_y = _combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer, table)
     return grad_y, None, None, None, None, None, None
@@ -345,7 +345,7 @@ _dispatch.register_autograd(grad_of_dispatch, setup_context=save_dispatch)
 _combine.register_autograd(_grad_of_combine, setup_context=_save_combine)
 
 
-def _refuse_second_derivative(buffer: int, operation: Operation, *grads: Tensor) -> None:
+def refuse_second_derivative(buffer: int, operation: Operation, *grads: Tensor) -> None:
     """Backward exchanges have no gradient of their own: torch would take them for constants, in silence."""
     if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
         allowed = "False: dispatch and combine are differentiable once"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deepep.errors import ArgumentTypeError, ShapeError
 from deepep.nn.operators import operator
@@ -47,22 +48,6 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = 
     out = x.new_empty(x.shape[0], weight.shape[2])
     for expert, (rows, target) in enumerate(zip(x.split(sizes), out.split(sizes), strict=True)):
         torch.mm(rows, weight[expert], out=target)
-    return out
-
-
-def grouped_mm_to_ends(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` where the ends [L] int32 of each expert's rows are known on the device of x alone.
-
-    Rows of x [P, A] behind the last end belong to nobody; those of the result have any value. Not
-    differentiable. Waits for the device where torch's grouped product does not take the operands.
-    """
-    native = _native()
-    if native is not None and _is_native(x, weight):
-        return native(x, weight, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).to("cpu", torch.int64)
-    used = int(counts.sum())
-    out = x.new_empty(x.shape[0], weight.shape[2])
-    out[:used] = grouped_mm.function(x[:used], weight, counts)
     return out
 
 
@@ -132,3 +117,53 @@ def _weight_grad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None,
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_grouped_mm)
 grouped_mm_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_grouped_mm)
+
+
+def grouped_mm_to_ends(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` where the ends [L] int32 of each expert's rows are known on the device of x alone.
+
+    Rows of x [P, A] behind the last end belong to nobody; those of the result, and of the gradient of x, have
+    any value. Differentiable once. Waits for the device where torch's grouped product does not take the
+    operands.
+    """
+    out: Tensor = _ToEnds.apply(x, weight, ends)
+    return out
+
+
+class _ToEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _multiply_to_ends(x, weight, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad, native = grad.contiguous(), _native()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _multiply_to_ends(grad, weight.transpose(1, 2), ends)
+        if ctx.needs_input_grad[1]:
+            if native is not None and _is_native(x, grad):
+                grad_weight = native(x.t(), grad, offs=ends).contiguous()
+            else:
+                counts, used = _counts_to(ends)
+                grad_weight = grouped_mm_weight_grad.function(x[:used], grad[:used], counts)
+        return grad_x, grad_weight, None
+
+
+def _multiply_to_ends(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    native = _native()
+    if native is not None and _is_native(x, weight):
+        return native(x, weight, offs=ends)
+    counts, used = _counts_to(ends)
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    out[:used] = grouped_mm.function(x[:used], weight, counts)
+    return out
+
+
+def _counts_to(ends: Tensor) -> tuple[Tensor, int]:
+    """Counts [L] int64 on the CPU, and their sum."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).to("cpu", torch.int64)
+    return counts, int(counts.sum())

@@ -19,7 +19,7 @@ from deepep.nn.experts import (
     GroupedSwiGLU,
     SwiGLU,
 )
-from deepep.nn.fixed import check_fixed, exchange_and_apply
+from deepep.nn.fixed import FixedTrip, apply_received, check_fixed, give_back, send_fixed
 from deepep.nn.placing import (
     agree_on,
     checked_placement,
@@ -84,8 +84,8 @@ class ExpertParallelMoE(nn.Module):
             activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
             itself what it keeps.
         num_max_tokens: M, the most tokens that any rank brings, the same on all ranks; 0: any number. With
-            it a forward without gradients has fixed shapes: the host waits for nothing, a CUDA graph can hold
-            it, and it takes memory for R * M * K rows, as if all tokens of all ranks came to each.
+            it the layer has fixed shapes, but under torch.compile: no host waits, a CUDA graph can hold forward
+            and backward, and it takes memory for R * M * K rows, as if all tokens came to each rank.
         placement: where experts lie, and which have replicas (deepep.placement); the same on all ranks. None:
             rank r has experts r * L to (r + 1) * L - 1. Replicas begin equal; `sum_replica_gradients` keeps
             them so in training, and an optimizer that steps without it raises ModeError. `move_to` another
@@ -188,12 +188,7 @@ class ExpertParallelMoE(nn.Module):
             # Before the dispatch, which has the host wait for counts: the device is busy meanwhile.
             beside = None if self.shared is None else self.shared(tokens)
         if self._is_fixed():
-            y = exchange_and_apply(
-                *(number, self.experts, rows, self._physical(routing.topk_idx), routing.topk_weights),
-                num_experts=self.num_physical,
-                num_max_tokens=self.num_max_tokens,
-                in_fp8=self.fp8_dispatch,
-            )
+            y = self._forward_fixed(rows, self._physical(routing.topk_idx), routing.topk_weights)
             return (y if beside is None else y + beside).view(x.shape)
         send = dispatch_scaled if self.fp8_dispatch else dispatch
         received = send(
@@ -210,7 +205,15 @@ class ExpertParallelMoE(nn.Module):
 
     def _is_fixed(self) -> bool:
         """Tell whether this forward has fixed shapes."""
-        return self.num_max_tokens > 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.num_max_tokens > 0 and not torch.compiler.is_compiling()
+
+    def _forward_fixed(self, rows: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """Dispatch, experts and combine of rows [T, H]: [T, H]."""
+        trip = FixedTrip(self.buffer_number, self.num_physical, self.num_max_tokens, self.fp8_dispatch)
+        received = send_fixed(trip, rows, topk_idx, topk_weights)
+        with posting_errors(self.buffer_number, Operation.COMBINE, "experts"):
+            sums = self._perhaps_repeated(apply_received, *received)
+        return give_back(trip, sums)
 
     def _physical(self, topk_idx: Tensor) -> Tensor:
         """The experts of the router's choice as dispatch numbers them."""

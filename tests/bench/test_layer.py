@@ -41,8 +41,7 @@ def test_plain_torch_computes_the_same_and_all_is_measured(world_of: Any) -> Non
     for report in world_of(2).run(measured, False):
         assert report.problems == []
         assert [(f.operation, f.by) for f in report.figures] == [
-            *((FORWARD, by) for by in ("deepep", PLAIN, FIXED, PRODUCTS)),
-            *((TRAINED, by) for by in ("deepep", PLAIN, PRODUCTS)),
+            (operation, by) for operation in (FORWARD, TRAINED) for by in ("deepep", PLAIN, FIXED, PRODUCTS)
         ]
         assert all(0 < f.median <= f.p99 for f in report.figures)
     out = io.StringIO()
@@ -57,8 +56,7 @@ def test_rows_in_fp8_are_measured_where_they_can_be_cast(world_of: Any) -> None:
     sweep = replace(SMALL, shapes=(replace(SHAPE, hidden=128),))
     for report in world_of(2).run(measured, False, sweep):
         assert report.problems == []
-        forward, both = ["deepep", SCALED, PLAIN, FIXED], ["deepep", SCALED, PLAIN, PRODUCTS]
-        assert [f.by for f in report.figures] == [*forward, PRODUCTS, *both]
+        assert [f.by for f in report.figures] == 2 * ["deepep", SCALED, PLAIN, FIXED, PRODUCTS]
         assert {f.dtype for f in report.figures if f.by == SCALED} == {"fp8"}
 
 

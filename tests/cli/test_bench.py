@@ -125,9 +125,8 @@ def test_the_command_measures_a_layer(tmp_path: Path) -> None:
     assert "functional figures" in done.stdout
     assert "x products" in done.stdout
     written = json.loads((tmp_path / "b.json").read_text())
-    both = ["deepep", "deepep, FP8 rows", "plain torch"]
-    forward = [*both, "deepep, fixed shapes", "products alone"]
-    assert [f["by"] for f in written["figures"]] == [*forward, *both, "products alone"]
+    layers = ["deepep", "deepep, FP8 rows", "plain torch", "deepep, fixed shapes", "products alone"]
+    assert [f["by"] for f in written["figures"]] == layers * 2
     assert (written["environment"]["mode"], written["environment"]["width"]) == ("layer", 16)
 
 

@@ -1,4 +1,4 @@
-"""A layer's forward in fixed shapes gives what the forward that waits gives, and asks for no counts."""
+"""A layer in fixed shapes gives what the layer that waits gives, gradients too, and asks for no counts."""
 
 from __future__ import annotations
 
@@ -8,90 +8,122 @@ import pytest
 import torch
 from harness.layers import HIDDEN, layer_on, tokens
 
-from deepep.errors import ArgumentTypeError, CapacityError, RangeError
+from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, RangeError
 from deepep.placement import ExpertPlacement
 
 MOST = 9
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "fp8": {"dtype": torch.bfloat16, "shared_hidden": 0, "fp8_dispatch": True, "hidden": 128},
+    "recomputed": {"dtype": torch.float64, "recompute": True},
+    "replicas": {
+        "dtype": torch.float64,
+        "num_experts": 8,
+        "placement": ExpertPlacement(8, 3, (0, 1, 2, 3, 4, 5, 6, 7, 0)),
+    },
+}
 
 
-def both(buffer: Any, options: dict[str, Any], inference: bool) -> Any:
-    """The outputs of the usual forward and of the one in fixed shapes, and the latter's dispatches."""
-    hidden = options.get("hidden", HIDDEN)
-    layer = layer_on(buffer, num_max_tokens=MOST, **options)
-    x = tokens(buffer.rank, count=-1 if buffer.rank == 1 else 5).repeat(1, hidden // HIDDEN)
-    x = x.to(layer.router.weight.dtype)
-    usual = layer(x).detach()
-    asked: list[Any] = []
-    dispatch = type(buffer.runtime).dispatch
+def inputs(buffer: Any, options: dict[str, Any]) -> torch.Tensor:
+    """[T, H], of no tokens on rank 1."""
+    x = tokens(buffer.rank, count=-1 if buffer.rank == 1 else 5)
+    return x.repeat(1, options.get("hidden", HIDDEN) // HIDDEN).to(options["dtype"])
+
+
+def run(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output of a step and all gradients."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * torch.arange(1, y.numel() + 1).view(y.shape).to(y.dtype).cos()).sum().backward()
+    made = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    layer.zero_grad()
+    return made
+
+
+def both(buffer: Any, options: dict[str, Any]) -> tuple[Any, Any, list[Any], list[torch.Tensor]]:
+    """Steps of the layer as it is and in fixed shapes, the latter's dispatches, and forwards in either."""
+    layer, x = layer_on(buffer, **options), inputs(buffer, options)
+    usual, asked, engine = run(layer, x), list[Any](), type(buffer.runtime)
+    forwards = [layer(x).detach()]
+    layer.num_max_tokens, dispatch = MOST, engine.dispatch
 
     def watched(self: Any, request: Any, schedule: Any) -> Any:
         done = dispatch(self, request, schedule)
-        asked.append((request.num_worst_tokens, done.num_tokens_per_expert, done.x.shape[0]))
+        if request.route is None:
+            asked.append((request.num_worst_tokens, done.num_tokens_per_expert, done.x.shape[0]))
         return done
 
-    type(buffer.runtime).dispatch = watched
+    engine.dispatch = watched
     try:
-        with torch.inference_mode() if inference else torch.no_grad():
-            fixed = layer(x).clone()
+        fixed = run(layer, x)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                forwards.append(layer(x).clone())
     finally:
-        type(buffer.runtime).dispatch = dispatch
-    return usual, fixed, asked
+        engine.dispatch = dispatch
+    return usual, fixed, asked, forwards
 
 
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": torch.float64},
-        {"dtype": torch.bfloat16},
-        {"dtype": torch.bfloat16, "shared_hidden": 0, "fp8_dispatch": True, "hidden": 128},
-        {"dtype": torch.float64, "placement": ExpertPlacement(8, 3, (0, 1, 2, 3, 4, 5, 6, 7, 0))},
-    ],
-    ids=["float64", "bfloat16", "fp8", "replicas"],
-)
-def test_the_results_are_those_of_the_forward_that_waits(
-    on_ranks: Any, options: dict[str, Any], inference: bool
-) -> None:
-    if "placement" not in options:
-        options = options | {"num_experts": 9}
-    for usual, fixed, asked in on_ranks(3, both, options, inference):
-        assert usual.dtype == fixed.dtype
-        assert torch.equal(usual, fixed)
-        assert asked == [(3 * MOST, [], 3 * MOST)]
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_results_are_those_of_the_layer_that_waits(on_ranks: Any, name: str) -> None:
+    for usual, fixed, asked, forwards in on_ranks(3, both, {"num_experts": 9} | OPTIONS[name]):
+        assert len(usual) == len(fixed)
+        for one, other in zip(usual, fixed, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        assert all(torch.equal(forward, usual[0]) for forward in forwards)
+        assert asked == [(3 * MOST, [], 3 * MOST)] * 3
+
+
+def without_gradients(buffer: Any) -> list[bool]:
+    """Tell whether outputs require gradients where nothing does, and where rows do on rank 0 alone."""
+    layer = layer_on(buffer, num_max_tokens=MOST).requires_grad_(False)
+    told = []
+    for wanted in (False, buffer.rank == 0):
+        y = layer(tokens(buffer.rank).requires_grad_(wanted))
+        told.append(y.requires_grad)
+        y.sum().backward()
+    return told
+
+
+def test_backwards_take_part_on_all_ranks_or_on_none(on_ranks: Any) -> None:
+    assert on_ranks(2, without_gradients) == [[True, True]] * 2
 
 
 def refused(buffer: Any) -> list[str]:
-    """Refusals of the forward: too many tokens on one rank, experts whose counts the host must know."""
+    """Refusals: too many tokens on one rank, experts whose counts the host must know, second derivatives."""
     layer, said = layer_on(buffer, num_max_tokens=MOST), []
+
+    def attempt(call: Any) -> None:
+        try:
+            call()
+        except ArgumentError as error:
+            said.append(f"{type(error).__name__}: {error}")
+
     for many in (MOST + 1, MOST):
-        with torch.no_grad():
-            try:
-                layer(torch.zeros(many if buffer.rank else 2, HIDDEN))
-            except Exception as error:
-                said.append(f"{type(error).__name__}: {error}")
+        attempt(lambda many=many: layer(torch.zeros(many if buffer.rank else 2, HIDDEN)))
+    x = tokens(buffer.rank).requires_grad_()
+    attempt(lambda: torch.autograd.grad(layer(x).sum(), x, create_graph=True))
     layer.experts = type("Others", (torch.nn.Identity,), {"num_local_experts": 4})()
-    try:
-        with torch.no_grad():
-            layer(torch.zeros(2, HIDDEN))
-    except ArgumentTypeError as error:
-        said.append(str(error))
-    layer_on(buffer, num_max_tokens=MOST)(torch.zeros(MOST + 1, HIDDEN))  # with gradients: any number
+    attempt(lambda: layer(torch.zeros(2, HIDDEN)))
     return said
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(on_ranks: Any) -> None:
     for said in on_ranks(2, refused):
-        assert len(said) == 2
-        assert said[0].startswith(CapacityError.__name__)
-        assert f"at most {MOST}" in said[0]
-        assert "GroupedSwiGLU" in said[1]
-
-
-def test_the_most_tokens_are_a_number(on_ranks: Any) -> None:
-    on_ranks(1, refuses_numbers)
+        many, twice, experts = said
+        assert many.startswith(CapacityError.__name__)
+        assert f"at most {MOST}" in many
+        assert "create_graph" in twice
+        assert "GroupedSwiGLU" in experts
 
 
 def refuses_numbers(buffer: Any) -> None:
     for wrong, error in ((-1, RangeError), (2.5, ArgumentTypeError), (True, ArgumentTypeError)):
         with pytest.raises(error, match="num_max_tokens"):
             layer_on(buffer, num_max_tokens=wrong)
+
+
+def test_the_most_tokens_are_a_number(on_ranks: Any) -> None:
+    on_ranks(1, refuses_numbers)

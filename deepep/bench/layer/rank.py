@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepep.api.buffer import Buffer
-from deepep.bench.clock import Clock, CudaClock, Stage
+from deepep.bench.clock import Call, Clock, CudaClock, Stage
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.layer.plain import PlainLayer, Products
 from deepep.bench.low_latency.graph import capture
@@ -23,7 +23,7 @@ FORWARD, TRAINED = "forward", "forward + backward"
 PLAIN, PRODUCTS = "plain torch", "products alone"
 #: The layer with fp8_dispatch: other results, three digits of mantissa, that are not compared.
 SCALED = f"{OURS}, FP8 rows"
-#: The layer with num_max_tokens, in a CUDA graph where there is CUDA: forward alone, with the same results.
+#: The layer with num_max_tokens, in CUDA graphs where there is CUDA.
 FIXED = f"{OURS}, fixed shapes"
 #: The Frobenius norm of the difference between two layers' results, over the norm. Both round weights,
 #: weighted rows, sums of a rank and of all to bfloat16, in another order: 2^-9 each at most, and in the
@@ -84,31 +84,49 @@ class LayerBench(Bench):
             layers.insert(1, (SCALED, with_scaled_rows(moe)))
         for by, layer in layers:
             self._time(shape, FORWARD, by, _inference(layer, x))
-        self._time(shape, FORWARD, FIXED, self._fixed(shape, moe, x))
+        forward, step = self._in_fixed_shapes(shape, moe, x, grad)
+        self._time(shape, FORWARD, FIXED, forward)
         self._time(shape, FORWARD, PRODUCTS, products.forward)
         for by, layer in layers:
             self._time(shape, TRAINED, by, _step(moe, layer, x, grad))
+        self._time(shape, TRAINED, FIXED, step)
         self._time(shape, TRAINED, PRODUCTS, products.forward_backward)
 
-    def _fixed(self, shape: Shape, moe: ExpertParallelMoE, x: Tensor) -> Callable[[], object]:
-        """A forward in fixed shapes, in a CUDA graph where there is CUDA. Raises WrongResultError."""
-        fixed = copy(moe)
+    def _in_fixed_shapes(
+        self, shape: Shape, moe: ExpertParallelMoE, x: Tensor, grad: Tensor
+    ) -> tuple[Call, Call]:
+        """A forward and a step in fixed shapes, in CUDA graphs on CUDA. Raises WrongResultError."""
+        fixed, held = copy(moe), x.clone().requires_grad_()
         fixed.num_max_tokens = shape.tokens
-        forward = _inference(fixed, x)
-        call: Callable[[], object] = forward
-        if self._device.type == "cpu":
-            made = forward()
-        else:
-            outputs: list[Tensor] = []
-            call = capture(lambda: outputs.append(forward()), 1, self._device).replay
-            call()
-            made = outputs[-1]
-        if self._sweep.check:
-            off = difference(made, _inference(moe, x)())
-            self._agree(f"{shape} {FIXED}", "" if off <= TOLERANCE else f"off by {off:.2e}", ours=True)
-        return call
 
-    def _time(self, shape: Shape, operation: str, by: str, call: Callable[[], object] | Stage) -> None:
+        def step() -> Tensor:
+            held.grad = None
+            fixed.zero_grad()
+            fixed(held).backward(grad)
+            assert held.grad is not None
+            return held.grad
+
+        forward, output = self._captured(_inference(fixed, x))
+        step_again, gradient = self._captured(step)
+        moe.zero_grad()
+        if self._sweep.check:
+            usual = trained(moe, moe, x, grad)
+            for name, made in (("output", output), ("gradient of x", gradient)):
+                off = difference(made, usual[name])
+                mine = "" if off <= TOLERANCE else f"{name}: off by {off:.2e} of its norm"
+                self._agree(f"{shape} {FIXED} {name}", mine, ours=True)
+        return forward, step_again
+
+    def _captured(self, call: Callable[[], Tensor]) -> tuple[Call, Tensor]:
+        """Capture a call, on CUDA: what repeats it, and the tensor that it gives."""
+        if self._device.type == "cpu":
+            return call, call()
+        outputs: list[Tensor] = []
+        again = capture(lambda: outputs.append(call()), 1, self._device).replay
+        again()
+        return again, outputs[-1]
+
+    def _time(self, shape: Shape, operation: str, by: str, call: Call | Stage) -> None:
         self._say(f"{shape} {by} {operation}")
         timing = self._clock.measure(call)
         figure = Figure(
