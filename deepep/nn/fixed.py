@@ -2,8 +2,8 @@
 
 A dispatch hands out as many rows as may come at most, R * M, and those that do not come have no experts. How
 many rows an expert has is known on the device alone: where pairs of rows and experts end there goes into
-torch's grouped product. The route stays the backend's own object, which these operations hand each other; they
-are no operators, and torch.compile does not see through them.
+torch's grouped product. The route stays the backend's own object, which these operations hand each other:
+they are no operators, and torch.compile does not see through them.
 
 Shapes: R ranks, M the most tokens of any rank, T tokens here, K top-k, L local experts, H hidden, P pairs:
 R * M * K on CUDA, of which the first ends[-1] are any row's; elsewhere those alone.

@@ -84,8 +84,8 @@ class ExpertParallelMoE(nn.Module):
             activation checkpointing that dispatches nothing twice. Not inside torch.compile, which decides
             itself what it keeps.
         num_max_tokens: M, the most tokens that any rank brings, the same on all ranks; 0: any number. With
-            it the layer has fixed shapes, but under torch.compile: no host waits, a CUDA graph can hold forward
-            and backward, and it takes memory for R * M * K rows, as if all tokens came to each rank.
+            it the layer has fixed shapes, but under torch.compile: no host waits, CUDA graphs can hold it,
+            forward and backward, and it takes memory for R * M * K rows, as if all tokens came to each rank.
         placement: where experts lie, and which have replicas (deepep.placement); the same on all ranks. None:
             rank r has experts r * L to (r + 1) * L - 1. Replicas begin equal; `sum_replica_gradients` keeps
             them so in training, and an optimizer that steps without it raises ModeError. `move_to` another

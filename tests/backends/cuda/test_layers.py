@@ -69,7 +69,7 @@ def test_a_layer_learns_the_same(pair: World, compiles: bool, fp8: bool) -> None
 
 
 def capture(ctx: Any, fp8: bool, recompute: bool) -> list[bool]:
-    """Compare captured steps in fixed shapes with those of a layer that waits, for several numbers of tokens."""
+    """Compare captured steps in fixed shapes with those of a layer that waits, for some numbers of tokens."""
     from copy import copy
 
     import deepep
