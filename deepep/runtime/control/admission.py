@@ -43,7 +43,8 @@ def invite(control: ControlPlane, ranks: Sequence[int]) -> str:
     def body(link: Link, limits: dict[int, int]) -> None:
         mine = torch.zeros(_MOST_BYTES, dtype=torch.uint8, device="cpu")
         mine[: len(proposal)] = torch.frombuffer(bytearray(proposal), dtype=torch.uint8)
-        agreed.extend(bytes(link.all_gather(mine)[membership.members[0]].tolist()).rstrip(b"\0"))
+        words = membership.control().all_gather(mine)  # host memory: rows' link may be NCCL's
+        agreed.extend(bytes(words[membership.members[0]].tolist()).rstrip(b"\0"))
 
     _perform(control, Operation.INVITE, body, {"ranks": _digest(tuple(ranks))})
     token, _, place = agreed.decode().partition(" ")

@@ -29,7 +29,9 @@ class Watched:
 
         from deepep.backends.cuda.memory import generations
         from deepep.backends.cuda.memory.ipc import SymmetricHeap
+        from deepep.runtime.control.membership import Membership
 
+        Membership.payload = lambda membership: None  # NCCL's, which carries nothing of the host
         self.exported: list[str] = []
         self.mapped: list[str | None] = []
         self.live: dict[str, int] = {}
