@@ -22,6 +22,9 @@ def command(
     window: Annotated[int, typer.Option(help="Steps between two placements; 0: an eighth of all.")] = 0,
     groups: Annotated[int, typer.Option(help="Groups of experts, kept inside domains.")] = 1,
     domains: Annotated[int, typer.Option(help="Scale-up domains that the ranks are in.")] = 1,
+    moving_cost: Annotated[
+        float, typer.Option(help="Part of a rank's load that moving an expert to each rank has to gain.")
+    ] = 0.0,
     plot: Annotated[
         Path | None, typer.Option(help="Draws imbalance before and after into this file.")
     ] = None,
@@ -62,7 +65,15 @@ def command(
             )
             drawn.save(trace)
         given = RoutingTrace.load(trace)
-        windows = replay(given, ranks, redundant, window=window, num_groups=groups, num_domains=domains)
+        windows = replay(
+            given,
+            ranks,
+            redundant,
+            window=window,
+            num_groups=groups,
+            num_domains=domains,
+            moving_cost=moving_cost,
+        )
     except (DeepEPError, ValueError, OSError) as error:
         misused(error)
     if len(windows) < 2:
@@ -99,7 +110,11 @@ def table(windows: Sequence[WindowImbalance]) -> list[str]:
         )
     means = summary(windows)
     if means is not None:
-        lines.append(f"{'mean, from 2nd':>13} {means[0]:7.3f} {means[1]:8.3f} {means[2]:10.3f}")
+        moves = [w.moved for w in windows if w.moved is not None]
+        lines.append(
+            f"{'mean, from 2nd':>13} {means[0]:7.3f} {means[1]:8.3f} {means[2]:10.3f} {'':8} "
+            f"{sum(moves) / len(moves):7.1f}"
+        )
     lines.append("blocks: contiguous. placed: by the loads of the window before; hindsight: by its own.")
     lines.append("bound: for the window's loads as a whole. moved: experts brought to a rank, per layer.")
     return lines

@@ -6,6 +6,7 @@ topk_idx = placement.physical_topk(topk_idx, buffer.rank)   # then dispatch, wit
 
 from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
 from deepep.placement.replay import WindowImbalance, replay, summary
+from deepep.placement.revise import revise
 from deepep.placement.search import least_share, place
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "physical_topk",
     "place",
     "replay",
+    "revise",
     "summary",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepep.errors import RangeError
 from deepep.placement.experts import ExpertPlacement, contiguous
+from deepep.placement.revise import revise
 from deepep.placement.search import least_share, place
 from deepep.runtime.checks import check_int
 from deepep.trace import RoutedBatch, RoutingTrace
@@ -50,10 +51,12 @@ def replay(
     window: int = 0,
     num_groups: int = 1,
     num_domains: int = 1,
+    moving_cost: float = 0.0,
 ) -> list[WindowImbalance]:
     """Imbalances of every window of a trace, whose tokens are dealt to `num_ranks` ranks.
 
-    num_redundant, num_groups, num_domains: as `place` has them. window: steps of one, the last may be
+    num_redundant, num_groups, num_domains: as `place` has them; moving_cost: as `revise` has it, or
+    0: what moves does not count. window: steps of one, the last may be
     shorter; 0: an eighth of the trace's. Raises ArgumentTypeError or RangeError, for E that is no multiple of
     R, too: what is compared with is the placement by contiguous blocks.
     """
@@ -88,7 +91,12 @@ def replay(
                 rank_loads=(without[1], with_it[1]),
             )
         )
-        later = [new.renumbered(old, num_domains) for new, old in zip(made, in_force, strict=True)]
+        later = [
+            revise(old, new, load, moving_cost, num_domains=num_domains)
+            if moving_cost
+            else new.renumbered(old, num_domains)
+            for old, new, load in zip(in_force, made, loads, strict=True)
+        ]
         brought = sum(new.num_moved(old) for new, old in zip(later, in_force, strict=True))
         in_force, moved = later, brought / (num_ranks * trace.num_layers)
     return found
