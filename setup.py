@@ -3,6 +3,7 @@
 deepep._core      layout rules (csrc/layout), bound with pybind11; a C++20 compiler is all it needs.
 deepep._emulator  the kernels' own source over csrc/emulator, for machines without a GPU.
 deepep._cuda      the kernels; built where nvcc is found, left out (with a message) elsewhere.
+deepep._nvshmem   what puts over NVSHMEM, linked with its device library; built where that is found as well.
 
 Files of all modules are compiled side by side, and objects are kept in build/objects: a file is compiled
 again only if it, a header of this tree that it includes, its flags, the compiler, Python or pybind11 has
@@ -11,6 +12,7 @@ changed. Where pybind11 lies does not matter: pip puts it into a folder of anoth
     DEEPEP_CUDA=0        leave the CUDA part out; DEEPEP_CUDA=1: its absence is an error
     DEEPEP_CUDA_ARCHS="8.0 9.0a 10.0a"   compute capabilities to compile kernels for; 9.0a if not given. With
                          "+PTX" behind one, newer GPUs too, for which the driver compiles that code again
+    DEEPEP_NVSHMEM=DIR   NVSHMEM's include and lib; else those of nvidia-nvshmem-cu13 here. 0: leave it out
     DEEPEP_EMULATOR=0    leave the emulator out
     DEEPEP_BUILD_JOBS=N  compile so many files at a time; the number of cores if not given
     DEEPEP_OBJECTS=DIR   keep objects there instead of in build/objects
@@ -20,6 +22,7 @@ changed. Where pybind11 lies does not matter: pip puts it into a folder of anoth
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -59,7 +62,10 @@ NVCC_FLAGS = [
     "-Xptxas=-v,-warn-spills",
     "--expt-relaxed-constexpr",
 ]
+#: For what is linked with NVSHMEM's device library, whose headers warn.
+NVSHMEM_FLAGS = ["-gencode=arch=compute_90,code=sm_90", "-rdc=true", "-w"]
 CUDA = "deepep._cuda"
+NVSHMEM = "deepep._nvshmem"
 ARCHS = re.split(r"[\s,;]+", os.environ.get("DEEPEP_CUDA_ARCHS", "").strip() or "9.0a")
 
 
@@ -69,6 +75,19 @@ def find_nvcc() -> str | None:
     if home and (Path(home) / "bin" / "nvcc").exists():
         return str(Path(home) / "bin" / "nvcc")
     return shutil.which("nvcc")
+
+
+def find_nvshmem() -> Path | None:
+    """The folder with NVSHMEM's headers and libraries, or none."""
+    given = os.environ.get("DEEPEP_NVSHMEM")
+    if given:
+        return None if given == "0" else Path(given)
+    try:
+        package = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:
+        return None
+    places = [] if package is None else package.submodule_search_locations or []
+    return next((Path(p) for p in places if (Path(p) / "lib" / "libnvshmem_device.a").exists()), None)
 
 
 def find_cxx() -> list[str]:
@@ -111,6 +130,8 @@ class BuildExtensions(build_ext):
             compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, *map(code_for, ARCHS), "-x", "cu"]
             if "/bindings/" in source:
                 compiler.append(f'-DDEEPEP_CUDA_ARCHS="{" ".join(ARCHS)}"')
+        elif ext.name == NVSHMEM:
+            compiler = [find_nvcc() or "nvcc", *NVCC_FLAGS, *NVSHMEM_FLAGS, "-x", "cu"]
         else:
             compiler = [*find_cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         command = [*compiler, *includes, "-c", source, "-o", str(target), "-MD", "-MF", str(depends)]
@@ -130,9 +151,13 @@ class BuildExtensions(build_ext):
         """The module, of its objects."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        linker = [find_nvcc() or "nvcc", "--cudart=static"] if ext.name == CUDA else find_cxx()
+        linker = [find_nvcc() or "nvcc", "--cudart=static"] if ext.name in (CUDA, NVSHMEM) else find_cxx()
         strip = ["-Xlinker", "--strip-all"] if sys.platform == "linux" else []
-        run([*linker, "-shared", *strip, *map(str, objects), "-o", str(target)], f"linking {ext.name}")
+        libraries = []
+        if ext.name == NVSHMEM:
+            libraries = [NVSHMEM_FLAGS[0], f"-L{find_nvshmem()}/lib", "-lnvshmem_device"]
+        command = [*linker, "-shared", *strip, *map(str, objects), *libraries, "-o", str(target)]
+        run(command, f"linking {ext.name}")
 
 
 class LabelledEggInfo(egg_info):
@@ -197,6 +222,12 @@ def extensions() -> list[Extension]:
         return wanted
     if find_nvcc():
         wanted.append(extension(CUDA, "cuda", "kernels", "put_server", suffix=".cu"))
+        nvshmem = find_nvshmem()
+        if nvshmem is None:
+            print("deepep: no NVSHMEM found (nvidia-nvshmem-cu13); building without puts between domains")
+        else:
+            wanted.append(extension(NVSHMEM, "nvshmem", "nvshmem", suffix=".cu"))
+            wanted[-1].include_dirs.append(str(nvshmem / "include"))
     elif mode == "1":
         raise SystemExit("DEEPEP_CUDA=1, and no nvcc was found (CUDA_HOME or PATH)")
     else:

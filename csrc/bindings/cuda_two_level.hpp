@@ -52,6 +52,7 @@ inline py::class_<CudaTwoLevelDomain> bind_cuda_two_level(py::module_& m) {
              "pes"_a = std::vector<int>{}, "before"_a, "max_tokens"_a, "state"_a, "rail_state"_a, "fault"_a,
              "timeout_seconds"_a, "turns"_a);
   bind_two_level_operations(domain);
+  domain.def("has_copies_under_way", [](const Domain&) { return false; }, "No copy engine has a part here.");
   m.def(
       "serve_puts_locally",
       [](const std::vector<PutQueueMemory>& puts, const std::vector<uintptr_t>& remotes,

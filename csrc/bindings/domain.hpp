@@ -159,26 +159,9 @@ void bind_dispatch_cached(py::class_<Domain>& domain) {
       "prepared"_a, "x"_a, "scales"_a, "recv_x"_a, "recv_scales"_a, "stream"_a = 0);
 }
 
-/// What kernels have reported.
+/// What a rank posts of a call that it takes no part in, and what kernels have reported.
 template <class Domain>
-void bind_take_fault(py::class_<Domain>& domain) {
-  domain.def(
-      "take_fault", [](Domain& self, uintptr_t stream) { return self.take_fault(pointer<void>(stream)); },
-      "stream"_a = 0);
-}
-
-/// The operations. A module adds the constructor, and what only its launcher has.
-template <class Domain>
-void bind_operations(py::class_<Domain>& domain) {
-  NamedMethod<Domain, kDispatch, &Domain::dispatch>::add_to(domain, "dispatch", "Launches a dispatch.");
-  NamedMethod<Domain, kTopkDispatch, &Domain::dispatch_topk>::add_to(
-      domain, "dispatch_topk", "Launches a dispatch that finds out from top-k indices where tokens go.");
-  NamedMethod<Domain, kCachedDispatch, &Domain::prepare_cached>::add_to(
-      domain, "prepare_cached", "Collects what the cached dispatches along one handle have in common.");
-  NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
-  NamedMethod<Domain, kLayout, &Domain::layout>::add_to(domain, "layout", "Launches a dispatch layout.");
-  bind_dispatch_cached(domain);
-  bind_take_fault(domain);
+void bind_refusals(py::class_<Domain>& domain) {
   domain
       .def(
           "refuse_dispatch",
@@ -192,6 +175,24 @@ void bind_operations(py::class_<Domain>& domain) {
             self.refuse_combine(pointer<const int32_t>(counts), pointer<void>(stream));
           },
           "counts"_a, "stream"_a = 0)
+      .def(
+          "take_fault", [](Domain& self, uintptr_t stream) { return self.take_fault(pointer<void>(stream)); },
+          "stream"_a = 0);
+}
+
+/// The operations. A module adds the constructor, and what only its launcher has.
+template <class Domain>
+void bind_operations(py::class_<Domain>& domain) {
+  NamedMethod<Domain, kDispatch, &Domain::dispatch>::add_to(domain, "dispatch", "Launches a dispatch.");
+  NamedMethod<Domain, kTopkDispatch, &Domain::dispatch_topk>::add_to(
+      domain, "dispatch_topk", "Launches a dispatch that finds out from top-k indices where tokens go.");
+  NamedMethod<Domain, kCachedDispatch, &Domain::prepare_cached>::add_to(
+      domain, "prepare_cached", "Collects what the cached dispatches along one handle have in common.");
+  NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
+  NamedMethod<Domain, kLayout, &Domain::layout>::add_to(domain, "layout", "Launches a dispatch layout.");
+  bind_dispatch_cached(domain);
+  bind_refusals(domain);
+  domain
       .def("set_live", &Domain::set_live, "live"_a)
       .def(
           "barrier", [](Domain& self, uintptr_t stream) { self.barrier(pointer<void>(stream)); },

@@ -110,7 +110,7 @@ void bind_two_level_operations(py::class_<Domain>& domain) {
   NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
   NamedMethod<Domain, kLayout, &Domain::layout>::add_to(domain, "layout", "Launches a dispatch layout.");
   bind_dispatch_cached(domain);
-  bind_take_fault(domain);
+  bind_refusals(domain);
 }
 
 }  // namespace deepep::bindings

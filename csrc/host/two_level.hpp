@@ -139,6 +139,30 @@ class TwoLevelDomain {
     launcher_.dispatch(args, prepared.num_blocks, stream);
   }
 
+  /// Posts to the others that this rank takes no part in a dispatch: one of no tokens, which none agrees with.
+  /// `counts` [R, R]: zeros.
+  void refuse_dispatch(int32_t* counts, void* stream) {
+    kernels::DispatchArgs args{};
+    args.index_bytes = 8;
+    args.row_bytes = 16;
+    args.counts = counts;
+    args.tokens_per_rank = counts;
+    launcher_.dispatch(complete(args, 1, kernels::DispatchMode::kRefused), 1, stream);
+  }
+
+  /// The same of a combine.
+  void refuse_combine(const int32_t* counts, void* stream) {
+    kernels::TwoLevelCombineArgs args{.combine = {},
+                                      .two_level = two_level_,
+                                      .record = {.row_bytes = 16, .num_topk = 0},
+                                      .source_token = nullptr};
+    args.combine.group = group_;
+    args.combine.mode = kernels::CombineMode::kRefused;
+    args.combine.row_bytes = 16;
+    args.combine.counts = counts;
+    launcher_.combine(args, 1, stream);
+  }
+
   void combine(const CombineLaunch& call) {
     if (call.source_token == nullptr)
       throw std::invalid_argument("source_token: a combine between domains needs it");

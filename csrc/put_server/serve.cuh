@@ -42,7 +42,8 @@ __device__ void serve(const dev::PutQueue& queue, uint64_t timeout_ns, const Del
   sync_block();
   if (thread() != 0) return;
   store(&queue.state->served, load<relaxed, gpu_scope>(&queue.state->ordered));
-  store(&queue.state->services, operation + 1);
+  // One more, unless the operation did not come: then the next one's server is to wait for that.
+  store(&queue.state->services, load<relaxed, gpu_scope>(&queue.state->closed));
 }
 
 }  // namespace deepep::put_server

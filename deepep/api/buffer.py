@@ -67,13 +67,14 @@ class Buffer(LowLatencyCalls, Joining):
     ranks_per_domain: so many consecutive ranks share a scale-up domain (an NVLink domain), the same on all
         ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
         domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:
-        DEEPEP_RANKS_PER_DOMAIN, else one domain. The reference backend serves several.
+        DEEPEP_RANKS_PER_DOMAIN, else one domain. Of several, the CUDA backend serves the throughput mode,
+        over NVSHMEM (`docs/domains.md`).
     max_num_ranks: R, if more ranks may join than the group has (`invite`); the same on all ranks. Needs
         enable_shrink. None: the group's.
     service_level, traffic_class: lanes of what crosses between domains by NICs (`docs/operations.md`), 0 to
         15 and 0 to 255, the same on all ranks; set before NVSHMEM starts in this process, and refused with
-        the reason where that is too late, or where no backend sends by a NIC: today, all of them. None: as
-        the environment has it.
+        the reason where that is too late, or where nothing crosses a NIC: all but the CUDA backend between
+        domains. None: as the environment has it.
 
     Without effect, accepted because V1's clients pass them:
     num_qps_per_rank: no backend opens queue pairs of its own.

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import typer
 from rich.table import Table
 
-from deepep.backends.cuda.memory.nvshmem4py import PACKAGES, installed, missing
+from deepep.backends.cuda.memory.nvshmem4py import PACKAGES, installed
 from deepep.backends.cuda.memory.nvshmem_settings import in_force
+from deepep.backends.cuda.memory.remote import why_not
 from deepep.cli.terminal import make_console
 from deepep.runtime.backends import backends as registered_backends
 from deepep.runtime.capabilities import compiled
@@ -142,7 +143,7 @@ def nvshmem() -> Section:
         if version:
             tested = PACKAGES.get(package, version)
             found[package] = version + (f" (tested: {tested})" if version != tested else "")
-    lacking = missing()
+    lacking = why_not()
     found["usable"] = f"no: {lacking}; needed between nodes alone" if lacking else "yes: nothing is missing"
     return {**found, **in_force()}
 

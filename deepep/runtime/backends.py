@@ -25,12 +25,14 @@ Answer = tuple[bool, str]
 @dataclass(frozen=True)
 class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
-    serves: the same for so many ranks, those that may join among them, and the hosts of those that are there.
+    serves: the same for so many ranks, those that may join among them, the hosts of those that are there,
+    and so many domains.
 
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
     admits: processes may join its ranks at work.
-    no_lanes: the reason why `EngineOptions.lanes` cannot be set for it; empty: they can.
+    has_nics: what it sends between domains crosses NICs of its own. no_lanes: the reason why
+    `EngineOptions.lanes` cannot be set for it otherwise; empty: they can.
     """
 
     name: str
@@ -41,8 +43,12 @@ class Backend:
     by_name_only: bool = False
     several_domains: bool = False
     admits: bool = False
+    has_nics: bool = False
     no_lanes: str = "it has no remote transport"
-    serves: Callable[[int, Collection[str]], Answer] = lambda num_ranks, hosts: (True, "any number of ranks")
+    serves: Callable[[int, Collection[str], int], Answer] = lambda num_ranks, hosts, num_domains: (
+        True,
+        "any number of ranks",
+    )
 
 
 _backends: dict[str, Backend] = {}
@@ -105,7 +111,7 @@ def choose(
             lambda b=backend: (num_domains == 1 or b.several_domains, "it serves one scale-up domain"),
             lambda b=backend: (b.admits or not grows, "no rank can join its ranks at work"),
             lambda b=backend: b.supports(group),
-            lambda b=backend: b.serves(num_ranks, hosts),
+            lambda b=backend: b.serves(num_ranks, hosts, num_domains),
         ):
             able, why = answer()
             if not able:
@@ -174,11 +180,15 @@ def _cuda_available() -> Answer:
     return True, kernels
 
 
-def _cuda_serves(num_ranks: int, hosts: Collection[str]) -> Answer:
+def _cuda_serves(num_ranks: int, hosts: Collection[str], num_domains: int) -> Answer:
     from deepep.backends.cuda.launch import MAX_RANKS
+    from deepep.backends.cuda.memory import remote
 
     if num_ranks > MAX_RANKS:
-        return False, f"{num_ranks} ranks; one NVLink domain has at most {MAX_RANKS}"
+        return False, f"{num_ranks} ranks; its kernels serve at most {MAX_RANKS}"
+    if num_domains > 1:
+        why = remote.why_not()
+        return not why, why or "linked GPUs in every domain, NVSHMEM between them"
     if len(set(hosts)) > 1:
         return False, "the ranks span several hosts"
     return True, "one node, linked GPUs"
@@ -198,7 +208,9 @@ register(
         _cuda_create,
         device_types=("cuda",),
         serves=_cuda_serves,
+        several_domains=True,
         admits=True,
+        has_nics=True,
         no_lanes="it serves one scale-up domain, and nothing there crosses a NIC",
     )
 )

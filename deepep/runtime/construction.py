@@ -42,7 +42,7 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
             chosen, where = registry.choose(
                 name, options.group, device, among, domains, grows, num_ranks, hosts
             )
-            if options.lanes.asked() and chosen.no_lanes:
+            if options.lanes.asked() and chosen.no_lanes and not (chosen.has_nics and domains > 1):
                 raise options.lanes.refusal(f"backend {chosen.name!r}: {chosen.no_lanes}")
         except ArgumentError as refused:
             problem = refused.at(membership.rank)

@@ -24,15 +24,17 @@ class VirtualDomains(VirtualDomain):
     """`num_ranks` endpoints in domains of `ranks_per_domain`. live: those that take part, bits; 0: all.
 
     delay: the most seconds that a put is late. silent_from: by rank, the number of the first put that its NIC
-    loses, and all later ones.
+    loses, and all later ones. refusing: by rank, the operation ("dispatch", "combine") that it refuses while
+    others, which skip it, make it.
     """
 
-    heap_bytes: int = 192 << 20
+    heap_bytes: int = 64 << 20
     ranks_per_domain: int = 2
     largest: LargestCall = LARGEST
     live: int = 0
     delay: float = 0.0
     silent_from: dict[int, int] = field(default_factory=dict)
+    refusing: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -69,10 +71,11 @@ class VirtualDomains(VirtualDomain):
         torch.cuda.synchronize(self.device)
 
     def _begin(self, skip: frozenset[int]) -> None:
+        away = skip - set(self.refusing)
         nobody = _cuda.PutQueue(orders=0, num_orders=1, state=0)
         self._calls += 1
         _cuda.serve_puts_locally(
-            puts=[nobody if r in skip else domain.puts for r, domain in enumerate(self.domains)],
+            puts=[nobody if r in away else domain.puts for r, domain in enumerate(self.domains)],
             remotes=[remote.data_ptr() for remote in self._remotes],
             silent_from=[self.silent_from.get(r, NEVER) for r in range(self.num_ranks)],
             timeout_seconds=self.timeout,
@@ -80,3 +83,7 @@ class VirtualDomains(VirtualDomain):
             seed=self._calls,
             stream=self._nic.cuda_stream,
         )
+        for r, operation in self.refusing.items():
+            endpoint = self.domains[r]
+            refuse = endpoint.refuse_dispatch if operation == "dispatch" else endpoint.refuse_combine
+            refuse(self.streams[r].cuda_stream)

@@ -136,6 +136,7 @@ class VirtualDomain:
                     num_worst_tokens=num_worst_tokens,
                     post_counts=post_counts,
                 )
+                plan.source = received.source
             results[r] = Arrived(received, plan)
         if post_counts and plans is None:
             for r, arrived in results.items():

@@ -49,6 +49,11 @@ DEEPEP_DEVICE void post_near(const CombineCall& near, int source, uint32_t diges
                             pack_tagged(tokens, near.epoch));
 }
 
+/// A refusal where this rank takes no part, which no rank agrees with. Whole warps.
+[[nodiscard]] DEEPEP_DEVICE uint32_t digest_of(const TwoLevelCombineCall& call) {
+  return call.args.combine.mode == CombineMode::kRefused ? kRefusal : digest_of(call.all);
+}
+
 /// Block 0, one warp: this rank's digest and T to its neighbours, and to its gateways by puts, a lane each. Why
 /// what a put is made from may be written two calls later: as in metadata.hpp.
 DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
@@ -56,7 +61,7 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
   if (!is_first_block() || warp() != 0) return;
   const TwoLevelArgs& two_level = call.two_level;
   const Rails& rails = two_level.rails;
-  const uint32_t digest = digest_of(call.all);
+  const uint32_t digest = digest_of(call);
   const auto tokens = static_cast<uint32_t>(call.args.combine.num_tokens);
   post_near(call.near, call.all.g.rank, digest, tokens);
   const int64_t parity = layout::WindowTurn{static_cast<int64_t>(load(&two_level.state->combines))}.half();
@@ -109,7 +114,7 @@ DEEPEP_DEVICE void post_digest(const TwoLevelCombineCall& call) {
   SharedArray<uint32_t> tokens(shared.tokens());
   SharedArray<uint32_t> disagrees(shared.disagrees());
   if (warp() == 0) {
-    bool agrees = wait_digests(call.all, digest_of(call.all));
+    bool agrees = wait_digests(call.all, digest_of(call));
     uint32_t seen = 0;
     if (agrees && lane() < g.num_ranks && is_live(g, lane())) {
       const uint64_t* word = at<uint64_t>(g, g.rank, g.control.combine_tokens(lane(), call.all.epoch));

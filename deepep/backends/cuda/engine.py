@@ -9,6 +9,7 @@ kernels have reported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
@@ -20,6 +21,7 @@ from deepep import _cuda
 from deepep.backends.cuda import checks as cuda_checks
 from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
+from deepep.backends.cuda.domains import Domains, is_divided
 from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS, Counts, Endpoint, Phase
 from deepep.backends.cuda.layout import LayoutKernel
 from deepep.backends.cuda.local_rows import RowKernels
@@ -70,6 +72,24 @@ OPERATIONS = {
 }
 
 
+OPERATIONS_BETWEEN_DOMAINS = {
+    **OPERATIONS,
+    **dict.fromkeys(("dispatch", "cached dispatch", "combine"), "CUDA kernels, puts over NVSHMEM"),
+    **dict.fromkeys(("low-latency dispatch", "low-latency combine"), "not between domains"),
+}
+
+
+def _memory_of_one_domain(
+    rank: int, live: int, timeout: float, turns: _cuda.Turns, heap: SymmetricHeap
+) -> SymmetricMemory:
+    """A quarter of the heap is for rows that combine returns."""
+    endpoint = Endpoint(
+        rank, heap.own, heap.addresses, staging_bytes=heap.own.numel() // 4, timeout=timeout, turns=turns
+    )
+    endpoint.set_live(live)
+    return SymmetricMemory(endpoint)
+
+
 class CudaEngine(CudaRoutes, CudaMembers):
     """See `Engine`.
 
@@ -94,8 +114,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
             session.num_ranks,
             "cuda",
             options,
-            operations=OPERATIONS,
-            ranks_per_domain=RANKS_PER_DOMAIN,
+            operations=OPERATIONS_BETWEEN_DOMAINS if is_divided(options, session.num_ranks) else OPERATIONS,
+            ranks_per_domain=options.ranks_per_domain or RANKS_PER_DOMAIN,
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.local_rows = RowKernels(self.index)
@@ -103,7 +123,9 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
-        self._generations = Generations(control.membership, self.device, "build")
+        self.domains = Domains.of(options, session.rank, session.num_ranks, self.index)
+        reach = None if self.domains is None else self.domains.neighbours
+        self._generations = Generations(control.membership, self.device, "build", reach)
         self._low_latency = CudaLowLatency(self._control, self, self._turns)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self.live = control.membership.live
@@ -129,10 +151,10 @@ class CudaEngine(CudaRoutes, CudaMembers):
             kernel, completion = self._layout_kernel, None
             if schedule.after is None and not schedule.asynchronous:
                 stream = streams.current_address(self.index)
-                made = kernel.launch(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
+                made = kernel.launch(topk_idx, num_experts, self.info.ranks_per_domain, stream)
             else:
                 with CommStream(self.comm, kernel.domain, schedule.after) as stream:
-                    made = kernel.launch(topk_idx, num_experts, RANKS_PER_DOMAIN, stream)
+                    made = kernel.launch(topk_idx, num_experts, self.info.ranks_per_domain, stream)
                 completion = hand_out(self.comm, None, schedule, (topk_idx,), made)
             layout = Layout(*made)
             self.last_layout = topk_idx, layout
@@ -144,12 +166,14 @@ class CudaEngine(CudaRoutes, CudaMembers):
             try:
                 if not dispatch.is_usual(self, request):
                     self._check_dispatch(request)
+                if self.domains is not None:
+                    self.domains.check_dispatch(request)
                 if route is not None and plan_of(route).live != self.live:
                     got = "one made while other ranks were masked"
                     raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:
                 self.refuse(Operation.DISPATCH, problem, schedule)
-            if request.num_experts and request.x.shape[0] > MAX_COUNTED_TOKENS:
+            if request.num_experts and (self.domains is not None or request.x.shape[0] > MAX_COUNTED_TOKENS):
                 request, schedule = self.with_layout(request, schedule)
             capturing = torch.cuda.is_current_stream_capturing()
             if self.unsettled or self.has_fault():
@@ -167,6 +191,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
                     cuda_checks.check_combine(request, self.device)
                 plan = plan_of(request.route)
                 combine.check_staging(self, request, plan)
+                if self.domains is not None:
+                    self.domains.check_combine(request, plan)
             except ArgumentError as problem:
                 self.refuse(Operation.COMBINE, problem, schedule)
             if self.unsettled or self.has_fault():
@@ -191,6 +217,9 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     def stream_barrier(self) -> None:
         with self.issuing:
+            if self.domains is not None:
+                self._control.barrier(Schedule())
+                return
             if self.unsettled:
                 self._settle(Operation.BARRIER, torch.cuda.is_current_stream_capturing())
             self.symmetric.endpoint.barrier(streams.current_address(self.index))
@@ -280,13 +309,14 @@ class CudaEngine(CudaRoutes, CudaMembers):
         """Symmetric memory over the ranks that take part; collective."""
         membership, timeout, live = self._control.membership, self.info.options.timeout, self.live
 
-        def make(heap: SymmetricHeap) -> SymmetricMemory:
-            return SymmetricMemory(membership.rank, live, heap, timeout=timeout, turns=self._turns)
-
         self._control.check_alive()
         self._is_built, self.unsettled = False, True
         try:
             with torch.cuda.device(self.index):
+                make = functools.partial(_memory_of_one_domain, membership.rank, live, timeout, self._turns)
+                if self.domains is not None:
+                    part = self.domains.part(membership)
+                    make = functools.partial(self.domains.memory, part, live, timeout, self._turns)
                 self.symmetric = self._generations.build(self._num_bytes, make)
         except PeerTimeoutError as error:
             self._fault = error.record
@@ -412,3 +442,5 @@ class CudaEngine(CudaRoutes, CudaMembers):
     def _close_memory(self, came: Collection[int]) -> None:
         for generations in (self._generations, self._low_latency.state.generations):
             generations.close(came)
+        if self.domains is not None and came:
+            self.domains.close()

@@ -176,6 +176,10 @@ class Endpoint:
             turns=turns,
         )
 
+    def close(self) -> None:
+        """Lets go of the heap: nothing is launched any more."""
+        self.heap = self.heap[:0].clone()
+
     def set_live(self, live: int) -> None:
         """Ranks that take part in the calls to come, as bits. All live ranks must set the same."""
         self.live = live

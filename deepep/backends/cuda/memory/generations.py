@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
@@ -108,10 +108,11 @@ class Generation:
         assert self._own is not None
         return export_heap(self._own)
 
-    def map(self, exported: list[bytes | None]) -> SymmetricHeap:
-        """The heaps that all have exported, mapped."""
+    def map(self, exported: list[bytes | None], reach: Container[int]) -> SymmetricHeap:
+        """The heaps that all have exported, those of `reach` mapped."""
         assert self._own is not None
-        heap = map_heaps(self._own, self._membership.rank, exported)
+        near = [raw if rank in reach else None for rank, raw in enumerate(exported)]
+        heap = map_heaps(self._own, self._membership.rank, near)
         self.mapped = heap.mapped
         return heap
 
@@ -166,9 +167,12 @@ _left_lock = threading.RLock()
 class Generations:
     """The generations of one kind of symmetric memory of one buffer. Under the engine's lock."""
 
-    def __init__(self, membership: Membership, device: torch.device, what: str) -> None:
-        """what: the name of what is built."""
+    def __init__(
+        self, membership: Membership, device: torch.device, what: str, reach: range | None = None
+    ) -> None:
+        """what: the name of what is built. reach: the ranks whose heaps this one maps; None: all."""
         self._membership, self._device, self._what = membership, device, what
+        self._reach = range(membership.num_ranks) if reach is None else reach
         self._present: Generation | None = None
         self._kept: list[Generation] = []
 
@@ -185,7 +189,7 @@ class Generations:
         arrivals = self._end_present(gather("leave"))
         made = Generation(arrivals[min(arrivals)].name, num_bytes, self._device, self._membership)
         self._kept.append(made)  # whatever happens from here on, peers may have mapped it
-        heap = made.map(gather("share")(made.export()))
+        heap = made.map(gather("share")(made.export()), self._reach)
         made.contents = contents = make(heap)
         del heap  # an error's traceback may be held for long
         gather("ready")(b"")  # no rank sends before all heaps are zeroed

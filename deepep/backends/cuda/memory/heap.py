@@ -7,10 +7,8 @@ import time
 
 import torch
 
-from deepep import _cuda
 from deepep.backends.cuda.launch import Endpoint
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec
-from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.overflow import OverflowArea
 from deepep.backends.cuda.memory.pool import SEGMENT, ReceivePool
 from deepep.config import DEFAULT_SYMMETRIC_BYTES
@@ -27,20 +25,11 @@ def symmetric_bytes(given: int = 0) -> int:
 
 
 class SymmetricMemory:
-    """On one rank's heap, mapped by its peers: what signals and returning rows take, and the receive pool.
+    """On one rank's heap, mapped by its peers: what signals and returning rows take, and the receive pool."""
 
-    A quarter of the heap is for rows that combine returns. live: the ranks that take part, as bits.
-    """
-
-    def __init__(
-        self, rank: int, live: int, heap: SymmetricHeap, *, timeout: float, turns: _cuda.Turns
-    ) -> None:
-        own = heap.own
-        staging_bytes = own.numel() // 4
-        self.endpoint = Endpoint(
-            rank, own, heap.addresses, staging_bytes=staging_bytes, timeout=timeout, turns=turns
-        )
-        self.endpoint.set_live(live)
+    def __init__(self, endpoint: Endpoint) -> None:
+        own = endpoint.heap
+        self.endpoint = endpoint
         self.pool = ReceivePool(own, self.endpoint.pool_begin)
         self.overflow = OverflowArea(self.pool)
         self.num_bytes = own.numel()
@@ -132,5 +121,5 @@ class SymmetricMemory:
         """Lets go of the heap."""
         self.pool.close()
         self.overflow.close()
-        self.endpoint.heap = self.endpoint.heap[:0].clone()
+        self.endpoint.close()
         self._captured = None

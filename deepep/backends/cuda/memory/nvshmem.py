@@ -8,8 +8,7 @@ A process has one NVSHMEM, and starting it, allocating, freeing and ending are c
 - it ends with the process. It cannot be started again: it keeps its first bootstrap.
 
 All ranks of a group look at what all of them found before any goes on (nvshmem_checks.py), because nothing
-inside NVSHMEM has a deadline. It is for kernels that put to other domains; none takes its memory here yet,
-and on GPUs it has not run.
+inside NVSHMEM has a deadline. Kernels that put to other domains have their memory from here (remote.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -35,11 +34,14 @@ Exchange = Callable[[bytes], list[bytes]]
 (store_exchange.py: StoreExchange)."""
 
 
+NO_PE = -1
+
+
 class SymmetricPart:
     """A group's part of the slab.
 
     memory: uint8 [num_bytes] of this rank. offset: the same on all ranks of the group. pes: by rank of the
-    group, its PE, which puts are addressed to.
+    group, its PE, which puts are addressed to; NO_PE for ranks that take no part.
     """
 
     def __init__(self, owner: NvshmemProcess, offset: int, num_bytes: int, pes: tuple[int, ...]) -> None:
@@ -74,32 +76,41 @@ class NvshmemProcess:
         # Buffers that are made later are ended before it, at interpreter exit.
         self._finalizer = weakref.finalize(self, only_here(self.end))
 
-    def carve(self, exchange: Exchange, num_bytes: int) -> SymmetricPart:
+    def carve(self, exchange: Callable[[bytes], Sequence[bytes | None]], num_bytes: int) -> SymmetricPart:
         """A part of the slab for the group of `exchange`, as large on all its ranks; collective over that
-        group alone. One at a time: ranks of several groups carve for them in the same order.
+        group alone, or those of its ranks that take part. One at a time: ranks of several groups carve for
+        them in the same order.
 
         Raises MismatchError or CapacityError on all ranks of the group: for sizes that differ, and if nothing
         is free that is large enough.
         """
         with self._lock:
-            posted = exchange(json.dumps([self.pe, num_bytes, self._free.ranges]).encode())
-            pes, sizes, free = zip(*(_parse(raw) for raw in posted), strict=True)
-            for rank, size in enumerate(sizes):
-                if size != sizes[0]:
-                    raise MismatchError("num_bytes", str(size), f"{sizes[0]}, as on rank 0", rank)
-            free_everywhere = common(free)
+            came = exchange(json.dumps([self.pe, num_bytes, self._free.ranges]).encode())
+            posted = {rank: _parse(raw) for rank, raw in enumerate(came) if raw is not None}
+            first = min(posted)
+            for rank, (_, size, _) in posted.items():
+                if size != posted[first][1]:
+                    raise MismatchError(
+                        "num_bytes", str(size), f"{posted[first][1]}, as on rank {first}", rank
+                    )
+            free_everywhere = common([free for _, _, free in posted.values()])
             offset = first_fit(free_everywhere, num_bytes)
             if offset is None:
                 largest = max((end - begin for begin, end in free_everywhere), default=0)
                 allowed = f"at most {largest}, of {self.slab.numel()} bytes of symmetric memory"
                 raise CapacityError("num_bytes", str(num_bytes), allowed)
             self._free.take(offset, num_bytes)
+            pes = tuple(posted[rank][0] if rank in posted else NO_PE for rank in range(len(came)))
             return SymmetricPart(self, offset, num_bytes, pes)
 
     def give_back(self, offset: int, num_bytes: int) -> None:
         """Makes a part free again, on this rank."""
         with self._lock:
             self._free.give_back(offset, num_bytes)
+
+    def attach(self, module: int) -> None:
+        """Has the kernels of a CUmodule that link NVSHMEM's device library use what runs here."""
+        self._binding.attach(module)
 
     def end(self) -> None:
         """Ends what was begun here: frees the slab, and ends NVSHMEM if the user had not started it.

@@ -95,6 +95,11 @@ class Nvshmem4py:
         made: torch.Tensor = self._core.tensor((num_bytes,), dtype=torch.uint8, except_on_del=False)
         return made
 
+    def attach(self, module: int) -> None:
+        """Fills in the device state of a loaded CUmodule; of this process alone."""
+        # Not nvshmem.core's module_init, which prints.
+        importlib.import_module("nvshmem.bindings").cumodule_init(module)
+
     def free(self, memory: torch.Tensor) -> None:
         """Frees what `allocate` made."""
         self._core.free_tensor(memory)

@@ -1,0 +1,108 @@
+"""An engine's ranks by domain, where there are several: what is mapped, what is put, and what is refused."""
+
+from __future__ import annotations
+
+from deepep import _cuda
+from deepep.backends.cuda.launch import Plan
+from deepep.backends.cuda.memory.generations import gathering
+from deepep.backends.cuda.memory.heap import SymmetricMemory
+from deepep.backends.cuda.memory.ipc import SymmetricHeap
+from deepep.backends.cuda.memory.nvshmem import SymmetricPart
+from deepep.backends.cuda.memory.remote import RemoteMemory
+from deepep.backends.cuda.two_level import DomainPlan, LargestCall, TwoLevelEndpoint, two_level_shape
+from deepep.errors import CapacityError, HandleError, ModeError
+from deepep.runtime.control.membership import Membership
+from deepep.runtime.control.transport import store_of
+from deepep.runtime.engine import EngineOptions
+from deepep.runtime.requests import CombineRequest, DispatchRequest
+
+#: The largest call: memory between domains is laid out before any call is known.
+LARGEST = LargestCall(max_tokens=1 << 18, row_bytes=1 << 14, num_scales=128, num_topk=32)
+
+
+def is_divided(options: EngineOptions, num_ranks: int) -> bool:
+    """Say whether ranks are spread over several domains."""
+    return 0 < options.ranks_per_domain < num_ranks
+
+
+class Domains:
+    """One engine's. neighbours: the ranks whose heaps this one maps, itself among them."""
+
+    def __init__(self, options: EngineOptions, rank: int, num_ranks: int, device_index: int) -> None:
+        self._rank, self._num_ranks, self._per_domain = rank, num_ranks, options.ranks_per_domain
+        everyone = self._plan((1 << num_ranks) - 1)
+        self.neighbours = everyone.neighbours(rank)
+        # Twice that of all ranks: a gateway that is masked leaves its sources to another.
+        self._remote = RemoteMemory(
+            store_of(options.group),
+            rank,
+            num_ranks,
+            2 * two_level_shape(everyone, LARGEST).remote_bytes,
+            device_index=device_index,
+            lanes=options.lanes,
+            timeout=options.timeout,
+        )
+
+    @classmethod
+    def of(cls, options: EngineOptions, rank: int, num_ranks: int, device_index: int) -> Domains | None:
+        """None where all ranks are one domain. Raises ModeError for what is not there between several."""
+        if not is_divided(options, num_ranks):
+            return None
+        if options.low_latency:
+            raise ModeError("low_latency_mode", "True", "False between domains on this backend")
+        if options.num_ranks > options.group.size():
+            raise ModeError("max_num_ranks", str(options.num_ranks), "the group's own between domains")
+        return cls(options, rank, num_ranks, device_index)
+
+    def _plan(self, live: int) -> DomainPlan:
+        return DomainPlan(self._num_ranks, self._per_domain, live)
+
+    def part(self, membership: Membership) -> SymmetricPart:
+        """The next generation's memory for puts; collective."""
+        return self._remote.part(gathering(membership, "puts"))
+
+    def memory(
+        self, part: SymmetricPart, live: int, timeout: float, turns: _cuda.Turns, heap: SymmetricHeap
+    ) -> SymmetricMemory:
+        """This rank's memory of a generation."""
+        plan = self._plan(live)
+        size = two_level_shape(plan, LARGEST).remote_bytes
+        if size > part.memory.numel():
+            raise CapacityError("masked", f"{size} bytes for puts", f"at most {part.memory.numel()}")
+        addresses = [address if rank in self.neighbours else 0 for rank, address in enumerate(heap.addresses)]
+        endpoint = TwoLevelEndpoint(
+            self._rank,
+            heap.own,
+            addresses,
+            plan=plan,
+            largest=LARGEST,
+            remote=part.memory[:size],
+            timeout=timeout,
+            serve=self._remote.serve,
+            pes=part.pes,
+            turns=turns,
+        )
+        return SymmetricMemory(endpoint)
+
+    def check_dispatch(self, request: DispatchRequest) -> None:
+        """Raises CapacityError for what memory between domains was not laid out for."""
+        tokens, hidden = request.x.shape
+        self._check("x", tokens, LARGEST.max_tokens, "tokens")
+        self._check("x", hidden * request.x.element_size(), LARGEST.row_bytes, "bytes a row")
+        if request.scales is not None:
+            self._check("scales", request.scales.shape[1], LARGEST.num_scales, "a row")
+
+    def check_combine(self, request: CombineRequest, plan: Plan) -> None:
+        """The same; HandleError for a route that was restored, of which no source tokens are known."""
+        if plan.source is None:
+            raise HandleError("handle", "one that was restored", "one of a dispatch between domains")
+        self._check("x", request.x.shape[1] * 2, LARGEST.row_bytes, "bytes a row")
+
+    @staticmethod
+    def _check(name: str, got: int, most: int, what: str) -> None:
+        if got > most:
+            raise CapacityError(name, f"{got} {what}", f"at most {most} between domains")
+
+    def close(self) -> None:
+        """Gives memory for puts back; all ranks have come to the end."""
+        self._remote.close()
