@@ -12,9 +12,16 @@ from types import ModuleType
 import pytest
 
 from deepep.sim import World
+from deepep.sim.worlds import rank_handle
 
 # Plans by the fixed rule, unless a test is about measuring them: times here are the machine's mood.
 os.environ.setdefault("DEEPEP_PROBE_SECONDS", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has the fork server import torch's compiler where many ranks of many worlds would: its DDP needs it."""
+    if sum(item.path.parent.name == "parallel" for item in items) > 1:
+        rank_handle.PRELOADED += ["torch._dynamo", "torch.distributed.tensor"]
 
 
 @pytest.fixture(scope="session")

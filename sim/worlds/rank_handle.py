@@ -23,6 +23,9 @@ from deepep.sim.worlds.travel import unpack
 #: Worlds may be started from several threads; what surrounds a start concerns the whole process.
 _starting = threading.Lock()
 
+PRELOADED = ["deepep.sim.worlds.preloaded"]
+"""Modules that the fork server imports, until it starts with the first rank."""
+
 
 class RankHandle:
     """One rank process of a world, as its parent sees it."""
@@ -111,7 +114,7 @@ def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
 
 def _start(connection: Connection, lifeline: Connection, spec: RankSpec) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepep.sim.worlds.preloaded"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(
         target=main, args=(connection, lifeline, spec), name=f"deepep-rank-{spec.rank}", daemon=True
     )
