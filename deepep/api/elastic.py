@@ -61,8 +61,9 @@ class ElasticBuffer(EngineOwner):
     allow_hybrid_mode: False: rows travel directly between domains, too, and sums are those of one domain.
     ranks_per_domain, backend, device: as for `Buffer`.
 
-    deterministic: results are, whatever it says. sl_idx: 0 to 15; no backend has a NIC.
-    num_cpu_bytes: refused unless 0: there is no Engram storage.
+    deterministic: results are, whatever it says. num_cpu_bytes: refused unless 0: there is no Engram storage.
+    sl_idx: 0 to 15, `Buffer`'s service_level where rows cross NICs; elsewhere without effect, as 3 is, V2's
+    default: it leaves that to the environment.
 
     Raises as `Buffer` does: what one rank refuses, all do.
     """
@@ -80,7 +81,7 @@ class ElasticBuffer(EngineOwner):
         allow_hybrid_mode: bool = True,
         allow_multiple_reduction: bool = True,
         prefer_overlap_with_compute: bool = True,
-        sl_idx: int = 3,
+        sl_idx: int = arguments.DEFAULT_SL_IDX,
         num_allocated_qps: int = 0,
         num_cpu_timeout_secs: int = arguments.DEFAULT_CPU_TIMEOUT,
         num_gpu_timeout_secs: int = arguments.DEFAULT_GPU_TIMEOUT,

@@ -28,10 +28,11 @@ from deepep.runtime.devices import asked_device
 from deepep.runtime.elastic_requests import ElasticCombineRequest, ElasticDispatchRequest
 from deepep.runtime.engine import Engine, EngineOptions
 from deepep.runtime.requests import Schedule
+from deepep.runtime.traffic_lanes import TrafficLanes
 
 AnyEvent = EventHandle | EventOverlap | None
 
-DEFAULT_CPU_TIMEOUT, DEFAULT_GPU_TIMEOUT = 300, 100
+DEFAULT_CPU_TIMEOUT, DEFAULT_GPU_TIMEOUT, DEFAULT_SL_IDX = 300, 100, 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def engine_options(
         on = {name: check_flag(name, flag) for name, flag in flags.items()}
         if check_int("num_cpu_bytes", num_cpu_bytes, 0, 1 << 62):
             raise ModeError("num_cpu_bytes", str(num_cpu_bytes), "0: there is no Engram storage to hold")
-        check_int("sl_idx", sl_idx, 0, 15)  # of InfiniBand; no backend has a NIC
+        level = check_int("sl_idx", sl_idx, 0, 15)
+        lanes = TrafficLanes() if level == DEFAULT_SL_IDX else TrafficLanes(level, if_any=True)
         most, width = (
             check_int("num_max_tokens_per_rank", num_max_tokens, 0, MOST),
             check_int("hidden", hidden, 0, MOST),
@@ -92,7 +94,10 @@ def engine_options(
         memory = sizes.symmetric_bytes(given, hint, environment_bytes())
         domain = ranks_per_domain_of(ranks_per_domain)
         options = replace(
-            options, symmetric_bytes=memory, ranks_per_domain=domain if on["allow_hybrid_mode"] else 0
+            options,
+            symmetric_bytes=memory,
+            ranks_per_domain=domain if on["allow_hybrid_mode"] else 0,
+            lanes=lanes,
         )
         return options, limits, asked_device(device)
     except ArgumentError as problem:

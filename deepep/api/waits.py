@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from deepep.errors import ModeError
+from deepep.errors import ArgumentError, ModeError
 from deepep.runtime.checks import check_flag
-from deepep.runtime.control.transport import gather_bytes
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine
+from deepep.runtime.requests import Operation, Schedule
 
 Phase = tuple[str, str]
 """An operation ("dispatch", "combine", "low_latency_dispatch", ...), and "arrive", "rows" or "kernels"."""
@@ -40,10 +40,9 @@ class WaitStatistics:
 
 
 class WaitCalls:
-    """Calls about waits, of whoever has an engine and a group."""
+    """Calls about waits, of whoever has an engine."""
 
     _engine: Engine
-    group: torch.distributed.ProcessGroup
 
     def measure_waits(self, on: bool = True) -> None:
         """Measure from now on, or no longer, how long this rank waits for each of the others.
@@ -69,18 +68,26 @@ class WaitCalls:
         return _statistics(self._recorder().read(check_flag("clear", clear)))
 
     def gather_wait_statistics(self, clear: bool = False) -> WaitStatistics:
-        """All ranks' waits as matrices [R, R]. Collective over the buffer's group, masked ranks included; the
-        rows of ranks that joined later, and so are not of the group, are zero.
+        """All ranks' waits as matrices [R, R]. Collective over the ranks that take part, those that joined
+        among them; the rows of masked ranks are zero. Waits for this call itself are not measured.
 
-        Raises ModeError and ArgumentTypeError as `measure_waits` does.
+        Raises, on all ranks, ModeError and ArgumentTypeError as `measure_waits` does, and PeerTimeoutError.
         """
-        found = self._recorder().read(check_flag("clear", clear))
+        recorder = self._recorder()
+        try:
+            found = recorder.read(check_flag("clear", clear))
+        except ArgumentError as problem:
+            self._engine.refuse(Operation.GATHER, problem, Schedule())
         mine = json.dumps([[*key, *waits] for key, waits in found.items()]).encode()
-        everyone = [json.loads(raw) for raw in gather_bytes(self.group, mine)]
+        asked, recorder.asks = recorder.asks, False
+        try:
+            everyone = _gather(self._engine, mine)
+        finally:
+            recorder.asks = asked
         size = self._engine.info.num_ranks
         sums: dict[Phase, torch.Tensor] = {}
-        for rank, entries in enumerate(everyone):
-            for operation, phase, waited, _ in entries:
+        for rank, raw in everyone.items():
+            for operation, phase, waited, _ in json.loads(raw):
                 empty = torch.zeros(size, size, dtype=torch.int64, device="cpu")
                 sums.setdefault((operation, phase), empty)[rank] = torch.tensor(waited, device="cpu")
         calls = {key: count for key, (_, count) in found.items()}
@@ -92,6 +99,16 @@ class WaitCalls:
             backend = self._engine.info.backend
             raise ModeError("backend", backend, "one that measures waits: cuda, reference or emulator")
         return recorder
+
+
+def _gather(engine: Engine, mine: bytes) -> dict[int, bytes]:
+    """Every member's bytes, by rank; of any length. Collective."""
+    lengths = engine.gather(torch.tensor([len(mine)], device="cpu"), {"length": 1})
+    most = max(int(length) for length in lengths.values())
+    padded = torch.zeros(max(most, 1), dtype=torch.uint8, device="cpu")
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    everyone = engine.gather(padded, {"bytes": most})
+    return {rank: bytes(raw.tolist())[: int(lengths[rank])] for rank, raw in everyone.items()}
 
 
 def _statistics(found: Mapping[Phase, tuple[list[int], int]]) -> WaitStatistics:

@@ -17,6 +17,7 @@ from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.membership import Membership
 from deepep.runtime.engine import Engine, EngineOptions
 from deepep.runtime.session import Session, membership_of
+from deepep.runtime.traffic_lanes import TrafficLanes
 
 
 def construct(options: EngineOptions, backend: str | None, device: torch.device | None) -> Engine:
@@ -42,7 +43,10 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
             chosen, where = registry.choose(
                 name, options.group, device, among, domains, grows, num_ranks, hosts
             )
-            if options.lanes.asked() and chosen.no_lanes and not (chosen.has_nics and domains > 1):
+            has_lanes = not chosen.no_lanes or (chosen.has_nics and domains > 1)
+            if options.lanes.if_any and not has_lanes:
+                options = replace(options, lanes=TrafficLanes())
+            if options.lanes.asked() and not has_lanes:
                 raise options.lanes.refusal(f"backend {chosen.name!r}: {chosen.no_lanes}")
         except ArgumentError as refused:
             problem = refused.at(membership.rank)

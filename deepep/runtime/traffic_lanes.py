@@ -16,16 +16,19 @@ _MOST = {"service_level": 15, "traffic_class": 255}
 class TrafficLanes:
     """service_level: of InfiniBand, 0 to 15; over RoCE the Ethernet priority as well. traffic_class: of RoCE,
     0 to 255, the DSCP times 4. None leaves it to the environment, else to NVSHMEM, which takes 0.
+    if_any: they are set where a backend has lanes, and mean nothing where none crosses a NIC.
     """
 
     service_level: int | None = None
     traffic_class: int | None = None
+    if_any: bool = False
 
     @classmethod
     def of(cls, service_level: object, traffic_class: object) -> TrafficLanes:
         """Lanes from a constructor's arguments. Raises ArgumentTypeError and RangeError."""
         given = {"service_level": service_level, "traffic_class": traffic_class}
-        return cls(**{n: check_int(n, v, 0, _MOST[n]) for n, v in given.items() if v is not None})
+        found = {n: check_int(n, v, 0, _MOST[n]) for n, v in given.items() if v is not None}
+        return cls(found.get("service_level"), found.get("traffic_class"))
 
     def asked(self) -> dict[str, int]:
         """Values that were asked for, by argument."""

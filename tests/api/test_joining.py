@@ -61,6 +61,7 @@ def test_a_group_grows_and_shrinks(fresh_world: Any, tmp_path: Path) -> None:
         rounds(buffer, (2,))
         buffer.admit(hand_over(ctx, buffer, (2,), f"{path}2"))
         rounds(buffer, ())
+        check_waits(buffer)
         buffer.dismiss([0, 3])
         if ctx.rank == 0:
             with pytest.raises(DestroyedError):
@@ -69,16 +70,29 @@ def test_a_group_grows_and_shrinks(fresh_world: Any, tmp_path: Path) -> None:
         rounds(buffer, (0, 3))
         buffer.destroy()
 
+    def check_waits(buffer: Any) -> None:
+        """All ranks' waits, theirs among them who have joined: those who measure have sums."""
+        buffer.measure_waits(buffer.rank > 1)
+        rounds(buffer, ())
+        for _ in range(2):
+            waits = buffer.gather_wait_statistics()
+            assert {operation for operation, _ in waits.nanoseconds} >= {"dispatch", "combine"}
+            assert "gather" not in {operation for operation, _ in waits.nanoseconds}
+        rows = waits.of("rows").sum(1)
+        assert [int(row) > 0 for row in rows] == [False, False, True, True]
+
     def third(buffer: Any) -> None:
         rounds(buffer, (2,))
         buffer.admit(buffer.invite([2]))  # a rank that has joined is like any other
         rounds(buffer, ())
+        check_waits(buffer)
         buffer.dismiss([0, 3])
         with pytest.raises(DestroyedError):
             buffer.invite([3])
 
     def second(buffer: Any) -> None:
         rounds(buffer, ())
+        check_waits(buffer)
         buffer.dismiss([0, 3])
         rounds(buffer, (0, 3))
         buffer.destroy()

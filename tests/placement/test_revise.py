@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepep.errors import ArgumentTypeError, RangeError, ShapeError
@@ -40,6 +40,7 @@ def has_twins(placement: ExpertPlacement) -> bool:
     return any(len(set(placement.of_rank(r))) < local for r in range(placement.num_ranks))
 
 
+@settings(max_examples=60, deadline=None)
 @given(revisions())
 def test_what_a_revision_promises(
     drawn: tuple[ExpertPlacement, ExpertPlacement, list[int], int],

@@ -62,3 +62,16 @@ def test_a_backend_with_lanes_gets_them_and_ranks_compare_them(monkeypatch: pyte
         return lanes
 
     assert ranks.run(part) == [TrafficLanes(service_level=3)] * 2
+
+
+@pytest.mark.parametrize("reason", ["", "nothing crosses a NIC"])
+def test_sl_idx_is_a_service_level_where_there_are_lanes(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    able = replace(registry._backends["reference"], no_lanes=reason)
+    monkeypatch.setitem(registry._backends, "reference", able)
+    ranks = Ranks(1)
+    for given in ({}, {"sl_idx": 0}):  # 3 is V2's default: nobody has asked
+        with deepep.ElasticBuffer(ranks.groups[0], 2 << 20, backend="reference", **given) as buffer:
+            lanes = buffer._engine.info.options.lanes
+        assert lanes.asked() == ({"service_level": 0} if given and not reason else {})
