@@ -51,7 +51,7 @@ struct CombineLaunch {
   /// Rows that a copy engine is to return, if it can and the host knows the counts. No chunks: SMs return them.
   layout::ChunkSizes chunks{.num_chunks = 0, .shrink = 100};
   const RowCounts* known = nullptr;
-  const int32_t* source_token = nullptr;  // [N] of the handle: between domains alone
+  const int32_t* source_token = nullptr;  // [N] of the handle, read between domains alone; null: N is 0
   void* stream = nullptr;
 };
 

@@ -164,8 +164,6 @@ class TwoLevelDomain {
   }
 
   void combine(const CombineLaunch& call) {
-    if (call.source_token == nullptr)
-      throw std::invalid_argument("source_token: a combine between domains needs it");
     if (call.args.slots != nullptr) throw std::invalid_argument("slots: not between domains");
     kernels::TwoLevelCombineArgs args{
         .combine = call.args,
