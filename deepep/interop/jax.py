@@ -172,7 +172,7 @@ class JaxExchange:
     def _send_again(self, room: int, *arrays: Any) -> Any:
         gradient, *route = self._tensors(*arrays)
         marks, counts, table, num_rows = self._route(*route)
-        found = exchange._combine_backward(
+        found = exchange.combine_backward(
             gradient, marks, counts, num_rows, self.num_experts, self.number, table
         )
         return _array(_padded(found, room, 0))

@@ -220,7 +220,7 @@ def _dispatch_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_x [N, H], grad_weights [N, K] -> [T, H], [T, K]: a combine with weights."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
+    route = restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
     request = CombineRequest(in_memory(grad_x), route, topk_weights=in_memory(grad_weights))
     combined = engine.combine(request, Schedule())
     assert combined.topk_weights is not None
@@ -256,7 +256,7 @@ def _combine(
     table: Tensor | None = None,
 ) -> Tensor:
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
+    route = restored(buffer, Operation.COMBINE, in_rank, counts, num_experts, table)
     combined = engine.combine(CombineRequest(in_memory(y), route), Schedule())
     report_exchange(engine, "combine", counts, row_bytes_of(y), started)
     return combined.x
@@ -276,7 +276,7 @@ def _(
 
 
 @operator("combine_backward")
-def _combine_backward(
+def combine_backward(
     grad: Tensor,
     in_rank: Tensor,
     counts: Tensor,
@@ -287,13 +287,13 @@ def _combine_backward(
 ) -> Tensor:
     """grad [T, H] -> [N, H]: a cached dispatch. `num_rows`: N, which the caller knows from the forward."""
     engine, started = engine_of(buffer), time.perf_counter()
-    route = _restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts, table)
+    route = restored(buffer, Operation.DISPATCH, in_rank, counts, num_experts, table)
     received = engine.dispatch(DispatchRequest(in_memory(grad), route=route), Schedule())
     report_exchange(engine, "combine_backward", counts.t(), row_bytes_of(grad), started)
     return received.x
 
 
-@_combine_backward.register_fake
+@combine_backward.register_fake
 def _(
     grad: Tensor,
     in_rank: Tensor,
@@ -337,7 +337,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _grad_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
     refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
     in_rank, counts, table = ctx.saved_tensors
-    grad_y = _combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer, table)
+    grad_y = combine_backward(grad, in_rank, counts, ctx.num_rows, ctx.num_experts, ctx.buffer, table)
     return grad_y, None, None, None, None, None, None
 
 
@@ -352,7 +352,7 @@ def refuse_second_derivative(buffer: int, operation: Operation, *grads: Tensor) 
         refuse(buffer, operation, ArgumentError("create_graph", "True", allowed))
 
 
-def _restored(
+def restored(
     buffer: int,
     operation: Operation,
     in_rank: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -44,6 +45,7 @@ from deepep.nn.scaled import (
     dispatch_scaled,
     expand_scaled_rows,
 )
+from deepep.nn.summed import combine_pairs, sums_in_combine
 from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
 from deepep.runtime.checks import INDEX_DTYPES, MOST, check_int, dtype_names
 from deepep.runtime.requests import Operation
@@ -197,8 +199,11 @@ class ExpertParallelMoE(nn.Module):
         with posting_errors(number, Operation.COMBINE, "experts"):
             if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 watch_replica_gradients(self.experts.parameters())
-            rows = self._apply_experts(received)  # [N, H]
-        y = combine(rows, received.route)
+            rows, pairs, slots = self._apply_experts(received)  # [N, H]; or [P, H], which combine is to sum
+        if pairs is None or slots is None:
+            y = combine(rows, received.route)
+        else:
+            y = combine_pairs(rows, received.topk_weights, pairs, slots, received.route)
         if beside is not None:
             y = y + beside
         return y.view(x.shape)
@@ -221,15 +226,31 @@ class ExpertParallelMoE(nn.Module):
             return topk_idx
         return physical_topk(topk_idx, self.replicas, self.replica_counts, self.rank, self.num_physical)
 
-    def _apply_experts(self, received: Received | ScaledReceived) -> Tensor:
-        entries = received.topk_idx, received.topk_weights, received.expert_counts
+    def _apply_experts(
+        self, received: Received | ScaledReceived
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sums of received rows [N, H]; or experts' rows [P, H], and where they belong: pairs and slots."""
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _apply_to_rows
+        given: tuple[Tensor, ...] = received.topk_idx, received.expert_counts
         if isinstance(received, ScaledReceived):
-            rows = received.stand_in, received.values, received.scales
-            return self._perhaps_repeated(_apply_to_scaled, *rows, *entries)
-        return self._perhaps_repeated(_apply_to_rows, received.x, *entries)
+            apply = _apply_to_scaled
+            given = *given, received.stand_in, received.values, received.scales
+        else:
+            given = *given, received.x
+        if self._recomputes():  # summed inside: what experts return is not kept
+            sums = self._perhaps_repeated(partial(_sum_of, apply), *given, received.topk_weights)
+            return sums, None, None
+        made, pairs, slots = apply(self.experts, *given)
+        if sums_in_combine(self.buffer_number, made):
+            return made, pairs, slots
+        return weighted_sum(made, received.topk_weights, pairs, slots), None, None
+
+    def _recomputes(self) -> bool:
+        """True if what experts compute is computed again in the backward."""
+        return self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _perhaps_repeated(self, apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        if not self.recompute or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not self._recomputes():
             return apply(self.experts, *given)
         kept: Tensor = checkpoint(apply, self.experts, *given, use_reentrant=False)
         return kept
@@ -350,34 +371,40 @@ def apply_experts(
         if expert_counts is not None:
             _check_expert_counts(expert_counts, experts.num_local_experts, topk_idx.numel())
     if expert_counts is not None:
-        return _apply_to_rows(experts, x, topk_idx, topk_weights, expert_counts)
+        return _sum_of(_apply_to_rows, experts, topk_idx, expert_counts, x, topk_weights)
     pairs, expert_counts, slots = expert_rows(topk_idx, experts.num_local_experts)
     rows, ends = expand_rows(x, pairs, slots), ends_of(expert_counts, x.device)
     return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
 
 
 def _apply_to_rows(
-    experts: GroupedExperts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_counts: Tensor
-) -> Tensor:
-    """`apply_experts` to what a dispatch returned, which needs no checks."""
+    experts: GroupedExperts, topk_idx: Tensor, expert_counts: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts' rows of what a dispatch returned, which needs no checks: [P, H], pairs, slots."""
     pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
-    rows = expand_rows(x, pairs, slots)
-    return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
+    return _run(experts, expand_rows(x, pairs, slots), expert_counts, ends), pairs, slots
 
 
 def _apply_to_scaled(
     experts: GroupedExperts,
+    topk_idx: Tensor,
+    expert_counts: Tensor,
     stand_in: Tensor,
     values: Tensor,
     scales: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    expert_counts: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same of rows received in FP8, as `dispatch_scaled` has them."""
     pairs, slots, ends = sort_pairs(topk_idx, expert_counts)
     rows = expand_scaled_rows(stand_in, values, scales, pairs, slots)
-    return weighted_sum(_run(experts, rows, expert_counts, ends), topk_weights, pairs, slots)
+    return _run(experts, rows, expert_counts, ends), pairs, slots
+
+
+def _sum_of(
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]], experts: GroupedExperts, *given: Tensor
+) -> Tensor:
+    """The weighted sum for each received row [N, H]. given: what `apply` is, and topk_weights [N, K]."""
+    made, pairs, slots = apply(experts, *given[:-1])
+    return weighted_sum(made, given[-1], pairs, slots)
 
 
 def _run(experts: GroupedExperts, rows: Tensor, counts: Tensor, ends: Tensor) -> Tensor:

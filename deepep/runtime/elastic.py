@@ -133,7 +133,7 @@ def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) 
     if route.slots is not None and request.single_reduction:
         return _combine_lanes(engine, request, route.slots, schedule)
     x = request.x
-    if route.slots is not None and engine.sums_expanded and x.dtype == torch.bfloat16 and _is_aligned(x):
+    if route.slots is not None and engine.sums_expanded(x, request.num_sms):
         expanded = CombineRequest(x, route.route, weights, request.biases, request.num_sms, slots=route.slots)
         return engine.combine(expanded, schedule)
     if route.slots is not None or weights is not None:
@@ -372,11 +372,6 @@ def _follow_dispatch(route: ElasticRoute, schedule: Schedule) -> None:
     end, at_once = route.completion, schedule.after is None and not schedule.asynchronous
     if isinstance(end, CudaCompletion) and at_once and not torch.cuda.is_current_stream_capturing():
         end.current_stream_wait()
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """True of rows that kernels read 16 bytes at a time."""
-    return x.is_contiguous() and not x.is_neg() and x.data_ptr() % 16 == 0
 
 
 def _no_weights(topk_idx: Tensor) -> Tensor:

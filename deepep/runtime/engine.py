@@ -127,9 +127,6 @@ class Engine(ABC):
     local_rows: LocalRows = LocalRows()
     """Work on received rows that a rank does on its own, as this backend does it."""
 
-    sums_expanded: bool = False
-    """True if a combine takes expanded rows, and sums those of a token itself (CombineRequest.slots)."""
-
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds at present for the engine, by what they are for."""
         return {}
@@ -155,6 +152,12 @@ class Engine(ABC):
     @abstractmethod
     def combine(self, request: CombineRequest, schedule: Schedule) -> Combined:
         """High-throughput combine: a plain sum over the ranks, ascending, after the biases."""
+
+    def sums_expanded(self, x: torch.Tensor, num_sms: int = 0) -> bool:
+        """True if a combine with so many SMs is to be given expanded rows like x [X, H], and sums those of a
+        token itself (CombineRequest.slots). num_sms: as of CombineRequest.
+        """
+        return False
 
     def locally(
         self,

@@ -49,7 +49,7 @@ class EmulatorEngine(ReferenceEngine):
         self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
         per_domain = options.ranks_per_domain
         self._kernels = EmulatedAllToAll(per_domain if per_domain < self.info.num_ranks else 0)
-        self.sums_expanded = per_domain >= self.info.num_ranks or per_domain == 0
+        self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         exchange = EmulatedLowLatencyExchange(seed, self._control.waits)
@@ -92,6 +92,9 @@ class EmulatorEngine(ReferenceEngine):
             if request.slots is not None:
                 kernels = kernels.summing(request.slots, request.factors)
             return high_throughput.combine(self._control, request, schedule, kernels)
+
+    def sums_expanded(self, x: Tensor, num_sms: int = 0) -> bool:
+        return self._is_one_domain and x.dtype == torch.bfloat16
 
     def _check_combine(self, request: CombineRequest) -> None:
         super()._check_combine(request)

@@ -268,7 +268,7 @@ def test_operators_keep_their_promises_to_torch(on_ranks: Any) -> None:
 
     def body(buffer: Any) -> None:
         # Operators cannot travel: the ranks import their own.
-        from deepep.nn.exchange import _combine, _combine_backward, _dispatch, _dispatch_backward
+        from deepep.nn.exchange import _combine, _dispatch, _dispatch_backward, combine_backward
 
         (given,) = inputs(1, torch.float32)
         x, weights = given["x"].requires_grad_(), given["weights"].requires_grad_()
@@ -283,8 +283,6 @@ def test_operators_keep_their_promises_to_torch(on_ranks: Any) -> None:
             _dispatch_backward.overload, (recv_x, recv_weights, in_rank, counts, EXPERTS, number)
         )
         rows = len(recv_x)
-        torch.library.opcheck(
-            _combine_backward.overload, (x.detach(), in_rank, counts, rows, EXPERTS, number)
-        )
+        torch.library.opcheck(combine_backward.overload, (x.detach(), in_rank, counts, rows, EXPERTS, number))
 
     on_ranks(1, body)

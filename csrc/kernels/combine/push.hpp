@@ -52,6 +52,7 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
   Vec16* target = reinterpret_cast<Vec16*>(area + args.staging.row(place));
   const int chunks = static_cast<int>(args.row_bytes / 16);
   const int end = parts.begin(chunks, part + 1);
+  prefetch_start(source, parts.begin(chunks, part), end);
   float weight = 0.0f;
   if (parts.is_last(part) && lane() < args.num_topk) weight = source.weight();
   int begin = parts.begin(chunks, part) + lane();

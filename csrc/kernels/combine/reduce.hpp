@@ -73,6 +73,7 @@ template <class Row>
     const bool is_pair = !Row::kExpanded && is_pair_of(addends);
     const int from = parts.begin(chunks, part);
     const int end = parts.begin(chunks, part + 1);
+    prefetch_start(own, from, end);
     // What is here already comes to the registers while the peers' rows are on their way.
     Vec16 here[kPairUnroll];
     set_to_negative_zero(here);

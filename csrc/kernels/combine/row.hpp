@@ -9,6 +9,7 @@ namespace deepep::kernels {
 inline constexpr int kReturnUnroll = 14;  // 16-byte accesses a lane has in flight when it pushes
 inline constexpr int kSummedUnroll = 3;    // the same of each of kSummedRows rows where it sums them first
 inline constexpr int kSummedRows = 4;
+inline constexpr int kAhead = 2;  // turns of these by which their rows come to the cache before
 
 /// It lies in x, and its weights behind those of the rows before.
 struct ReceivedRow {
@@ -21,6 +22,7 @@ struct ReceivedRow {
     return {reinterpret_cast<const dev::Vec16*>(args.x + row * args.row_bytes),
             args.topk_weights + row * args.num_topk};
   }
+  DEEPEP_DEVICE void prefetch(int, int) const {}
   /// Its pieces from `begin` on, those u with u * kWarpSize < left.
   DEEPEP_DEVICE void read(int begin, int left, dev::Vec16 (&v)[kUnroll]) const {
 #pragma unroll
@@ -51,6 +53,11 @@ struct ExpandedRow {
     if (has && args.factors != nullptr) factor = round_to_bf16(load_once(args.factors + at));
     return {args, slot, factor, ballot(slot >= 0)};
   }
+  /// Has the pieces [begin, end) of all of them on their way to the cache, as far as there are any.
+  DEEPEP_DEVICE void prefetch(int begin, int end) const {
+    if (slot >= 0 && begin < end)
+      dev::prefetch(args.x + slot * args.row_bytes + int64_t{16} * begin, int64_t{16} * (end - begin));
+  }
   /// Its pieces from `begin` on, those u with u * kWarpSize < left: 0.0 + the entries' rows in fp32, k
   /// ascending, rounded once.
   DEEPEP_DEVICE void read(int begin, int left, dev::Vec16 (&v)[kUnroll]) const {
@@ -68,6 +75,9 @@ struct ExpandedRow {
   template <bool kWeighted>
   DEEPEP_DEVICE void sum(int begin, int left, dev::Vec16 (&v)[kUnroll]) const {
     using namespace dev;
+    constexpr int kTurn = kUnroll * kWarpSize;
+    const int ahead = begin - lane() + kAhead * kTurn;
+    prefetch(ahead, layout::min_of(ahead + kTurn, begin + left));
     float sums[kUnroll][8] = {};
     Vec16 pieces[kSummedRows][kUnroll] = {};
 #pragma unroll 1
@@ -94,5 +104,11 @@ struct ExpandedRow {
     for (int u = 0; u < kUnroll; ++u) v[u] = round_sums(sums[u]);
   }
 };
+
+/// Of the pieces [from, end) of a row, those that are read first.
+template <class Row>
+DEEPEP_DEVICE void prefetch_start(const Row& row, int from, int end) {
+  row.prefetch(from, layout::min_of(from + kAhead * Row::kUnroll * dev::kWarpSize, end));
+}
 
 }  // namespace deepep::kernels

@@ -11,6 +11,8 @@ from deepep.backends.cuda.launch import Plan
 from deepep.backends.cuda.sm_split import (
     COPY_ENGINE_BYTES,
     NO_COPY_ENGINE,
+    SUMMED_BYTES,
+    SUMMING_SMS,
     ce_chunks,
     combine_split,
 )
@@ -45,6 +47,17 @@ def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
         and x.is_contiguous()
         and not x.is_neg()
         and x.data_ptr() % 16 == 0
+    )
+
+
+def sums_expanded(x: Tensor, num_sms: int) -> bool:
+    """True if a combine sums expanded rows x [X, H] itself, no slower than a pass of all SMs before it."""
+    return (
+        x.dtype is torch.bfloat16
+        and x.is_contiguous()
+        and not x.is_neg()
+        and x.data_ptr() % 16 == 0
+        and ((num_sms or DEFAULT_NUM_SMS) >= SUMMING_SMS or x.numel() * 2 <= SUMMED_BYTES)
     )
 
 

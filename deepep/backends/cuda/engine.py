@@ -101,7 +101,6 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     symmetric: SymmetricMemory
     has_fault: Callable[[], bool]
-    sums_expanded = True
 
     def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
         session, self._control = control.session, control
@@ -198,6 +197,9 @@ class CudaEngine(CudaRoutes, CudaMembers):
             if self.unsettled or self.has_fault():
                 self._settle(Operation.COMBINE, torch.cuda.is_current_stream_capturing())
             return combine.combine(self, request, plan, schedule)
+
+    def sums_expanded(self, x: Tensor, num_sms: int = 0) -> bool:
+        return self.domains is None and combine.sums_expanded(x, num_sms)
 
     def low_latency_dispatch(
         self, request: LowLatencyDispatchRequest, schedule: Schedule

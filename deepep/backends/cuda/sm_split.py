@@ -33,6 +33,10 @@ COPY_ENGINE_SMS = 12
 COPY_ENGINE_BYTES = 8 << 20
 #: what it is ordered costs the host time: a few orders a call
 CE_ORDERS = 8
+#: from so many SMs on, or with so few bytes of them, a combine sums expanded rows itself; else a pass of all
+#: SMs before it is faster
+SUMMING_SMS = 48
+SUMMED_BYTES = 16 << 20
 #: no parts: SMs return the rows
 NO_COPY_ENGINE = (0, 100)
 #: how long all sums take by so many SMs, of what the engine takes, in percent
