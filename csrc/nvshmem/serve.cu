@@ -1,5 +1,5 @@
 // Puts between processes, over NVSHMEM: the only source that needs its device library, of a module of its own.
-// It needs nothing of NVSHMEM's host library, which nvshmem4py loads and which fills in this module's state.
+// NVSHMEM's host library, which nvshmem4py loads, has to be there before the module is, and fills in its state.
 #include <cuda.h>
 #include <nvshmem.h>
 #include <nvshmemx.h>

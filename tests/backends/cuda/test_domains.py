@@ -24,11 +24,11 @@ PROGRAM = Path(__file__).with_name("domain_ranks.py")
 FOUR = WireOptions(ranks=4, ranks_per_domain=2, deadline=300.0)
 
 
-def run(wire: WireOptions, rounds: int, *arguments: str) -> tuple[WireResult, list[tuple[int, str]]]:
+def run(wire: WireOptions, rounds: int, *arguments: str) -> tuple[WireResult, str]:
     lines: list[tuple[int, str]] = []
     command = [sys.executable, str(PROGRAM), str(rounds), str(wire.ranks_per_domain), *arguments]
     result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
-    return result, lines
+    return result, "\n".join(f"{rank}: {line.rstrip()}" for rank, line in lines)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,13 @@ def run(wire: WireOptions, rounds: int, *arguments: str) -> tuple[WireResult, li
         replace(FOUR, ranks=2, ranks_per_domain=1),
         FOUR,
         replace(FOUR, weak=True, delay_us=200, seed=7),
-        replace(FOUR, ranks=3),
     ],
-    ids=["2x1", "2x2", "2x2 in weak order", "2 and 1"],
+    ids=["2x1", "2x2", "2x2 in weak order"],
 )
 def test_the_same_bits_as_the_reference_backend(wire: WireOptions) -> None:
-    result, lines = run(wire, 3)
-    assert result.statuses == [0] * wire.ranks, lines
-    assert sorted(rank for rank, line in lines if line.strip() == "equal") == list(range(wire.ranks))
+    result, said = run(wire, 3)
+    assert result.statuses == [0] * wire.ranks, said
+    assert said.count(": equal") == wire.ranks, said
     if wire.ranks == 4:  # rows cross to gateways alone: ranks of the same local index
         for (source, target), sent in result.traffic.items():
             is_rail = source % 2 == target % 2 and source != target
@@ -52,6 +51,6 @@ def test_the_same_bits_as_the_reference_backend(wire: WireOptions) -> None:
 
 
 def test_a_nic_that_falls_silent_is_waited_for_no_longer_than_the_deadline() -> None:
-    result, lines = run(replace(FOUR, silent={1: 1500}), 20, "silent")
-    assert result.statuses == [0] * 4, lines
-    assert sum("timed out" in line for _, line in lines) == 4
+    result, said = run(replace(FOUR, silent={1: 1500}), 20, "silent")
+    assert result.statuses == [0] * 4, said
+    assert said.count(": timed out") == 4, said

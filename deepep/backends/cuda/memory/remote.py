@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from uuid import uuid4
 
@@ -80,6 +81,8 @@ class RemoteMemory:
             num_bytes=_PARTS * rounded(self._num_bytes),
             lanes=self._lanes,
         )
+        # nvshmem4py has loaded it for itself alone: found again by its name, for the module to bind to.
+        ctypes.CDLL("libnvshmem_host.so.3", mode=ctypes.RTLD_GLOBAL)
         from deepep import _nvshmem
 
         process.attach(_nvshmem.module())
