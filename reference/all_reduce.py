@@ -37,12 +37,14 @@ def all_reduce(
     groups: Sequence[Sequence[int]] | None = None,
     mean: bool = False,
     dice: tuple[int, int, int] | None = None,
+    pieces: int = 1,
 ) -> Tensor:
     """The sum or mean over all ranks of inputs x[r] [N], in their dtype.
 
     form: "plain", "fixed32", or a format of gradient_codec; inner: that of addends inside groups, `form` if
     not given. groups: ranks by group, for "hierarchical"; their concatenation is the order of "ring", "chain"
-    and "tree". dice: seed, step and tensor, for stochastic rounding; None rounds to nearest.
+    and "tree". dice: seed, step and tensor, for stochastic rounding; None rounds to nearest. pieces: parts of
+    the whole that each go round a "ring" of their own; no other sum depends on them.
     """
     require(schedule in SCHEDULES, f"schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}")
     dtype, num_ranks = inputs[0].dtype, len(inputs)
@@ -60,7 +62,10 @@ def all_reduce(
         by_rank = [values[rank] for rank in order]
         if schedule == "hierarchical":
             return _divide(_sum([_sum([values[r] for r in g]) for g in groups]), divisor).to(dtype)
-        total = {"ring": _ring, "tree": _tree, "chain": _sum}.get(schedule)
+        if schedule == "ring":
+            whole = torch.cat([_ring([x[a:b] for x in by_rank]) for a, b in _shares(len(values[0]), pieces)])
+            return _divide(whole, divisor).to(dtype)
+        total = {"tree": _tree, "chain": _sum}.get(schedule)
         if total is not None:
             return _divide(total(by_rank), divisor).to(dtype)
         require(schedule != "native" or num_ranks <= 2, "native: its order is the transport's own")
@@ -109,15 +114,23 @@ def _divide(total: Tensor, divisor: int) -> Tensor:
 
 
 def _ring(terms: Sequence[Tensor]) -> Tensor:
-    """Part p of R begins at position p + 1 and ends at p. Parts are whole blocks, longer ones first."""
-    num_ranks, count = len(terms), terms[0].numel()
-    shares = torch.tensor_split(torch.arange(-(-count // codec.BLOCK), device="cpu"), num_ranks)
-    parts, begin = [], 0
-    for position, blocks in enumerate(shares):
-        end = min(begin + len(blocks) * codec.BLOCK, count)
-        parts.append(_sum([terms[(position + 1 + i) % num_ranks][begin:end] for i in range(num_ranks)]))
-        begin = end
+    """Part p of R begins at position p + 1 and ends at p."""
+    num_ranks = len(terms)
+    parts = [
+        _sum([terms[(position + 1 + i) % num_ranks][begin:end] for i in range(num_ranks)])
+        for position, (begin, end) in enumerate(_shares(terms[0].numel(), num_ranks))
+    ]
     return torch.cat(parts)
+
+
+def _shares(count: int, number: int) -> list[tuple[int, int]]:
+    """Elements in so many parts of whole blocks, the longer ones first."""
+    shares, begin = [], 0
+    for blocks in torch.tensor_split(torch.arange(-(-count // codec.BLOCK), device="cpu"), number):
+        end = min(begin + len(blocks) * codec.BLOCK, count)
+        shares.append((begin, end))
+        begin = end
+    return shares
 
 
 def _tree(terms: Sequence[Tensor]) -> Tensor:

@@ -399,7 +399,7 @@ def reduce(
         return Messages(name, dtype, key)
 
     task = Reduction(plan, net, values, out, messages, finish, sum_all)
-    spans = shares((0, out.numel()), plan.pieces if plan.schedule != "ring" else 1)
+    spans = shares((0, out.numel()), plan.pieces)
     drive([*(task.steps(span, tag) for tag, span in enumerate(spans)), *beside])
 
 

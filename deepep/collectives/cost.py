@@ -68,16 +68,21 @@ class LinkSpeeds:
 def predicted(traffic: ReductionTraffic, speeds: LinkSpeeds) -> float:
     """Seconds that a reduction takes: rounds follow each other, and pieces fill each other's gaps.
 
-    Of pieces the first takes all its rounds; each further one the round that is longest.
+    Of pieces the first takes all its rounds; each further one the round that is longest. And no link carries
+    more in the time than its rate.
     """
-    total = sum(sum(speeds.seconds(one)) for one in traffic.ahead)
+    ahead, total = sum(sum(speeds.seconds(one)) for one in traffic.ahead), 0.0
+    carried: Round = {}
     for number, piece in enumerate(traffic.pieces):
         times = [speeds.seconds(one) for one in piece]
         if number == 0:
             total += sum(latency + longest for latency, longest in times)
         else:
             total += max((longest for _, longest in times), default=0.0)
-    return total
+        for one in piece:
+            for pair, size in one.items():
+                carried[pair] = carried.get(pair, 0) + size
+    return ahead + max(total, sum(speeds.seconds(carried)) if carried else 0.0)
 
 
 def find_groups(

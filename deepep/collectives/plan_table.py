@@ -113,7 +113,8 @@ def candidates(
             for pieces in (1, 4)
         ]
     if not lossy:
-        kinds += [ReductionPlan(name, codec, "", groups) for name in ("ring", "tree")]
+        kinds += [ReductionPlan("ring", codec, "", groups, pieces) for pieces in (1, 2)]
+        kinds.append(ReductionPlan("tree", codec, "", groups))
         kinds += [ReductionPlan("chain", codec, "", _line(groups), pieces) for pieces in (4, 16)]
         kinds.append(ReductionPlan("native", codec))
     kinds = [plan for plan in kinds if schedule in ("auto", plan.schedule)]

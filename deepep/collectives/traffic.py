@@ -57,7 +57,7 @@ def traffic_of(
         partial = lossy if codec in LOSSY else wide
     sizes = (addend, partial, result)
     pieces = []
-    for begin, end in shares((0, count), plan.pieces if plan.schedule != "ring" else 1):
+    for begin, end in shares((0, count), plan.pieces):
         rounds = _ROUNDS[plan.schedule](plan, (begin, end), sizes)
         pieces.append(tuple(one for one in map(_nonempty, rounds) if one))
     return ReductionTraffic(tuple(one for one in ahead if one), tuple(pieces))

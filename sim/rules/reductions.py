@@ -26,6 +26,7 @@ def expected(case: ReductionCase) -> Tensor:
         groups=plan.groups or None,
         mean=case.mean,
         dice=case.dice,
+        pieces=plan.pieces,
     )
 
 

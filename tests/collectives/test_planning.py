@@ -107,6 +107,10 @@ def test_times_on_equal_links_are_those_of_the_textbook() -> None:
     assert time("oneshot") == pytest.approx(latency + (ranks - 1) * size / rate)
     assert time("direct") == pytest.approx(2 * latency + parts * size / ranks / rate)
     assert time("ring") == pytest.approx(parts * latency + parts * size / ranks / rate)
+    assert time("ring", 2) == pytest.approx(parts * latency + (parts + 1) * size / ranks / 2 / rate)
+    assert time("ring", 16) == pytest.approx(
+        latency + parts * size / ranks / rate
+    )  # no faster than its links
     assert time("native") == pytest.approx(time("ring"), rel=1e-4)
     assert time("tree") == pytest.approx(2 * 3 * (latency + size / rate))
     assert time("chain") == pytest.approx(parts * (latency + size / rate))
