@@ -130,3 +130,9 @@ class PeerTimeoutError(DeepEPError, TimeoutError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.record, self.reason)
+
+
+class EvictedError(PeerTimeoutError):
+    """The other ranks have gone on without this one: it did not report within the deadline, because it was
+    frozen, say. What it has is out of date; a new process may join in its place.
+    """

@@ -23,14 +23,26 @@ from deepep.collectives.probe import probe
 from deepep.collectives.scattering import reduce_scatter
 from deepep.collectives.schedules import PARTIAL, RESULT, Reduction, shares
 from deepep.collectives.transport import MANY_UNITS, PointToPoint, Steps, Transfer, drive
-from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, DeviceError, LayoutError, ShapeError
+from deepep.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeepEPError,
+    DeviceError,
+    EvictedError,
+    LayoutError,
+    PeerTimeoutError,
+    ShapeError,
+)
 from deepep.runtime.checks import check_int, check_memory
 from deepep.runtime.completion import Completion, HostCompletion
 from deepep.runtime.control import agreement
 from deepep.runtime.control.agreement import NO_LIMIT, dtype_code
+from deepep.runtime.control.committing import course_of_step
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.processes import only_here
-from deepep.runtime.control.transport import Link
+from deepep.runtime.control.shrinking import Course
+from deepep.runtime.control.transport import Link, transport
+from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Operation, Schedule
 from deepep.runtime.session import Session, membership_of
 
@@ -102,12 +114,11 @@ class Communicator:
             raise ArgumentTypeError("group", type(group).__name__, "a torch.distributed process group")
         self.device = torch.device(device)
         session, membership = Session.of(group, self.device), membership_of(group, timeout)
-        self.rank, self.num_ranks, self.group = session.rank, session.num_ranks, group
-        self.bytes_sent = 0
+        self.group, self.bytes_sent = group, 0
         try:
             facts = {"host": socket.gethostname()}
             met = agreement.agree(membership, "arrived", statement or {}, None, facts)
-            self.hosts = [str(met[rank]["host"]) for rank in range(self.num_ranks)]
+            self._hosts = [str(met[rank]["host"]) for rank in range(session.num_ranks)]
             self._control = ControlPlane(session, membership, {"device": self.device.type})
             self._control.agree({})
         except DeepEPError:
@@ -116,6 +127,30 @@ class Communicator:
             membership.withdraw(agreement.reason(membership.rank, error))
             raise
         self._finalizer = weakref.finalize(self, only_here(self._control.abandon))
+
+    # who takes part
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The group's ranks that take part, ascending: all, but for those that `survive` left out."""
+        return self._control.membership.members
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of members: R, in plans and sums."""
+        return len(self.members)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among the members, which is its rank in plans."""
+        return self.members.index(self._control.rank)
+
+    @property
+    def hosts(self) -> list[str]:
+        """The host of each member."""
+        return [self._hosts[rank] for rank in self.members]
+
+    # operations
 
     def all_reduce(
         self,
@@ -326,6 +361,71 @@ class Communicator:
                 Operation.PROBE, Schedule(), lambda link, limits: body(link), agreed={"numbers": count}
             )
         completion.host_wait()
+
+    # training steps
+
+    def commit(self, step: int) -> None:
+        """Returns once every member has come here: each has its sums of this step. Collective.
+
+        Raises PeerTimeoutError: then `survive` says whether they count.
+        """
+        self._control.barrier(Schedule(), {"step": step}, Operation.COMMIT)
+
+    def collective(self, call: Callable[[dist.ProcessGroup], dist.Work], about: int) -> None:
+        """Makes a collective of torch's on the members' private group. about: a number that is the same on
+        all of them. Raises PeerTimeoutError.
+        """
+
+        def body(link: Link, limits: dict[int, int]) -> None:
+            with transport():
+                call(link.group).wait()
+
+        with self._control.issuing:
+            self._control.check_alive()
+            completion = self._control.perform(
+                Operation.COLLECTIVE, Schedule(), body, agreed={"collective": about}
+            )
+        completion.host_wait()
+
+    def give_up(self, reason: str) -> PeerTimeoutError:
+        """Gives up this step's operations because of what this rank has met beside them: an error for
+        `survive`, as all members have.
+        """
+        found: list[PeerTimeoutError] = []
+
+        def job() -> None:
+            found.append(self._control.membership.give_up(Operation.STEP.label, reason))
+
+        with self._control.issuing:
+            self._control.locally(job, Schedule()).host_wait()
+        return found[0]
+
+    def survive(self, fault: PeerTimeoutError, min_members: int | None) -> Course:
+        """Goes on after `fault` without the ranks that are missing: the course of this rank's step, which
+        fits those of the others (runtime/control/committing.py). The next operation connects who is left.
+
+        min_members: fewer do not go on; None: the majority of those who were there. Raises EvictedError on a
+        rank that the others leave out; else `fault`, where it is not settled who is missing.
+        """
+        before = len(self.members)
+        found: list[Course] = []
+
+        def job() -> None:
+            found.append(self._control.membership.go_on(fault, course_of_step, evicts=True))
+
+        with self._control.issuing:
+            self._control.locally(job, Schedule()).host_wait()
+        if found[0] is Course.LEFT_OUT:
+            raise EvictedError(fault.record, f"the others have gone on: {fault.reason}")
+        least = before // 2 + 1 if min_members is None else min_members
+        if len(self.members) < least:
+            left = f"{len(self.members)} of {before} ranks are left, fewer than min_members={least}"
+            raise PeerTimeoutError(fault.record, f"{left}; {fault.reason}")
+        return found[0]
+
+    def observe(self, observer: Observer | None) -> None:
+        """Has `observer(operation, phase)` called where operations begin their phases, for tests."""
+        self._control.observer = observer
 
     # the end
 

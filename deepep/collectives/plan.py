@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deepep.collectives.codecs import FIXED, LOSSY, NAMES, PLAIN
@@ -58,6 +58,10 @@ class ReductionPlan:
             raise RangeError("groups", str(self.groups), f"each of the {num_ranks} ranks once")
         return ReductionPlan(self.schedule, self.codec, self.inner, groups, self.pieces)
 
+    def among(self, places: Sequence[int]) -> ReductionPlan:
+        """The same between those of its ranks that are at `places`, counted anew in this order."""
+        return replace(self, groups=groups_among(self.groups, places))
+
     @property
     def order(self) -> tuple[int, ...]:
         """The ranks in the order of the groups."""
@@ -91,6 +95,13 @@ def checked_groups(groups: object) -> tuple[tuple[int, ...], ...]:
             raise ArgumentTypeError("groups", repr(group)[:100], "lists of ranks, none of them empty")
         made.append(tuple(check_int("groups", rank, 0, 1 << 20) for rank in group))
     return tuple(made)
+
+
+def groups_among(groups: Sequence[Sequence[int]], places: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Groups of those ranks that are at `places`, counted anew in this order; a group of none is left out."""
+    number = {place: index for index, place in enumerate(places)}
+    kept = (tuple(number[rank] for rank in group if rank in number) for group in groups)
+    return tuple(group for group in kept if group)
 
 
 def _check_name(argument: str, name: object, allowed: Sequence[str]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deepep.collectives.codecs import FIXED, LOSSY, PLAIN
 from deepep.collectives.cost import LinkSpeeds, predicted
-from deepep.collectives.plan import ONE_ROUNDING, ReductionPlan, checked_groups
+from deepep.collectives.plan import ONE_ROUNDING, ReductionPlan, checked_groups, groups_among
 from deepep.collectives.traffic import traffic_of
 from deepep.errors import RangeError
 
@@ -58,6 +58,11 @@ class PlanTable:
                 return low + (high - low) * max(0.0, (num_bytes - a) / (b - a))
         size, seconds = fitting[-1]
         return seconds * max(1.0, num_bytes / size)
+
+    def among(self, places: Sequence[int]) -> PlanTable:
+        """The same plans between those of their ranks that are at `places`, counted anew in this order."""
+        entries = tuple(replace(entry, plan=entry.plan.among(places)) for entry in self.entries)
+        return replace(self, groups=groups_among(self.groups, places), entries=entries)
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, for `load` and `topology=path`."""

@@ -21,10 +21,11 @@ MANY_UNITS = 64 << 10
 
 
 class PointToPoint:
-    """Messages between the ranks of a link. bytes_sent: of payload, by this rank, so far."""
+    """Messages between a link's members, by their places in it. bytes_sent: of payload, by this rank."""
 
     def __init__(self, link: Link) -> None:
-        self.rank, self.num_ranks, self.group = link.rank, link.num_ranks, link.group
+        self.rank, self.num_ranks = link.members.index(link.rank), len(link.members)
+        self.group = link.group
         self.bytes_sent = 0
 
     def exchange(self, sends: Iterable[Transfer], receives: Iterable[Transfer], tag: int) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from deepep.api.arguments import timeout_of
 from deepep.collectives.codecs import LOSSY
-from deepep.collectives.plan import ONE_ROUNDING, SCHEDULES, ReductionPlan, checked_groups
+from deepep.collectives.plan import ONE_ROUNDING, SCHEDULES, ReductionPlan, checked_groups, groups_among
 from deepep.collectives.plan_table import PlanTable, codecs_of, load_plan
 from deepep.errors import ArgumentTypeError, RangeError
 from deepep.runtime.checks import check_int
@@ -118,6 +118,16 @@ def with_changes(config: ParallelConfig, changes: dict[str, Any]) -> ParallelCon
             nearest = difflib.get_close_matches(name, names, 1)
             hint = f" (did you mean {nearest[0]}?)" if nearest else ""
             raise RangeError("option", f"{name!r}{hint}", ", ".join(names))
+    return replace(config, **changes)
+
+
+def config_among(config: ParallelConfig, places: Sequence[int]) -> ParallelConfig:
+    """The options for those ranks that are at `places`, counted anew in this order."""
+    changes: dict[str, Any] = {}
+    if isinstance(config.topology, ReductionPlan | PlanTable):
+        changes["topology"] = config.topology.among(places)
+    if not isinstance(config.groups, str):
+        changes["groups"] = groups_among(config.groups, places)
     return replace(config, **changes)
 
 

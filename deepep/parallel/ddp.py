@@ -16,6 +16,7 @@ from deepep.collectives import Communicator
 from deepep.collectives.communicator import DTYPES
 from deepep.collectives.plan_table import PlanTable
 from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
+from deepep.parallel.attempts import StepAttempt, StepCollectives, Steps
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
 from deepep.parallel.experts import (
     ExpertReducer,
@@ -107,6 +108,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         self._bucket_reducer: BucketReducer | None = None
         self._expert_reducer: ExpertReducer | None = None
         self.expert_group = replicas
+        self._gradient, self._experts = gradient, list(experts.values())
         super().__init__(module, device_ids, output_device, dim, *torch_arguments, **torch_options)
         # A second backward reduces what the first has reduced together with what it adds: right for a mean
         # alone. So a sum is the mean of R times the addends.
@@ -171,10 +173,64 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if self._expert_reducer is not None:
             self._expert_reducer.reducer.next_config = reducer.next_config
 
+    def attempts(self, *, keep: str = "buckets", min_members: int | None = None) -> Iterator[StepAttempt]:
+        """Attempts at one training step, which goes on without ranks that die in it; usually there is one.
+
+            for attempt in model.attempts():
+                with attempt:
+                    optimizer.zero_grad(); loss_of(model(x)).backward(); optimizer.step()
+
+        A backward returns once every rank has its sums; so if a rank is missing, its survivors all have this
+        step's gradients with it, or all sum without it what each has kept of its own, or, if a forward or a
+        backward failed, run the body again, with gradients, module buffers and torch's random numbers as they
+        were. Weights are those of the ranks that were there, bit for bit. In an attempt one backward reduces
+        gradients, and all ranks call this alike, on the CPU.
+
+        keep: "buckets": a copy of this rank's gradients, for summing again; "recompute": no copy, the body
+        runs again, on all ranks: for forwards that communicate, as those of deepep.nn.ExpertParallelMoE.
+        min_members: fewer ranks do not go on; None: more than half of those who were there before.
+
+        Raises EvictedError on a rank without which the others have gone on; PeerTimeoutError if too few are
+        left, the store is lost, or it is not settled who is missing; ModeError, RangeError for what does not
+        fit.
+        """
+        if self._gradient != "mean":
+            raise ModeError("gradient", repr(self._gradient), "'mean': of the ranks that are there")
+        if self._expert_reducer is not None:
+            raise ModeError("expert_group", "replicas of experts", "experts of one rank each, or none")
+        reducer = self._reducer_of_ours()
+        if reducer.comm.device.type != "cpu":
+            raise ModeError("attempts", f"a model on {reducer.comm.device}", "a model on the CPU")
+        if reducer.steps is None:
+            reducer.steps = Steps(self, reducer, self._renew)
+            self._take_group(StepCollectives(reducer.comm))
+        reducer.steps.configure(keep, min_members)
+        attempt = StepAttempt(reducer.steps)
+        while not attempt.is_done:
+            yield attempt
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks of the process group that take part: all, but for those that attempts left out."""
+        return self._reducer_of_ours().comm.members
+
+    def _renew(self, is_stale: bool) -> None:
+        """As `Steps` has it."""
+        comm = self._reducer_of_ours().comm
+        self._update_process_group(StepCollectives(comm))
+        if is_stale:  # some ranks may have cut buckets anew, some not: all do in the next forward
+            self.reducer._push_all_rebuilt_params()
+        scale_gradients(self._experts, 1, comm.num_ranks)
+
+    def _take_group(self, group: StepCollectives) -> None:
+        self.process_group = group
+        self.reducer._update_process_group(group)
+
     def report(self) -> dict[str, Any]:
         """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans` by
-        bucket. Of measured plans `plan_version`. Of compression "auto" by bucket `noise`: what a format adds
-        to the gradients' own variance, in proportion, as of the backward before the last.
+        bucket and `members`, the ranks that it sums over. Of measured plans `plan_version`. Of compression
+        "auto" by bucket `noise`: what a format adds to the gradients' own variance, in proportion, as of the
+        backward before the last.
         """
         reducer = self._reducer_of_ours()
         plans = {index: asdict(plan) for index, plan in reducer.plans.items()}
@@ -184,6 +240,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             "steps": reducer.step,
             "bytes_sent": reducer.comm.bytes_sent,
             "plans": plans,
+            "members": reducer.members,
             "plan_version": version,
             "noise": noise,
         }

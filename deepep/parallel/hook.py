@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,9 @@ from torch.futures import Future
 from deepep.collectives import Communicator, PendingReduction, ReductionPlan
 from deepep.collectives.codecs import LOSSY, rounding_key
 from deepep.collectives.plan_table import PlanTable
-from deepep.parallel.config import ParallelConfig
+from deepep.errors import PeerTimeoutError
+from deepep.parallel.attempts import HeldBucket, Steps
+from deepep.parallel.config import ParallelConfig, config_among
 from deepep.parallel.drift import DriftDetector
 from deepep.parallel.planning import plan_of, table_of
 from deepep.parallel.policy import BucketFormat, BucketNoise, measure, square_of
@@ -40,8 +42,9 @@ class BucketReducer:
     """Averages the buckets of one model's backwards over the ranks.
 
     table: measured or pinned plans; None: by the fixed rule. step: backwards so far, by which dice differ.
-    plans: of the last backward, by bucket. next_config: options that hold from the next backward on. formats:
-    of compression "auto", by bucket; noise: what they followed from, as of the backward before the last.
+    plans: of the last backward, by bucket. members: the group's ranks that it sums over. next_config: options
+    that hold from the next backward on. formats: of compression "auto", by bucket; noise: what they followed
+    from, as of the backward before the last.
     """
 
     comm: Communicator
@@ -49,10 +52,13 @@ class BucketReducer:
     table: PlanTable | None = None
     step: int = 0
     plans: dict[int, ReductionPlan] = field(default_factory=dict)
+    members: tuple[int, ...] = ()
     next_config: ParallelConfig | None = None
     formats: dict[int, BucketFormat] = field(default_factory=dict)
     noise: dict[int, BucketNoise] = field(default_factory=dict)
+    steps: Steps | None = None  # of a model whose steps go on without ranks that died
     _failure: BaseException | None = None
+    _pending: list[Future[Tensor]] = field(default_factory=list)  # sums of buckets that an attempt holds
     _first: PendingReduction | None = None  # of the last backward's first bucket
     _measured: dict[int, list[float]] = field(default_factory=dict)  # in this backward, by bucket
     _given: dict[int, ReductionPlan] = field(default_factory=dict)  # buckets given aside, and how reduced
@@ -70,13 +76,21 @@ class BucketReducer:
         if index == 0:
             self._failure = None
         in_backward = torch._C._current_graph_task_id() >= 0
+        steps = self.steps if self.steps is not None and self.steps.is_open else None
         step = self.step
         if bucket.is_last():
-            self.step += 1
-            if in_backward:
-                at_the_end_of_backward(self._raise)
+            if steps is not None:
+                at_the_end_of_backward(self._finish, before=self._settle)
+            else:
+                self.step += 1
+                if in_backward:
+                    at_the_end_of_backward(self._raise)
+        held = None
+        if steps is not None and steps.keep == "buckets":
+            held = steps.hold(bucket)
+            tensor = held.sums
         if self._failure is not None:
-            return _completed(tensor)
+            return _completed(tensor) if held is None else held.done
         try:
             if index == 0:
                 self._begin()
@@ -85,19 +99,26 @@ class BucketReducer:
             if not in_backward:
                 raise
             self._failure = error
-            return _completed(tensor)
+            return _completed(tensor) if held is None else held.done
         if tensor.is_cuda or not in_backward:  # a rank that has joined (`join`) waits for its buckets itself
             return pending
+        done = self._noting_failures(pending, tensor)
+        if steps is not None:
+            self._pending.append(done)
+        return done if held is None else held.done
+
+    def _noting_failures(self, pending: Future[Tensor], tensor: Tensor) -> Future[Tensor]:
+        """A future that does not fail: the backward's failure is noted, for its end."""
         done: Future[Tensor] = Future()
 
-        def settle(ended: Future[Tensor]) -> None:
+        def note(ended: Future[Tensor]) -> None:
             try:
                 ended.value()
             except Exception as error:
                 self._failure = self._failure or error
             done.set_result(tensor)
 
-        pending.add_done_callback(settle)
+        pending.add_done_callback(note)
         return done
 
     def _begin(self) -> None:
@@ -165,6 +186,7 @@ class BucketReducer:
             self._measured[index] = [*numbers, 0.0]
             inspect = partial(self._measure_mean, index)
         if index == 0:
+            self.members = self.comm.members
             # The whole of the options: those that make no difference to this bucket may to the next.
             pending = self.comm.all_reduce(
                 tensor,
@@ -207,8 +229,54 @@ class BucketReducer:
     def _raise(self) -> None:
         failure, self._failure = self._failure, None
         if failure is not None:
-            self._first, self._measured, self._given = None, {}, {}  # of use only if all ranks have them
+            self._forget()
             raise failure
+
+    def _settle(self) -> None:
+        """At the end of an attempt's backward: its sums count, or not, for all survivors alike."""
+        assert self.steps is not None
+        self.steps.settle(self._outcome())
+
+    def _finish(self) -> None:
+        assert self.steps is not None
+        self.steps.finish()
+        self.step += 1
+
+    def _outcome(self) -> BaseException | None:
+        """The failure of sums under way, once they have ended."""
+        pending, self._pending = self._pending, []
+        for done in pending:
+            done.wait()
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _forget(self) -> None:
+        self._first, self._measured, self._given = None, {}, {}  # of use only if all ranks have them
+
+    def restart(self, places: list[int]) -> None:
+        """Forgets, after a fault, what was measured, and has plans be for the members that are left, by their
+        places among those before.
+        """
+        self._forget()
+        self._sizes.clear()
+        self._drift.restart()
+        pinned, self.config = self.config.topology, config_among(self.config, places)
+        if self.table is not None and self.table is not pinned:
+            self.table = self.table.among(places)
+        elif isinstance(self.config.topology, PlanTable):
+            self.table = self.config.topology
+
+    def sum_again(self, held: Mapping[int, HeldBucket]) -> BaseException | None:
+        """Sums over the ranks that are left what this rank has of each bucket; the failure, if any."""
+        self._failure, self._pending = None, []
+        try:
+            for index, bucket in sorted(held.items()):
+                bucket.sums = bucket.own.clone()
+                pending = self._issue(index, self.step, bucket.sums)
+                self._pending.append(self._noting_failures(pending, bucket.sums))
+        except PeerTimeoutError as fault:
+            self._failure = fault
+        return self._outcome()
 
 
 def reduce_bucket(state: BucketReducer, bucket: GradBucket) -> Future[Tensor]:
@@ -231,7 +299,13 @@ def _completed(tensor: Tensor) -> Future[Tensor]:
     return future
 
 
-def at_the_end_of_backward(call: Callable[[], None]) -> None:
-    """Calls after torch's reducer has waited for the buckets, in a callback that it queues after this one."""
+def at_the_end_of_backward(after: Callable[[], None], before: Callable[[], None] | None = None) -> None:
+    """Calls `before` and `after` torch's reducer has waited for the buckets, which it does in a callback."""
     engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(lambda: engine.queue_callback(call))
+
+    def first() -> None:
+        if before is not None:
+            before()
+        engine.queue_callback(after)
+
+    engine.queue_callback(first)

@@ -44,6 +44,9 @@ class Operation(IntEnum):
     PROBE = 12
     RELEASE_MEMORY = 13
     GATHER = 14
+    COMMIT = 15
+    COLLECTIVE = 16
+    STEP = 17
     REDUCE_SCATTER = 18
 
     @property

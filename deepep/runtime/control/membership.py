@@ -472,23 +472,56 @@ class Membership:
         Raises it, or the error of a rank that the others go on without. That rank masks nobody, nor does one
         that finds its way back to others who have changed the members, before it has a link again.
         """
+        if self._returns:
+            raise fault
+        taken = self.go_on(fault, course)
+        if taken is Course.LEFT_OUT:
+            self._is_left_out = self._returns = True
+            raise PeerTimeoutError(fault.record, f"{fault.reason}; {LEFT_OUT}")
+        return taken
+
+    def go_on(
+        self,
+        fault: PeerTimeoutError,
+        decide: Callable[[Meeting, Verdict, tuple[int, ...]], Course],
+        evicts: bool = False,
+    ) -> Course:
+        """The course after `fault` that `decide` finds, the same or one that fits on all survivors: they mask
+        the missing ranks. evicts: for good, which these find in the store whenever they look, though the
+        others be gone. Raises `fault` where none is found, or nothing is settled.
+        """
         meeting, verdict = self._fault_meeting, self._verdict
         self._verdict = None
-        if meeting is None or verdict is None or self._returns:
+        if meeting is None or verdict is None:
             raise fault
         try:
-            taken = course(meeting, verdict, self.members)
+            if evicts and self._store.has(f"evicted/{self.rank}"):
+                return Course.LEFT_OUT
+            taken = decide(meeting, verdict, self.members)
+            missing = set(verdict.missing) if verdict.seen < len(self.members) else set()
+            if evicts and taken not in (Course.RAISE, Course.LEFT_OUT):
+                for rank in missing:
+                    self._store.set(f"evicted/{rank}", "")
         except StoreError as error:
             raise self.store_lost(error) from None
         if taken is Course.RAISE:
             raise fault
-        if taken is Course.LEFT_OUT:
-            self._is_left_out = self._returns = True
-            raise PeerTimeoutError(fault.record, f"{verdict.reason}; {LEFT_OUT}")
-        if verdict.seen < len(self.members):
-            self._masked |= set(verdict.missing)
-        self._fault = self._fault_meeting = None
+        if taken is not Course.LEFT_OUT:
+            self._masked |= missing
+            self._fault = self._fault_meeting = None
         return taken
+
+    def give_up(self, operation: str, reason: str) -> PeerTimeoutError:
+        """Gives up the link because of what this rank has met beside it, as if it had failed; the error that
+        all members raise, or that of a fault which is settled already.
+        """
+        if self._verdict is None:
+            self.begin(operation)
+            self.control()
+            self.progress.sequence += 1
+            self.progress.phase = "forward or backward"
+            return self.fault(LinkError(reason))
+        return self._blame(self._verdict)
 
     def _blame(self, verdict: Verdict) -> PeerTimeoutError:
         return self.blame(verdict.missing, verdict.seen, verdict.reason)

@@ -35,6 +35,9 @@ class Course(Enum):
     GO_ON = auto()
     """Its operation is complete."""
 
+    RESTART = auto()
+    """It makes its training step again, from the beginning."""
+
 
 class Place(NamedTuple):
     """A rank's place: the number of its operation on the link, from 1; operation and phase."""
@@ -50,7 +53,7 @@ def course(meeting: Meeting, verdict: Verdict, members: tuple[int, ...]) -> Cour
     missing = () if everybody else verdict.missing
     if verdict.withdrew or not (everybody or missing):
         return Course.RAISE
-    places = {rank: _place(meeting, rank) for rank in members if rank not in missing}
+    places = {rank: place_of_rank(meeting, rank) for rank in members if rank not in missing}
     known = [place for place in places.values() if place is not None]
     last = max((place.number for place in known), default=0)
     fitting = len(known) == len(places) > 0 and all(
@@ -67,7 +70,7 @@ def course(meeting: Meeting, verdict: Verdict, members: tuple[int, ...]) -> Cour
     return Course.REPEAT if mine.number == last else Course.GO_ON
 
 
-def _place(meeting: Meeting, rank: int) -> Place | None:
+def place_of_rank(meeting: Meeting, rank: int) -> Place | None:
     """The place that a rank reported; or, where they had not met yet, the operation that it came with."""
     report = meeting.store.get(f"report/{rank}")
     if report is not None:

@@ -1,0 +1,224 @@
+"""Attempts: training steps that go on without ranks that died, each applied by all survivors or by none.
+
+A step's gradients count once every rank has its sums (`Communicator.commit`), at the end of the backward: so
+what comes after, clipping, a GradScaler, the optimizer, works on gradients that all have. A rank that is
+missing by then is left out. Either every survivor has its sums, and they count, or all of them sum again what
+each has kept of its own; where a forward or a backward has failed there is nothing to sum, and the body of
+the attempt runs again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _create_work_from_future as work_of  # type: ignore[attr-defined]
+from torch.futures import Future
+
+from deepep.collectives import Communicator
+from deepep.errors import ModeError, PeerTimeoutError, RangeError
+from deepep.runtime.checks import MOST, check_int
+from deepep.runtime.control.shrinking import Course
+
+if TYPE_CHECKING:
+    from deepep.parallel.hook import Bucket, BucketReducer
+
+KEEP = ("buckets", "recompute")
+_MOST_FAULTS = 10
+"""Faults in a row, without a step that counts between them, after which a rank gives up."""
+
+
+@dataclass
+class HeldBucket:
+    """A bucket whose sums do not count yet. own: this rank's gradients, [N], which torch's reducer keeps
+    until its next backward; sums: [N], of all ranks, once they are there; done: what that reducer waits for.
+    """
+
+    own: Tensor
+    sums: Tensor
+    done: Future[Tensor]
+
+
+class AttemptFailed(Exception):
+    """Ends an attempt that is made again; internal, `StepAttempt` takes it."""
+
+
+class StepCollectives(dist.ProcessGroup):
+    """Collectives of torch's DDP itself (module buffers, the order of buckets, unused parameters), between
+    the members of a communicator and in its order, so that a fault in one is a fault of the step.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        super().__init__(comm.rank, comm.num_ranks)  # type: ignore[call-arg]
+        self.comm = comm
+
+    def broadcast(self, tensors: Any, options: Any = None) -> Any:  # type: ignore[override]
+        """In place, complete on return."""
+        options = options or dist.BroadcastOptions()
+        return self._run("broadcast", tensors, lambda group: group.broadcast(tensors, options))
+
+    def allreduce(self, tensors: Any, options: Any = None) -> Any:  # type: ignore[override]
+        """In place, complete on return."""
+        options = options or dist.AllreduceOptions()
+        return self._run("all_reduce", tensors, lambda group: group.allreduce(tensors, options))
+
+    def getBackendName(self) -> str:  # torch has this name
+        """The name that torch shows."""
+        return "deepep"
+
+    def _run(self, name: str, tensors: list[Tensor], call: Callable[[dist.ProcessGroup], dist.Work]) -> Any:
+        sizes = [tensor.numel() for tensor in tensors]
+        self.comm.collective(call, zlib.crc32(repr((name, sizes)).encode()))
+        done: Future[Any] = Future()
+        done.set_result(tensors)
+        return work_of(done)
+
+
+class Steps:
+    """State that the attempts of one model have in common.
+
+    renew: begins torch's reducer anew, among the members; told whether to agree on the order of buckets at
+    the next forward, which ranks may not know of each other after a fault, or to find the order of arrival.
+    """
+
+    def __init__(self, model: nn.Module, reducer: BucketReducer, renew: Callable[[bool], None]) -> None:
+        self._model, self._reducer, self._renew = model, reducer, renew
+        self.keep = KEEP[0]
+        self.min_members: int | None = None
+        self.is_open = self.is_committed = False
+        self._is_over = self._is_stale = self._is_renewed = False
+        self._faults = 0
+        self._held: dict[int, HeldBucket] = {}
+        self._error: BaseException | None = None
+
+    def configure(self, keep: str, min_members: int | None) -> None:
+        """Sets what holds for attempts from now on. Raises RangeError or ArgumentTypeError."""
+        if keep not in KEEP:
+            raise RangeError("keep", repr(keep), " or ".join(map(repr, KEEP)))
+        if min_members is not None:
+            check_int("min_members", min_members, 1, MOST)
+        self.keep, self.min_members = keep, min_members
+
+    # of a backward
+
+    def hold(self, bucket: Bucket) -> HeldBucket:
+        """A place for the sums of a bucket, until they count."""
+        own = bucket.buffer()
+        held = self._held[bucket.index()] = HeldBucket(own, own.clone(), Future())
+        return held
+
+    def settle(self, failure: BaseException | None) -> None:
+        """At the end of a backward, whose sums have met `failure`, before torch's reducer takes them: returns
+        once they count on every survivor, or it is known that they do not (`finish`).
+        """
+        try:
+            if self.is_committed:
+                allowed = "one backward that reduces gradients in an attempt; those before it in no_sync()"
+                raise ModeError("backward", "a second one", allowed)
+            self._commit(failure)
+        except Exception as error:
+            self._error = error
+        for held in self._held.values():
+            held.done.set_result(held.sums)
+        self._held.clear()
+
+    def finish(self) -> None:
+        """After torch's reducer. Raises AttemptFailed if the attempt has to be made again; a failure of the
+        sums that is no missing rank's; what `Communicator.survive` does.
+        """
+        error, self._error = self._error, None
+        if self._is_stale or self._is_renewed:
+            self._begin_anew()
+        if error is not None:
+            raise error
+
+    def _begin_anew(self) -> None:
+        self._renew(self._is_stale)
+        self._is_stale, self._is_renewed = False, self._is_stale
+
+    def _commit(self, failure: BaseException | None) -> None:
+        comm = self._reducer.comm
+        while True:
+            try:
+                if failure is not None:
+                    raise failure
+                comm.commit(self._reducer.step)
+                break
+            except PeerTimeoutError as fault:
+                course = self._survive(fault)
+                if course is Course.GO_ON:
+                    break
+                if course is Course.RESTART or self.keep == "recompute":
+                    raise AttemptFailed from fault
+            failure = self._reducer.sum_again(self._held)
+        self.is_committed = True
+        self._faults = 0
+
+    def _survive(self, fault: PeerTimeoutError) -> Course:
+        comm = self._reducer.comm
+        self._faults += 1
+        try:
+            if self._faults > _MOST_FAULTS:
+                raise fault
+            before = comm.members
+            course = comm.survive(fault, self.min_members)
+        except PeerTimeoutError:
+            self._is_over = True
+            raise
+        self._reducer.restart([before.index(rank) for rank in comm.members])
+        self._is_stale = True
+        return course
+
+    # of an attempt
+
+    def begin(self) -> None:
+        """An attempt begins: notes what its backward and its forward will change."""
+        self.is_open, self.is_committed = True, False
+        self._held.clear()
+        self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self._model.parameters()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        self._random = torch.get_rng_state()
+
+    def end(self, error: BaseException | None) -> bool:
+        """An attempt has ended, by `error` perhaps: whether it has to be made again."""
+        self.is_open = False
+        failed = isinstance(error, AttemptFailed)
+        if isinstance(error, PeerTimeoutError) and not (self._is_over or self.is_committed):
+            # Of a collective in the forward, or of somebody else's: a Buffer's.
+            self._survive(self._reducer.comm.give_up(str(error)))
+            self._begin_anew()
+            failed = True
+        if failed:
+            with torch.no_grad():
+                for parameter, gradient in self._gradients:
+                    parameter.grad = gradient
+                for buffer, values in self._buffers:
+                    buffer.copy_(values)
+            torch.set_rng_state(self._random)
+        self._gradients, self._buffers = [], []
+        return failed
+
+
+class StepAttempt:
+    """One run of a step's body: `with attempt: ...`. is_done: the step needs no other."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.is_done = False
+
+    def __enter__(self) -> StepAttempt:
+        self._steps.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        again = self._steps.end(error)
+        self.is_done = not again
+        return again
