@@ -48,7 +48,7 @@ def test_info_names_everything_it_should() -> None:
         value.startswith(("yes: ", "no: ")) for name, value in shown["backends"].items() if name.islower()
     )
     assert {"cuda", "emulator", "reference"} <= set(shown["backends"])
-    assert shown["nvshmem"]["usable"].startswith(("yes: ", "no: not installed: "))
+    assert shown["nvshmem"]["usable"].startswith(("yes: ", "no: not installed: ", "no: built without "))
     has_gpu = torch.cuda.is_available()
     assert ("GPU 0" in shown["cuda"]) == has_gpu
 

@@ -23,9 +23,10 @@ def why_not() -> str:
     """Reason why this process cannot put to other domains; empty: it can. Loads no library."""
     from importlib.util import find_spec
 
-    if find_spec("deepep._nvshmem") is None:
+    lacking = missing()
+    if not lacking and find_spec("deepep._nvshmem") is None:
         return "built without NVSHMEM: deepep._nvshmem is missing"
-    return missing()
+    return lacking
 
 
 class RemoteMemory:
