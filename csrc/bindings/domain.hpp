@@ -195,6 +195,9 @@ void bind_operations(py::class_<Domain>& domain) {
   domain
       .def("set_live", &Domain::set_live, "live"_a)
       .def(
+          "set_waits", [](Domain& self, uintptr_t waits) { self.set_waits(pointer<int64_t>(waits)); },
+          "waits"_a, "Has the calls to come add nanoseconds waited for each rank, [NUM_WAITS, R]; 0: nowhere.")
+      .def(
           "barrier", [](Domain& self, uintptr_t stream) { self.barrier(pointer<void>(stream)); },
           "stream"_a = 0);
 }
@@ -222,6 +225,7 @@ inline void bind_common(py::module_& m) {
   m.attr("STATE_BYTES") = sizeof(kernels::LocalState);
   m.attr("FAULT_BYTES") = sizeof(FaultRecord);
   m.attr("MAX_RANKS") = layout::kMaxRanks;
+  m.attr("NUM_WAITS") = static_cast<int>(kernels::Waited::kNumKinds);
   m.attr("MAX_COUNTED_TOKENS") = layout::kMaxStretches * layout::kStretch;
   m.def(
       "counting_bytes",

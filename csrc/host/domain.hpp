@@ -71,6 +71,9 @@ class Domain {
   /// Ranks that take part in the calls to come: bit r is rank r.
   void set_live(uint32_t live) { group_.live = live; }
 
+  /// Where the calls to come add what they wait for each rank, [kNumKinds, R]; null: nowhere.
+  void set_waits(int64_t* waits) { group_.waits = waits; }
+
   void dispatch(const DispatchLaunch& call) { launch(call, kernels::DispatchMode::kFresh); }
 
   /// The same where nothing is known of where tokens go but their top-k indices.

@@ -15,7 +15,8 @@ from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
 
 Phase = tuple[str, str]
-"""An operation ("dispatch", "combine", "low_latency_dispatch", ...), and "arrive", "rows" or "kernels"."""
+"""An operation ("dispatch", "combine", "low_latency_dispatch", ...), and what was waited for: "arrive",
+"rows", "metadata", "digest" or "kernels"."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class WaitStatistics:
     nanoseconds: by operation and phase, [R] int64, how long this rank waited for each; or, gathered,
         [R, R] int64, row i what rank i waited for. "arrive": until the other called the operation at all;
         several late ranks are charged with the same time. "rows": until the other's rows had come, counted
-        from when those waited for before had. "kernels": until the other's flags were seen by
-        low-latency kernels, on CUDA, or on the emulator in its machine's time.
+        from when those waited for before had. By kernels, on CUDA, and on the emulator in its machine's
+        time: "metadata" of a dispatch and "digest" of a combine, until the other's launch had posted it;
+        "rows", beyond that, until their flags were seen, of a combine those of one warp's sums; "kernels",
+        of low latency, until the other's launch had posted its words.
     calls: by operation and phase, in how many calls it was measured here; 0 where that is not counted.
     """
 
@@ -51,14 +54,14 @@ class WaitCalls:
         peer, on all of them, so that each peer's are timed by themselves; the bits are the same. It costs two
         words in each control exchange, which are there in any case, and a few readings of the clock.
 
-        On CUDA kernels add up their own waits in low latency, calls without statistics of the caller's alone;
-        the throughput mode is not measured there (`python -m deepep doctor`). Make a call before you capture
-        graphs.
+        On CUDA kernels add up their own waits: of low latency in calls without statistics of the caller's.
+        A host that waits for counts waits for the same metadata as its kernel. Graphs measure if they were
+        captured meanwhile. Between domains nothing is measured yet.
 
         Raises ModeError on a backend that cannot, and ArgumentTypeError.
         """
         recorder = self._recorder()
-        recorder.asks = check_flag("on", on)
+        recorder.ask(check_flag("on", on))
 
     def wait_statistics(self, clear: bool = False) -> WaitStatistics:
         """This rank's waits, by operation, phase and peer: see `WaitStatistics`. clear: begin anew.

@@ -21,6 +21,15 @@ from deepep.doctor.probe import Examination, examine, run_examination
 from deepep.doctor.trial import FAULTS, Trial, run_trials
 from deepep.errors import ArgumentError
 
+#: What ranks waited for in the buffer's traffic, by phase, in words.
+TRAFFIC = {
+    "arrive": "to call",
+    "metadata": "to launch a dispatch",
+    "digest": "to launch a combine",
+    "kernels": "to launch in low latency",
+    "rows": "to send its rows",
+}
+
 
 def command(
     ranks: Annotated[
@@ -118,16 +127,11 @@ def show(console: Console, found: Examination) -> bool:
     evidence = found.evidence
     console.print(f"{evidence.num_ranks} ranks, traffic on backend {found.backend}")
     if found.waits is not None:
-        for phase, words in (("arrive", "to call"), ("rows", "for rows of")):
+        for phase, words in TRAFFIC.items():
             waited = found.waits.of(phase)
             if waited is not None:
-                calls = max(1, sum(found.waits.calls.values()))
-                per_call = (waited.double() / calls / 1e6).tolist()
-                _draw(console, f"traffic: ms a call that a rank (row) waited {words} another", per_call)
-        in_kernels = found.waits.of("kernels")
-        if in_kernels is not None:
-            title = "traffic: ms in all that low-latency kernels of a rank (row) polled for another's flags"
-            _draw(console, title, (in_kernels.double() / 1e6).tolist())
+                title = f"traffic: ms in all that a rank (row) waited for another {words}"
+                _draw(console, title, (waited.double() / 1e6).tolist())
     late = [[seconds * 1e3 for seconds in row] for row in evidence.late]
     _draw(console, "work: ms a round that a rank (row) waited for another", late)
     links = [[seconds * 1e3 for seconds in row] for row in evidence.links]

@@ -23,6 +23,7 @@ from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
+from deepep.runtime.control.waits import KERNEL_WAITS, WaitRecorder
 from deepep.sim.emulator import shapes, two_level
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
@@ -50,7 +51,7 @@ class EmulatedPlan(DispatchPlan):
 
 
 @dataclass(frozen=True)
-class _Dispatch:
+class _DispatchPart:
     """One rank's share of a dispatch."""
 
     call: DispatchCall
@@ -60,25 +61,29 @@ class _Dispatch:
     in_rank: Tensor
     per_expert: Tensor
     send_row: Tensor | None
+    measures: bool
 
 
 @dataclass(frozen=True)
-class _Combine:
+class _CombinePart:
     """One rank's share of a combine."""
 
     call: CombineCall
     counts: Tensor
     send_row: Tensor
+    measures: bool
 
 
 class EmulatedAllToAll:
     """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED.
 
     ranks_per_domain: so many consecutive ranks share an NVLink domain, and rows cross to others by the
-    two-level kernels; 0: all ranks share one.
+    two-level kernels; 0: all ranks share one. recorder: where kernels' waits for each rank are added up
+    while it asks for them, in nanoseconds of the emulated machine; those between domains measure none.
     """
 
-    def __init__(self, ranks_per_domain: int = 0) -> None:
+    def __init__(self, recorder: WaitRecorder, ranks_per_domain: int = 0) -> None:
+        self._recorder = recorder
         self._ranks_per_domain = ranks_per_domain
         self._seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         self._operations = 0
@@ -131,7 +136,7 @@ class EmulatedAllToAll:
             and (self._operations + wire.rank) % 2 == 0
             and _is_layout_of(topk_idx, num_local_experts, wire, in_rank, per_expert)
         )
-        mine = _Dispatch(
+        mine = _DispatchPart(
             DispatchCall(
                 x=x,
                 num_local_experts=num_local_experts,
@@ -149,8 +154,10 @@ class EmulatedAllToAll:
             in_rank,
             per_expert.to(torch.int32),
             send_row if is_cached else None,
+            self._measures,
         )
-        made, source, kept = at_leader(wire, mine, self._run_dispatch)
+        made, source, kept, waits = at_leader(wire, mine, self._run_dispatch)
+        self._note("dispatch", waits)
         for target, got in zip((out.x, out.scales, out.topk_idx, out.topk_weights), made, strict=True):
             if target is not None and got is not None:
                 target[: len(got)].copy_(got)
@@ -185,9 +192,23 @@ class EmulatedAllToAll:
             factors=factors,
         )
         send_row = kept[0] if kept else _send_row(plan, wire.rank)
-        mine = _Combine(call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row)
-        made, weights = at_leader(wire, mine, self._run_combine)
+        mine = _CombinePart(
+            call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row, self._measures
+        )
+        made, weights, waits = at_leader(wire, mine, self._run_combine)
+        self._note("combine", waits)
         return CombineTensors(made, weights)
+
+    @property
+    def _measures(self) -> bool:
+        return self._recorder.asks and not self._ranks_per_domain
+
+    def _note(self, operation: str, waits: list[list[int]] | None) -> None:
+        if waits is None:
+            return
+        for (name, phase), waited in zip(KERNEL_WAITS, waits, strict=True):
+            if name == operation:
+                self._recorder.add(operation, phase, dict(enumerate(waited)))
 
     def layout(
         self, topk_idx: Tensor, num_experts: int, num_ranks: int, ranks_per_domain: int
@@ -201,7 +222,7 @@ class EmulatedAllToAll:
 
     # ---- on the leader -------------------------------------------------------------------------------------
 
-    def _run_dispatch(self, given: dict[int, _Dispatch], num_ranks: int) -> dict[int, Any]:
+    def _run_dispatch(self, given: dict[int, _DispatchPart], num_ranks: int) -> dict[int, Any]:
         # With a worst case, the same on all ranks, some rank may get exactly as many rows.
         has_worst = any(mine.rows_out > mine.num_rows and not mine.call.cached for mine in given.values())
         calls = {
@@ -224,6 +245,8 @@ class EmulatedAllToAll:
         )
         domain, slots, plans, layouts = run.domain, {}, {}, {}
         for rank, mine in given.items():
+            if mine.measures:
+                domain.measure_waits(rank)
             per_rank = mine.in_rank.sum(0, dtype=torch.int32)
             if mine.call.by_topk:
                 layout = domain.layout_inside(rank, len(mine.in_rank))
@@ -251,10 +274,11 @@ class EmulatedAllToAll:
                     raise EmulatedFailure(f"rank {rank}: tokens marked for other ranks than theirs")
             rows = domain.read_slot(rank, slots[rank], calls[rank], mine.num_rows)
             kept = self._read_handle(domain, rank, plans[rank], mine)
-            made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept)
+            waits = domain.read_waits(rank) if mine.measures else None
+            made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept, waits)
         return made
 
-    def _read_handle(self, domain: EmulatedDomain, rank: int, at: PlanAt, mine: _Dispatch) -> Tensor | None:
+    def _read_handle(self, domain: EmulatedDomain, rank: int, at: PlanAt, mine: _DispatchPart) -> Tensor | None:
         if mine.call.cached:
             return None
         counts, send_row = domain.read_plan(rank, at, mine.call.x.shape[0])
@@ -262,7 +286,7 @@ class EmulatedAllToAll:
             raise EmulatedFailure(f"rank {rank}: the handle's counts are {counts.tolist()}")
         return send_row
 
-    def _run_combine(self, given: dict[int, _Combine], num_ranks: int) -> dict[int, Any]:
+    def _run_combine(self, given: dict[int, _CombinePart], num_ranks: int) -> dict[int, Any]:
         calls = {rank: mine.call for rank, mine in given.items()}
         max_tokens = max(call.num_tokens for call in calls.values())
         run = self._new_run(
@@ -278,12 +302,21 @@ class EmulatedAllToAll:
             ),
         )
         domain = run.domain
+        for rank, mine in given.items():
+            if mine.measures:
+                domain.measure_waits(rank)
         at = {
             rank: domain.combine(rank, mine.call, domain.given_plan(rank, mine.counts, mine.send_row))
             for rank, mine in given.items()
         }
         run.to_the_end()
-        return {rank: domain.read_sums(rank, calls[rank], at[rank]) for rank in given}
+        return {
+            rank: (
+                *domain.read_sums(rank, calls[rank], at[rank]),
+                domain.read_waits(rank) if mine.measures else None,
+            )
+            for rank, mine in given.items()
+        }
 
     def _new_run(self, num_ranks: int, members: tuple[int, ...], sizes: _Sizes) -> _Run:
         if 0 < self._ranks_per_domain < num_ranks:

@@ -106,8 +106,22 @@ class EmulatedDomain:
                 )
             )
         machine.meet()
+        self._waits: dict[int, int] = {}
         self._tickets = [0] * num_ranks
         self._slots_used = [0] * num_ranks
+
+    def measure_waits(self, rank: int) -> None:
+        """From now on the rank's calls add up how long they wait for the others."""
+        self._waits[rank] = self._zeros(
+            f"waits@{rank}", "device", rank, 8 * _emulator.NUM_WAITS * self.num_ranks
+        )
+        self._domains[rank].set_waits(self._waits[rank])
+
+    def read_waits(self, rank: int) -> list[list[int]]:
+        """Nanoseconds that it has waited for each rank, by what it waited for."""
+        shape = (_emulator.NUM_WAITS, self.num_ranks)
+        waits: list[list[int]] = self.read(rank, self._waits[rank], torch.int64, shape).tolist()
+        return waits
 
     # ---- layout --------------------------------------------------------------------------------------------
 

@@ -48,7 +48,8 @@ class EmulatorEngine(ReferenceEngine):
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
         per_domain = options.ranks_per_domain
-        self._kernels = EmulatedAllToAll(per_domain if per_domain < self.info.num_ranks else 0)
+        domains = per_domain if per_domain < self.info.num_ranks else 0
+        self._kernels = EmulatedAllToAll(self._control.waits, domains)
         self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))

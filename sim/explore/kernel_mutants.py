@@ -113,7 +113,7 @@ _WORD_ALONE = "the word is all that is read"
 _KERNEL_END = "the end of the kernel before it is a fence"
 _BARRIER_BEHIND = "place_tokens has a block barrier, too, before any of these words is used"
 _READ_BEHIND_THE_KERNEL = "hosts here read it when the kernel has ended"
-_A_FIGURE = "what comes out is a figure, of which no schedule is judged; a test of it knows what is right"
+_A_FIGURE = "a figure that no explored call asks for: tests of what is measured know what is right"
 _OWN_ARRIVAL = "the lane that arrives is the one that waits"
 _BYTES_ALONE = "the phase waits for the copies' bytes, and nobody reads what the lane wrote before"
 _ONE_WORD = "the emulator orders stores to one word as they run: it cannot show what this order is for"
@@ -135,7 +135,13 @@ HARMLESS: dict[str, str] = {
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "low_latency/mend.hpp mask: store sys -> gpu": _READ_BEHIND_THE_KERNEL,
-    "low_latency/patience.hpp measure_waits: wait_tag does not wait": _A_FIGURE,
+    "low_latency/patience.hpp measure_waits: load sys -> gpu": _A_FIGURE,
+    "common/waits.hpp measure_wait: load -> load_once": _A_FIGURE,
+    "dispatch/metadata.hpp measure_metadata: load sys -> gpu": _A_FIGURE,
+    "dispatch/signal.hpp wait_rows: sync_warp removed": _A_FIGURE,
+    "dispatch/signal.hpp wait_rows: load -> load_once": _A_FIGURE,
+    "combine/digest.hpp measure_digests: load sys -> gpu": _A_FIGURE,
+    "combine/reduce.hpp measure_rows: load sys -> gpu": _A_FIGURE,
     "low_latency/dispatch_count.hpp post_words: store gpu -> block": _ONE_WORD,
     "low_latency/dispatch_count.hpp post_words: store release -> relaxed": _ONE_WORD,
     "low_latency/combine_stage.hpp stage_rows: mbarrier_expect release -> relaxed": _BYTES_ALONE,

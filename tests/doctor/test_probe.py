@@ -67,7 +67,7 @@ def test_the_command_draws_and_names(
     done = CliRunner().invoke(app, ["--device", "cpu"])
     assert done.exit_code == status, done.output
     assert words in done.output
-    assert "traffic: ms a call" in done.output
+    assert "traffic: ms in all" in done.output
     assert "low-latency kernels of a rank" in done.output
     if status:
         assert "the link from rank 0 to rank 1 is 9 times as slow" in done.output

@@ -220,7 +220,8 @@ def test_wait_statistics_are_of_the_ranks_that_come_late(
     for rank, waits in enumerate(after_dispatch):
         assert waits[rank] == 0
     for rank in (0, 1):
-        assert late * 0.9 < after_dispatch[rank][2] < late * 1.1
+        # While all only look, time passes in jumps, each up to twice the one before.
+        assert late * 0.9 < after_dispatch[rank][2] < late * 2
         assert after_dispatch[rank][1 - rank] < late * 0.1
     assert max(after_dispatch[2]) < late * 0.1  # the late one waits least
     for rank, handle in enumerate(handles):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/combine/call.hpp"
+#include "kernels/common/waits.hpp"
 
 namespace deepep::kernels {
 
@@ -37,6 +38,22 @@ DEEPEP_DEVICE void post_digest(const CombineCall& call) {
 }
 DEEPEP_DEVICE void post_refusal(const CombineCall& call) {
   if (posts_digest() && dev::block() == 0) post_digest(call, kRefusal);
+}
+
+/// The warp of a launch whose waits are measured, where somebody wants to know: one that sums, and has not the
+/// whole block's flags to raise before.
+[[nodiscard]] DEEPEP_DEVICE bool measures_waits(const Group& g) {
+  return g.waits != nullptr && dev::warp() == dev::num_warps() - 2 && dev::block() == dev::num_blocks() - 1;
+}
+
+DEEPEP_DEVICE void measure_digests(const CombineCall& call) {
+  using namespace dev;
+  const Group& g = call.g;
+  if (!measures_waits(g)) return;
+  measure_wait(sums_of(g, Waited::kDigest), has_peer(g), call.deadline, [&] {
+    const uint64_t* word = at<uint64_t>(g, g.rank, g.control.combine_digest(lane(), call.epoch));
+    return unpack_tagged(load<relaxed, sys_scope>(word)).tag == call.epoch;
+  });
 }
 
 /// Whether all live ranks combine the same as this one, whose digest is given; nobody does if that is a

@@ -41,6 +41,16 @@ struct Turn {
   return takes_turn_early(plan.role) ? take_turn(call, plan, true) : Turn{0, -1};
 }
 
+/// How long a turn's rows are waited for.
+DEEPEP_DEVICE void measure_rows(const CombineCall& call, const TokenRows& rows, uint32_t part) {
+  using namespace dev;
+  const std::byte* flags = call.g.heap[call.g.rank] + call.g.staging_offset;
+  measure_wait(sums_of(call.g, Waited::kReturnedRows), rows.is_remote(), call.deadline, [&] {
+    const auto* flag = reinterpret_cast<const uint32_t*>(flags + call.args.staging.flag(rows.place, part));
+    return load<relaxed, sys_scope>(flag) == call.epoch;
+  });
+}
+
 /// This warp's turns; `turn`: the first, if it was taken early. Waits for the digests, too: rows of a rank that
 /// disagrees are not where they belong. False if a rank disagrees or a row did not come.
 template <class Row>
@@ -60,6 +70,7 @@ template <class Row>
   const int32_t to_place = handles ? static_cast<int32_t>(layout::first_staging_row(count, g.rank, lane()) -
                                                           layout::first_row_of_source(count, g.rank, lane()))
                                    : 0;
+  measure_digests(call);
   bool fails = !wait_digests(call, digest_of(call));
 #pragma unroll 1
   for (;;) {
@@ -80,6 +91,7 @@ template <class Row>
     const Vec16* early = pair_of(addends).here;
     if (is_pair && early != nullptr) read_pieces(early + from + lane(), end - from - lane(), here);
     turn = take_turn(call, plan, false);
+    if (measures_waits(g)) measure_rows(call, rows, part);
     bool came = true;
     if (rows.is_remote()) {
       const uint32_t* flag = reinterpret_cast<const uint32_t*>(area + args.staging.flag(rows.place, part));

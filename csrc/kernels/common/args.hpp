@@ -79,6 +79,15 @@ struct HostCounts {
   uint64_t lists[1];      // [R, R] rows from each rank to each, then [L] top-k entries per local expert
 };
 
+/// The things that throughput kernels wait for, rank by rank: Group::waits has a row [R] of each.
+enum class Waited : int32_t {
+  kMetadata = 0,      // a dispatch: a rank's metadata
+  kDispatchRows = 1,  // the flags of its push blocks, beyond that
+  kDigest = 2,        // a combine: a rank's digest
+  kReturnedRows = 3,  // its rows, beyond that: those of one warp's sums
+  kNumKinds = 4,
+};
+
 /// The group as a kernel sees it.
 struct Group {
   int rank;
@@ -91,6 +100,7 @@ struct Group {
   std::byte* heap[layout::kMaxRanks];  // every rank's heap as mapped here
   LocalState* state;
   FaultRecord* fault;  // pinned host memory
+  int64_t* waits;      // [kNumKinds, R] or null: nanoseconds waited for each rank are added (common/waits.hpp)
 };
 
 /// A kernel each, chosen by the host.

@@ -7,6 +7,7 @@
 // call, which we post when this kernel has ended.
 #pragma once
 
+#include "kernels/common/waits.hpp"
 #include "kernels/dispatch/count.hpp"
 
 namespace deepep::kernels {
@@ -101,6 +102,18 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   return (args.group.num_ranks * num_metadata_words(args) + dev::kWarpSize - 1) / dev::kWarpSize;
 }
 
+/// Where that is measured: how long other ranks' metadata is waited for, by one warp that polls it afterwards.
+DEEPEP_DEVICE void measure_metadata(const DispatchCall& call) {
+  using namespace dev;
+  const Group& g = call.g;
+  if (g.waits == nullptr || warp() != 0 || block() != num_blocks() - 1) return;
+  const int64_t digest = int64_t{8} * layout::MailboxWords{g.num_ranks}.digest();
+  measure_wait(sums_of(g, Waited::kMetadata), has_peer(g), call.deadline, [&] {
+    const uint64_t* word = at<uint64_t>(g, g.rank, g.control.mailbox(lane(), call.epoch) + digest);
+    return unpack_tagged(load<relaxed, sys_scope>(word)).tag == call.epoch;
+  });
+}
+
 /// Every live rank's words into shared memory. 0 if they came, ranks agree and all rows fit; else the Phases of
 /// why not, as bits: ranks never agree where one refuses. The same on all threads. Whole block, with one
 /// barrier; a fault is noted.
@@ -120,6 +133,7 @@ template <DispatchMode kMode>
   SharedArray<uint32_t> failed(shared.failed());
   SharedArray<uint32_t> recv_failed(shared.recv_failed());
 
+  measure_metadata(call);
   const int per_source = num_metadata_words(args);
   const uint32_t own_digest = args.common_words[words.digest() - ranks];
   for (int i = thread(); i < ranks * per_source; i += num_threads()) {

@@ -1,6 +1,7 @@
 // The flags behind a dispatch's rows, and the wait for those of the peers.
 #pragma once
 
+#include "kernels/common/waits.hpp"
 #include "kernels/dispatch/call.hpp"
 
 namespace deepep::kernels {
@@ -29,12 +30,17 @@ DEEPEP_DEVICE void wait_rows(const DispatchCall& call) {
   SharedArray<uint32_t> failed(shared.failed());
   for (int source = warp(); source < g.num_ranks; source += num_warps()) {
     if (source == g.rank || !is_live(g, source)) continue;
+    const uint64_t begin = g.waits == nullptr ? 0 : clock_ns();
     for (int flag = lane(); flag < static_cast<int>(push_blocks.get(source)); flag += kWarpSize) {
       const uint32_t* done = at<uint32_t>(g, g.rank, g.control.rows_done(source)) + flag;
       if (wait_equal<acquire, sys_scope>(done, call.epoch, call.deadline)) continue;
       note_fault(g, Phase::kRows, 1u << source, call.epoch, load<relaxed, sys_scope>(done));
       failed.bit_or(0, static_cast<uint32_t>(Phase::kRows));
     }
+    if (g.waits == nullptr) continue;
+    sync_warp();
+    int64_t* sum = sums_of(g, Waited::kDispatchRows) + source;
+    if (lane() == 0) store(sum, load(sum) + static_cast<int64_t>(clock_ns() - begin));
   }
 }
 

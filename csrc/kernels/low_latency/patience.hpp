@@ -7,6 +7,7 @@
 // is gone says nothing. And who has waited in vain for one rank looks at least for a while for the others.
 #pragma once
 
+#include "kernels/common/waits.hpp"
 #include "kernels/low_latency/mend.hpp"
 
 namespace deepep::kernels {
@@ -120,17 +121,15 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
   const Group& g = call.g;
   int64_t* waits = call.args.waits;
   if (!call.watching || waits == nullptr || call.block != 0 || warp() != 0 || round_of(call) != 0) return;
-  const int source = lane();
-  const uint64_t begin = clock_ns();
-  if (source < g.num_ranks && source != g.rank && is_live(call, source)) {
-    const uint64_t* word = at<uint64_t>(g, g.rank, word_of(source));
-    uint32_t value = 0;
-    const auto wait = [&](Deadline until) {
-      return wait_tag<relaxed, sys_scope>(word, call.epoch, until, value);
-    };
-    if (wait_patiently(call, source, wait))
-      store(waits + source, load(waits + source) + static_cast<int64_t>(clock_ns() - begin));
-  }
+  // Those that are late are waited for as ever, by who needs what they bring: what takes longer than half of the
+  // time-out, where ranks may be masked, is left out.
+  Deadline until = call.deadline;
+  if (call.masks) until.end_ns -= g.timeout_ns / 2;
+  const bool waiting = has_peer(g) && is_live(call, lane());
+  measure_wait(waits, waiting, until, [&] {
+    const uint64_t* word = at<uint64_t>(g, g.rank, word_of(lane()));
+    return unpack_tagged(load<relaxed, sys_scope>(word)).tag == call.epoch;
+  });
 }
 
 }  // namespace deepep::kernels

@@ -132,6 +132,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self._must_build = self.unsettled = True
         self._refused = False
         self._fault: FaultRecord | None = None
+        self._control.waits.told = self._measure
         control.agree({**options.statement(), "symmetric_bytes": self._num_bytes})
         self._generations.free()  # of buffers that are no more: the peers have come here, too
 
@@ -325,6 +326,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
             raise
         self.has_fault = self.symmetric.endpoint.domain.has_fault
         self._is_built = True
+        self._measure()
         self._must_build = self._refused = self.unsettled = False
 
     def wait_counts(self, num_local: int) -> Counts:
@@ -415,6 +417,14 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     def waits(self) -> WaitRecorder:
         return self._control.waits
+
+    def _measure(self) -> None:
+        """Has kernels measure what they wait for, or no longer, as the recorder says."""
+        with self.issuing:
+            if self._is_built:
+                recorder = self._control.waits
+                sums = recorder.of_throughput_kernels(self.device) if recorder.asks else None
+                self.symmetric.endpoint.measure_waits(sums)
 
     def leave(self) -> None:
         with self.issuing:

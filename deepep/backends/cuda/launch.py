@@ -185,6 +185,10 @@ class Endpoint:
         self.live = live
         self.domain.set_live(live)
 
+    def measure_waits(self, sums: torch.Tensor | None) -> None:
+        """Has calls to come add to `sums` [4, R] int64 what they wait for each rank, in ns; None: nowhere."""
+        self.domain.set_waits(_address(sums))
+
     # Operations run in the order of their launches, also on different streams: csrc/host/turns.hpp.
 
     def dispatch(

@@ -129,6 +129,9 @@ class TwoLevelEndpoint(Endpoint):
         # It has the methods of one domain's, but for top-k dispatches, barriers, masks and refusals.
         return cast(_cuda.Domain, domain)
 
+    def measure_waits(self, sums: torch.Tensor | None) -> None:
+        """Nothing is measured between domains yet."""
+
     def set_live(self, live: int) -> None:
         """Raises ArgumentError for others than memory was made for."""
         if live != self.live:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 #: The phase in which ranks wait for those that have not called the operation yet.
 ARRIVE = "arrive"
 NOT_MEASURED = -1
+#: Operation and phase of each row of the throughput kernels' sums: `Waited` of csrc/kernels/common/args.hpp.
+KERNEL_WAITS = (("dispatch", "metadata"), ("dispatch", "rows"), ("combine", "digest"), ("combine", "rows"))
 
 
 def charges(busy: Mapping[int, int], rank: int, waited: int) -> dict[int, int]:
@@ -42,16 +44,26 @@ class WaitRecorder:
 
     asks: this rank wants waits measured. by_peer: some rank does, so rows of this operation travel peer by
     peer on all of them. rows: this engine's rows travel between hosts' memories, where a wait can be timed.
+    told: is called with every change of `asks`, by an engine whose kernels measure.
     """
+
+    told: Callable[[], None] | None = None
 
     def __init__(self, rank: int, num_ranks: int, rows: bool) -> None:
         self.rank, self.num_ranks, self.rows = rank, num_ranks, rows
         self.asks = self.by_peer = False
         self._sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * num_ranks)
         self._calls: dict[tuple[str, str], int] = defaultdict(int)
-        self._kernels: dict[str, torch.Tensor] = {}
+        self._kernels: dict[tuple[str, str], torch.Tensor] = {}
+        self._throughput: torch.Tensor | None = None
         self._lock = threading.Lock()
         self._released = self._waited = 0
+
+    def ask(self, on: bool) -> None:
+        """Has waits measured from now on, or no longer."""
+        self.asks = on
+        if self.told is not None:
+            self.told()
 
     def busy(self) -> int:
         """Nanoseconds since the last exchange in which this rank waited for nobody; NOT_MEASURED before the
@@ -90,11 +102,17 @@ class WaitRecorder:
 
     def of_kernels(self, operation: str, device: torch.device) -> torch.Tensor:
         """[R] int64 on the device, to which an operation's kernels add what they wait for each rank."""
-        if operation not in self._kernels:
-            with torch.inference_mode(False):
-                zeros = torch.zeros(self.num_ranks, dtype=torch.int64, device=device)
-            self._kernels[operation] = zeros
-        return self._kernels[operation]
+        key = operation, "kernels"
+        if key not in self._kernels:
+            self._kernels[key] = _zeros(self.num_ranks, device=device)
+        return self._kernels[key]
+
+    def of_throughput_kernels(self, device: torch.device) -> torch.Tensor:
+        """[4, R] int64 on the device, to which throughput kernels add: rows as KERNEL_WAITS names them."""
+        if self._throughput is None:
+            self._throughput = _zeros(len(KERNEL_WAITS), self.num_ranks, device=device)
+            self._kernels |= zip(KERNEL_WAITS, self._throughput, strict=True)
+        return self._throughput
 
     def read(self, clear: bool) -> dict[tuple[str, str], tuple[list[int], int]]:
         """By operation and phase: [R] nanoseconds, and in how many calls; 0 where they are not counted.
@@ -106,8 +124,13 @@ class WaitRecorder:
             if clear:
                 self._sums.clear()
                 self._calls.clear()
-        for operation, waited in self._kernels.items():
-            found[operation, "kernels"] = (waited.tolist(), 0)
+        for key, waited in self._kernels.items():
+            found[key] = (waited.tolist(), 0)
             if clear:
                 waited.zero_()
         return found
+
+
+def _zeros(*shape: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""On GPUs: what low-latency kernels waited for by rank, the self-test by default, the doctor. Not yet run.
+"""On GPUs: what kernels waited for by rank, the self-test by default, the doctor. Not yet run.
 
 pytest -m gpu tests/backends/cuda/test_observing.py
 """
@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from deepep.runtime.control.waits import KERNEL_WAITS
 from deepep.sim import World
 
 LATE = 1
 
 
-def waits_for_a_late_rank(ctx: Any) -> dict[str, list[int]]:
+def waits_for_a_late_rank(ctx: Any) -> dict[tuple[str, str], list[int]]:
     import torch
 
     from deepep import Buffer
@@ -27,8 +28,10 @@ def waits_for_a_late_rank(ctx: Any) -> dict[str, list[int]]:
     weights = torch.ones(8, ctx.num_ranks, device=ctx.device)
 
     def trip(buffer: Buffer) -> None:
-        sent = buffer.low_latency_dispatch(x, idx, 8, ctx.num_ranks, use_fp8=False)
-        buffer.low_latency_combine(sent.recv_x, idx, weights, sent.handle)
+        quick = buffer.low_latency_dispatch(x, idx, 8, ctx.num_ranks, use_fp8=False)
+        buffer.low_latency_combine(quick.recv_x, idx, weights, quick.handle)
+        sent = buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=ctx.num_ranks)
+        buffer.combine(sent.recv_x, sent.handle)
         torch.cuda.synchronize()
 
     with Buffer(ctx.group, low_latency_mode=True, backend="cuda") as buffer:
@@ -38,7 +41,7 @@ def waits_for_a_late_rank(ctx: Any) -> dict[str, list[int]]:
             time.sleep(0.2)
         trip(buffer)
         found = buffer.wait_statistics(clear=True).nanoseconds
-        sums = {name: waited.tolist() for (name, phase), waited in found.items() if phase == "kernels"}
+        sums = {key: waited.tolist() for key, waited in found.items() if key[1] != "arrive"}
         assert not any(waited.any() for waited in buffer.wait_statistics().nanoseconds.values())
     return sums
 
@@ -48,9 +51,10 @@ def test_kernels_say_whom_they_waited_for() -> None:
     with World(2, backend="nccl") as world:
         found = world.run(waits_for_a_late_rank)
     for rank, sums in enumerate(found):
-        assert set(sums) == {"low_latency_dispatch", "low_latency_combine"}
+        low_latency = {(name, "kernels") for name in ("low_latency_dispatch", "low_latency_combine")}
+        assert set(sums) == low_latency | set(KERNEL_WAITS)
         assert all(waited[rank] == 0 for waited in sums.values())
-    assert found[0]["low_latency_dispatch"][LATE] > 0
+    assert found[0]["low_latency_dispatch", "kernels"][LATE] > 0
 
 
 @pytest.mark.gpu
