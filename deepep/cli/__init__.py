@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "wire": ("deepep.cli.wire", "Run a command on ranks as if on several hosts, without a NIC."),
     "placement": ("deepep.cli.placement", "Replay a routing trace under placements of its experts."),
     "predict": ("deepep.cli.predict", "Predict times of dispatch and combine on a cluster."),
+    "timeline": ("deepep.cli.timeline", "Draw what each rank does when, in a training and a decode step."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
 }
 
