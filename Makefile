@@ -41,7 +41,7 @@ EVERYTHING := test,wire
 
 .NOTPARALLEL:
 .PHONY: all install demo test test-quick check-style check-types test-emulator unit format clean
-.PHONY: test-gpu test-gpu-sanitize test-cluster dist
+.PHONY: test-gpu test-gpu-sanitize test-cluster dist figures
 all: install
 install: $(BUILT)
 
@@ -136,6 +136,10 @@ test-cluster: install
 # The sdist, and wheels for each Python 3.10 to 3.13 that is found, with and without kernels; DIST=--try installs each.
 dist: $(QUICK)
 	$(PY) release/dist.py --out dist $(DIST)
+
+# Tables and pictures of docs/performance.md, of docs/figures; on a machine with two GPUs they are measured anew before.
+figures: | $(QUICK)
+	$(PY) release/figures.py $(FIGURES)
 
 format: | $(QUICK)
 	$(PY) -m ruff check --fix .
