@@ -59,6 +59,11 @@ def test_every_answer_names_a_test() -> None:
         assert re.match(r"`tests/", held), row
 
 
+def test_every_page_has_a_picture_or_a_table() -> None:
+    for page in DOCS.glob("*.md"):
+        assert re.search(r"^\|---|!\[", page.read_text(), re.MULTILINE), page.name
+
+
 def test_the_index_leads_to_every_page() -> None:
     index = (DOCS / "README.md").read_text()
     linked = set(re.findall(r"\]\((\w+\.md)\)", index))
