@@ -121,8 +121,8 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
   const Group& g = call.g;
   int64_t* waits = call.args.waits;
   if (!call.watching || waits == nullptr || call.block != 0 || warp() != 0 || round_of(call) != 0) return;
-  // Those that are late are waited for as ever, by who needs what they bring: what takes longer than half of the
-  // time-out, where ranks may be masked, is left out.
+  // Those that are late are waited for as ever, by who needs what they bring: where ranks may be masked, what
+  // takes longer than half of the time-out is left out.
   Deadline until = call.deadline;
   if (call.masks) until.end_ns -= g.timeout_ns / 2;
   const bool waiting = has_peer(g) && is_live(call, lane());
