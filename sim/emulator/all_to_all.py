@@ -278,7 +278,9 @@ class EmulatedAllToAll:
             made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept, waits)
         return made
 
-    def _read_handle(self, domain: EmulatedDomain, rank: int, at: PlanAt, mine: _DispatchPart) -> Tensor | None:
+    def _read_handle(
+        self, domain: EmulatedDomain, rank: int, at: PlanAt, mine: _DispatchPart
+    ) -> Tensor | None:
         if mine.call.cached:
             return None
         counts, send_row = domain.read_plan(rank, at, mine.call.x.shape[0])
