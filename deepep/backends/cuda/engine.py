@@ -434,16 +434,23 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     def abandon(self) -> None:
         with self.issuing:
+            self._await_last()
             self._control.abandon(self._retire(wait=False))
             self._close_memory(())
 
     def close(self) -> None:
         with self.issuing:
-            deadline = time.monotonic() + LAST_MOMENT
-            while not self._turns.is_idle() and time.monotonic() < deadline:
-                time.sleep(0.001)
+            self._await_last()
             self._control.close(self.info.options.timeout, self._retire(wait=False))
             self._close_memory(())
+
+    def _await_last(self) -> None:
+        """Gives what was launched last a moment to end: who departs with kernels under way keeps the heaps of
+        its peers until its process is gone.
+        """
+        deadline = time.monotonic() + LAST_MOMENT
+        while not self._turns.is_idle() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def _retire(self, *, wait: bool) -> bool:
         """Launches nothing more; `Generations.retire`."""

@@ -172,6 +172,23 @@ with buffer_of() as buffer:
 
 
 @pytest.mark.parametrize(("operation", "domain"), MODES)
+def test_an_abandoned_engine_gives_its_last_kernels_a_moment(operation: str, domain: str) -> None:
+    on_stubs(
+        """
+with buffer_of() as buffer:
+    dispatch(buffer)
+    asked = []
+    stub_cuda.Turns.is_idle = lambda self: len(asked) > 3 or asked.append(None)
+    stub_cuda.Domain.is_idle = lambda self: len(asked) > 3
+    buffer.runtime.abandon()
+    assert not living
+""",
+        operation,
+        domain,
+    )
+
+
+@pytest.mark.parametrize(("operation", "domain"), MODES)
 def test_released_memory_is_freed_and_made_again(operation: str, domain: str) -> None:
     """One heap while there are calls, none between, while handles of before are held. What kernels report on
     the way is raised, and memory is given back all the same.

@@ -101,9 +101,10 @@ def test_a_group_grows_and_shrinks(fresh_world: Callable[[int], World], tmp_path
         idx = torch.rand(TOKENS, 2 * EXPERTS // 3, generator=generator).topk(TOPK, dim=1).indices
         return x.cuda(), idx.cuda(), torch.rand(TOKENS, TOPK, generator=generator).cuda()
 
-    def captured(buffer: Any, ctx: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """A low-latency round trip's graph, its output, and what that has to be."""
-        x, idx, weights = inputs(ctx)
+    def captured(
+        buffer: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """A low-latency round trip's graph, which reads what is given; its output; what that has to be."""
 
         def trip() -> torch.Tensor:
             rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, MOST, EXPERTS, use_fp8=False)
@@ -122,7 +123,7 @@ def test_a_group_grows_and_shrinks(fresh_world: Callable[[int], World], tmp_path
         rounds(buffer, (2,))
         x, idx, weights = inputs(ctx)
         handle = buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_experts=EXPERTS).handle
-        graph, out, wanted = captured(buffer, ctx)
+        graph, out, wanted = captured(buffer, x, idx, weights)
         buffer.admit(hand_over(ctx, buffer, (2,), path))
         for _ in range(3):
             rounds(buffer, ())
