@@ -6,10 +6,12 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import deepep
+from deepep.runtime import session
 from deepep.runtime.control.transport import gather_bytes, private_group
 from deepep.runtime.session import Session
 
@@ -85,3 +87,13 @@ def gathered(ctx: Any) -> None:
 
 def test_bytes_of_any_length_are_gathered(world_of: Any) -> None:
     world_of(3).run(gathered)
+
+
+def test_keys_are_of_a_run_and_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store outlives an attempt whose ranks died, and its keys with it."""
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert session._prefix() == "deepep"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert session._prefix() == "deepep/job/1"
