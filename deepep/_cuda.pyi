@@ -112,8 +112,7 @@ class Domain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -131,6 +130,7 @@ class Domain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def dispatch_topk(
         self,
@@ -144,8 +144,7 @@ class Domain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -162,6 +161,7 @@ class Domain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def prepare_cached(
         self,
@@ -170,11 +170,11 @@ class Domain:
         num_tokens: int,
         num_scales: int,
         row_bytes: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         counts: int,
         send_row: int,
         capacity: int,
+        payload: int = 0,
     ) -> CachedDispatch: ...
     def dispatch_cached(
         self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0
@@ -305,8 +305,7 @@ class TwoLevelDomain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -324,6 +323,7 @@ class TwoLevelDomain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def prepare_cached(
         self,
@@ -332,11 +332,11 @@ class TwoLevelDomain:
         num_tokens: int,
         num_scales: int,
         row_bytes: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         counts: int,
         send_row: int,
         capacity: int,
+        payload: int = 0,
     ) -> CachedDispatch: ...
     def dispatch_cached(
         self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0

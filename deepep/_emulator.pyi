@@ -222,8 +222,7 @@ class TwoLevelDomain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -241,6 +240,7 @@ class TwoLevelDomain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def prepare_cached(
         self,
@@ -249,11 +249,11 @@ class TwoLevelDomain:
         num_tokens: int,
         num_scales: int,
         row_bytes: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         counts: int,
         send_row: int,
         capacity: int,
+        payload: int = 0,
     ) -> CachedDispatch: ...
     def dispatch_cached(
         self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0
@@ -338,8 +338,7 @@ class Domain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -357,6 +356,7 @@ class Domain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def dispatch_topk(
         self,
@@ -370,8 +370,7 @@ class Domain:
         row_bytes: int,
         x: int,
         scales: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         topk_idx: int,
         topk_weights: int,
         is_token_in_rank: int,
@@ -388,6 +387,7 @@ class Domain:
         host_counts: int,
         ticket: int,
         stream: int = 0,
+        payload: int = 0,
     ) -> None: ...
     def prepare_cached(
         self,
@@ -396,11 +396,11 @@ class Domain:
         num_tokens: int,
         num_scales: int,
         row_bytes: int,
-        scale_token_stride: int,
-        scale_stride: int,
+        scale_strides: tuple[int, ...],
         counts: int,
         send_row: int,
         capacity: int,
+        payload: int = 0,
     ) -> CachedDispatch: ...
     def dispatch_cached(
         self, prepared: CachedDispatch, x: int, scales: int, recv_x: int, recv_scales: int, stream: int = 0

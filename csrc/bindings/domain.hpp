@@ -35,8 +35,7 @@ inline constexpr Parameter<DispatchLaunch> kDispatch[] = {
     parameter<DispatchLaunch>("row_bytes", [](auto& c) -> auto& { return c.args.row_bytes; }),
     parameter<DispatchLaunch>("x", [](auto& c) -> auto& { return c.args.x; }),
     parameter<DispatchLaunch>("scales", [](auto& c) -> auto& { return c.args.scales; }),
-    parameter<DispatchLaunch>("scale_token_stride", [](auto& c) -> auto& { return c.args.scale_token_stride; }),
-    parameter<DispatchLaunch>("scale_stride", [](auto& c) -> auto& { return c.args.scale_stride; }),
+    parameter<DispatchLaunch>("scale_strides", [](auto& c) -> auto& { return c.args.scale_strides; }),
     parameter<DispatchLaunch>("topk_idx", [](auto& c) -> auto& { return c.args.topk_idx; }),
     parameter<DispatchLaunch>("topk_weights", [](auto& c) -> auto& { return c.args.topk_weights; }),
     parameter<DispatchLaunch>("is_token_in_rank", [](auto& c) -> auto& { return c.args.is_token_in_rank; }),
@@ -56,6 +55,7 @@ inline constexpr Parameter<DispatchLaunch> kDispatch[] = {
     parameter<DispatchLaunch>("host_counts", [](auto& c) -> auto& { return c.args.host; }),
     parameter<DispatchLaunch>("ticket", [](auto& c) -> auto& { return c.args.ticket; }),
     parameter<DispatchLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
+    parameter<DispatchLaunch>("payload", [](auto& c) -> auto& { return c.args.payload; }, "0"),
 };
 
 inline constexpr Parameter<DispatchLaunch> kTopkDispatch[] = {
@@ -68,8 +68,7 @@ inline constexpr Parameter<DispatchLaunch> kTopkDispatch[] = {
     parameter<DispatchLaunch>("row_bytes", [](auto& c) -> auto& { return c.args.row_bytes; }),
     parameter<DispatchLaunch>("x", [](auto& c) -> auto& { return c.args.x; }),
     parameter<DispatchLaunch>("scales", [](auto& c) -> auto& { return c.args.scales; }),
-    parameter<DispatchLaunch>("scale_token_stride", [](auto& c) -> auto& { return c.args.scale_token_stride; }),
-    parameter<DispatchLaunch>("scale_stride", [](auto& c) -> auto& { return c.args.scale_stride; }),
+    parameter<DispatchLaunch>("scale_strides", [](auto& c) -> auto& { return c.args.scale_strides; }),
     parameter<DispatchLaunch>("topk_idx", [](auto& c) -> auto& { return c.args.topk_idx; }),
     parameter<DispatchLaunch>("topk_weights", [](auto& c) -> auto& { return c.args.topk_weights; }),
     parameter<DispatchLaunch>("is_token_in_rank", [](auto& c) -> auto& { return c.args.marks; }),
@@ -88,6 +87,7 @@ inline constexpr Parameter<DispatchLaunch> kTopkDispatch[] = {
     parameter<DispatchLaunch>("host_counts", [](auto& c) -> auto& { return c.args.host; }),
     parameter<DispatchLaunch>("ticket", [](auto& c) -> auto& { return c.args.ticket; }),
     parameter<DispatchLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
+    parameter<DispatchLaunch>("payload", [](auto& c) -> auto& { return c.args.payload; }, "0"),
 };
 
 inline constexpr Parameter<DispatchLaunch> kCachedDispatch[] = {
@@ -95,11 +95,11 @@ inline constexpr Parameter<DispatchLaunch> kCachedDispatch[] = {
     parameter<DispatchLaunch>("num_tokens", [](auto& c) -> auto& { return c.args.num_tokens; }),
     parameter<DispatchLaunch>("num_scales", [](auto& c) -> auto& { return c.args.num_scales; }),
     parameter<DispatchLaunch>("row_bytes", [](auto& c) -> auto& { return c.args.row_bytes; }),
-    parameter<DispatchLaunch>("scale_token_stride", [](auto& c) -> auto& { return c.args.scale_token_stride; }),
-    parameter<DispatchLaunch>("scale_stride", [](auto& c) -> auto& { return c.args.scale_stride; }),
+    parameter<DispatchLaunch>("scale_strides", [](auto& c) -> auto& { return c.args.scale_strides; }),
     parameter<DispatchLaunch>("counts", [](auto& c) -> auto& { return c.args.counts; }),
     parameter<DispatchLaunch>("send_row", [](auto& c) -> auto& { return c.args.send_row; }),
     parameter<DispatchLaunch>("capacity", [](auto& c) -> auto& { return c.args.slot_capacity; }),
+    parameter<DispatchLaunch>("payload", [](auto& c) -> auto& { return c.args.payload; }, "0"),
 };
 
 inline constexpr Parameter<CombineLaunch> kCombine[] = {

@@ -62,6 +62,12 @@ void read(T*& into, PyObject* value) {
 inline void read(const host::RowCounts*& into, PyObject* value) {
   into = value == Py_None ? nullptr : py::cast<const host::RowCounts*>(py::handle(value));
 }
+/// A tuple of two.
+inline void read(kernels::Strides& into, PyObject* value) {
+  if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 2) throw py::type_error("allowed: a tuple of two");
+  read(into.row, PyTuple_GET_ITEM(value, 0));
+  read(into.column, PyTuple_GET_ITEM(value, 1));
+}
 /// Anything that has these three.
 inline void read(host::Blocks& into, PyObject* value) {
   static PyObject* const kNames[] = {PyUnicode_InternFromString("total"), PyUnicode_InternFromString("remote"),

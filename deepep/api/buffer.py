@@ -280,7 +280,7 @@ class Buffer(LowLatencyCalls, Joining):
         at_once = previous_event is None and async_finish is allocate_on_comm_stream is False
         has_defaults = config is None and topk_idx is None and topk_weights is None
         if type(handle) is DispatchHandle and at_once and has_defaults:  # it may be like one before
-            rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+            rows, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
             prepared = handle.route.cached if handle.route.engine is self._engine else None
             again = None if prepared is None else prepared.launch(rows, scales, Buffer.num_sms)
             if again is not None:

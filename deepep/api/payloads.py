@@ -5,8 +5,8 @@ lies, if its rows are whole 16 bytes; all others go as scales: one alone where i
 4 bytes, several in one copy. NVFP4 and MXFP8 with their scales are not copied at all. Where no tensor will
 do as a row, all are copied into one. What is received is views of that: no pass over it.
 
-All ranks pass the same dtypes and row shapes. Where hosts agree on calls (reference, emulator) others are a
-MismatchError; CUDA's kernels compare bytes of rows and scales alone.
+All ranks pass the same dtypes and row shapes, or all raise MismatchError: a number for them stands among what
+ranks compare, hosts in their headers (reference, emulator), CUDA's kernels in their digest.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class PayloadForm:
         return cls(main, tuple(fields), end)
 
     def number(self) -> int:
-        """A number for dtypes and row shapes, not 0."""
+        """A number for dtypes and row shapes, of 32 bits, not 0."""
         text = repr([(str(field.dtype), field.shape) for field in self.fields])
-        return 1 + zlib.crc32(text.encode())
+        return zlib.crc32(text.encode()) or 1
 
     def rest(self) -> list[int]:
         """Numbers of the tensors that are packed."""

@@ -92,7 +92,8 @@ class PlanAt(NamedTuple):
 class DispatchCall:
     """One rank's arguments. capacity: rows of its slot. live: the ranks that take part.
 
-    num_worst_tokens: 0 lets the host wait for the counts, unless the call is cached or refused.
+    num_worst_tokens: 0 lets the host wait for the counts, unless the call is cached or refused. payload: a
+    number for what rows are made of.
     """
 
     x: Tensor  # [T, H]
@@ -106,6 +107,7 @@ class DispatchCall:
     cached: bool = False
     refused: bool = False  # only post to the others that this rank takes no part
     by_topk: bool = False  # where tokens go is found out from topk_idx
+    payload: int = 0
 
     @property
     def posts_counts(self) -> bool:

@@ -258,8 +258,7 @@ class EmulatedDomain:
             row_bytes=call.x.shape[1] * call.x.element_size(),
             x=self._put(f"x@{rank}", rank, call.x),
             scales=scales_at,
-            scale_token_stride=0 if scales is None else scales.stride(0),
-            scale_stride=0 if scales is None else scales.stride(1),
+            scale_strides=(0, 0) if scales is None else scales.stride(),
             topk_idx=self._put_maybe(f"topk_idx@{rank}", rank, call.topk_idx),
             topk_weights=self._put_maybe(f"topk_weights@{rank}", rank, call.topk_weights),
             is_token_in_rank=layout.in_rank,
@@ -275,6 +274,7 @@ class EmulatedDomain:
             num_worst_tokens=call.num_worst_tokens,
             host_counts=self._counts[rank] if call.posts_counts else 0,
             ticket=self._tickets[rank],
+            payload=call.payload,
         )
         if call.posts_counts:
             self.machine.watch_tags(
@@ -294,11 +294,11 @@ class EmulatedDomain:
             num_tokens=call.x.shape[0],
             num_scales=0 if scales is None else scales.shape[1],
             row_bytes=call.x.shape[1] * call.x.element_size(),
-            scale_token_stride=0 if scales is None else scales.stride(0),
-            scale_stride=0 if scales is None else scales.stride(1),
+            scale_strides=(0, 0) if scales is None else scales.stride(),
             counts=plan.counts,
             send_row=plan.send_row,
             capacity=call.capacity,
+            payload=call.payload,
         )
         x = self._put(f"x@{rank}", rank, call.x)
         self._domains[rank].dispatch_cached(prepared, x, scales_at, slot, slot + call.slot.scales)

@@ -111,6 +111,11 @@ enum class DispatchMode : int32_t {
   kRefused,  // dispatch/refused.hpp: posts to the others that this rank takes no part in this call; one block
 };
 
+/// Of a matrix, in elements.
+struct Strides {
+  int64_t row, column;
+};
+
 struct DispatchArgs {
   Group group;
   DispatchMode mode;
@@ -122,10 +127,10 @@ struct DispatchArgs {
   int num_scales;                // 4-byte scales per row; 0: none
   int index_bytes;               // 4 or 8
   int64_t row_bytes;             // a multiple of 16
+  uint32_t payload;              // a number for what rows and scales are made of, where the caller has one
   const std::byte* x;            // [T, row_bytes]
   const uint32_t* scales;        // [T, num_scales], any strides
-  int64_t scale_token_stride;    // in elements
-  int64_t scale_stride;          // in elements
+  Strides scale_strides;         // from token to token, from scale to scale
   const void* topk_idx;          // [T, K] int32 or int64
   const uint32_t* topk_weights;  // [T, K] float32 bits
   const uint8_t* is_token_in_rank;    // [T, R]

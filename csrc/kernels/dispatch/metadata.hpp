@@ -24,6 +24,7 @@ namespace deepep::kernels {
   digest.add(static_cast<uint32_t>(args.row_bytes));
   digest.add(static_cast<uint32_t>(args.num_topk));
   digest.add(static_cast<uint32_t>(args.num_scales));
+  digest.add(args.payload);
   digest.add(static_cast<uint32_t>(args.index_bytes));
   digest.add(static_cast<uint32_t>(args.num_local_experts));
   digest.add(args.group.live);

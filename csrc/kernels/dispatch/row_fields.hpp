@@ -22,7 +22,7 @@ struct Scales {
 }
 
 [[nodiscard]] DEEPEP_DEVICE uint32_t scale_of(const DispatchArgs& args, int64_t t, int i) {
-  return dev::load_once(args.scales + t * args.scale_token_stride + i * args.scale_stride);
+  return dev::load_once(args.scales + t * args.scale_strides.row + i * args.scale_strides.column);
 }
 
 /// Of token t, loaded before the row so that they arrive with it. One warp.

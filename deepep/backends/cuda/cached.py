@@ -34,7 +34,7 @@ class CachedDispatch:
 
     x [T, H] of `dtype`; scales: (dtype, shape, strides) of theirs, or None. templates: of what is received,
     for as many rows as any rank receives; num_bytes: of them. call: the kernel's arguments but for addresses.
-    memory: where it received.
+    memory: where it received. payload: as of DispatchRequest.
     """
 
     engine: CudaEngine
@@ -48,6 +48,7 @@ class CachedDispatch:
     num_bytes: int
     call: _cuda.CachedDispatch
     memory: SymmetricMemory
+    payload: int
 
     def addresses(self, x: object, scales: object, num_sms: int) -> tuple[int, int] | None:
         """Of x and of scales (0: none), if a call with these passes all checks and differs in them alone."""
@@ -80,7 +81,7 @@ class CachedDispatch:
         made, and is to be made the usual way.
         """
         given = self.addresses(x, scales, num_sms)
-        if given is None:
+        if given is None or self.payload:
             return None
         engine, memory = self.engine, self.memory
         with engine.issuing:
@@ -134,6 +135,7 @@ def _launch(
     if (
         isinstance(known, CachedDispatch)
         and known.memory is memory
+        and known.payload == request.payload
         and known.addresses(x, scales, request.num_sms) is not None
     ):
         call = known.call
@@ -141,7 +143,7 @@ def _launch(
         split = dispatch_split(
             max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks
         )
-        call = memory.endpoint.prepare_cached(x, scales, split, capacity, plan)
+        call = memory.endpoint.prepare_cached(x, scales, split, capacity, plan, request.payload)
         if not capturing:  # or templates would be made in the graph's memory
             route.cached = CachedDispatch(
                 engine=engine,
@@ -155,6 +157,7 @@ def _launch(
                 num_bytes=spec.num_bytes(capacity),
                 call=call,
                 memory=memory,
+                payload=request.payload,
             )
     memory.endpoint.domain.dispatch_cached(
         call,

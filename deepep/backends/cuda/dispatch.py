@@ -220,6 +220,7 @@ def _launch(
         num_local_experts=request.num_experts // ranks,
         num_worst_tokens=worst,
         post_counts=worst == 0,
+        payload=request.payload,
     )
     if capturing or (worst and received.overflow_stream):
         received = memory.copy_out(received, worst)

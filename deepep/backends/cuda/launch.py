@@ -208,10 +208,11 @@ class Endpoint:
         num_local_experts: int = 0,
         num_worst_tokens: int = 0,
         post_counts: bool = False,
+        payload: int = 0,
     ) -> None:
         """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
         the plan. post_counts: `wait_counts` will be called. num_local_experts: if it is not 0, where tokens
-        go is found out from topk_idx, and written to is_token_in_rank.
+        go is found out from topk_idx, and written to is_token_in_rank. payload: as of DispatchRequest.
         """
         launch: Any = self.domain.dispatch
         if num_local_experts:
@@ -223,10 +224,7 @@ class Endpoint:
             }
             if tokens_per_expert is not None:
                 num_local_experts = tokens_per_expert.shape[0] // self.num_ranks
-        num_scales = stride_token = stride_scale = 0
-        if scales is not None:
-            num_scales = scales.shape[1]
-            stride_token, stride_scale = scales.stride()
+        num_scales, strides = (0, (0, 0)) if scales is None else (scales.shape[1], scales.stride())
         if post_counts:
             self._ticket = self._ticket % 0xFFFFFFFF + 1
         launch(
@@ -239,8 +237,7 @@ class Endpoint:
             row_bytes=x.shape[1] * x.element_size(),
             x=x.data_ptr(),
             scales=0 if scales is None else scales.data_ptr(),
-            scale_token_stride=stride_token,
-            scale_stride=stride_scale,
+            scale_strides=strides,
             topk_idx=0 if topk_idx is None else topk_idx.data_ptr(),
             topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
             is_token_in_rank=is_token_in_rank.data_ptr(),
@@ -257,10 +254,17 @@ class Endpoint:
             host_counts=self._host_address if post_counts else 0,
             ticket=self._ticket,
             stream=stream,
+            payload=payload,
         )
 
     def prepare_cached(
-        self, x: torch.Tensor, scales: torch.Tensor | None, split: BlockSplit, capacity: int, plan: Plan
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        split: BlockSplit,
+        capacity: int,
+        plan: Plan,
+        payload: int = 0,
     ) -> _cuda.CachedDispatch:
         """A dispatch along the plan's routing of rows like x and scales, into arrays for `capacity` rows:
         all but the addresses, which `domain.dispatch_cached` takes with it.
@@ -271,11 +275,11 @@ class Endpoint:
             num_tokens=plan.num_tokens,
             num_scales=num_scales,
             row_bytes=x.shape[1] * x.element_size(),
-            scale_token_stride=strides[0],
-            scale_stride=strides[1],
+            scale_strides=strides,
             counts=plan.counts_address,
             send_row=plan.send_row_address,
             capacity=capacity,
+            payload=payload,
         )
 
     def wait_counts(self, num_local_experts: int) -> Counts | None:

@@ -139,6 +139,37 @@ def test_reported_faults_are_raised_before_the_next_launch() -> None:
     )
 
 
+def test_the_number_of_a_list_goes_to_the_kernels() -> None:
+    """Of a cached one as well, which the next of another list, or of none, does not take over."""
+    on_stubs(
+        """
+        from deepep.api.payloads import PayloadForm
+
+        numbers = []
+
+        def note(name):
+            method = getattr(stub_cuda.Domain, name)
+
+            def noting(domain, **named):
+                numbers.append(named["payload"])
+                return method(domain, **named)
+
+            setattr(stub_cuda.Domain, name, noting)
+
+        for name in ("dispatch", "prepare_cached"):
+            note(name)
+        words, reals = (torch.zeros((8, 4), dtype=d) for d in (torch.int32, torch.float32))
+        of = [PayloadForm.of([(rows.dtype, (4,))]).number() for rows in (words, reals)]
+        assert of[0] != of[1] and 0 not in of
+        with stub_cuda.stub_buffer() as buffer:
+            handle = dispatch(buffer).handle
+            for rows in ([words], [words], [reals], [words], words.view(torch.bfloat16)):
+                buffer.dispatch(rows, handle=handle)
+            assert numbers == [0, of[0], of[1], of[0], 0]
+        """
+    )
+
+
 def test_the_short_way_is_for_handles_of_this_buffer() -> None:
     on_stubs(
         """

@@ -37,6 +37,33 @@ def test_tensors_arrive_bit_for_bit(two: World) -> None:
     two.run(exchanged, [kinds for kinds in FORMS.values() if not SKIPPED & {name for name, _ in kinds}])
 
 
+def other_tensors(ctx: Any) -> None:
+    """Rows of as many bytes, of other dtypes on one rank: fresh, cached, and then the same again."""
+    import deepep
+
+    idx = topk_of(ctx.rank).to(ctx.device)
+    weights = torch.ones(idx.shape, device=ctx.device)
+    routed = {"topk_idx": idx, "topk_weights": weights, "num_experts": EXPERTS}
+    words = torch.ones(len(idx), 64, dtype=torch.int32, device=ctx.device)
+    scales = torch.ones(len(idx), 4, device=ctx.device)
+    mine = [words.view(torch.float32) if ctx.rank else words, scales]
+    with buffer_of(ctx) as buffer:
+        for _ in range(2):
+            with pytest.raises(deepep.MismatchError):
+                buffer.dispatch(mine, **routed)
+            handle = buffer.dispatch([words, scales], **routed).handle
+            buffer.dispatch(mine, handle=handle)
+            torch.cuda.synchronize()
+            with pytest.raises(deepep.MismatchError):  # of the call before
+                buffer.dispatch([words, scales], handle=handle)
+            buffer.dispatch([words, scales], handle=handle)
+        torch.cuda.synchronize()
+
+
+def test_other_tensors_on_one_rank_are_told_to_all(two: World) -> None:
+    two.run(other_tensors)
+
+
 def counted(ctx: Any) -> list[list[int]]:
     """Counts after calls of each kind, and after a graph of one was replayed three times."""
     idx = topk_of(ctx.rank).to(ctx.device)
