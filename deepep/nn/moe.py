@@ -197,8 +197,7 @@ class ExpertParallelMoE(nn.Module):
             number, rows, self._physical(routing.topk_idx), routing.topk_weights, self.num_physical
         )
         with posting_errors(number, Operation.COMBINE, "experts"):
-            if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                watch_replica_gradients(self.experts.parameters())
+            self._watch_replicas()
             rows, pairs, slots = self._apply_experts(received)  # [N, H]; or [P, H], which combine is to sum
         if pairs is None or slots is None:
             y = combine(rows, received.route)
@@ -217,8 +216,14 @@ class ExpertParallelMoE(nn.Module):
         trip = FixedTrip(self.buffer_number, self.num_physical, self.num_max_tokens, self.fp8_dispatch)
         received = send_fixed(trip, rows, topk_idx, topk_weights)
         with posting_errors(self.buffer_number, Operation.COMBINE, "experts"):
+            self._watch_replicas()
             sums = self._perhaps_repeated(apply_received, *received)
         return give_back(trip, sums)
+
+    def _watch_replicas(self) -> None:
+        """Has an optimizer that steps without `sum_replica_gradients` told so, if there are replicas."""
+        if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            watch_replica_gradients(self.experts.parameters())
 
     def _physical(self, topk_idx: Tensor) -> Tensor:
         """The experts of the router's choice as dispatch numbers them."""

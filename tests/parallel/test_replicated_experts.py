@@ -105,14 +105,15 @@ def test_a_wrong_group_of_replicas_is_told(world_of: Callable[[int], Any]) -> No
         assert "experts" in others
 
 
-def redundant(context: Any) -> dict[str, Any]:
+def redundant(context: Any, num_max_tokens: int) -> dict[str, Any]:
     """Experts replicated inside a layer: what a forgotten sum says; the norm, each expert counted once."""
     import deepep
     from deepep.placement import ExpertPlacement
 
     found: dict[str, Any] = {}
     with deepep.Buffer(context.group, device="cpu", timeout=60.0) as buffer:
-        moe = moe_of(buffer, num_experts=3, placement=ExpertPlacement(3, 2, (0, 1, 2, 1)))
+        placement = ExpertPlacement(3, 2, (0, 1, 2, 1))
+        moe = moe_of(buffer, num_experts=3, placement=placement, num_max_tokens=num_max_tokens)
         optimizer = torch.optim.SGD(moe.parameters(), 0.1)
         model = deepep.DistributedDataParallel(moe)
         model(tokens_of(2, context.rank)).square().mean().backward()
@@ -139,9 +140,12 @@ def plain_norm(context: Any) -> torch.Tensor:
         return deepep.clip_grad_norm_(moe, 1e9, group=context.group)
 
 
-def test_a_forgotten_sum_of_replicas_is_told_before_they_part(world_of: Callable[[int], Any]) -> None:
+@pytest.mark.parametrize("num_max_tokens", [0, 64], ids=["any shape", "fixed shapes"])
+def test_a_forgotten_sum_of_replicas_is_told_before_they_part(
+    world_of: Callable[[int], Any], num_max_tokens: int
+) -> None:
     (norm,) = world_of(1).run(plain_norm, timeout=LONG)
-    for found in world_of(2).run(redundant, timeout=LONG):
+    for found in world_of(2).run(redundant, num_max_tokens, timeout=LONG):
         assert "sum_replica_gradients()" in found["told"]
         assert found["kept"]
         assert found["moved"]
