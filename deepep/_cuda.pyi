@@ -361,6 +361,9 @@ class TwoLevelDomain:
         ce_shrink: int = 100,
         stream: int = 0,
         source_token: int = 0,
+        num_entries: int = 0,
+        slots: int = 0,
+        factors: int = 0,
     ) -> None: ...
     def layout(
         self,

@@ -86,9 +86,10 @@ class Scenario:
     def expected(self) -> list[list[RankView]]:
         """The oracle's results, by case and rank."""
         sums = "domain" if self.between_domains else "rank"
-        views = [oracle.observe(case.with_options(reduce=sums)) for case in self.cases]
+        cases = [case.with_options(reduce=sums) for case in self.cases]
+        views = [oracle.observe(case) for case in cases]
         if self.expands:
-            for case, of_case in zip(self.cases, views, strict=True):
+            for case, of_case in zip(cases, views, strict=True):
                 expanded_rows.expect(case, of_case, weighted=self.expands == "weighted")
         return views
 

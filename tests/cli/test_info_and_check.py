@@ -4,6 +4,7 @@ shows tests/test_container.py, in a wheel.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -72,6 +73,14 @@ def test_what_is_missing_of_nvshmem_is_named_and_what_is_set_is_shown(
     }
     versions.update({"nvshmem4py-cu13": "0.4.1", "nvidia-nvshmem-cu13": "3.6.5"})
     monkeypatch.setattr(nvshmem4py, "_has_module", lambda name: True)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "deepep._nvshmem" else found(name)
+    )
+    assert info.nvshmem()["usable"].startswith("no: built without NVSHMEM")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name == "deepep._nvshmem" else found(name)
+    )
     shown = info.nvshmem()
     assert shown["usable"] == "yes: nothing is missing"
     assert shown["nvidia-nvshmem-cu13"] == "3.6.5 (tested: 3.4.5)"

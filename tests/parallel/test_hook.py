@@ -18,6 +18,7 @@ class Recorder:
     """In the place of a Communicator of two ranks; `refusal` is raised, if there is one."""
 
     hosts = ("a", "a")
+    members = (0, 1)
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.dice: list[Any] = []

@@ -28,10 +28,10 @@ class Memory:
         self.endpoint = SimpleNamespace(domain=domain, prepare_cached=self.prepare)
         self.prepared: list[tuple[Any, ...]] = []
 
-    def prepare(self, x: Any, scales: Any, split: Any, capacity: int, plan: Any) -> int:
+    def prepare(self, x: Any, scales: Any, split: Any, capacity: int, plan: Any, payload: int) -> int:
         """Replaces preparation by a name: what is launched says which it was."""
         of_scales = None if scales is None else (scales.dtype, scales.shape[1], scales.stride())
-        self.prepared.append((x.shape, x.dtype, of_scales, split, capacity, plan))
+        self.prepared.append((x.shape, x.dtype, of_scales, split, capacity, plan, payload))
         return len(self.prepared) - 1
 
     def acquire(self, spec: Any, capacity: int, is_guess: bool, stream: int) -> Any:
@@ -195,7 +195,7 @@ def test_nothing_old_is_launched(engine: Engine) -> None:
         assert to_scales == (0 if got.scales is None else got.scales.data_ptr())
         of_scales = None if s is None else (s.dtype, s.shape[1], s.stride())
         split, capacity = dispatch_split(sms, 2), max(64, route.plan.most_rows)
-        assert memory.prepared[call] == (x.shape, x.dtype, of_scales, split, capacity, route.plan)
+        assert memory.prepared[call] == (x.shape, x.dtype, of_scales, split, capacity, route.plan, 0)
 
     few, more = engine.route(), engine.route(most_rows=101)
     calls: list[tuple[Any, ...]] = [
