@@ -89,7 +89,7 @@ FIRST_SEEDS: dict[str, int] = {
     "low_latency/dispatch_call.hpp finish: sync_block removed": 69,
     "low_latency/logfmt_rows.hpp sum_unit: load -> load_once (5)": 14,
     "low_latency/logfmt_rows.hpp: a group encoded by itself": 106,
-    "low_latency/patience.hpp: held up in silence": 50,
+    "low_latency/patience.hpp: held up in silence": 842,
     "two_level/metadata.hpp relay_metadata: fence.sys removed": 76,
     "two_level/metadata.hpp relay_metadata: fence acq_rel -> acquire": 76,
     "two_level/metadata.hpp relay_metadata: fence sys -> gpu": 76,
