@@ -1,4 +1,4 @@
-"""What puts over NVSHMEM compiles, where its headers are (extra `wire`): builds leave it out elsewhere."""
+"""Compile what puts over NVSHMEM, where its headers are (extra `wire`): builds leave it out elsewhere."""
 
 from __future__ import annotations
 
