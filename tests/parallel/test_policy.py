@@ -15,6 +15,8 @@ from deepep.parallel.drift import DriftDetector
 from deepep.parallel.policy import FIRST, LADDER, PATIENCE, BucketFormat, BucketNoise, measure, square_of
 
 TAU = 0.02
+#: Largest standard deviation of a value rounded by dice, over the value: half of what neighbours are apart.
+ROUNDING = {"off": 0.0, "bf16": 2.0**-8, "fp8": 2.0**-4}
 
 
 def noise(fp8: float, bf16: float | None = None) -> BucketNoise:
@@ -32,7 +34,9 @@ def noise(fp8: float, bf16: float | None = None) -> BucketNoise:
 def test_the_variance_is_that_of_float64(
     ranks: int, blocks: int, spread: float, seed: int, used: str
 ) -> None:
-    """Within 10 %, though it is measured in float32, and the mean rounded on its way."""
+    """Within 10 %, though it is measured in float32; and where the mean was rounded on its way, within five
+    standard deviations more of what dice make of its square: 2 mean * error, ranks' own and the mean's.
+    """
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(128 * blocks, generator=generator)
     gradients = [common + spread * torch.randn(common.shape, generator=generator) for _ in range(ranks)]
@@ -51,7 +55,9 @@ def test_the_variance_is_that_of_float64(
             decoded.append(part)
         messages.decode(messages.encode(torch.stack(decoded).mean(0), 0), result)
     rows = [[*measure(values, (7, rank)), square_of(result)] for rank, values in enumerate(gradients)]
-    assert BucketNoise.of(rows, used).variance == pytest.approx(wanted, rel=0.1)
+    by_dice = 2 * ROUNDING[used] * float(mean.pow(4).sum().sqrt()) * (1 + 1 / ranks) ** 0.5
+    allowed = 0.1 * wanted + 5 * by_dice * ranks / (ranks - 1)
+    assert abs(BucketNoise.of(rows, used).variance - wanted) <= allowed
 
 
 def test_the_noise_that_is_foreseen_is_what_rounding_adds() -> None:
