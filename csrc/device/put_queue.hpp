@@ -1,6 +1,6 @@
 // The way from a kernel to other domains on a GPU: it orders puts in a queue of its rank's device memory, and a
 // kernel beside it serves them (csrc/put_server). So no kernel calls anything that waits without a deadline,
-// and none can tell which network carries its puts.
+// and none knows which network carries its puts.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Puts between virtual ranks, which share a GPU: their kernels cannot tell that no NIC carries them.
+// Puts between virtual ranks, which share a GPU: their kernels do not know that no NIC carries them.
 #include "put_server/serve.cuh"
 #include "kernels/common/launch.cuh"
 #include "put_server/service.hpp"

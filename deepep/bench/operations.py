@@ -77,17 +77,7 @@ def buffer_operations(
             "is_token_in_rank": made[3],
         },
     )
-    per_rank, _, per_expert, in_rank, _ = layout()
-
-    def fresh(given: Any) -> Any:
-        return buffer.dispatch(
-            given,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=inputs.topk_idx,
-            topk_weights=inputs.topk_weights,
-        )
+    fresh = partial(dispatch_laid_out, buffer, inputs, layout())
 
     for dtype in dtypes:
         x, scales = inputs.rows(dtype)
@@ -114,6 +104,19 @@ def buffer_operations(
         lambda made: {"combined_x": made[0]},
         "bf16",
         load.combined(),
+    )
+
+
+def dispatch_laid_out(buffer: Any, inputs: Inputs, layout: Any, given: Any) -> Any:
+    """A dispatch of rows `given`, by V1's call, along a result of get_dispatch_layout."""
+    per_rank, _, per_expert, in_rank, _ = layout
+    return buffer.dispatch(
+        given,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=inputs.topk_idx,
+        topk_weights=inputs.topk_weights,
     )
 
 

@@ -208,7 +208,7 @@ class ExpertParallelMoE(nn.Module):
         return y.view(x.shape)
 
     def _is_fixed(self) -> bool:
-        """Tell whether this forward has fixed shapes."""
+        """True if this forward has fixed shapes."""
         return self.num_max_tokens > 0 and not torch.compiler.is_compiling()
 
     def _forward_fixed(self, rows: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class ExpertParallelMoE(nn.Module):
         return give_back(trip, sums)
 
     def _watch_replicas(self) -> None:
-        """Has an optimizer that steps without `sum_replica_gradients` told so, if there are replicas."""
+        """Has an optimizer that steps without `sum_replica_gradients` raise, if there are replicas."""
         if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             watch_replica_gradients(self.experts.parameters())
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# What torch's own process groups in Python return; it has no public name, and no type.
 from torch._C._distributed_c10d import _create_work_from_future as work_of  # type: ignore[attr-defined]
 from torch.futures import Future
 
@@ -83,8 +85,8 @@ class StepCollectives(dist.ProcessGroup):
 class Steps:
     """State that the attempts of one model have in common.
 
-    renew: begins torch's reducer anew, among the members; told whether to agree on the order of buckets at
-    the next forward, which ranks may not know of each other after a fault, or to find the order of arrival.
+    renew: begins torch's reducer anew, among the members; with True they agree on the order of buckets at the
+    next forward, which ranks may not know of each other after a fault, else they find the order of arrival.
     """
 
     def __init__(self, model: nn.Module, reducer: BucketReducer, renew: Callable[[bool], None]) -> None:
@@ -122,7 +124,7 @@ class Steps:
                 allowed = "one backward that reduces gradients in an attempt; those before it in no_sync()"
                 raise ModeError("backward", "a second one", allowed)
             self._commit(failure)
-        except Exception as error:
+        except Exception as error:  # `finish` raises it: inside autograd it would leave the reducer half done
             self._error = error
         for held in self._held.values():
             held.done.set_result(held.sums)

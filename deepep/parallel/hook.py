@@ -95,7 +95,7 @@ class BucketReducer:
             if index == 0:
                 self._begin()
             pending = self._issue(index, step, tensor)
-        except Exception as error:
+        except Exception as error:  # noted: inside autograd it would leave torch's reducer half done
             if not in_backward:
                 raise
             self._failure = error

@@ -77,7 +77,7 @@ def test_the_results_are_those_of_the_layer_that_waits(on_ranks: Any, name: str)
 
 
 def without_gradients(buffer: Any) -> list[bool]:
-    """Tell whether outputs require gradients where nothing does, and where rows do on rank 0 alone."""
+    """True for outputs that require gradients: where nothing does, and where rows do on rank 0 alone."""
     layer = layer_on(buffer, num_max_tokens=MOST).requires_grad_(False)
     told = []
     for wanted in (False, buffer.rank == 0):

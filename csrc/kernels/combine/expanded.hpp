@@ -1,5 +1,5 @@
 // Combine of expanded rows, one for each of a token's experts here: this rank's are summed while they are read,
-// so that one row a token returns, in no pass of its own. Receivers cannot tell: what travels is the same, and
+// so that one row a token returns, in no pass of its own. Receivers see none of it: the same travels, and
 // each rank decides for itself. Modes as of combine.hpp; no copy engine sums.
 //
 // Phases:

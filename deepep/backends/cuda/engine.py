@@ -132,7 +132,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self._must_build = self.unsettled = True
         self._refused = False
         self._fault: FaultRecord | None = None
-        self._control.waits.told = self._measure
+        self._control.waits.on_change = self._measure
         control.agree({**options.statement(), "symmetric_bytes": self._num_bytes})
         self._generations.free()  # of buffers that are no more: the peers have come here, too
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepep.api.buffer import Buffer
 from deepep.bench.clock import Timing
 from deepep.bench.figures import OURS, BenchReport, Figure
-from deepep.bench.operations import CACHED, COMBINE, Inputs
+from deepep.bench.operations import CACHED, COMBINE, Inputs, dispatch_laid_out
 from deepep.bench.rank import FUNCTIONAL, TIMEOUT, Bench, Progress
 from deepep.bench.sweep import Dtype, Shape, Sweep
 from deepep.bench.workload import Workload, draw, expert_stand_in
@@ -143,26 +143,14 @@ class OverlapBench(Bench):
 
 def _operations(buffer: Any, inputs: Inputs, dtypes: Sequence[Dtype]) -> Iterator[Overlapped]:
     """Cached dispatches of each dtype and a combine, of a Buffer with V1's calls."""
-    experts = inputs.workload.shape.experts
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(inputs.topk_idx, experts)
-    received, _, _, _, handle, _ = buffer.dispatch(
-        inputs.x,
-        num_tokens_per_rank=per_rank,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-        topk_idx=inputs.topk_idx,
-        topk_weights=inputs.topk_weights,
-    )
+    layout = buffer.get_dispatch_layout(inputs.topk_idx, inputs.workload.shape.experts)
+    received, _, _, _, handle, _ = dispatch_laid_out(buffer, inputs, layout, inputs.x)
     for dtype in dtypes:
         x, scales = inputs.rows(dtype)
-        given: Tensor | tuple[Tensor, Tensor] = x if scales is None else (x, scales)
-        yield Overlapped(
-            CACHED,
-            dtype,
-            lambda given=given: buffer.dispatch(given, handle=handle, async_finish=True),  # type: ignore[misc]
-        )
+        given = x if scales is None else (x, scales)
+        yield Overlapped(CACHED, dtype, partial(buffer.dispatch, given, handle=handle, async_finish=True))
     y = expert_stand_in(received, inputs.rank)
-    yield Overlapped(COMBINE, "bf16", lambda: buffer.combine(y, handle, async_finish=True))
+    yield Overlapped(COMBINE, "bf16", partial(buffer.combine, y, handle, async_finish=True))
 
 
 def _finish(started: Any) -> object:

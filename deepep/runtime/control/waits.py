@@ -44,10 +44,10 @@ class WaitRecorder:
 
     asks: this rank wants waits measured. by_peer: some rank does, so rows of this operation travel peer by
     peer on all of them. rows: this engine's rows travel between hosts' memories, where a wait can be timed.
-    told: is called with every change of `asks`, by an engine whose kernels measure.
+    on_change: is called with every change of `asks`, by an engine whose kernels measure.
     """
 
-    told: Callable[[], None] | None = None
+    on_change: Callable[[], None] | None = None
 
     def __init__(self, rank: int, num_ranks: int, rows: bool) -> None:
         self.rank, self.num_ranks, self.rows = rank, num_ranks, rows
@@ -62,8 +62,8 @@ class WaitRecorder:
     def ask(self, on: bool) -> None:
         """Has waits measured from now on, or no longer."""
         self.asks = on
-        if self.told is not None:
-            self.told()
+        if self.on_change is not None:
+            self.on_change()
 
     def busy(self) -> int:
         """Nanoseconds since the last exchange in which this rank waited for nobody; NOT_MEASURED before the

@@ -86,12 +86,13 @@ def check_that_domains_share_no_memory(buffer: Buffer, rank: int, per_domain: in
     assert {heap.data_ptr() for heap in mapped} == addresses
     process = THIS_PROCESS.process
     assert process is not None
+    core = process._binding._core
     for pe in set(range(process.num_pes)) - set(near):
         try:
-            theirs = process._binding._core.get_peer_tensor(process.slab, pe)
-        except Exception:
+            theirs = core.get_peer_tensor(process.slab, pe)
+        except core.NvshmemError:  # nvshmem_ptr has no address
             continue
-        assert theirs is None or theirs.data_ptr() == 0
+        raise AssertionError(f"PE {pe}'s memory is mapped here, at {theirs.data_ptr():#x}")
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ def test_a_copy_is_the_original(num_bytes: int, blocks: int, ring: dict[str, int
 
 
 def test_blocks_hold_as_many_sms_for_as_long() -> None:
-    """Two launches that do not fit beside each other come one after the other; two that do, at once."""
+    """Two launches that do not fit beside each other come one after the other. Bounds from below alone: what
+    each holds by its own clock, and both together if the second begins behind the first.
+    """
     from deepep import _cuda
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -48,6 +50,5 @@ def test_blocks_hold_as_many_sms_for_as_long() -> None:
         torch.cuda.synchronize()
         return begin.elapsed_time(end)
 
-    milliseconds(1)
-    assert milliseconds(sms) >= 40  # the second begins behind the first: a count of launches, no speed
-    assert milliseconds(sms // 2) >= 20
+    assert milliseconds(1) >= 20
+    assert milliseconds(sms) >= 40

@@ -66,7 +66,7 @@ class Watched:
 
 
 def kept(buffer: Any) -> int:
-    return buffer.info.memory["kept memory"]  # type: ignore[no-any-return]
+    return int(buffer.info.memory["kept memory"])
 
 
 def test_members_change(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def cuda_buffer(ctx: Any, **options: Any) -> Any:
 
 
 def kept(buffer: Any) -> int:
-    return buffer.info.memory["kept memory"]  # type: ignore[no-any-return]
+    return int(buffer.info.memory["kept memory"])
 
 
 def test_a_process_takes_the_place_of_one_that_died(

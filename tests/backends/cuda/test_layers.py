@@ -19,24 +19,21 @@ def pair() -> Iterator[World]:
         yield world
 
 
-def train(ctx: Any, backend: str, compiles: bool, fp8: bool) -> list[torch.Tensor]:
-    """Three steps of a small layer: losses, outputs' and inputs' gradients, and the weights at the end."""
+def layer_of(ctx: Any, backend: str, **options: Any) -> tuple[Any, Any]:
+    """A buffer on that backend, and a small layer that exchanges through it."""
     import deepep
     from deepep.nn import ExpertParallelMoE
 
     buffer = deepep.Buffer(ctx.group, timeout=30.0, backend=backend)
     assert buffer.runtime.info.backend == backend
-    moe = ExpertParallelMoE(
-        buffer,
-        hidden=256,
-        expert_hidden=128,
-        num_experts=16,
-        num_topk=4,
-        shared_hidden=64,
-        fp8_dispatch=fp8,
-        device=ctx.device,
-        dtype=torch.bfloat16,
-    )
+    sizes = {"hidden": 256, "expert_hidden": 128, "num_experts": 16, "num_topk": 4, "shared_hidden": 64}
+    moe = ExpertParallelMoE(buffer, device=ctx.device, dtype=torch.bfloat16, **sizes, **options)
+    return buffer, moe
+
+
+def train(ctx: Any, backend: str, compiles: bool, fp8: bool) -> list[torch.Tensor]:
+    """Three steps of a small layer: losses, outputs' and inputs' gradients, and the weights at the end."""
+    buffer, moe = layer_of(ctx, backend, fp8_dispatch=fp8)
     layer = torch.compile(moe, fullgraph=True, backend="aot_eager") if compiles else moe
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     told = []
@@ -72,23 +69,7 @@ def capture(ctx: Any, fp8: bool, recompute: bool) -> list[bool]:
     """Compare captured steps in fixed shapes with those of a layer that waits, for some numbers of tokens."""
     from copy import copy
 
-    import deepep
-    from deepep.nn import ExpertParallelMoE
-
-    buffer = deepep.Buffer(ctx.group, timeout=30.0, backend="cuda")
-    moe = ExpertParallelMoE(
-        buffer,
-        hidden=256,
-        expert_hidden=128,
-        num_experts=16,
-        num_topk=4,
-        shared_hidden=64,
-        fp8_dispatch=fp8,
-        recompute=recompute,
-        num_max_tokens=64,
-        device=ctx.device,
-        dtype=torch.bfloat16,
-    )
+    buffer, moe = layer_of(ctx, "cuda", fp8_dispatch=fp8, recompute=recompute, num_max_tokens=64)
     usual, same = copy(moe), []
     usual.num_max_tokens = 0
 

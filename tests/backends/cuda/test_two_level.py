@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ WINDOW = 32
 
 
 @pytest.fixture(scope="module")
-def domains():  # type: ignore[no-untyped-def]
+def domains() -> Any:
     """A factory that keeps one group per (ranks, ranks per domain, SMs); puts are up to 20 us late."""
     from harness.virtual_domains import VirtualDomains
 
@@ -58,25 +59,25 @@ def shapes(ranks: int, per_domain: int) -> list[Shape]:
 
 
 @pytest.mark.parametrize(("ranks", "per_domain"), GRIDS)
-def test_round_trip(domains, ranks: int, per_domain: int) -> None:  # type: ignore[no-untyped-def]
+def test_round_trip(domains: Any, ranks: int, per_domain: int) -> None:
     for seed, shape in enumerate(shapes(ranks, per_domain)):  # the seed gives the number of biases, 0 to 2
         round_trip(domains(ranks, per_domain), shape, seed)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 24])
-def test_results_do_not_depend_on_sms(domains, num_sms: int) -> None:  # type: ignore[no-untyped-def]
+def test_results_do_not_depend_on_sms(domains: Any, num_sms: int) -> None:
     for seed, shape in enumerate(shapes(4, 2)):
         round_trip(domains(4, 2, num_sms), shape, seed)
 
 
-def test_small_shapes(domains) -> None:  # type: ignore[no-untyped-def]
+def test_small_shapes(domains: Any) -> None:
     """Every option with few tokens and few blocks: what compute-sanitizer has time for."""
     for seed, shape in enumerate(shapes(4, 2)):
         small = replace(shape, tokens=(35, 5, 0, 33), hidden=min(shape.hidden, 256), local_experts=4)
         round_trip(domains(4, 2, 3), small, seed)
 
 
-def test_random_shapes(domains) -> None:  # type: ignore[no-untyped-def]
+def test_random_shapes(domains: Any) -> None:
     generator = torch.Generator().manual_seed(7)
 
     def pick(low: int, high: int) -> int:
@@ -101,7 +102,7 @@ def test_random_shapes(domains) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("room", [0, 5])
-def test_num_worst_tokens_marks_the_rest(domains, room: int) -> None:  # type: ignore[no-untyped-def]
+def test_num_worst_tokens_marks_the_rest(domains: Any, room: int) -> None:
     shape = Shape((50, 61, 0, 77), topk=3)
     given = [draw_rank(shape, r, 1) for r in range(4)]
     expected = oracle.dispatch(given, 16)
@@ -116,7 +117,7 @@ def test_num_worst_tokens_marks_the_rest(domains, room: int) -> None:  # type: i
         assert (got.received.topk_idx[rows:] == -1).all()
 
 
-def test_too_many_rows_is_told_before_a_row_moves(domains) -> None:  # type: ignore[no-untyped-def]
+def test_too_many_rows_is_told_before_a_row_moves(domains: Any) -> None:
     from deepep.backends.cuda.launch import Phase
 
     domain = domains(4, 2)
@@ -158,7 +159,7 @@ def test_a_masked_gateway_has_another_in_its_place(masked: int) -> None:
         assert domain.endpoints[r].take_fault(0) is None
 
 
-def test_a_refusal_is_learned_by_all_ranks(domains) -> None:  # type: ignore[no-untyped-def]
+def test_a_refusal_is_learned_by_all_ranks(domains: Any) -> None:
     """Of a dispatch and of a combine; then the group goes on."""
     from deepep.backends.cuda.launch import Phase
 
@@ -181,7 +182,7 @@ def test_a_refusal_is_learned_by_all_ranks(domains) -> None:  # type: ignore[no-
 # Faults
 
 
-def expect_faults(domain, operations: set[str]) -> set[str]:  # type: ignore[no-untyped-def]
+def expect_faults(domain: Any, operations: set[str]) -> set[str]:
     """Phases of what ranks report; some rank does, and the context lives."""
     faults = [endpoint.take_fault(0) for endpoint in domain.endpoints]
     found = [fault for fault in faults if fault is not None]
@@ -239,7 +240,7 @@ def test_a_nic_that_falls_silent_in_a_combine(lost: int) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_operations(domains) -> None:  # type: ignore[no-untyped-def]
+def test_ten_thousand_operations(domains: Any) -> None:
     """Dispatch, combine, cached dispatch: 3334 times in a row, shapes at random, on the same memory."""
     generator = torch.Generator().manual_seed(11)
 
