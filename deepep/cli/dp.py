@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_faults, dp_networks
+from deepep.cli import dp_faults, dp_networks, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import RangeError
 
@@ -28,12 +28,14 @@ _INSIDE = "DEEPEP_DP_NAMESPACE"
 
 def command(
     what: Annotated[
-        str, typer.Argument(help="bits, codec, bytes, convergence, topologies, drift, noise, kill.")
+        str, typer.Argument(help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill.")
     ],
     ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given.")] = 0,
     cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.")] = 1000,
     blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.")] = 20_000,
-    steps: Annotated[int, typer.Option(help="convergence, noise: training steps; 0: 64 and 160.")] = 0,
+    steps: Annotated[
+        int, typer.Option(help="convergence, noise, uneven: training steps; 0: 64, 160 and 20.")
+    ] = 0,
     rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.")] = 5,
     pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
@@ -47,7 +49,8 @@ def command(
     it, by format (Linux, unshare). convergence: the demo's loss by format, with a control that is far too
     coarse. topologies: times on emulated clusters (`deepep links`) against torch's gloo. drift: a link that
     becomes slow has others planned. noise: formats that follow the gradients' noise, in the demo. kill: a
-    rank that dies in a training step has the others go on, with the weights that they should have.
+    rank that dies in a training step has the others go on, with the weights that they should have. uneven:
+    ranks of several speeds, whose shares follow what is measured, against torch's equal ones.
     """
     from deepep.sim.links.emulated import NetworkError
 
@@ -59,6 +62,7 @@ def command(
         "topologies": lambda: dp_networks.topologies(ranks or 8, rounds, pinned),
         "drift": dp_networks.drift,
         "noise": lambda: dp_networks.noise(ranks or 4, steps or 160, seed),
+        "uneven": lambda: dp_uneven.uneven(steps or 20),
         "kill": lambda: dp_faults.kill(ranks or 6, phases, times, seed),
     }
     if what not in actions:

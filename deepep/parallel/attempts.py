@@ -204,6 +204,7 @@ class Steps:
                     buffer.copy_(values)
             torch.set_rng_state(self._random)
         self._gradients, self._buffers = [], []
+        self._reducer.end_step(self.is_committed and not failed)
         return failed
 
 

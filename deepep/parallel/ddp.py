@@ -18,6 +18,7 @@ from deepep.collectives.communicator import DTYPES
 from deepep.collectives.plan_table import PlanTable
 from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeError
 from deepep.parallel.attempts import StepAttempt, StepCollectives, Steps
+from deepep.parallel.balance import SpeedMeter
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
 from deepep.parallel.experts import (
     ExpertReducer,
@@ -31,6 +32,7 @@ from deepep.parallel.experts import (
 )
 from deepep.parallel.hook import BucketReducer, reduce_bucket
 from deepep.parallel.planning import table_of
+from deepep.parallel.sampler import ElasticSampler
 
 GRADIENTS = ("mean", "sum")
 
@@ -49,6 +51,11 @@ class DistributedDataParallel(TorchDistributedDataParallel):
 
     expert_group: the ranks that hold the same experts as this one, where a model's ranks are several groups
         between which no tokens go: a process group, or one dimension of a device mesh.
+
+    sampler: the ElasticSampler that the model's batches are of. Gradients are then means over the samples of
+        a step, however many of them each rank has: the loss is a mean over its own. The sampler follows the
+        members, and if its weights are "measured" their speeds. Not for models with experts, whose losses
+        are to be multiplied by R * sampler.gradient_weight() instead.
 
     Parameters of experts (modules with `expert_parameters()`, as deepep.nn.ExpertParallelMoE) are not every
     rank's: they are neither broadcast to all nor reduced over all, but over `expert_group`. Their gradients
@@ -81,6 +88,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         config: ParallelConfig | None = None,
         gradient: str = "mean",
         expert_group: Any = None,
+        sampler: ElasticSampler | None = None,
         **torch_options: Any,
     ) -> None:
         if config is not None and not isinstance(config, ParallelConfig):
@@ -124,10 +132,38 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         else:
             scale_gradients(experts.values(), num_replicas, 1)
         scale_gradients(replicated, num_ranks if gradient == "sum" else 1, 1)
+        if sampler is not None:
+            self._check_sampler(sampler, options)
         if not options.is_torchs:
-            self._bucket_reducer = attach(self, options, gradient)
+            self._bucket_reducer = attach(self, options, gradient, sampler)
         if replicas is not None and experts:
             self._reduce_experts(module, replicas, options)
+
+    def _check_sampler(self, sampler: ElasticSampler, options: ParallelConfig) -> None:
+        if not isinstance(sampler, ElasticSampler):
+            raise ArgumentTypeError("sampler", type(sampler).__name__, "a deepep.ElasticSampler")
+        place = (self.process_group.rank(), self.process_group.size())
+        if (sampler.rank, sampler.num_ranks) != place:
+            got = f"rank {sampler.rank} of {sampler.num_ranks}"
+            raise RangeError("sampler", got, f"rank {place[0]} of {place[1]}, as in the process group")
+        if options.is_torchs:
+            raise ModeError("sampler", "torch's own all-reduce", "any other topology, or compression")
+        if self._experts or self._gradient != "mean":
+            allowed = (
+                "gradient='mean', and no experts: else losses multiplied by R * sampler.gradient_weight()"
+            )
+            raise ModeError("sampler", "experts" if self._experts else "gradient='sum'", allowed)
+        if sampler.is_measured and self.device_type != "cpu":
+            raise ModeError(
+                "sampler", "weights='measured' on CUDA", "numbers: speeds are measured on the CPU"
+            )
+
+    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """torch's: the module's own forward, once what comes before has waited for other ranks."""
+        reducer = self._bucket_reducer
+        if reducer is not None and reducer.meter is not None and torch.is_grad_enabled():
+            reducer.meter.begin(accumulates=not self.require_backward_grad_sync)
+        return super()._run_ddp_forward(*inputs, **kwargs)
 
     def _reduce_experts(
         self, module: nn.Module, replicas: dist.ProcessGroup, options: ParallelConfig
@@ -148,8 +184,11 @@ class DistributedDataParallel(TorchDistributedDataParallel):
     def join_hook(self, **kwargs: Any) -> Any:
         """torch's, for uneven inputs.
 
-        Raises RangeError for divide_by_initial_world_size=False: torch's own all-reduce alone follows it.
+        Raises RangeError for divide_by_initial_world_size=False: torch's own all-reduce alone follows it; and
+        ModeError with a sampler, whose batches do not end.
         """
+        if self._bucket_reducer is not None and self._bucket_reducer.sampler is not None:
+            raise ModeError("join", "a model with a sampler", "one without: an ElasticSampler does not end")
         if self._bucket_reducer is not None and not kwargs.get("divide_by_initial_world_size", True):
             raise RangeError("divide_by_initial_world_size", "False", "True: ranks that have joined count")
         return super().join_hook(**kwargs)
@@ -265,7 +304,10 @@ class DistributedDataParallel(TorchDistributedDataParallel):
 
 
 def attach(
-    model: TorchDistributedDataParallel, config: ParallelConfig, gradient: str = "mean"
+    model: TorchDistributedDataParallel,
+    config: ParallelConfig,
+    gradient: str = "mean",
+    sampler: ElasticSampler | None = None,
 ) -> BucketReducer:
     """Has a torch DDP's buckets reduced by `config`. Collective over its group."""
     reducer = reducer_over(
@@ -273,10 +315,14 @@ def attach(
         {
             "config": repr(config),
             "gradient": gradient,
+            "sampler": "" if sampler is None else sampler.statement(),
             # By which the ranks cut buckets alike; one cap, or several (torch from 2.13 on).
             "buckets": repr((model.bucket_bytes_cap, getattr(model, "bucket_bytes_cap_list", []))),
         },
     )
+    reducer.sampler = sampler
+    if sampler is not None and sampler.is_measured:
+        reducer.meter = SpeedMeter()
     TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
     return reducer
 

@@ -18,10 +18,12 @@ from deepep.collectives.codecs import LOSSY, rounding_key
 from deepep.collectives.plan_table import PlanTable
 from deepep.errors import PeerTimeoutError
 from deepep.parallel.attempts import HeldBucket, Steps
+from deepep.parallel.balance import SpeedMeter
 from deepep.parallel.config import ParallelConfig, config_among
 from deepep.parallel.drift import DriftDetector
 from deepep.parallel.planning import plan_of, table_of
 from deepep.parallel.policy import BucketFormat, BucketNoise, measure, square_of
+from deepep.parallel.sampler import ElasticSampler
 
 
 class Bucket(Protocol):
@@ -44,7 +46,8 @@ class BucketReducer:
     table: measured or pinned plans; None: by the fixed rule. step: backwards so far, by which dice differ.
     plans: of the last backward, by bucket. members: the group's ranks that it sums over. next_config: options
     that hold from the next backward on. formats: of compression "auto", by bucket; noise: what they followed
-    from, as of the backward before the last.
+    from, as of the backward before the last. sampler: by whose counts the average is one over samples, None:
+    over ranks; meter: this rank's speed, for weights that follow it.
     """
 
     comm: Communicator
@@ -57,6 +60,9 @@ class BucketReducer:
     formats: dict[int, BucketFormat] = field(default_factory=dict)
     noise: dict[int, BucketNoise] = field(default_factory=dict)
     steps: Steps | None = None  # of a model whose steps go on without ranks that died
+    sampler: ElasticSampler | None = None
+    meter: SpeedMeter | None = None
+    speeds: dict[int, float] = field(default_factory=dict)  # by rank, as given beside the last sums
     _failure: BaseException | None = None
     _pending: list[Future[Tensor]] = field(default_factory=list)  # sums of buckets that an attempt holds
     _first: PendingReduction | None = None  # of the last backward's first bucket
@@ -79,6 +85,9 @@ class BucketReducer:
         steps = self.steps if self.steps is not None and self.steps.is_open else None
         step = self.step
         if bucket.is_last():
+            if self.meter is not None:
+                assert self.sampler is not None
+                self.meter.end(self.sampler.counts().get(self.sampler.rank, 0))
             if steps is not None:
                 at_the_end_of_backward(self._finish, before=self._settle)
             else:
@@ -137,7 +146,8 @@ class BucketReducer:
         """Chooses the formats by what all ranks have measured in the backward before the last."""
         if self._first is None or not self._given:
             return
-        rows = [values.view(len(self._given), -1).tolist() for values in self._first.aside]
+        first, shape = int(self.meter is not None), (len(self._given), -1)  # after the speed
+        rows = [values[first:].view(shape).tolist() for values in self._first.aside]
         for place, (index, plan) in enumerate(self._given.items()):
             num_groups = len(plan.groups) if plan.schedule == "hierarchical" else 1
             used = plan.codec if plan.codec in LOSSY else "off"
@@ -177,12 +187,21 @@ class BucketReducer:
         self.plans[index] = plan
         is_by_dice = plan.codec in LOSSY and config.rounding == "stochastic"
         dice = (config.seed, step, index) if is_by_dice else None
-        aside = self._aside() if index == 0 else None
+        aside, statement, share = self._aside() if index == 0 else None, repr(config), 1.0
+        if self.sampler is not None:
+            # The mean over ranks of what each weighs: a step's samples count alike, whoever had them.
+            share = self.comm.num_ranks * self.sampler.gradient_weight(self.comm.members)
+            weigh(tensor, share)
+            statement += repr(self.sampler.counts())
         is_large = size >= config.min_compressed_bytes and tensor.dtype != torch.float64
         inspect = None
         if adapts and is_large and self.comm.num_ranks > 1:
             key = rounding_key(config.seed, step, index, self.comm.rank)
             numbers = measure(tensor, key if config.rounding == "stochastic" else None)
+            if (
+                self.sampler is not None
+            ):  # one rank's square tells less of the variance, the more samples it is of
+                numbers[0] = numbers[0] / share if share else 0.0
             self._measured[index] = [*numbers, 0.0]
             inspect = partial(self._measure_mean, index)
         if index == 0:
@@ -194,7 +213,7 @@ class BucketReducer:
                 mean=True,
                 dice=dice,
                 async_op=True,
-                statement=repr(config),
+                statement=statement,
                 calls=self._has_drifted(),
                 aside=aside,
                 inspect=inspect,
@@ -219,18 +238,40 @@ class BucketReducer:
             self._measured[index][-1] = square_of(mean)
 
     def _aside(self) -> Tensor | None:
-        """This rank's measurements of the last backward, for all ranks; begins those of the next."""
+        """This rank's speed and measurements of the last backward, for all ranks; begins the next's."""
         measured, self._measured = self._measured, {}
         self._given = {index: self._plans_before[index] for index in measured}
-        if not measured:
-            return None
-        return torch.tensor(list(measured.values()), dtype=torch.float64, device="cpu").flatten()
+        numbers = [] if self.meter is None else [self.meter.speed]
+        for values in measured.values():
+            numbers += values
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu") if numbers else None
+
+    def _take_speeds(self) -> None:
+        """Keeps what was given beside sums that all ranks have."""
+        self.speeds = {}
+        if self.meter is not None and self._first is not None:
+            given = zip(self.members, self._first.aside, strict=True)
+            self.speeds = {rank: float(values[0]) for rank, values in given}
+
+    def end_step(self, is_over: bool) -> None:
+        """Has the next step, or this one's next attempt, shared by who is left; if it is over, by the speeds
+        that all ranks were given beside its sums.
+        """
+        speeds, self.speeds = self.speeds, {}
+        if self.sampler is None:
+            return
+        if is_over and speeds:
+            self.sampler.follow(speeds)
+        if self.sampler.members != self.comm.members:
+            self.sampler.set_members(self.comm.members)
 
     def _raise(self) -> None:
         failure, self._failure = self._failure, None
         if failure is not None:
             self._forget()
             raise failure
+        self._take_speeds()
+        self.end_step(True)
 
     def _settle(self) -> None:
         """At the end of an attempt's backward: its sums count, or not, for all survivors alike."""
@@ -248,6 +289,8 @@ class BucketReducer:
         for done in pending:
             done.wait()
         failure, self._failure = self._failure, None
+        if failure is None:
+            self._take_speeds()
         return failure
 
     def _forget(self) -> None:
@@ -291,6 +334,17 @@ reduce_bucket.__annotations__.update({"bucket": GradBucket, "return": Future[Ten
 def _what_is_measured(config: ParallelConfig) -> tuple[object, ...]:
     """Options by which the plans follow from measurements."""
     return config.topology, config.compression, config.reproducible, config.groups, config.probe_seconds
+
+
+@torch.no_grad()
+def weigh(gradient: Tensor, share: float) -> None:
+    """Multiplies in place by a rank's share, in proportion to an even one. Without samples a loss may be
+    anything, a mean over none is NaN: it does not count.
+    """
+    if share == 0:
+        gradient.zero_()
+    elif share != 1:
+        gradient.mul_(share)
 
 
 def _completed(tensor: Tensor) -> Future[Tensor]:

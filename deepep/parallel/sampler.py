@@ -8,7 +8,7 @@ samples with it, and one that joins needs the step's number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from deepep.errors import ArgumentTypeError, RangeError
+from deepep.parallel.balance import LEAST_GAIN, parts_of, step_seconds, weights_of
 from deepep.runtime.checks import MOST, check_flag, check_int
 
 BATCHES = ("keep", "shrink")
+MEASURED = "measured"
 _MOST_SAMPLES = 1 << 60
 _ROUNDS = 6
 _MULTIPLIERS = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)  # odd
@@ -33,15 +35,18 @@ class ElasticSampler(Sampler[list[int]]):
 
     num_samples: of the data set, or something that has a length. global_batch: samples of a step, of all
     ranks together. rank, num_ranks: this rank and R. weights: a positive number for each rank, in proportion
-    to which the members share a step; None: all alike.
+    to which the members share a step; None: all alike; "measured": alike at first, then by the speeds that a
+    deepep.DistributedDataParallel(sampler=) has measured, which gives means over samples by any weights.
     batch: after deaths, "keep": the members share the whole batch; "shrink": each has what it had, and the
     dead ranks' samples of these steps are left out.
-    shuffle: every pass over the data has an order of its own; False: the data's.
+    max_samples: for each rank, the most that it can hold of a step: the others take what is beyond, and if
+    all are full, some of the batch is left out. rebalance_every: steps, at least, for which measured weights
+    stay. shuffle: every pass over the data has an order of its own; False: the data's.
 
     Steps go on without end: a batch may begin in one pass and end in the next, and in every pass each sample
     has its turn once. `step` is the next step that counts: `commit` moves it, iterating does not, so that a
-    step that is made again has the same samples. A DataLoader with workers reads ahead: make a new iterator
-    of it once the members have changed, or the step was set.
+    step that is made again has the same samples. A DataLoader reads ahead: make a new iterator of it once the
+    members have changed, or the step was set; a change of weights is no reason to.
 
     Raises ArgumentTypeError and RangeError.
     """
@@ -54,9 +59,11 @@ class ElasticSampler(Sampler[list[int]]):
         num_ranks: int,
         *,
         seed: int = 0,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | str | None = None,
         batch: str = "keep",
         shuffle: bool = True,
+        max_samples: Sequence[int] | None = None,
+        rebalance_every: int = 50,
     ) -> None:
         size = len(num_samples) if isinstance(num_samples, Sized) else num_samples
         self.num_samples = check_int("num_samples", size, 1, _MOST_SAMPLES)
@@ -70,7 +77,22 @@ class ElasticSampler(Sampler[list[int]]):
         self.batch = batch
         self.step = 0
         self.members: tuple[int, ...] = tuple(range(self.num_ranks))
-        self.set_weights([1.0] * self.num_ranks if weights is None else weights)
+        self.is_measured = isinstance(weights, str) and weights == MEASURED
+        alike = weights is None or self.is_measured
+        self.set_weights([1.0] * self.num_ranks if alike else weights)  # type: ignore[arg-type]
+        self.max_samples = None if max_samples is None else self._checked_limits(max_samples)
+        self.rebalance_every = check_int("rebalance_every", rebalance_every, 1, MOST)
+        self._steps_since = 0  # that weights were changed
+        self._drawn: dict[int, dict[int, int]] = {}  # by step: members' samples, as shared when it was drawn
+
+    def _checked_limits(self, given: Sequence[int]) -> list[int]:
+        if not isinstance(given, (list, tuple)) or len(given) != self.num_ranks:
+            raise ArgumentTypeError("max_samples", repr(given)[:100], f"{self.num_ranks} integers")
+        limits = [check_int("max_samples", limit, 1, MOST) for limit in given]
+        if sum(limits) < self.global_batch:
+            allowed = f"{self.global_batch} samples or more, of all ranks together"
+            raise RangeError("max_samples", repr(given)[:100], allowed)
+        return limits
 
     # who is there
 
@@ -82,6 +104,7 @@ class ElasticSampler(Sampler[list[int]]):
         if not all(0 < weight < float("inf") for weight in given):
             raise RangeError("weights", repr(weights)[:100], "positive, finite numbers")
         self.weights = given
+        self._shares: dict[int, range] | None = None
 
     def set_members(self, members: Sequence[int]) -> None:
         """Shares steps among these ranks from now on; the same on all of them.
@@ -92,23 +115,55 @@ class ElasticSampler(Sampler[list[int]]):
         if not ranks:
             raise RangeError("members", "none", "at least one rank")
         self.members = tuple(ranks)
+        self._shares = None
+
+    def follow(self, speeds: Mapping[int, float]) -> None:
+        """Takes the speeds of a step's ranks, in samples per second, 0.0 where not known: once for every step
+        that counts, the same on all ranks. Weights that are "measured" follow them, if that saves time.
+        """
+        if not self.is_measured:
+            return
+        self._steps_since += 1
+        if self._steps_since < self.rebalance_every or not all(speed > 0 for speed in speeds.values()):
+            return
+        found = weights_of(speeds)
+        weights = [found.get(rank, weight) for rank, weight in enumerate(self.weights)]
+        now, then = (
+            step_seconds(self._sizes(sorted(speeds), given), speeds) for given in (self.weights, weights)
+        )
+        if then <= (1 - LEAST_GAIN) * now:
+            self.set_weights(weights)
+            self._steps_since = 0
 
     # which samples
 
     def shares(self) -> dict[int, range]:
         """Places in a step's batch, 0 to global_batch - 1, of each member: contiguous, ranks ascending."""
-        among = range(self.num_ranks) if self.batch == "shrink" else self.members
-        ends = _ends(self.global_batch, [self.weights[rank] for rank in among])
-        parts = {
-            rank: range(begin, end) for rank, begin, end in zip(among, [0, *ends[:-1]], ends, strict=True)
-        }
-        return {rank: parts[rank] for rank in self.members}
+        if self._shares is None:
+            parts, begin = {}, 0
+            for rank, size in self._sizes(self.members, self.weights).items():
+                parts[rank] = range(begin, begin + size)
+                begin += size
+            self._shares = {rank: parts[rank] for rank in self.members}
+        return dict(self._shares)
 
-    def indices(self, step: int, places: range | None = None) -> Tensor:
-        """Samples of a step's batch, [len(places)] int64; None: this rank's share."""
-        check_int("step", step, 0, _MOST_SAMPLES)
+    def _sizes(self, members: Sequence[int], weights: Sequence[float]) -> dict[int, int]:
+        """Samples of the ranks among which steps are shared, the dead ones too if the batch shrinks."""
+        among = range(self.num_ranks) if self.batch == "shrink" else members
+        most = None if self.max_samples is None else [self.max_samples[rank] for rank in among]
+        sizes = parts_of(self.global_batch, [weights[rank] for rank in among], most)
+        return dict(zip(among, sizes, strict=True))
+
+    def indices(self, step: int | None = None, places: range | None = None) -> Tensor:
+        """Samples of a step's batch, [len(places)] int64, on the CPU.
+
+        step: None: the next that counts. places: None: this rank's share.
+        """
+        step = self.step if step is None else check_int("step", step, 0, _MOST_SAMPLES)
         if places is None:
-            places = self.shares().get(self.rank, range(0))
+            shares = self.shares()
+            self._drawn[step] = {rank: len(share) for rank, share in shares.items()}
+            places = shares.get(self.rank, range(0))
         first = step * self.global_batch  # in the endless sequence
         found = []
         at, last = first + places.start, first + places.stop
@@ -119,11 +174,21 @@ class ElasticSampler(Sampler[list[int]]):
             at += end - begin
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def gradient_weight(self) -> float:
-        """Weight of this rank's mean over its samples in the mean over all samples of a step."""
-        shares = self.shares()
-        total = sum(map(len, shares.values()))
-        return len(shares.get(self.rank, ())) / total if total else 0.0
+    def counts(self) -> dict[int, int]:
+        """Samples of each member in the next step that counts.
+
+        As they were shared when this rank drew its own, if it has.
+        """
+        found = self._drawn.get(self.step)
+        return {r: len(share) for r, share in self.shares().items()} if found is None else dict(found)
+
+    def gradient_weight(self, members: Iterable[int] | None = None) -> float:
+        """Weight of this rank's mean over its samples in the mean over all samples of the next step that
+        counts. members: those whose samples are there; None: all who share the step.
+        """
+        counts = self.counts()
+        total = sum(counts.get(rank, 0) for rank in (counts if members is None else members))
+        return counts.get(self.rank, 0) / total if total else 0.0
 
     def _turn(self, turn: int, places: Tensor) -> Tensor:
         """The samples at these places of a pass over the data."""
@@ -141,10 +206,17 @@ class ElasticSampler(Sampler[list[int]]):
         """Says that a step counts; None: the next."""
         done = self.step if step is None else check_int("step", step, 0, _MOST_SAMPLES)
         self.step = done + 1
+        self._drawn = {step: counts for step, counts in self._drawn.items() if step >= self.step}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, for a rank that joins or begins again; and what has to be the same there."""
-        return {"step": self.step, **self._same()}
+        """The step and measured weights, for a rank that joins or begins again.
+
+        Beside them what has to be the same there.
+        """
+        state = {"step": self.step, **self._same()}
+        if self.is_measured:
+            state |= {"weights": list(self.weights), "steps_since": self._steps_since}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state. Raises RangeError if it is of another sequence."""
@@ -152,20 +224,19 @@ class ElasticSampler(Sampler[list[int]]):
             if state.get(name) != value:
                 raise RangeError(name, repr(state.get(name)), f"{value!r}, as this sampler has it")
         self.step = check_int("step", state["step"], 0, _MOST_SAMPLES)
+        self._drawn.clear()
+        if self.is_measured and "weights" in state:
+            self.set_weights(state["weights"])
+            self._steps_since = check_int("steps_since", state["steps_since"], 0, _MOST_SAMPLES)
+
+    def statement(self) -> str:
+        """Text that is the same on ranks whose samplers share steps as each other's do."""
+        rest = (self.batch, self.max_samples, self.is_measured, self.rebalance_every, self.weights)
+        return repr((self._same(), *rest))
 
     def _same(self) -> dict[str, Any]:
         names = ("num_samples", "global_batch", "num_ranks", "seed", "shuffle")
         return {name: getattr(self, name) for name in names}
-
-
-def _ends(total: int, weights: Sequence[float]) -> list[int]:
-    """Ends of contiguous parts of `total` in proportion to weights, each less than one off."""
-    whole, so_far, ends = sum(weights), 0.0, []
-    for weight in weights:
-        so_far += weight
-        ends.append(min(total, round(total * so_far / whole)))
-    ends[-1] = total
-    return ends
 
 
 def shuffled(places: Tensor, size: int, key: str) -> Tensor:
