@@ -9,12 +9,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from deepep.sim.worlds.outcomes import Outcome, Status
 from deepep.sim.worlds.rank_process import BareException, RankSpec, main
@@ -36,7 +36,7 @@ class RankHandle:
         self.connection, theirs = multiprocessing.Pipe()
         # Nothing is ever written to it: its end shows a rank, wherever it is, that its parent is gone.
         lifeline, self._lifeline = multiprocessing.Pipe(duplex=False)
-        self.process = _start(theirs, lifeline, spec)
+        self.process = start_process(main, (theirs, lifeline, spec), f"deepep-rank-{spec.rank}")
         theirs.close()
         lifeline.close()
 
@@ -112,12 +112,11 @@ def unpack_outcome(reply: bytes, rank: int, seconds: float) -> Outcome:
     return Outcome(rank, Status.RAISED, error=value, traceback=trace, seconds=seconds)
 
 
-def _start(connection: Connection, lifeline: Connection, spec: RankSpec) -> BaseProcess:
+def start_process(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> BaseProcess:
+    """A process that the fork server starts, and which ends with this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(
-        target=main, args=(connection, lifeline, spec), name=f"deepep-rank-{spec.rank}", daemon=True
-    )
+    process = context.Process(target=target, args=arguments, name=name, daemon=True)
     with _starting, _hidden_main(), _quiet_torch():
         process.start()
     return process

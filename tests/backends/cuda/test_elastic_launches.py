@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
-TESTS = Path(__file__).resolve().parents[2]
+from harness.on_stubs import on_stubs
 
 START = """
 import torch
@@ -43,21 +37,9 @@ def both_ways(call):
 """
 
 
-def on_stubs(test: str) -> None:
-    """Runs code with a stubbed extension; its assertions are the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(test)],
-        cwd=TESTS,
-        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(64 << 20)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_plain_rows_take_the_kernels_of_buffer() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
             def dispatch(**how):
@@ -73,12 +55,13 @@ def test_plain_rows_take_the_kernels_of_buffer() -> None:
             assert both_ways(lambda **how: buffer.combine(got.recv_x, got.handle, **how))[1] == ["combine"]
             assert launched(buffer.barrier)[1] == ["barrier"]
             assert launched(lambda: buffer.barrier(with_cpu_sync=True))[1] == ["barrier"]
-        """
+        """,
     )
 
 
 def test_expanded_rows_take_two_more_and_none_on_their_way_back() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
             def dispatch(**how):
@@ -95,13 +78,14 @@ def test_expanded_rows_take_two_more_and_none_on_their_way_back() -> None:
             def combine(**how):
                 return buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, **how)
             assert both_ways(combine)[1] == ["combine"]
-        """
+        """,
     )
 
 
 def test_what_a_timed_out_dispatch_leaves_is_no_address() -> None:
     """Kernels that gave up have left indices of any value: an index out of bounds would end the process."""
     on_stubs(
+        START,
         """
         torch.use_deterministic_algorithms(True)  # what is not initialised has the largest value there is
         assert torch.empty(4, dtype=torch.int64).min() > 1 << 60
@@ -110,12 +94,13 @@ def test_what_a_timed_out_dispatch_leaves_is_no_address() -> None:
                 how = {"do_expand": True, "do_cpu_sync": False, "expert_alignment": 4, "num_experts": 2}
                 got = buffer.dispatch(x, idx, weights, do_zero_padding=True, **how)
                 buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights)
-        """
+        """,
     )
 
 
 def test_one_sum_dispatches_the_rows_back() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer(elastic=True, allow_multiple_reduction=False, **sizes) as buffer:
             got = buffer.dispatch(x, idx, weights, num_experts=1, do_expand=True, do_cpu_sync=False)
@@ -124,26 +109,28 @@ def test_one_sum_dispatches_the_rows_back() -> None:
             assert both_ways(combine)[1] == ["dispatch", "reduce_rows"]
             ones = torch.ones_like(x).requires_grad_()
             assert not buffer.combine(got.recv_x, got.handle, bias=ones).combined_x.requires_grad
-        """
+        """,
     )
 
 
 def test_rows_that_kernels_do_not_take_are_summed_by_torch() -> None:
     """Rows at odd addresses: the kernel reads 16 bytes at a time."""
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
             got = buffer.dispatch(x, idx, weights, num_experts=1, do_expand=True, do_cpu_sync=False)
             odd = torch.zeros(got.recv_x.numel() + 1, dtype=torch.bfloat16)[1:].view_as(got.recv_x)
             assert odd.data_ptr() % 16
             assert launched(lambda: buffer.combine(odd, got.handle))[1] == ["combine"]
-        """
+        """,
     )
 
 
 def test_calls_at_once_come_behind_the_dispatch_on_the_communication_stream() -> None:
     """They read, on the current stream, where rows stand, which an asynchronous dispatch has written."""
     on_stubs(
+        START,
         """
         waits = []
         stub_cuda.Stream.wait_event = lambda self, event: waits.append(event)
@@ -159,5 +146,5 @@ def test_calls_at_once_come_behind_the_dispatch_on_the_communication_stream() ->
                     waits.clear()
                     call()
                     assert end in waits
-        """
+        """,
     )

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
-TESTS = Path(__file__).resolve().parents[2]
+from harness.on_stubs import on_stubs
 
 START = """
 import pytest, torch
@@ -33,21 +27,9 @@ stub_cuda.Domain.launched = staticmethod(launches.append)
 """
 
 
-def on_stubs(test: str, symmetric_bytes: int = 64 << 20) -> None:
-    """Runs code with a stubbed extension; its assertions are the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(test)],
-        cwd=TESTS,
-        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(symmetric_bytes)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_memory_is_made_by_the_first_dispatch() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer() as buffer:
             dispatch_layout = buffer.get_dispatch_layout(idx, 2)
@@ -66,12 +48,13 @@ def test_memory_is_made_by_the_first_dispatch() -> None:
             assert buffer.runtime.symmetric is symmetric
         with stub_cuda.stub_buffer() as buffer:
             pass  # never made, and left without it
-        """
+        """,
     )
 
 
 def test_a_capture_does_not_begin_with_making_memory() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer() as buffer:
             torch.cuda.is_current_stream_capturing = lambda: True
@@ -80,12 +63,13 @@ def test_a_capture_does_not_begin_with_making_memory() -> None:
             assert made(buffer) == 0
             torch.cuda.is_current_stream_capturing = lambda: False
             dispatch(buffer)
-        """
+        """,
     )
 
 
 def test_masks_have_memory_made_anew() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer(enable_shrink=True) as buffer:
             *_, handle, _ = dispatch(buffer)
@@ -98,13 +82,14 @@ def test_masks_have_memory_made_anew() -> None:
             assert buffer.runtime.symmetric is not symmetric
             assert prepared.launch(x, None, deepep.Buffer.num_sms) is None
             assert handle.route.cached.launch(x, None, deepep.Buffer.num_sms) is not None
-        """
+        """,
     )
 
 
 def test_reported_faults_are_raised_before_the_next_launch() -> None:
     """A disagreement is raised once, and the call refused on all ranks; a missing peer until it is masked."""
     on_stubs(
+        START,
         """
         from types import SimpleNamespace
         from deepep.backends.cuda.launch import Phase
@@ -135,13 +120,14 @@ def test_reported_faults_are_raised_before_the_next_launch() -> None:
                     dispatch(buffer)
             buffer.low_latency_clean_mask_buffer()
             dispatch(buffer)
-        """
+        """,
     )
 
 
 def test_the_number_of_a_list_goes_to_the_kernels() -> None:
     """Of a cached one as well, which the next of another list, or of none, does not take over."""
     on_stubs(
+        START,
         """
         from deepep.api.payloads import PayloadForm
 
@@ -166,12 +152,13 @@ def test_the_number_of_a_list_goes_to_the_kernels() -> None:
             for rows in ([words], [words], [reals], [words], words.view(torch.bfloat16)):
                 buffer.dispatch(rows, handle=handle)
             assert numbers == [0, of[0], of[1], of[0], 0]
-        """
+        """,
     )
 
 
 def test_the_short_way_is_for_handles_of_this_buffer() -> None:
     on_stubs(
+        START,
         """
         with stub_cuda.stub_buffer() as buffer, stub_cuda.stub_buffer() as other:
             handle = dispatch(buffer).handle
@@ -181,5 +168,5 @@ def test_the_short_way_is_for_handles_of_this_buffer() -> None:
             with pytest.raises(deepep.HandleError, match="another buffer"):
                 other.dispatch(x, handle=handle)
             assert launches == ["refuse dispatch"]
-        """
+        """,
     )

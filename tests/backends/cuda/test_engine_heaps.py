@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parents[2]
+from harness.on_stubs import on_stubs
 
 START = """
 import gc, weakref
@@ -57,27 +52,19 @@ def buffer_of():
 MODES = [("high_throughput", "Domain"), ("low_latency", "LowLatencyDomain")]
 
 
-def on_stubs(test: str, operation: str, domain: str) -> None:
-    """Runs code with a stubbed extension, for one rank; its assertions are the test's."""
-    code = f"{START}\ndispatch, domain = {operation}, stub_cuda.{domain}\n" + textwrap.dedent(test)
-    code = code.replace(
+def play(test: str, operation: str, domain: str) -> None:
+    """Runs code for one rank; its assertions are the test's."""
+    start = f"{START}\ndispatch, domain = {operation}, stub_cuda.{domain}"
+    test = textwrap.dedent(test).replace(
         "with buffer_of() as buffer:", "with buffer_of() as buffer:\n    generations.map_heaps = map_heaps"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=TESTS,
-        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(1 << 20)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    on_stubs(start, test, symmetric_bytes=1 << 20)
 
 
 @pytest.mark.parametrize(("operation", "domain"), MODES)
 def test_an_engine_has_one_heap_however_often_it_begins_anew(operation: str, domain: str) -> None:
     """Changes of members and time-outs, while a handle and results of each generation are held."""
-    on_stubs(
+    play(
         """
 with buffer_of() as buffer:
     fault_on(domain)
@@ -100,7 +87,7 @@ assert not living, "destroyed"
 
 @pytest.mark.parametrize(("operation", "domain"), MODES)
 def test_an_engine_ends_after_its_own_time_out(operation: str, domain: str) -> None:
-    on_stubs(
+    play(
         """
 with buffer_of() as buffer:
     fault_on(domain)
@@ -119,7 +106,7 @@ with buffer_of() as buffer:
 
 @pytest.mark.parametrize(("operation", "domain"), MODES)
 def test_graphs_keep_the_heap_that_they_were_captured_on(operation: str, domain: str) -> None:
-    on_stubs(
+    play(
         """
 with buffer_of() as buffer:
     dispatch(buffer)
@@ -141,7 +128,7 @@ assert len(living) == 1
 
 def test_copies_under_way_and_held_tensors_keep_the_heap() -> None:
     """Until the copy engine, which a kernel had given up, is done; and until the tensors are freed."""
-    on_stubs(
+    play(
         """
 from deepep import _cuda
 from deepep.backends.cuda.memory import heap
@@ -173,7 +160,7 @@ with buffer_of() as buffer:
 
 @pytest.mark.parametrize(("operation", "domain"), MODES)
 def test_an_abandoned_engine_gives_its_last_kernels_a_moment(operation: str, domain: str) -> None:
-    on_stubs(
+    play(
         """
 with buffer_of() as buffer:
     dispatch(buffer)
@@ -193,7 +180,7 @@ def test_released_memory_is_freed_and_made_again(operation: str, domain: str) ->
     """One heap while there are calls, none between, while handles of before are held. What kernels report on
     the way is raised, and memory is given back all the same.
     """
-    on_stubs(
+    play(
         """
 with buffer_of() as buffer:
     fault_on(domain)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
-
-TESTS = Path(__file__).resolve().parents[2]
+from harness.on_stubs import on_stubs
 
 START = """
 import pytest, torch
@@ -54,22 +47,10 @@ def watch(buffer):
 """
 
 
-def on_stubs(test: str) -> None:
-    """Runs code with a stubbed extension; its assertions are the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(test)],
-        cwd=TESTS,
-        env={**os.environ, "DEEPEP_SYMMETRIC_BYTES": str(64 << 20)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_ranks_agree_once_and_then_launch() -> None:
     """Nothing of the host is in a call whose sizes and formats were seen; memory grows with them alone."""
     on_stubs(
+        START,
         """
         with buffer_of() as buffer:
             watch(buffer)
@@ -92,12 +73,13 @@ def test_ranks_agree_once_and_then_launch() -> None:
             dispatch(buffer)
             assert len(agreements) == 3 and memory(buffer) == 4 * first
             buffer.low_latency_combine(rows, idx, weights, handle)  # a handle is not bound to memory
-        """
+        """,
     )
 
 
 def test_hooks_are_launches_of_halves() -> None:
     on_stubs(
+        START,
         """
         with buffer_of() as buffer:
             rows, _, handle, _, hook = dispatch(buffer, return_recv_hook=True)
@@ -124,12 +106,13 @@ def test_hooks_are_launches_of_halves() -> None:
             hook()
             assert since() == ["low_latency_combine receive"]
             buffer.clean_low_latency_buffer(8, 256, 4)
-        """
+        """,
     )
 
 
 def test_a_refusal_is_posted_and_raised() -> None:
     on_stubs(
+        START,
         """
         with buffer_of() as buffer:
             with pytest.raises(deepep.CapacityError):  # no memory yet: over the control plane
@@ -155,13 +138,14 @@ def test_a_refusal_is_posted_and_raised() -> None:
                 with pytest.raises(deepep.ArgumentError):
                     buffer.low_latency_combine(**{**given, **change})
                 assert since() == ["low_latency_combine refused"], change
-        """
+        """,
     )
 
 
 def test_what_kernels_report_is_raised_by_the_next_call() -> None:
     """A disagreement once, by a call that is made nonetheless; a missing peer until it is masked."""
     on_stubs(
+        START,
         """
         with buffer_of(enable_shrink=True) as buffer:
             rows, _, handle, _, _ = dispatch(buffer)
@@ -188,12 +172,13 @@ def test_what_kernels_report_is_raised_by_the_next_call() -> None:
             buffer.low_latency_combine(rows, idx, weights, handle)
             assert since() == ["low_latency_combine"]
             assert buffer.runtime._low_latency.state.memory is not built
-        """
+        """,
     )
 
 
 def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
     on_stubs(
+        START,
         """
         from deepep.backends.reference.low_latency import LowLatencyOperations
         from deepep.runtime.requests import LowLatencyCombined, LowLatencyDispatched, LowLatencyRoute
@@ -220,13 +205,14 @@ def test_what_kernels_do_not_do_is_announced_and_goes_by_the_fallback() -> None:
             since()
             dispatch(buffer, most=1 << 16)
             assert since() == ["low_latency_dispatch elsewhere", "fallback"]
-        """
+        """,
     )
 
 
 @pytest.mark.parametrize("reduction", ["expert_rank", "exact"])
 def test_logfmt_is_a_combine_of_its_own_of_whole_groups(reduction: str) -> None:
     on_stubs(
+        START,
         f"""
         with stub_cuda.stub_buffer(reduction="{reduction}") as buffer:
             rows, _, handle, _, _ = dispatch(buffer)
@@ -243,13 +229,14 @@ def test_logfmt_is_a_combine_of_its_own_of_whole_groups(reduction: str) -> None:
             with pytest.raises(deepep.ArgumentError, match="use_logfmt"):
                 combine(rows, handle)
             assert since() == ["low_latency_combine refused"]
-        """
+        """,
     )
 
 
 def test_the_exact_mode_has_kernels_and_memory_of_its_own() -> None:
     """Room for a row of each top-k entry; of each source, where ranks can be left out."""
     on_stubs(
+        START,
         """
         sizes = []
         for how in ({"reduction": "expert_rank"}, {"reduction": "exact"}, {"reduction": "expert_rank"}):
@@ -270,12 +257,13 @@ def test_the_exact_mode_has_kernels_and_memory_of_its_own() -> None:
                     "low_latency_combine receive",
                 ]
         assert sizes[0] == sizes[2] and sizes[1] == 3 * sizes[0]  # of the stub; K is 2
-        """
+        """,
     )
 
 
 def test_a_capture_does_not_begin_with_an_agreement() -> None:
     on_stubs(
+        START,
         """
         with buffer_of() as buffer:
             for most in (8, 16):
@@ -291,12 +279,13 @@ def test_a_capture_does_not_begin_with_an_agreement() -> None:
                 dispatch(buffer, most=4)
             assert since() == []  # a graph would post it again and again
             torch.cuda.is_current_stream_capturing = lambda: False
-        """
+        """,
     )
 
 
 def test_arrays_are_made_like_templates_that_hold_no_memory() -> None:
     on_stubs(
+        START,
         """
         from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
 
@@ -327,13 +316,14 @@ def test_arrays_are_made_like_templates_that_hold_no_memory() -> None:
             assert all(begin % 16 == 0 for begin in begins)
             assert parts[-1].data_ptr() + parts[-1].nbytes <= plan.identity + plan.table.nbytes
             assert other.count.data_ptr() != out.count.data_ptr()
-        """
+        """,
     )
 
 
 def test_a_query_tells_what_kernels_have_masked() -> None:
     """From the device's own word; and it is no mask of the control plane's yet."""
     on_stubs(
+        START,
         """
         with buffer_of(enable_shrink=True) as buffer:
             status = torch.full((1,), 7, dtype=torch.int32)
@@ -349,13 +339,14 @@ def test_a_query_tells_what_kernels_have_masked() -> None:
             buffer.runtime._low_latency.state.memory.endpoint.masked_word().fill_(1)
             buffer.low_latency_query_mask_buffer(status)  # what the host has not seen yet
             assert status.tolist() == [1]
-        """
+        """,
     )
 
 
 def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
     """They mask them; on a rank that is missing itself the error is raised."""
     on_stubs(
+        START,
         """
         from deepep.errors import FaultRecord, PeerTimeoutError
 
@@ -379,13 +370,14 @@ def test_hosts_that_agree_go_on_without_ranks_that_do_not_come() -> None:
             with pytest.raises(deepep.PeerTimeoutError):
                 dispatch(buffer, most=32)
             assert len(masked) == 2
-        """
+        """,
     )
 
 
 def test_memory_begins_anew_when_members_change() -> None:
     """A rank that was left out has not the memory that others have agreed on meanwhile."""
     on_stubs(
+        START,
         """
         with buffer_of(enable_shrink=True) as buffer:
             dispatch(buffer)
@@ -397,12 +389,13 @@ def test_memory_begins_anew_when_members_change() -> None:
             assert memory(buffer) == first
             dispatch(buffer, most=32)
             assert memory(buffer) == 4 * first
-        """
+        """,
     )
 
 
 def test_without_masks_a_rank_that_does_not_come_to_agree_is_an_error() -> None:
     on_stubs(
+        START,
         """
         from deepep.errors import FaultRecord, PeerTimeoutError
 
@@ -413,13 +406,14 @@ def test_without_masks_a_rank_that_does_not_come_to_agree_is_an_error() -> None:
             with pytest.raises(deepep.PeerTimeoutError):
                 dispatch(buffer)
             assert since() == []
-        """
+        """,
     )
 
 
 def test_kernels_add_to_the_buffers_own_sums_while_waits_are_measured() -> None:
     """Launches that add 5 ns for rank 0 where they are told to. The caller's own statistics come first."""
     on_stubs(
+        START,
         """
         import ctypes
         told = []
@@ -449,5 +443,5 @@ def test_kernels_add_to_the_buffers_own_sums_while_waits_are_measured() -> None:
             trips(buffer)
             assert told == [0, 0]
             assert not any(w.any() for w in buffer.wait_statistics().nanoseconds.values())
-        """
+        """,
     )
