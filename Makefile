@@ -96,17 +96,19 @@ check-types: | $(QUICK)
 
 # Several tests at a time; those that measure how long ranks wait for each other, with nothing beside them that
 # computes: they mostly wait.
-TEST_JOBS ?= 2
-SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal
+TEST_JOBS ?= 3
+WAITING_JOBS ?= 4
+SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal -m "not alone"
+WAITING := -n $(WAITING_JOBS) --dist worksteal -m alone
 
 # Buffer's own tests, on the kernels' source.
 test-emulator: install
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not alone" tests/api
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m alone tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(WAITING) tests/api
 
 unit: install
-	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not alone"
-	$(PY) -m pytest $(SIDE_BY_SIDE) -m alone
+	$(PY) -m pytest $(SIDE_BY_SIDE)
+	$(PY) -m pytest $(WAITING)
 
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)

@@ -12,6 +12,7 @@ import enum
 import inspect
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,9 +103,18 @@ class Fault:
         if self.effect is Effect.DELAY:
             time.sleep(self.seconds)
         elif self.effect is Effect.STALL:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            freeze_process()
         elif self.effect is Effect.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze_process() -> None:
+    """Stops this process until it is continued, before the calling thread does anything else.
+
+    A signal to the process would be the first thread's: until that one has its turn on a processor, the
+    calling thread runs on, and with it a call that was to be stopped in its middle.
+    """
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 class LeftOut(Exception):

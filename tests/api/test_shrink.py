@@ -171,6 +171,8 @@ def absent(ctx: Any, same_bits: Any, routing: Any, how: str, point: Any, options
 
     import torch.distributed as dist
 
+    from deepep.sim.faults.fault import freeze_process
+
     caller = Caller(ctx, same_bits, routing, "reference", options)
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
     dist.all_gather(pids, torch.tensor([os.getpid()]), group=ctx.group)
@@ -181,7 +183,7 @@ def absent(ctx: Any, same_bits: Any, routing: Any, how: str, point: Any, options
             if how == "late":
                 dist.barrier(group=ctx.group)
             else:
-                caller.strike(*point, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+                caller.strike(*point, freeze_process)
             error = caller.error()
             again = caller.error()  # at once, and so on until it is taken in
             learned.append((error.record.waited_on, again.record.waited_on, "masked" in str(error)))

@@ -29,6 +29,7 @@ from torch._C._distributed_c10d import FileStore
 from deepep.runtime.control.transport import hang_up
 from deepep.sim.cases.case import Case
 from deepep.sim.cases.options import Options
+from deepep.sim.faults.fault import freeze_process
 from deepep.sim.fuzz.buffer_runs import run_on_buffer
 from deepep.sim.worlds.gpus import take_gpu
 from deepep.sim.worlds.outcomes import Outcome, Status
@@ -265,7 +266,7 @@ def freeze(ctx: RankContext, death: Death, setting: Setting, folder: str) -> str
 
     def stop() -> None:
         Path(folder, "dead").touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        freeze_process()
 
     def stop_here(point: str) -> None:
         nonlocal frozen

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepep.sim import Status, World
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.faults.fault import CHANGES, Effect, Fault, FaultyBuffer, LeftOut, calls_of, draw_fault
+from deepep.sim.faults.fault import (
+    CHANGES,
+    Effect,
+    Fault,
+    FaultyBuffer,
+    LeftOut,
+    calls_of,
+    draw_fault,
+    freeze_process,
+)
 from deepep.sim.faults.judge import draw_faulty_examples, judge_fault
 from deepep.sim.rules.checking import Violation
 
@@ -175,3 +189,45 @@ def test_a_hundred_faults_in_a_row_end_as_promised(capsys):
         longest = max(seconds for seconds, _ in results)
         seconds = time.monotonic() - begun
         print(f"\n{RUNS} faults ({counts}) in {seconds:.1f} s, the longest {longest:.1f} s")
+
+
+def freeze_beside(shown: Any, freeze: Any) -> None:
+    """A thread that is not the first freezes this process, and writes whether it ran on. The first has no turn
+    on their one processor before the other waits.
+    """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    ready = threading.Event()
+
+    def strike() -> None:
+        ready.wait()
+        time.sleep(0.05)
+        shown[0] = 1
+        freeze()
+        shown[1] = 1
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    ready.set()
+    thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_who_freezes_does_nothing_more() -> None:
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        shown = context.Array("i", 2, lock=False)
+        process = context.Process(target=freeze_beside, args=(shown, freeze_process))
+        process.start()
+        assert process.pid is not None
+        try:
+            while _state_of(process.pid) != "T":
+                time.sleep(0.001)
+            assert list(shown) == [1, 0]
+        finally:
+            process.kill()
+            process.join()
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
