@@ -192,7 +192,7 @@ def test_a_hundred_faults_in_a_row_end_as_promised(capsys):
 
 
 def freeze_beside(shown: Any, freeze: Any) -> None:
-    """A thread that is not the first freezes this process, and writes whether it ran on. The first has no turn
+    """A thread that is not the first freezes this process, and notes whether it ran on. The first has no turn
     on their one processor before the other waits.
     """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
