@@ -1,8 +1,7 @@
 """install_as_deep_ep: existing clients of DeepEP run on this library unchanged.
 
 They import it by several names, and some look before they import (importlib.util.find_spec, the version in
-importlib.metadata): whatever they find is this library, V1's Buffer and V2's ElasticBuffer. Of V2 its MoE
-part is there; clients that look for `engram_fetch`, `pp_send` or `all_gather` learn that they are not.
+importlib.metadata): whatever they find is this library, V1's Buffer and V2's ElasticBuffer.
 """
 
 from __future__ import annotations

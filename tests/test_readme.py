@@ -21,6 +21,7 @@ PROGRAMS = {
     "train": ["--steps", "12", "--tokens", "64"],
     "prefill": ["--steps", "1", "--tokens", "24"],
     "elastic": ["--steps", "1", "--tokens", "24"],
+    "beside": ["--steps", "1", "--tokens", "24", "--hidden", "64"],
     "decode": ["--steps", "2", "--tokens", "5"],
     "overlap": ["--steps", "1", "--tokens", "5"],
     "data_parallel": ["--steps", "3", "--tokens", "16", "--hidden", "64"],

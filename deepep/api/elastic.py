@@ -1,7 +1,7 @@
-"""ElasticBuffer: DeepEP V2's public interface, its MoE part, on the same engines as Buffer.
+"""ElasticBuffer: DeepEP V2's public interface on the same engines as Buffer.
 
-This file knows V2's names, defaults and option rules; what rows go through is deepep.runtime.elastic and the
-engine behind it. docs/moving_from_deepep.md goes through every argument.
+V2's names, defaults and option rules of the MoE part are here, of the rest in side_primitives.py; what rows
+go through is deepep.runtime.elastic and the engine. docs/moving_from_deepep.md goes through every argument.
 
 Shapes in docstrings: R ranks, E experts, L = E / R local experts, K top-k, T tokens on this rank, H hidden
 size, M maximum tokens per rank, N tokens received, X rows of the expanded layout, P scales per token.
@@ -24,6 +24,7 @@ from deepep.api.ep_handle import EPHandle
 from deepep.api.info import BufferInfo
 from deepep.api.lifetime import EngineOwner
 from deepep.api.results import CombineResult, ElasticDispatchResult, Rows
+from deepep.api.side_primitives import SidePrimitiveCalls
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import elastic
 from deepep.runtime.ambient import plainly
@@ -35,7 +36,7 @@ from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation
 
 
-class ElasticBuffer(EngineOwner):
+class ElasticBuffer(EngineOwner, SidePrimitiveCalls):
     """Expert-parallel communication between the ranks of a group: one object per rank, constructed by all.
 
     Its `dispatch` needs no layout beforehand, hands out rows in the layout of a grouped GEMM if asked to, and
@@ -60,8 +61,7 @@ class ElasticBuffer(EngineOwner):
         any case, at the latest with the process.
     allow_hybrid_mode: False: rows travel directly between domains, too, and sums are those of one domain.
     ranks_per_domain, backend, device: as for `Buffer`.
-
-    deterministic: results are, whatever it says. num_cpu_bytes: refused unless 0: there is no Engram storage.
+    deterministic: results are, whatever it says. num_cpu_bytes: the part of num_bytes for Engram entries.
     sl_idx: 0 to 15, `Buffer`'s service_level where rows cross NICs; elsewhere without effect, as 3 is, V2's
     default: it leaves that to the environment.
 

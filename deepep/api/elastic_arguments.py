@@ -19,7 +19,7 @@ from deepep.api.arguments import (
 )
 from deepep.api.ep_handle import EPHandle
 from deepep.api.packed_rows import PackedRows
-from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, HandleError, ModeError
+from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, HandleError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime import checks
 from deepep.runtime.checks import MOST, check_flag, check_int
@@ -37,7 +37,9 @@ DEFAULT_CPU_TIMEOUT, DEFAULT_GPU_TIMEOUT, DEFAULT_SL_IDX = 300, 100, 3
 
 @dataclass(frozen=True)
 class BufferLimits:
-    """Sizes that a buffer was constructed for; 0: any. multiple_reduction: where expanded rows are summed."""
+    """Sizes that a buffer was constructed for; 0: any. multiple_reduction: where expanded rows are summed.
+    num_cpu_bytes: of Engram storage; 0: there is none.
+    """
 
     num_max_tokens: int = 0
     hidden: int = 0
@@ -45,6 +47,7 @@ class BufferLimits:
     num_qps: int = sizes.DEFAULT_NUM_QPS
     multiple_reduction: bool = True
     num_bytes: int = 0
+    num_cpu_bytes: int = 0
 
 
 def engine_options(
@@ -71,8 +74,7 @@ def engine_options(
     try:
         options = replace(options, timeout=_timeout(*timeouts))
         on = {name: check_flag(name, flag) for name, flag in flags.items()}
-        if check_int("num_cpu_bytes", num_cpu_bytes, 0, 1 << 62):
-            raise ModeError("num_cpu_bytes", str(num_cpu_bytes), "0: there is no Engram storage to hold")
+        storage = sizes.check_storage_bytes(num_cpu_bytes, num_bytes)
         level = check_int("sl_idx", sl_idx, 0, 15)
         lanes = TrafficLanes() if level == DEFAULT_SL_IDX else TrafficLanes(level, if_any=True)
         most, width = (
@@ -90,8 +92,8 @@ def engine_options(
             ranks, most, width, topk, use_fp8=on["use_fp8_dispatch"], multiple_reduction=multiple
         )
         qps = check_int("num_allocated_qps", num_qps, 0, MOST) or sizes.DEFAULT_NUM_QPS
-        limits = BufferLimits(most, width, topk, qps, multiple, given or hint)
-        memory = sizes.symmetric_bytes(given, hint, environment_bytes())
+        limits = BufferLimits(most, width, topk, qps, multiple, given or hint, storage)
+        memory = sizes.symmetric_bytes(given and given - storage, hint, environment_bytes())
         domain = ranks_per_domain_of(ranks_per_domain)
         options = replace(
             options,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 
 from deepep.config import DEFAULT_NUM_SMS, DEFAULT_SYMMETRIC_BYTES
-from deepep.errors import RangeError
+from deepep.errors import ArgumentError, RangeError
 from deepep.runtime.checks import MOST, check_int, check_num_experts
 
 MIB = 1 << 20
@@ -102,3 +102,14 @@ def check_num_bytes(num_bytes: object) -> int:
     if size % BYTES_ALIGNMENT:
         raise RangeError("num_bytes", str(size), "a multiple of 2 MiB")
     return size
+
+
+def check_storage_bytes(num_cpu_bytes: object, num_bytes: object) -> int:
+    """Engram storage's share of a buffer's size, which is given then, and more."""
+    storage = check_int("num_cpu_bytes", num_cpu_bytes, 0, 1 << 62)
+    if storage % BYTES_ALIGNMENT:
+        raise RangeError("num_cpu_bytes", str(storage), "a multiple of 2 MiB")
+    if storage and (num_bytes is None or check_num_bytes(num_bytes) <= storage):
+        got = f"{storage}, with num_bytes = {num_bytes}"
+        raise ArgumentError("num_cpu_bytes", got, "less than num_bytes, of which it is a part")
+    return storage

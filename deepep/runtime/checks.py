@@ -90,6 +90,12 @@ def check_memory(name: str, value: object) -> None:
         raise LayoutError(name, "a view that negates its memory", "a tensor in memory, as of resolve_neg()")
 
 
+def flat_bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, uint8 [num_bytes], where they lie."""
+    # One element may have a stride of 0 and be contiguous; its bytes could not be viewed.
+    return t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8)
+
+
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """An integer in [low, high]; numpy's count, booleans do not."""
     if isinstance(value, bool):
@@ -128,12 +134,12 @@ def check_rows(x: object, device_type: str, with_scales: bool) -> torch.Tensor:
     return rows
 
 
-def check_row_bytes(x: torch.Tensor) -> None:
+def check_row_bytes(x: torch.Tensor, name: str = "x") -> None:
     """x [*, H]: a row is a positive multiple of 16 bytes."""
     row_bytes = x.shape[1] * x.element_size()
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT:
         raise ShapeError(
-            "x",
+            name,
             f"{shape_text(x.shape)}, {row_bytes} bytes per row",
             f"rows of a multiple of {ROW_ALIGNMENT} bytes",
         )

@@ -8,11 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 
-from deepep.errors import ArgumentError, RangeError
+from deepep.errors import ArgumentError, ModeError, RangeError
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.local_rows import LocalRows
@@ -32,6 +32,11 @@ from deepep.runtime.requests import (
     Schedule,
 )
 from deepep.runtime.traffic_lanes import TrafficLanes
+
+if TYPE_CHECKING:
+    from deepep.runtime.engram import EngramStore
+    from deepep.runtime.gather_sessions import GatherSessions
+    from deepep.runtime.ring import Ring
 
 Observer = Callable[[str, str], None]
 """Called with (operation, phase) where the communication runs, on entering each phase."""
@@ -242,6 +247,21 @@ class Engine(ABC):
     def stream_barrier(self) -> None:
         """A barrier in streams' order: the current one goes on once all ranks' have come to this point."""
         self.barrier(Schedule())
+
+    def gather_sessions(self) -> GatherSessions:
+        """All-gathers in sessions. Raises ModeError where there are none."""
+        raise self._lacks("all-gather sessions")
+
+    def ring(self) -> Ring:
+        """Sends to the ranks before and behind this one. Raises ModeError where there are none."""
+        raise self._lacks("sends around a ring")
+
+    def engram(self) -> EngramStore:
+        """A table over all ranks. Raises ModeError where there is none."""
+        raise self._lacks("Engram storage")
+
+    def _lacks(self, what: str) -> ModeError:
+        return ModeError("backend", repr(self.info.backend), f"one with {what}: reference or emulator")
 
     @abstractmethod
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:

@@ -48,6 +48,12 @@ class Operation(IntEnum):
     COLLECTIVE = 16
     STEP = 17
     REDUCE_SCATTER = 18
+    AGRS_SET_CONFIG = 19
+    CREATE_AGRS_SESSION = 20
+    DESTROY_AGRS_SESSION = 21
+    ALL_GATHER = 22
+    PP_SET_CONFIG = 23
+    ENGRAM_WRITE = 24
 
     @property
     def label(self) -> str:

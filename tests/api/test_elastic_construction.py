@@ -70,7 +70,8 @@ def facts(ctx: Any, options: dict[str, Any]) -> Any:
 CHANGES: dict[str, tuple[dict[str, Any], set[str] | tuple[str, str]]] = {
     "num_bytes": ({"num_bytes": 64 << 20}, {"num_bytes", "memory"}),
     "num_bytes of 1": ({"num_bytes": 1}, ("RangeError", "num_bytes")),
-    "num_cpu_bytes": ({"num_cpu_bytes": 1 << 21}, ("ModeError", "num_cpu_bytes")),
+    "num_cpu_bytes": ({"num_cpu_bytes": 2 << 20, "num_bytes": 64 << 20}, {"memory"}),
+    "num_cpu_bytes alone": ({"num_cpu_bytes": 2 << 20}, ("ArgumentError", "num_cpu_bytes")),
     "num_max_tokens_per_rank": ({"num_max_tokens_per_rank": 1 << 16}, {"num_bytes", "most"}),
     "num_max_tokens_per_rank of 7": (
         {"num_max_tokens_per_rank": 7},
@@ -129,7 +130,7 @@ def test_what_one_rank_refuses_all_do(world_of: Callable[[int], World]) -> None:
     def construct(ctx: Any) -> Any:
         return facts(ctx, {**SIZES, "num_cpu_bytes": ctx.rank})
 
-    assert world_of(2).run(construct) == [("ModeError", "num_cpu_bytes")] * 2
+    assert world_of(2).run(construct) == [("RangeError", "num_cpu_bytes")] * 2
 
 
 def test_a_forgotten_end_is_reminded_of(world_of: Callable[[int], World]) -> None:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from deepep.backends.reference import high_throughput
+from deepep.backends.reference.engram import ReferenceEngram
+from deepep.backends.reference.gather_sessions import ReferenceSessions
 from deepep.backends.reference.low_latency import LowLatencyOperations
+from deepep.backends.reference.ring import ReferenceRing
 from deepep.errors import ArgumentError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import restore_plan
@@ -45,6 +48,11 @@ COLLECTIVES = (
     *("dispatch", "cached dispatch", "combine"),
     *("low-latency dispatch", "low-latency combine", "barrier"),
 )
+_BESIDE = {
+    "all-gather sessions": "all_gather",
+    "sends around a ring": "messages between neighbours, over gloo",
+    "Engram storage": "all entries on every rank",
+}
 
 
 class ReferenceEngine(Engine):
@@ -60,16 +68,25 @@ class ReferenceEngine(Engine):
             session.num_ranks,
             device_type,
             options,
-            operations={"layout": "torch", **dict.fromkeys(COLLECTIVES, transport)},
+            operations={"layout": "torch", **dict.fromkeys(COLLECTIVES, transport), **_BESIDE},
             ranks_per_domain=options.ranks_per_domain or RANKS_PER_DOMAIN,
         )
         per_domain, num_ranks = options.ranks_per_domain, session.num_ranks
         self._exchange = TwoLevelExchange(per_domain) if 0 < per_domain < num_ranks else all_to_all
         self._low_latency = LowLatencyOperations(self._control, self)
+        self._sessions = ReferenceSessions(self, control)
+        self._ring = ReferenceRing(self, control)
+        self._engram = ReferenceEngram(self, control)
         control.agree(options.statement())
 
     def memory(self) -> dict[str, int]:
-        return {"staged rows": self._low_latency.staged_bytes}
+        beside = {
+            "all-gather sessions": self._sessions.memory(),
+            "tensors on their way around the ring": self._ring.memory(),
+            "Engram storage": self._engram.memory(),
+        }
+        held = {name: size for name, size in beside.items() if size}
+        return {"staged rows": self._low_latency.staged_bytes, **held}
 
     @contextmanager
     def _issuing(self, operation: Operation, schedule: Schedule) -> Iterator[None]:
@@ -181,6 +198,17 @@ class ReferenceEngine(Engine):
     def low_latency_combine_buffer(self, route: LowLatencyRoute) -> Tensor:
         return self._low_latency.combine_buffer(route)
 
+    # beside them
+
+    def gather_sessions(self) -> ReferenceSessions:
+        return self._sessions
+
+    def ring(self) -> ReferenceRing:
+        return self._ring
+
+    def engram(self) -> ReferenceEngram:
+        return self._engram
+
     # the rest
 
     def barrier(self, schedule: Schedule, arguments: dict[str, int] | None = None) -> None:
@@ -193,6 +221,7 @@ class ReferenceEngine(Engine):
         with self._control.issuing:
             self._control.barrier(Schedule(), operation=Operation.RELEASE_MEMORY)
             self._low_latency.staged = None
+            self._sessions.release()
 
     def refuse(self, operation: Operation, problem: ArgumentError, schedule: Schedule) -> NoReturn:
         self._control.refuse(operation, problem, schedule)
@@ -224,9 +253,12 @@ class ReferenceEngine(Engine):
 
     def leave(self) -> None:
         self._control.leave()
+        self._ring.close()
 
     def abandon(self) -> None:
         self._control.abandon()
+        self._ring.close()
 
     def close(self) -> None:
         self._control.close(self.info.options.timeout)
+        self._ring.close()

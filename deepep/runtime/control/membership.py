@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from deepep.errors import FaultRecord, MismatchError, PeerTimeoutError
@@ -64,6 +65,7 @@ class Membership:
         self._meeting: Meeting | None = None
         self._joining = threading.Lock()
         self._past: list[Meeting] = []
+        self._pairs: list[Meeting] = []
         self._purposes: set[str] = set()
         self._control: Link | None = None
         self._payload: Link | None = None
@@ -323,6 +325,17 @@ class Membership:
             past.remove()  # whoever came here needs nothing of what was before
             self._past.remove(past)
 
+    def pair(self, peer: int, name: str) -> dist.ProcessGroup:
+        """A private group with one other member, of CPU tensors, in ascending order; both of them make it.
+
+        name: that nobody has used. Raises LinkError if the other does not come, StoreError.
+        """
+        members = (min(self.rank, peer), max(self.rank, peer))
+        store = self._store.under(f"pairs/{name}/{members[0]}-{members[1]}")
+        meeting = Meeting(store, self.rank, members, self.is_dead, is_last=lambda: True)
+        self._pairs.append(meeting)
+        return connecting.connect(meeting, self._connections, self.timeout, self._deadline)
+
     def _forgive(self) -> None:
         """Forgets the last fault if all members that it named know of it: they have come back.
 
@@ -415,7 +428,7 @@ class Membership:
     def finish(self) -> None:
         """Removes from the store what this rank has posted, after all ranks have come to their end."""
         with contextlib.suppress(StoreError):
-            for meeting in (*self._past, self._meeting):
+            for meeting in (*self._past, *self._pairs, self._meeting):
                 if meeting is not None:
                     meeting.remove()
             for purpose in self._purposes:
