@@ -34,14 +34,20 @@ def open_low_latency_deep_ep(group: Any, tokens: int, hidden: int, experts: int)
     return kind(group, 0, size, low_latency_mode=True, num_qps_per_rank=max(1, experts // ranks)), ""
 
 
-def _agreed_type(group: Any) -> tuple[Any, str]:
-    """Its Buffer where every rank has it, or why not. Collective."""
-    kind, why = _buffer_type(group.size())
+def open_elastic_deep_ep(group: Any, sizes: dict[str, int]) -> tuple[Any, str]:
+    """The same of V2: its ElasticBuffer for calls of `sizes`, by the names of its constructor's arguments."""
+    kind, why = _agreed_type(group, "ElasticBuffer")
+    return (None, why) if why else (kind(group, **sizes), "")
+
+
+def _agreed_type(group: Any, name: str = "Buffer") -> tuple[Any, str]:
+    """Its class of this name where every rank has it, or why not. Collective."""
+    kind, why = _buffer_type(group.size(), name)
     reasons = [reason.decode() for reason in gather_over(group)(why.encode()) if reason]
     return (None, reasons[0]) if kind is None or reasons else (kind, "")
 
 
-def _buffer_type(ranks: int) -> tuple[Any, str]:
+def _buffer_type(ranks: int, name: str) -> tuple[Any, str]:
     try:
         deep_ep = importlib.import_module("deep_ep")
     except ModuleNotFoundError as error:
@@ -50,8 +56,8 @@ def _buffer_type(ranks: int) -> tuple[Any, str]:
         return None, f"deep_ep cannot be imported: {error}"
     if deep_ep is deepep:
         return None, "deep_ep is this library here (install_as_deep_ep)"
-    if not hasattr(deep_ep, "Buffer"):
-        return None, "deep_ep: this version has no Buffer"
+    if not hasattr(deep_ep, name):
+        return None, f"deep_ep: this version has no {name}"
     if ranks not in NODE_RANKS:
         return None, f"deep_ep: not for {ranks} ranks"
-    return deep_ep.Buffer, ""
+    return getattr(deep_ep, name), ""

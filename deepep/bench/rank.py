@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,13 @@ TIMEOUT = 60.0
 FUNCTIONAL = "These are functional figures: CPU tensors over gloo. They say nothing about any GPU."
 
 Progress = Callable[[str], None]
+
+
+class Checker(Protocol):
+    """Says what results have to be."""
+
+    def complaint(self, operation: TimedOperation, result: object) -> str:
+        """Empty if the result is right; else what is wrong with it."""
 
 
 class WrongResultError(AssertionError):
@@ -68,7 +75,7 @@ class Bench:
         self._kernels = buffer.info.backend == "cuda"
         self._clock = self._make_clock()
         self._floor: Floor | None = None
-        self._oracle: Oracle | None = None
+        self._oracle: Checker | None = None
         self.report = BenchReport(environment(device, sweep, buffer))
 
     def run(self, loads: Sequence[Workload]) -> None:

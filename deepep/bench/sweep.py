@@ -11,7 +11,7 @@ Dtype = Literal["bf16", "fp8"]
 #: an FP8 row has one float32 scale for so many channels
 SCALE_GROUP = 128
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
-MODES = ("throughput", "low-latency", "layer", "overlap")
+MODES = ("throughput", "elastic", "low-latency", "layer", "overlap")
 ROUTINGS = ("uniform", "zipf", "trace")
 SCALES = ("row-major", "column-major")
 PEERS = ("all_to_all", "deep_ep")
@@ -40,11 +40,12 @@ class Shape:
 class Sweep:
     """All that a run measures. Every rank gets the same.
 
-    mode: whose operations; low latency chooses its SM counts itself, and casts to FP8 itself; a layer chooses
-    them, too; overlap puts those of throughput beside products. width: of a layer's experts, of the products.
-    sms: SM counts, ascending; empty where there are none to choose (CPU). trace: a routing trace file, and
-    layer the layer of it, for the routing "trace". scales: how FP8 scales [T, P] lie in memory. peers: what
-    else is measured. backend: of Buffer; None: its own choice. iterations: samples of each figure.
+    mode: whose operations; elastic: ElasticBuffer's; low latency chooses its SM counts itself, and casts to
+    FP8 itself; a layer chooses them, too; overlap puts those of throughput beside products. width: of a
+    layer's experts, of the products. sms: SM counts, ascending; empty where there are none to choose (CPU).
+    trace: a routing trace file, and layer the layer of it, for the routing "trace". scales: how FP8 scales
+    [T, P] lie in memory. peers: what else is measured. backend: of Buffer; None: its own choice. iterations:
+    samples of each figure.
 
     Raises ArgumentError for what cannot be measured.
     """

@@ -8,12 +8,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deepep.bench.elastic import operations as elastic
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.operations import CACHED, COMBINE, FRESH, LAYOUT
 
 #: what the widest row takes; files and pipes have no width of their own
 WIDTH = 160
-ORDER = (LAYOUT, *FRESH, CACHED, COMBINE)
+ORDER = (
+    *(LAYOUT, *FRESH, elastic.AT_ONCE, CACHED),
+    *(elastic.EXPANDED, elastic.EXPANDED_AT_ONCE, elastic.CACHED_EXPANDED),
+    *(COMBINE, elastic.COMBINE_EXPANDED),
+)
 COLUMNS = (
     "median us",
     "p99 us",

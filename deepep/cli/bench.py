@@ -15,6 +15,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from deepep.bench.elastic.rank import run_elastic_rank
 from deepep.bench.figures import BenchReport
 from deepep.bench.layer.rank import run_layer_rank
 from deepep.bench.low_latency.rank import run_low_latency_rank
@@ -36,7 +37,9 @@ def command(
         int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")] = None,
-    mode: Annotated[str, typer.Option(help="throughput, low-latency, layer or overlap.")] = "throughput",
+    mode: Annotated[
+        str, typer.Option(help="throughput, elastic, low-latency, layer or overlap.")
+    ] = "throughput",
     tokens: Annotated[
         str,
         typer.Option(
@@ -75,7 +78,8 @@ def command(
     """Measures get_dispatch_layout, dispatch and combine: operation-complete time of the slowest rank, median
     and p99, and host time; all_to_all and deep_ep in the same run; and the floor, a plain copy of the same
     bytes. With --mode low-latency the calls of that mode, their halves and pairs in a graph, against a bare
-    exchange. With --mode layer an MoE layer, forward (without gradients) and forward + backward, against
+    exchange. With --mode elastic the calls of ElasticBuffer, with a row for each token and for each of its
+    experts. With --mode layer an MoE layer, forward (without gradients) and forward + backward, against
     plain torch and its matrix products alone. With --mode overlap a dispatch or combine beside matrix
     products of about its length, against the same products beside blocks that hold as many SMs.
 
@@ -209,7 +213,12 @@ def _run_under_torchrun(sweep: Sweep, cuda: bool) -> BenchReport | None:
 
 
 def _runner(sweep: Sweep) -> Callable[..., BenchReport]:
-    modes = {"low-latency": run_low_latency_rank, "layer": run_layer_rank, "overlap": run_overlap_rank}
+    modes = {
+        "elastic": run_elastic_rank,
+        "low-latency": run_low_latency_rank,
+        "layer": run_layer_rank,
+        "overlap": run_overlap_rank,
+    }
     return modes.get(sweep.mode, run_rank)
 
 
