@@ -17,6 +17,7 @@ JUDGES = {
     "deepep/bench/collective.py",
     "deepep/bench/low_latency/oracle.py",
     "deepep/bench/oracle.py",
+    "deepep/bench/elastic/oracle.py",
     "deepep/bench/workload.py",
     "deepep/cli/selftest.py",
     "deepep/demo/single.py",

@@ -27,11 +27,10 @@ def run_elastic_rank(
     loads = [draw(sweep, shape) for shape in sweep.shapes]
     buffer = ElasticBuffer(
         group,
-        **largest(sweep),
-        use_fp8_dispatch=False,
         num_gpu_timeout_secs=int(TIMEOUT),
         backend=sweep.backend,
         device=device,
+        **largest(sweep),  # type: ignore[arg-type]  # of its integers
     )
     bench = ElasticBench(group, device, sweep, buffer, say)
     bench.report.environment["mode"] = sweep.mode
