@@ -65,6 +65,7 @@ def softmax_topk(
     bias: torch.Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
+    alive: torch.Tensor | None = None,
 ) -> Routing:
     """Softmax over all experts, then the top k (Switch, Mixtral with `normalize=True`, DeepSeek-V2).
 
@@ -72,11 +73,14 @@ def softmax_topk(
     bias: [E], added to the scores for the selection alone; weights never contain it.
     normalize: divide the K weights of a token by their sum. scale: a finite number that multiplies the
     weights, last.
-    Raises ArgumentTypeError, ShapeError or RangeError.
+    alive: [E] bool, the experts there are; None: all. The others are as if the model did not have them: not
+    chosen, no part of the softmax, a score of 0.
+    Raises ArgumentTypeError, ShapeError or RangeError, also for fewer experts alive than K.
     """
-    _check(logits, num_topk, bias, normalize, scale)
-    scores = torch.softmax(_wide(logits), dim=-1)  # [T, E]
-    return _weigh(scores, _stable_topk(_biased(scores, bias), num_topk), normalize, scale)
+    _check(logits, num_topk, bias, normalize, scale, alive)
+    wide = _wide(logits)
+    scores = torch.softmax(wide if alive is None else wide.masked_fill(~alive, -torch.inf), dim=-1)  # [T, E]
+    return _weigh(scores, _topk_alive(_biased(scores, bias), num_topk, alive), normalize, scale)
 
 
 def sigmoid_topk(
@@ -86,14 +90,15 @@ def sigmoid_topk(
     bias: torch.Tensor | None = None,
     normalize: bool = True,
     scale: float = 1.0,
+    alive: torch.Tensor | None = None,
 ) -> Routing:
     """Sigmoid of every logit, then the top k by score plus bias (DeepSeek-V3 without groups).
 
     Arguments and errors are softmax_topk's.
     """
-    _check(logits, num_topk, bias, normalize, scale)
-    scores = torch.sigmoid(_wide(logits))  # [T, E]
-    return _weigh(scores, _stable_topk(_biased(scores, bias), num_topk), normalize, scale)
+    _check(logits, num_topk, bias, normalize, scale, alive)
+    scores = _sigmoid(logits, alive)  # [T, E]
+    return _weigh(scores, _topk_alive(_biased(scores, bias), num_topk, alive), normalize, scale)
 
 
 def group_limited_topk(
@@ -105,6 +110,7 @@ def group_limited_topk(
     bias: torch.Tensor | None = None,
     normalize: bool = True,
     scale: float = 1.0,
+    alive: torch.Tensor | None = None,
 ) -> Routing:
     """Top k inside the best groups of experts, as DeepSeek-V3 routes.
 
@@ -119,9 +125,13 @@ def group_limited_topk(
     a token's experts lie on at most `num_kept_groups` nodes (`nodes_per_token`), which bounds its crossings
     between nodes.
 
-    Raises ArgumentTypeError, ShapeError or RangeError, also when the kept groups hold fewer than K experts.
+    alive: [E] bool, the experts there are; None: all. A group's score is of those, and a group that has none
+    is not picked, though fewer than `num_kept_groups` be left.
+
+    Raises ArgumentTypeError, ShapeError or RangeError, also when the kept groups hold fewer than K experts,
+    or those with the fewest alive do.
     """
-    _check(logits, num_topk, bias, normalize, scale)
+    _check(logits, num_topk, bias, normalize, scale, alive)
     num_experts = logits.shape[1]
     check_int("num_groups", num_groups, 1, num_experts)
     if num_experts % num_groups:
@@ -132,19 +142,41 @@ def group_limited_topk(
         allowed = f"at most {num_kept_groups * group_size}, the experts of {num_kept_groups} groups"
         raise RangeError("num_topk", str(num_topk), allowed)
 
-    scores = torch.sigmoid(_wide(logits))  # [T, E]
-    grouped = _biased(scores, bias).unflatten(-1, (num_groups, group_size))  # [T, G, E/G]
-    two_best = torch.sort(grouped, dim=-1, descending=True, stable=True).values[..., :2]
-    kept = _stable_topk(two_best.sum(-1), num_kept_groups).sort(dim=-1).values  # [T, kept], ascending
+    if alive is not None:
+        _check_alive_in_groups(alive.unflatten(0, (num_groups, group_size)), num_topk, num_kept_groups)
+
+    scores = _sigmoid(logits, alive)  # [T, E]
+    biased = _biased(scores, bias)
+    grouped = biased.unflatten(-1, (num_groups, group_size))  # [T, G, E/G]
+    there = None if alive is None else alive.unflatten(0, (num_groups, group_size))  # [G, E/G]
+    kept = _best_groups(grouped, there, num_kept_groups)  # [T, kept], ascending
     # Only the kept groups' experts stand for election, in ascending order of index: no masking value is
     # needed that a bias could undercut (zero would beat a kept expert with a negative bias), and ties stay
     # with the lowest index.
-    candidates = grouped.gather(1, kept.unsqueeze(-1).expand(-1, -1, group_size)).flatten(
-        1
-    )  # [T, kept * E/G]
-    chosen = _stable_topk(candidates, num_topk)  # [T, K]
+    candidates = _of_groups(grouped, kept)  # [T, kept * E/G]
+    among = None if there is None else _of_groups(there.expand_as(grouped), kept)
+    chosen = _topk_alive(candidates, num_topk, among)  # [T, K]
     topk_idx = kept.gather(1, chosen // group_size) * group_size + chosen % group_size
     return _weigh(scores, topk_idx, normalize, scale)
+
+
+def _of_groups(grouped: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Entries of grouped [T, G, E/G] that belong to the groups kept [T, g]: [T, g * E/G]."""
+    return grouped.gather(1, kept.unsqueeze(-1).expand(-1, -1, grouped.shape[-1])).flatten(1)
+
+
+def _best_groups(grouped: torch.Tensor, there: torch.Tensor | None, num_kept: int) -> torch.Tensor:
+    """Groups with the best sums of their two best scores, of grouped [T, G, E/G], ascending: [T, kept].
+
+    there: [G, E/G] bool, which experts count; a group without any is not taken, if there are enough others.
+    """
+    if there is None:
+        two_best = torch.sort(grouped, dim=-1, descending=True, stable=True).values[..., :2]
+        return _stable_topk(two_best.sum(-1), num_kept).sort(dim=-1).values
+    best = _topk_alive(grouped, min(2, grouped.shape[-1]), there)  # [T, G, 2]
+    counts = there.expand_as(grouped).gather(-1, best)
+    sums = torch.where(counts, grouped.gather(-1, best), 0).sum(-1)
+    return _topk_alive(sums, num_kept, there.any(-1)).sort(dim=-1).values
 
 
 def nodes_per_token(topk_idx: torch.Tensor, num_experts: int, num_nodes: int) -> torch.Tensor:
@@ -176,6 +208,22 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _sigmoid(logits: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
+    scores = torch.sigmoid(_wide(logits))
+    return scores if alive is None else scores.masked_fill(~alive, 0)
+
+
+def _topk_alive(values: torch.Tensor, k: int, alive: torch.Tensor | None) -> torch.Tensor:
+    """`_stable_topk` with entries that are alive (broadcast to values) before all others, whatever they are:
+    a mask's value would tie with a bias of minus infinity, and a NaN sorts above all.
+    """
+    if alive is None:
+        return _stable_topk(values, k)
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    is_dead = ~alive.expand_as(values).gather(-1, order)
+    return order.gather(-1, torch.sort(is_dead, dim=-1, stable=True).indices)[..., :k].contiguous()
+
+
 def _biased(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The scores that select: no gradient flows through a selection."""
     return scores.detach() if bias is None else scores.detach() + bias.detach().to(scores.dtype)
@@ -190,7 +238,9 @@ def _weigh(scores: torch.Tensor, topk_idx: torch.Tensor, normalize: bool, scale:
     return Routing(topk_idx, weights, scores)
 
 
-def _check(logits: object, num_topk: object, bias: object, normalize: object, scale: object) -> None:
+def _check(
+    logits: object, num_topk: int, bias: object, normalize: object, scale: object, alive: object
+) -> None:
     found = _check_tensor("logits", logits)
     if found.ndim != 2:
         raise ShapeError("logits", str(list(found.shape)), "[tokens, experts]")
@@ -200,6 +250,8 @@ def _check(logits: object, num_topk: object, bias: object, normalize: object, sc
         shape = _check_tensor("bias", bias).shape
         if shape != (num_experts,):
             raise ShapeError("bias", str(list(shape)), f"[{num_experts}]")
+    if alive is not None:
+        _check_alive(alive, num_experts, num_topk)
     if not isinstance(normalize, bool):
         raise ArgumentTypeError("normalize", type(normalize).__name__, "a bool")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -207,6 +259,31 @@ def _check(logits: object, num_topk: object, bias: object, normalize: object, sc
     if not (-_MOST_SCALE < scale < _MOST_SCALE):
         got = f"{scale:g}" if isinstance(scale, float) else f"a number of {scale.bit_length()} bits"
         raise RangeError("scale", got, f"a finite number, of less than {_MOST_SCALE:g}")
+
+
+def _check_alive(alive: object, num_experts: int, num_topk: int) -> None:
+    if not isinstance(alive, torch.Tensor) or alive.dtype != torch.bool:
+        got = str(getattr(alive, "dtype", type(alive).__name__)).removeprefix("torch.")
+        raise ArgumentTypeError("alive", got, "a tensor of bools")
+    if alive.shape != (num_experts,):
+        raise ShapeError("alive", str(list(alive.shape)), f"[{num_experts}]")
+    if _can_count(alive) and int(alive.sum()) < num_topk:
+        raise RangeError("alive", f"{int(alive.sum())} experts", f"at least {num_topk}, the top k")
+
+
+def _check_alive_in_groups(there: torch.Tensor, num_topk: int, num_kept: int) -> None:
+    """there: [G, E/G]. Raises RangeError if a token could find fewer than K experts in its groups."""
+    if not _can_count(there):
+        return
+    fewest = sorted(count for count in there.sum(-1).tolist() if count)[:num_kept]
+    if sum(fewest) < num_topk:
+        got = f"{sum(fewest)} experts in the {len(fewest)} groups that have the fewest"
+        raise RangeError("alive", got, f"at least {num_topk}, the top k, in any {num_kept} groups")
+
+
+def _can_count(alive: torch.Tensor) -> bool:
+    """True if the values can be looked at without waiting for a device, or breaking a compiled graph."""
+    return alive.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_tensor(name: str, value: object, floating: bool = True) -> torch.Tensor:

@@ -18,15 +18,18 @@ FROZEN = "frozen"
 
 
 def kill(ranks: int, phases: str, times: int, seed: int) -> bool:
-    """Trains `times` times for each phase; whether every run went on, in time, with the oracle's weights."""
+    """Trains `times` times for each phase; whether every run went on, in time, with the oracle's weights.
+    Phases of exchanges are those of a model with experts.
+    """
     from deepep.sim import World
     from deepep.sim.cases.choices import RandomChoices
+    from deepep.sim.faults.expert_training import EXPERT_PHASES
     from deepep.sim.faults.fault import Effect
     from deepep.sim.faults.training import MARGIN, PHASES, StepEnd, draw_step_end, judge_steps
     from deepep.sim.rules.checking import Violation
     from deepep.sim.worlds import rank_handle
 
-    allowed = (*PHASES, FROZEN)
+    allowed = (*PHASES, *EXPERT_PHASES, FROZEN)
     chosen = list(allowed) if phases == "all" else phases.split(",")
     for phase in chosen:
         if phase not in allowed:
@@ -45,7 +48,8 @@ def kill(ranks: int, phases: str, times: int, seed: int) -> bool:
             store = "tcp" if phase == FROZEN else "file"
             with World(ranks, store=store, timeout=120.0) as world, tempfile.TemporaryDirectory() as folder:
                 try:
-                    gaps.append(judge_steps(world, [end], NUM_STEPS, TIMEOUT, folder)[1])
+                    has_experts = end.phase in EXPERT_PHASES
+                    gaps.append(judge_steps(world, [end], NUM_STEPS, TIMEOUT, folder, has_experts)[1])
                 except Violation as violation:
                     console.print(str(violation), soft_wrap=True)
         went_on = sum(gap <= most for gap in gaps)

@@ -6,7 +6,7 @@ import hashlib
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.control.shrinking import Course
 from deepep.runtime.control.transport import Link, transport
-from deepep.runtime.engine import Observer
+from deepep.runtime.engine import Engine, Observer
 from deepep.runtime.requests import Operation, Schedule
 from deepep.runtime.session import Session, membership_of
 
@@ -387,14 +387,20 @@ class Communicator:
             )
         completion.host_wait()
 
-    def give_up(self, reason: str) -> PeerTimeoutError:
-        """Gives up this step's operations because of what this rank has met beside them: an error for
-        `survive`, as all members have.
+    def lead(self, engines: Iterable[Engine]) -> None:
+        """Settles, from now on, what fails in the operations of these engines too, of the same ranks, so that
+        both end with the same members: they raise PeerTimeoutError for `give_up` to take.
+        """
+        self._control.lead([engine.control_plane() for engine in engines])
+
+    def give_up(self, error: PeerTimeoutError) -> PeerTimeoutError:
+        """Gives up this step's operations because of what this rank has met beside them: the error for
+        `survive`, as all members have it.
         """
         found: list[PeerTimeoutError] = []
 
         def job() -> None:
-            found.append(self._control.membership.give_up(Operation.STEP.label, reason))
+            found.append(self._control.membership.give_up(Operation.STEP.label, error))
 
         with self._control.issuing:
             self._control.locally(job, Schedule()).host_wait()

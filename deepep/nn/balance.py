@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor
 from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, RangeError
 from deepep.nn import kernels
 from deepep.nn.operators import operator
+from deepep.runtime.engine import Engine
 
 
 @operator("count_load", mutates=("load",))
@@ -53,25 +53,30 @@ def rate_problem(rate: object) -> ArgumentError | None:
     return None
 
 
-def summed_load(load: Tensor, rate: float, group: Any) -> Tensor:
+def summed_load(load: Tensor, rate: float, group: dist.ProcessGroup | Engine) -> Tensor:
     """The sum of all ranks' loads [E], once all are found to balance by the same rate.
 
-    Collective over `group`. The rates travel with the loads, in one sum: the bits of a rate as four numbers,
-    and their squares. The sum of squares is R times this rank's square, and the sum R times its number, only
-    where all are equal. Raises on all ranks what is wrong with a rate on one.
+    Collective over `group`, or over the members of an engine: those ranks that are not masked. The rates
+    travel with the loads, in one sum: the bits of a rate as four numbers, and their squares. The sum of
+    squares is R times this rank's square, and the sum R times its number, only where all are equal. Raises on
+    all ranks what is wrong with a rate on one.
     """
     problem = rate_problem(rate)
     bits = struct.unpack("<4H", struct.pack("<d", 0.0 if problem is not None else float(rate)))
     words = [int(problem is not None), *bits, *(part * part for part in bits)]
     mine = torch.tensor(words, dtype=torch.int64, device=load.device)
     total = torch.cat([load, mine])
-    dist.all_reduce(total, group=group)
+    if isinstance(group, Engine):
+        everyone = group.gather(total.cpu(), {"experts": len(load)})
+        total, ranks = torch.stack(list(everyone.values())).sum(0).to(load.device), len(everyone)
+    else:
+        dist.all_reduce(total, group=group)
+        ranks = dist.get_world_size(group)
     if problem is not None:
         raise problem
     found = total[len(load) :].tolist()
     if found[0]:
         raise RangeError("rate", f"no finite number on {found[0]} other ranks", "a finite number")
-    ranks = dist.get_world_size(group)
     if found[1:] != [ranks * word for word in words[1:]]:
         raise MismatchError("rate", f"{rate} here, another number on another rank", "the same on all ranks")
     return total[: len(load)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepep.errors import ArgumentTypeError, CapacityError, DeviceError, RangeError, ShapeError
+from deepep.errors import (
+    ArgumentTypeError,
+    CapacityError,
+    DeviceError,
+    ModeError,
+    RangeError,
+    ShapeError,
+)
 from deepep.gate import sigmoid_topk
 from deepep.nn.buffers import BufferLike, buffer_number, buffer_of, posting_errors
 from deepep.nn.exchange import Received, combine, dispatch
@@ -150,6 +157,7 @@ class ExpertParallelMoE(nn.Module):
         self.rank, self.placement = buffer.rank, checked_placement(placement, num_experts, num_ranks)
         self.num_physical = num_experts if placement is None else placement.num_physical
         self.num_local_experts, self.num_expert_ranks = self.num_physical // num_ranks, num_ranks
+        self.left_out: frozenset[int] = frozenset()
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
         first = self.rank * self.num_local_experts
         numbers = None if placement is None else placement.of_rank(self.rank)
@@ -280,8 +288,38 @@ class ExpertParallelMoE(nn.Module):
                 check_multiplies(x, module.down)
 
     def rebalance(self, rate: float = 1e-3) -> Tensor:
-        """`Router.rebalance` over the buffer's group, once per step. Returns the load [E] of all ranks."""
-        return self.router.rebalance(rate, buffer_of(self.buffer_number).group)
+        """`Router.rebalance` over the buffer's ranks, once per step. Returns the load [E] of all ranks.
+
+        On the CPU, and where ranks are masked, over the buffer's members.
+        """
+        buffer = buffer_of(self.buffer_number)
+        is_among_members = self.router.load.is_cpu or buffer.runtime.masked
+        return self.router.rebalance(rate, buffer.runtime if is_among_members else buffer.group)
+
+    def counters(self) -> list[Tensor]:
+        """Tensors in which a forward counts, and which are no buffers: a forward that is made again because
+        it failed begins with what they held before it.
+        """
+        return [self.router.load]
+
+    def leave_out(self, ranks: Collection[int]) -> None:
+        """Has the gate choose among the experts that other ranks than these hold, from now on: where a Buffer
+        goes on without ranks, which it has masked. On all ranks alike; with no ranks, as before.
+
+        Of an expert with replicas (`placement`) those on other ranks share its tokens. An expert of these
+        ranks alone is as if the model did not have it: not chosen, nor counted in weights, groups or balance.
+        In its stripes of the router's weight and bias nothing moves but what the optimizer does by itself.
+
+        Raises RangeError for fewer experts left than the gate needs, or ranks that there are not;
+        ArgumentTypeError for a gate that takes no `alive=`.
+        """
+        for rank in ranks:
+            check_int("ranks", rank, 0, self.num_expert_ranks - 1)
+        placed = self.placement or contiguous(self.num_experts, self.num_expert_ranks)
+        self.router.choose_among(placed.alive_without(ranks))
+        self.left_out = frozenset(ranks)
+        if self.placement is not None:
+            self.replicas, self.replica_counts = self.placement.tables(self.router.weight.device, ranks)
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that every rank holds: sum their gradients over the ranks."""
@@ -332,7 +370,11 @@ class ExpertParallelMoE(nn.Module):
         (`deepep.nn.move_experts`). `ExpertPlacement.renumbered` has less to move. Returns how many experts
         came from other ranks. Raises ArgumentTypeError, RangeError or MismatchError, on all ranks.
         """
-        old = self.placement or contiguous(self.num_experts, self.num_physical // self.num_local_experts)
+        if self.left_out:
+            raise ModeError(
+                "move_to", f"ranks {sorted(self.left_out)} left out", "all ranks, to move experts"
+            )
+        old = self.placement or contiguous(self.num_experts, self.num_expert_ranks)
         group = buffer_of(self.buffer_number).group
         agree_on(placement, old, group)
         weights = list(self.experts.parameters())

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepep._core import MAX_TOPK
-from deepep.errors import ArgumentTypeError, ShapeError
+from deepep.errors import ArgumentError, ArgumentTypeError, ShapeError
 from deepep.gate import Routing, sigmoid_topk
 from deepep.nn.balance import count_load, rate_problem, summed_load
 from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
 from deepep.nn.logits import router_logits
 from deepep.nn.precision import check_input, without_autocast
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
+from deepep.runtime.engine import Engine
 
 #: Maps logits [T, E], K and `bias=` [E] to a Routing, or to anything with its `topk_idx` [T, K], int32 or
 #: int64 with -1 for no expert, and `topk_weights` [T, K]: deepep.gate's functions, or a functools.partial.
@@ -29,11 +30,13 @@ class Router(nn.Module):
     the model; it stays float32 when the model is cast: steps of 0.001 would be lost otherwise. load: [E]
     int64, top-k entries per expert since the last `rebalance`, of this rank's tokens, counted by every
     forward in training mode, once also where a checkpoint repeats it. It is this rank's own, so it is no
-    buffer: wrappers for data parallelism take buffers for replicated. Not saved.
+    buffer: wrappers for data parallelism take buffers for replicated. Not saved. alive: [E] bool, the experts
+    that the gate chooses among, or None: all (`choose_among`). Not saved either.
     """
 
     bias: Tensor
     load: Tensor
+    alive: Tensor | None = None
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Router(nn.Module):
             raise ArgumentTypeError("router.bias", dtype_names([self.bias.dtype]), allowed)
         with without_autocast(x):
             logits = router_logits(x, self.weight)  # [T, E]
-            routing = self.gate(logits, self.num_topk, bias=self.bias)
+            routing = self.gate(logits, self.num_topk, bias=self.bias, **self._restriction())
         _check_routing(routing, x.shape[0])
         if self.training:
             if self.load.device != x.device:  # moved by something that moves parameters and buffers alone
@@ -92,9 +95,11 @@ class Router(nn.Module):
         """Moves every bias by `rate` towards an even load, and forgets the load.
 
         Collective over `group` (None: this rank's load alone), whose loads are added up first, so that all
-        ranks keep the same biases. Returns that load, [E] int64. Loads are integers: the result does not
-        depend on the order of the sum. DeepSeek-V3 used a rate of 0.001. Raises ArgumentTypeError or
-        RangeError for what is no finite number, MismatchError for different rates; on all ranks.
+        ranks keep the same biases; of an engine, its members. Returns that load, [E] int64. Loads are
+        integers: the result does not depend on the order of the sum. DeepSeek-V3 used a rate of 0.001. While
+        experts are missing (`choose_among`), the mean is that of those there are, and others' biases stay.
+        Raises ArgumentTypeError or RangeError for what is no finite number, MismatchError for different
+        rates; on all ranks.
         """
         if group is None:
             problem = rate_problem(rate)
@@ -102,13 +107,44 @@ class Router(nn.Module):
                 raise problem
             load = self.load.clone()
         else:
-            if not isinstance(group, torch.distributed.ProcessGroup):
+            if not isinstance(group, torch.distributed.ProcessGroup | Engine):
                 raise ArgumentTypeError("group", type(group).__name__, "a process group or None")
             load = summed_load(self.load, rate, group)
+        num_alive: Tensor | int = load.numel()
+        if self.alive is not None:
+            load, num_alive = load * self.alive, self.alive.sum()
         # sign(mean - load) without a division: sum - E * load has the same sign, exactly.
-        self.bias += rate * torch.sign(load.sum() - load.numel() * load).to(self.bias.dtype)
+        change = rate * torch.sign(load.sum() - num_alive * load).to(self.bias.dtype)
+        self.bias += change if self.alive is None else change * self.alive
         self.load.zero_()
         return load
+
+    def choose_among(self, alive: Collection[int]) -> None:
+        """Has the gate choose among these experts alone from now on, on all ranks alike: the others are as if
+        the model did not have them, in weights, groups and balance; all of them: as before.
+
+        Raises RangeError for fewer than the gate needs, ArgumentTypeError where it takes no `alive=`.
+        """
+        num_experts = self.weight.shape[0]
+        for expert in alive:
+            check_int("alive", expert, 0, num_experts - 1)
+        mask = torch.tensor([expert in alive for expert in range(num_experts)], device="cpu")
+        if bool(mask.all()):
+            self.alive = None
+            return
+        try:  # on the host, where the gate can count them
+            bias = self.bias.to("cpu", torch.float32)
+            self.gate(torch.zeros(1, num_experts, device="cpu"), self.num_topk, bias=bias, alive=mask)
+        except ArgumentError:
+            raise
+        except TypeError as error:
+            allowed = "a function that takes alive= [E] bool, as those of deepep.gate"
+            raise ArgumentTypeError("gate", str(error), allowed) from error
+        self.alive = mask.to(self.bias.device)
+
+    def _restriction(self) -> dict[str, Tensor]:
+        """Arguments of the gate, while experts are missing."""
+        return {} if self.alive is None else {"alive": self.alive}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves and casts, as `.to` and its kind: the bias keeps its dtype and values, the load its dtype."""
@@ -121,6 +157,8 @@ class Router(nn.Module):
                 self.load = torch.zeros_like(self.load, device=self.bias.device)
             else:
                 self.load = self.load.to(self.bias.device)
+            if self.alive is not None and not self.bias.is_meta:
+                self.alive = self.alive.to(self.bias.device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

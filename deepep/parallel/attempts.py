@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from deepep.collectives import Communicator
 from deepep.errors import ModeError, PeerTimeoutError, RangeError
+from deepep.parallel.exchanges import Exchanges
 from deepep.runtime.checks import MOST, check_int
 from deepep.runtime.control.shrinking import Course
 
@@ -91,6 +92,7 @@ class Steps:
 
     def __init__(self, model: nn.Module, reducer: BucketReducer, renew: Callable[[bool], None]) -> None:
         self._model, self._reducer, self._renew = model, reducer, renew
+        self._exchanges = Exchanges(model, reducer.comm)
         self.keep = KEEP[0]
         self.min_members: int | None = None
         self.is_open = self.is_committed = False
@@ -99,10 +101,17 @@ class Steps:
         self._held: dict[int, HeldBucket] = {}
         self._error: BaseException | None = None
 
-    def configure(self, keep: str, min_members: int | None) -> None:
-        """Sets what holds for attempts from now on. Raises RangeError or ArgumentTypeError."""
+    def configure(self, keep: str | None, min_members: int | None) -> None:
+        """Sets what holds for attempts from now on. Raises RangeError, ModeError or ArgumentTypeError."""
+        exchanges = bool(self._exchanges.layers)
+        if keep is None:
+            keep = KEEP[exchanges]
         if keep not in KEEP:
             raise RangeError("keep", repr(keep), " or ".join(map(repr, KEEP)))
+        if (
+            exchanges and keep == KEEP[0]
+        ):  # gradients of experts, and through them, have the dead rank's share
+            raise ModeError("keep", repr(keep), f"{KEEP[1]!r}, for a model whose layers exchange tokens")
         if min_members is not None:
             check_int("min_members", min_members, 1, MOST)
         self.keep, self.min_members = keep, min_members
@@ -175,6 +184,7 @@ class Steps:
             raise
         self._reducer.restart([before.index(rank) for rank in comm.members])
         self._is_stale = True
+        self._exchanges.go_on(before)
         return course
 
     # of an attempt
@@ -183,17 +193,25 @@ class Steps:
         """An attempt begins: notes what its backward and its forward will change."""
         self.is_open, self.is_committed = True, False
         self._held.clear()
+        self._exchanges.begin()
         self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self._model.parameters()]
-        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        counters = self._exchanges.counters()
+        self._buffers = [(buffer, buffer.clone()) for buffer in (*self._model.buffers(), *counters)]
         self._random = torch.get_rng_state()
 
     def end(self, error: BaseException | None) -> bool:
         """An attempt has ended, by `error` perhaps: whether it has to be made again."""
         self.is_open = False
+        try:
+            return self._has_failed(error)
+        finally:
+            self._exchanges.end()
+
+    def _has_failed(self, error: BaseException | None) -> bool:
         failed = isinstance(error, AttemptFailed)
         if isinstance(error, PeerTimeoutError) and not (self._is_over or self.is_committed):
             # Of a collective in the forward, or of somebody else's: a Buffer's.
-            self._survive(self._reducer.comm.give_up(str(error)))
+            self._survive(self._reducer.comm.give_up(error))
             self._begin_anew()
             failed = True
         if failed:

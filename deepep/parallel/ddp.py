@@ -213,7 +213,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if self._expert_reducer is not None:
             self._expert_reducer.reducer.next_config = reducer.next_config
 
-    def attempts(self, *, keep: str = "buckets", min_members: int | None = None) -> Iterator[StepAttempt]:
+    def attempts(self, *, keep: str | None = None, min_members: int | None = None) -> Iterator[StepAttempt]:
         """Attempts at one training step, which goes on without ranks that die in it; usually there is one.
 
             for attempt in model.attempts():
@@ -227,7 +227,9 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         gradients, and all ranks call this alike, on the CPU.
 
         keep: "buckets": a copy of this rank's gradients, for summing again; "recompute": no copy, the body
-        runs again, on all ranks: for forwards that communicate, as those of deepep.nn.ExpertParallelMoE.
+        runs again, on all ranks: for forwards that communicate. None: the first, but the second for a model
+        with deepep.nn.ExpertParallelMoE, which takes no other. Its Buffers then lose the same ranks, and its
+        gates choose among the experts that are left.
         min_members: fewer ranks do not go on; None: more than half of those who were there before.
 
         Raises EvictedError on a rank without which the others have gone on; PeerTimeoutError if too few are

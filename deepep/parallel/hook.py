@@ -301,6 +301,7 @@ class BucketReducer:
         places among those before.
         """
         self._forget()
+        self._failure, self._pending = None, []  # of a backward that has failed on its way
         self._sizes.clear()
         self._drift.restart()
         pinned, self.config = self.config.topology, config_among(self.config, places)

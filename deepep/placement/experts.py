@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,25 +79,45 @@ class ExpertPlacement:
             found[expert].append(physical)
         return tuple(tuple(physical) for physical in found)
 
+    def replicas_without(self, ranks: Collection[int]) -> tuple[tuple[int, ...], ...]:
+        """By logical expert: its physical ones on other ranks than these, ascending; perhaps none."""
+        return tuple(
+            tuple(one for one in physical if one // self.num_local not in ranks)
+            for physical in self.replicas_of
+        )
+
+    def alive_without(self, ranks: Collection[int]) -> list[int]:
+        """The logical experts that other ranks than these hold, ascending."""
+        return [expert for expert, left in enumerate(self.replicas_without(ranks)) if left]
+
     @functools.cached_property
-    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+    def _tables(self) -> dict[tuple[torch.device, frozenset[int]], tuple[Tensor, Tensor]]:
         return {}
 
-    def tables(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def tables(
+        self, device: torch.device | str = "cpu", without: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """replicas [E, C] int64, C the most replicas of any expert, the physical experts of each, ascending,
         the first repeated behind the last; and how many they are, [E] int64. Kept by device.
+
+        without: ranks whose replicas are left out. An expert that has no other keeps them, for the tables'
+        shape: a gate is not to choose it (`alive_without`).
         """
-        device = torch.device(device)
-        if device not in self._tables:
+        device, gone = torch.device(device), frozenset(without)
+        key = device, gone
+        if key not in self._tables:
             most = max(len(physical) for physical in self.replicas_of)
-            padded = [physical + physical[:1] * (most - len(physical)) for physical in self.replicas_of]
-            counts = [len(physical) for physical in self.replicas_of]
+            left = [
+                one or every for one, every in zip(self.replicas_without(gone), self.replicas_of, strict=True)
+            ]
+            padded = [physical + physical[:1] * (most - len(physical)) for physical in left]
+            counts = [len(physical) for physical in left]
             with torch.inference_mode(False):
                 made = tuple(
                     torch.tensor(table, dtype=torch.int64, device="cpu") for table in (padded, counts)
                 )
-                self._tables[device] = made[0].to(device), made[1].to(device)
-        return self._tables[device]
+                self._tables[key] = made[0].to(device), made[1].to(device)
+        return self._tables[key]
 
     def physical_topk(self, topk_idx: Tensor, rank: int) -> Tensor:
         """The physical experts for `topk_idx` [T, K] int32 or int64 of logical ones, -1 for none, of the

@@ -34,6 +34,7 @@ from deepep.runtime.requests import (
 from deepep.runtime.traffic_lanes import TrafficLanes
 
 if TYPE_CHECKING:
+    from deepep.runtime.control.issue import ControlPlane
     from deepep.runtime.engram import EngramStore
     from deepep.runtime.gather_sessions import GatherSessions
     from deepep.runtime.ring import Ring
@@ -290,6 +291,16 @@ class Engine(ABC):
 
     def _admits_nobody(self) -> ArgumentError:
         return RangeError("backend", repr(self.info.backend), "one whose ranks others can join at work")
+
+    def control_plane(self) -> ControlPlane:
+        """The part by which a communicator of the same ranks settles this engine's faults. Raises ModeError
+        where an operation does not pass through it alone.
+        """
+        raise ModeError("backend", repr(self.info.backend), "one whose operations the host issues")
+
+    def follow(self, members: tuple[int, ...]) -> None:
+        """Goes on among `members`, as that communicator has settled it; called on all of them."""
+        self.control_plane().follow(members)
 
     def write_masked(self, status: torch.Tensor) -> None:
         """Writes 1 for masked ranks, 0 for others, to status [R] int32, in the current stream's order."""

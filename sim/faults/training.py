@@ -2,11 +2,13 @@
 
 What is promised: the survivors go on with the step or make it again, all alike, within a few seconds; and the
 weights in the end are, bit for bit, those of an oracle that sums over all ranks before some step and over the
-survivors from it on. The oracle is one process: a backward for every rank, and reference/all_reduce.py.
+survivors from it on. The oracle is one process: a backward for every rank, and reference/all_reduce.py. With
+experts (expert_training.py), those of the ranks that are gone are as if there were none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from deepep.reference.all_reduce import all_reduce
 from deepep.sim.cases.choices import Choices
+from deepep.sim.faults import expert_training
+from deepep.sim.faults.expert_training import EXPERT_PHASES, ExchangeWatch, ExpertModel
 from deepep.sim.faults.fault import Effect
 from deepep.sim.rules.checking import Violation
 from deepep.sim.worlds.outcomes import Outcome, Status
@@ -56,7 +60,7 @@ class StepEnd:
 @dataclass
 class Account:
     """A rank's account of its steps: who took part, the parameters of each bucket, the time at which each
-    counted (time.monotonic, one clock for the ranks of a host); a hash of the weights in the end.
+    counted (time.monotonic, one clock for the ranks of a host); a hash of its weights in the end.
     """
 
     members: list[tuple[int, ...]] = field(default_factory=list)
@@ -67,7 +71,7 @@ class Account:
 
 def draw_step_end(choices: Choices, num_ranks: int, num_steps: int, phase: str = "") -> StepEnd:
     """A death at a drawn moment, but for the last step. A model's first backward has one bucket alone."""
-    phase = phase or choices.pick(PHASES)
+    phase = phase or choices.pick((*PHASES, *EXPERT_PHASES))
     return StepEnd(
         effect=Effect.KILL,
         rank=choices.integer(0, num_ranks - 1),
@@ -105,18 +109,45 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def train(ctx: RankContext, ends: Sequence[StepEnd], num_steps: int, timeout: float, folder: str) -> Account:
+def train(
+    ctx: RankContext,
+    ends: Sequence[StepEnd],
+    num_steps: int,
+    timeout: float,
+    folder: str,
+    has_experts: bool = False,
+) -> Account:
     """One rank's part."""
     import deepep
 
     torch.set_num_threads(1)
-    model, account = model_of(), Account()
+    if not has_experts:
+        return _train(ctx, model_of(), ends, num_steps, timeout, folder, contextlib.nullcontext())
+    with deepep.Buffer(ctx.group, device="cpu", timeout=timeout) as buffer:
+        model = ExpertModel(buffer, ctx.num_ranks)
+        return _train(ctx, model, ends, num_steps, timeout, folder, buffer)
+
+
+def _train(
+    ctx: RankContext,
+    model: nn.Sequential | ExpertModel,
+    ends: Sequence[StepEnd],
+    num_steps: int,
+    timeout: float,
+    folder: str,
+    buffer: Any,
+) -> Account:
+    import deepep
+
+    account = Account()
     config = deepep.ParallelConfig(timeout=timeout, probe_seconds=0)
+    is_dense = isinstance(model, nn.Sequential)
     ddp: Any = deepep.DistributedDataParallel(
-        model, process_group=ctx.group, config=config, bucket_cap_mb=0.003
+        model, process_group=ctx.group, config=config, bucket_cap_mb=0.003 if is_dense else 0.0005
     )
     optimizer = optimizer_of(ddp)
     reducer, buckets, striker = ddp._bucket_reducer, {}, Striker(ctx.rank, ends, folder)
+    watch = ExchangeWatch(striker.reached)
     reduce = reducer.reduce
 
     def recording(bucket: Any) -> Any:
@@ -125,15 +156,21 @@ def train(ctx: RankContext, ends: Sequence[StepEnd], num_steps: int, timeout: fl
 
     reducer.reduce = recording
     reducer.comm.observe(striker.observed)
-    model[0].register_forward_hook(lambda *_: striker.reached("forward"))
-    model[4].register_full_backward_hook(lambda *_: striker.reached("backward"))
+    if isinstance(model, nn.Sequential):
+        first, last = model[0], model[4]
+    else:
+        first, last = model.first, model.last
+        buffer.runtime.observe(watch.observed)
+    first.register_forward_hook(lambda *_: striker.reached("forward"))
+    last.register_full_backward_hook(lambda *_: striker.reached("backward"))
     for step in range(num_steps):
         striker.step = step
         for attempt in ddp.attempts():
             with attempt:
                 buckets.clear()
+                watch.begin()
                 optimizer.zero_grad()
-                loss_of(ddp, ctx.rank, step).backward()
+                (loss_of if is_dense else _loss_with_experts)(ddp, ctx.rank, step).backward()
                 striker.reached("after")
                 optimizer.step()
         account.times.append(time.monotonic())
@@ -143,6 +180,11 @@ def train(ctx: RankContext, ends: Sequence[StepEnd], num_steps: int, timeout: fl
     ddp.close()
     account.weights = digest(model)
     return account
+
+
+def _loss_with_experts(model: nn.Module, rank: int, step: int) -> Tensor:
+    loss: Tensor = model(expert_training.tokens_of(rank, step)).square().mean()
+    return loss
 
 
 def _name_of(gradient: Tensor, model: nn.Module) -> str:
@@ -209,17 +251,33 @@ def oracle(members: Sequence[tuple[int, ...]], buckets: Sequence[Sequence[Sequen
     return digest(model)
 
 
+def oracle_of_experts(
+    num_ranks: int, members: Sequence[tuple[int, ...]], buckets: Sequence[Sequence[Sequence[str]]]
+) -> dict[int, str]:
+    """The same of a model with experts, by rank: each has experts of its own."""
+    torch.set_num_threads(1)
+    models = expert_training.train_alone(num_ranks, members, buckets, optimizer_of)
+    return {rank: digest(model) for rank, model in models.items()}
+
+
 def judge_steps(
-    world: World, ends: Sequence[StepEnd], num_steps: int, timeout: float, folder: str
+    world: World,
+    ends: Sequence[StepEnd],
+    num_steps: int,
+    timeout: float,
+    folder: str,
+    has_experts: bool = False,
 ) -> tuple[list[Account], float]:
     """Trains until all survivors are done; their accounts, and the longest gap in seconds from an end to the
     next step that counts.
+
+    has_experts: a model with a layer of experts, which the phases of one need.
 
     Raises:
         Violation: a promise was not kept.
     """
     lost = {end.rank: end for end in ends}
-    pending = world.submit(train, ends, num_steps, timeout, folder, timeout=20 * timeout + 60)
+    pending = world.submit(train, ends, num_steps, timeout, folder, has_experts, timeout=20 * timeout + 60)
     frozen = [end.rank for end in ends if end.effect is Effect.STALL]
     others = set(range(world.num_ranks)) - set(lost)
     waker = threading.Thread(target=_wake, args=(world, frozen, others, folder))
@@ -230,11 +288,16 @@ def judge_steps(
     survivors = [account for account in accounts if account is not None]
     first = survivors[0]
     for account in survivors:
-        for name in ("members", "buckets", "weights"):
+        for name in ("members", "buckets"):
             if getattr(account, name) != getattr(first, name):
                 raise Violation(f"{ends}: survivors differ in {name}", outcomes[0].rank)
     _demand_plausible(ends, first.members, world.num_ranks)
-    if oracle(first.members, first.buckets) != first.weights:
+    if has_experts:
+        wanted = oracle_of_experts(world.num_ranks, first.members, first.buckets)
+    else:
+        wanted = dict.fromkeys(sorted(others), oracle(first.members, first.buckets))
+    found = {rank: account.weights for rank, account in enumerate(accounts) if account is not None}
+    if found != wanted:
         raise Violation(f"{ends}: weights are not the oracle's; members by step: {first.members}", 0)
     gaps = []
     for rank in lost:

@@ -242,6 +242,9 @@ class ReferenceEngine(Engine):
     def dismiss(self, ranks: Sequence[int]) -> None:
         admission.dismiss(self._control, ranks)
 
+    def control_plane(self) -> ControlPlane:
+        return self._control
+
     def comm_stream(self) -> torch.cuda.Stream | None:
         return self._control.session.stream
 

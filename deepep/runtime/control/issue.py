@@ -64,6 +64,7 @@ class ControlPlane:
         self.issuing = Issuing(processes.weak_method(self.withdraw))
         self._unreceived: str | None = None
         self.pending_hook: Hook | None = None
+        self._followers: tuple[ControlPlane, ...] = ()
         self._end = ""
         self._told: BaseException | None = None
         self._departs = False
@@ -235,6 +236,20 @@ class ControlPlane:
         change = self.membership.mask if masked else self.membership.unmask
         with self.issuing:
             self.locally(lambda: change(rank), Schedule()).host_wait()
+
+    def lead(self, followers: Iterable[ControlPlane]) -> None:
+        """Settles faults of these, of the same ranks, from now on (`follow`); of no others."""
+        before, self._followers = self._followers, tuple(followers)
+        for follower in before:
+            follower.membership.settled_by = None
+        for follower in self._followers:
+            follower.membership.settled_by = self.membership
+        self.membership.followers = tuple(follower.membership for follower in self._followers)
+
+    def follow(self, members: tuple[int, ...]) -> None:
+        """Goes on with `members`, after a fault that another has settled for this one."""
+        with self.issuing:
+            self.locally(lambda: self.membership.follow(members), Schedule()).host_wait()
 
     @property
     def masked(self) -> frozenset[int]:

@@ -74,6 +74,10 @@ class Membership:
         self._verdict: Verdict | None = None
         self._is_left_out = False
         self._returns = False
+        self.settled_by: Membership | None = None
+        """Another of these ranks, which settles who is missing here (`follow`)."""
+        self.followers: tuple[Membership, ...] = ()
+        """Those whom this one settles it for."""
         self.progress = Progress(started=time.monotonic())
 
     # members
@@ -254,6 +258,8 @@ class Membership:
 
     def is_dead(self, rank: int) -> bool:
         """True if nobody needs to wait for `rank`: its process is gone, or it has departed."""
+        if self.settled_by is not None and self.settled_by.is_alarmed:
+            return True  # who has met the fault there does not come here before it is settled
         if self._store.has(f"departed/{rank}"):
             return True
         return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
@@ -299,13 +305,15 @@ class Membership:
                 raise error
             self._store.set(f"members/{self.rank}", people)
             meeting = self._join_next()
+            # Who has waited for a follower's operation until the deadline comes here after it.
+            deadline = self._deadline + (self.grace if self.followers else 0.0)
             try:
                 reason = "they did not come to connect"
-                meeting.exchange("arrived", self.progress.operation, self._deadline, reason)
+                meeting.exchange("arrived", self.progress.operation, deadline, reason)
             except MeetingFailed as failed:
                 self._check_same_members(failed.verdict.missing, people)
                 raise
-            group = connecting.connect(meeting, self._connections, self.timeout, self._deadline)
+            group = connecting.connect(meeting, self._connections, self.timeout, deadline)
             self._control = self._payload = Link(group, self.rank, self.num_ranks, members)
             if self.device_type != "cpu":
                 # NCCL waits on it in the group's first operation, and may later: it is not given back.
@@ -398,7 +406,7 @@ class Membership:
         So a rank that was masked, and did not know, finds its way back once it is no longer.
         """
         meeting = self._meeting
-        if meeting is None:
+        if meeting is None or self.settled_by is not None:
             return False
         with self._failing():
             verdict = meeting.verdict()
@@ -421,6 +429,8 @@ class Membership:
 
     def disconnect(self) -> None:
         """Drops the connections. Peers that wait on them fail at once."""
+        for follower in self.followers:
+            follower.disconnect()
         for link in {id(x): x for x in (self._control, self._payload) if x is not None}.values():
             hang_up(link.group)
         self._control = self._payload = None
@@ -438,8 +448,12 @@ class Membership:
     # faults
 
     def fault(self, error: LinkError) -> PeerTimeoutError:
-        """Settles with the other survivors who is missing; the error that all of them raise."""
+        """Settles with the other survivors who is missing; the error that all of them raise. Where another
+        membership settles it, that of this rank alone.
+        """
         self.disconnect()
+        if self.settled_by is not None:
+            return self.blame((), 0, str(error))
         try:
             meeting = self._meeting
             assert meeting is not None
@@ -524,17 +538,42 @@ class Membership:
             self._fault = self._fault_meeting = None
         return taken
 
-    def give_up(self, operation: str, reason: str) -> PeerTimeoutError:
+    @property
+    def is_alarmed(self) -> bool:
+        """True once a member has met a fault, until it is settled."""
+        meeting = self._meeting
+        return meeting is not None and meeting.is_alarmed and meeting.verdict() is None
+
+    def follow(self, members: tuple[int, ...]) -> None:
+        """Goes on with `members`, as `settled_by` has settled it: on all of them, whatever each has met here,
+        over another link, and without holding anything of before against anybody.
+        """
+        self.disconnect()
+        self._masked |= set(range(self.num_ranks)) - set(members)
+        self._fault = self._fault_meeting = self._verdict = None
+        self._forget()
+
+    def give_up(self, operation: str, fault: PeerTimeoutError) -> PeerTimeoutError:
         """Gives up the link because of what this rank has met beside it, as if it had failed; the error that
         all members raise, or that of a fault which is settled already.
+
+        Who is to come has had time since that operation began; if there is no link, some more, for all meet
+        at the next one.
         """
-        if self._verdict is None:
-            self.begin(operation)
+        if self._verdict is not None:
+            return self._blame(self._verdict)
+        self.begin(operation)
+        now = time.monotonic()
+        self.progress.started = now - fault.record.seconds
+        if not self.connected:
+            self.progress.started = max(self.progress.started, now + self.grace - self.timeout)
+        try:
             self.control()
-            self.progress.sequence += 1
-            self.progress.phase = "forward or backward"
-            return self.fault(LinkError(reason))
-        return self._blame(self._verdict)
+        except PeerTimeoutError as unconnected:
+            return unconnected
+        self.progress.sequence += 1
+        self.progress.phase = "forward or backward"
+        return self.fault(LinkError(str(fault)))
 
     def _blame(self, verdict: Verdict) -> PeerTimeoutError:
         return self.blame(verdict.missing, verdict.seen, verdict.reason)

@@ -1,0 +1,76 @@
+"""Exchanges: what layers of experts send through Buffers in training steps that outlive ranks.
+
+A rank that dies is first missed by whoever waits for it, in an exchange of a layer or in a sum of gradients,
+on one rank here and on another there. So it is settled once, by the communicator: in an attempt a Buffer's
+operation that fails raises on its rank alone, and both then have the same members.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor, nn
+
+from deepep.collectives import Communicator
+from deepep.errors import ModeError
+from deepep.nn.buffers import engine_of
+from deepep.nn.moe import ExpertParallelMoE
+from deepep.runtime.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class Exchanges:
+    """Layers of a model that exchange tokens, and the engines of their buffers.
+
+    Raises ModeError for a buffer of other ranks than the communicator's.
+    """
+
+    def __init__(self, model: nn.Module, comm: Communicator) -> None:
+        self._comm = comm
+        self.layers = [part for part in model.modules() if isinstance(part, ExpertParallelMoE)]
+        ranks = comm.group.rank(), comm.group.size()
+        for engine in self._engines():
+            found = engine.info.rank, engine.info.num_ranks
+            if found != ranks:
+                got = f"a layer's buffer, where this is rank {found[0]} of {found[1]}"
+                raise ModeError(
+                    "buffer", got, f"one of the model's group, where it is {ranks[0]} of {ranks[1]}"
+                )
+            engine.control_plane()
+
+    def _engines(self) -> list[Engine]:
+        return [engine_of(number) for number in sorted({layer.buffer_number for layer in self.layers})]
+
+    def begin(self) -> None:
+        """An attempt begins."""
+        self._comm.lead(self._engines())
+
+    def end(self) -> None:
+        """It has ended: what fails in a buffer from now on is the buffer's own affair."""
+        self._comm.lead([])
+
+    def counters(self) -> list[Tensor]:
+        """Tensors that forwards change, and that are no buffers of the model."""
+        return [tensor for layer in self.layers for tensor in layer.counters()]
+
+    def go_on(self, before: tuple[int, ...]) -> None:
+        """Has buffers and gates go on with the communicator's members, after a fault among those `before`.
+
+        Raises RangeError where gates need more experts than are left.
+        """
+        members = self._comm.members
+        for engine in self._engines():
+            engine.follow(members)
+        for layer in self.layers:
+            layer.leave_out(engine_of(layer.buffer_number).masked)
+        if self.layers and len(members) < len(before) and self._comm.rank == 0:
+            lost = sorted(set(before) - set(members))
+            _log.warning(
+                "ranks %s are gone; experts that are not chosen any more: %s", lost, self._not_chosen()
+            )
+
+    def _not_chosen(self) -> list[list[int]]:
+        """By layer: the experts that no rank has any more."""
+        alive = [layer.router.alive for layer in self.layers]
+        return [[] if mask is None else (~mask).nonzero().flatten().tolist() for mask in alive]
