@@ -518,6 +518,8 @@ def logfmt_codes(values: bytes, meta: int) -> bytes: ...
 def logfmt_values(codes: bytes, meta: int) -> bytes: ...
 
 LOW_LATENCY_EPOCHS: int
+FAR_STATE_BYTES: int
+FAR_COUNTERS: int
 
 class LowLatencyDomain:
     """csrc/host/low_latency.hpp."""
@@ -605,6 +607,49 @@ class LowLatencyDomain:
     def watched_fault(self) -> FaultRecord | None: ...
     @property
     def fault_word(self) -> int: ...
+
+class FarShape:
+    """Sizes of low-latency memory between domains (csrc/host/low_latency_far.hpp)."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        ranks_per_domain: int,
+        max_local_experts: int,
+        max_tokens: int,
+        max_topk: int,
+        max_row_bytes: int,
+    ) -> None: ...
+    @property
+    def remote_bytes(self) -> int: ...
+    @property
+    def control_bytes(self) -> int: ...
+    @property
+    def max_open_puts(self) -> int: ...
+    @property
+    def num_put_orders(self) -> int: ...
+    def signals(self, before: int) -> list[tuple[int, int]]: ...
+
+class FarLowLatencyDomain(LowLatencyDomain):
+    """csrc/host/low_latency_far.hpp. It has the methods of LowLatencyDomain."""
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        kernels: Kernels,
+        num_threads: int,
+        shape: FarShape,
+        rank: int,
+        heaps: Sequence[int],
+        remote: int,
+        far_state: int,
+        state: int,
+        fault: int,
+        timeout_seconds: float,
+        bulk_copies: bool = True,
+    ) -> None: ...
 
 MAX_ROW_ENTRIES: int
 MAX_COUNTED_EXPERTS: int

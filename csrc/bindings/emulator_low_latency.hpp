@@ -24,6 +24,43 @@ py::bytes each(const std::string& items, const Make& make) {
   return py::bytes(made);
 }
 
+/// The operations of a LowLatencyDomain, and what its host sees of faults. launcher: of a domain.
+template <class Domain, class Launcher>
+void bind_emulated_operations(py::class_<Domain>& domain, const Launcher& launcher) {
+  bind_low_latency(domain);
+  domain
+      .def_property_readonly(
+          "fault_word",
+          [](const Domain& self) { return reinterpret_cast<uintptr_t>(&self.group().fault->pending); })
+      .def("take_fault", [=](Domain& self) { return launcher(self).take_fault(self.group(), false); })
+      .def("masked", [=](Domain& self) { return launcher(self).masked(self.group()); })
+      .def("watched_fault", [=](Domain& self) { return launcher(self).take_fault(self.group(), true); });
+}
+
+/// Of ranks in several domains.
+template <class Kernels>
+void bind_emulated_far_low_latency(py::module_& m) {
+  bind_far_shape(m);
+  using Domain = host::LowLatencyDomain<host::FarLauncher<emu::LowLatencyLauncher>>;
+  py::class_<Domain> domain(m, "FarLowLatencyDomain");
+  domain.def(
+      py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, const host::FarShape& shape,
+                  int rank, const std::vector<uintptr_t>& heaps, uintptr_t remote, uintptr_t far_state,
+                  uintptr_t state, uintptr_t fault, double timeout_seconds, bool bulk_copies) {
+        return std::make_unique<Domain>(
+            far_low_latency_options(shape, rank, heaps, state, fault, timeout_seconds), shape, rank,
+            host::FarMemory{.remote = reinterpret_cast<std::byte*>(remote),
+                            .state = reinterpret_cast<kernels::FarState*>(far_state),
+                            .wire = {}},
+            machine, *kernels.set, rank, num_threads, bulk_copies);
+      }),
+      py::keep_alive<1, 2>(), py::kw_only(), py::arg("machine"), py::arg("kernels"), py::arg("num_threads"),
+      py::arg("shape"), py::arg("rank"), py::arg("heaps"), py::arg("remote"), py::arg("far_state"),
+      py::arg("state"), py::arg("fault"), py::arg("timeout_seconds"), py::arg("bulk_copies") = true);
+  bind_emulated_operations(domain,
+                           [](Domain& self) -> emu::LowLatencyLauncher& { return self.launcher().within(); });
+}
+
 /// `Kernels`: a set of kernels as Python holds it.
 template <class Kernels>
 void bind_emulated_low_latency(py::module_& m) {
@@ -44,14 +81,8 @@ void bind_emulated_low_latency(py::module_& m) {
              py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("entry_stretches"),
              py::arg("state"), py::arg("fault"), py::arg("timeout_seconds"), py::arg("shrinks") = false,
              py::arg("bulk_copies") = true);
-  bind_low_latency(domain);
-  domain
-      .def_property_readonly(
-          "fault_word",
-          [](const Domain& self) { return reinterpret_cast<uintptr_t>(&self.group().fault->pending); })
-      .def("take_fault", [](Domain& self) { return self.launcher().take_fault(self.group(), false); })
-      .def("masked", [](Domain& self) { return self.launcher().masked(self.group()); })
-      .def("watched_fault", [](Domain& self) { return self.launcher().take_fault(self.group(), true); });
+  bind_emulated_operations(domain, [](Domain& self) -> emu::LowLatencyLauncher& { return self.launcher(); });
+  bind_emulated_far_low_latency<Kernels>(m);
   m.def("low_latency_bytes", &low_latency_bytes, py::arg("num_ranks"), py::arg("max_local_experts"),
         py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("entry_stretches") = 0);
   m.def(

@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <utility>
 #include <vector>
 
 #include "bindings/named_arguments.hpp"
 #include "host/low_latency.hpp"
+#include "host/low_latency_far.hpp"
 
 namespace deepep::bindings {
 
@@ -100,6 +102,38 @@ inline host::LowLatencyOptions low_latency_options(int rank, const std::vector<u
           .fault = reinterpret_cast<kernels::FaultRecord*>(fault),
           .timeout_seconds = timeout_seconds,
           .shrinks = shrinks};
+}
+
+/// The same of ranks in several domains.
+inline host::LowLatencyOptions far_low_latency_options(const host::FarShape& shape, int rank,
+                                                       const std::vector<uintptr_t>& heaps, uintptr_t state,
+                                                       uintptr_t fault, double timeout_seconds) {
+  return low_latency_options(rank, heaps, shape.max_local_experts, shape.max_tokens, shape.max_topk,
+                             shape.max_row_bytes, 0, state, fault, timeout_seconds, false);
+}
+
+/// Sizes of memory. Local to the module: both have them.
+inline void bind_far_shape(py::module_& m) {
+  using Shape = host::FarShape;
+  m.attr("FAR_STATE_BYTES") = sizeof(kernels::FarState);
+  m.attr("FAR_COUNTERS") = offsetof(kernels::FarState, blocks_sent) / sizeof(uint64_t);
+  py::class_<Shape>(m, "FarShape", py::module_local())
+      .def(py::init([](int num_ranks, int ranks_per_domain, int max_local_experts, int max_tokens, int max_topk,
+                       int64_t max_row_bytes) {
+             return Shape{.place = {num_ranks, num_ranks, ranks_per_domain},
+                          .max_local_experts = max_local_experts,
+                          .max_tokens = max_tokens,
+                          .max_topk = max_topk,
+                          .max_row_bytes = max_row_bytes};
+           }),
+           py::kw_only(), py::arg("num_ranks"), py::arg("ranks_per_domain"), py::arg("max_local_experts"),
+           py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"))
+      .def_property_readonly("remote_bytes", [](const Shape& self) { return self.slots().bytes(); })
+      .def_property_readonly("control_bytes", [](const Shape& self) { return self.slots().control_bytes(); })
+      .def_property_readonly("max_open_puts", [](const Shape&) { return layout::LowLatencyFarSlots::max_open_puts(); })
+      .def_property_readonly("num_put_orders", &Shape::num_put_orders)
+      .def("signals", &Shape::signals, py::arg("before"),
+           "The words that puts raise, as they are after so many calls of either kind: offset and value.");
 }
 
 /// Of the memory that a LowLatencyDomain is given: bytes, and how many of them are to be zero.

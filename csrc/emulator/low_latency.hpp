@@ -8,6 +8,7 @@
 
 #include "emulator/run/simulation.hpp"
 #include "host/low_latency.hpp"
+#include "host/low_latency_far.hpp"
 #include "kernels/low_latency/combine.hpp"
 #include "kernels/low_latency/combine_exact.hpp"
 #include "kernels/low_latency/combine_exact_logfmt.hpp"
@@ -23,6 +24,12 @@
 #include "kernels/low_latency/dispatch.hpp"
 #include "kernels/low_latency/dispatch_receive.hpp"
 #include "kernels/low_latency/dispatch_send.hpp"
+#include "kernels/low_latency_far/combine.hpp"
+#include "kernels/low_latency_far/combine_receive.hpp"
+#include "kernels/low_latency_far/combine_send.hpp"
+#include "kernels/low_latency_far/dispatch.hpp"
+#include "kernels/low_latency_far/dispatch_receive.hpp"
+#include "kernels/low_latency_far/dispatch_send.hpp"
 
 namespace deepep::emu {
 
@@ -51,6 +58,13 @@ class LowLatencyLauncher {
     static constexpr const char* kNames[] = {"low_latency_combine", "low_latency_combine_logfmt",
                                              "low_latency_combine_exact", "low_latency_combine_exact_logfmt"};
     launch(kNames[static_cast<int>(args.returned)], args, num_blocks, halves, kernels::shared_of(args).bytes());
+  }
+
+  void start(const kernels::FarDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
+    launch("low_latency_far_dispatch", args, num_blocks, halves, kernels::far_shared_of(args).bytes());
+  }
+  void start(const kernels::FarCombineArgs& args, int num_blocks, host::Halves halves, void*) {
+    launch("low_latency_far_combine", args, num_blocks, halves, kernels::far_shared_of(args).bytes());
   }
 
   /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be

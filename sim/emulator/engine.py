@@ -53,7 +53,7 @@ class EmulatorEngine(ReferenceEngine):
         self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
-        exchange = EmulatedLowLatencyExchange(seed, self._control.waits)
+        exchange = EmulatedLowLatencyExchange(seed, self._control.waits, domains)
         self._low_latency = LowLatencyOperations(self._control, self, exchange)
 
     def _layout(

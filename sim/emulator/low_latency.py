@@ -140,7 +140,7 @@ class EmulatedLowLatency:
             sizes.entry_stretches,
         )
         heaps = [self._allocate(f"slots@{r}", "symmetric", r, num_bytes) for r in everyone]
-        self._domains = []
+        self._domains: list[Any] = []
         self._waits: dict[int, int] = {}
         for rank in everyone:
             # Only what holds words and flags: rows that are read before they are written shall be found out.
@@ -148,26 +148,31 @@ class EmulatedLowLatency:
             state = self._zeros(f"low-latency state@{rank}", "device", rank, _emulator.STATE_BYTES)
             before = gpu.calls_before.to_bytes(4, "little")
             machine.write(rank, state, before * _emulator.LOW_LATENCY_EPOCHS)
-            self._domains.append(
-                _emulator.LowLatencyDomain(
-                    machine=machine,
-                    kernels=kernels,
-                    num_threads=gpu.num_threads,
-                    rank=rank,
-                    heaps=heaps,
-                    max_local_experts=sizes.num_local_experts,
-                    max_tokens=sizes.num_max_tokens,
-                    max_topk=sizes.num_topk,
-                    max_row_bytes=2 * sizes.hidden,
-                    entry_stretches=sizes.entry_stretches,
-                    state=state,
-                    fault=self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES),
-                    timeout_seconds=gpu.timeout,
-                    shrinks=gpu.shrinks,
-                    bulk_copies=rank not in gpu.plain_copies,
-                )
-            )
+            fault = self._zeros(f"low-latency fault@{rank}", "host", rank, _emulator.FAULT_BYTES)
+            self._domains.append(self._make_domain(kernels, sizes, rank, heaps, state, fault))
         machine.meet()
+
+    def _make_domain(
+        self, kernels: Any, sizes: LowLatencySizes, rank: int, heaps: list[int], state: int, fault: int
+    ) -> Any:
+        """A rank's domain, with whatever memory of its own that takes."""
+        return _emulator.LowLatencyDomain(
+            machine=self.machine,
+            kernels=kernels,
+            num_threads=self.gpu.num_threads,
+            rank=rank,
+            heaps=heaps,
+            max_local_experts=sizes.num_local_experts,
+            max_tokens=sizes.num_max_tokens,
+            max_topk=sizes.num_topk,
+            max_row_bytes=2 * sizes.hidden,
+            entry_stretches=sizes.entry_stretches,
+            state=state,
+            fault=fault,
+            timeout_seconds=self.gpu.timeout,
+            shrinks=self.gpu.shrinks,
+            bulk_copies=rank not in self.gpu.plain_copies,
+        )
 
     def set_live(self, rank: int, live: tuple[int, ...]) -> None:
         """The ranks that take part in this rank's calls to come."""

@@ -35,6 +35,7 @@ from deepep.sim.emulator.low_latency import (
     LowLatencySizes,
     RowCast,
 )
+from deepep.sim.emulator.low_latency_far import EmulatedFarLowLatency, far_network
 
 #: Shapes of launches, which take turns with the operations.
 LOW_LATENCY_GPUS = (
@@ -101,11 +102,13 @@ class EmulatedUnderway:
 
 class EmulatedLowLatencyExchange(LowLatencyExchange):
     """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED. recorder: where kernels' waits for each
-    rank are added up while it asks for them, in nanoseconds of the emulated machine.
+    rank are added up while it asks for them, in nanoseconds of the emulated machine. ranks_per_domain: where
+    there are several domains, which share no memory; 0: one has all ranks. Between domains a combine in the
+    exact mode, or in LogFMT, runs as inside one.
     """
 
-    def __init__(self, seed: int, recorder: WaitRecorder) -> None:
-        self._seed, self._recorder = seed, recorder
+    def __init__(self, seed: int, recorder: WaitRecorder, ranks_per_domain: int) -> None:
+        self._seed, self._recorder, self._per_domain = seed, recorder, ranks_per_domain
         self._operations = 0
 
     def start_dispatch(
@@ -218,6 +221,10 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
 
     def _new_domain(self, num_ranks: int, call: LowLatencyCall) -> EmulatedLowLatency:
         number = self._seed * 1_000_003 + self._operations
+        num_topk = call.topk_idx.shape[1]
+        stretches = (1, num_ranks)[number % 2] if call.exact else 0
+        sizes = LowLatencySizes(call.num_local_experts, call.num_max_tokens, num_topk, call.hidden, stretches)
+        per_domain = 0 if call.exact or call.logfmt else self._per_domain
         gpu = LOW_LATENCY_GPUS[number % len(LOW_LATENCY_GPUS)]
         machine = _emulator.Machine(
             num_ranks=num_ranks,
@@ -227,11 +234,12 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             strategy=shapes.STRATEGIES[number % len(shapes.STRATEGIES)],
             seed=number,
             max_steps=10**9,
+            **(far_network(num_ranks, per_domain, sizes) if per_domain else {}),
         )
-        num_topk = call.topk_idx.shape[1]
-        stretches = (1, num_ranks)[number % 2] if call.exact else 0
-        sizes = LowLatencySizes(call.num_local_experts, call.num_max_tokens, num_topk, call.hidden, stretches)
-        return EmulatedLowLatency(machine, _emulator.own_kernels(), gpu, num_ranks, sizes)
+        made_for = (machine, _emulator.own_kernels(), gpu, num_ranks, sizes)
+        if per_domain:
+            return EmulatedFarLowLatency(*made_for, ranks_per_domain=per_domain)
+        return EmulatedLowLatency(*made_for)
 
 
 def _run_to_the_end(domain: EmulatedLowLatency) -> list[_Disagreement]:

@@ -22,6 +22,8 @@ from deepep.sim.explore.kernel_edits import EDITS, Edit
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
+#: And those between domains.
+FAR_FILES = ("kernels/low_latency_far/", "layout/low_latency_far_slots.hpp")
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
 MASKING_FILES = tuple(
     f"kernels/low_latency/{name}.hpp" for name in ("mend", "patience", "combine_call", "dispatch_call")

@@ -28,6 +28,7 @@ from deepep.sim.emulator.low_latency import (
     LowLatencySizes,
     RowCast,
 )
+from deepep.sim.emulator.low_latency_far import EmulatedFarLowLatency, far_network
 from deepep.sim.explore.scenarios import RunReport, Stop, ThreadSchedule
 from deepep.sim.rules import oracle
 from deepep.sim.rules.observed import RankView, bits, fill_low_latency, first_difference
@@ -46,6 +47,7 @@ class LowLatencyScenario:
     hooked: sends and receives are launches of their own. carries_weights: with the dispatch. num_combines:
     along each handle. spoils: one of SPOILS; one rank, in turn, does that before each real operation.
     own_stretches: rows of entries, where they return, have a stretch for each source. All cases sum alike.
+    ranks_per_domain: ranks of a domain, where there are several; 0: one has all.
     """
 
     cases: tuple[Case, ...]
@@ -55,6 +57,7 @@ class LowLatencyScenario:
     num_combines: int = 1
     spoils: str = ""
     own_stretches: bool = False
+    ranks_per_domain: int = 0
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
@@ -91,7 +94,7 @@ def run(
 
 
 class LowLatencyRun:
-    """All ranks' programs on one machine."""
+    """All ranks' programs on one machine. network: arguments of that, in place of what the protocol needs."""
 
     def __init__(
         self,
@@ -100,11 +103,20 @@ class LowLatencyRun:
         stops: Sequence[Stop],
         kernels: Any,
         max_steps: int,
+        **network: Any,
     ) -> None:
         self.scenario = scenario
         self.stops = stops
         cases, gpu = scenario.cases, scenario.gpu
         self.num_ranks = cases[0].num_ranks
+        sizes = LowLatencySizes(
+            num_local_experts=max(case.num_local_experts for case in cases),
+            num_max_tokens=max(case.num_max_tokens for case in cases),
+            num_topk=max(case.num_topk for case in cases),
+            hidden=max(case.hidden for case in cases),
+            entry_stretches=(1, self.num_ranks)[scenario.own_stretches] if is_exact(cases[0]) else 0,
+        )
+        per_domain = scenario.ranks_per_domain
         self.machine = _emulator.Machine(
             num_ranks=self.num_ranks,
             max_blocks=gpu.num_blocks,
@@ -124,15 +136,14 @@ class LowLatencyRun:
                 )
                 for stop in stops
             ],
+            **(far_network(self.num_ranks, per_domain, sizes) if per_domain else {}) | network,
         )
-        sizes = LowLatencySizes(
-            num_local_experts=max(case.num_local_experts for case in cases),
-            num_max_tokens=max(case.num_max_tokens for case in cases),
-            num_topk=max(case.num_topk for case in cases),
-            hidden=max(case.hidden for case in cases),
-            entry_stretches=(1, self.num_ranks)[scenario.own_stretches] if is_exact(cases[0]) else 0,
+        made_for = (self.machine, kernels, gpu, self.num_ranks, sizes)
+        self.domain = (
+            EmulatedFarLowLatency(*made_for, ranks_per_domain=per_domain)
+            if per_domain
+            else EmulatedLowLatency(*made_for)
         )
-        self.domain = EmulatedLowLatency(self.machine, kernels, gpu, self.num_ranks, sizes)
         self.watched: Any = None
         self.report = RunReport()
         self.programs: dict[int, Program] = {}

@@ -73,6 +73,23 @@ def draw_low_latency(
     return replace(scenario, spoils="") if cases[-1].masked else scenario
 
 
+FAR_LIMITS = replace(
+    LOW_LATENCY_LIMITS,
+    ranks=(4, 3, 2, 5),
+    fixed={**LOW_LATENCY_LIMITS.fixed, "reduce": "rank", "logfmt": False},
+)
+
+
+def draw_far_low_latency(
+    seed: int, *, limits: Limits = FAR_LIMITS, num_cases: int | None = None
+) -> LowLatencyScenario:
+    """As draw_low_latency, of ranks in domains of one to three, the last of which may be smaller."""
+    scenario = draw_low_latency(seed, limits=limits, num_cases=num_cases)
+    per_domain = min(RandomChoices(seed).pick((2, 2, 1, 3)), scenario.cases[0].num_ranks - 1)
+    spoils = "" if scenario.spoils == "logfmt" else scenario.spoils
+    return replace(scenario, ranks_per_domain=per_domain, spoils=spoils)
+
+
 @dataclass(frozen=True)
 class LowLatencyFailure:
     """A failing run, and all it takes to run it again."""

@@ -33,6 +33,7 @@ from deepep.sim.explore.kernel_mutants import (
     COUNTING_FILES,
     EXCHANGE_FILES,
     EXPANDED_FILES,
+    FAR_FILES,
     HARMLESS,
     LOW_LATENCY_FILES,
     LOW_LATENCY_OPTIONS,
@@ -45,7 +46,13 @@ from deepep.sim.explore.kernel_mutants import (
     precompile,
 )
 from deepep.sim.explore.low_latency import LowLatencyScenario, run
-from deepep.sim.explore.low_latency_explorer import LOW_LATENCY_LIMITS, draw_low_latency, explore_low_latency
+from deepep.sim.explore.low_latency_explorer import (
+    FAR_LIMITS,
+    LOW_LATENCY_LIMITS,
+    draw_far_low_latency,
+    draw_low_latency,
+    explore_low_latency,
+)
 from deepep.sim.explore.mutant_library import MutantLibrary, can_share
 from deepep.sim.explore.row_runs import explore_rows
 from deepep.sim.explore.scenarios import RunReport, Scenario
@@ -105,6 +112,18 @@ def _low_latency_scenario(seed: int, file: str) -> LowLatencyScenario:
     if seed % 4 != 3 or scenario.cases[-1].masked:
         return scenario
     # Refusals between combines along one handle: nothing but digests puts those in order.
+    return replace(scenario, spoils="combine", num_combines=3)
+
+
+FAR_HUNTING_LIMITS = replace(FAR_LIMITS, ranks=(2, 3, 4), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
+
+
+@lru_cache(maxsize=4096)
+def _far_scenario(seed: int) -> LowLatencyScenario:
+    """Several calls one after the other, so that memory is used again."""
+    scenario = draw_far_low_latency(seed, limits=FAR_HUNTING_LIMITS, num_cases=1 + seed % 3)
+    if seed % 4 != 3 or scenario.cases[-1].masked:
+        return scenario
     return replace(scenario, spoils="combine", num_combines=3)
 
 
@@ -231,15 +250,16 @@ def hunt(
         rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if rows.failure is None else rows.failure.report
         return Catch(mutant, found, rows.runs, rows.seconds)
-    if mutant.file.startswith(LOW_LATENCY_FILES):
+    if mutant.file.startswith((*LOW_LATENCY_FILES, *FAR_FILES)):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
+        drawn = partial(_shrinking_scenario if masks else _low_latency_scenario, file=mutant.file)
         calls = explore_low_latency(
             first_seed=first,
             runs=runs,
             seconds=seconds,
             schedules_per_scenario=4,  # in three of them a rank stops
             with_stops=True,
-            scenarios=partial(_shrinking_scenario if masks else _low_latency_scenario, file=mutant.file),
+            scenarios=_far_scenario if mutant.file.startswith(FAR_FILES) else drawn,
             runner=_run_either if masks else run,
             kernels=kernels,
         )

@@ -44,6 +44,7 @@ struct LowLatencyCombineShared {
 
 struct LowLatencyCombineCall {
   using Args = LowLatencyCombineArgs;
+  static constexpr bool kIsFar = false;  // ranks of other domains take part
 
   const Args& args;
   const Group& g;

@@ -15,22 +15,30 @@ using Digests = layout::LowLatencyDigests;
   return epoch == 0 ? kRefusal : epoch | 1u << 31;
 }
 
-DEEPEP_DEVICE void post_digest(const LowLatencyCombineCall& call, int word, uint32_t value) {
+/// Where this rank's digests for a rank are written, in whose slots their place is `offset`.
+[[nodiscard]] DEEPEP_DEVICE uint64_t* digests_to(const LowLatencyCombineCall& call, int rank, int64_t offset) {
+  return at<uint64_t>(call.g, rank, offset);
+}
+
+template <class Call>
+DEEPEP_DEVICE void post_digest(const Call& call, int word, uint32_t value) {
   using namespace dev;
   const Group& g = call.g;
   for (int peer = thread(); peer < g.num_ranks; peer += num_threads())
     if (is_live(call, peer))
-      store<relaxed, sys_scope>(at<uint64_t>(g, peer, call.args.slots.digests(call.epoch, g.rank)) + word,
+      store<relaxed, sys_scope>(digests_to(call, peer, call.args.slots.digests(call.epoch, g.rank)) + word,
                                 pack_tagged(value, call.epoch));
 }
 
 /// By block 0.
-DEEPEP_DEVICE void post_shapes(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void post_shapes(const Call& call) {
   if (dev::block() == 0) post_digest(call, Digests::kShapes, call.args.share.digest);
 }
 
 /// By block 0. Top-k indices that are not the dispatch's are refused.
-DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void post_indices(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   if (block() != 0) return;
@@ -43,18 +51,27 @@ DEEPEP_DEVICE void post_indices(const LowLatencyCombineCall& call) {
 }
 
 /// How long this rank waits for each other one to combine, where the caller wants to know.
-DEEPEP_DEVICE void measure_partners(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void measure_partners(const Call& call) {
   measure_waits(call, [&](int s) { return call.args.slots.digests(call.epoch, s) + 8 * Digests::kShapes; });
 }
 
 /// The same before weights are waited for, which come with the combine.
-DEEPEP_DEVICE void measure_owners(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void measure_owners(const Call& call) {
   if (!call.args.weights_travelled) measure_partners(call);
+}
+
+/// Waits for a source's digest number `word`, which comes to `offset`; notes a fault if it does not.
+[[nodiscard]] DEEPEP_DEVICE bool wait_digest(const LowLatencyCombineCall& call, int64_t offset, int source, int,
+                                             uint32_t& value) {
+  return wait_word(call, offset, source, Phase::kCounts, value);
 }
 
 /// Before rows are summed: waits for both digests of all live ranks. All threads, with a barrier. False if this
 /// rank sums none: ranks disagree, one is missing, or the call is made by other means; a fault is noted.
-[[nodiscard]] DEEPEP_DEVICE bool wait_partners(const LowLatencyCombineCall& call) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool wait_partners(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -68,7 +85,7 @@ DEEPEP_DEVICE void measure_owners(const LowLatencyCombineCall& call) {
     const uint32_t wanted = word == Digests::kShapes ? args.share.digest : dispatch_of(args);
     uint32_t value = 0;
     const int64_t offset = args.slots.digests(call.epoch, source) + 8 * word;
-    if (!wait_word(call, offset, source, Phase::kCounts, value)) {
+    if (!wait_digest(call, offset, source, word, value)) {
       stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
     } else if (value != wanted || value == kRefusal) {
       note_fault(g, Phase::kDisagreement, 1u << source, wanted, value);

@@ -199,7 +199,8 @@ inline constexpr int kWeightLooks = 16;
 
 /// The rows of a message with their weights. One warp; none if a weight does not come in time, or its owner
 /// posts none.
-[[nodiscard]] DEEPEP_DEVICE SumRows weighted_rows(const LowLatencyCombineCall& call, const Return& back) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE SumRows weighted_rows(const Call& call, const Return& back) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const MessageAt& where = back.where;
@@ -223,10 +224,16 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
   SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kWeights));
 }
 
+/// Where the row that goes back of a message is written, in whose owner's slots its place is `offset`.
+[[nodiscard]] DEEPEP_DEVICE dev::Vec16* return_to(const LowLatencyCombineCall& call, const MessageAt& where,
+                                                  int64_t offset) {
+  return at<dev::Vec16>(call.g, where.source, offset);
+}
+
 /// A part of a message's rows to one, in the memory of the token's owner. One warp. False if a weight does not
 /// come, and no other is to be waited for: the deadline has passed.
-[[nodiscard]] DEEPEP_DEVICE bool reduce_message(const LowLatencyCombineCall& call, const Return& back,
-                                                bool staged) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool reduce_message(const Call& call, const Return& back, bool staged) {
   using namespace dev;
   const SumRows rows = weighted_rows(call, back);
   if (staged) wait_stage(call);
@@ -235,7 +242,7 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
     return call.masks;
   }
   const int64_t row_bytes = int64_t{2} * call.args.hidden;
-  Vec16* out = at<Vec16>(call.g, back.where.source,
+  Vec16* out = return_to(call, back.where,
                          call.args.slots.returns(call.epoch, call.g.rank) + back.where.token * row_bytes);
   const Pieces mine = pieces_of_message(call);
   if (staged)
@@ -246,7 +253,8 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
 }
 
 /// The block's messages.
-DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning returning) {
+template <class Call>
+DEEPEP_DEVICE void reduce_messages(const Call& call, Returning returning) {
 #pragma unroll 1
   while (returning.back.rows != 0) {
     const Return back = returning.back;
@@ -259,7 +267,8 @@ DEEPEP_DEVICE void reduce_messages(const LowLatencyCombineCall& call, Returning 
 
 /// The flags of the block's rows, a lane each, by the last warp: behind a block barrier, which orders the rows
 /// of all warps before them. None if one of them was not made; with masks, none to its owner.
-DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void signal_returns(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -269,6 +278,8 @@ DEEPEP_DEVICE void signal_returns(const LowLatencyCombineCall& call) {
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     if ((lost >> where.source) & 1u) continue;
+    if constexpr (Call::kIsFar)  // a condition that is always true would change the code of calls inside a domain
+      if (!is_mapped(call, where.source)) continue;
     uint32_t* flags = at<uint32_t>(g, where.source, args.slots.return_flags(call.epoch, g.rank));
     store<release, sys_scope>(flags + where.token, call.epoch);
   }

@@ -24,8 +24,20 @@ DEEPEP_DEVICE void take_part(LowLatencyCombineCall& call, int block) {
   call.ranks = first_ranks(call.args, block);
 }
 
+/// Waits for the row of token t that `source` returns, by its flag.
+[[nodiscard]] DEEPEP_DEVICE bool wait_return(const LowLatencyCombineCall& call, const uint32_t* flag,
+                                             int source) {
+  return wait_flag(call, flag, source, Phase::kReturn);
+}
+/// Where it lies: in this rank's slots at `offset`.
+[[nodiscard]] DEEPEP_DEVICE std::byte* returned_row(const LowLatencyCombineCall& call, int, int,
+                                                    int64_t offset) {
+  return at<std::byte>(call.g, call.g.rank, offset);
+}
+
 /// The tokens of a block: the rows that come back, ranks ascending. One that does not come in time is a fault.
-DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void sum_tokens(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -43,9 +55,9 @@ DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call) {
     SumRows rows{ranks, 0, 0.0f};
     if ((ranks >> lane()) & 1u) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.return_flags(call.epoch, lane()));
-      came = wait_flag(call, flags + t, lane(), Phase::kReturn);
+      came = wait_return(call, flags + t, lane());
       rows.address = reinterpret_cast<uint64_t>(
-          at<std::byte>(g, g.rank, args.slots.returns(call.epoch, lane()) + t * row_bytes));
+          returned_row(call, lane(), t, args.slots.returns(call.epoch, lane()) + t * row_bytes));
     }
     if (ballot(!came) != 0) {
       if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kReturn));
@@ -59,7 +71,8 @@ DEEPEP_DEVICE void sum_tokens(const LowLatencyCombineCall& call) {
 }
 
 /// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
-DEEPEP_DEVICE void receive_returns(LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void receive_returns(Call& call) {
 #pragma unroll 1
   do {
     if (wait_partners(call)) sum_tokens(call);

@@ -183,6 +183,15 @@ struct Mending {
   };
 };
 
+/// True of a rank whose memory is mapped here: all are, but those of other domains (low_latency_far).
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool is_mapped([[maybe_unused]] const Call& call, [[maybe_unused]] int rank) {
+  if constexpr (Call::kIsFar)
+    return ((call.far.bits >> rank) & 1u) == 0;
+  else
+    return true;
+}
+
 /// The ranks that take part, while a call runs.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE bool is_live(const Call& call, int rank) {

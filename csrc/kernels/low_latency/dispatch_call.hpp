@@ -59,6 +59,7 @@ struct SentTokens {
 
 struct LowLatencyDispatchCall {
   using Args = LowLatencyDispatchArgs;
+  static constexpr bool kIsFar = false;  // ranks of other domains take part
 
   const Args& args;
   const Group& g;

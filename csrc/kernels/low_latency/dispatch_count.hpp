@@ -94,10 +94,16 @@ DEEPEP_DEVICE void count_rows(const LowLatencyDispatchCall& call, Entries entrie
   sync_block();
 }
 
+/// Where this rank's words for a rank are written, in whose slots their place is `offset`.
+[[nodiscard]] DEEPEP_DEVICE uint64_t* words_to(const LowLatencyDispatchCall& call, int rank, int64_t offset) {
+  return at<uint64_t>(call.g, rank, offset);
+}
+
 /// By block 0, which has counted all tokens. Tagged words: one hop, no flag. The places were read by kernels
 /// that have ended (docs/low_latency.md), so there is nothing to release, but to this rank's own blocks: one
 /// that fails takes the handle's epoch back.
-DEEPEP_DEVICE void post_words(const LowLatencyDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void post_words(const Call& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -112,7 +118,7 @@ DEEPEP_DEVICE void post_words(const LowLatencyDispatchCall& call) {
   DEEPEP_ROLLED
   for (int peer = 0; peer < g.num_ranks; ++peer) {
     if (!is_live(call, peer)) continue;
-    uint64_t* words = at<uint64_t>(g, peer, args.slots.words(call.epoch, g.rank));
+    uint64_t* words = words_to(call, peer, args.slots.words(call.epoch, g.rank));
     for (int word = thread(); word < room.count(); word += num_threads()) {
       uint32_t value = 0;
       if (word == Words::kDigest)

@@ -32,8 +32,15 @@ struct Outgoing {
   return expert >= 0 ? args.share.by_local_experts.quotient(expert) : -1;
 }
 
+/// Where a message of this rank's token t is written for a rank, in whose slots its place is `offset`.
+[[nodiscard]] DEEPEP_DEVICE std::byte* message_to(const LowLatencyDispatchCall& call, int rank, int,
+                                                  int64_t offset) {
+  return at<std::byte>(call.g, rank, offset);
+}
+
 /// The channels of the block's tokens. Nothing is waited for: a message lies where its token's number says.
-DEEPEP_DEVICE void push_rows(const LowLatencyDispatchCall& call, Outgoing current) {
+template <class Call>
+DEEPEP_DEVICE void push_rows(const Call& call, Outgoing current) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -46,8 +53,8 @@ DEEPEP_DEVICE void push_rows(const LowLatencyDispatchCall& call, Outgoing curren
     const Destinations to{
         warp_or(owner >= 0 ? 1u << owner : 0u) & call.live,
         lane() < g.num_ranks
-            ? reinterpret_cast<uint64_t>(
-                  at<std::byte>(g, lane(), args.slots.messages(call.epoch, g.rank) + t * call.message.bytes()))
+            ? reinterpret_cast<uint64_t>(message_to(
+                  call, lane(), t, args.slots.messages(call.epoch, g.rank) + t * call.message.bytes()))
             : 0};
     if (team.part == 0 && lane() == 0) {
       sent.set(t - call.tokens.begin, to.ranks);
@@ -128,7 +135,8 @@ struct HeaderDraft {
 }
 
 /// The headers of the block's messages, a token a warp. `draft`: of the warp's first.
-DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call, HeaderDraft draft) {
+template <class Call>
+DEEPEP_DEVICE void write_headers(const Call& call, HeaderDraft draft) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -140,7 +148,7 @@ DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call, HeaderDraft
 #pragma unroll 1
     for (uint32_t ranks = sent.get(t - call.tokens.begin); ranks != 0; ranks &= ranks - 1) {
       const int rank = lowest_bit(ranks);
-      std::byte* there = at<std::byte>(g, rank, offset);
+      std::byte* there = message_to(call, rank, t, offset);
       if (lane() >= args.num_topk) continue;
       store(reinterpret_cast<uint32_t*>(there + call.message.entry(lane())),
             draft.owner == rank ? own : layout::kNoEntry);
@@ -152,7 +160,8 @@ DEEPEP_DEVICE void write_headers(const LowLatencyDispatchCall& call, HeaderDraft
 
 /// The flags of the block's messages to others, a lane each: the block barrier orders all of the block's stores
 /// before them. This rank's own messages need none: whoever writes one spreads it, or the next launch does.
-DEEPEP_DEVICE void signal_messages(const LowLatencyDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void signal_messages(const Call& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -163,7 +172,7 @@ DEEPEP_DEVICE void signal_messages(const LowLatencyDispatchCall& call) {
 #pragma unroll 1
   for (int i = lane(); i < (call.tokens.end - call.tokens.begin) << shift; i += kWarpSize) {
     const int peer = i & ((1 << shift) - 1);
-    if (peer == g.rank || ((sent.get(i >> shift) >> peer) & 1u) == 0) continue;
+    if (peer == g.rank || !is_mapped(call, peer) || ((sent.get(i >> shift) >> peer) & 1u) == 0) continue;
     uint32_t* flags = at<uint32_t>(g, peer, args.slots.message_flags(call.epoch, g.rank));
     store<release, sys_scope>(flags + call.tokens.begin + (i >> shift), call.epoch);
   }

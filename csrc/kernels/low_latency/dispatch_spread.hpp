@@ -8,10 +8,17 @@ namespace deepep::kernels {
 
 inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in flight
 
+/// Waits for a source's word number `word`, which comes to `offset`; notes a fault if it does not.
+[[nodiscard]] DEEPEP_DEVICE bool wait_posted(const LowLatencyDispatchCall& call, int64_t offset, int source,
+                                             int, uint32_t& value) {
+  return wait_word(call, offset, source, Phase::kCounts, value);
+}
+
 /// The words of all live ranks: into shared memory, 0 of a rank that is masked. False if some do not come, or
 /// ranks disagree; a fault is noted. False, too, if the call is made by other means. All threads; the warp that
 /// raises flags may still be at that, and does not look.
-[[nodiscard]] DEEPEP_DEVICE bool wait_words(const LowLatencyDispatchCall& call) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool wait_words(const Call& call) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -33,7 +40,7 @@ inline constexpr int kSpreadUnroll = 4;  // 16-byte accesses a lane has in fligh
       uint32_t value = 0;
       if (is_live(call, source)) {
         const int64_t offset = args.slots.words(call.epoch, source) + 8 * word;
-        if (!wait_word(call, offset, source, Phase::kCounts, value)) {
+        if (!wait_posted(call, offset, source, word, value)) {
           stopped.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
         } else if (word == Words::kDigest && (value != args.share.digest || value == kRefusal)) {
           note_fault(g, Phase::kDisagreement, 1u << source, args.share.digest, value);
@@ -227,8 +234,8 @@ struct Part {
 };
 
 /// One message, which is here. One warp.
-DEEPEP_DEVICE void spread_message(const LowLatencyDispatchCall& call, const MessageAt& where,
-                                  const Part& part) {
+template <class Call>
+DEEPEP_DEVICE void spread_message(const Call& call, const MessageAt& where, const Part& part) {
   using namespace dev;
   const std::byte* message = message_of(call, where);
   const int chunks = static_cast<int>((call.message.row_bytes + 16 * kWarpSize - 1) / (16 * kWarpSize));
@@ -242,7 +249,8 @@ DEEPEP_DEVICE void spread_message(const LowLatencyDispatchCall& call, const Mess
 }
 
 /// This rank's own messages: those that the block has written, or had written in a launch before.
-DEEPEP_DEVICE void spread_own(const LowLatencyDispatchCall& call, const Team& team) {
+template <class Call>
+DEEPEP_DEVICE void spread_own(const Call& call, const Team& team) {
   const Presence present = present_of(call);
   const SentTokens tokens = tokens_of_block(call.args, call.block);
 #pragma unroll 1
@@ -250,8 +258,15 @@ DEEPEP_DEVICE void spread_own(const LowLatencyDispatchCall& call, const Team& te
     if (present.has(call.g.rank, t)) spread_message(call, {call.g.rank, t}, {team.part, team.parts});
 }
 
+/// Waits for a message of another rank, by its flag. One thread.
+[[nodiscard]] DEEPEP_DEVICE bool wait_message(const LowLatencyDispatchCall& call, const uint32_t* flag,
+                                              int source) {
+  return wait_flag(call, flag, source, Phase::kRows);
+}
+
 /// Others' messages, each when it is there. One whose flag does not come in time is a fault.
-DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team& team) {
+template <class Call>
+DEEPEP_DEVICE void spread_others(const Call& call, const Team& team) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
@@ -262,7 +277,7 @@ DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team&
     bool came = true;
     if (lane() == 0) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.message_flags(call.epoch, where.source));
-      came = wait_flag(call, flags + where.token, where.source, Phase::kRows);
+      came = wait_message(call, flags + where.token, where.source);
     }
     if (ballot(!came) != 0) {
       if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kRows));
@@ -275,7 +290,8 @@ DEEPEP_DEVICE void spread_others(const LowLatencyDispatchCall& call, const Team&
 
 /// The lower half of the warps spreads this rank's messages, while the upper half, of which one may still raise
 /// flags, waits for others'.
-DEEPEP_DEVICE void spread_messages(const LowLatencyDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void spread_messages(const Call& call) {
   using namespace dev;
   const LowLatencyShare& share = call.args.share;
   const int half = num_warps() / 2;
@@ -296,7 +312,8 @@ DEEPEP_DEVICE void mark_rest(const LowLatencyDispatchCall& call) {
 }
 
 /// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
-DEEPEP_DEVICE void receive_messages(LowLatencyDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void receive_messages(Call& call) {
 #pragma unroll 1
   do {
     if (!wait_words(call)) continue;

@@ -1,0 +1,36 @@
+// Rows from other domains: what a combine's sums wait for, and what it waits for in any case.
+#pragma once
+
+#include "kernels/low_latency_far/combine_call.hpp"
+
+namespace deepep::kernels {
+
+/// A far rank that has not made all rows has made none for this rank.
+[[nodiscard]] DEEPEP_DEVICE bool wait_return(const FarCombineCall& call, const uint32_t* flag, int source) {
+  using namespace dev;
+  if (is_mapped(call, source)) return wait_return(call.near(), flag, source);
+  if (!wait_put(call, FarPut::kReturns, source, Phase::kReturn)) return false;
+  const uint32_t made = load(arrived_at<uint32_t>(call.far, call.turn, source, call.far.slots.returns()));
+  if (made == call.epoch) return true;
+  note_fault(call.g, Phase::kReturn, 1u << source, call.epoch, made);
+  return false;
+}
+
+[[nodiscard]] DEEPEP_DEVICE std::byte* returned_row(const FarCombineCall& call, int source, int t,
+                                                    int64_t offset) {
+  if (is_mapped(call, source)) return returned_row(call.near(), source, t, offset);
+  const int64_t row_bytes = int64_t{2} * call.args.hidden;
+  return arrived_at<std::byte>(call.far, call.turn, source,
+                               call.far.slots.rows() + place_of_sent(call, source, t) * row_bytes);
+}
+
+/// By block 0: all far ranks' rows are here, whether or not they were summed. Who posts the next combine's
+/// digests says with them that all puts of this one have arrived.
+DEEPEP_DEVICE void await_returns(const FarCombineCall& call) {
+  using namespace dev;
+  if (block() != 0 || warp() != 0 || !puts_to(call, lane())) return;
+  if (!wait_put(call, FarPut::kReturns, lane(), Phase::kReturn))
+    SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kReturn));
+}
+
+}  // namespace deepep::kernels
