@@ -631,8 +631,8 @@ class FarShape:
     def num_put_orders(self) -> int: ...
     def signals(self, before: int) -> list[tuple[int, int]]: ...
 
-class FarLowLatencyDomain(LowLatencyDomain):
-    """csrc/host/low_latency_far.hpp. It has the methods of LowLatencyDomain."""
+class FarLowLatencyDomain:
+    """The same of ranks in several domains (csrc/host/low_latency_far.hpp)."""
 
     def __init__(
         self,
@@ -650,6 +650,70 @@ class FarLowLatencyDomain(LowLatencyDomain):
         timeout_seconds: float,
         bulk_copies: bool = True,
     ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        sent: int,
+        came: int,
+        routes: int,
+        weights_travel: bool,
+        casts: bool,
+        rounds_scales: bool,
+        packs_scales: bool,
+        recv_x: int,
+        recv_scales: int,
+        recv_count: int,
+        recv_source: int,
+        recv_range: int,
+        waits: int = 0,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        sent: int,
+        came: int,
+        routes: int,
+        weights_travelled: bool,
+        returned: int,
+        out: int,
+        waits: int = 0,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def masked(self) -> int: ...
+    def take_fault(self) -> FaultRecord | None: ...
+    def watched_fault(self) -> FaultRecord | None: ...
+    @property
+    def fault_word(self) -> int: ...
 
 MAX_ROW_ENTRIES: int
 MAX_COUNTED_EXPERTS: int

@@ -44,9 +44,10 @@ void bind_emulated_far_low_latency(py::module_& m) {
   using Domain = host::LowLatencyDomain<host::FarLauncher<emu::LowLatencyLauncher>>;
   py::class_<Domain> domain(m, "FarLowLatencyDomain");
   domain.def(
-      py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads, const host::FarShape& shape,
-                  int rank, const std::vector<uintptr_t>& heaps, uintptr_t remote, uintptr_t far_state,
-                  uintptr_t state, uintptr_t fault, double timeout_seconds, bool bulk_copies) {
+      py::init([](emu::Simulation& machine, const Kernels& kernels, int num_threads,
+                  const host::FarShape& shape, int rank, const std::vector<uintptr_t>& heaps, uintptr_t remote,
+                  uintptr_t far_state, uintptr_t state, uintptr_t fault, double timeout_seconds,
+                  bool bulk_copies) {
         return std::make_unique<Domain>(
             far_low_latency_options(shape, rank, heaps, state, fault, timeout_seconds), shape, rank,
             host::FarMemory{.remote = reinterpret_cast<std::byte*>(remote),

@@ -130,7 +130,8 @@ inline void bind_far_shape(py::module_& m) {
            py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"))
       .def_property_readonly("remote_bytes", [](const Shape& self) { return self.slots().bytes(); })
       .def_property_readonly("control_bytes", [](const Shape& self) { return self.slots().control_bytes(); })
-      .def_property_readonly("max_open_puts", [](const Shape&) { return layout::LowLatencyFarSlots::max_open_puts(); })
+      .def_property_readonly("max_open_puts",
+                             [](const Shape&) { return layout::LowLatencyFarSlots::max_open_puts(); })
       .def_property_readonly("num_put_orders", &Shape::num_put_orders)
       .def("signals", &Shape::signals, py::arg("before"),
            "The words that puts raise, as they are after so many calls of either kind: offset and value.");

@@ -24,7 +24,7 @@ struct FarShape {
     return place.num_ranks - place.num_ranks_of_domain(place.num_domains() - 1);
   }
   [[nodiscard]] layout::LowLatencyFarSlots slots() const {
-    return {max_far(), max_local_experts, max_tokens, max_topk, max_row_bytes};
+    return layout::LowLatencyFarSlots(max_far(), max_local_experts, max_tokens, max_topk, max_row_bytes);
   }
   /// Places in a rank's queue of puts, a power of two: for all that may be open.
   [[nodiscard]] int64_t num_put_orders() const {

@@ -1,7 +1,7 @@
 // Where things lie in a rank's memory that its NIC reads and writes, for low-latency calls between domains. The
-// *far* ranks are those of other domains, numbered from 0 by rank; each has a stretch here in which what it puts
-// arrives, and one from which it is put to. Laid out alike on all ranks, so that a put's target follows from the
-// number that the peer gives to this rank.
+// *far* ranks are those of other domains, numbered from 0 by rank; each has a stretch here in which what it
+// puts arrives, and one from which it is put to. Laid out alike on all ranks, so that a put's target follows
+// from the number that the peer gives to this rank.
 //
 // All of it twice, by turns: docs/low_latency.md says why that is enough, on either side.
 #pragma once

@@ -1,7 +1,7 @@
 """Low-latency ranks of several NVLink domains on an emulated machine.
 
-As EmulatedLowLatency, whose calls it has; besides its slots, which its domain maps, every rank has memory that
-its NIC knows and that ranks of other domains reach by puts alone.
+As EmulatedLowLatency, whose calls it has; besides its slots, which its domain maps, every rank has memory
+that its NIC knows and that ranks of other domains reach by puts alone.
 """
 
 from __future__ import annotations

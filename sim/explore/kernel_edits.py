@@ -351,9 +351,16 @@ EDITS = (
     Edit(
         "returns of a refused combine are not awaited",
         "kernels/low_latency_far/combine_arrive.hpp",
-        "if (block() != 0 || warp() != 0",
+        "if ((block() != 0 && !has_stopped) || warp() != 0",
         "if (block() >= 0 || warp() != 0",
         "they arrive over those of the combine after the next, or leave while those are written",
+    ),
+    Edit(
+        "a disagreement is reported before returns are awaited",
+        "kernels/low_latency_far/combine_arrive.hpp",
+        "if ((block() != 0 && !has_stopped) ||",
+        "if (block() != 0 ||",
+        "of a rank that is missing as well the host does not learn, and goes on",
     ),
     Edit(
         "rows that were not made are put",

@@ -114,7 +114,9 @@ def test_a_token_crosses_once_a_rank_and_a_sum_comes_back(carries_weights: bool)
             assert ran.machine.put_bytes(rank, peer) == (2 * once if is_far else 0)
 
 
-def far_pair(gpu: LowLatencyGpu, carries_weights: bool, **machine: object) -> tuple[EmulatedFarLowLatency, list]:
+def far_pair(
+    gpu: LowLatencyGpu, carries_weights: bool, **machine: object
+) -> tuple[EmulatedFarLowLatency, list]:
     """Two ranks, each a domain, behind a dispatch of a token to each; and their handles."""
     sizes = LowLatencySizes(1, 2, 1, 128)
     made = _emulator.Machine(

@@ -278,7 +278,7 @@ DEEPEP_DEVICE void signal_returns(const Call& call) {
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     if ((lost >> where.source) & 1u) continue;
-    if constexpr (Call::kIsFar)  // a condition that is always true would change the code of calls inside a domain
+    if constexpr (Call::kIsFar)  // a condition that always holds would change the code of calls inside a domain
       if (!is_mapped(call, where.source)) continue;
     uint32_t* flags = at<uint32_t>(g, where.source, args.slots.return_flags(call.epoch, g.rank));
     store<release, sys_scope>(flags + where.token, call.epoch);

@@ -16,13 +16,13 @@
 //   post_indices      block 0: whether the top-k indices are the dispatch's, and which that is
 //   put_digests       block 0: its digests and weights to each rank of another domain, in one put
 //   measure_owners    where weights come and the caller wants to know: how long this rank waits for others
-//   reduce_messages   each message's rows, weighted, to one: in the memory of the token's owner, or where it leaves
-//                     for there
+//   reduce_messages   each message's rows, weighted, to one: in the memory of the token's owner, or where it
+//                     leaves for there
 //   signal_returns    the last warp: a flag for each row to an owner of this domain, behind all of the block's
 //   put_returns       the last block of all: to each rank of another domain the rows of its tokens, in one put
-//   receive_returns   the rows that come back of each token are summed, ranks ascending. Before that every block
-//                     waits for the digests of all live ranks: they combine along the same dispatch
-//   await_returns     block 0: what other domains have put is here, summed or not
+//   receive_returns   the rows that come back of each token are summed, ranks ascending. Before that every
+//                     block waits for the digests of all live ranks: they combine along the same dispatch
+//   await_returns     block 0, and who has found a disagreement: what other domains have put is here
 //   finish            looks for what went wrong
 //   report_fault      one thread, if something did
 //

@@ -24,11 +24,13 @@ namespace deepep::kernels {
                                call.far.slots.rows() + place_of_sent(call, source, t) * row_bytes);
 }
 
-/// By block 0: all far ranks' rows are here, whether or not they were summed. Who posts the next combine's
-/// digests says with them that all puts of this one have arrived.
+/// All far ranks' rows are here, whether or not they were summed: who posts the next combine's digests says
+/// with them that all puts of this one have arrived. By block 0; and by each block that has found a
+/// disagreement: the first to report that must know of a rank that is missing as well, or the host would go on.
 DEEPEP_DEVICE void await_returns(const FarCombineCall& call) {
   using namespace dev;
-  if (block() != 0 || warp() != 0 || !puts_to(call, lane())) return;
+  const bool has_stopped = SharedArray<uint32_t>(call.shared().stopped()).get(0) != 0;
+  if ((block() != 0 && !has_stopped) || warp() != 0 || !puts_to(call, lane())) return;
   if (!wait_put(call, FarPut::kReturns, lane(), Phase::kReturn))
     SharedArray<uint32_t>(call.shared().failed()).bit_or(0, static_cast<uint32_t>(Phase::kReturn));
 }

@@ -49,7 +49,8 @@ struct FarCombineCall : LowLatencyCombineCall {
 [[nodiscard]] DEEPEP_DEVICE FarCombineCall start_receive(const FarCombineArgs& args, uint32_t ranks,
                                                          bool watching) {
   const LowLatencyCombineArgs& near = args;
-  return {start_receive(near, ranks, watching), args.far, turn_of(dev::load(&args.far.state->combines) - 1)};
+  const uint64_t sent = dev::load_once(&args.far.state->combines);
+  return {start_receive(near, ranks, watching), args.far, turn_of(sent - 1)};
 }
 
 /// This rank's tokens that went to far ranks. A warp has 32 tokens at a time. All threads, with a barrier.

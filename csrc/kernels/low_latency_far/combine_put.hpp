@@ -20,23 +20,23 @@ DEEPEP_DEVICE void stage_weights(const FarCombineCall& call) {
   if (!posts_weights(args)) return;
 #pragma unroll 1
   for (int t = warp(); t < args.num_tokens; t += num_warps()) {
-    const uint32_t weight = lane() < args.num_topk ? load_once(args.topk_weights + t * args.num_topk + lane()) : 0;
+    const bool has_entry = lane() < args.num_topk;
+    const uint32_t weight = has_entry ? load_once(args.topk_weights + t * args.num_topk + lane()) : 0;
 #pragma unroll 1
     for (uint32_t ranks = ranks_of(args, t) & call.far.bits & call.live; ranks != 0; ranks &= ranks - 1) {
       const int rank = lowest_bit(ranks);
       auto* weights = leaving_for<uint32_t>(call.far, call.turn, rank, call.far.slots.weights());
-      if (lane() < args.num_topk)
+      if (has_entry)
         store(weights + place_of_sent(call, rank, t) * args.num_topk + lane(), weight);
     }
   }
 }
 
-/// By block 0: to each far rank this rank's digests, and weights with them where they come with the combine.
+/// By block 0: to each far rank this rank's digests, and weights with them where they come with the combine. A
+/// lane has stored the digests that it puts; the weights lie behind barriers of the block.
 DEEPEP_DEVICE void put_digests(const FarCombineCall& call) {
   using namespace dev;
-  if (block() != 0) return;
-  sync_block();
-  if (warp() != 0 || !puts_to(call, lane())) return;
+  if (block() != 0 || warp() != 0 || !puts_to(call, lane())) return;
   const FarCombineShared shared = call.far_shared();
   const layout::LowLatencyFarSlots& slots = call.far.slots;
   int64_t weights = 0;

@@ -4,9 +4,9 @@
 //   first_ranks       asks for what is needed first
 //   start_receive     the epoch and the turn that the send has left
 //   list_sent         the tokens that went to ranks of other domains
-//   receive_returns   the rows that come back of each token are summed, ranks ascending. Before that every block
-//                     waits for the digests of all live ranks: they combine along the same dispatch
-//   await_returns     block 0: what other domains have put is here, summed or not
+//   receive_returns   the rows that come back of each token are summed, ranks ascending. Before that every
+//                     block waits for the digests of all live ranks: they combine along the same dispatch
+//   await_returns     block 0, and who has found a disagreement: what other domains have put is here
 //   finish            looks for what went wrong
 //   report_fault      one thread, if something did
 //

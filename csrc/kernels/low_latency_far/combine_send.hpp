@@ -15,8 +15,8 @@
 //   post_indices      block 0: whether the top-k indices are the dispatch's, and which that is
 //   put_digests       block 0: its digests and weights to each rank of another domain, in one put
 //   measure_owners    where weights come and the caller wants to know: how long this rank waits for others
-//   reduce_messages   each message's rows, weighted, to one: in the memory of the token's owner, or where it leaves
-//                     for there
+//   reduce_messages   each message's rows, weighted, to one: in the memory of the token's owner, or where it
+//                     leaves for there
 //   signal_returns    the last warp: a flag for each row to an owner of this domain, behind all of the block's
 //   put_returns       the last block of all: to each rank of another domain the rows of its tokens, in one put
 //   finish            looks for what went wrong

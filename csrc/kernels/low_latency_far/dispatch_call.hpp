@@ -49,7 +49,7 @@ struct FarDispatchCall : LowLatencyDispatchCall {
 /// Of a launch that only receives: what its send has left.
 [[nodiscard]] DEEPEP_DEVICE FarDispatchCall start_receive(const FarDispatchArgs& args, bool watching) {
   const LowLatencyDispatchArgs& near = args;
-  return {start_receive(near, watching), args.far, turn_of(dev::load(&args.far.state->dispatches) - 1)};
+  return {start_receive(near, watching), args.far, turn_of(dev::load_once(&args.far.state->dispatches) - 1)};
 }
 
 /// A far rank's words come all at once.

@@ -62,7 +62,8 @@ DEEPEP_DEVICE void place_messages(const FarDispatchCall& call) {
   return is_mapped(call, rank) ? words_to(call.near(), rank, offset) : words_for(call, rank);
 }
 
-/// Zeros into the words of a message that are nobody's: behind the header of an odd K, and behind its scales. One warp.
+/// Zeros into the words of a message that are nobody's: behind the header of an odd K, and behind its scales.
+/// One warp.
 DEEPEP_DEVICE void pad_message(const FarDispatchCall& call, std::byte* message) {
   using namespace dev;
   const layout::LowLatencyMessage& at = call.message;

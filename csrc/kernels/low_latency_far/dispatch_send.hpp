@@ -8,14 +8,14 @@
 //   advance_epoch     each block has read it; the last one advances it
 //   first_header      what can be said of a token before rows are counted
 //   place_messages    where the block's messages lie among those that are put
-//   push_rows         every token's channels to the ranks of its experts, once each, cast on the way: to memory of this
-//                     domain's, for others to where they leave from
+//   push_rows         every token's channels to the ranks of its experts, once each, cast on the way; to ranks
+//                     of other domains they leave from this one's memory
 //   count_rows        rows of each expert, of the tokens before the block's
 //   post_words        block 0: for each rank, which tokens come, how many rows, and what all must pass alike
 //   write_headers     where each message's rows go
 //   pad_messages      zeros where nobody has written
-//   signal_messages   the last warp: a flag for each that goes to another rank of this domain, behind all that the
-//                     block stored
+//   signal_messages   the last warp: a flag for each that goes to another rank of this domain, behind all that
+//                     the block stored
 //   put_messages      the last block of all: to each rank of another domain its words and messages, in one put
 //   keep_hash         block 0: of the top-k indices, for the combine
 //

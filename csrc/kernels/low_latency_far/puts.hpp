@@ -1,5 +1,5 @@
-// Puts of low-latency calls between domains: what a block knows of its call's turn, who puts, and how what comes
-// is waited for.
+// Puts of low-latency calls between domains: what a block knows of its call's turn, who puts, and how what
+// comes is waited for.
 #pragma once
 
 #include "kernels/low_latency/common.hpp"
