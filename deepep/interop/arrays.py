@@ -26,8 +26,9 @@ def is_array(value: object) -> bool:
 def from_any(array: Any, name: str = "array") -> Tensor:
     """The array as a tensor on its device, sharing its memory: what changes one changes the other.
 
-    A tensor is returned as it is. Arrays that their library does not share (numpy's read-only ones) are
-    copied. Raises ArgumentTypeError for what is no array.
+    A tensor is returned as it is. Arrays that their library does not share (numpy's read-only ones), and
+    those that no tensor can share (of negative strides), are copied. Raises ArgumentTypeError for what is no
+    array, and for dtypes that torch or DLPack does not have.
     """
     if isinstance(array, Tensor):
         return array
@@ -35,10 +36,15 @@ def from_any(array: Any, name: str = "array") -> Tensor:
         raise ArgumentTypeError(name, type(array).__name__, "a tensor, or an array with __dlpack__")
     if not hasattr(array, "__dlpack__"):
         return dlpack.from_dlpack(sys.modules["tensorflow"].experimental.dlpack.to_dlpack(array))
-    flags = getattr(array, "flags", None)
-    if not getattr(flags, "writeable", True):
+    flags, strides = getattr(array, "flags", None), getattr(array, "strides", None)
+    is_reversed = isinstance(strides, tuple) and any(step < 0 for step in strides)  # torch aborts at these
+    if is_reversed or not getattr(flags, "writeable", True):
         array = array.copy()
-    return dlpack.from_dlpack(array)
+    try:
+        return dlpack.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError) as error:
+        got = f"{type(array).__name__} of {getattr(array, 'dtype', 'an unknown dtype')}"
+        raise ArgumentTypeError(name, got, "an array that DLPack passes to torch") from error
 
 
 def like(tensor: Tensor, array: Any) -> Any:
@@ -72,6 +78,8 @@ class ArrayBuffer:
         self.buffer = buffer
 
     def __getattr__(self, name: str) -> Any:
+        if name == "buffer":  # not set yet: copy and pickle look for names before they fill the object
+            raise AttributeError(name)
         found = getattr(self.buffer, name)
         return _on_arrays(found) if callable(found) else found
 
@@ -81,15 +89,24 @@ def _on_arrays(method: Callable[..., Any]) -> Callable[..., Any]:
         if is_array(options.get("out")):
             raise ArgumentTypeError("out", type(options["out"]).__name__, "a tensor: it is written into")
         arrays: list[Any] = []
+        problems: list[ArgumentTypeError] = []
 
         def taken(value: Any) -> Any:
-            if is_array(value):
-                arrays.append(value)
-                return from_any(value)
-            return value
+            if not is_array(value):
+                return value
+            try:
+                tensor = from_any(value)
+            except ArgumentTypeError as problem:
+                problems.append(problem)
+                return value  # the method refuses it, on all ranks
+            arrays.append(value)
+            return tensor
 
         given = _mapped(taken, args), _mapped(taken, options)
-        result = method(*given[0], **given[1])
+        try:
+            result = method(*given[0], **given[1])
+        except ArgumentTypeError as refused:
+            raise refused from (problems[0] if problems else refused.__cause__)
         if not arrays:
             return result
         return _mapped(lambda v: like(v, arrays[0]) if isinstance(v, Tensor) else v, result)

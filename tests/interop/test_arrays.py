@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch.utils import dlpack
 
-from deepep.errors import ArgumentTypeError
-from deepep.interop import from_any, like
+from deepep.errors import ArgumentError, ArgumentTypeError
+from deepep.interop import ArrayBuffer, from_any, like
 
 
 def test_memory_is_shared_both_ways() -> None:
@@ -31,6 +32,22 @@ def test_what_numpy_does_not_share_is_copied() -> None:
     tensor = from_any(array)
     tensor += 1
     assert array.tolist() == [0, 1, 2]
+
+
+def test_what_torch_cannot_share_is_copied_or_refused() -> None:
+    array = np.arange(6).reshape(2, 3)
+    for turned in (array[::-1], array[:, ::-1]):  # torch's own from_dlpack aborts the process
+        tensor = from_any(turned)
+        assert tensor.tolist() == turned.tolist()
+        assert all(step > 0 for step in tensor.stride())
+    for foreign in (np.arange(3, dtype=">i4"), np.array(["a"]), np.array([None])):
+        with pytest.raises(ArgumentTypeError, match="ndarray of"):
+            from_any(foreign)
+
+
+def test_an_array_buffer_can_be_copied() -> None:
+    arrays = ArrayBuffer(SimpleNamespace(rank=3))
+    assert copy.copy(arrays).rank == copy.deepcopy(arrays).rank == 3
 
 
 @pytest.mark.parametrize("call", [from_any, lambda value: like(torch.ones(1), value)], ids=["from", "like"])
@@ -65,7 +82,6 @@ def test_tensorflow_goes_by_its_own_functions(monkeypatch: pytest.MonkeyPatch) -
 def exchanged(context: Any) -> list[bool]:
     """Dispatch and combine with arrays of numpy, beside the same with tensors."""
     import deepep
-    from deepep.interop import ArrayBuffer
 
     generator = torch.Generator().manual_seed(context.rank)
     x = torch.randn(5, 16, generator=generator)
@@ -89,10 +105,15 @@ def exchanged(context: Any) -> list[bool]:
             arrays.low_latency_combine(foreign[0], out=foreign[2])
         except ArgumentTypeError as error:
             same.append("written into" in str(error))
+        text = np.full((5, 16), "text") if context.rank == 0 else x.numpy()
+        try:
+            arrays.dispatch(text, topk_idx=topk_idx, topk_weights=weights, num_experts=4)
+        except ArgumentError as error:
+            same.append(error.argument == "x" and error.rank == 0)
         return [*same, foreign[3] == plain[3], arrays.group_size == 2]
 
 
 def test_buffers_take_and_return_arrays(world_of: Callable[[int], Any]) -> None:
     for found in world_of(2).run(exchanged):
         assert all(found), found
-        assert len(found) == 9
+        assert len(found) == 10
