@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 import torch
+from torch.utils import checkpoint
 
 from deepep.errors import ArgumentError, ArgumentTypeError, DeepEPError, DestroyedError, RangeError
 from deepep.runtime.checks import check_int
@@ -20,6 +21,8 @@ from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
 
 _MAX_TEXT = 200  # characters of a foreign error that the other ranks see
+_ENOUGH: Any = getattr(checkpoint, "_StopRecomputationError", ())
+"""Raised by a checkpoint through what it repeats, once all that it wants is there: on all ranks, and no error."""
 
 
 class BufferLike(Protocol):
@@ -102,7 +105,7 @@ class posting:
     ) -> None:
         if isinstance(error, ArgumentError):
             refuse(self.number, self.operation, error)
-        if kind is None or isinstance(error, DeepEPError):
+        if kind is None or isinstance(error, (DeepEPError, _ENOUGH)):
             return
         problem = ArgumentError(
             self.argument, f"{kind.__name__}: {error}"[:_MAX_TEXT], "code that does not raise"

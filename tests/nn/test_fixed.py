@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness.layers import HIDDEN, layer_on, tokens
+from torch.utils.checkpoint import checkpoint
 
 from deepep.errors import ArgumentError, ArgumentTypeError, CapacityError, RangeError
 from deepep.placement import ExpertPlacement
@@ -108,6 +109,20 @@ def refused(buffer: Any) -> list[str]:
     layer.experts = type("Others", (torch.nn.Identity,), {"num_local_experts": 4})()
     attempt(lambda: layer(torch.zeros(2, HIDDEN)))
     return said
+
+
+def test_a_checkpoint_that_has_enough_is_no_error(on_ranks: Any) -> None:
+    """It ends the repetition by an exception, inside the experts: nothing behind them is saved."""
+
+    def body(buffer: Any) -> None:
+        layer, x = layer_on(buffer, num_max_tokens=MOST), tokens(buffer.rank).requires_grad_()
+        buffer.runtime.refuse = lambda operation, problem, schedule: refused.append(problem)
+        refused: list[ArgumentError] = []
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        del buffer.runtime.refuse
+        assert not refused
+
+    on_ranks(2, body)
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(on_ranks: Any) -> None:
