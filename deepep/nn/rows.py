@@ -252,14 +252,19 @@ def _save_weighted(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _grad_of_weighted_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    y, weights, pairs, slots = ctx.saved_tensors
+    return *grads_of_weighted_sum(grad, *ctx.saved_tensors), None, None
+
+
+def grads_of_weighted_sum(
+    grad: Tensor, y: Tensor, weights: Tensor, pairs: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sum_weighted_rows_backward`; where gradients are to be differentiated, of operators that can be."""
     if not torch.is_grad_enabled():
-        return *sum_weighted_rows_backward(grad, y, weights, pairs, slots), None, None
-    # A gradient that is to be differentiated: of operators that can be.
+        return sum_weighted_rows_backward(grad, y, weights, pairs, slots)
     rows = expand_rows(grad, pairs, slots)
     dots = (rows.float() * y.float()).sum(1)
     by_weights = torch.zeros_like(weights).flatten().index_put((pairs,), dots).view(weights.shape)
-    return rows * _of_pairs(weights, pairs, y.dtype), by_weights, None, None
+    return rows * _of_pairs(weights, pairs, y.dtype), by_weights
 
 
 expand_rows.register_autograd(

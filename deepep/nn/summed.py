@@ -26,7 +26,7 @@ from deepep.nn.exchange import (
     row_bytes_of,
 )
 from deepep.nn.operators import operator
-from deepep.nn.rows import sum_weighted_rows_backward
+from deepep.nn.rows import grads_of_weighted_sum
 from deepep.runtime.requests import CombineRequest, Operation, Schedule
 
 
@@ -96,7 +96,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative(ctx.buffer, Operation.DISPATCH, grad)
     y, weights, pairs, slots, in_rank, counts, table = ctx.saved_tensors
     rows = combine_backward(grad, in_rank, counts, len(slots), ctx.num_experts, ctx.buffer, table)
-    by_y, by_weights = sum_weighted_rows_backward(rows, y, weights, pairs, slots)
+    by_y, by_weights = grads_of_weighted_sum(rows, y, weights, pairs, slots)
     return by_y, by_weights, *[None] * 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,27 @@ def rows_of(rank: int) -> torch.Tensor:
     """[T, H] bf16."""
     generator = torch.Generator().manual_seed(3 + rank)
     return torch.randn(5 + 4 * rank, HIDDEN, generator=generator).bfloat16()
+
+
+def test_gradients_that_are_differentiated_are_of_operators_that_can_be(on_ranks: Any) -> None:
+    """torch warns of one that has no gradient; on CUDA it would be a constant, in silence."""
+
+    def body(buffer: Any) -> None:
+        from deepep import Buffer
+
+        with Buffer(buffer.group, timeout=60.0, backend="emulator") as emulated:
+            layers = [layer_on(b, hidden=HIDDEN, dtype=torch.bfloat16) for b in (buffer, emulated)]
+            found = []
+            for layer in layers:
+                y = layer(rows_of(buffer.rank)).float().sum()
+                (of_down,) = torch.autograd.grad(y, layer.experts.down, create_graph=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    found += torch.autograd.grad(of_down.float().square().sum(), layer.router.weight)
+            assert found[0].abs().sum() > 0
+            assert torch.equal(*found)
+
+    on_ranks(2, body)
 
 
 def test_bits_of_sums_inside_and_before(on_ranks: Any) -> None:
