@@ -230,7 +230,8 @@ class ExpertParallelMoE(nn.Module):
 
     def _watch_replicas(self) -> None:
         """Has an optimizer that steps without `sum_replica_gradients` raise, if there are replicas."""
-        if self.replicas is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        has_replicas = self.num_physical > self.num_experts
+        if has_replicas and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             watch_replica_gradients(self.experts.parameters())
 
     def _physical(self, topk_idx: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def sum_replica_gradients(
     for weight in weights:
         if not shared:
             return
+        if not weight.requires_grad:  # an optimizer passes it by, as long as it has no gradient
+            continue
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         gradient, size = weight.grad, max(1, weight[0].numel())

@@ -104,6 +104,22 @@ def test_without_the_sum_replicas_would_part(on_ranks: Any) -> None:
     assert any(not torch.equal(found[r[0]], found[r[1]]) for r in shared)
 
 
+def stepping(buffer: Any) -> list[Any]:
+    """Steps without a sum, of experts that have no replicas; and the gradients of frozen ones that have."""
+    once, twice = layer_on(buffer, place(LOADS, 2)), layer_on(buffer, place(LOADS, 2, 4))
+    once(tokens_of(buffer.rank)).sum().backward()
+    torch.optim.SGD(once.parameters(), lr=0.05).step()
+    twice.experts.down.requires_grad_(False)
+    twice(tokens_of(buffer.rank)).sum().backward()
+    twice.sum_replica_gradients()
+    return [weight.grad is None for weight in twice.experts.parameters()]
+
+
+def test_what_has_no_gradient_or_no_replicas_is_left_alone(on_ranks: Any) -> None:
+    """A gradient of zeros would have an optimizer's weight decay change what is frozen."""
+    assert on_ranks(2, stepping) == [[False, True]] * 2
+
+
 def disagreeing(buffer: Any, mine: list[Any]) -> list[str]:
     layer = layer_on(buffer, place(LOADS, 2, 4))
     found = []
