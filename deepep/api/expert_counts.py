@@ -168,7 +168,8 @@ class ExpertCounting:
         extents = {f"counts.shape[{axis}]": extent for axis, extent in enumerate(shape)}
         everyone = self._engine.gather(mine, {"counts.ndim": len(shape), **extents})
         if zeroed:
-            counts.zero_()
+            with torch.inference_mode():  # they may have been made in it
+                counts.zero_()
         return torch.stack(list(everyone.values())).sum(0)
 
     def _check_alive(self) -> None:
