@@ -62,7 +62,7 @@ class EPHandle:
     @cached_property
     def psum_num_recv_tokens_per_expert(self) -> Tensor:
         """[L] int32: inclusive sums of aligned counts; if expanded, the aligned sum of the experts before and
-        the real count: where an expert's rows end.
+        the real count: where an expert's rows end, X at most where entries have no room.
         """
         return self._made(self._elastic.expert_ends)
 

@@ -22,7 +22,7 @@ from deepep.runtime.requests import Operation, Schedule
 
 _MAX_TEXT = 200  # characters of a foreign error that the other ranks see
 _ENOUGH: Any = getattr(checkpoint, "_StopRecomputationError", ())
-"""Raised by a checkpoint through what it repeats, once all that it wants is there: on all ranks, and no error."""
+"""Raised by a checkpoint in what it repeats, once all that it wants is there: on all ranks, and no error."""
 
 
 class BufferLike(Protocol):

@@ -4,6 +4,8 @@
         loss = model(batch)
         loss.backward()
 
+Those of a layer in fixed shapes are not: nobody on the host knows their rows.
+
 Observers run on the rank's own thread, after the exchange. Without one, nothing is measured.
 """
 

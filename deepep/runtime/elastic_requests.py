@@ -93,11 +93,11 @@ class ElasticRoute:
         return self.expert_counts
 
     def expert_ends(self) -> Tensor:
-        """[L] int32: inclusive sums of aligned counts; of expanded rows: where each expert's end."""
+        """[L] int32: inclusive sums of aligned counts; of expanded rows: where each expert's end, or X."""
         counts = self.lanes_per_expert()
         whole = aligned(counts, self.alignment)
         ends = whole.cumsum(0, dtype=torch.int32)
-        return ends if self.slots is None else ends - whole + counts
+        return ends if self.slots is None else (ends - whole + counts).clamp(max=self.num_rows)
 
     def row_sources(self) -> tuple[Tensor, Tensor]:
         """[N] int32 each: source rank, R of rows behind the real ones; and source token."""
