@@ -7,9 +7,8 @@ one for each operation, under a schedule that follows from the seed and the numb
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTe
 from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
 from deepep.runtime.control.waits import KERNEL_WAITS, WaitRecorder
-from deepep.sim.emulator import shapes, two_level
+from deepep.sim.emulator import packing, shapes, two_level
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
 
@@ -465,7 +464,7 @@ def at_leader(wire: Wire, mine: Given, work: Callable[[dict[int, Given], int], d
 
 def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
     """Objects with tensors in them, from and to whichever ranks: by destination in, by source out."""
-    packed = {rank: _pack(thing) for rank, thing in sends.items()}
+    packed = {rank: packing.pack(thing) for rank, thing in sends.items()}
     sizes = [len(packed.get(rank, b"")) for rank in range(wire.num_ranks)]
     all_sizes = wire.all_gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
     coming = [
@@ -476,18 +475,4 @@ def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
     if sent:
         rows = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
     received = wire.all_to_all_rows(rows, sizes, coming).numpy().tobytes()
-    return dict(_unpack(received, coming))
-
-
-def _pack(thing: Any) -> bytes:
-    out = io.BytesIO()
-    torch.save(thing, out)  # pickle alone does not know 8-bit floats
-    return out.getvalue()
-
-
-def _unpack(received: bytes, sizes: list[int]) -> Iterator[tuple[int, Any]]:
-    begin = 0
-    for source, size in enumerate(sizes):
-        if size:
-            yield source, torch.load(io.BytesIO(received[begin : begin + size]), weights_only=False)
-        begin += size
+    return dict(packing.unpack(received, coming))

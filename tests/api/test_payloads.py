@@ -25,6 +25,24 @@ def test_tensors_arrive_bit_for_bit(world_of: Any, buffer_of: Any, backend: str 
     world_of(RANKS).run(exchanged, buffer_of, backend, forms)
 
 
+def shared(ctx: Any, buffer_of: Any) -> list[bool]:
+    """Rows, scales and weights that lie in one allocation, and travel under several dtypes."""
+    idx = topk_of(ctx.rank)
+    memory = torch.arange(len(idx) * (64 + idx.shape[1]), dtype=torch.float32)
+    parts = [memory[: len(idx) * 64].view(len(idx), 64), memory[len(idx) * 64 :].view(idx.shape)]
+    buffer = buffer_of(ctx, backend="emulator")
+    given = {"topk_idx": idx, "topk_weights": parts[1], "num_experts": EXPERTS}
+    of_list, alone = buffer.dispatch(parts, **given), buffer.dispatch(parts[0], **given)
+    pairs = zip(of_list.recv_x, (alone.recv_x, alone.recv_topk_weights), strict=True)
+    there = alone.recv_topk_idx >= 0
+    return [bool((a == b)[there if a.shape == there.shape else ...].all()) for a, b in pairs]
+
+
+def test_tensors_of_one_allocation_reach_the_emulator(world_of: Any, buffer_of: Any) -> None:
+    pytest.importorskip("deepep._emulator")
+    assert world_of(RANKS).run(shared, buffer_of) == [[True, True]] * RANKS
+
+
 def test_formats_with_scales_are_not_copied() -> None:
     """The longest goes as the row, and one other as words, where they lie."""
     from deepep.api.payloads import form_of, pack

@@ -20,7 +20,7 @@ CALLS = {
 }
 ALLOWED = {
     "sim/worlds/travel.py": "between a world and the processes that it has started itself",
-    "sim/emulator/all_to_all.py": "between the ranks of a test, on the emulator",
+    "sim/emulator/packing.py": "between the ranks of a test, on the emulator",
 }
 """Files that unpickle, each with the reason why their bytes can be trusted."""
 
