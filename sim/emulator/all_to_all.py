@@ -8,34 +8,26 @@ one for each operation, under a schedule that follows from the seed and the numb
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepep import _emulator
-from deepep.errors import DeepEPError
 from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
 from deepep.runtime.control.waits import KERNEL_WAITS, WaitRecorder
-from deepep.sim.emulator import packing, shapes, two_level
+from deepep.sim.emulator import shapes, two_level
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+from deepep.sim.emulator.leader import EmulatedFailure, at_leader
 
 #: Shapes of launches, which take turns with the operations.
 GPUS = (shapes.GPUS[0], shapes.GPUS[2], shapes.GPUS[3], shapes.GPUS[7])
-
-
-class EmulatedFailure(DeepEPError):
-    """The emulator found a kernel in error: a data race, a deadlock, a read of nothing. Tells the story."""
 
 
 @dataclass(frozen=True)
@@ -441,38 +433,3 @@ def _send_row(plan: DispatchPlan, rank: int) -> Tensor:
         table[tokens, destination] = torch.arange(first, first + count, dtype=torch.int32, device="cpu")
         begin += count
     return table
-
-
-def at_leader(wire: Wire, mine: Given, work: Callable[[dict[int, Given], int], dict[int, Made]]) -> Made:
-    """Brings what every member has to the lowest one, which does the `work`, and everybody their part back.
-
-    Raises EmulatedFailure on every member if the work did.
-    """
-    leader = wire.members[0]
-    brought = _exchange(wire, {leader: mine})
-    replies: dict[int, Any] = {}
-    if wire.rank == leader:
-        try:
-            replies = dict(work(brought, wire.num_ranks))
-        except EmulatedFailure as failure:
-            replies = dict.fromkeys(wire.members, failure)
-    reply = _exchange(wire, replies)[leader]
-    if isinstance(reply, EmulatedFailure):
-        raise reply
-    return reply
-
-
-def _exchange(wire: Wire, sends: dict[int, Any]) -> dict[int, Any]:
-    """Objects with tensors in them, from and to whichever ranks: by destination in, by source out."""
-    packed = {rank: packing.pack(thing) for rank, thing in sends.items()}
-    sizes = [len(packed.get(rank, b"")) for rank in range(wire.num_ranks)]
-    all_sizes = wire.all_gather(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
-    coming = [
-        int(all_sizes[source][wire.rank]) if source in all_sizes else 0 for source in range(wire.num_ranks)
-    ]
-    sent = b"".join(packed.get(rank, b"") for rank in range(wire.num_ranks))
-    rows = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if sent:
-        rows = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
-    received = wire.all_to_all_rows(rows, sizes, coming).numpy().tobytes()
-    return dict(packing.unpack(received, coming))

@@ -13,7 +13,7 @@ from torch import Tensor
 from deepep import _emulator
 from deepep.runtime.local_rows import LocalRows
 from deepep.sim.emulator import shapes
-from deepep.sim.emulator.all_to_all import EmulatedFailure
+from deepep.sim.emulator.leader import EmulatedFailure
 
 #: shared memory of a launch: more than any of the kernels needs
 _SHARED_BYTES = 8192

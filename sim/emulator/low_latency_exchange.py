@@ -22,8 +22,8 @@ from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
 from deepep.sim.emulator import shapes
-from deepep.sim.emulator.all_to_all import EmulatedFailure, at_leader
 from deepep.sim.emulator.calls import DISAGREEMENT
+from deepep.sim.emulator.leader import EmulatedFailure, at_leader
 from deepep.sim.emulator.low_latency import (
     BOTH,
     RECEIVE,

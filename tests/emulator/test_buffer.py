@@ -12,7 +12,7 @@ from deepep.errors import DeepEPError
 from deepep.runtime import backends as registry
 from deepep.sim import RankContext, World, WorldError
 from deepep.sim.cases.case import Limits
-from deepep.sim.emulator.all_to_all import EmulatedFailure
+from deepep.sim.emulator.leader import EmulatedFailure
 from deepep.sim.fuzz import subjects
 from deepep.sim.fuzz.fuzzer import Fuzzer
 
@@ -152,7 +152,7 @@ def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]
 
     def fail(ctx: RankContext) -> None:
         from deepep.reference.wire import Wire
-        from deepep.sim.emulator.all_to_all import at_leader
+        from deepep.sim.emulator.leader import at_leader
 
         def work(given: dict[int, int], num_ranks: int) -> dict[int, int]:
             raise EmulatedFailure("data race: a story")
@@ -169,7 +169,7 @@ def test_a_kernel_in_error_raises_on_every_rank(world_of: Callable[[int], World]
 def test_work_comes_to_the_leader_and_back(world_of: Callable[[int], World]) -> None:
     def meet(ctx: RankContext) -> np.ndarray:
         from deepep.reference.wire import Wire
-        from deepep.sim.emulator.all_to_all import at_leader
+        from deepep.sim.emulator.leader import at_leader
 
         def work(given: dict[int, torch.Tensor], num_ranks: int) -> dict[int, torch.Tensor]:
             return {rank: sum(given.values()) * (rank + 1) for rank in given}
