@@ -1,4 +1,4 @@
-"""The leader, on which emulated machines run: ranks bring it arguments, and it hands out what came of them."""
+"""The leader, where emulated machines run: ranks bring it arguments, and it gives back what came of it."""
 
 from __future__ import annotations
 

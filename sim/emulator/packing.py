@@ -1,7 +1,8 @@
 """Objects with tensors in them as bytes, for the way to the leader and back.
 
 torch.save keeps what tensors share, and refuses two that view the same memory as different types: rows in FP8
-and their scales in one allocation, say. Here every tensor goes as its own elements, however it views them.
+and their scales in one allocation, say. Here every tensor goes by itself, from its first element to its last,
+and has the strides that it had: kernels are given them.
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ class _Packer(pickle.Pickler):
         """Tensors as their bytes; all else as it is pickled anyway."""
         if not isinstance(thing, Tensor):
             return NotImplemented
-        elements = thing.detach().contiguous().flatten().view(torch.uint8)
-        return _tensor_of, (elements.numpy().tobytes(), thing.dtype, tuple(thing.shape))
+        bare = thing.detach()
+        steps = [(size - 1) * stride for size, stride in zip(bare.shape, bare.stride(), strict=True)]
+        span = bare.as_strided((sum(steps) + 1 if bare.numel() else 0,), (1,))
+        return _tensor_of, (
+            span.view(torch.uint8).numpy().tobytes(),
+            bare.dtype,
+            tuple(bare.shape),
+            bare.stride(),
+        )
 
 
-def _tensor_of(elements: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not elements:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(bytearray(elements), dtype=torch.uint8).view(dtype).view(shape)
+def _tensor_of(span: bytes, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    if not span:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    return torch.frombuffer(bytearray(span), dtype=torch.uint8).view(dtype).as_strided(shape, strides)
