@@ -8,14 +8,18 @@ all ranks have begun.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepep.errors import ArgumentError, CapacityError, ModeError, ShapeError
+from deepep.errors import ArgumentError, CapacityError, ModeError, RangeError, ShapeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
+from deepep.runtime.control.agreement import dtype_code
+from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.elastic import columns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 SCALED = (torch.float8_e4m3fn,)
@@ -74,8 +78,42 @@ def checked_storage(
     return table, scales
 
 
-def checked_indices(indices: object, device_type: str) -> Tensor:
-    """indices [T, n] int32. Reads no value."""
-    return checks.check_tensor(
+def statement(storage: Tensor, sf: Tensor | None) -> dict[str, int]:
+    """The facts of a write that all ranks share."""
+    return {
+        "storage.dtype": dtype_code(storage.dtype),
+        "storage.shape[0]": storage.shape[0],
+        "storage.shape[1]": storage.shape[1],
+        "sf.dtype": dtype_code(None if sf is None else sf.dtype),
+        "sf.shape[1]": 0 if sf is None else sf.shape[1],
+    }
+
+
+def checked_indices(indices: object, device_type: str, column_major: bool, sf: Tensor | None) -> Tensor:
+    """indices [T, n] int32, for scales by columns only if there are scales. Reads no value."""
+    found = checks.check_tensor(
         "indices", indices, dtypes=(torch.int32,), device_type=device_type, shape=("T", "n")
     )
+    if column_major and sf is None:
+        got = "True, and storage without scales"
+        raise ArgumentError("use_tma_aligned_col_major_sf", got, "False: there are none to turn")
+    return found.detach()
+
+
+def check_entries(indices: Tensor, entries: int, owners: Collection[int], control: ControlPlane) -> None:
+    """All of `indices`, on the host, name entries of `owners`. Raises RangeError, for this rank alone."""
+    total = entries * control.num_ranks
+    for index in indices[(indices < 0) | (indices >= total)][:1].tolist():
+        raise RangeError("indices", str(index), f"0 to {total - 1}", control.rank)
+    for rank in set(range(control.num_ranks)) - set(owners):
+        for index in indices[indices // entries == rank][:1].tolist():
+            got = f"{index}, an entry of rank {rank}, which is left out"
+            raise RangeError("indices", got, "entries of the others", control.rank)
+
+
+def empty_scales(indices: Tensor, sf: Tensor | None, column_major: bool) -> Tensor | None:
+    """[T, n * P] for scales of the entries, uninitialised: row-major, or by columns; None without `sf`."""
+    if sf is None:
+        return None
+    tokens, width = indices.shape[0], indices.shape[1] * sf.shape[1]
+    return columns(tokens, width, sf) if column_major else sf.new_empty(tokens, width)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from deepep.errors import (
 )
 from deepep.runtime.checks import MOST, check_int, check_memory, shape_text
 from deepep.runtime.completion import Completion
-from deepep.runtime.engine import Engine
+from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.requests import Operation, Schedule
 
 ALIGNMENT = 128
@@ -116,19 +115,18 @@ class GatherSession:
 class GatherSessions(ABC):
     """All-gathers of one engine. All ranks make the same calls; what one refuses, all do.
 
-    issuing: the engine's lock. num_bytes, num_gathers: of a session; 0 until they are configured. number: of
-    sessions begun.
+    num_bytes, num_gathers: of a session; 0 until they are configured. number: of sessions begun.
     """
 
-    def __init__(self, engine: Engine, issuing: threading.RLock) -> None:
-        self._engine, self._issuing = engine, issuing
+    def __init__(self, control: ControlPlane) -> None:
+        self._control = control
         self.num_bytes = self.num_gathers = self.number = 0
         self.session: GatherSession | None = None
 
     def set_config(self, num_bytes: object, num_gathers: object) -> None:
         """Sizes of the sessions to come, the same on all ranks; a barrier. Outside of a session."""
         operation = Operation.AGRS_SET_CONFIG
-        with self._issuing:
+        with self._control.issuing:
             with self._refusing(operation):
                 size = check_int("num_max_session_bytes", num_bytes, 1, LARGEST)
                 calls = check_int("num_max_all_gathers_per_session", num_gathers, 1, MOST)
@@ -139,20 +137,20 @@ class GatherSessions(ABC):
     def begin(self) -> None:
         """Begins a session, once all ranks have come to it: what the last one gathered is good until now."""
         operation = Operation.CREATE_AGRS_SESSION
-        with self._issuing:
+        with self._control.issuing:
             with self._refusing(operation):
                 if not self.num_bytes:
                     raise ModeError(operation.label, "a session", "one after agrs_set_config")
                 self._check_outside(operation)
             memory = self._begin(self.number + 1)
             self.number += 1
-            info = self._engine.info
-            self.session = GatherSession(info.rank, info.num_ranks, memory, self.num_gathers)
+            control = self._control
+            self.session = GatherSession(control.rank, control.num_ranks, memory, self.num_gathers)
 
     def end(self) -> None:
         """Ends the session, once its gathers have ended on all ranks."""
         operation = Operation.DESTROY_AGRS_SESSION
-        with self._issuing:
+        with self._control.issuing:
             with self._refusing(operation):
                 session = self._present(operation)
             self.session = None
@@ -160,25 +158,25 @@ class GatherSessions(ABC):
 
     def drop(self) -> None:
         """Ends the session here, without the other ranks: something was raised in it."""
-        with self._issuing:
+        with self._control.issuing:
             self.session = None
 
     def reserve(self, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
         """`GatherSession.reserve`, in the present session. Communicates nothing: what is refused, and what
         other ranks do not reserve, is found in the next gather.
         """
-        with self._issuing:
+        with self._control.issuing:
             return self._present(Operation.ALL_GATHER).reserve(shapes, dtype)
 
     def gather(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Completion]:
         """Begins to gather; the tensors [R, ...] that all ranks' will be in, and the end of it."""
-        with self._issuing:
+        with self._control.issuing:
             try:
                 session = self._present(Operation.ALL_GATHER)
                 if not tensors:
                     raise ArgumentTypeError("t", "no tensor", "a tensor, or a sequence of them")
                 for t in tensors:
-                    _check_gathered(t, self._engine.info.device_type)
+                    _check_gathered(t, self._control.session.device.type)
                 places = session.place(tensors)
             except ArgumentError as problem:
                 self._refuse_gather(problem)
@@ -215,7 +213,7 @@ class GatherSessions(ABC):
 
     def _refuse_gather(self, problem: ArgumentError) -> None:
         """Takes part in a gather only to say that this rank cannot."""
-        self._engine.refuse(Operation.ALL_GATHER, problem, Schedule())
+        self._control.refuse(Operation.ALL_GATHER, problem, Schedule())
 
     # refusals
 
@@ -224,7 +222,7 @@ class GatherSessions(ABC):
         try:
             yield
         except ArgumentError as problem:
-            self._engine.refuse(operation, problem, Schedule())
+            self._control.refuse(operation, problem, Schedule())
 
     def _present(self, operation: Operation) -> GatherSession:
         if self.session is None:

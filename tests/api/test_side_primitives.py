@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepep.sim import World
 
 CPU = torch.device("cpu")
-DRAWN = settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate], database=None)
+DRAWN = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate], database=None)
 
 
 def buffer_of(ctx: Any, backend: str | None, **options: Any) -> Any:

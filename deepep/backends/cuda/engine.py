@@ -22,6 +22,8 @@ from deepep.backends.cuda import checks as cuda_checks
 from deepep.backends.cuda import combine, dispatch
 from deepep.backends.cuda.cached import cached
 from deepep.backends.cuda.domains import Domains, is_divided
+from deepep.backends.cuda.engram import CudaEngram
+from deepep.backends.cuda.gather_sessions import CudaSessions
 from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS, Counts, Endpoint, Phase
 from deepep.backends.cuda.layout import LayoutKernel
 from deepep.backends.cuda.local_rows import RowKernels
@@ -69,6 +71,8 @@ _BY_KERNELS = (
 OPERATIONS = {
     **dict.fromkeys(_BY_KERNELS, "CUDA kernels"),
     "barrier": "all_gather over gloo",
+    "all-gather sessions": "cudaMemcpyAsync, a barrier kernel behind it",
+    "Engram storage": "peers' memory, read where it lies",
 }
 
 
@@ -76,6 +80,7 @@ OPERATIONS_BETWEEN_DOMAINS = {
     **OPERATIONS,
     **dict.fromkeys(("dispatch", "cached dispatch", "combine"), "CUDA kernels, puts over NVSHMEM"),
     **dict.fromkeys(("low-latency dispatch", "low-latency combine"), "not between domains"),
+    **dict.fromkeys(("all-gather sessions", "Engram storage"), "not between domains"),
 }
 
 
@@ -126,6 +131,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
         reach = None if self.domains is None else self.domains.neighbours
         self._generations = Generations(control.membership, self.device, "build", reach)
         self._low_latency = CudaLowLatency(self._control, self, self._turns)
+        self._sessions = CudaSessions(self._control, self, self._turns)
+        self._engram = CudaEngram(self._control, self, self._turns)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self.live = control.membership.live
         self._is_built = False
@@ -374,6 +381,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
             try:
                 with torch.cuda.device(self.index):
                     self._generations.release()
+                    self._sessions.release()
                     reported = self._low_latency.release() or reported
             except PeerTimeoutError as error:
                 self._fault = error.record
@@ -397,8 +405,9 @@ class CudaEngine(CudaRoutes, CudaMembers):
         return {
             "symmetric memory": symmetric,
             "low-latency memory": self._low_latency.state.num_bytes,
-            "kept memory": self._generations.num_kept_bytes
-            + self._low_latency.state.generations.num_kept_bytes,
+            "session memory": self._sessions.memory(),
+            "Engram storage": self._engram.memory(),
+            "kept memory": sum(generations.num_kept_bytes for generations in self._all_generations()),
             "staged rows": self._low_latency.staged_bytes,
         }
 
@@ -455,11 +464,12 @@ class CudaEngine(CudaRoutes, CudaMembers):
     def _retire(self, *, wait: bool) -> bool:
         """Launches nothing more; `Generations.retire`."""
         self._is_built, self._must_build, self.unsettled = False, True, True
-        is_quiet = self._generations.retire(wait=wait)
-        return self._low_latency.state.retire(wait=wait) and is_quiet
+        are_quiet = [self._generations.retire(wait=wait)]
+        are_quiet += [area.retire(wait=wait) for area in self._areas()]
+        return self._low_latency.state.retire(wait=wait) and all(are_quiet)
 
     def _close_memory(self, came: Collection[int]) -> None:
-        for generations in (self._generations, self._low_latency.state.generations):
+        for generations in self._all_generations():
             generations.close(came)
         if self.domains is not None and came:
             self.domains.close()

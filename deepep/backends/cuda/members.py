@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepep.backends.cuda.beside import CudaBeside
 from deepep.backends.cuda.low_latency import CudaLowLatency
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.errors import ArgumentError, FaultRecord
 from deepep.runtime.control import admission
 from deepep.runtime.control.issue import ControlPlane
-from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation
 
 
-class CudaMembers(Engine):
+class CudaMembers(CudaBeside):
     """The part of the CUDA engine that changes who takes part. See `Engine`.
 
     live: the ranks that take part, as bits.
@@ -47,12 +47,19 @@ class CudaMembers(Engine):
         self._control.mask(rank, masked)
         self._change_members()
 
+    def _all_generations(self) -> tuple[Generations, ...]:
+        """Of every kind of memory that peers have mapped."""
+        beside = (area.generations for area in self._areas())
+        return (self._generations, self._low_latency.state.generations, *beside)
+
     def _change_members(self) -> None:
         """Other ranks take part from the next operation on, in new memory. Earlier faults are settled."""
         self.live = self._control.membership.live
         self._fault = None
         self._must_build = self.unsettled = True
         self._low_latency.state.change_members()
+        for area in self._areas():
+            area.change_members()
 
     def _take_over_masks(self) -> None:
         """Masks for all operations the ranks that low-latency kernels have masked."""
@@ -70,7 +77,7 @@ class CudaMembers(Engine):
             self._check_not_captured(Operation.ADMIT)
             self._take_over_masks()
             stayed = admission.admit(self._control, invitation)
-            for generations in (self._generations, self._low_latency.state.generations):
+            for generations in self._all_generations():
                 generations.go_on_with(self._control.membership, stayed)
             self._change_members()
 

@@ -74,9 +74,9 @@ class ReferenceEngine(Engine):
         per_domain, num_ranks = options.ranks_per_domain, session.num_ranks
         self._exchange = TwoLevelExchange(per_domain) if 0 < per_domain < num_ranks else all_to_all
         self._low_latency = LowLatencyOperations(self._control, self)
-        self._sessions = ReferenceSessions(self, control)
-        self._ring = ReferenceRing(self, control)
-        self._engram = ReferenceEngram(self, control)
+        self._sessions = ReferenceSessions(control)
+        self._ring = ReferenceRing(control)
+        self._engram = ReferenceEngram(control)
         control.agree(options.statement())
 
     def memory(self) -> dict[str, int]:

@@ -13,7 +13,6 @@ from deepep.runtime.completion import Completion
 from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
-from deepep.runtime.engine import Engine
 from deepep.runtime.gather_sessions import Gathered, GatherSession, GatherSessions
 from deepep.runtime.requests import Operation, Schedule
 
@@ -23,9 +22,8 @@ _ASYNCHRONOUS = Schedule(asynchronous=True)
 class ReferenceSessions(GatherSessions):
     """See `GatherSessions`. Parts of ranks that are left out are zeros."""
 
-    def __init__(self, engine: Engine, control: ControlPlane) -> None:
-        super().__init__(engine, control.issuing)
-        self._control = control
+    def __init__(self, control: ControlPlane) -> None:
+        super().__init__(control)
         self._memory: Tensor | None = None
 
     def _configure(self, num_bytes: int, num_gathers: int) -> None:

@@ -19,7 +19,6 @@ from deepep.errors import ArgumentError, FaultRecord, MismatchError, PeerTimeout
 from deepep.runtime.checks import flat_bytes
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link, LinkError, hang_up, timedelta_of, transport
-from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
 from deepep.runtime.ring import Ring
 
@@ -49,10 +48,9 @@ class Edge:
 class ReferenceRing(Ring):
     """See `Ring`. After a time-out nothing passes between the two until the ring is configured again."""
 
-    def __init__(self, engine: Engine, control: ControlPlane) -> None:
-        info = engine.info
-        super().__init__(info.rank, info.num_ranks, info.device_type)
-        self._engine, self._control = engine, control
+    def __init__(self, control: ControlPlane) -> None:
+        super().__init__(control.rank, control.num_ranks, control.session.device.type)
+        self._control = control
         self._edges: dict[int, Edge] = {}
 
     def set_config(self, num_bytes: object, inflight: object) -> None:
@@ -61,7 +59,7 @@ class ReferenceRing(Ring):
             try:
                 size, count = self.checked_config(num_bytes, inflight)
             except ArgumentError as problem:
-                self._engine.refuse(Operation.PP_SET_CONFIG, problem, Schedule())
+                control.refuse(Operation.PP_SET_CONFIG, problem, Schedule())
             agreed = {"num_max_tensor_bytes": size, "num_max_inflight_tensors": count}
 
             def body(link: Link, limits: dict[int, int]) -> None:

@@ -1,0 +1,62 @@
+"""The CUDA backend's sessions in rank processes without CUDA: heaps are shared between the processes, copies
+are real, and a barrier kernel is a barrier of the processes. The rest is stub_cuda's.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FAULT = (3, 16)  # barrier, arrival: csrc/kernels/common/args.hpp
+
+
+class Watched:
+    """Launches of one rank. barriers: how many were launched. missing: ranks that the next one reports."""
+
+    def __init__(self, ctx: Any) -> None:
+        from harness import stub_cuda
+
+        stub_cuda.install(8)
+        stub_cuda.serve()
+        from deepep.backends.cuda.memory import generations
+        from deepep.backends.cuda.memory.ipc import SymmetricHeap
+        from deepep.runtime.control.membership import Membership
+
+        Membership.payload = lambda membership: None  # NCCL's, which carries nothing of the host
+        self.barriers = self.missing = 0
+        self._reported = False
+
+        def export_heap(own: torch.Tensor) -> bytes:
+            manager, name, size = own.untyped_storage()._share_filename_cpu_()
+            parts = [base64.b64encode(part).decode() for part in (manager, name)]
+            return json.dumps([*parts, size]).encode()
+
+        def map_here(raw: bytes) -> torch.Tensor:
+            *parts, size = json.loads(raw)
+            manager, name = (base64.b64decode(part) for part in parts)
+            storage = torch.UntypedStorage._new_shared_filename_cpu(manager, name, size)
+            return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+        def map_heaps(own: torch.Tensor, rank: int, exported: list[bytes | None]) -> SymmetricHeap:
+            mapped = [own if r == rank or raw is None else map_here(raw) for r, raw in enumerate(exported)]
+            return SymmetricHeap(own, mapped)
+
+        def barrier(domain: Any, stream: int) -> None:
+            self.barriers += 1
+            if self.missing:
+                self._reported = True
+            else:
+                dist.barrier(group=ctx.group)
+
+        def take_fault(domain: Any, stream: int) -> Any:
+            self._reported = False
+            return stub_cuda.Fault(*FAULT, missing=self.missing, expected=ctx.num_ranks, seen=1)
+
+        generations.export_heap, generations.map_heaps = export_heap, map_heaps
+        domain: Any = stub_cuda.Domain
+        domain.barrier, domain.take_fault = barrier, take_fault
+        domain.has_fault = lambda domain: self._reported
