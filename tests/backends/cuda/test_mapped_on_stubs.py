@@ -44,7 +44,7 @@ def in_processes(ranks: int, run: Callable[[Any], None]) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gathers_of_sessions(ranks: int) -> None:
-    """What every rank writes to every other arrives where it belongs, to the bit, until the next session."""
+    """Each part arrives where it belongs on every rank, to the bit, and stays until the next session."""
 
     def run(ctx: Any) -> None:
         buffer, _ = stub_buffer(ctx)
@@ -97,7 +97,7 @@ def test_barriers_of_a_session() -> None:
 
 
 def test_calls_that_do_not_fit_together() -> None:
-    """What is refused on one rank is raised there at once; on the others, as what differs, at the end."""
+    """A refusal is raised on its rank at once; the others raise what differs when the session ends."""
 
     def run(ctx: Any) -> None:
         buffer, _ = stub_buffer(ctx)
