@@ -131,7 +131,7 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 # Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers.
 test-cluster: install
 	@echo "== deepep links --check"; $(PY) -m deepep links --check
-	@set -e; for what in bits codec bytes convergence topologies drift noise uneven kill; do \
+	@set -e; for what in bits codec bytes convergence topologies drift noise uneven kill efficiency; do \
 	  echo "== deepep dp $$what"; $(PY) -m deepep dp $$what; \
 	done
 

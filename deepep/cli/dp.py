@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_faults, dp_networks, dp_uneven
+from deepep.cli import dp_efficiency, dp_faults, dp_networks, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import RangeError
 
@@ -28,9 +28,12 @@ _INSIDE = "DEEPEP_DP_NAMESPACE"
 
 def command(
     what: Annotated[
-        str, typer.Argument(help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill.")
+        str,
+        typer.Argument(
+            help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency."
+        ),
     ],
-    ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given.")] = 0,
+    ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given, efficiency: 20.")] = 0,
     cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.")] = 1000,
     blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.")] = 20_000,
     steps: Annotated[
@@ -41,6 +44,10 @@ def command(
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
     times: Annotated[int, typer.Option(help="kill: runs for each phase.")] = 5,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice; kill.")] = 0,
+    killed: Annotated[int, typer.Option("--kill", help="efficiency: ranks that die.")] = 1,
+    window: Annotated[float, typer.Option(help="efficiency: seconds from their death on.")] = 60.0,
+    simulate: Annotated[int, typer.Option(help="efficiency: ranks to simulate; 0: measure.")] = 0,
+    costs: Annotated[str, typer.Option(help="efficiency: file of times, written or simulated by.")] = "",
 ) -> None:
     """Checks one promise of data parallelism, and fails if it does not hold.
 
@@ -50,7 +57,8 @@ def command(
     coarse. topologies: times on emulated clusters (`deepep links`) against torch's gloo. drift: a link that
     becomes slow has others planned. noise: formats that follow the gradients' noise, in the demo. kill: a
     rank that dies in a training step has the others go on, with the weights that they should have. uneven:
-    ranks of several speeds, whose shares follow what is measured, against torch's equal ones.
+    ranks of several speeds, whose shares follow what is measured, against torch's equal ones. efficiency:
+    samples that count in a minute in which ranks die, beside torchrun's restart; or simulated.
     """
     from deepep.sim.links.emulated import NetworkError
 
@@ -64,6 +72,11 @@ def command(
         "noise": lambda: dp_networks.noise(ranks or 4, steps or 160, seed),
         "uneven": lambda: dp_uneven.uneven(steps or 20),
         "kill": lambda: dp_faults.kill(ranks or 6, phases, times, seed),
+        "efficiency": lambda: (
+            dp_efficiency.simulate(simulate, killed, costs)
+            if simulate
+            else dp_efficiency.efficiency(ranks or 20, killed, window, costs)
+        ),
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))

@@ -193,6 +193,7 @@ class Steps:
         """An attempt begins: notes what its backward and its forward will change."""
         self.is_open, self.is_committed = True, False
         self._held.clear()
+        self._reducer.share_steps()  # by who has joined, too
         self._exchanges.begin()
         self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self._model.parameters()]
         counters = self._exchanges.counters()

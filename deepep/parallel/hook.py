@@ -254,15 +254,17 @@ class BucketReducer:
             self.speeds = {rank: float(values[0]) for rank, values in given}
 
     def end_step(self, is_over: bool) -> None:
-        """Has the next step, or this one's next attempt, shared by who is left; if it is over, by the speeds
-        that all ranks were given beside its sums.
+        """Has the next step, or this one's next attempt, shared by those who are there; if it is over, by the
+        speeds that all ranks were given beside its sums.
         """
         speeds, self.speeds = self.speeds, {}
-        if self.sampler is None:
-            return
-        if is_over and speeds:
+        if self.sampler is not None and is_over and speeds:
             self.sampler.follow(speeds)
-        if self.sampler.members != self.comm.members:
+        self.share_steps()
+
+    def share_steps(self) -> None:
+        """Has steps shared by those who are there."""
+        if self.sampler is not None and self.sampler.members != self.comm.members:
             self.sampler.set_members(self.comm.members)
 
     def _raise(self) -> None:

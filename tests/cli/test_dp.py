@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from deepep.cli import dp
+from deepep.cli import dp, dp_efficiency
 from deepep.cli.demo_gradients import run_gradients
 from deepep.demo.compressed import CONTROL, train_with
 from deepep.demo.config import DemoConfig
+from deepep.sim.faults.outages import OutageCosts
 
 HAS_NAMESPACES = (
     shutil.which("ip") is not None
@@ -62,6 +64,21 @@ def test_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert dp._codec(6000)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("fp8", "fp16", "bf16", "fixed32"))
+
+
+def test_outages_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 4 ranks that lose one at once, three quarters are left of whatever a gap leaves."""
+    costs = OutageCosts(2, 0.5, 0.0, 1000.0, 10)
+    costs.save(tmp_path / "costs.json")
+    assert dp_efficiency.simulate(4, 1, str(tmp_path / "costs.json"))
+    printed = capsys.readouterr().out
+    assert "0.750" in printed
+    assert "restart 1000.0 s" in printed
+    assert dp_efficiency.simulate(128, 6, "")
+    with pytest.raises(typer.Exit):
+        dp_efficiency.simulate(4, 1, str(tmp_path / "none.json"))
+    with pytest.raises(typer.Exit):
+        dp_efficiency.simulate(4, 4, "")
 
 
 def test_misuse() -> None:
