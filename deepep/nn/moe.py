@@ -39,6 +39,7 @@ from deepep.nn.precision import (
     autocast_dtype,
     check_multiplies,
     check_plain,
+    checked_output,
     is_distributed,
     parameter_options,
     summed_dtypes,
@@ -458,9 +459,10 @@ def _sum_of(
 def _run(experts: GroupedExperts, rows: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
     """rows [P, H] sorted by expert -> [P, H]."""
     if isinstance(experts, GroupedSwiGLU) and type(experts).forward is GroupedSwiGLU.forward:
-        made: Tensor = experts(rows, counts, ends)
-        return made
-    return experts(rows, counts)
+        made = experts(rows, counts, ends)
+    else:
+        made = experts(rows, counts)
+    return checked_output(made, rows)
 
 
 def _check_expert_counts(counts: object, num_local_experts: int, num_entries: int) -> None:

@@ -127,6 +127,22 @@ def check_plain(name: str, value: object) -> Tensor:
     return value
 
 
+def checked_output(made: object, rows: Tensor) -> Tensor:
+    """Rows [P, H] that experts, anybody's code, made of `rows` [P, H]: what follows reads as many.
+
+    Raises ArgumentTypeError, DeviceError or ShapeError. Traced ones are torch.compile's affair.
+    """
+    if torch.compiler.is_compiling():
+        assert isinstance(made, Tensor)
+        return made
+    found = check_plain("experts", made)
+    if found.shape != rows.shape:
+        raise ShapeError("experts", str(list(found.shape)), f"{list(rows.shape)}, as the rows given")
+    if found.device != rows.device:
+        raise DeviceError("experts", str(found.device), f"{rows.device}, where the rows are")
+    return found
+
+
 def is_distributed(value: Tensor) -> bool:
     """True for a DTensor. Found by its attributes: the class takes long to import and is rarely needed."""
     kind = type(value)

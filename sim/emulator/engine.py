@@ -95,7 +95,7 @@ class EmulatorEngine(ReferenceEngine):
             return high_throughput.combine(self._control, request, schedule, kernels)
 
     def sums_expanded(self, x: Tensor, num_sms: int = 0) -> bool:
-        return self._is_one_domain and x.dtype == torch.bfloat16
+        return self._is_one_domain and x.dtype == torch.bfloat16 and x.is_contiguous() and not x.is_neg()
 
     def _check_combine(self, request: CombineRequest) -> None:
         super()._check_combine(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,3 +97,55 @@ def test_experts_that_raise_on_one_rank_end_the_call_on_all(
 
     here, _ = on_ranks(2, body)
     assert here.startswith(f"rank 1: {part}: got " + error.__name__)
+
+
+class Returning(torch.nn.Module):
+    """Experts that return what a function makes of their rows."""
+
+    def __init__(self, make: Callable[[torch.Tensor], Any], num_local_experts: int) -> None:
+        super().__init__()
+        self.make, self.num_local_experts = make, num_local_experts
+
+    def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> Any:
+        return self.make(rows)
+
+
+NOT_ROWS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "nothing": lambda rows: None,
+    "fewer rows": lambda rows: rows[:-1],
+    "more rows": lambda rows: rows.repeat(2, 1),
+    "one row for all": lambda rows: rows[:1],
+    "flat": lambda rows: rows.flatten(),
+    "narrower": lambda rows: rows[:, :8].contiguous(),
+}
+STRIDED: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda rows: rows.t().contiguous().t(),
+    lambda rows: torch._neg_view(-rows),
+    lambda rows: rows.repeat(1, 2)[:, : rows.shape[1]],
+]
+
+
+@pytest.mark.parametrize("backend", [None, "emulator"])
+def test_experts_may_return_any_strides_and_no_other_shape(on_ranks: Any, backend: str | None) -> None:
+    """A combine that sums experts' rows itself reads one for each that was given, there or not."""
+    if backend == "emulator":
+        pytest.importorskip("deepep._emulator")
+
+    def body(buffer: Any) -> None:
+        from deepep import Buffer
+
+        with Buffer(buffer.group, timeout=60.0, backend=backend) as other:
+            layer = layer_on(other, dtype=torch.bfloat16)
+            x = tokens(other.rank, dtype=torch.bfloat16)
+            layer.experts = Returning(lambda rows: rows.clone(), layer.num_local_experts)
+            wanted = layer(x)
+            for make in STRIDED:
+                layer.experts.make = make
+                assert torch.equal(layer(x), wanted)
+            for name, make in NOT_ROWS.items():
+                layer.experts.make = make if other.rank == 1 else lambda rows: rows
+                with pytest.raises(ArgumentError, match="rank 1: experts: got") as caught:
+                    layer(x)
+                assert caught.value.argument == "experts", name
+
+    on_ranks(2, body)
