@@ -32,7 +32,8 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
 }
 
-/// Memory of the current device, zeroed; `pinned`: of the host, which kernels write to.
+/// Memory of the current device, zeroed before the constructor returns; `pinned`: of the host, which kernels
+/// write to.
 class Memory {
  public:
   explicit Memory(int64_t bytes, bool pinned = false) : pinned_(pinned) {
@@ -40,9 +41,13 @@ class Memory {
     const auto size = static_cast<size_t>(bytes);
     check(pinned ? cudaMallocHost(&made, size) : cudaMalloc(&made, size));
     bytes_ = static_cast<std::byte*>(made);
-    check(cudaMemset(bytes_, 0, size));
+    cudaError_t zeroed = cudaMemset(bytes_, 0, size);
+    // A kernel on a stream that does not wait for the default one would find what was there before.
+    if (zeroed == cudaSuccess) zeroed = cudaStreamSynchronize(nullptr);
+    if (zeroed != cudaSuccess) release();
+    check(zeroed);
   }
-  ~Memory() { pinned_ ? cudaFreeHost(bytes_) : cudaFree(bytes_); }
+  ~Memory() { release(); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
@@ -52,6 +57,8 @@ class Memory {
   }
 
  private:
+  void release() { pinned_ ? cudaFreeHost(bytes_) : cudaFree(bytes_); }
+
   bool pinned_;
   std::byte* bytes_ = nullptr;
 };

@@ -82,6 +82,8 @@ template <class Index>
 [[nodiscard]] inline std::vector<int64_t> send_rows(const DispatchLayout& layout,
                                                     std::span<const int64_t> first_rows) {
   const auto num_ranks = static_cast<int64_t>(layout.tokens_per_rank.size());
+  detail::expect(num_ranks > 0 && layout.is_token_in_rank.size() % layout.tokens_per_rank.size() == 0,
+                 "layout: is_token_in_rank has no multiple of num_ranks entries");
   detail::expect(static_cast<int64_t>(first_rows.size()) == num_ranks, "first_rows: not num_ranks entries");
   const auto num_tokens = static_cast<int64_t>(layout.is_token_in_rank.size()) / num_ranks;
   std::vector<int64_t> rows(layout.is_token_in_rank.size());

@@ -53,17 +53,50 @@ def check_output(program: Path) -> None:
         assert found == by_python(*case), (number, case)
 
 
-def test_the_example_builds_with_a_compiler_alone(tmp_path: Path) -> None:
+# Layouts that no call has made, each to be refused by its last argument's check.
+REFUSED = """
+#include <cstdio>
+#include "deepep/deepep.hpp"
+int main() {
+  const deepep::DispatchLayout odd{{1, 1}, {}, {}, {1, 1, 1}}, good{{1, 1}, {}, {}, {1, 1}};
+  const std::vector<int64_t> first{0, 0}, none;
+  for (const auto& [layout, rows] : {std::pair{deepep::DispatchLayout{}, none}, {odd, first}, {good, none}}) {
+    try {
+      (void)deepep::send_rows(layout, rows);
+      std::puts("taken");
+    } catch (const std::invalid_argument& error) {
+      std::puts(error.what());
+    }
+  }
+}
+"""
+
+
+def compiled(source: Path, folder: Path, rules: str = "*.cpp") -> Path:
+    """The program of a source, built with the rules (by pattern) by a compiler alone."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path / "layout"
-    sources = [EXAMPLE, *sorted((ROOT / "csrc" / "layout" / "rules").glob("*.cpp"))]
+    program = folder / source.stem
+    sources = [source, *sorted((ROOT / "csrc" / "layout" / "rules").glob(rules))]
     flags = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     subprocess.run(
         [compiler, *flags, f"-I{ROOT}/include", f"-I{ROOT}/csrc", *sources, "-o", program], check=True
     )
-    check_output(program)
+    return program
+
+
+def test_the_example_builds_with_a_compiler_alone(tmp_path: Path) -> None:
+    check_output(compiled(EXAMPLE, tmp_path))
+
+
+def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "refused.cpp"
+    source.write_text(REFUSED)
+    printed = subprocess.run(
+        [compiled(source, tmp_path, "layout.cpp")], text=True, check=True, stdout=subprocess.PIPE, timeout=60
+    ).stdout.splitlines()
+    assert [line.partition(":")[0] for line in printed] == ["layout", "layout", "first_rows"]
 
 
 @pytest.mark.slow
