@@ -7,9 +7,11 @@ importlib.metadata): whatever they find is this library, V1's Buffer and V2's El
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from email.message import Message
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from os import PathLike
@@ -23,7 +25,8 @@ _UTILS = ("envs", "event", "math", "testing")
 
 def install_as_deep_ep() -> None:
     """Make `import deep_ep` give this library, and with it `deep_ep.buffer`, `deep_ep.buffers.legacy` and
-    `.elastic`, `deep_ep.utils` and its modules, `deep_ep._C`, and `deep_ep_cpp`.
+    `.elastic`, `deep_ep.utils` and its modules, `deep_ep._C`, and `deep_ep_cpp`. Modules of this library are
+    the same ones under either name.
 
     Call it before the client is imported. Raises RuntimeError if another `deep_ep` has been imported already.
     """
@@ -35,7 +38,7 @@ def install_as_deep_ep() -> None:
         where = getattr(loaded, "__file__", None) or "elsewhere"
         raise RuntimeError(f"deep_ep has been imported from {where}: install this library first")
     if loaded is None:
-        sys.meta_path.append(_Metadata())
+        sys.meta_path.insert(0, _Names())
     extension = _extension(deepep)
     legacy = _module(f"{_NAME}.buffers.legacy", "V1's Buffer.", Buffer=deepep.Buffer, Config=deepep.Config)
     v2 = {"ElasticBuffer": deepep.ElasticBuffer, "EPHandle": deepep.EPHandle}
@@ -73,16 +76,46 @@ def _module(name: str, about: str, **names: Any) -> ModuleType:
     return module
 
 
-class _Metadata(DistributionFinder):
-    """Finds the distribution "deep_ep", of this library's version; no modules."""
+class _Names(DistributionFinder):
+    """Finds the distribution "deep_ep", of this library's version, and the library's modules by that name.
 
-    def find_spec(self, *asked: object) -> None:
-        """Nothing: modules stand in sys.modules."""
+    By its path, Python would make them anew: classes of errors that nobody raises.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module that exists without the underscore, too; DeepEP's own stand in sys.modules."""
+        package, _, rest = fullname.partition(".")
+        if package != _NAME or not rest:
+            return None
+        try:
+            found = importlib.util.find_spec(f"deepep.{rest}")
+        except ModuleNotFoundError:  # its parent is one of DeepEP's
+            return None
+        return None if found is None else ModuleSpec(fullname, _SameModule(found.name))
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
         """The one distribution, for those who ask for it by name."""
         asked = getattr(context, "name", None) or ""
         return [_DeepEP()] if asked.replace("-", "_").lower() == _NAME else []
+
+
+class _SameModule(Loader):
+    """Loads a module of this library by giving it out once more."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module that is there, or is imported now."""
+        module = importlib.import_module(self._name)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Gives it its own spec again, in whose place importlib has put the one that it was asked for."""
+        module.__spec__ = self._spec
 
 
 class _DeepEP(Distribution):

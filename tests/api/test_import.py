@@ -101,6 +101,20 @@ def test_clients_find_what_is_there(no_deep_ep: pytest.MonkeyPatch) -> None:
         assert hasattr(deep_ep.ElasticBuffer, name)
 
 
+def test_modules_are_the_same_under_both_names(no_deep_ep: pytest.MonkeyPatch) -> None:
+    """Twice the module would be twice its classes: an error of one is not caught by the name of the other."""
+    deepep.install_as_deep_ep()
+    for name in ("errors", "nn", "nn.exchange", "version"):
+        here = importlib.import_module(f"deepep.{name}")
+        assert importlib.util.find_spec(f"deep_ep.{name}") is not None
+        there = importlib.import_module(f"deep_ep.{name}")
+        no_deep_ep.delitem(sys.modules, f"deep_ep.{name}")
+        assert there is here
+        assert here.__spec__.name == here.__name__ == f"deepep.{name}"
+    for name in ("deep_ep.nothing", "deep_ep.utils.nothing"):
+        assert importlib.util.find_spec(name) is None
+
+
 def test_its_version_is_found(no_deep_ep: pytest.MonkeyPatch) -> None:
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("deep_ep")
