@@ -134,10 +134,11 @@ def _check_summed(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
                 raise ModeError("step", "gradients of one replica alone", allowed)
 
 
+@torch.no_grad()
 def move_experts(
     tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement, rank: int, group: Any
 ) -> list[Tensor]:
-    """A rank's `tensors`, [L, ..] of its experts by `old`, as new tensors, of its experts by `new`.
+    """A rank's `tensors`, [L, ..] of its experts by `old`, as new constants, of its experts by `new`.
 
     An expert that the rank held is copied from its first replica there; others come from one of the ranks
     that held it, taken in turn. Collective over `group`, in whose numbers `rank` is; all ranks pass the same

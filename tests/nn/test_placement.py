@@ -120,6 +120,18 @@ def test_what_has_no_gradient_or_no_replicas_is_left_alone(on_ranks: Any) -> Non
     assert on_ranks(2, stepping) == [[False, True]] * 2
 
 
+def moved(buffer: Any) -> bool:
+    layer = layer_on(buffer, place(LOADS, 2, 4))
+    new = place(OTHER, 2, 4)
+    made = dnn.move_experts(list(layer.experts.parameters()), layer.placement, new, buffer.rank, buffer.group)
+    return any(tensor.requires_grad for tensor in made)
+
+
+def test_weights_that_moved_are_constants(on_ranks: Any) -> None:
+    """What another rank sent has no gradient here, so none has."""
+    assert on_ranks(2, moved) == [False, False]
+
+
 def disagreeing(buffer: Any, mine: list[Any]) -> list[str]:
     layer = layer_on(buffer, place(LOADS, 2, 4))
     found = []
