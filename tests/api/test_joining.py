@@ -262,7 +262,7 @@ def test_an_invitation_by_other_members_is_refused(fresh_world: Any) -> None:
 
 
 def test_a_store_is_found_by_its_place() -> None:
-    from torch.distributed import FileStore, HashStore, PrefixStore, TCPStore
+    from torch.distributed import HashStore, PrefixStore, TCPStore
 
     from deepep.runtime.control.stores import base_of, open_store, place_of
 
@@ -280,4 +280,23 @@ def test_a_store_is_found_by_its_place() -> None:
         silent.bind(("127.0.0.1", 0))
         with pytest.raises(RangeError, match="one that answers"):
             open_store(f"tcp:127.0.0.1:{silent.getsockname()[1]}", 0.5)
-    assert place_of(FileStore("/tmp/deepep-no-such-store", -1)) == "file:/tmp/deepep-no-such-store"
+
+
+def test_a_store_in_a_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import FileStore
+
+    from deepep.runtime.control.admission import _MOST_BYTES, _proposal
+    from deepep.runtime.control.stores import open_store, place_of
+
+    monkeypatch.chdir(tmp_path)
+    FileStore("store", -1).set("key", "value")
+    place = place_of(FileStore("store", -1))
+    assert place == f"file:{tmp_path}/store"
+    monkeypatch.chdir("/")
+    assert open_store(place, 5.0).get("key") == b"value"
+    with pytest.raises(RangeError, match="one that is there"):
+        open_store(f"file:{tmp_path}/other", 5.0)
+    assert not (tmp_path / "other").exists()
+    assert _proposal(place).decode().partition(" ")[2] == place
+    assert len(_proposal("x" * 990)) <= _MOST_BYTES
+    assert _proposal("x" * 991 + "é").decode().partition(" ")[2] == ""

@@ -37,7 +37,7 @@ def invite(control: ControlPlane, ranks: Sequence[int]) -> str:
     membership = control.membership
     with _refusing(control, Operation.INVITE):
         _check_ranks(ranks, membership.masked, "a rank that is masked")
-    proposal = f"{uuid.uuid4().hex} {membership.place}".encode()[:_MOST_BYTES]
+    proposal = _proposal(membership.place)
     agreed = bytearray()
 
     def body(link: Link, limits: dict[int, int]) -> None:
@@ -145,6 +145,13 @@ def _check_ranks(ranks: Sequence[int], among: Collection[int], allowed: str) -> 
             raise RangeError("ranks", f"{rank}", allowed)
     if not ranks or len(set(ranks)) < len(ranks):
         raise RangeError("ranks", f"{tuple(ranks)}", "at least one, and each once")
+
+
+def _proposal(place: str) -> bytes:
+    """A token and the store's place; without it if it takes too many bytes: newcomers are given the store."""
+    token = uuid.uuid4().hex
+    whole = f"{token} {place}".encode()
+    return whole if len(whole) <= _MOST_BYTES else f"{token} ".encode()
 
 
 def _path(token: str) -> str:

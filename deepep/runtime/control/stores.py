@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ def place_of(store: Store) -> str:
         return f"tcp:{base.host}:{base.port}"
     if isinstance(base, FileStore):
         file: Any = base  # torch's stubs do not know its path
-        return f"file:{file.path}"
+        return f"file:{os.path.abspath(file.path)}"
     return ""
 
 
@@ -40,6 +41,8 @@ def open_store(place: str, timeout: float) -> Store:
             reason = str(error).partition("\n")[0]
             raise RangeError("store", f"{place} ({reason})"[:300], "one that answers") from None
     if kind == "file":
+        if not os.path.exists(where):  # it would be made, and nobody else look there
+            raise RangeError("store", place[:300], "one that is there")
         store = FileStore(where, -1)
         store.set_timeout(timedelta(seconds=timeout))
         return store
