@@ -267,7 +267,9 @@ class ExpertParallelMoE(nn.Module):
     def _perhaps_repeated(self, apply: Callable[..., Tensor], *given: Tensor) -> Tensor:
         if not self._recomputes():
             return apply(self.experts, *given)
-        kept: Tensor = checkpoint(apply, self.experts, *given, use_reentrant=False)
+        # In fixed shapes experts draw nothing; and torch up to 2.9 reads no generator's state in a graph.
+        draws = not self._is_fixed()
+        kept: Tensor = checkpoint(apply, self.experts, *given, use_reentrant=False, preserve_rng_state=draws)
         return kept
 
     def _check(self, x: Tensor) -> None:

@@ -125,6 +125,23 @@ def test_a_checkpoint_that_has_enough_is_no_error(on_ranks: Any) -> None:
     on_ranks(2, body)
 
 
+def test_repeated_experts_ask_no_generator(on_ranks: Any) -> None:
+    """They draw nothing, and torch up to 2.9 cannot read one's state while a graph is captured."""
+
+    def body(buffer: Any) -> None:
+        layer = layer_on(buffer, num_max_tokens=MOST, recompute=True)
+        x, asked = tokens(buffer.rank), list[bool]()
+        state = torch.get_rng_state
+        torch.get_rng_state = lambda: asked.append(True) or state()
+        try:
+            layer(x).sum().backward()
+        finally:
+            torch.get_rng_state = state
+        assert not asked
+
+    on_ranks(2, body)
+
+
 def test_what_does_not_fit_is_refused_on_all_ranks(on_ranks: Any) -> None:
     for said in on_ranks(2, refused):
         many, twice, experts = said
