@@ -68,7 +68,8 @@ class ElasticDispatchResult(NamedTuple):
 
     recv_x: [N, H] by source rank, then source token; or [X, H], one row for every top-k entry that names a
         local expert, by expert, then source rank, token, entry; or (that, scales [N, P] or [X, P]).
-    recv_topk_idx: [N, K], index among this rank's experts, or -1; None if expanded.
+    recv_topk_idx: [N, K], index among this rank's experts, or -1; None if expanded. It is the handle's, too:
+        to be read alone, as long as a combine is to return weights.
     recv_topk_weights: [N, K], 0 where the index is -1; [X] if expanded; None where none were given.
     handle: for the combine, and for further dispatches along the same routes.
     event: when the rows are there, with async_with_compute_stream; else an empty one.
