@@ -100,6 +100,9 @@ def test_repeated_experts_find_no_room(fresh_world: Callable[[int], World]) -> N
         assert int(got.handle.overflow_flag) == 1
         ends = got.handle.psum_num_recv_tokens_per_expert
         assert ends.tolist() == [5]  # a grouped GEMM that goes by them stays inside of the rows
+        for weights in (None, torch.ones(4, 2)):
+            again = buffer.dispatch(rows(4), topk_weights=weights, handle=got.handle, do_expand=True)
+            assert torch.equal(again.recv_x, got.recv_x)
         # Each expert has rows for rank 0's tokens, and for the first of rank 1's.
         kept = [2.0] * 4 if ctx.rank == 0 else [2.0, 0.0, 0.0, 0.0]
         assert buffer.combine(got.recv_x, got.handle).combined_x[:, 0].tolist() == kept
