@@ -128,7 +128,7 @@ def moved(buffer: Any) -> bool:
 
 
 def test_weights_that_moved_are_constants(on_ranks: Any) -> None:
-    """What another rank sent has no gradient here, so none has."""
+    """Those that another rank sent have no gradient here, so none has."""
     assert on_ranks(2, moved) == [False, False]
 
 
