@@ -245,6 +245,44 @@ def test_gradients_are_one_processes(
             assert torch.equal(rank[step][1], by_rank[0][step][1])
 
 
+def noisy(context: Any) -> tuple[list[int], list[float], float]:
+    """Of a step in which ranks have 4, 8 and 48 samples: these, their gradients, and the variance found."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, 64)
+    sampler = ElasticSampler(SAMPLES, 60, context.rank, context.num_ranks, weights=[1.0, 2.0, 12.0])
+    config = ParallelConfig("auto", min_compressed_bytes=0, timeout=60.0)
+    wrapper = deepep.DistributedDataParallel(
+        model, process_group=context.group, config=config, sampler=sampler
+    )
+    own: list[float] = []
+    for _ in range(3):  # what is found is known a step later
+        indices = sampler.indices()
+        if not own:
+            loss = model(data()[indices].float()).square().sum(1).mean()
+            own = torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
+            ).tolist()
+        wrapper.zero_grad()
+        wrapper(data()[indices].float()).square().sum(1).mean().backward()
+    reducer = wrapper._bucket_reducer
+    assert reducer is not None
+    found = reducer.noise[0].variance
+    wrapper.close()
+    return list(sampler.counts().values()), own, found
+
+
+def test_the_noise_is_that_of_a_mean_over_samples(world_of: Callable[[int], Any]) -> None:
+    """Of N samples: sum of n |g|^2, less N |m|^2, is on average R - 1 times what one sample varies by."""
+    by_rank = world_of(3).run(noisy, timeout=120.0)
+    counts, own = by_rank[0][0], torch.tensor([rank[1] for rank in by_rank], dtype=torch.float64)
+    assert counts == [4, 8, 48]
+    weights = torch.tensor(counts, dtype=torch.float64) / 60
+    mean = (weights[:, None] * own).sum(0)
+    wanted = 3 * float((weights * (own**2).sum(1)).sum() - (mean**2).sum()) / 2
+    for _, _, found in by_rank:
+        assert found == pytest.approx(wanted, rel=0.05)
+
+
 class FixedMeter(SpeedMeter):
     """A meter of a rank whose speed is known."""
 
