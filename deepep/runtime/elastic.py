@@ -360,9 +360,11 @@ def _also_after(schedule: Schedule, event: Completion | None) -> Schedule:
     """The schedule of work that comes behind `event` as well."""
     if event is None:
         return schedule
-    if schedule.after is None and not schedule.asynchronous:
+    at_once = schedule.after is None and not schedule.asynchronous
+    if at_once and isinstance(event, CudaCompletion):
         event.current_stream_wait()
         return schedule
+    # A host's event may have failed: that is raised in the operation's turn, where the peers learn of it.
     return replace(schedule, after=after_all(schedule.after or now(), event))
 
 

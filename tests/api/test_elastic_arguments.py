@@ -287,6 +287,26 @@ def _future_of(completion: Any) -> Any:
     return completion.future
 
 
+@pytest.mark.parametrize("expand", [False, True])
+def test_an_event_that_failed_ends_the_combine_on_all_ranks(
+    fresh_world: Callable[[int], World], expand: bool
+) -> None:
+    def run(ctx: Any) -> None:
+        from concurrent.futures import Future
+
+        from deepep import EventHandle
+
+        buffer = elastic_of(ctx)
+        got = buffer.dispatch(**rows_of(ctx.rank), do_expand=expand)
+        failed: Future[None] = Future()
+        failed.set_exception(RuntimeError("device lost"))
+        event = EventHandle(HostCompletion(failed)) if ctx.rank == 0 else None
+        with pytest.raises(RuntimeError, match="device lost"):  # on rank 1 PeerTimeoutError, with its words
+            buffer.combine(got.recv_x, got.handle, previous_event_before_epilogue=event)
+
+    fresh_world(2).run(run)
+
+
 def test_a_synchronous_call_waits_for_its_events(world_of: Callable[[int], World]) -> None:
     def run(ctx: Any) -> None:
         import threading
