@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_efficiency, dp_faults, dp_networks, dp_uneven
+from deepep.cli import dp_efficiency, dp_faults, dp_join, dp_networks, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import RangeError
 
@@ -30,7 +30,7 @@ def command(
     what: Annotated[
         str,
         typer.Argument(
-            help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency."
+            help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join."
         ),
     ],
     ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given, efficiency: 20.")] = 0,
@@ -42,7 +42,7 @@ def command(
     rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.")] = 5,
     pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
-    times: Annotated[int, typer.Option(help="kill: runs for each phase.")] = 5,
+    times: Annotated[int, typer.Option(help="kill: runs for each phase; join: for each size.")] = 5,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice; kill.")] = 0,
     killed: Annotated[int, typer.Option("--kill", help="efficiency: ranks that die.")] = 1,
     window: Annotated[float, typer.Option(help="efficiency: seconds from their death on.")] = 60.0,
@@ -58,7 +58,8 @@ def command(
     becomes slow has others planned. noise: formats that follow the gradients' noise, in the demo. kill: a
     rank that dies in a training step has the others go on, with the weights that they should have. uneven:
     ranks of several speeds, whose shares follow what is measured, against torch's equal ones. efficiency:
-    samples that count in a minute in which ranks die, beside torchrun's restart; or simulated.
+    samples that count in a minute in which ranks die, beside torchrun's restart; or simulated. join: for how
+    long the others stop when a process takes its place, by the size of what it is given.
     """
     from deepep.sim.links.emulated import NetworkError
 
@@ -77,6 +78,7 @@ def command(
             if simulate
             else dp_efficiency.efficiency(ranks or 20, killed, window, costs)
         ),
+        "join": lambda: dp_join.join(ranks or 4, times),
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))

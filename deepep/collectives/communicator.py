@@ -6,7 +6,7 @@ import hashlib
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,27 +22,24 @@ from deepep.collectives.plan import ReductionPlan
 from deepep.collectives.probe import probe
 from deepep.collectives.scattering import reduce_scatter
 from deepep.collectives.schedules import PARTIAL, RESULT, Reduction, shares
+from deepep.collectives.step_operations import StepOperations
 from deepep.collectives.transport import MANY_UNITS, PointToPoint, Steps, Transfer, drive
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
     DeepEPError,
     DeviceError,
-    EvictedError,
     LayoutError,
-    PeerTimeoutError,
     ShapeError,
 )
 from deepep.runtime.checks import check_int, check_memory
 from deepep.runtime.completion import Completion, HostCompletion
 from deepep.runtime.control import agreement
 from deepep.runtime.control.agreement import NO_LIMIT, dtype_code
-from deepep.runtime.control.committing import course_of_step
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.processes import only_here
-from deepep.runtime.control.shrinking import Course
-from deepep.runtime.control.transport import Link, transport
-from deepep.runtime.engine import Engine, Observer
+from deepep.runtime.control.transport import Link
+from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Operation, Schedule
 from deepep.runtime.session import Session, membership_of
 
@@ -85,7 +82,7 @@ class PendingReduction:
         return self._done
 
 
-class Communicator:
+class Communicator(StepOperations):
     """Sums and means of tensors over the ranks of a process group. One object per rank, constructed by all.
 
         with Communicator(group) as comm:
@@ -116,9 +113,9 @@ class Communicator:
         session, membership = Session.of(group, self.device), membership_of(group, timeout)
         self.group, self.bytes_sent = group, 0
         try:
-            facts = {"host": socket.gethostname()}
-            met = agreement.agree(membership, "arrived", statement or {}, None, facts)
-            self._hosts = [str(met[rank]["host"]) for rank in range(session.num_ranks)]
+            self._facts = {"host": socket.gethostname()}
+            met = agreement.agree(membership, "arrived", statement or {}, None, self._facts)
+            self._hosts = {rank: str(facts["host"]) for rank, facts in met.items()}
             self._control = ControlPlane(session, membership, {"device": self.device.type})
             self._control.agree({})
         except DeepEPError:
@@ -129,11 +126,6 @@ class Communicator:
         self._finalizer = weakref.finalize(self, only_here(self._control.abandon))
 
     # who takes part
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """The group's ranks that take part, ascending: all, but for those that `survive` left out."""
-        return self._control.membership.members
 
     @property
     def num_ranks(self) -> int:
@@ -345,89 +337,15 @@ class Communicator:
         def body(link: Link) -> None:
             found.append(probe(PointToPoint(link), lambda values: _gathered(link, values)))
 
-        self._perform_probe(body)
+        self._perform(Operation.PROBE, body, {"numbers": 0})
         return found[0]
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's numbers, as many on each, by rank. Collective, on the CPU."""
         found: list[list[float]] = []
-        self._perform_probe(lambda link: found.extend(_gathered(link, values)), len(values))
+        agreed = {"numbers": len(values)}
+        self._perform(Operation.PROBE, lambda link: found.extend(_gathered(link, values)), agreed)
         return found
-
-    def _perform_probe(self, body: Callable[[Link], None], count: int = 0) -> None:
-        with self._control.issuing:
-            self._control.check_alive()
-            completion = self._control.perform(
-                Operation.PROBE, Schedule(), lambda link, limits: body(link), agreed={"numbers": count}
-            )
-        completion.host_wait()
-
-    # training steps
-
-    def commit(self, step: int) -> None:
-        """Returns once every member has come here: each has its sums of this step. Collective.
-
-        Raises PeerTimeoutError: then `survive` says whether they count.
-        """
-        self._control.barrier(Schedule(), {"step": step}, Operation.COMMIT)
-
-    def collective(self, call: Callable[[dist.ProcessGroup], dist.Work], about: int) -> None:
-        """Makes a collective of torch's on the members' private group. about: a number that is the same on
-        all of them. Raises PeerTimeoutError.
-        """
-
-        def body(link: Link, limits: dict[int, int]) -> None:
-            with transport():
-                call(link.group).wait()
-
-        with self._control.issuing:
-            self._control.check_alive()
-            completion = self._control.perform(
-                Operation.COLLECTIVE, Schedule(), body, agreed={"collective": about}
-            )
-        completion.host_wait()
-
-    def lead(self, engines: Iterable[Engine]) -> None:
-        """Settles, from now on, what fails in the operations of these engines too, of the same ranks, so that
-        both end with the same members: they raise PeerTimeoutError for `give_up` to take.
-        """
-        self._control.lead([engine.control_plane() for engine in engines])
-
-    def give_up(self, error: PeerTimeoutError) -> PeerTimeoutError:
-        """Gives up this step's operations because of what this rank has met beside them: the error for
-        `survive`, as all members have it.
-        """
-        found: list[PeerTimeoutError] = []
-
-        def job() -> None:
-            found.append(self._control.membership.give_up(Operation.STEP.label, error))
-
-        with self._control.issuing:
-            self._control.locally(job, Schedule()).host_wait()
-        return found[0]
-
-    def survive(self, fault: PeerTimeoutError, min_members: int | None) -> Course:
-        """Goes on after `fault` without the ranks that are missing: the course of this rank's step, which
-        fits those of the others (runtime/control/committing.py). The next operation connects who is left.
-
-        min_members: fewer do not go on; None: the majority of those who were there. Raises EvictedError on a
-        rank that the others leave out; else `fault`, where it is not settled who is missing.
-        """
-        before = len(self.members)
-        found: list[Course] = []
-
-        def job() -> None:
-            found.append(self._control.membership.go_on(fault, course_of_step, evicts=True))
-
-        with self._control.issuing:
-            self._control.locally(job, Schedule()).host_wait()
-        if found[0] is Course.LEFT_OUT:
-            raise EvictedError(fault.record, f"the others have gone on: {fault.reason}")
-        least = before // 2 + 1 if min_members is None else min_members
-        if len(self.members) < least:
-            left = f"{len(self.members)} of {before} ranks are left, fewer than min_members={least}"
-            raise PeerTimeoutError(fault.record, f"{left}; {fault.reason}")
-        return found[0]
 
     def observe(self, observer: Observer | None) -> None:
         """Has `observer(operation, phase)` called where operations begin their phases, for tests."""
@@ -440,6 +358,11 @@ class Communicator:
         if self._finalizer.detach():
             self._control.leave()
 
+    def abandon(self) -> None:
+        """Ends it on this rank, whose peers learn that it will not come. Idempotent."""
+        if self._finalizer.detach():
+            self._control.abandon()
+
     def __enter__(self) -> Self:
         return self
 
@@ -448,8 +371,8 @@ class Communicator:
     ) -> None:
         if error is None:
             self.close()
-        elif self._finalizer.detach():
-            self._control.abandon()
+        else:
+            self.abandon()
 
 
 def reduce(

@@ -66,13 +66,22 @@ class PlanTable:
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON, for `load` and `topology=path`."""
-        Path(path).write_text(json.dumps({"version": _VERSION, "table": asdict(self)}, indent=1) + "\n")
+        Path(path).write_text(self.encode() + "\n")
+
+    def encode(self) -> str:
+        """The table as JSON, for `decode`."""
+        return json.dumps({"version": _VERSION, "table": asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> PlanTable:
         """Reads what `save` wrote. Raises RangeError for anything else, OSError for no file."""
+        return cls.decode(Path(path).read_text(), str(path))
+
+    @classmethod
+    def decode(cls, text: str, source: str = "text") -> PlanTable:
+        """The table that `encode` made a text of. Raises RangeError, with where it is from, for any other."""
         try:
-            stored = json.loads(Path(path).read_text())
+            stored = json.loads(text)
             table = stored["table"]
             entries = tuple(
                 PlanEntry(
@@ -85,9 +94,9 @@ class PlanTable:
             )
             made = cls(checked_groups(table["groups"]), entries, int(table["version"]))
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise RangeError("plan", f"{path}: {error}", "a file that PlanTable.save wrote") from None
+            raise RangeError("plan", f"{source}: {error}", "a file that PlanTable.save wrote") from None
         if stored.get("version") != _VERSION or not entries:
-            raise RangeError("plan", f"{path}: version {stored.get('version')}", f"version {_VERSION}")
+            raise RangeError("plan", f"{source}: version {stored.get('version')}", f"version {_VERSION}")
         return made
 
 

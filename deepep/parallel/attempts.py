@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 # What torch's own process groups in Python return; it has no public name, and no type.
 from torch._C._distributed_c10d import _create_work_from_future as work_of  # type: ignore[attr-defined]
@@ -26,10 +26,12 @@ from torch.futures import Future
 from deepep.collectives import Communicator
 from deepep.errors import ModeError, PeerTimeoutError, RangeError
 from deepep.parallel.exchanges import Exchanges
+from deepep.parallel.joining import Admissions
 from deepep.runtime.checks import MOST, check_int
 from deepep.runtime.control.shrinking import Course
 
 if TYPE_CHECKING:
+    from deepep.parallel.ddp import DistributedDataParallel
     from deepep.parallel.hook import Bucket, BucketReducer
 
 KEEP = ("buckets", "recompute")
@@ -90,7 +92,9 @@ class Steps:
     next forward, which ranks may not know of each other after a fault, else they find the order of arrival.
     """
 
-    def __init__(self, model: nn.Module, reducer: BucketReducer, renew: Callable[[bool], None]) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, reducer: BucketReducer, renew: Callable[[bool], None]
+    ) -> None:
         self._model, self._reducer, self._renew = model, reducer, renew
         self._exchanges = Exchanges(model, reducer.comm)
         self.keep = KEEP[0]
@@ -100,6 +104,8 @@ class Steps:
         self._faults = 0
         self._held: dict[int, HeldBucket] = {}
         self._error: BaseException | None = None
+        self.admissions = Admissions(model, reducer, self)
+        self._announced = 0
 
     def configure(self, keep: str | None, min_members: int | None) -> None:
         """Sets what holds for attempts from now on. Raises RangeError, ModeError or ArgumentTypeError."""
@@ -115,6 +121,14 @@ class Steps:
         if min_members is not None:
             check_int("min_members", min_members, 1, MOST)
         self.keep, self.min_members = keep, min_members
+
+    # between two steps
+
+    def admit(self) -> None:
+        """Takes in who was announced when the last step was committed. Raises what `survive` does."""
+        announced, self._announced = self._announced, 0
+        if announced:
+            self.admissions.admit(announced)
 
     # of a backward
 
@@ -145,11 +159,13 @@ class Steps:
         """
         error, self._error = self._error, None
         if self._is_stale or self._is_renewed:
-            self._begin_anew()
+            self.begin_anew()
         if error is not None:
             raise error
 
-    def _begin_anew(self) -> None:
+    def begin_anew(self, is_stale: bool = False) -> None:
+        """Begins torch's reducer anew, among the members. is_stale: as `renew` has it."""
+        self._is_stale = self._is_stale or is_stale
         self._renew(self._is_stale)
         self._is_stale, self._is_renewed = False, self._is_stale
 
@@ -159,10 +175,10 @@ class Steps:
             try:
                 if failure is not None:
                     raise failure
-                comm.commit(self._reducer.step)
+                self._announced = comm.commit(self._reducer.step, self.admissions.news())
                 break
             except PeerTimeoutError as fault:
-                course = self._survive(fault)
+                course = self.survive(fault, self.min_members)
                 if course is Course.GO_ON:
                     break
                 if course is Course.RESTART or self.keep == "recompute":
@@ -171,18 +187,20 @@ class Steps:
         self.is_committed = True
         self._faults = 0
 
-    def _survive(self, fault: PeerTimeoutError) -> Course:
+    def survive(self, fault: PeerTimeoutError, min_members: int | None) -> Course:
+        """As `Communicator.survive`; with plans for those who are left."""
         comm = self._reducer.comm
         self._faults += 1
+        self._announced = 0  # not all may have learned of it
         try:
             if self._faults > _MOST_FAULTS:
                 raise fault
             before = comm.members
-            course = comm.survive(fault, self.min_members)
+            course = comm.survive(fault, min_members)
         except PeerTimeoutError:
             self._is_over = True
             raise
-        self._reducer.restart([before.index(rank) for rank in comm.members])
+        self._reducer.restart()
         self._is_stale = True
         self._exchanges.go_on(before)
         return course
@@ -212,8 +230,8 @@ class Steps:
         failed = isinstance(error, AttemptFailed)
         if isinstance(error, PeerTimeoutError) and not (self._is_over or self.is_committed):
             # Of a collective in the forward, or of somebody else's: a Buffer's.
-            self._survive(self._reducer.comm.give_up(error))
-            self._begin_anew()
+            self.survive(self._reducer.comm.give_up(error), self.min_members)
+            self.begin_anew()
             failed = True
         if failed:
             with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +31,11 @@ from deepep.parallel.experts import (
     statement_of_experts,
 )
 from deepep.parallel.hook import BucketReducer, reduce_bucket
+from deepep.parallel.joining import LoneGroup, buckets_of, come_in, statement_of
 from deepep.parallel.planning import table_of
 from deepep.parallel.sampler import ElasticSampler
+from deepep.parallel.state import check_objects
+from deepep.runtime.checks import MOST, check_int
 
 GRADIENTS = ("mean", "sum")
 
@@ -134,7 +137,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         scale_gradients(replicated, num_ranks if gradient == "sum" else 1, 1)
         if sampler is not None:
             self._check_sampler(sampler, options)
-        if not options.is_torchs:
+        if not options.is_torchs and not isinstance(self.process_group, LoneGroup):
             self._bucket_reducer = attach(self, options, gradient, sampler)
         if replicas is not None and experts:
             self._reduce_experts(module, replicas, options)
@@ -143,7 +146,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if not isinstance(sampler, ElasticSampler):
             raise ArgumentTypeError("sampler", type(sampler).__name__, "a deepep.ElasticSampler")
         place = (self.process_group.rank(), self.process_group.size())
-        if (sampler.rank, sampler.num_ranks) != place:
+        joins = isinstance(self.process_group, LoneGroup)  # the members know the place
+        if not joins and (sampler.rank, sampler.num_ranks) != place:
             got = f"rank {sampler.rank} of {sampler.num_ranks}"
             raise RangeError("sampler", got, f"rank {place[0]} of {place[1]}, as in the process group")
         if options.is_torchs:
@@ -209,11 +213,18 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         Raises RangeError or ArgumentTypeError; the next backward raises MismatchError if ranks differ.
         """
         reducer = self._reducer_of_ours()
-        reducer.next_config = with_changes(reducer.next_config or reducer.config, changes)
+        reducer.next_config = with_changes(reducer.next_config or reducer.given, changes)
         if self._expert_reducer is not None:
             self._expert_reducer.reducer.next_config = reducer.next_config
 
-    def attempts(self, *, keep: str | None = None, min_members: int | None = None) -> Iterator[StepAttempt]:
+    def attempts(
+        self,
+        *,
+        keep: str | None = None,
+        min_members: int | None = None,
+        state: Mapping[str, Any] | None = None,
+        name: str = "model",
+    ) -> Iterator[StepAttempt]:
         """Attempts at one training step, which goes on without ranks that die in it; usually there is one.
 
             for attempt in model.attempts():
@@ -231,6 +242,10 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         with deepep.nn.ExpertParallelMoE, which takes no other. Its Buffers then lose the same ranks, and its
         gates choose among the experts that are left.
         min_members: fewer ranks do not go on; None: more than half of those who were there before.
+        state: has processes join (`join_run`), before the first attempt, in the place of ranks that died:
+        objects by name, with `state_dict` and `load_state_dict`, that a rank which joins needs as they are
+        here: the optimizer, a scheduler, a sampler, a torch.Generator that all ranks have alike. None: nobody
+        joins. name: of this model, if the run trains several.
 
         Raises EvictedError on a rank without which the others have gone on; PeerTimeoutError if too few are
         left, the store is lost, or it is not settled who is missing; ModeError, RangeError for what does not
@@ -240,16 +255,77 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             raise ModeError("gradient", repr(self._gradient), "'mean': of the ranks that are there")
         if self._expert_reducer is not None:
             raise ModeError("expert_group", "replicas of experts", "experts of one rank each, or none")
-        reducer = self._reducer_of_ours()
+        if state is not None and self._experts:
+            raise ModeError("state", "a model with experts", "None: no other rank has a rank's experts")
+        steps = self._steps_of(self._reducer_of_ours())
+        steps.configure(keep, min_members)
+        steps.admissions.configure(state, name)
+        steps.admit()
+        attempt = StepAttempt(steps)
+        while not attempt.is_done:
+            yield attempt
+
+    def _steps_of(self, reducer: BucketReducer) -> Steps:
         if reducer.comm.device.type != "cpu":
             raise ModeError("attempts", f"a model on {reducer.comm.device}", "a model on the CPU")
         if reducer.steps is None:
             reducer.steps = Steps(self, reducer, self._renew)
             self._take_group(StepCollectives(reducer.comm))
-        reducer.steps.configure(keep, min_members)
-        attempt = StepAttempt(reducer.steps)
-        while not attempt.is_done:
-            yield attempt
+        return reducer.steps
+
+    @classmethod
+    def join_run(
+        cls,
+        module: nn.Module,
+        rank: int,
+        state: Mapping[str, Any],
+        *,
+        store: Any,
+        name: str = "model",
+        timeout: float | None = None,
+        config: ParallelConfig | None = None,
+        sampler: ElasticSampler | None = None,
+        **arguments: Any,
+    ) -> DistributedDataParallel:
+        """A new process's model, as `rank` of a training that goes on: one that has died, or was left out.
+
+            optimizer = torch.optim.AdamW(module.parameters())
+            model = deepep.DistributedDataParallel.join_run(module, 3, {"optimizer": optimizer}, store=store)
+
+        Returns before the same step as the members: they send the module's weights and buffers, the sampler's
+        step, and all that `state` has, as they pass it to `attempts`, which are theirs then, bit for bit, or
+        this raises. What has to be the same (options, parameters, modules, kinds of objects in `state`) is
+        compared before they stop for it.
+
+        store: a connection to the store that the run's group met through; or the group itself, on a rank that
+        was left out. name: as of `attempts`. timeout: seconds to wait for the members to come to a step;
+        None: the config's. config, sampler and the other arguments: the constructor's.
+
+        Raises MismatchError if the members have something else, PeerTimeoutError if nobody invites this rank;
+        ModeError, RangeError, ArgumentTypeError for what does not fit.
+        """
+        options = config or get_config()
+        check_int("rank", rank, 0, MOST)
+        check_objects(state)
+        model = cls(module, process_group=LoneGroup(), config=options, sampler=sampler, **arguments)
+        if sampler is not None and sampler.rank != rank:
+            raise RangeError("sampler", f"rank {sampler.rank}'s", f"rank {rank}'s")
+        if options.is_torchs or model.device_type != "cpu" or model._experts or model._gradient != "mean":
+            allowed = "steps that outlive ranks, as of `attempts`, on the CPU, without experts"
+            raise ModeError("join_run", "a model that has none", allowed)
+        statement = statement_of(model, options, sampler, state)
+        seconds = options.seconds if timeout is None else timeout
+        comm, invitation = come_in(rank, statement, store, name, seconds, options.seconds)
+        try:
+            reducer = model._bucket_reducer = BucketReducer(comm, options)
+            _reduce_by(model, reducer, sampler)
+            steps = model._steps_of(reducer)
+            steps.admissions.configure(state, name)
+            steps.admissions.hand_over(invitation.members, invitation.ranks)
+        except BaseException:
+            comm.abandon()
+            raise
+        return model
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -318,15 +394,20 @@ def attach(
             "config": repr(config),
             "gradient": gradient,
             "sampler": "" if sampler is None else sampler.statement(),
-            # By which the ranks cut buckets alike; one cap, or several (torch from 2.13 on).
-            "buckets": repr((model.bucket_bytes_cap, getattr(model, "bucket_bytes_cap_list", []))),
+            "buckets": buckets_of(model),
         },
     )
+    _reduce_by(model, reducer, sampler)
+    return reducer
+
+
+def _reduce_by(
+    model: TorchDistributedDataParallel, reducer: BucketReducer, sampler: ElasticSampler | None
+) -> None:
     reducer.sampler = sampler
     if sampler is not None and sampler.is_measured:
         reducer.meter = SpeedMeter()
     TorchDistributedDataParallel.register_comm_hook(model, reducer, reduce_bucket)
-    return reducer
 
 
 def reducer_over(

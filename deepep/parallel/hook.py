@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Bucket(Protocol):
 class BucketReducer:
     """Averages the buckets of one model's backwards over the ranks.
 
-    table: measured or pinned plans; None: by the fixed rule. step: backwards so far, by which dice differ.
+    table: measured or pinned plans; None: by the fixed rule. given: `config` as it was given, of all ranks;
+    `config` is for the members. step: backwards so far, by which dice differ.
     plans: of the last backward, by bucket. members: the group's ranks that it sums over. next_config: options
     that hold from the next backward on. formats: of compression "auto", by bucket; noise: what they followed
     from, as of the backward before the last. sampler: by whose counts the average is one over samples, None:
@@ -71,7 +72,11 @@ class BucketReducer:
     _plans_before: dict[int, ReductionPlan] = field(default_factory=dict)
     _drift: DriftDetector = field(default_factory=DriftDetector)
     _sizes: dict[int, int] = field(default_factory=dict)
-    _planned: tuple[float, float] = (0.0, 0.0)  # when plans were last measured again, and for how long
+    _measured_at: tuple[float, float] = (0.0, 0.0)  # when plans were last measured again, and for how long
+
+    def __post_init__(self) -> None:
+        self.given = self.config
+        self._planned, self._planned_for = self.table, self.comm.members
 
     def reduce(self, bucket: Bucket) -> Future[Tensor]:
         """Starts a bucket; its future is the bucket itself, reduced. Never raises inside autograd, which
@@ -134,10 +139,11 @@ class BucketReducer:
         """Begins a backward: with the options, plans and formats that hold from now on, on every rank."""
         self._learn()
         if self.next_config is not None:
-            before, self.config, self.next_config = self.config, self.next_config, None
-            if _what_is_measured(before) != _what_is_measured(self.config):
-                self.table, self.formats = table_of(self.comm, self.config), {}
-                self._drift.restart()
+            before, self.given, self.next_config = self.given, self.next_config, None
+            self.config = self._config_of_members()
+            if _what_is_measured(before) != _what_is_measured(self.given):
+                self.formats = {}
+                self._measure(None)
         elif self._first is not None and self._first.callers:
             self._plan_again()
         self._plans_before, self.plans = self.plans, {}
@@ -156,9 +162,13 @@ class BucketReducer:
 
     def _plan_again(self) -> None:
         started = time.monotonic()
-        self.table = table_of(self.comm, self.config, current=self.table)
+        self._measure(self.table)
+        self._measured_at = (time.monotonic(), time.monotonic() - started)
+
+    def _measure(self, current: PlanTable | None) -> None:
+        self.table = self._planned = table_of(self.comm, self.config, current=current)
+        self._planned_for = self.comm.members
         self._drift.restart()
-        self._planned = (time.monotonic(), time.monotonic() - started)
 
     def _has_drifted(self) -> bool:
         """True if the first bucket's times are not as before, and measuring again is not too expensive."""
@@ -166,7 +176,7 @@ class BucketReducer:
             return False
         plan, size = self._plans_before[0], self._sizes[0]
         is_off = self._drift.observe(self._first.seconds, self.table.expected_seconds(plan.codec, size))
-        when, took = self._planned
+        when, took = self._measured_at
         return is_off and took <= self.config.probe_budget * (time.monotonic() - when)
 
     def _issue(self, index: int, step: int, tensor: Tensor) -> Future[Tensor]:
@@ -298,19 +308,37 @@ class BucketReducer:
     def _forget(self) -> None:
         self._first, self._measured, self._given = None, {}, {}  # of use only if all ranks have them
 
-    def restart(self, places: list[int]) -> None:
-        """Forgets, after a fault, what was measured, and has plans be for the members that are left, by their
-        places among those before.
+    def restart(self) -> None:
+        """Forgets, after a change of the members, what was measured, and has plans be for those who are
+        there; by the fixed rule if measured ones do not have them all.
         """
         self._forget()
         self._failure, self._pending = None, []  # of a backward that has failed on its way
         self._sizes.clear()
         self._drift.restart()
-        pinned, self.config = self.config.topology, config_among(self.config, places)
-        if self.table is not None and self.table is not pinned:
-            self.table = self.table.among(places)
-        elif isinstance(self.config.topology, PlanTable):
+        self.config, members = self._config_of_members(), self.comm.members
+        self.table = None
+        if isinstance(self.config.topology, PlanTable):
             self.table = self.config.topology
+        elif self._planned is not None and set(members) <= set(self._planned_for):
+            self.table = self._planned.among([self._planned_for.index(rank) for rank in members])
+
+    def plan_for_members(self) -> None:
+        """Measures plans, if there are some that do not have all members. Collective then."""
+        if self.table is None and self._planned is not None:
+            self._measure(None)
+
+    def _config_of_members(self) -> ParallelConfig:
+        return config_among(self.given, self.comm.members)
+
+    def plan_state(self) -> dict[str, Any]:
+        """Plans that were measured, for a rank that joins."""
+        return {"table": self._planned and self._planned.encode(), "ranks": list(self._planned_for)}
+
+    def load_plan_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over plans from `plan_state`."""
+        self._planned = PlanTable.decode(state["table"]) if state["table"] else None
+        self._planned_for = tuple(state["ranks"])
 
     def sum_again(self, held: Mapping[int, HeldBucket]) -> BaseException | None:
         """Sums over the ranks that are left what this rank has of each bucket; the failure, if any."""

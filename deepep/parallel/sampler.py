@@ -229,9 +229,10 @@ class ElasticSampler(Sampler[list[int]]):
             self.set_weights(state["weights"])
             self._steps_since = check_int("steps_since", state["steps_since"], 0, _MOST_SAMPLES)
 
-    def statement(self) -> str:
+    def statement(self, with_weights: bool = True) -> str:
         """Text that is the same on ranks whose samplers share steps as each other's do."""
-        rest = (self.batch, self.max_samples, self.is_measured, self.rebalance_every, self.weights)
+        weights = self.weights if with_weights else None
+        rest = (self.batch, self.max_samples, self.is_measured, self.rebalance_every, weights)
         return repr((self._same(), *rest))
 
     def _same(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Operation(IntEnum):
     ALL_GATHER = 22
     PP_SET_CONFIG = 23
     ENGRAM_WRITE = 24
+    HAND_OVER = 25
 
     @property
     def label(self) -> str:

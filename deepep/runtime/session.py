@@ -82,13 +82,13 @@ def membership_of(group: dist.ProcessGroup, timeout: float, num_ranks: int = 0) 
         found = _places.get(group)
         if found is None:
             store = store_of(group)
-            found = _places[group] = MeetingPlace(ControlStore(store, _prefix()), Connections(store))
+            found = _places[group] = MeetingPlace(ControlStore(store, run_prefix()), Connections(store))
     size = num_ranks or group.size()
     vacant = found.vacant | set(range(group.size(), size))
     return Membership(found.store, found.connections, group.rank(), size, timeout, vacant)
 
 
-def _prefix() -> str:
+def run_prefix() -> str:
     """The prefix of all keys; under torchrun, whose store outlives them, of this run and attempt of it."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return "/".join(["deepep", *(os.environ[name] for name in names if name in os.environ)])

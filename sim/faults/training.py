@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,15 +146,9 @@ def _train(
         model, process_group=ctx.group, config=config, bucket_cap_mb=0.003 if is_dense else 0.0005
     )
     optimizer = optimizer_of(ddp)
-    reducer, buckets, striker = ddp._bucket_reducer, {}, Striker(ctx.rank, ends, folder)
+    reducer, striker = ddp._bucket_reducer, Striker(ctx.rank, ends, folder)
     watch = ExchangeWatch(striker.reached)
-    reduce = reducer.reduce
-
-    def recording(bucket: Any) -> Any:
-        buckets[bucket.index()] = [_name_of(gradient, model) for gradient in bucket.gradients()]
-        return reduce(bucket)
-
-    reducer.reduce = recording
+    buckets = record_buckets(reducer, model)
     reducer.comm.observe(striker.observed)
     if isinstance(model, nn.Sequential):
         first, last = model[0], model[4]
@@ -185,6 +179,19 @@ def _train(
 def _loss_with_experts(model: nn.Module, rank: int, step: int) -> Tensor:
     loss: Tensor = model(expert_training.tokens_of(rank, step)).square().mean()
     return loss
+
+
+def record_buckets(reducer: Any, model: nn.Module) -> dict[int, list[str]]:
+    """The names of the parameters in each bucket that a reducer sums, from now on, by its number."""
+    buckets: dict[int, list[str]] = {}
+    reduce = reducer.reduce
+
+    def recording(bucket: Any) -> Any:
+        buckets[bucket.index()] = [_name_of(gradient, model) for gradient in bucket.gradients()]
+        return reduce(bucket)
+
+    reducer.reduce = recording
+    return buckets
 
 
 def _name_of(gradient: Tensor, model: nn.Module) -> str:
@@ -226,7 +233,11 @@ class Striker:
                 self.reached(name)
 
 
-def oracle(members: Sequence[tuple[int, ...]], buckets: Sequence[Sequence[Sequence[str]]]) -> str:
+def oracle(
+    members: Sequence[tuple[int, ...]],
+    buckets: Sequence[Sequence[Sequence[str]]],
+    loss: Callable[[nn.Module, int, int], Tensor] = loss_of,
+) -> str:
     """The hash of the weights after as many steps, each of which sums over its members."""
     torch.set_num_threads(1)
     model = model_of()
@@ -238,7 +249,7 @@ def oracle(members: Sequence[tuple[int, ...]], buckets: Sequence[Sequence[Sequen
         for rank in ranks:
             before = [buffer.clone() for buffer in norm.buffers()]
             model.zero_grad()
-            loss_of(model, rank, step).backward()
+            loss(model, rank, step).backward()
             of_rank.append({name: p.grad.flatten() for name, p in parameters.items() if p.grad is not None})
             for buffer, values in zip(norm.buffers(), before, strict=True):
                 buffer.copy_(values)  # weights do not depend on them

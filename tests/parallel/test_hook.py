@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.futures import Future
 
-from deepep.collectives import Communicator
+from deepep.collectives import Communicator, PlanTable, ReductionPlan
+from deepep.collectives.plan_table import PlanEntry
 from deepep.parallel.config import ParallelConfig
 from deepep.parallel.hook import BucketReducer
 
@@ -63,3 +64,23 @@ def test_outside_of_a_backward_a_refusal_is_raised_at_once() -> None:
 
 def test_the_recorder_has_the_communicators_methods() -> None:
     assert all(hasattr(Communicator, name) for name in ("all_reduce", "continue_with"))
+
+
+def test_plans_follow_the_members() -> None:
+    """Those who are left, those who come back, and one that has joined; not who is in none of them."""
+    plan = ReductionPlan("hierarchical", "fp8", "bf16", ((0, 2), (1,)))
+    table = PlanTable(plan.groups, (PlanEntry(4096, plan, 1.0, True),))
+    comm: Any = Recorder()
+    comm.members = (0, 1, 2)
+    reducer, newcomer = BucketReducer(comm, ParallelConfig(), table), BucketReducer(comm, ParallelConfig())
+    comm.members = (0, 2)
+    reducer.restart()
+    assert reducer.table == table.among([0, 2])
+    comm.members = (0, 1, 2)
+    newcomer.load_plan_state(reducer.plan_state())
+    for each in (reducer, newcomer):
+        each.restart()
+        assert each.table == table
+    newcomer.load_plan_state({"table": table.among([0, 2]).encode(), "ranks": [0, 2]})
+    newcomer.restart()
+    assert newcomer.table is None

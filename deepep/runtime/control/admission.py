@@ -12,7 +12,8 @@ import contextlib
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,12 @@ from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.meeting import ControlStore, StoreError
 from deepep.runtime.control.stores import base_of, open_store
-from deepep.runtime.control.transport import Connections, Link
+from deepep.runtime.control.transport import Connections, Link, LinkError
 from deepep.runtime.requests import Operation, Schedule
 from deepep.runtime.session import MeetingPlace, meets_at
 
 _MOST_BYTES = 1024
+_ADMITTED, _GIVEN_UP = "admitted", "given up"
 _Body = Callable[[Link, dict[int, int]], None]
 
 
@@ -74,23 +76,52 @@ def admit(control: ControlPlane, text: str) -> tuple[int, ...]:
             raise RangeError("invitation", got, f"a new one, by ranks {here}")
 
     def body(link: Link, limits: dict[int, int]) -> None:
-        previous = control.membership
-        store, connections = previous.rooted(_path(invitation.token))
-        membership = previous.among(invitation.everybody, store, connections)
-        control.go_on_with(membership)
-        try:
-            membership.begin(Operation.ADMIT.label)
-            facts = agreement.arrival(invitation.backend, [invitation.backend])
-            agreement.agree(membership, "arrived", {}, None, facts)
-            control.meet(Operation.ADMIT.label)
-        except BaseException:
-            membership.disconnect()
-            control.go_on_with(previous)
-            raise
-        previous.move()
+        take_in(control, invitation, {}, agreement.arrival(invitation.backend, [invitation.backend]))
 
     _perform(control, Operation.ADMIT, body, {"invitation": _digest(text)})
     return here
+
+
+def take_in(
+    control: ControlPlane,
+    invitation: Invitation,
+    statement: Mapping[str, int | str],
+    facts: Mapping[str, Any],
+    learn: Callable[[dict[int, dict[str, Any]]], None] = lambda met: None,
+) -> None:
+    """Meets those who are invited, and goes on with them on a link of its own. Inside the queue, on all
+    members.
+
+    statement: what all ranks have to pass alike. learn: is given everybody's facts, once they are there.
+    Raises what keeps somebody from it, on all members, and then all is as before; but once one of them has
+    the link, all go on with the new ones, and it is a fault there.
+    """
+    previous = control.membership
+    store, connections = previous.rooted(_path(invitation.token))
+    membership = previous.among(invitation.everybody, store, connections, invitation.identities)
+    control.go_on_with(membership)
+    try:
+        membership.begin(Operation.ADMIT.label)
+        learn(agreement.agree(membership, "arrived", statement, None, facts))
+        control.meet(Operation.ADMIT.label)
+        if not concludes(store, _ADMITTED):
+            raise membership.fault(LinkError("a member did not get connected"))
+    except BaseException:
+        is_alone = True
+        with contextlib.suppress(StoreError):
+            is_alone = concludes(store, _GIVEN_UP)
+        if is_alone:
+            membership.disconnect()
+            control.go_on_with(previous)
+        else:
+            previous.move()
+        raise
+    previous.move()
+
+
+def concludes(store: ControlStore, outcome: str = _ADMITTED) -> bool:
+    """Settles, for all, how an admission ends; whether so. store: of the invitation's meetings."""
+    return store.settle("outcome", "", outcome) == outcome.encode()
 
 
 def dismiss(control: ControlPlane, ranks: Sequence[int]) -> None:
@@ -125,8 +156,13 @@ def enter(invitation: Invitation, rank: int, store: Store | None, timeout: float
     base = base_of(store) if store is not None else open_store(invitation.place, timeout)
     group = dist.ProcessGroup(base, rank, invitation.num_ranks)
     vacant = frozenset(range(invitation.num_ranks)) - set(invitation.everybody)
-    meets_at(group, MeetingPlace(ControlStore(base, _path(invitation.token)), Connections(base), vacant))
+    meets_at(group, MeetingPlace(meeting_store(base, invitation), Connections(base), vacant))
     return group
+
+
+def meeting_store(base: Store, invitation: Invitation) -> ControlStore:
+    """The place in a run's store where members and those whom they invite meet."""
+    return ControlStore(base, _path(invitation.token))
 
 
 @contextlib.contextmanager

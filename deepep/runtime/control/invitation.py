@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from deepep.errors import RangeError
 
@@ -17,7 +17,7 @@ class Invitation:
     """An invitation of `ranks` by `members`, who meet them under `token`, a name that nobody used before.
 
     num_ranks: R. place: where their store is, as `stores.place_of` has it. backend, options: what newcomers
-    have to construct.
+    have to construct. identities: processes of the invited, by `liveness.identity`, where they are known.
     """
 
     token: str
@@ -27,6 +27,7 @@ class Invitation:
     place: str
     backend: str
     options: Mapping[str, int | str]
+    identities: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def everybody(self) -> tuple[int, ...]:
@@ -44,7 +45,9 @@ class Invitation:
             kind, fields = json.loads(text)
             if kind != _KIND:
                 raise ValueError(kind)
-            made = cls(**{**fields, "ranks": tuple(fields["ranks"]), "members": tuple(fields["members"])})
+            lists = {name: tuple(fields[name]) for name in ("ranks", "members")}
+            identities = {int(rank): text for rank, text in fields["identities"].items()}
+            made = cls(**{**fields, **lists, "identities": identities})
             if not isinstance(made.token, str) or not all(isinstance(r, int) for r in made.everybody):
                 raise ValueError(text)
             return made

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -128,10 +128,22 @@ class Membership:
             self.mask(rank)
         self._vacant |= set(ranks)
 
-    def among(self, members: Iterable[int], store: ControlStore, connections: Connections) -> Membership:
-        """Another membership of this rank, among other members, who meet in a store of their own."""
+    def among(
+        self,
+        members: Iterable[int],
+        store: ControlStore,
+        connections: Connections,
+        identities: Mapping[int, str],
+    ) -> Membership:
+        """Another membership of this rank, among other members, who meet in a store of their own.
+
+        identities: processes of those who are new, as far as they are known.
+        """
         vacant = set(range(self.num_ranks)) - set(members)
-        return Membership(store, connections, self.rank, self.num_ranks, self.timeout, vacant)
+        made = Membership(store, connections, self.rank, self.num_ranks, self.timeout, vacant)
+        here = {rank: self._identities[rank] for rank in self.members if rank in self._identities}
+        made.introduce({**here, **identities})
+        return made
 
     def move(self) -> None:
         """Ends here, on a member that has gone on in another membership: who was masked may still come."""
@@ -244,9 +256,9 @@ class Membership:
     def _deadline(self) -> float:
         return self.progress.started + self.timeout
 
-    def introduce(self, identities: dict[int, str]) -> None:
+    def introduce(self, identities: Mapping[int, str]) -> None:
         """Exchanges the ranks' processes, by `liveness.identity`."""
-        self._identities = identities
+        self._identities = dict(identities)
 
     def depart(self, is_quiet: bool) -> None:
         """Posts that this rank takes part in nothing from now on, so that nobody waits for it.
@@ -519,11 +531,11 @@ class Membership:
         """
         meeting, verdict = self._fault_meeting, self._verdict
         self._verdict = None
-        if meeting is None or verdict is None:
-            raise fault
         try:
             if evicts and self._store.has(f"evicted/{self.rank}"):
                 return Course.LEFT_OUT
+            if meeting is None or verdict is None:
+                raise fault
             taken = decide(meeting, verdict, self.members)
             missing = set(verdict.missing) if verdict.seen < len(self.members) else set()
             if evicts and taken not in (Course.RAISE, Course.LEFT_OUT):
