@@ -103,7 +103,8 @@ class EngineInfo:
     """A description of an engine at work.
 
     operations: of each operation, in users' words, what runs it: "layout", "dispatch", "cached dispatch",
-        "combine", "low-latency dispatch", "low-latency combine", "barrier".
+        "combine", "low-latency dispatch", "low-latency combine", "barrier", and "all-gather sessions",
+        "sends around a ring", "Engram storage" where there are any.
     ranks_per_domain: ranks that reach each other's memory directly, as layouts count them.
     """
 

@@ -94,6 +94,7 @@ def test_results_have_names_and_are_tuples(world_of: Any, buffer_of: Any, routin
 OPERATIONS = {
     *("layout", "dispatch", "cached dispatch", "combine"),
     *("low-latency dispatch", "low-latency combine", "barrier"),
+    *("all-gather sessions", "sends around a ring", "Engram storage"),
 }
 
 
