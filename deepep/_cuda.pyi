@@ -13,6 +13,8 @@ CE_COMPLETED: int
 EXCHANGE_STATE_WORDS: int
 EXCHANGE_MISSING: int
 RAIL_STATE_BYTES: int
+FAR_STATE_BYTES: int
+FAR_COUNTERS: int
 RAIL_COUNTERS: int
 PUT_ORDER_BYTES: int
 PUT_QUEUE_STATE_BYTES: int
@@ -414,6 +416,117 @@ class LowLatencyDomain:
         fault: int,
         timeout_seconds: float,
         shrinks: bool = False,
+        turns: Turns,
+    ) -> None: ...
+    def dispatch(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        sent: int,
+        came: int,
+        routes: int,
+        weights_travel: bool,
+        casts: bool,
+        rounds_scales: bool,
+        packs_scales: bool,
+        recv_x: int,
+        recv_scales: int,
+        recv_count: int,
+        recv_source: int,
+        recv_range: int,
+        waits: int = 0,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def combine(
+        self,
+        *,
+        num_blocks: int,
+        halves: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_topk: int,
+        num_local_experts: int,
+        hidden: int,
+        index_bytes: int,
+        x: int,
+        topk_idx: int,
+        topk_weights: int,
+        identity: int,
+        sent: int,
+        came: int,
+        routes: int,
+        weights_travelled: bool,
+        returned: int,
+        out: int,
+        waits: int = 0,
+        stream: int = 0,
+        refused: bool = False,
+        elsewhere: bool = False,
+    ) -> None: ...
+    def set_live(self, live: int) -> None: ...
+    def masked(self) -> int:
+        """Ranks that kernels have masked, as bits, as far as the host has seen."""
+
+    def take_fault(self, stream: int = 0) -> FaultRecord | None: ...
+    def follow(self, before: int, stream: int) -> None: ...
+    def wait(self) -> None: ...
+    def is_idle(self) -> bool: ...
+    def has_fault(self) -> bool: ...
+    def was_captured(self) -> bool: ...
+
+class FarShape:
+    """Sizes of low-latency memory between domains (csrc/host/low_latency_far.hpp)."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        ranks_per_domain: int,
+        max_local_experts: int,
+        max_tokens: int,
+        max_topk: int,
+        max_row_bytes: int,
+    ) -> None: ...
+    @property
+    def remote_bytes(self) -> int: ...
+    @property
+    def control_bytes(self) -> int: ...
+    @property
+    def max_open_puts(self) -> int: ...
+    @property
+    def num_put_orders(self) -> int: ...
+    def signals(self, before: int) -> list[tuple[int, int]]: ...
+
+class FarLowLatencyDomain:
+    """The same of ranks in several domains (csrc/host/low_latency_far.hpp). serve, pes: TwoLevelDomain's."""
+
+    def __init__(
+        self,
+        *,
+        shape: FarShape,
+        rank: int,
+        heaps: list[int],
+        remote: int,
+        far_state: int,
+        puts: PutQueue,
+        serve: int = 0,
+        pes: list[int] = ...,
+        state: int,
+        fault: int,
+        timeout_seconds: float,
         turns: Turns,
     ) -> None: ...
     def dispatch(

@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/cuda_low_latency_far.hpp"
 #include "bindings/cuda_two_level.hpp"
 #include "bindings/domain.hpp"
 #include "bindings/exchange.hpp"
@@ -93,6 +94,22 @@ void bind_domain(py::module_& m) {
   domain.def("has_copies_under_way", [](Domain& self) { return self.launcher().has_copies_under_way(); });
 }
 
+/// Methods that the domains of low latency have besides.
+template <class D>
+void bind_low_latency_faults(py::class_<D>& domain) {
+  bind_order(domain);
+  domain
+      .def(
+          "take_fault",
+          [](D& self, uintptr_t stream) {
+            return self.launcher().take_fault(self.group(), pointer<void>(stream));
+          },
+          "stream"_a = 0)
+      .def(
+          "masked", [](D& self) { return deepep::host::masked_ranks(self.group()); },
+          "Ranks that kernels have masked, as bits, as far as the host has seen.");
+}
+
 void bind_low_latency_domain(py::module_& m) {
   py::class_<LowLatencyDomain> domain(m, "LowLatencyDomain");
   domain.def(py::init([](int rank, const std::vector<uintptr_t>& heaps, int max_local_experts, int max_tokens,
@@ -108,16 +125,9 @@ void bind_low_latency_domain(py::module_& m) {
              "max_row_bytes"_a, "entry_stretches"_a, "state"_a, "fault"_a, "timeout_seconds"_a,
              "shrinks"_a = false, "turns"_a);
   deepep::bindings::bind_low_latency(domain);
-  bind_order(domain);
-  domain.def(
-      "take_fault",
-      [](LowLatencyDomain& self, uintptr_t stream) {
-        return self.launcher().take_fault(self.group(), pointer<void>(stream));
-      },
-      "stream"_a = 0);
-  domain.def(
-      "masked", [](LowLatencyDomain& self) { return deepep::host::masked_ranks(self.group()); },
-      "Ranks that kernels have masked, as bits, as far as the host has seen.");
+  bind_low_latency_faults(domain);
+  py::class_<deepep::bindings::CudaFarLowLatencyDomain> far = deepep::bindings::bind_cuda_far_low_latency(m);
+  bind_low_latency_faults(far);
   m.attr("MASKED_OFFSET") = offsetof(deepep::kernels::LocalState, masked);
   m.def("low_latency_bytes", &deepep::bindings::low_latency_bytes, "num_ranks"_a, "max_local_experts"_a,
         "max_tokens"_a, "max_topk"_a, "max_row_bytes"_a, "entry_stretches"_a = 0);

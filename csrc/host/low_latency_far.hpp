@@ -96,6 +96,13 @@ class FarLauncher {
     launcher_.start(kernels::FarCombineArgs{args, far_}, num_blocks, halves, stream);
   }
 
+  // What a GPU's domain asks its launcher for, where L has it.
+  [[nodiscard]] auto take_fault(const kernels::Group& group, void* stream) {
+    return launcher_.take_fault(group, stream);
+  }
+  [[nodiscard]] auto& turns() { return launcher_.turns(); }
+  [[nodiscard]] bool was_captured() const { return launcher_.was_captured(); }
+
   [[nodiscard]] L& within() { return launcher_; }
 
  private:

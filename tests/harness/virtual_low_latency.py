@@ -72,6 +72,9 @@ class VirtualLowLatency:
         ]
         torch.cuda.synchronize(self.device)
 
+    def serve(self) -> None:
+        """Nothing: inside a domain nobody puts."""
+
     def dispatch_rank(
         self, rank: int, form: LowLatencyFormat, given: VirtualGiven, *, hooked: bool = False
     ) -> tuple[LowLatencyPlan, LowLatencyArrays]:
@@ -120,6 +123,7 @@ class VirtualLowLatency:
     ) -> list[tuple[LowLatencyPlan, LowLatencyArrays]]:
         """One dispatch of all ranks."""
         torch.cuda.synchronize(self.device)
+        self.serve()
         made = [self.dispatch_rank(r, form, given[r], **how) for r in range(self.num_ranks)]
         torch.cuda.synchronize(self.device)
         return made
@@ -133,6 +137,7 @@ class VirtualLowLatency:
     ) -> list[Tensor]:
         """One combine of all ranks."""
         torch.cuda.synchronize(self.device)
+        self.serve()
         made = [self.combine_rank(r, plans[r], rows[r], given[r], **how) for r in range(self.num_ranks)]
         torch.cuda.synchronize(self.device)
         return made

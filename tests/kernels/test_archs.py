@@ -24,6 +24,7 @@ UNITS = {
     "exchange": ("exchange_read",),
     "layout": ("layout",),
     "low_latency": ("combine_send", "dispatch_send"),
+    "low_latency_far": ("combine_send",),
     "rows": ("cast_rows",),
     "two_level": ("dispatch_cached",),
 }

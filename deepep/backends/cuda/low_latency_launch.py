@@ -249,21 +249,24 @@ class LowLatencyEndpoint:
         heap[:control_bytes].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
         self._fault = pinned_zeros(_cuda.FAULT_BYTES)
-        self.domain = _cuda.LowLatencyDomain(
-            rank=rank,
+        self.domain = self._make_domain(addresses, shrinks)
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _make_domain(self, addresses: list[int], shrinks: bool) -> _cuda.LowLatencyDomain:
+        return _cuda.LowLatencyDomain(
+            rank=self.rank,
             heaps=addresses,
-            max_local_experts=room.num_local_experts,
-            max_tokens=room.num_max_tokens,
-            max_topk=room.num_topk,
-            max_row_bytes=2 * room.hidden,
-            entry_stretches=room.entry_stretches,
+            max_local_experts=self.room.num_local_experts,
+            max_tokens=self.room.num_max_tokens,
+            max_topk=self.room.num_topk,
+            max_row_bytes=2 * self.room.hidden,
+            entry_stretches=self.room.entry_stretches,
             state=self._state.data_ptr(),
             fault=self._fault.data_ptr(),
-            timeout_seconds=timeout,
+            timeout_seconds=self.timeout,
             shrinks=shrinks,
-            turns=turns,
+            turns=self.turns,
         )
-        torch.cuda.current_stream(self.device).synchronize()
 
     # Operations run in the order of their launches, also on different streams: csrc/host/turns.hpp.
 

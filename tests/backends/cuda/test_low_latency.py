@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness.low_latency_trips import FORMATS, LowLatencyShape, bits, check_received, prepared
+from harness.low_latency_trips import (
+    FORMATS,
+    LowLatencyShape,
+    bits,
+    check_received,
+    form_of,
+    prepared,
+    round_trip,
+    to_gpu,
+)
 
 from deepep.reference import logfmt
 from deepep.reference import low_latency as oracle
@@ -17,46 +26,6 @@ pytestmark = pytest.mark.gpu
 
 #: Of the long runs: set DEEPEP_TEST_SEED to run others.
 SEED = int(os.environ.get("DEEPEP_TEST_SEED", "3"))
-
-
-def form_of(shape: LowLatencyShape) -> Any:
-    from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
-
-    return LowLatencyFormat(
-        shape.ranks,
-        shape.local_experts,
-        shape.num_max_tokens,
-        shape.topk,
-        shape.hidden,
-        shape.index_dtype,
-        shape.fp8,
-        shape.round_scale,
-        shape.ue8m0,
-        shape.with_weights,
-        entry_stretches=1 if shape.exact else 0,
-    )
-
-
-def to_gpu(given: tuple[torch.Tensor, ...]) -> Any:
-    from harness.virtual_low_latency import VirtualGiven
-
-    return VirtualGiven(*(t.to("cuda") for t in given))
-
-
-def round_trip(domain: Any, shape: LowLatencyShape, seed: int) -> None:
-    """A dispatch, and two combines along its handle."""
-    case, form = prepared(shape, seed), form_of(shape)
-    given = [to_gpu(one) for one in case.inputs]
-    made = domain.dispatch(form, given, hooked=shape.hooked)
-    assert domain.faults() == [None] * shape.ranks
-    for (_, out), wanted in zip(made, case.layouts, strict=True):
-        check_received(out, wanted)
-    plans, rows = [plan for plan, _ in made], [r.to("cuda") for r in case.rows]
-    for _ in range(2):
-        sums = domain.combine(plans, rows, given, hooked=shape.hooked, in_logfmt=shape.logfmt)
-        assert domain.faults() == [None] * shape.ranks
-        for got, wanted in zip(sums, case.sums, strict=True):
-            assert torch.equal(bits(got), bits(wanted))
 
 
 def domain_of(shape: LowLatencyShape, **how: Any) -> Any:
