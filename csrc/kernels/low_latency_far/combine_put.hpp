@@ -12,8 +12,7 @@ DEEPEP_DEVICE void post_weights(const FarCombineCall& call, const Weights& weigh
   post_weights(near, weights);
 }
 
-/// The same of each token, to leave for the far ranks that it
-/// went to. A warp a token.
+/// The same of each token, to leave for the far ranks that it went to. A warp a token.
 DEEPEP_DEVICE void stage_weights(const FarCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
@@ -26,8 +25,7 @@ DEEPEP_DEVICE void stage_weights(const FarCombineCall& call) {
     for (uint32_t ranks = ranks_of(args, t) & call.far.bits & call.live; ranks != 0; ranks &= ranks - 1) {
       const int rank = lowest_bit(ranks);
       auto* weights = leaving_for<uint32_t>(call.far, call.turn, rank, call.far.slots.weights());
-      if (has_entry)
-        store(weights + place_of_sent(call, rank, t) * args.num_topk + lane(), weight);
+      if (has_entry) store(weights + place_of_sent(call, rank, t) * args.num_topk + lane(), weight);
     }
   }
 }
