@@ -22,7 +22,7 @@ from deepep.sim.emulator.low_latency import (
     LowLatencySizes,
     RowCast,
 )
-from deepep.sim.emulator.low_latency_far import EmulatedFarLowLatency, far_network
+from deepep.sim.emulator.low_latency_far import EmulatedFarLowLatency, far_network, far_shape
 from deepep.sim.explore.explorer import draw_schedule
 from deepep.sim.explore.low_latency import LowLatencyRun, LowLatencyScenario, run
 from deepep.sim.explore.low_latency_explorer import draw_far_low_latency, explore_low_latency
@@ -112,6 +112,20 @@ def test_a_token_crosses_once_a_rank_and_a_sum_comes_back(carries_weights: bool)
             once = words + out * message + 16 + weights + 16 + back * 2 * case.hidden
             is_far = rank // 2 != peer // 2
             assert ran.machine.put_bytes(rank, peer) == (2 * once if is_far else 0)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 4, 128, 8, 7168), (5, 3, 2, 33, 31, 136), (2, 1, 7, 1, 1, 8)])
+def test_memory_is_what_the_page_says(shape: tuple[int, ...]) -> None:
+    """docs/low_latency.md has the rule, and the first of these shapes."""
+    num_ranks, per_domain, local, most, num_topk, hidden = shape
+    made = far_shape(num_ranks, per_domain, LowLatencySizes(local, most, num_topk, hidden))
+    far = num_ranks - (num_ranks % per_domain or per_domain)
+    each = 8 * (1 + -(-most // 32) + local) + most * (12 * num_topk + 4 * hidden) + 32
+    assert 0 <= made.remote_bytes - 4 * far * each <= 4 * far * (3 * 128 + 32 * most)
+    assert shape[0] != 64 or round(made.remote_bytes / 1e6) == 825
+    offsets = [offset for offset, _ in made.signals(0)]
+    assert len(set(offsets)) == 6 * far
+    assert max(offsets) < made.control_bytes
 
 
 def far_pair(
