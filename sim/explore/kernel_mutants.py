@@ -139,7 +139,7 @@ HARMLESS: dict[str, str] = {
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "low_latency/mend.hpp mask: store sys -> gpu": _READ_BEHIND_THE_KERNEL,
-    "low_latency/patience.hpp has_posted: load sys -> gpu": _A_FIGURE,
+    "low_latency/patience.hpp measure_waits: load sys -> gpu": _A_FIGURE,
     "common/waits.hpp measure_wait: load -> load_once": _A_FIGURE,
     "dispatch/metadata.hpp measure_metadata: load sys -> gpu": _A_FIGURE,
     "dispatch/signal.hpp wait_rows: sync_warp removed": _A_FIGURE,

@@ -185,7 +185,7 @@ struct Mending {
 
 /// True of a rank whose memory is mapped here: all are, but those of other domains (low_latency_far).
 template <class Call>
-[[nodiscard]] DEEPEP_DEVICE bool is_mapped([[maybe_unused]] const Call& call, [[maybe_unused]] int rank) {
+[[nodiscard]] DEEPEP_DEVICE bool is_mapped(const Call& call, int rank) {
   if constexpr (Call::kIsFar)
     return ((call.far.bits >> rank) & 1u) == 0;
   else

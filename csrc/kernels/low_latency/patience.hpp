@@ -113,14 +113,6 @@ template <class Call>
   return false;
 }
 
-/// Whether a word of this call has come from `source`, to `offset`. It orders nothing.
-template <class Call>
-[[nodiscard]] DEEPEP_DEVICE bool has_posted(const Call& call, int, int64_t offset) {
-  using namespace dev;
-  const uint64_t* word = at<uint64_t>(call.g, call.g.rank, offset);
-  return unpack_tagged(load<relaxed, sys_scope>(word)).tag == call.epoch;
-}
-
 /// Where the caller wants to know: adds how long this rank waits for each other one that comes. By block 0,
 /// whose first warp has a rank a lane; word_of(source): the offset of a word that it posts in every call.
 template <class Call, class WordOf>
@@ -134,7 +126,12 @@ DEEPEP_DEVICE void measure_waits(const Call& call, const WordOf& word_of) {
   Deadline until = call.deadline;
   if (call.masks) until.end_ns -= g.timeout_ns / 2;
   const bool waiting = has_peer(g) && is_live(call, lane());
-  measure_wait(waits, waiting, until, [&] { return has_posted(call, lane(), word_of(lane())); });
+  measure_wait(waits, waiting, until, [&] {
+    if constexpr (Call::kIsFar)
+      if (!is_mapped(call, lane())) return has_posted(call, lane());
+    const uint64_t* word = at<uint64_t>(g, g.rank, word_of(lane()));
+    return unpack_tagged(load<relaxed, sys_scope>(word)).tag == call.epoch;
+  });
 }
 
 }  // namespace deepep::kernels

@@ -108,9 +108,9 @@ DEEPEP_DEVICE void list_sent(const FarCombineCall& call) {
   return true;
 }
 
-[[nodiscard]] DEEPEP_DEVICE bool has_posted(const FarCombineCall& call, int source, int64_t offset) {
-  return is_mapped(call, source) ? has_posted(call.near(), source, offset)
-                                 : has_put(call, FarPut::kDigests, source);
+/// Whether they have come. It orders nothing.
+[[nodiscard]] DEEPEP_DEVICE bool has_posted(const FarCombineCall& call, int source) {
+  return has_put(call, FarPut::kDigests, source);
 }
 
 }  // namespace deepep::kernels

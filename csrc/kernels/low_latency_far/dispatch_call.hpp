@@ -63,9 +63,9 @@ struct FarDispatchCall : LowLatencyDispatchCall {
   return true;
 }
 
-[[nodiscard]] DEEPEP_DEVICE bool has_posted(const FarDispatchCall& call, int source, int64_t offset) {
-  return is_mapped(call, source) ? has_posted(call.near(), source, offset)
-                                 : has_put(call, FarPut::kMessages, source);
+/// Whether they have come. It orders nothing.
+[[nodiscard]] DEEPEP_DEVICE bool has_posted(const FarDispatchCall& call, int source) {
+  return has_put(call, FarPut::kMessages, source);
 }
 
 /// A far rank's messages have come with its words, which all of the block has waited for.
