@@ -22,7 +22,7 @@ from deepep.bench.low_latency.rank import run_low_latency_rank
 from deepep.bench.overlap.rank import run_overlap_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
-from deepep.cli.launcher import launched_ranks
+from deepep.cli.launcher import launched_ranks, refusals_raised
 from deepep.cli.terminal import FAILED, demand_file, make_console, misused
 from deepep.errors import ArgumentError
 from deepep.trace import RoutingTrace, TraceError
@@ -69,7 +69,7 @@ def command(
     ] = True,
     iterations: Annotated[int, typer.Option(help="Samples of each figure, at least 50.")] = 60,
     warmup: Annotated[int, typer.Option(help="Calls before the samples.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of routing and rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of routing and rows.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw time by SM count, in low latency by T, here (.png, .svg, .pdf).")
@@ -180,15 +180,11 @@ def _show(report: BenchReport, console: Console, json_file: Path | None, plot: P
 
 
 def _run_in_own_processes(sweep: Sweep, cuda: bool) -> BenchReport:
-    from deepep.sim import World, WorldError
+    from deepep.sim import World
 
-    with World(sweep.num_ranks, backend="nccl" if cuda else "gloo", timeout=PEER_TIMEOUT) as world:
-        try:
-            return world.run(_run_one, sweep, timeout=RUN_TIMEOUT)[0]
-        except WorldError as error:
-            if isinstance(error.__cause__, (ArgumentError, TraceError)):
-                raise error.__cause__ from None  # what the ranks refused: no traceback helps with it
-            raise
+    backend = "nccl" if cuda else "gloo"
+    with World(sweep.num_ranks, backend=backend, timeout=PEER_TIMEOUT) as world, refusals_raised():
+        return world.run(_run_one, sweep, timeout=RUN_TIMEOUT)[0]
 
 
 def _run_one(context: Any, sweep: Sweep) -> BenchReport | None:

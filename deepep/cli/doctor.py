@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepep.cli.launcher import launched_ranks
+from deepep.cli.launcher import launched_ranks, refusals_raised
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.doctor.judge import CHECKS, judge
 from deepep.doctor.probe import Examination, examine, run_examination
@@ -79,19 +79,15 @@ def command(
 def _in_own_processes(
     console: Console, ranks: int | None, where: str, rounds: int, backend: str | None, trials: int
 ) -> Examination | list[Trial]:
-    from deepep.sim import World, WorldError
+    from deepep.sim import World
 
     size = ranks or (max(2, torch.cuda.device_count()) if where == "cuda" else 4)
-    with World(size, backend="nccl" if where == "cuda" else "gloo", timeout=300.0) as world:
-        try:
-            if not trials:
-                found: Examination = world.run(run_examination, rounds, backend, None)[0]
-                return found
-            done = run_trials(world, trials, rounds, backend, lambda trial: _tell(console, trial))
-        except WorldError as error:
-            if isinstance(error.__cause__, ArgumentError):
-                raise error.__cause__ from None
-            raise
+    transport = "nccl" if where == "cuda" else "gloo"
+    with World(size, backend=transport, timeout=300.0) as world, refusals_raised():
+        if not trials:
+            found: Examination = world.run(run_examination, rounds, backend, None)[0]
+            return found
+        done = run_trials(world, trials, rounds, backend, lambda trial: _tell(console, trial))
     table = Table(title=f"{trials} runs each, {size} ranks", title_justify="left")
     for heading in ("fault", "judged rightly"):
         table.add_column(heading)

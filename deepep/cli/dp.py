@@ -17,7 +17,7 @@ from rich.table import Table
 
 from deepep.cli import dp_efficiency, dp_faults, dp_join, dp_networks, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
-from deepep.errors import RangeError
+from deepep.errors import ArgumentError, RangeError
 
 MOST_FP8, MOST_BF16 = 0.27, 0.52
 """Shares of float32's bytes on the wire that FP8 and BF16 may take."""
@@ -33,16 +33,18 @@ def command(
             help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join."
         ),
     ],
-    ranks: Annotated[int, typer.Option(help="Processes; topologies: 8 if not given, efficiency: 20.")] = 0,
-    cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.")] = 1000,
-    blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.")] = 20_000,
-    steps: Annotated[
-        int, typer.Option(help="convergence, noise, uneven: training steps; 0: 64, 160 and 20.")
+    ranks: Annotated[
+        int, typer.Option(help="Processes; topologies: 8 if not given, efficiency: 20.", min=0)
     ] = 0,
-    rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.")] = 5,
+    cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.", min=1)] = 1000,
+    blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.", min=1)] = 20_000,
+    steps: Annotated[
+        int, typer.Option(help="convergence, noise, uneven: training steps; 0: 64, 160 and 20.", min=0)
+    ] = 0,
+    rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.", min=1)] = 5,
     pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
-    times: Annotated[int, typer.Option(help="kill: runs for each phase; join: for each size.")] = 5,
+    times: Annotated[int, typer.Option(help="kill: runs for each phase; join: for each size.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice; kill.")] = 0,
     killed: Annotated[int, typer.Option("--kill", help="efficiency: ranks that die.")] = 1,
     window: Annotated[float, typer.Option(help="efficiency: seconds from their death on.")] = 60.0,
@@ -82,11 +84,15 @@ def command(
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))
+    if ranks == 1:
+        misused(RangeError("ranks", "1", "2 or more"))
     try:
         passed = actions[what]()
     except NetworkError as error:
         make_console().print(f"{what}: no emulated network: {error}", soft_wrap=True)
         raise typer.Exit(FAILED) from None
+    except ArgumentError as error:
+        misused(error)
     if not passed:
         raise typer.Exit(FAILED)
 

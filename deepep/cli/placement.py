@@ -36,7 +36,7 @@ def command(
     tokens: Annotated[int, typer.Option(help="--draw: tokens of a rank, step and layer.")] = 256,
     skew: Annotated[float, typer.Option(help="--draw: deviation of the log of popularities.")] = 1.0,
     drift: Annotated[float, typer.Option(help="--draw: part of it drawn anew in a step.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="--draw: of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="--draw: of all that is drawn.", min=0)] = 0,
 ) -> int:
     """Replays a trace: a placement from each window's loads, applied to the next window.
 

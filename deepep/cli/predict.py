@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepep.cli.terminal import misused
+from deepep.cli.terminal import demand_file, misused
 
 
 def command(
@@ -34,6 +34,10 @@ def command(
     from deepep.sim.cost import report
     from deepep.sim.cost.model import Cluster, RowShape
 
+    if plot is not None:
+        if published or trace is not None:
+            misused("--plot: allowed without --published and --trace: it draws times of uniform routing")
+        demand_file("--plot", plot, (".png", ".svg", ".pdf"))
     if published:
         print(report.published_table())
         return 0

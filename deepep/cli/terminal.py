@@ -5,6 +5,7 @@ are checked before the work begins.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,8 +34,7 @@ def demand_folder(option: str, path: Path) -> None:
         present = present.parent
     if not present.is_dir():
         misused(f"{option}: {present} is not a folder")
-    if not os.access(present, os.W_OK | os.X_OK):
-        misused(f"{option}: {present} cannot be written to")
+    _demand_room(option, present)
 
 
 def demand_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
@@ -47,5 +47,16 @@ def demand_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
         misused(f"{option}: {path} is not a regular file")
     if not path.parent.is_dir():
         misused(f"{option}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not path.exists():
+        _demand_room(option, path.parent)
+    elif not os.access(path, os.W_OK):
         misused(f"{option}: {path} cannot be written")
+
+
+def _demand_room(option: str, folder: Path) -> None:
+    """Misuse unless something can be made in the folder: permissions do not say so of all, /proc for one."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            pass
+    except OSError as error:
+        misused(f"{option}: {folder} cannot be written to: {error.strerror}")

@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from deepep.cli.terminal import make_console, misused
+from deepep.cli.launcher import refusals_raised
+from deepep.cli.terminal import demand_folder, make_console, misused
+from deepep.errors import ArgumentError
 
 TIMEOUT = 300.0
 #: Seconds that a rank's kernels and host wait for another's.
@@ -29,12 +31,16 @@ def command(
     backend: Annotated[
         str | None, typer.Option(help="Backend of Buffer; else the one it would choose.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a rank, trained. [4096; on CPU 64]")] = None,
-    decode_tokens: Annotated[int | None, typer.Option(help="Of each micro-batch. [128; on CPU 8]")] = None,
-    hidden: Annotated[int | None, typer.Option(help="H. [7168; on CPU 256]")] = None,
-    width: Annotated[int | None, typer.Option(help="Of a trained expert. [2048; on CPU 64]")] = None,
-    topk: Annotated[int, typer.Option(help="K.")] = 4,
-    experts: Annotated[int, typer.Option(help="Experts of a rank.")] = 4,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a rank, trained. [4096; on CPU 64]", min=1)
+    ] = None,
+    decode_tokens: Annotated[
+        int | None, typer.Option(help="Of each micro-batch. [128; on CPU 8]", min=1)
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="H. [7168; on CPU 256]", min=1)] = None,
+    width: Annotated[int | None, typer.Option(help="Of a trained expert. [2048; on CPU 64]", min=1)] = None,
+    topk: Annotated[int, typer.Option(help="K.", min=1)] = 4,
+    experts: Annotated[int, typer.Option(help="Experts of a rank.", min=1)] = 4,
 ) -> None:
     """Records a step of training and one of decode on every rank: what the host called and, on GPUs, each
     stream's kernels, by torch's profiler. Ranks may share a GPU: they take turns on it, unless MPS runs.
@@ -46,6 +52,7 @@ def command(
     from deepep.sim import World
 
     console = make_console()
+    demand_folder("--out", out)
     there = torch.cuda.is_available()
     if device not in (None, "cpu", "cuda") or (device == "cuda" and not there):
         misused(f"device: got {device}; allowed: cpu{', or cuda' if there else ''}")
@@ -65,8 +72,11 @@ def command(
         # Ranks that share a GPU must each find room for all blocks of a kernel: those wait for each other.
         share = 100 // -(-size // torch.cuda.device_count())
         os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(share))
-    with World(size, backend="nccl" if cuda else "gloo", timeout=TIMEOUT) as world:
-        found: dict[str, Any] = world.run(record_both, shape, backend)[0]
+    try:
+        with World(size, backend="nccl" if cuda else "gloo", timeout=TIMEOUT) as world, refusals_raised():
+            found: dict[str, Any] = world.run(record_both, shape, backend)[0]
+    except ArgumentError as error:
+        misused(error)
     out.mkdir(parents=True, exist_ok=True)
     on = torch.cuda.get_device_name() if cuda else "CPU"
     for name, spans in found.items():

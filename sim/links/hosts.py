@@ -106,8 +106,9 @@ def _check(wire: WireOptions) -> None:
         raise ValueError(f"ranks: got {wire.ranks}; allowed: 1 to {MAX_PROCESSES}")
     if wire.ranks_per_domain < 1:
         raise ValueError(f"ranks_per_domain: got {wire.ranks_per_domain}; allowed: at least 1")
-    if wire.delay_us < 0 or wire.deadline <= 0 or wire.grace < 0:
-        raise ValueError("delay_us, deadline, grace: allowed: numbers of at least 0")
+    if not (wire.delay_us >= 0 and wire.deadline > 0 and wire.grace >= 0):  # nor what is no number
+        got = f"{wire.delay_us}, {wire.deadline:g}, {wire.grace:g}"
+        raise ValueError(f"delay_us, deadline, grace: got {got}; allowed: at least 0, the deadline above it")
     for rank, requests in wire.silent.items():
         if not 0 <= rank < wire.ranks or requests < 1:
             raise ValueError(f"silent: got {rank}:{requests}; allowed: a rank and at least 1 work request")

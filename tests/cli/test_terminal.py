@@ -99,6 +99,11 @@ def test_brackets_in_the_folder_of_an_output(tmp_path: Path) -> None:
         (("bench", "--device", "cpu", "--json", "{folder}"), "--json"),
         (("bench", "--device", "cpu", "--json", "{folder}/none/x.json"), "--json"),
         (("bench", "--device", "cpu", "--plot", "{folder}/x.gif"), "--plot"),
+        (("timeline", "--device", "cpu", "--out", "{file}"), "--out"),
+        (("timeline", "--device", "cpu", "--out", "/proc/none"), "--out"),
+        (("predict", "--plot", "{folder}/x.gif"), "--plot"),
+        (("predict", "--plot", "/proc/x.png"), "--plot"),
+        (("predict", "--plot", "{folder}/x.png", "--published"), "--plot"),
     ],
 )
 def test_outputs_are_checked_before_the_work(
@@ -111,10 +116,40 @@ def test_outputs_are_checked_before_the_work(
 
 
 @pytest.mark.parametrize(
-    "words", [("demo", "--ranks", "many"), ("fuzz", "--rank", "4"), ("check", "--ranks", "0"), ("dmeo",)]
+    "words",
+    [
+        ("demo", "--ranks", "many"),
+        ("fuzz", "--rank", "4"),
+        ("check", "--ranks", "0"),
+        ("dmeo",),
+        ("bench", "--device", "cpu", "--seed", "-1"),
+        ("placement", "x.safetensors", "--draw", "--seed", "-1"),
+        ("timeline", "--tokens", "-3"),
+        ("timeline", "--experts", "0"),
+        ("dp", "bits", "--cases", "0"),
+        ("dp", "bytes", "--ranks", "1"),
+        ("dp", "convergence", "--ranks", "100"),
+        ("dp", "convergence", "--steps", "1"),
+        ("dp", "kill", "--ranks", "1"),
+        ("dp", "kill", "--times", "0"),
+        ("wire", "--deadline", "nan", "--", "true"),
+    ],
+    ids=" ".join,
 )
 def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     assert misuse(capsys, *words)
+
+
+@pytest.mark.parametrize("words", [("--topk", "100"), ("--backend", "nope")], ids=" ".join)
+def test_what_the_ranks_of_a_timeline_refuse_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["timeline", "--device", "cpu", "--ranks", "1", "--out", str(tmp_path / "out"), *words])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "allowed" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
