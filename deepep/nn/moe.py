@@ -7,6 +7,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +160,7 @@ class ExpertParallelMoE(nn.Module):
         self.num_physical = num_experts if placement is None else placement.num_physical
         self.num_local_experts, self.num_expert_ranks = self.num_physical // num_ranks, num_ranks
         self.left_out: frozenset[int] = frozenset()
+        self._are_replicas_summed = False
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
         first = self.rank * self.num_local_experts
         numbers = None if placement is None else placement.of_rank(self.rank)
@@ -233,6 +235,7 @@ class ExpertParallelMoE(nn.Module):
         """Has an optimizer that steps without `sum_replica_gradients` raise, if there are replicas."""
         has_replicas = self.num_physical > self.num_experts
         if has_replicas and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._are_replicas_summed = False
             watch_replica_gradients(self.experts.parameters())
 
     def _physical(self, topk_idx: Tensor) -> Tensor:
@@ -343,11 +346,11 @@ class ExpertParallelMoE(nn.Module):
         return tuple(consecutive if self.placement is None else self.placement.of_rank(self.rank))
 
     def first_replicas(self) -> list[int]:
-        """Places, in the parameters' first dimension, of the experts whose first replica is this rank's."""
+        """Places, in the parameters' first dimension, of experts whose first replica that is left is here."""
         if self.placement is None:
             return list(range(self.num_local_experts))
         first = self.rank * self.num_local_experts
-        replicas = self.placement.replicas_of
+        replicas = self.placement.replicas_without(self.left_out)
         return [
             place for place, expert in enumerate(self.expert_numbers) if replicas[expert][0] == first + place
         ]
@@ -359,11 +362,21 @@ class ExpertParallelMoE(nn.Module):
         Summed by physical expert, ascending, in float32 at least, rounded once: the same bits on all ranks,
         so equal replicas stay equal under any optimizer that looks at values alone. Without a gradient, a
         rank takes part with zeros. It moves the gradients of replicated experts alone, each once per replica,
-        by all_reduce over the buffer's group. Without replicas it does nothing.
+        by all_reduce over the buffer's group. Without replicas it does nothing; nor where the backward has
+        done it, as those of attempts at training steps do (`sum_replica_gradients_by`).
+        """
+        if not self._are_replicas_summed:
+            group = buffer_of(self.buffer_number).group
+            self.sum_replica_gradients_by(lambda tensor: dist.all_reduce(tensor, group=group))
+            self._are_replicas_summed = False
+
+    def sum_replica_gradients_by(self, add_up: Callable[[Tensor], object]) -> None:
+        """The same at the end of a backward, by a function that sums a tensor over the ranks that take part,
+        in place; then `sum_replica_gradients` has nothing to do, until the next forward.
         """
         if self.placement is not None:
-            group = buffer_of(self.buffer_number).group
-            sum_replica_gradients(list(self.experts.parameters()), self.placement, self.rank, group)
+            sum_replica_gradients(list(self.experts.parameters()), self.placement, self.rank, add_up)
+            self._are_replicas_summed = True
 
     def move_to(self, placement: ExpertPlacement) -> int:
         """Brings this rank the experts that `placement` gives it; the output of the layer stays what it is.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,15 @@ def agree_on(placement: ExpertPlacement, old: ExpertPlacement, group: Any) -> No
 
 
 def sum_replica_gradients(
-    weights: Sequence[torch.nn.Parameter], placement: ExpertPlacement, rank: int, group: Any
+    weights: Sequence[torch.nn.Parameter],
+    placement: ExpertPlacement,
+    rank: int,
+    add_up: Callable[[Tensor], object],
 ) -> None:
-    """Sums the gradients of an expert's replicas: `ExpertParallelMoE.sum_replica_gradients`."""
+    """Sums the gradients of an expert's replicas: `ExpertParallelMoE.sum_replica_gradients`.
+
+    add_up: sums a tensor over the ranks that take part, in place.
+    """
     for weight in weights:
         _unsummed.pop(weight, None)
     local, first = placement.num_local, rank * placement.num_local
@@ -94,7 +100,7 @@ def sum_replica_gradients(
             for row, physical in enumerate(rows):
                 if physical // local == rank:
                     sent[row] = gradient[physical - first]
-            dist.all_reduce(sent, group=group)  # each row is one rank's, and zeros: exact in any order
+            add_up(sent)  # each row is one rank's, and zeros: exact in any order
             wide = torch.promote_types(sent.dtype, torch.float32)
             begin = 0
             for replicas in part:

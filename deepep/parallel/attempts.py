@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 # What torch's own process groups in Python return; it has no public name, and no type.
 from torch._C._distributed_c10d import _create_work_from_future as work_of  # type: ignore[attr-defined]
@@ -55,8 +56,9 @@ class AttemptFailed(Exception):
 
 
 class StepCollectives(dist.ProcessGroup):
-    """Collectives of torch's DDP itself (module buffers, the order of buckets, unused parameters), between
-    the members of a communicator and in its order, so that a fault in one is a fault of the step.
+    """Collectives of torch's DDP itself (module buffers, the order of buckets, unused parameters) and of
+    clipping, between the members of a communicator and in its order, so that a fault in one is a fault of the
+    step.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -72,6 +74,11 @@ class StepCollectives(dist.ProcessGroup):
         """In place, complete on return."""
         options = options or dist.AllreduceOptions()
         return self._run("all_reduce", tensors, lambda group: group.allreduce(tensors, options))
+
+    def allgather(self, outputs: Any, tensors: Any, options: Any = None) -> Any:
+        """Complete on return."""
+        options = options or AllgatherOptions()
+        return self._run("all_gather", tensors, lambda group: group.allgather(outputs, tensors, options))
 
     def getBackendName(self) -> str:  # torch has this name
         """The name that torch shows."""
@@ -175,6 +182,7 @@ class Steps:
             try:
                 if failure is not None:
                     raise failure
+                self._exchanges.sum_replicas()
                 self._announced = comm.commit(self._reducer.step, self.admissions.news())
                 break
             except PeerTimeoutError as fault:

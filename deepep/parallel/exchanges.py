@@ -8,6 +8,8 @@ operation that fails raises on its rank alone, and both then have the same membe
 from __future__ import annotations
 
 import logging
+import zlib
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -49,6 +51,17 @@ class Exchanges:
     def end(self) -> None:
         """It has ended: what fails in a buffer from now on is the buffer's own affair."""
         self._comm.lead([])
+
+    def sum_replicas(self) -> None:
+        """At the end of a backward: replicas of an expert have the sum of their gradients, all or none, since
+        the commit comes after it. Raises PeerTimeoutError.
+        """
+        for number, layer in enumerate(self.layers):
+            layer.sum_replica_gradients_by(partial(self._add_up, number))
+
+    def _add_up(self, number: int, tensor: Tensor) -> None:
+        about = zlib.crc32(repr((number, tensor.numel())).encode())
+        self._comm.collective(lambda group: group.allreduce([tensor]), about)
 
     def counters(self) -> list[Tensor]:
         """Tensors that forwards change, and that are no buffers of the model."""

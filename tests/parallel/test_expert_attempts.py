@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import deepep
 from deepep.gate import Routing, group_limited_topk, sigmoid_topk, softmax_topk
 from deepep.nn import ExpertParallelMoE
+from deepep.placement import ExpertPlacement
 from deepep.sim import World
 from deepep.sim.faults.expert_training import BufferPlace
 from deepep.sim.faults.fault import Effect
@@ -68,7 +69,18 @@ GATES: tuple[Callable[..., Routing], ...] = (
 )
 
 
-def layers_on(buffer: Any) -> nn.Sequential:
+PLACED = {
+    "each on one rank": (),
+    "replicas, some experts on the dead rank alone": (0, 1, 4, 2, 3, 0, 4, 5, 1, 6, 7, 5),
+    "replicas of all that it had": (0, 1, 2, 2, 3, 0, 4, 5, 3, 6, 7, 1),
+}
+
+
+def placement_of(experts: tuple[int, ...]) -> ExpertPlacement:
+    return ExpertPlacement(EXPERTS, RANKS, experts or tuple(range(EXPERTS)))
+
+
+def layers_on(buffer: Any, **options: Any) -> nn.Sequential:
     """Three layers, each with another gate; in the last one the dead rank's experts are a group."""
     sizes: dict[str, Any] = {
         "hidden": HIDDEN,
@@ -80,7 +92,9 @@ def layers_on(buffer: Any) -> nn.Sequential:
     for seed, gate in enumerate(GATES):
         topk = TOPK if seed < 2 else 2
         layers.append(
-            ExpertParallelMoE(buffer, num_topk=topk, gate=gate, seed=seed, shared_hidden=4, **sizes)
+            ExpertParallelMoE(
+                buffer, num_topk=topk, gate=gate, seed=seed, shared_hidden=4, **sizes, **options
+            )
         )
         layers[-1].router.bias.copy_(torch.linspace(0.2, -0.2, EXPERTS).roll(seed))  # type: ignore[union-attr]
     return layers
@@ -91,24 +105,29 @@ def tokens_of(rank: int) -> Tensor:
     return torch.randn(5 + rank, HIDDEN, generator=generator, dtype=torch.float64)
 
 
-def one_dies(context: Any) -> dict[str, Any]:
-    """A step in which rank 1 dies as the second layer's rows travel, and what the survivors have then."""
+def one_dies(context: Any, experts: tuple[int, ...], in_sum: bool = False) -> dict[str, Any]:
+    """A step in which rank 1 dies as the second layer's rows travel, or in the sum of replicas' gradients;
+    and what the survivors have then.
+    """
     seen: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("deepep").addHandler(handler)
     with deepep.Buffer(context.group, device="cpu", timeout=60.0) as buffer:
-        layers = layers_on(buffer)
+        layers = layers_on(buffer, placement=placement_of(experts) if experts else None)
         model = deepep.DistributedDataParallel(layers, process_group=context.group)
         combines = 0
 
         def observe(operation: str, phase: str) -> None:
             nonlocal combines
             combines += (operation, phase) == ("combine", "payload")
-            if context.rank == DEAD and combines == 2:
+            if context.rank == DEAD and combines == 2 and not in_sum:
                 os._exit(0)
 
         buffer.runtime.observe(observe)
+        if context.rank == DEAD and in_sum:
+            layers[1].sum_replica_gradients_by = lambda add_up: os._exit(0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)  # refuses replicas that may part
         x, runs, y = tokens_of(context.rank).requires_grad_(), 0, torch.empty(0)
         for attempt in model.attempts():
             with attempt:
@@ -117,7 +136,12 @@ def one_dies(context: Any) -> dict[str, Any]:
                 x.grad = None
                 y = model(x)
                 (y * torch.cos(y.detach())).sum().backward()
+                for layer in layers:
+                    layer.sum_replica_gradients()  # type: ignore[operator]  # the backward has done it
+                norm = deepep.clip_grad_norm_(model, 1e9)
+                optimizer.step()
         found = {"y": y.detach(), "x": x.grad, "runs": runs, "members": model.members, "said": seen}
+        found["norm"] = norm
         found["grads"] = {name: p.grad for name, p in layers.named_parameters()}
         found["masked"] = buffer.info.masked_ranks
         found["load"] = [layer.router.load.clone() for layer in layers]  # type: ignore[union-attr]
@@ -130,7 +154,7 @@ def one_dies(context: Any) -> dict[str, Any]:
 def plain(layer: Any, x: Tensor, left: list[int]) -> Tensor:
     """A layer by definition, every token through its experts of those `left`; a whole group is gone."""
     router, gate = layer.router, layer.router.gate
-    if isinstance(gate, partial) and gate.func is group_limited_topk:
+    if isinstance(gate, partial) and gate.func is group_limited_topk and len(left) < EXPERTS:
         gate = partial(group_limited_topk, num_groups=3, num_kept_groups=2)
     routing = gate((x @ router.weight.t())[:, left], router.num_topk, bias=router.bias[left])
     weights = routing.topk_weights.float().double()  # as they travel
@@ -146,11 +170,18 @@ def plain(layer: Any, x: Tensor, left: list[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def test_outputs_gradients_and_loads_are_those_without_the_dead_experts() -> None:
-    """In float64, but where weights travel in float32, here and there: to 1e-12."""
+@pytest.mark.parametrize(
+    ("name", "in_sum"), [*((name, False) for name in PLACED), ("replicas of all that it had", True)]
+)
+def test_outputs_gradients_and_loads_are_those_without_the_dead_experts(name: str, in_sum: bool) -> None:
+    """In float64, but where weights travel in float32, here and there: to 1e-12. No expert is lost that lives
+    elsewhere, and its replicas have the same gradient.
+    """
     with World(RANKS, timeout=120.0) as world:
-        outcomes = world.try_run(one_dies)
-    layers, left = layers_on(BufferPlace(0, 1)), [e for e in range(EXPERTS) if e // 2 != DEAD]
+        outcomes = world.try_run(one_dies, PLACED[name], in_sum)
+    placed = placement_of(PLACED[name])
+    left = sorted({e for rank in range(RANKS) if rank != DEAD for e in placed.of_rank(rank)})
+    layers = layers_on(BufferPlace(0, 1))
     survivors = [rank for rank in range(RANKS) if rank != DEAD]
     xs = {rank: tokens_of(rank).requires_grad_() for rank in survivors}
     ys, counted = {}, [torch.zeros(EXPERTS, dtype=torch.int64) for _ in layers]
@@ -162,18 +193,22 @@ def test_outputs_gradients_and_loads_are_those_without_the_dead_experts() -> Non
     loss = sum(((y * torch.cos(y.detach())).sum() for y in ys.values()), torch.zeros(()))
     loss.backward()
     close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    gradients = [p.grad.flatten() for p in layers.parameters() if p.grad is not None]
+    norm = torch.cat(gradients).norm() / len(survivors)
     for rank in survivors:
         assert outcomes[rank].ok, outcomes[rank].describe()
         got = outcomes[rank].value
         assert (got["runs"], got["members"], got["masked"]) == (2, (0, 2, 3), (DEAD,))
         assert len(got["said"]) == (rank == 0)
+        mine = list(placed.of_rank(rank))
+        close(got["norm"], norm)
         close(got["y"], ys[rank].detach())
         close(got["x"], xs[rank].grad)
         for name, parameter in layers.named_parameters():
             assert parameter.grad is not None
             mean = parameter.grad / len(survivors)
-            here = slice(2 * rank, 2 * rank + 2) if ".experts." in name else slice(None)
-            close(got["grads"][name], mean[here], msg=lambda m, n=name: f"{n}: {m}")
+            wanted = mean[mine] if ".experts." in name else mean
+            close(got["grads"][name], wanted, msg=lambda m, n=name: f"{n}: {m}")
         for number, load in enumerate(got["load"]):
             counted[number] += load
     for number, layer in enumerate(layers):

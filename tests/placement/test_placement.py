@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.placement import ExpertPlacement, contiguous, least_share, place
-from deepep.placement.experts import OF_EXPERT, OF_RANK, OF_TOKEN
+from deepep.placement.experts import OF_EXPERT, OF_RANK, OF_TOKEN, physical_topk
 
 ROUNDING = Fraction(1, 2**50)
 """Relative. A share is rounded once and a rank's sum of shares once, each by at most 2^-53; the search
@@ -266,3 +266,19 @@ def test_a_placement_made_by_hand_is_checked():
         placement.physical_topk(torch.zeros(1, 1, dtype=torch.int64), 2)
     with pytest.raises(RangeError):
         placement.num_moved(contiguous(2, 1))
+
+
+def test_tables_without_ranks_name_the_replicas_that_are_left() -> None:
+    placed = ExpertPlacement(5, 3, (0, 1, 2, 3, 0, 4, 1, 0, 2))
+    assert placed.alive_without([1]) == [0, 1, 2]
+    assert placed.alive_without([]) == [0, 1, 2, 3, 4]
+    assert placed.replicas_without([0])[:3] == ((4, 7), (6,), (8,))
+    replicas, counts = placed.tables(without=[0])
+    assert torch.equal(placed.tables()[1], torch.tensor([3, 2, 2, 1, 1]))  # kept apart
+    topk = torch.tensor([[0, 1], [2, 0], [3, 4]] * 40)
+    found = physical_topk(topk, replicas, counts, 1, placed.num_physical)
+    logical = torch.tensor(placed.experts)[found]
+    assert torch.equal(logical, topk)
+    assert int(found.min()) >= placed.num_local
+    shares = torch.bincount(found[topk == 0], minlength=9)[[4, 7]]
+    assert abs(int(shares[0] - shares[1])) <= 8  # of 80
