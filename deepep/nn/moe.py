@@ -56,7 +56,7 @@ from deepep.nn.scaled import (
 )
 from deepep.nn.summed import combine_pairs, sums_in_combine
 from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
-from deepep.runtime.checks import INDEX_DTYPES, MOST, check_int, dtype_names
+from deepep.runtime.checks import INDEX_DTYPES, MOST, check_int, check_ints, dtype_names
 from deepep.runtime.requests import Operation
 
 
@@ -320,13 +320,12 @@ class ExpertParallelMoE(nn.Module):
         Raises RangeError for fewer experts left than the gate needs, or ranks that there are not;
         ArgumentTypeError for a gate that takes no `alive=`.
         """
-        for rank in ranks:
-            check_int("ranks", rank, 0, self.num_expert_ranks - 1)
+        gone = frozenset(check_ints("ranks", ranks, 0, self.num_expert_ranks - 1))
         placed = self.placement or contiguous(self.num_experts, self.num_expert_ranks)
-        self.router.choose_among(placed.alive_without(ranks))
-        self.left_out = frozenset(ranks)
+        self.router.choose_among(placed.alive_without(gone))
+        self.left_out = gone
         if self.placement is not None:
-            self.replicas, self.replica_counts = self.placement.tables(self.router.weight.device, ranks)
+            self.replicas, self.replica_counts = self.placement.tables(self.router.weight.device, gone)
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that every rank holds: sum their gradients over the ranks."""

@@ -15,7 +15,7 @@ from deepep.nn.balance import count_load, rate_problem, summed_load
 from deepep.nn.experts import MAX_EXPERTS, MAX_HIDDEN, MAX_SEED, fill, generator_of, normal, parameter
 from deepep.nn.logits import router_logits
 from deepep.nn.precision import check_input, without_autocast
-from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
+from deepep.runtime.checks import INDEX_DTYPES, check_int, check_ints, dtype_names
 from deepep.runtime.engine import Engine
 
 #: Maps logits [T, E], K and `bias=` [E] to a Routing, or to anything with its `topk_idx` [T, K], int32 or
@@ -126,9 +126,8 @@ class Router(nn.Module):
         Raises RangeError for fewer than the gate needs, ArgumentTypeError where it takes no `alive=`.
         """
         num_experts = self.weight.shape[0]
-        for expert in alive:
-            check_int("alive", expert, 0, num_experts - 1)
-        mask = torch.tensor([expert in alive for expert in range(num_experts)], device="cpu")
+        chosen = set(check_ints("alive", alive, 0, num_experts - 1))
+        mask = torch.tensor([expert in chosen for expert in range(num_experts)], device="cpu")
         if bool(mask.all()):
             self.alive = None
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy
@@ -109,6 +109,13 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
         got = str(number) if abs(number) < 1 << 128 else f"a number of {number.bit_length()} bits"
         raise RangeError(name, got, f"{low} or more" if high is None else f"{low} to {high}")
     return number
+
+
+def check_ints(name: str, values: object, low: int, high: int) -> list[int]:
+    """Integers in [low, high], of a list, tuple, set, array or the like."""
+    if not isinstance(values, Collection) or isinstance(values, (str, bytes, Mapping, torch.Tensor)):
+        raise ArgumentTypeError(name, type(values).__name__, "integers, in a list or the like")
+    return [check_int(name, value, low, high) for value in values]
 
 
 def check_flag(name: str, value: object) -> bool:

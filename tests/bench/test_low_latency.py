@@ -75,7 +75,7 @@ def as_on_gpus(context: Any, wrong: bool = False, uncaptured: int = -1) -> Any:
             patch.setattr(module, name, value)
         make = HostClock
         patch.setattr("deepep.bench.rank.HostClock", lambda g, d, iterations, warmup: make(g, d, 2, 0))
-        patch.setattr("deepep.bench.peers._buffer_type", lambda ranks: (None, "deep_ep: not here"))
+        patch.setattr("deepep.bench.peers._buffer_type", lambda ranks, name: (None, "deep_ep: not here"))
         bench = module.LowLatencyBench(context.group, context.device, sweep, buffer, lambda line: None)
         bench.run([draw(sweep, shape) for shape in SHAPES])
     buffer.destroy()

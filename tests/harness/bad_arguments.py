@@ -145,6 +145,7 @@ def fits(words: set[str], name: str, value: Any) -> bool:
         "str": isinstance(value, str),
         "dtype": isinstance(value, torch.dtype),
         "Size": isinstance(value, (tuple, list)),
+        "Collection": isinstance(value, (tuple, list, numpy.ndarray)),
         "Mapping": isinstance(value, dict),
         "Callable": callable(value),
         "Gate": callable(value),

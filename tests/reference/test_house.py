@@ -12,7 +12,10 @@ import deepep.reference
 
 FOLDER = Path(deepep.reference.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
-GLOBAL_VIEW = {"all_reduce", "elastic", "layout", "high_throughput", "low_latency", "ordered_sum"}
+GLOBAL_VIEW = {
+    *("all_reduce", "elastic", "layout", "high_throughput", "low_latency", "ordered_sum"),
+    "side_primitives",
+}
 RUNNABLE = {"wire", "logfmt_wire", "all_to_all", "all_to_all_low_latency", "two_level"}
 SHARED = {
     "checks",
