@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: list[str] | None = None) -> None:
     """Runs `deepep <command> ...`; exits with the command's status: 2 for misuse, 130 for Ctrl-C."""
     args = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of other bytes, or a terminal without lines to draw
+            stream.reconfigure(errors="backslashreplace")
     if not args or args[0] in ("-h", "--help"):
         usage = "\n".join(f"  {name:9} {line}" for name, (_, line) in COMMANDS.items())
         print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help: its options")
@@ -43,9 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"command: got {args[0]!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     module, _ = COMMANDS[args[0]]
-    with _leaving_without_extras(args[0]):
-        command = importlib.import_module(module).command
-        import typer
+    try:
+        with _leaving_without_extras(args[0]):
+            command = importlib.import_module(module).command
+            import typer
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
     # As for Ctrl-C, ranks are ended and temporary folders removed on the way out.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -117,9 +118,22 @@ def start_process(target: Callable[..., None], arguments: tuple[Any, ...], name:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=arguments, name=name, daemon=True)
-    with _starting, _hidden_main(), _quiet_torch():
+    with _starting, _hidden_main(), _quiet_torch(), _uninterrupted():
         process.start()
     return process
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is for this process alone: the fork server, whom it would end while it imports, and what it
+    forks begin with the signal blocked. Here it arrives afterwards.
+    """
+    resource_tracker.ensure_running()  # else its start, inside, would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def main(connection: Connection, lifeline: Connection, spec: RankSpec) -> None:
     # Ctrl-C is for the parent, which ends its ranks. A stack is written on request, even inside a
     # blocked collective, and by a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with open(spec.stack_file, "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         faulthandler.enable(file=stack_file, all_threads=True)

@@ -152,6 +152,29 @@ def test_what_the_ranks_of_a_timeline_refuse_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_a_command_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
+        main(["predict"])
+    assert isinstance(left.value, SystemExit)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_knows_ascii_alone() -> None:
+    """Its table is too wide for 40 columns: what is cut off ends in a character of its own."""
+    command = [sys.executable, "-m", "deepep", "links"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "COLUMNS": "40"}
+    done = subprocess.run(command, capture_output=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert rb"\u2026" in done.stdout
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--help"])

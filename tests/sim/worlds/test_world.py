@@ -237,6 +237,33 @@ def _runs(pid: int) -> bool:
     return True
 
 
+INTERRUPTED = """
+import signal
+from deepep.sim import World
+from deepep.sim.worlds import rank_handle
+
+rank_handle.PRELOADED.append("interrupts_itself")
+with World(1) as world:
+    print(world.run(lambda ctx: signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()))
+print(signal.pthread_sigmask(signal.SIG_BLOCK, []) == set())
+"""
+
+
+def test_ctrl_c_while_ranks_start_is_for_the_parent_alone(tmp_path):
+    """It reaches the whole foreground: here the fork server, at the worst moment."""
+    sent = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "interrupts_itself.py").write_text(sent)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.stdout.split() == ["[True]", "True"], done.stdout + done.stderr
+    assert done.stderr == ""
+
+
 def test_importing_the_simulator_loads_no_hypothesis():
     code = "import sys, deepep.sim; print('hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
