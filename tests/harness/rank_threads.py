@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepep.runtime.control.transport import private_group
+from deepep.runtime.control.transport import private_group, set_timeout
 
 HANG = 120.0
 """Seconds after which a test is taken to hang."""
@@ -60,6 +60,17 @@ def raised(call: Callable[[], Any]) -> BaseException | None:
     except BaseException as error:  # it is what the test asks for
         return error
     return None
+
+
+def be_patient(buffer: Any, seconds: float) -> None:
+    """Gives a buffer on the reference another time-out, from its next call on: a short one is for the call
+    that waits it out, and no machine stalls so long that the others miss a long one.
+    """
+    membership = buffer.runtime._control.membership
+    membership.timeout, membership.grace = seconds, 1.0 + 0.05 * seconds
+    for link in (membership._control, membership._payload):
+        if link is not None:
+            set_timeout(link.group, seconds)
 
 
 def exchange(buffer: Any, rank: int, num_ranks: int) -> torch.Tensor:

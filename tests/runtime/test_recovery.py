@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from functools import partial
 from typing import Any
 
 import pytest
-from harness.rank_threads import Ranks, raised, works
+from harness.rank_threads import Ranks, be_patient, raised, works
 
 import deepep
 from deepep.errors import DestroyedError, PeerTimeoutError
@@ -28,12 +27,14 @@ def test_a_rank_that_missed_a_call_is_taken_in_again(masks: bool) -> None:
     ranks = Ranks(3 if masks else 2)
 
     def part(rank: int) -> Any:
-        buffer = buffer_on(ranks, rank, SHORT, enable_shrink=True)
+        buffer = buffer_on(ranks, rank, LONG, enable_shrink=True)
         assert works(buffer, rank, ranks.num_ranks)
         named = []
         for _ in range(2):
             if rank != 1:
+                be_patient(buffer, SHORT)
                 error = raised(lambda: works(buffer, rank, ranks.num_ranks))
+                be_patient(buffer, LONG)
                 assert isinstance(error, PeerTimeoutError)
                 named.append(error.record.waited_on)
                 if masks:
@@ -54,13 +55,18 @@ def test_a_late_rank_needs_no_masks_to_come_back() -> None:
     ranks = Ranks(3)
 
     def part(rank: int) -> list[Any]:
-        buffer = buffer_on(ranks, rank, SHORT)
+        buffer = buffer_on(ranks, rank, LONG)
         named = []
         for _ in range(2):
             assert works(buffer, rank, 3)
             if rank == 1:
-                time.sleep(2.5 * SHORT)
-            error = raised(lambda: works(buffer, rank, 3))
+                ranks.meet()  # the others have given it up
+                error = raised(lambda: works(buffer, rank, 3))
+            else:
+                be_patient(buffer, SHORT)
+                error = raised(lambda: works(buffer, rank, 3))
+                be_patient(buffer, LONG)
+                ranks.meet()
             assert isinstance(error, PeerTimeoutError), error
             named.append(error.record.waited_on)
             ranks.meet()
@@ -79,10 +85,12 @@ def test_a_rank_that_left_out_a_call_is_told_once(first: int) -> None:
     ranks = Ranks(2)
 
     def part(rank: int) -> list[Any]:
-        buffer = buffer_on(ranks, rank, SHORT)
+        buffer = buffer_on(ranks, rank, LONG)
         tale = []
         if rank == 0:
+            be_patient(buffer, SHORT)
             tale.append(raised(lambda: works(buffer, rank, 2)))
+            be_patient(buffer, LONG)
         for turn in (first, 1 - first):
             ranks.meet()
             if rank == turn and (rank == 1 or first == 0):
@@ -228,7 +236,7 @@ def test_a_rank_that_was_left_out_may_leave(inline: bool, leaves: str) -> None:
     ranks = Ranks(3)
 
     def part(rank: int) -> Any:
-        buffer = buffer_on(ranks, rank, SHORT, enable_shrink=True)
+        buffer = buffer_on(ranks, rank, LONG, enable_shrink=True)
         if inline:
             buffer.runtime._control.queue.close(LONG)
             buffer.runtime._control.queue = InlineQueue()
@@ -236,7 +244,9 @@ def test_a_rank_that_was_left_out_may_leave(inline: bool, leaves: str) -> None:
         ranks.meet()
         if rank != 1:
             if leaves == "late":
+                be_patient(buffer, SHORT)
                 assert isinstance(raised(lambda: works(buffer, rank, 3)), PeerTimeoutError)
+                be_patient(buffer, LONG)
             buffer.low_latency_update_mask_buffer(1, True)
             works(buffer, rank, 3)
         ranks.meet()
