@@ -371,8 +371,11 @@ class ExpertParallelMoE(nn.Module):
 
     def sum_replica_gradients_by(self, add_up: Callable[[Tensor], object]) -> None:
         """The same at the end of a backward, by a function that sums a tensor over the ranks that take part,
-        in place; then `sum_replica_gradients` has nothing to do, until the next forward.
+        in place; then `sum_replica_gradients` has nothing to do, until the next forward. Raises
+        ArgumentTypeError.
         """
+        if not callable(add_up):
+            raise ArgumentTypeError("add_up", type(add_up).__name__, "a function of a tensor")
         if self.placement is not None:
             sum_replica_gradients(list(self.experts.parameters()), self.placement, self.rank, add_up)
             self._are_replicas_summed = True

@@ -55,6 +55,7 @@ def layers(ctx: Any) -> list[str]:
             (moe.forward, {"x": x}),
             (moe.rebalance, {"rate": 0.1}),
             (moe.leave_out, {"ranks": []}),
+            (moe.sum_replica_gradients_by, {"add_up": print}),
             (moe.move_to, {"placement": placement}),
             (
                 nn.move_experts,

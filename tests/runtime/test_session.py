@@ -93,7 +93,7 @@ def test_keys_are_of_a_run_and_an_attempt(monkeypatch: pytest.MonkeyPatch) -> No
     """torchrun's store outlives an attempt whose ranks died, and its keys with it."""
     for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert session._prefix() == "deepep"
+    assert session.run_prefix() == "deepep"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert session._prefix() == "deepep/job/1"
+    assert session.run_prefix() == "deepep/job/1"
