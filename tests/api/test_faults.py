@@ -344,7 +344,7 @@ def asynchronous(ctx: Any, routing: Any) -> Any:
     """The fault of work under way is raised by the wait, and by all that was queued behind it."""
     import torch.distributed as dist
 
-    buffer = shrinking_buffer(ctx, 1.5)
+    buffer = shrinking_buffer(ctx, 4.0)
     old = train(buffer, routing)
     if ctx.rank != VICTIM:
         first = buffer.combine(old["received"], old["handle"], async_finish=True)[2]
@@ -419,7 +419,7 @@ def test_masked_ranks_are_left_out_and_taken_in_again(world_of: Any, same_bits: 
 
 
 def masks_that_differ(ctx: Any, routing: Any) -> Any:
-    buffer = shrinking_buffer(ctx, 1.5)
+    buffer = shrinking_buffer(ctx, 4.0)
     train(buffer, routing)
     if ctx.rank in (2, 3):
         return None

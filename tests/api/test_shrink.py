@@ -12,7 +12,7 @@ import deepep
 pytestmark = pytest.mark.alone
 
 RANKS, VICTIM, EXPERTS, TOPK, TOKENS, MOST = 3, 1, 6, 3, 4, 5
-TIMEOUT = 2.0
+TIMEOUT = 3.0  # waited out, and longer than a busy machine holds a rank that comes
 
 
 class Caller:
