@@ -208,9 +208,8 @@ class BucketReducer:
         if adapts and is_large and self.comm.num_ranks > 1:
             key = rounding_key(config.seed, step, index, self.comm.rank)
             numbers = measure(tensor, key if config.rounding == "stochastic" else None)
-            if (
-                self.sampler is not None
-            ):  # one rank's square tells less of the variance, the more samples it is of
+            if self.sampler is not None:
+                # The square of a mean has less of the variance in it, the more samples it is of.
                 numbers[0] = numbers[0] / share if share else 0.0
             self._measured[index] = [*numbers, 0.0]
             inspect = partial(self._measure_mean, index)

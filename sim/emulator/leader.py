@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 
 
 class EmulatedFailure(DeepEPError):
-    """The emulator found a kernel in error: a data race, a deadlock, a read of nothing. Tells the story."""
+    """The emulator found a kernel in error: a data race, a deadlock, a read of nothing; says how."""
 
 
 def at_leader(wire: Wire, mine: Given, work: Callable[[dict[int, Given], int], dict[int, Made]]) -> Made:

@@ -1,4 +1,4 @@
-"""ElasticBuffer's benchmark: what is measured, and that wrong rows are told."""
+"""ElasticBuffer's benchmark: what is measured, and that wrong rows end a run."""
 
 from __future__ import annotations
 

@@ -27,24 +27,24 @@ def on_stubs(start: str, test: str, symmetric_bytes: int = 64 << 20) -> None:
     process = start_process(_play, (theirs, code, {"DEEPEP_SYMMETRIC_BYTES": str(symmetric_bytes)}), "stubs")
     theirs.close()
     try:
-        told = mine.recv() if mine.poll(HANG) else "it hangs"
+        problem = mine.recv() if mine.poll(HANG) else "it hangs"
     except EOFError:
         process.join()
-        told = f"the process ended with {process.exitcode}"
+        problem = f"the process ended with {process.exitcode}"
     finally:
         process.kill()
         process.join()
         process.close()
         mine.close()
-    assert not told, told
+    assert not problem, problem
 
 
 def _play(connection: Connection, code: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    told = ""
+    problem = ""
     try:
         exec(compile(code, "a test on stubs", "exec"), {"__name__": "a test on stubs"})
     except BaseException:  # the parent says it
         numbered = "".join(f"{i:3} {line}\n" for i, line in enumerate(code.splitlines(), 1))
-        told = f"{numbered}\n{traceback.format_exc()}"
-    connection.send(told)
+        problem = f"{numbered}\n{traceback.format_exc()}"
+    connection.send(problem)

@@ -221,7 +221,8 @@ def test_who_freezes_does_nothing_more() -> None:
         process.start()
         assert process.pid is not None
         try:
-            while _state_of(process.pid) != "T":
+            while (state := _state_of(process.pid)) != "T":
+                assert state not in "ZX", "it has ended"
                 time.sleep(0.001)
             assert list(shown) == [1, 0]
         finally:
