@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_efficiency, dp_faults, dp_join, dp_networks, dp_uneven
+from deepep.cli import dp_efficiency, dp_faults, dp_join, dp_networks, dp_topologies, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import ArgumentError, RangeError
 
@@ -43,6 +43,11 @@ def command(
     ] = 0,
     rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.", min=1)] = 5,
     pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
+    clusters: Annotated[str, typer.Option(help="topologies: of these alone, with commas between.")] = "",
+    sizes: Annotated[str, typer.Option(help="topologies: of 4K,256K,4096K these alone.")] = "",
+    results: Annotated[
+        str, typer.Option(help="topologies: a file that keeps times, so that the rest can follow later.")
+    ] = "",
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
     times: Annotated[int, typer.Option(help="kill: runs for each phase; join: for each size.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice; kill.")] = 0,
@@ -70,7 +75,7 @@ def command(
         "codec": lambda: _codec(blocks),
         "bytes": lambda: _bytes(ranks or 4),
         "convergence": lambda: _convergence(ranks or 4, steps or 64, seed),
-        "topologies": lambda: dp_networks.topologies(ranks or 8, rounds, pinned),
+        "topologies": lambda: dp_topologies.topologies(ranks or 8, rounds, pinned, clusters, sizes, results),
         "drift": dp_networks.drift,
         "noise": lambda: dp_networks.noise(ranks or 4, steps or 160, seed),
         "uneven": lambda: dp_uneven.uneven(steps or 20),

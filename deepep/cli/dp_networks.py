@@ -1,77 +1,17 @@
-"""`deepep dp topologies`, `drift` and `noise`: plans on emulated clusters, and formats by the noise."""
+"""`deepep dp drift` and `noise`: plans measured again on an emulated cluster, and formats by the noise."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from rich.table import Table
 
 from deepep.cli.terminal import make_console
 
-MOST_MEAN, MOST_ONE = 0.78, 1.05
-"""Of torch's gloo: the geometric mean over clusters and sizes, and the worst of them."""
-MOST_INTERLEAVED, MOST_FAR, MOST_RACKS_FP8, MOST_OF_BEST = 0.40, 0.35, 0.50, 1.10
-"""Of torch's gloo: 4 MiB between interleaved racks, 4 KiB at 10 ms, 4 MiB in FP8 between racks in order; and
-of the best schedule that was pinned, in the same run.
-"""
 MOST_STEPS, USUAL_STEPS = 40, 30
 """Operations until a slowed link has others planned; and those before it is slowed."""
 MOST_ABOVE, MOST_BYTES, MAX_NOISE = 0.05, 0.33, 0.02
 """Share of steps and buckets with more noise than allowed; bytes of float32's; the noise that is allowed."""
-SMALL, LARGE = 4 << 10, 4 << 20
-
-
-def topologies(ranks: int, rounds: int, pinned: bool) -> bool:
-    """Times on five emulated clusters against torch's gloo in the same run; True if all bars hold."""
-    from deepep.collectives.cost import geometric_mean
-    from deepep.sim.links.clusters import CLUSTERS, cluster
-    from deepep.sim.links.comparing import CHOSEN, CHOSEN_FP8, GLOO, PINNED, SIZES, compare
-
-    console = make_console()
-    columns = ("cluster", "KiB", "gloo, ms", "chosen", "of gloo", "fp8", "of gloo")
-    table = Table(*columns, *(PINNED if pinned else ()))
-    shares, without, bars = [], [], []
-    for name in CLUSTERS:
-        found = compare(cluster(name, ranks), rounds, pinned)
-        console.print(f"{name}: groups {found.groups}")
-        for size in SIZES:
-            seconds = found.seconds[size]
-            share = seconds[CHOSEN] / seconds[GLOO]
-            shares.append(share)
-            table.add_row(
-                name,
-                str(size >> 10),
-                f"{1e3 * seconds[GLOO]:.0f}",
-                f"{1e3 * seconds[CHOSEN]:.0f} {found.plans[size][CHOSEN]}",
-                f"{share:.2f}",
-                f"{1e3 * seconds[CHOSEN_FP8]:.0f} {found.plans[size][CHOSEN_FP8]}",
-                f"{seconds[CHOSEN_FP8] / seconds[GLOO]:.2f}",
-                *(f"{1e3 * seconds[way]:.0f}" if way in seconds else "-" for way in PINNED if pinned),
-            )
-            bars.append((f"{name}, {size >> 10} KiB", share, MOST_ONE))
-            ours = [seconds[way] for way in PINNED if way in seconds]
-            if ours:
-                bars.append(
-                    (f"{name}, {size >> 10} KiB, of the best", seconds[CHOSEN] / min(ours), MOST_OF_BEST)
-                )
-                without.append(min(s for way, s in seconds.items() if way in PINNED[1:]) / seconds[GLOO])
-            if (name, size) == ("interleaved", LARGE):
-                bars.append(("interleaved, 4 MiB", share, MOST_INTERLEAVED))
-            if (name, size) == ("far", SMALL):
-                bars.append(("far, 4 KiB", share, MOST_FAR))
-            if (name, size) == ("racks", LARGE):
-                bars.append(("racks, 4 MiB, fp8", seconds[CHOSEN_FP8] / seconds[GLOO], MOST_RACKS_FP8))
-    console.print(table)
-    bars.append(("geometric mean", geometric_mean(shares), MOST_MEAN))
-    missed = [bar for bar in bars if bar[1] > bar[2]]
-    for what, got, most in missed:
-        console.print(f"{what}: {got:.2f}; allowed: at most {most:.2f}")
-    text = f"geometric mean {geometric_mean(shares):.2f} of gloo, the worst {max(shares):.2f}"
-    if without:
-        text += f"; the best of ours without native {geometric_mean(without):.2f}"
-    console.print(f"{text}; load average {os.getloadavg()[0]:.0f}")
-    return not missed
 
 
 def drift() -> bool:

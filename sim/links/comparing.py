@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from deepep.sim.links.clusters import EmulatedCluster
@@ -31,16 +33,70 @@ class ClusterComparison:
     plans: dict[int, dict[str, str]]
 
 
-def compare(cluster: EmulatedCluster, rounds: int, pinned: bool, timeout: float = 900.0) -> ClusterComparison:
+class Measured:
+    """Comparisons of a table that is made in pieces, kept in a file, or in memory alone.
+
+    file: None, or where it is. conditions: what all pieces have to share: ranks, rounds, whether schedules
+    were pinned. Raises ValueError for a file of others, or of something else.
+    """
+
+    def __init__(self, file: Path | None, conditions: dict[str, int]) -> None:
+        self._file, self._conditions = file, conditions
+        self.clusters: dict[str, ClusterComparison] = {}
+        if file is None or not file.exists():
+            return
+        try:
+            stored = json.loads(file.read_text())
+            found = stored["conditions"]
+            for one in stored["clusters"]:
+                by_size = (
+                    {int(size): of_size for size, of_size in one[key].items()} for key in ("seconds", "plans")
+                )
+                groups = tuple(map(tuple, one["groups"]))
+                self.clusters[one["cluster"]] = ClusterComparison(one["cluster"], groups, *by_size)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{file}: no file of `dp topologies`: {error}") from None
+        if found != conditions:
+            raise ValueError(f"{file}: measured with {found}; allowed: {conditions}, or another file")
+
+    def missing(self, name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Those of `sizes` that a cluster has no times of."""
+        there = self.clusters[name].seconds if name in self.clusters else {}
+        return tuple(size for size in sizes if size not in there)
+
+    def add(self, found: ClusterComparison) -> None:
+        """Keeps a cluster's times, beside those of its other sizes."""
+        before = self.clusters.get(found.cluster)
+        if before is not None:
+            seconds, plans = {**before.seconds, **found.seconds}, {**before.plans, **found.plans}
+            found = ClusterComparison(found.cluster, found.groups, seconds, plans)
+        self.clusters[found.cluster] = found
+        if self._file is not None:
+            made = {"conditions": self._conditions, "clusters": [asdict(c) for c in self.clusters.values()]}
+            part = self._file.with_suffix(".part")
+            part.write_text(json.dumps(made, indent=1) + "\n")
+            part.replace(self._file)
+
+
+def compare(
+    cluster: EmulatedCluster,
+    rounds: int,
+    pinned: bool,
+    sizes: Sequence[int] = SIZES,
+    timeout: float = 900.0,
+) -> ClusterComparison:
     """Times on a cluster, in turn within each of `rounds` rounds, so that all have the same machine.
 
-    pinned: whether the schedules are run one by one, too. Raises NetworkError.
+    pinned: whether the schedules are run one by one, too. sizes: those to run, in bytes; plans are chosen at
+    all sizes in any case. Raises NetworkError.
     """
     with EmulatedNetwork(cluster) as network, World(cluster.num_ranks, network=network) as world:
-        return world.run(_compared, cluster.name, rounds, pinned, timeout=timeout)[0]
+        return world.run(_compared, cluster.name, rounds, pinned, tuple(sizes), timeout=timeout)[0]
 
 
-def _compared(context: Any, name: str, rounds: int, pinned: bool) -> ClusterComparison:
+def _compared(
+    context: Any, name: str, rounds: int, pinned: bool, sizes: tuple[int, ...]
+) -> ClusterComparison:
     import torch
     import torch.distributed as dist
 
@@ -51,7 +107,7 @@ def _compared(context: Any, name: str, rounds: int, pinned: bool) -> ClusterComp
     table: PlanTable = choose(comm, ("fp8", "fixed32"), 1e9)
     seconds: dict[int, dict[str, float]] = {}
     plans: dict[int, dict[str, str]] = {}
-    for size in SIZES:
+    for size in sizes:
         tensor = torch.zeros(size // 4)
         chosen, fp8 = (table.entry_for(codec, size).plan for codec in ("fixed32", "fp8"))
         ways: dict[str, Callable[[], object]] = {

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import typer
 
-from deepep.cli import dp, dp_efficiency
+from deepep.cli import dp, dp_efficiency, dp_topologies
 from deepep.cli.demo_gradients import run_gradients
 from deepep.demo.compressed import CONTROL, train_with
 from deepep.demo.config import DemoConfig
 from deepep.sim.faults.outages import OutageCosts
+from deepep.sim.links import comparing
+from deepep.sim.links.clusters import CLUSTERS, EmulatedCluster
+from deepep.sim.links.comparing import CHOSEN, CHOSEN_FP8, GLOO, SIZES, ClusterComparison
 
 HAS_NAMESPACES = (
     shutil.which("ip") is not None
@@ -79,6 +82,37 @@ def test_outages_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str
         dp_efficiency.simulate(4, 1, str(tmp_path / "none.json"))
     with pytest.raises(typer.Exit):
         dp_efficiency.simulate(4, 4, "")
+
+
+def test_topologies_are_measured_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that a file has is measured again, and the mean is judged once all is there."""
+    runs = []
+
+    def compare(cluster: EmulatedCluster, rounds: int, pinned: bool, sizes: Any) -> ClusterComparison:
+        runs.append((cluster.name, tuple(sizes)))
+        seconds = {
+            size: {GLOO: 1.0, CHOSEN: 0.9, CHOSEN_FP8: 0.3, "native": 0.9, "direct": 0.9} for size in sizes
+        }
+        plans = {size: {CHOSEN: "direct", CHOSEN_FP8: "direct"} for size in sizes}
+        return ClusterComparison(cluster.name, cluster.groups, seconds, plans)
+
+    monkeypatch.setattr(comparing, "compare", compare)
+    file = str(tmp_path / "times.json")
+    assert dp_topologies.topologies(4, 3, True, "flat", "256K", file)
+    assert "14 of 15 are not measured" in capsys.readouterr().out
+    assert dp_topologies.topologies(4, 3, True, "flat,slow-port", "", file)
+    assert runs == [("flat", (SIZES[1],)), ("flat", (SIZES[0], SIZES[2])), ("slow-port", SIZES)]
+    assert not dp_topologies.topologies(4, 3, True, "", "", file)
+    assert len(runs) == len(CLUSTERS) + 1
+    assert "geometric mean: 0.90; allowed: at most 0.78" in capsys.readouterr().out
+    runs.clear()
+    assert not dp_topologies.topologies(4, 3, True, "", "", file)
+    assert not runs
+    for ranks, clusters, sizes in ((8, "", ""), (4, "ring", ""), (4, "", "1K")):
+        with pytest.raises(typer.Exit):
+            dp_topologies.topologies(ranks, 3, True, clusters, sizes, file)
 
 
 def test_misuse() -> None:
