@@ -22,6 +22,7 @@ SYMMETRIC_BYTES = 256 << 20
 """Of a rank: much more than all else, so that one heap too many is seen."""
 OPENINGS = 30_000
 """More than a process can have events of others open, which torch opens with a heap and never closes."""
+OPENINGS_OF_A_HEAP = 100
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +135,19 @@ def test_released_memory_is_free_until_the_next_call(three: World, mode: str) ->
 
 
 def map_often(ctx: Any) -> int:
-    """Maps and lets go of the others' heaps, so that this process opens `OPENINGS`."""
-    from deepep.backends.cuda.memory.ipc import gather_over, share_heap
+    """Maps and lets go of the others' heaps, so that this process opens `OPENINGS`; many times of each heap,
+    since hosts that meet between any two take minutes.
+    """
+    from deepep.backends.cuda.memory.ipc import export_heap, gather_over, map_heaps
 
     gather = gather_over(ctx.group)
-    for _ in range(OPENINGS // (RANKS - 1)):
+    for _ in range(OPENINGS // (RANKS - 1) // OPENINGS_OF_A_HEAP):
         own = torch.zeros(1 << 20, dtype=torch.uint8, device=ctx.device)
-        heap = share_heap(own, ctx.rank, gather)
-        addresses = len(set(heap.addresses))
-        del heap
+        exported = gather(export_heap(own))
+        for _ in range(OPENINGS_OF_A_HEAP):
+            heap = map_heaps(own, ctx.rank, exported)
+            addresses = len(set(heap.addresses))
+            del heap
         gather(b"")  # all have let go
     return addresses
 
