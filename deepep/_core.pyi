@@ -3,7 +3,7 @@
 Results go into arrays that the caller has allocated; arrays are taken as they are, never converted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,18 @@ class LowLatencyBuffer:
     def total_bytes(self) -> int: ...
     @staticmethod
     def num_epochs() -> int: ...
+
+class TensorSet:
+    """Uninitialised torch tensors of known shapes, made in one call: backends/cuda/memory/tensor_set.py."""
+
+    @staticmethod
+    def is_available() -> bool: ...
+    def __init__(
+        self, device_type: str, device_index: int, otherwise: Callable[[], tuple[Any, ...]]
+    ) -> None: ...
+    def add_array(self, dtype: str, sizes: Sequence[int], strides: Sequence[int]) -> None: ...
+    def add_view(self, of: int, sizes: Sequence[int], strides: Sequence[int], offset: int) -> None: ...
+    def make(self) -> tuple[Any, ...]: ...
 
 CHUNK_RECORDS: int
 

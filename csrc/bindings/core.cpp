@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/crossing.hpp"
+#include "bindings/tensor_set.hpp"
 #include "layout/rules/gradients.hpp"
 #include "layout/rules/layout.hpp"
 #include "layout/rules/sizes.hpp"
@@ -318,6 +319,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("forwarded_rows", &forwarded_rows, array("masks"), array("first_rows"), array("rows"));
 
   deepep::bindings::bind_crossing(m);
+  deepep::bindings::bind_tensor_set(m);
 
   m.def("max_rows_received", &host::max_rows_received, "num_ranks"_a, "num_max_tokens"_a);
   m.def("max_rows_expanded", &host::max_rows_expanded, "num_ranks"_a, "num_max_tokens"_a, "num_topk"_a,

@@ -192,7 +192,6 @@ class CudaLowLatency:
     ) -> LowLatencyCombined:
         """A call whose dispatch all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
-        shape = (plan.num_tokens, plan.form.hidden)
         given, waits = (x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
         if self._control.waits.asks and waits is None:
             waits = self._control.waits.of_kernels("low_latency_combine", engine.device)
@@ -203,7 +202,7 @@ class CudaLowLatency:
             stream = streams.current_address(engine.index)
             out = request.out
             if out is None:
-                out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
+                out = plan.form.sums(plan.num_tokens, engine.device)
             halves = Halves.SEND if schedule.hook else Halves.BOTH
             endpoint.combine(plan, *given, out, halves, blocks, stream, request.use_logfmt, waits)
             if plan.stream != stream:
@@ -214,7 +213,7 @@ class CudaLowLatency:
             with CommStream(engine.comm, endpoint.domain, None) as stream:
                 out = request.out
                 if out is None:
-                    out = torch.empty(shape, dtype=torch.bfloat16, device=engine.device)
+                    out = plan.form.sums(plan.num_tokens, engine.device)
                 endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt, waits)
             read = (*given, plan.table, request.out, waits)
             completion = hand_out(engine.comm, None, schedule, read, (out,))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda.launch import fault_record, pinned_zeros
+from deepep.backends.cuda.memory.tensor_set import Array, Make, View, maker
 from deepep.errors import FaultRecord
 from deepep.runtime.checks import FP8_GROUP, UE8M0_PACK
 
@@ -84,7 +85,7 @@ class LowLatencyFormat:
     """All that ranks must pass alike to a dispatch, and what follows from it alone.
 
     with_weights: they travel with the dispatch. num_blocks: of a launch. entry_stretches: LowLatencyRoom's;
-    not 0 if its combines return the row of each top-k entry. templates: by device.
+    not 0 if its combines return the row of each top-k entry. made: what makes its outputs, by device.
     """
 
     num_ranks: int
@@ -99,9 +100,7 @@ class LowLatencyFormat:
     with_weights: bool = False
     num_blocks: int = 1
     entry_stretches: int = 0
-    templates: dict[torch.device, LowLatencyTemplates] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    made: dict[torch.device, LowLatencyOutputs] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def room(self) -> LowLatencyRoom:
@@ -110,72 +109,71 @@ class LowLatencyFormat:
             self.num_local_experts, self.num_max_tokens, self.num_topk, self.hidden, self.entry_stretches
         )
 
+    def made_on(self, device: torch.device) -> LowLatencyOutputs:
+        """Makers of its outputs on a device."""
+        made = self.made.get(device)
+        if made is None:
+            made = self.made[device] = LowLatencyOutputs.of(self, device)
+        return made
+
+    def sums(self, num_tokens: int, device: torch.device) -> Tensor:
+        """The uninitialised output of a combine of T tokens [T, H] bf16, for the current stream."""
+        sums = self.made_on(device).sums
+        make = sums.get(num_tokens)
+        if make is None:
+            make = sums[num_tokens] = maker(device, [Array((num_tokens, self.hidden), torch.bfloat16)])
+        out: Tensor = make()[0]
+        return out
+
     def outputs(
         self, num_tokens: int, device: torch.device, stream: int
     ) -> tuple[LowLatencyArrays, LowLatencyPlan]:
         """Uninitialised outputs of a dispatch of T tokens, and its handle, for the current stream."""
-        made_like = self.templates.get(device)
-        if made_like is None:
-            made_like = self.templates[device] = LowLatencyTemplates.of(self, device)
-        return made_like.make(self, num_tokens, stream)
+        made = self.made_on(device)
+        if made.has_scales:
+            x, words, ranges, scales, count, source = made.make()
+        else:
+            x, words, ranges, count, source = made.make()
+            scales = None
+        plan = LowLatencyPlan(self, num_tokens, stream, words, made.came, made.routes)
+        return LowLatencyArrays(x, scales, count, source, ranges), plan
 
 
 @dataclass(frozen=True, slots=True)
-class LowLatencyTemplates:
-    """Arrays without memory, like which a dispatch's are made: `torch.empty_like` takes a third of the host
-    time of `torch.empty`, and a view of another array less than an array.
+class LowLatencyOutputs:
+    """The tensors of a format's dispatches on one device, all made in one call.
 
-    words: int32: the handle, then `count`, `ranges` and `source`, which begin at these words. came, routes:
-    of the handle, bytes from its begin.
+    make: gives x, an array of int32 that begins with the handle, the ranges, the scales if there are any, and
+    of the array count and source. came, routes: of the handle, bytes from its begin. sums: give what a
+    combine of T tokens returns, by T.
     """
 
-    x: Tensor
-    scales: Tensor | None
-    words: Tensor
+    make: Make
+    has_scales: bool
     came: int
     routes: int
-    count: int
-    ranges: int
-    source: int
+    sums: dict[int, Make] = field(default_factory=dict)
 
     @staticmethod
-    def of(form: LowLatencyFormat, device: torch.device) -> LowLatencyTemplates:
-        """The templates of a format."""
+    def of(form: LowLatencyFormat, device: torch.device) -> LowLatencyOutputs:
+        """Those of a format."""
         local, ranks, most = form.num_local_experts, form.num_ranks, form.num_max_tokens
         rows = ranks * most
-        dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
-        scales = None
-        if form.use_fp8:
-            columns = form.hidden // (UE8M0_PACK if form.use_ue8m0 else FP8_GROUP)
-            kind = torch.int32 if form.use_ue8m0 else torch.float32
-            scales = _bare(torch.empty((local, columns, rows), dtype=kind, device=device).transpose(1, 2))
         came = _aligned(_SENT + most)
         routes = _aligned(came + ranks * -(-most // _TOKENS_OF_WORD))
         count = _aligned(routes + rows * 2 * form.num_topk)
-        ranges = _aligned(count + local)
-        source = _aligned(ranges + 2 * local * ranks)
-        return LowLatencyTemplates(
-            _bare(torch.empty((local, rows, form.hidden), dtype=dtype, device=device)),
-            scales,
-            _bare(torch.empty(_aligned(source + local * rows), dtype=torch.int32, device=device)),
-            *(4 * came, 4 * routes, count, ranges, source),
-        )
-
-    def make(
-        self, form: LowLatencyFormat, num_tokens: int, stream: int
-    ) -> tuple[LowLatencyArrays, LowLatencyPlan]:
-        """Arrays like these; `form` is that of the templates."""
-        local, ranks = form.num_local_experts, form.num_ranks
-        rows = ranks * form.num_max_tokens
-        words = torch.empty_like(self.words)
-        out = LowLatencyArrays(
-            torch.empty_like(self.x),
-            None if self.scales is None else torch.empty_like(self.scales),
-            words.as_strided((local,), (1,), self.count),
-            words.as_strided((local, rows), (rows, 1), self.source),
-            words.view(torch.int64).as_strided((local, ranks), (ranks, 1), self.ranges // 2),
-        )
-        return out, LowLatencyPlan(form, num_tokens, stream, words, self.came, self.routes)
+        source = _aligned(count + local)
+        arrays = [
+            Array((local, rows, form.hidden), torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16),
+            Array((_aligned(source + local * rows),), torch.int32),
+            Array((local, ranks), torch.int64),
+        ]
+        if form.use_fp8:
+            columns = form.hidden // (UE8M0_PACK if form.use_ue8m0 else FP8_GROUP)
+            kind = torch.int32 if form.use_ue8m0 else torch.float32
+            arrays.append(Array((local, rows, columns), kind, (columns * rows, 1, rows)))
+        views = (View(1, (local,), count), View(1, (local, rows), source))
+        return LowLatencyOutputs(maker(device, arrays, views), form.use_fp8, 4 * came, 4 * routes)
 
 
 @dataclass(slots=True)
@@ -209,12 +207,6 @@ class LowLatencyPlan:
         self.form, self.num_tokens, self.stream, self.table = form, num_tokens, stream, table
         self.identity = begin = table.data_ptr()
         self.sent, self.came, self.routes = begin + 4 * _SENT, begin + came, begin + routes
-
-
-def _bare(array: Tensor) -> Tensor:
-    """An array that has a shape and no memory: this one, without its own."""
-    array.untyped_storage().resize_(0)
-    return array
 
 
 def _aligned(words: int) -> int:
