@@ -94,6 +94,14 @@ def max_rows_expanded(
 def receive_slot_bytes(
     num_rows: int, row_bytes: int, num_scales: int, num_topk: int, index_bytes: int
 ) -> int: ...
+def low_latency_nic_bytes(
+    num_ranks: int,
+    ranks_per_domain: int,
+    num_experts: int,
+    num_max_tokens: int,
+    num_topk: int,
+    hidden: int,
+) -> int: ...
 
 # The gradient codec: formats are "fp8", "fp16" and "bf16"; a block is 128 elements. deepep.collectives.codecs
 # says what the numbers mean.

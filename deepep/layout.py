@@ -357,6 +357,25 @@ def low_latency_rdma_size_hint(
     return size
 
 
+@checked
+def low_latency_nic_bytes(
+    num_max_tokens: int,
+    hidden: int,
+    num_ranks: int,
+    num_experts: int,
+    ranks_per_domain: int,
+    num_topk: int = _core.MAX_TOPK,
+) -> int:
+    """Bytes of a rank's memory for its NIC in low-latency calls between domains; 0 where there is one domain.
+
+    The same on all ranks: of one in the smallest domain. Without `num_topk` the largest top-k is assumed.
+    """
+    size: int = _core.low_latency_nic_bytes(
+        num_ranks, ranks_per_domain, num_experts, num_max_tokens, num_topk, hidden
+    )
+    return size
+
+
 # ---- crossings between domains: windows of tokens, chunks of records, two halves of a buffer
 
 

@@ -19,10 +19,7 @@ struct FarShape {
   int max_topk = 0;
   int64_t max_row_bytes = 0;  // of bf16
 
-  /// The most that are far from any rank: from one of the smallest domain, the last.
-  [[nodiscard]] int max_far() const {
-    return place.num_ranks - place.num_ranks_of_domain(place.num_domains() - 1);
-  }
+  [[nodiscard]] int max_far() const { return layout::max_far_ranks(place); }
   [[nodiscard]] layout::LowLatencyFarSlots slots() const {
     return layout::LowLatencyFarSlots(max_far(), max_local_experts, max_tokens, max_topk, max_row_bytes);
   }

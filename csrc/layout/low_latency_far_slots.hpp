@@ -18,6 +18,11 @@ enum class FarPut : int {
 };
 inline constexpr int kFarPuts = 3;
 
+/// The most ranks that are far from any: from one of the smallest domain, the last.
+[[nodiscard]] DEEPEP_HD constexpr int max_far_ranks(const Placement& place) {
+  return place.num_ranks - place.num_ranks_of_domain(place.num_domains() - 1);
+}
+
 /// Offsets. A stretch: what lies in it follows its begin. Made by the host.
 struct LowLatencyFarSlots {
   LowLatencyFarSlots() = default;

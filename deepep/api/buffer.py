@@ -47,8 +47,9 @@ class Buffer(LowLatencyCalls, Joining):
     group: any torch.distributed process group; its ranks exchange words over it, so a gloo group will do for
         CUDA tensors. Or None, with `comm` an mpi4py communicator.
     num_nvl_bytes, num_rdma_bytes: sizes of the scale-up and scale-out buffers, multiples of 128. Staging is
-        the backend's own affair, so these only size what `get_local_buffer_tensor` gives, and num_rdma_bytes
-        the low-latency buffer of backends that have one.
+        the backend's own affair, so these only size what `get_local_buffer_tensor` gives; and num_rdma_bytes,
+        the same on all ranks then, the memory for NICs of low latency between domains on CUDA
+        (`get_low_latency_rdma_size_hint`), three times over with enable_shrink.
     low_latency_mode: low-latency operations will be used.
     enable_shrink: ranks may be masked (`low_latency_update_mask_buffer`), in either mode; and a low-latency
         dispatch or combine masks those that die or time out by itself and returns without their rows
@@ -67,8 +68,9 @@ class Buffer(LowLatencyCalls, Joining):
     ranks_per_domain: so many consecutive ranks share a scale-up domain (an NVLink domain), the same on all
         ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
         domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:
-        DEEPEP_RANKS_PER_DOMAIN, else one domain. Of several, the CUDA backend serves the throughput mode,
-        over NVSHMEM (`docs/domains.md`).
+        DEEPEP_RANKS_PER_DOMAIN, else one domain. The CUDA backend serves several over NVSHMEM
+        (`docs/domains.md`); in low latency without use_logfmt, without reduction="exact", and ranks are
+        masked by the hosts, not by kernels.
     max_num_ranks: R, if more ranks may join than the group has (`invite`); the same on all ranks. Needs
         enable_shrink. None: the group's.
     service_level, traffic_class: lanes of what crosses between domains by NICs (`docs/operations.md`), 0 to
@@ -123,15 +125,35 @@ class Buffer(LowLatencyCalls, Joining):
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+        num_max_dispatch_tokens_per_rank: int,
+        hidden: int,
+        num_ranks: int,
+        num_experts: int,
+        *,
+        ranks_per_domain: int | None = None,
     ) -> int:
         """V1's number, for `num_rdma_bytes`: what `get_local_buffer_tensor` gives clients as a workspace.
 
         Low-latency operations take less, in proportion to R*M where this grows with E*M
-        (`deepep.layout.low_latency_rdma_size_hint`), and nothing of it: none is allocated until it is asked
-        for. Raises ArgumentTypeError and RangeError.
+        (`deepep.layout.low_latency_rdma_size_hint`), and inside one domain nothing of it: none is allocated
+        until it is asked for.
+
+        ranks_per_domain: the constructor's. Of several domains the number is what such calls, of any top-k,
+        need between them on CUDA, in memory that NICs know: a buffer of fewer bytes refuses them. V1's number
+        is enough where rows have 4096 channels or more and there are at least twice as many experts as ranks.
+
+        Raises ArgumentTypeError and RangeError.
         """
-        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        from deepep.layout import low_latency_nic_bytes
+
+        most, experts = num_max_dispatch_tokens_per_rank, num_experts
+        number = low_latency_size_hint(most, hidden, num_ranks, experts)
+        if ranks_per_domain is None:
+            return number
+        if check_int("ranks_per_domain", ranks_per_domain, 1, MOST) >= num_ranks:
+            return number
+        between = low_latency_nic_bytes(most, hidden, num_ranks, experts, ranks_per_domain)
+        return -(-between // 128) * 128
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:
         """The stream that communication runs on. None on CPU, where it is a thread."""

@@ -257,7 +257,13 @@ PLAIN: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (deepep.Buffer.get_combine_config, {"num_ranks": 2}),
     (
         deepep.Buffer.get_low_latency_rdma_size_hint,
-        {"num_max_dispatch_tokens_per_rank": 4, "hidden": 512, "num_ranks": 2, "num_experts": 4},
+        {
+            "num_max_dispatch_tokens_per_rank": 4,
+            "hidden": 512,
+            "num_ranks": 2,
+            "num_experts": 4,
+            "ranks_per_domain": 1,
+        },
     ),
     (deepep.EventHandle, {}),
     (deepep.EventOverlap, {}),

@@ -169,6 +169,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "use_fabric": False,
     },
     "dispatch": {"num_experts": None},
+    "get_low_latency_rdma_size_hint": {"ranks_per_domain": None},
     "low_latency_dispatch": {
         "topk_weights": None,
         "num_sms": 0,

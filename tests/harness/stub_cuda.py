@@ -257,8 +257,17 @@ def serve() -> None:
         return engine
 
     can = (True, "stubs")
-    stub = backends.Backend("stub", lambda: can, backends.is_group, create, by_name_only=True, admits=True)
-    backends.register(stub)
+    backends.register(
+        backends.Backend(
+            "stub",
+            lambda: can,
+            backends.is_group,
+            create,
+            by_name_only=True,
+            several_domains=True,
+            admits=True,
+        )
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "layout/low_latency_far_slots.hpp"
 #include "layout/rules/capacity.hpp"
 #include "layout/rules/check.hpp"
 #include "layout/rules/low_latency_buffer.hpp"
@@ -66,6 +67,28 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
                                 .num_topk = int(num_topk),
                                 .index_bytes = int(index_bytes)};
   return slot.bytes();
+}
+
+int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64_t num_experts,
+                              int64_t num_max_tokens, int64_t num_topk, int64_t hidden) {
+  constexpr int64_t kMost = int64_t(1) << 29;  // as many words, and those of the tokens, are an int
+  for (const auto& [name, value] : {std::pair{"num_ranks", num_ranks},
+                                    {"ranks_per_domain", ranks_per_domain},
+                                    {"num_experts", num_experts},
+                                    {"num_max_tokens", num_max_tokens},
+                                    {"num_topk", num_topk},
+                                    {"hidden", hidden}})
+    expect(value >= 1 && value <= kMost, name, value, "1 .. 2^29");
+  expect(num_experts % num_ranks == 0, "num_experts", num_experts, "a multiple of num_ranks");
+  if (ranks_per_domain >= num_ranks) return 0;
+  const int64_t num_local_experts = num_experts / num_ranks;
+  const layout::wide_t token = layout::wide_t(12) * num_topk + 4 * hidden + 48;
+  (void)as_size(4 * num_ranks * (num_max_tokens * token + 16 * num_local_experts + 8 * layout::kLine),
+                "low_latency_nic_bytes");
+  const layout::Placement place(0, int32_t(num_ranks), int32_t(ranks_per_domain));
+  return layout::LowLatencyFarSlots(layout::max_far_ranks(place), int(num_local_experts), int(num_max_tokens),
+                                    int(num_topk), 2 * hidden)
+      .bytes();
 }
 
 LowLatencyBuffer::LowLatencyBuffer(int64_t num_ranks, int64_t num_max_tokens, int64_t hidden, int64_t num_topk)

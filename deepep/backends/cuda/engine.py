@@ -78,8 +78,7 @@ OPERATIONS = {
 
 OPERATIONS_BETWEEN_DOMAINS = {
     **OPERATIONS,
-    **dict.fromkeys(("dispatch", "cached dispatch", "combine"), "CUDA kernels, puts over NVSHMEM"),
-    **dict.fromkeys(("low-latency dispatch", "low-latency combine"), "not between domains"),
+    **dict.fromkeys(_BY_KERNELS[1:], "CUDA kernels, puts over NVSHMEM"),
     **dict.fromkeys(("all-gather sessions", "Engram storage"), "not between domains"),
 }
 
@@ -127,6 +126,10 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
+        # The bytes for low latency are memory between domains alone.
+        divided = is_divided(options, session.num_ranks)
+        about_low_latency = {"num_rdma_bytes": options.low_latency_bytes} if divided else {}
+        control.agree({**options.statement(), "symmetric_bytes": self._num_bytes, **about_low_latency})
         self.domains = Domains.of(options, session.rank, session.num_ranks, self.index)
         reach = None if self.domains is None else self.domains.neighbours
         self._generations = Generations(control.membership, self.device, "build", reach)
@@ -140,7 +143,6 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self._refused = False
         self._fault: FaultRecord | None = None
         self._control.waits.on_change = self._measure
-        control.agree({**options.statement(), "symmetric_bytes": self._num_bytes})
         self._generations.free()  # of buffers that are no more: the peers have come here, too
 
     # operations
@@ -409,6 +411,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
             "Engram storage": self._engram.memory(),
             "kept memory": sum(generations.num_kept_bytes for generations in self._all_generations()),
             "staged rows": self._low_latency.staged_bytes,
+            **({} if self.domains is None else {"memory for puts": self.domains.num_bytes}),
         }
 
     def endpoint(self) -> Endpoint:

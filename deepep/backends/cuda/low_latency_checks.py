@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepep.backends.cuda.low_latency_launch import LowLatencyFormat, LowLatencyPlan, num_blocks
-from deepep.errors import DeviceError, HandleError, LayoutError, ShapeError
+from deepep.errors import DeviceError, HandleError, LayoutError, ModeError, ShapeError
 from deepep.runtime import checks
 from deepep.runtime.checks import FP8_GROUP
 from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
@@ -86,7 +86,7 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
     _check_rows("x", request.x, engine.device)
     _check_device("topk_idx", request.topk_idx, engine.device)
     _check_waits("dispatch_wait_recv_cost_stats", request.wait_nanoseconds, engine.device)
-    return LowLatencyFormat(
+    form = LowLatencyFormat(
         num_ranks=engine.info.num_ranks,
         num_local_experts=request.num_experts // engine.info.num_ranks,
         num_max_tokens=request.num_max_tokens,
@@ -97,9 +97,14 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
         round_scale=request.round_scale,
         use_ue8m0=request.use_ue8m0,
         with_weights=request.topk_weights is not None,
-        num_blocks=num_blocks(request.num_max_tokens, engine.sms),
+        # Between domains an SM stays free for whoever serves puts.
+        num_blocks=num_blocks(request.num_max_tokens, engine.sms - (engine.domains is not None)),
         entry_stretches=_entry_stretches(engine),
     )
+    is_served = served(form.num_ranks, form.num_max_tokens, request.num_experts)
+    if engine.domains is not None and is_served:
+        engine.domains.check_low_latency(form.room)
+    return form
 
 
 def _entry_stretches(engine: CudaEngine) -> int:
@@ -123,7 +128,7 @@ def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, en
         and not request.zero_copy
         and request.wait_nanoseconds is None
         and request.num_sms >= 0
-        and not (request.use_logfmt and form.hidden % FP8_GROUP)
+        and not (request.use_logfmt and (form.hidden % FP8_GROUP or engine.domains is not None))
     ):
         return False
     return (
@@ -156,6 +161,8 @@ def checked_combine(request: LowLatencyCombineRequest, engine: CudaEngine) -> Lo
     _check_waits("combine_wait_recv_cost_stats", request.wait_nanoseconds, engine.device)
     if not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
         return None
+    if request.use_logfmt and engine.domains is not None:
+        raise ModeError("use_logfmt", "True", "False between domains on this backend")
     plan = route.plan
     if not isinstance(plan, LowLatencyPlan):
         allowed = "the handle of low_latency_dispatch, or its own five entries"

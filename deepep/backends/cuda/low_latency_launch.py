@@ -238,6 +238,7 @@ class LowLatencyEndpoint:
         self.device = heap.device
         num_bytes, control_bytes = room.num_bytes(self.num_ranks)
         assert heap.numel() >= num_bytes
+        self.num_bytes = heap.numel()
         heap[:control_bytes].zero_()
         self._state = torch.zeros(_cuda.STATE_BYTES, dtype=torch.uint8, device=self.device)
         self._fault = pinned_zeros(_cuda.FAULT_BYTES)

@@ -10,12 +10,14 @@ in step. After a time-out nothing is made until the missing ranks are masked; th
 memory/generations.py decides when the old is freed.
 
 With `enable_shrink` kernels mask ranks themselves, and each rank has its own mask, in its device's memory.
-Hosts take it over when they have to agree on something: from then on it is the whole buffer's.
+Hosts take it over when they have to agree on something: from then on it is the whole buffer's. Between
+domains hosts alone mask.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda.low_latency_checks import Key
-from deepep.backends.cuda.low_latency_launch import LowLatencyFormat
+from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint, LowLatencyFormat, LowLatencyRoom
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.low_latency_memory import LowLatencyMemory
@@ -33,6 +35,7 @@ from deepep.errors import ArgumentError, DeepEPError, FaultRecord, MismatchError
 from deepep.runtime import streams
 from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.engine import EngineOptions
 from deepep.runtime.requests import Operation, Schedule
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ class LowLatencyState:
         self._control = control
         self._owner = weakref.ref(engine)  # weak, or the engine would be freed late: it owns this
         self._turns = turns
-        self.generations = Generations(control.membership, engine.device, "low-latency memory")
+        reach = None if engine.domains is None else engine.domains.neighbours
+        self.generations = Generations(control.membership, engine.device, "low-latency memory", reach)
         self._is_built = False
         self.fault: FaultRecord | None = None
         self.is_ready, self.unsettled = False, True
@@ -98,24 +102,20 @@ class LowLatencyState:
         room = form.room.joined(self.memory.room) if self.is_ready else form.room
         if self.is_ready and room == self.memory.room:
             return
-        self._end()
         engine, membership = self.engine, self._control.membership
+        if engine.domains is not None:
+            engine.domains.check_low_latency(room)
+        self._end()
         num_bytes, _ = room.num_bytes(membership.num_ranks)
         options, live = engine.info.options, membership.live
-
-        def make(heap: SymmetricHeap) -> LowLatencyMemory:
-            return LowLatencyMemory(
-                membership.rank,
-                live,
-                heap,
-                room=room,
-                timeout=options.timeout,
-                turns=self._turns,
-                shrinks=options.masks,
-            )
-
+        make = functools.partial(_memory_of_one_domain, membership.rank, live, room, options, self._turns)
         try:
             with torch.cuda.device(engine.index):
+                if engine.domains is not None:
+                    part = engine.domains.low_latency_part(membership)
+                    make = functools.partial(
+                        engine.domains.low_latency_memory, part, live, room, options.timeout, self._turns
+                    )
                 self.memory = self.generations.build(num_bytes, make)
         except PeerTimeoutError as error:
             self.fault, self.unsettled = error.record, True
@@ -259,6 +259,26 @@ class LowLatencyState:
             self._is_built = self.is_ready = False
             self.unsettled, self.has_fault = True, _no_fault
             del self.memory
+
+
+def _memory_of_one_domain(
+    rank: int,
+    live: int,
+    room: LowLatencyRoom,
+    options: EngineOptions,
+    turns: _cuda.Turns,
+    heap: SymmetricHeap,
+) -> LowLatencyMemory:
+    endpoint = LowLatencyEndpoint(
+        rank,
+        heap.own,
+        heap.addresses,
+        room=room,
+        timeout=options.timeout,
+        turns=turns,
+        shrinks=options.masks,
+    )
+    return LowLatencyMemory(endpoint, live)
 
 
 def _no_fault() -> bool:

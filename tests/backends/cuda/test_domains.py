@@ -1,15 +1,19 @@
 """`Buffer(ranks_per_domain=)` on GPUs: processes as if on several hosts, puts over NVSHMEM and a wire.
 
 With one GPU its processes share it; MPS lets their kernels run together, without it they take turns.
+DEEPEP_TEST_OPERATIONS: operations in a row, of the tests that make many; 400 if it is not set.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.sources import ROOT
 
 from deepep.backends.cuda.memory import remote
 from deepep.sim.links import loopverbs
@@ -20,28 +24,51 @@ pytestmark = [
     pytest.mark.skipif(remote.why_not() != "", reason=remote.why_not() or "NVSHMEM is there"),
     pytest.mark.skipif(loopverbs.why_not() != "", reason=loopverbs.why_not() or "the wire can be built"),
 ]
-PROGRAM = Path(__file__).with_name("domain_ranks.py")
+THROUGHPUT = Path(__file__).with_name("domain_ranks.py")
+LOW_LATENCY = Path(__file__).with_name("low_latency_domain_ranks.py")
 FOUR = WireOptions(ranks=4, ranks_per_domain=2, deadline=300.0)
+TWO = replace(FOUR, ranks=2, ranks_per_domain=1)
+WEAK = {"weak": True, "delay_us": 200, "seed": 7}
+OPERATIONS = int(os.environ.get("DEEPEP_TEST_OPERATIONS") or 400)
+
+#: Bytes that NVSHMEM itself may send a peer, when it starts and ends.
+OWN_BYTES = 1 << 16
 
 
-def run(wire: WireOptions, rounds: int, *arguments: str) -> tuple[WireResult, str]:
+def run(wire: WireOptions, program: Path, rounds: int, *arguments: str) -> tuple[WireResult, str]:
     lines: list[tuple[int, str]] = []
-    command = [sys.executable, str(PROGRAM), str(rounds), str(wire.ranks_per_domain), *arguments]
-    result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
+    command = [sys.executable, str(program), str(rounds), str(wire.ranks_per_domain), *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
     return result, "\n".join(f"{rank}: {line.rstrip()}" for rank, line in lines)
+
+
+def check_low_latency(wire: WireOptions, calls: int, tried: str) -> None:
+    """Bits, and that nothing crosses but what the rule says: a token, once for each rank that wants it."""
+    result, said = run(wire, LOW_LATENCY, calls, tried)
+    assert result.statuses == [0] * wire.ranks, said
+    assert said.count(": equal") == wire.ranks, said
+    lines = (line.partition(": crossed: ") for line in said.splitlines())
+    rule = {int(rank): json.loads(sizes) for rank, _, sizes in lines if sizes}
+    for source, sizes in rule.items():
+        for target, size in enumerate(sizes):
+            sent = result.traffic.get((source, target))
+            crossed = 0 if sent is None else sent.bytes
+            assert 0 <= crossed - size <= OWN_BYTES, (source, target, crossed, size)
 
 
 @pytest.mark.parametrize(
     "wire",
     [
-        replace(FOUR, ranks=2, ranks_per_domain=1),
+        TWO,
         FOUR,
-        replace(FOUR, weak=True, delay_us=200, seed=7),
+        replace(FOUR, **WEAK),
     ],
     ids=["2x1", "2x2", "2x2 in weak order"],
 )
 def test_the_same_bits_as_the_reference_backend(wire: WireOptions) -> None:
-    result, said = run(wire, 3)
+    result, said = run(wire, THROUGHPUT, 3)
     assert result.statuses == [0] * wire.ranks, said
     assert said.count(": equal") == wire.ranks, said
     if wire.ranks == 4:  # rows cross to gateways alone: ranks of the same local index
@@ -51,6 +78,32 @@ def test_the_same_bits_as_the_reference_backend(wire: WireOptions) -> None:
 
 
 def test_a_nic_that_falls_silent_is_waited_for_no_longer_than_the_deadline() -> None:
-    result, said = run(replace(FOUR, silent={1: 1500}), 20, "silent")
+    result, said = run(replace(FOUR, silent={1: 1500}), THROUGHPUT, 20, "silent")
     assert result.statuses == [0] * 4, said
     assert said.count(": timed out") == 4, said
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [TWO, FOUR, replace(TWO, **WEAK), replace(FOUR, **WEAK)],
+    ids=["2x1", "2x2", "2x1 in weak order", "2x2 in weak order"],
+)
+def test_low_latency_has_the_same_bits_and_sends_what_it_should(wire: WireOptions) -> None:
+    check_low_latency(wire, 12, "equal")
+
+
+@pytest.mark.parametrize("wire", [replace(TWO, **WEAK), replace(FOUR, **WEAK)], ids=["2x1", "2x2"])
+def test_many_low_latency_calls_in_a_row(wire: WireOptions) -> None:
+    """Two operations a call. In weak order with delays: memory is used again every second call."""
+    check_low_latency(wire, OPERATIONS // 2, "many")
+
+
+@pytest.mark.parametrize("wire", [TWO, FOUR], ids=["2x1", "2x2"])
+@pytest.mark.parametrize("requests", [100, 103])
+def test_low_latency_waits_for_a_silent_nic_no_longer_than_the_deadline(
+    wire: WireOptions, requests: int
+) -> None:
+    """NVSHMEM has started by then. The two lie in different puts, or between a put and its signal."""
+    result, said = run(replace(wire, silent={1: requests}, deadline=90.0), LOW_LATENCY, 1000, "silent")
+    assert result.statuses == [0] * wire.ranks, said
+    assert said.count(": timed out") == wire.ranks, said

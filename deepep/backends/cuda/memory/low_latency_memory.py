@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from deepep import _cuda
-from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint, LowLatencyRoom
-from deepep.backends.cuda.memory.ipc import SymmetricHeap
+from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint
 
 
 class LowLatencyMemory:
     """On one rank's heap, mapped by its peers: the slots, and the launcher of the operations on them.
 
-    live: the ranks that take part, as bits. shrinks: kernels mask one that is missing.
+    live: the ranks that take part, as bits.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        live: int,
-        heap: SymmetricHeap,
-        *,
-        room: LowLatencyRoom,
-        timeout: float,
-        turns: _cuda.Turns,
-        shrinks: bool,
-    ) -> None:
-        self.room, self.num_bytes = room, heap.own.numel()
-        self.endpoint = LowLatencyEndpoint(
-            rank, heap.own, heap.addresses, room=room, timeout=timeout, turns=turns, shrinks=shrinks
-        )
+    def __init__(self, endpoint: LowLatencyEndpoint, live: int) -> None:
+        self.endpoint, self.room, self.num_bytes = endpoint, endpoint.room, endpoint.num_bytes
         self.endpoint.domain.set_live(live)
 
     # its end: memory/generations.py: HeapContents

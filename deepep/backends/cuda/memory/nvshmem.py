@@ -24,7 +24,7 @@ import torch
 
 from deepep.backends.cuda.memory.nvshmem4py import Nvshmem4py, missing
 from deepep.backends.cuda.memory.nvshmem_checks import DEFAULTS, ProcessFacts, plan
-from deepep.backends.cuda.memory.ranges import FreeRanges, common, first_fit
+from deepep.backends.cuda.memory.ranges import FreeRanges, common, first_fit, last_fit
 from deepep.errors import CapacityError, DeepEPError, MismatchError, ModeError
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.traffic_lanes import TrafficLanes
@@ -41,12 +41,14 @@ class SymmetricPart:
     """A group's part of the slab.
 
     memory: uint8 [num_bytes] of this rank. offset: the same on all ranks of the group. pes: by rank of the
-    group, its PE, which puts are addressed to; NO_PE for ranks that take no part.
+    group, its PE, which puts are addressed to; NO_PE for ranks that take no part. is_captured: whether graphs
+    may put from it, as its user says.
     """
 
     def __init__(self, owner: NvshmemProcess, offset: int, num_bytes: int, pes: tuple[int, ...]) -> None:
         self.memory, self.offset, self.pes = owner.slab[offset : offset + num_bytes], offset, pes
         self._owner: NvshmemProcess | None = owner
+        self.is_captured: Callable[[], bool] = _never
 
     def release(self) -> None:
         """Gives the part back; once, a second time has no effect. Each rank does so for itself, when nobody
@@ -76,10 +78,12 @@ class NvshmemProcess:
         # Buffers that are made later are ended before it, at interpreter exit.
         self._finalizer = weakref.finalize(self, only_here(self.end))
 
-    def carve(self, exchange: Callable[[bytes], Sequence[bytes | None]], num_bytes: int) -> SymmetricPart:
+    def carve(
+        self, exchange: Callable[[bytes], Sequence[bytes | None]], num_bytes: int, *, at_end: bool = False
+    ) -> SymmetricPart:
         """A part of the slab for the group of `exchange`, as large on all its ranks; collective over that
         group alone, or those of its ranks that take part. One at a time: ranks of several groups carve for
-        them in the same order.
+        them in the same order. at_end: from the slab's end on, else from its front.
 
         Raises MismatchError or CapacityError on all ranks of the group: for sizes that differ, and if nothing
         is free that is large enough.
@@ -94,7 +98,7 @@ class NvshmemProcess:
                         "num_bytes", str(size), f"{posted[first][1]}, as on rank {first}", rank
                     )
             free_everywhere = common([free for _, _, free in posted.values()])
-            offset = first_fit(free_everywhere, num_bytes)
+            offset = (last_fit if at_end else first_fit)(free_everywhere, num_bytes)
             if offset is None:
                 largest = max((end - begin for begin, end in free_everywhere), default=0)
                 allowed = f"at most {largest}, of {self.slab.numel()} bytes of symmetric memory"
@@ -132,6 +136,11 @@ class NvshmemProcess:
             self._binding.free(self.slab)
             if self.is_counted:
                 self._binding.end()
+
+
+def _never() -> bool:
+    """There are no graphs."""
+    return False
 
 
 def _parse(raw: bytes) -> tuple[int, int, list[tuple[int, int]]]:

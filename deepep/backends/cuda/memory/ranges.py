@@ -31,6 +31,14 @@ def first_fit(free: Sequence[Range], num_bytes: int) -> int | None:
     return next((begin for begin, end in free if end - begin >= size), None)
 
 
+def last_fit(free: Sequence[Range], num_bytes: int) -> int | None:
+    """The same at the end of the last range that holds it: parts of another size than those at the front do
+    not lie between them."""
+    size = rounded(num_bytes)
+    ends = [end for begin, end in free if end - begin >= size]
+    return ends[-1] - size if ends else None
+
+
 class FreeRanges:
     """Ranges of one rank's memory that are free."""
 
