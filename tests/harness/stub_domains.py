@@ -19,8 +19,9 @@ SERVE = 99
 
 
 class FarLowLatencyDomain:
-    """Stands for the extension's. given: what it was made with. live: as it was set. captured: a graph holds
-    it. faults: to be taken.
+    """Stands for the extension's.
+
+    given: what it was made with. live: as it was set. captured: a graph holds it. faults: to be taken.
     """
 
     made: ClassVar[list[Any]] = []
@@ -126,7 +127,7 @@ class Domains:
         return given
 
     def part(self) -> int:
-        """Where in the slab the latest launcher's memory for puts begins."""
+        """Offset in the slab of the latest launcher's memory for puts."""
         from deepep.backends.cuda.memory.nvshmem import THIS_PROCESS
 
         assert THIS_PROCESS.process is not None

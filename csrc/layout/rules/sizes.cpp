@@ -71,14 +71,20 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
 
 int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64_t num_experts,
                               int64_t num_max_tokens, int64_t num_topk, int64_t hidden) {
-  constexpr int64_t kMost = int64_t(1) << 29;  // as many words, and those of the tokens, are an int
-  for (const auto& [name, value] : {std::pair{"num_ranks", num_ranks},
-                                    {"ranks_per_domain", ranks_per_domain},
-                                    {"num_experts", num_experts},
-                                    {"num_max_tokens", num_max_tokens},
-                                    {"num_topk", num_topk},
-                                    {"hidden", hidden}})
-    expect(value >= 1 && value <= kMost, name, value, "1 .. 2^29");
+  expect_factors({{"num_ranks", num_ranks},
+                  {"ranks_per_domain", ranks_per_domain},
+                  {"num_experts", num_experts},
+                  {"num_max_tokens", num_max_tokens},
+                  {"num_topk", num_topk},
+                  {"hidden", hidden}});
+  expect_at_least(1, "num_ranks", num_ranks);
+  expect_at_least(1, "ranks_per_domain", ranks_per_domain);
+  expect_at_least(1, "num_experts", num_experts);
+  constexpr int64_t kMost = int64_t(1) << 27;  // eight times as many bytes are still an int
+  expect(num_ranks <= kMost, "num_ranks", num_ranks, "at most 2^27");
+  expect(num_experts <= kMost, "num_experts", num_experts, "at most 2^27");
+  expect(num_max_tokens <= kMost, "num_max_tokens", num_max_tokens, "at most 2^27");
+  expect(num_topk <= kMost, "num_topk", num_topk, "at most 2^27");
   expect(num_experts % num_ranks == 0, "num_experts", num_experts, "a multiple of num_ranks");
   if (ranks_per_domain >= num_ranks) return 0;
   const int64_t num_local_experts = num_experts / num_ranks;

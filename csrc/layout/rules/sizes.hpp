@@ -21,10 +21,11 @@ namespace deepep::host {
 [[nodiscard]] int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scales,
                                          int64_t num_topk, int64_t index_bytes);
 
-/// Bytes of a rank's memory for its NIC in low-latency calls between domains: layout::LowLatencyFarSlots, of the
-/// rank that has the most of other domains. None with one domain.
-[[nodiscard]] int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64_t num_experts,
-                                            int64_t num_max_tokens, int64_t num_topk, int64_t hidden);
+/// Bytes of a rank's memory for its NIC in low-latency calls between domains: layout::LowLatencyFarSlots, of a
+/// rank with the most of other domains. None with one domain.
+[[nodiscard]] int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain,
+                                            int64_t num_experts, int64_t num_max_tokens, int64_t num_topk,
+                                            int64_t hidden);
 
 /// layout::LowLatencyBuffer<int64_t>, made only of sizes whose total fits. Every method is the one of that
 /// name there.
