@@ -14,6 +14,7 @@ from deepep.errors import ArgumentTypeError, DeviceError, ShapeError
 from deepep.nn.activation import gated
 from deepep.nn.grouped import grouped_mm
 from deepep.nn.precision import check_input, check_plain, is_distributed, known_device, operands
+from deepep.placement.experts import EMPTY
 from deepep.runtime.checks import INDEX_DTYPES, check_int, dtype_names
 
 MAX_EXPERTS = 1 << 16
@@ -40,7 +41,7 @@ def _checked_numbers(numbers: object, num_local_experts: int) -> tuple[int, ...]
         raise ArgumentTypeError("numbers", type(numbers).__name__, "a list of integers or None")
     if len(numbers) != num_local_experts:
         raise ShapeError("numbers", f"[{len(numbers)}]", f"[{num_local_experts}]")
-    return tuple(check_int("numbers", number, 0, MAX_EXPERTS) for number in numbers)
+    return tuple(check_int("numbers", number, EMPTY, MAX_EXPERTS) for number in numbers)
 
 
 def _check_ends(ends: object, x: Tensor, num_local_experts: int) -> None:
@@ -60,7 +61,8 @@ class GroupedSwiGLU(nn.Module):
     """L experts y = (silu(x W_gate) * (x W_up)) W_down over rows sorted by expert.
 
     gate_up: [L, H, 2F], the gate in the first F columns. down: [L, F, H]. Expert l is drawn from `seed` and
-    its number in the whole model: first_expert + l, or the l-th of `numbers`. Under torch.autocast rows and
+    its number in the whole model: first_expert + l, or the l-th of `numbers`; of -1, an empty place, all
+    weights are 0. Under torch.autocast rows and
     weights are multiplied in its dtype; else rows must have the weights' dtype.
     """
 
@@ -102,8 +104,11 @@ class GroupedSwiGLU(nn.Module):
         targets = [torch.empty(w.shape, dtype=w.dtype, device="cpu") if sharded else w for w in weights]
         consecutive = range(self.first_expert, self.first_expert + self.num_local_experts)
         for local, number in enumerate(consecutive if self.numbers is None else self.numbers):
-            generator = generator_of(self.seed * 1_000_003 + number)
+            generator = None if number == EMPTY else generator_of(self.seed * 1_000_003 + number)
             for target in targets:
+                if generator is None:
+                    target[local].zero_()
+                    continue
                 target[local].copy_(normal(target.shape[1:], target.shape[1], generator))
         if sharded:
             for weight, target in zip(weights, targets, strict=True):

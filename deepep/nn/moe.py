@@ -31,6 +31,7 @@ from deepep.nn.experts import (
 from deepep.nn.fixed import FixedTrip, apply_received, check_fixed, give_back, send_fixed
 from deepep.nn.placing import (
     agree_on,
+    checked_change,
     checked_placement,
     move_experts,
     sum_replica_gradients,
@@ -55,7 +56,7 @@ from deepep.nn.scaled import (
     expand_scaled_rows,
 )
 from deepep.nn.summed import combine_pairs, sums_in_combine
-from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
+from deepep.placement.experts import EMPTY, ExpertPlacement, contiguous, physical_topk
 from deepep.runtime.checks import INDEX_DTYPES, MOST, check_int, check_ints, dtype_names
 from deepep.runtime.requests import Operation
 
@@ -233,7 +234,7 @@ class ExpertParallelMoE(nn.Module):
 
     def _watch_replicas(self) -> None:
         """Has an optimizer that steps without `sum_replica_gradients` raise, if there are replicas."""
-        has_replicas = self.num_physical > self.num_experts
+        has_replicas = self.placement is not None and self.placement.has_replicas
         if has_replicas and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._are_replicas_summed = False
             watch_replica_gradients(self.experts.parameters())
@@ -339,7 +340,7 @@ class ExpertParallelMoE(nn.Module):
 
     @property
     def expert_numbers(self) -> tuple[int, ...]:
-        """The experts of this rank, by their numbers in the model."""
+        """The experts of this rank, by their numbers in the model; -1: an empty place."""
         first = self.rank * self.num_local_experts
         consecutive = range(first, first + self.num_local_experts)
         return tuple(consecutive if self.placement is None else self.placement.of_rank(self.rank))
@@ -351,7 +352,9 @@ class ExpertParallelMoE(nn.Module):
         first = self.rank * self.num_local_experts
         replicas = self.placement.replicas_without(self.left_out)
         return [
-            place for place, expert in enumerate(self.expert_numbers) if replicas[expert][0] == first + place
+            place
+            for place, expert in enumerate(self.expert_numbers)
+            if expert != EMPTY and replicas[expert][0] == first + place
         ]
 
     def sum_replica_gradients(self) -> None:
@@ -402,12 +405,20 @@ class ExpertParallelMoE(nn.Module):
             for weight, values in zip(weights, moved, strict=True):
                 weight.copy_(values)
                 weight.grad = None
-        self.placement = placement
-        self.replicas, self.replica_counts = placement.tables(self.router.weight.device)
+        self.go_by(placement)
+        held = old.of_rank(self.rank)
+        return sum(expert not in (EMPTY, *held) for expert in placement.of_rank(self.rank))
+
+    def go_by(self, placement: ExpertPlacement) -> None:
+        """Goes by another placement, on all ranks alike, whose experts' weights are where it says already.
+
+        Raises ArgumentTypeError or RangeError for other places than there are.
+        """
+        old = self.placement or contiguous(self.num_experts, self.num_expert_ranks)
+        self.placement = placement = checked_change(placement, old)
         if isinstance(self.experts, GroupedSwiGLU):
             self.experts.numbers = placement.of_rank(self.rank)
-        held = old.of_rank(self.rank)
-        return sum(expert not in held for expert in placement.of_rank(self.rank))
+        self.leave_out(self.left_out)
 
     def extra_repr(self) -> str:
         first = f"{self.rank * self.num_local_experts}.."

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deepep.errors import ArgumentError, ArgumentTypeError, MismatchError, ModeError, RangeError, ShapeError
 from deepep.nn.precision import check_plain
-from deepep.placement.experts import ExpertPlacement
+from deepep.placement.experts import EMPTY, ExpertPlacement
 from deepep.runtime.checks import check_int
 from deepep.runtime.control.transport import gather_bytes
 
@@ -45,6 +45,20 @@ def checked_placement(placement: object, num_experts: int, num_ranks: int) -> Ex
     return placement
 
 
+def checked_change(placement: object, old: ExpertPlacement) -> ExpertPlacement:
+    """A placement that a layer may go by after `old`, with as many places.
+
+    Raises ArgumentTypeError or RangeError.
+    """
+    found = checked_placement(placement, old.num_experts, old.num_ranks)
+    if found is None:
+        raise ArgumentTypeError("placement", "None", "a deepep.placement.ExpertPlacement")
+    if found.num_physical != old.num_physical:
+        got = f"{found.num_physical} physical experts"
+        raise RangeError("placement", got, f"{old.num_physical}, as now")
+    return found
+
+
 def agree_on(placement: ExpertPlacement, old: ExpertPlacement, group: Any) -> None:
     """Raises ArgumentTypeError, RangeError or MismatchError, on all ranks, unless all go from `old` to one
     placement of as many physical experts.
@@ -52,13 +66,7 @@ def agree_on(placement: ExpertPlacement, old: ExpertPlacement, group: Any) -> No
     problem: ArgumentError | None = None
     digest = ""
     try:
-        found = checked_placement(placement, old.num_experts, old.num_ranks)
-        if found is None:
-            raise ArgumentTypeError("placement", "None", "a deepep.placement.ExpertPlacement")
-        if found.num_physical != old.num_physical:
-            raise RangeError(
-                "placement", f"{found.num_physical} physical experts", f"{old.num_physical}, as now"
-            )
+        found = checked_change(placement, old)
         both = json.dumps([old.experts, found.experts])
         digest = hashlib.sha256(both.encode()).hexdigest()
     except ArgumentError as refused:
@@ -147,9 +155,9 @@ def move_experts(
     """A rank's `tensors`, [L, ..] of its experts by `old`, as new constants, of its experts by `new`.
 
     An expert that the rank held is copied from its first replica there; others come from one of the ranks
-    that held it, taken in turn. Collective over `group`, in whose numbers `rank` is; all ranks pass the same
-    placements, and tensors of the same shapes. Raises ArgumentTypeError, ShapeError, DeviceError or
-    RangeError, before anything is sent.
+    that held it, taken in turn; an empty place has zeros. Collective over `group`, in whose numbers `rank`
+    is; all ranks pass the same placements, and tensors of the same shapes. Raises ArgumentTypeError,
+    ShapeError, DeviceError or RangeError, before anything is sent.
     """
     rank = _check_move(tensors, old, new, rank, group)
     made = [tensor.new_empty(new.num_local, *tensor.shape[1:]) for tensor in tensors]
@@ -158,6 +166,11 @@ def move_experts(
     for target in range(new.num_ranks):
         held = old.of_rank(target)
         for place, expert in enumerate(new.of_rank(target)):
+            if expert == EMPTY:
+                if target == rank:
+                    for into in made:
+                        into[place] = 0
+                continue
             if expert in held:
                 if target == rank:
                     for into, source in zip(made, given, strict=True):

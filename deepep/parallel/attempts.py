@@ -10,14 +10,14 @@ the attempt runs again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import AllgatherOptions
 
 # What torch's own process groups in Python return; it has no public name, and no type.
@@ -27,6 +27,7 @@ from torch.futures import Future
 from deepep.collectives import Communicator
 from deepep.errors import ModeError, PeerTimeoutError, RangeError
 from deepep.parallel.exchanges import Exchanges
+from deepep.parallel.expert_backup import ExpertBackup
 from deepep.parallel.joining import Admissions
 from deepep.runtime.checks import MOST, check_int
 from deepep.runtime.control.shrinking import Course
@@ -100,8 +101,13 @@ class Steps:
     """
 
     def __init__(
-        self, model: DistributedDataParallel, reducer: BucketReducer, renew: Callable[[bool], None]
+        self,
+        model: DistributedDataParallel,
+        reducer: BucketReducer,
+        renew: Callable[[bool], None],
+        experts: Sequence[nn.Parameter] = (),
     ) -> None:
+        self._experts = experts
         self._model, self._reducer, self._renew = model, reducer, renew
         self._exchanges = Exchanges(model, reducer.comm)
         self.keep = KEEP[0]
@@ -114,8 +120,12 @@ class Steps:
         self.admissions = Admissions(model, reducer, self)
         self._announced = 0
 
-    def configure(self, keep: str | None, min_members: int | None) -> None:
-        """Sets what holds for attempts from now on. Raises RangeError, ModeError or ArgumentTypeError."""
+    def configure(
+        self, keep: str | None, min_members: int | None, backup: int | None, state: Mapping[str, Any] | None
+    ) -> None:
+        """Sets what holds for attempts from now on. backup: steps after which experts are copied; None:
+        never. Raises RangeError, ModeError or ArgumentTypeError.
+        """
         exchanges = bool(self._exchanges.layers)
         if keep is None:
             keep = KEEP[exchanges]
@@ -128,6 +138,19 @@ class Steps:
         if min_members is not None:
             check_int("min_members", min_members, 1, MOST)
         self.keep, self.min_members = keep, min_members
+        self._configure_backup(backup, state or {})
+
+    def _configure_backup(self, every: int | None, state: Mapping[str, Any]) -> None:
+        exchanges = self._exchanges
+        if every is None:
+            exchanges.backup = None
+            return
+        check_int("expert_backup", every, 1, MOST)
+        optimizers = [each for each in state.values() if isinstance(each, torch.optim.Optimizer)]
+        backup = exchanges.backup
+        if backup is None or (backup.every, backup.optimizers) != (every, optimizers):
+            exchanges.check_experts(self._experts)
+            exchanges.backup = ExpertBackup(exchanges.layers, self._reducer.comm, optimizers, every)
 
     # between two steps
 
@@ -136,6 +159,40 @@ class Steps:
         announced, self._announced = self._announced, 0
         if announced:
             self.admissions.admit(announced)
+
+    def secure_experts(self) -> None:
+        """Before an attempt: restores experts of ranks that died, as far as there are copies, and has copies
+        be made, if they are due. Raises what `survive` does; MismatchError.
+        """
+        while (backup := self._exchanges.backup) is not None:
+            try:
+                moves, placements = backup.moves()
+                if moves:
+                    self._carry_out(backup.restore(moves, placements))
+                elif backup.is_due(self._reducer.step):
+                    self._carry_out(backup.refresh(self._reducer.step))
+                else:
+                    self._exchanges.leave_out()
+                    return
+            except PeerTimeoutError as fault:
+                self.survive(fault, self.min_members)
+                self.begin_anew()
+
+    def restored(self) -> dict[tuple[int, int], int]:
+        """Experts that were restored, by layer and number: to what they were after so many steps."""
+        backup = self._exchanges.backup
+        return {} if backup is None else dict(backup.restored)
+
+    def _carry_out(self, adopt: Callable[[], None]) -> None:
+        """Calls `adopt` on all members, or on none: once each has come here."""
+        try:
+            self._reducer.comm.commit(self._reducer.step)
+        except PeerTimeoutError as fault:
+            course = self.survive(fault, self.min_members)
+            self.begin_anew()
+            if course is not Course.GO_ON:
+                return
+        adopt()
 
     # of a backward
 
@@ -250,6 +307,8 @@ class Steps:
             torch.set_rng_state(self._random)
         self._gradients, self._buffers = [], []
         self._reducer.end_step(self.is_committed and not failed)
+        if failed:
+            self.secure_experts()
         return failed
 
 

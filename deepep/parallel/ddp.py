@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from deepep.errors import ArgumentError, ArgumentTypeError, ModeError, RangeErro
 from deepep.parallel.attempts import StepAttempt, StepCollectives, Steps
 from deepep.parallel.balance import SpeedMeter
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
+from deepep.parallel.devices import device_of_this_rank, has_ranks
 from deepep.parallel.experts import (
     ExpertReducer,
     check_replicas,
@@ -71,7 +71,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
     """
 
     def __new__(cls, module: nn.Module, device_ids: Any = None, *args: Any, **arguments: Any) -> Any:
-        if device_ids is not None and len(device_ids) > 1 and not _has_ranks():
+        if device_ids is not None and len(device_ids) > 1 and not has_ranks():
             warnings.warn(
                 "one process without a process group: torch.nn.DataParallel over device_ids, without "
                 "compression, topology or recovery; better: torchrun --nproc-per-node "
@@ -104,7 +104,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             )
         options, replicas = config or get_config(), group_of_replicas(expert_group)
         if device_ids is not None and len(device_ids) > 1:
-            device_ids = [_device_of_this_rank(module, list(device_ids))]
+            device_ids = [device_of_this_rank(module, list(device_ids))]
         experts = dict(expert_parameters(module))
         owned = {id(parameter) for parameter in experts.values()}
         every_name = module.named_parameters(remove_duplicate=False)
@@ -224,6 +224,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         min_members: int | None = None,
         state: Mapping[str, Any] | None = None,
         name: str = "model",
+        expert_backup: int | None = None,
     ) -> Iterator[StepAttempt]:
         """Attempts at one training step, which goes on without ranks that die in it; usually there is one.
 
@@ -246,6 +247,10 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         objects by name, with `state_dict` and `load_state_dict`, that a rank which joins needs as they are
         here: the optimizer, a scheduler, a sampler, a torch.Generator that all ranks have alike. None: nobody
         joins. name: of this model, if the run trains several.
+        expert_backup: every so many steps each rank copies the experts of the next, and what optimizers in
+        `state` keep of them, to its own memory: after a death the others take them over, as they were then,
+        in the spare places of their layers (deepep.placement.with_spare). None: a dead rank's experts are
+        not chosen any more, but for those with replicas.
 
         Raises EvictedError on a rank without which the others have gone on; PeerTimeoutError if too few are
         left, the store is lost, or it is not settled who is missing; ModeError, RangeError for what does not
@@ -255,12 +260,15 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             raise ModeError("gradient", repr(self._gradient), "'mean': of the ranks that are there")
         if self._expert_reducer is not None:
             raise ModeError("expert_group", "replicas of experts", "experts of one rank each, or none")
-        if state is not None and self._experts:
-            raise ModeError("state", "a model with experts", "None: no other rank has a rank's experts")
+        if state is not None:
+            check_objects(state)
+        if state is not None and self._experts and expert_backup is None:
+            raise ModeError("state", "a model with experts", "None, without expert_backup")
         steps = self._steps_of(self._reducer_of_ours())
-        steps.configure(keep, min_members)
-        steps.admissions.configure(state, name)
+        steps.configure(keep, min_members, expert_backup, state)
+        steps.admissions.configure(None if self._experts else state, name)
         steps.admit()
+        steps.secure_experts()
         attempt = StepAttempt(steps)
         while not attempt.is_done:
             yield attempt
@@ -269,7 +277,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if reducer.comm.device.type != "cpu":
             raise ModeError("attempts", f"a model on {reducer.comm.device}", "a model on the CPU")
         if reducer.steps is None:
-            reducer.steps = Steps(self, reducer, self._renew)
+            reducer.steps = Steps(self, reducer, self._renew, self._experts)
             self._take_group(StepCollectives(reducer.comm))
         return reducer.steps
 
@@ -348,7 +356,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         """Numbers of the backwards so far: `steps`, `bytes_sent` by this rank, and the last one's `plans` by
         bucket and `members`, the ranks that it sums over. Of measured plans `plan_version`. Of compression
         "auto" by bucket `noise`: what a format adds to the gradients' own variance, in proportion, as of the
-        backward before the last.
+        backward before the last. `restored`: of experts that were (`attempts`), by number of layer and
+        expert, how many steps had counted in what they were restored to, the last time.
         """
         reducer = self._reducer_of_ours()
         plans = {index: asdict(plan) for index, plan in reducer.plans.items()}
@@ -361,6 +370,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             "members": reducer.members,
             "plan_version": version,
             "noise": noise,
+            "restored": {} if reducer.steps is None else reducer.steps.restored(),
         }
 
     @property
@@ -424,23 +434,3 @@ def reducer_over(
         statement=statement,
     )
     return BucketReducer(comm, config, table_of(comm, config))
-
-
-def _has_ranks() -> bool:
-    is_initialised = dist.is_available() and dist.is_initialized()
-    return is_initialised or "LOCAL_RANK" in os.environ
-
-
-def _device_of_this_rank(module: nn.Module, device_ids: list[Any]) -> Any:
-    """The id for this rank of those of its node; the module is moved there, its parameters kept."""
-    if not torch.cuda.is_available():
-        raise ArgumentError("device_ids", str(device_ids), "None: torch sees no CUDA device here")
-    local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-    if local >= len(device_ids):
-        raise RangeError("device_ids", str(device_ids), f"an id for each local rank: this is {local}")
-    chosen = device_ids[local]
-    index = torch.device(chosen).index if isinstance(chosen, str | torch.device) else int(chosen)
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    module.to(device)
-    return device.index

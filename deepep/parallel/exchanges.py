@@ -7,16 +7,20 @@ operation that fails raises on its rank alone, and both then have the same membe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import zlib
+from collections.abc import Iterable
 from functools import partial
 
 from torch import Tensor, nn
 
 from deepep.collectives import Communicator
-from deepep.errors import ModeError
+from deepep.errors import ModeError, RangeError
 from deepep.nn.buffers import engine_of
 from deepep.nn.moe import ExpertParallelMoE
+from deepep.parallel.expert_backup import ExpertBackup
+from deepep.placement.experts import contiguous
 from deepep.runtime.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -25,11 +29,14 @@ _log = logging.getLogger(__name__)
 class Exchanges:
     """Layers of a model that exchange tokens, and the engines of their buffers.
 
+    backup: copies of the layers' experts, if ranks keep any.
+
     Raises ModeError for a buffer of other ranks than the communicator's.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
         self._comm = comm
+        self.backup: ExpertBackup | None = None
         self.layers = [part for part in model.modules() if isinstance(part, ExpertParallelMoE)]
         ranks = comm.group.rank(), comm.group.size()
         for engine in self._engines():
@@ -40,6 +47,14 @@ class Exchanges:
                     "buffer", got, f"one of the model's group, where it is {ranks[0]} of {ranks[1]}"
                 )
             engine.control_plane()
+
+    def check_experts(self, experts: Iterable[nn.Parameter]) -> None:
+        """Raises ModeError for a model without experts, or with others than those of the layers."""
+        found = {id(parameter) for parameter in experts}
+        others = found - {id(p) for layer in self.layers for p in layer.expert_parameters()}
+        if others or not found:
+            got = "experts of another module" if others else "a model without experts"
+            raise ModeError("expert_backup", got, "None, but for experts of deepep.nn.ExpertParallelMoE")
 
     def _engines(self) -> list[Engine]:
         return [engine_of(number) for number in sorted({layer.buffer_number for layer in self.layers})]
@@ -70,20 +85,27 @@ class Exchanges:
     def go_on(self, before: tuple[int, ...]) -> None:
         """Has buffers and gates go on with the communicator's members, after a fault among those `before`.
 
-        Raises RangeError where gates need more experts than are left.
+        Raises RangeError where gates need more experts than are left, and none can be restored.
         """
         members = self._comm.members
         for engine in self._engines():
             engine.follow(members)
-        for layer in self.layers:
-            layer.leave_out(engine_of(layer.buffer_number).masked)
+        with contextlib.nullcontext() if self.backup is None else contextlib.suppress(RangeError):
+            self.leave_out()
         if self.layers and len(members) < len(before) and self._comm.rank == 0:
             lost = sorted(set(before) - set(members))
-            _log.warning(
-                "ranks %s are gone; experts that are not chosen any more: %s", lost, self._not_chosen()
-            )
+            _log.warning("ranks %s are gone; experts that nobody has any more: %s", lost, self._not_chosen())
+
+    def leave_out(self) -> None:
+        """Has gates choose among the experts of those who are there. Raises RangeError."""
+        for layer in self.layers:
+            layer.leave_out(engine_of(layer.buffer_number).masked)
 
     def _not_chosen(self) -> list[list[int]]:
         """By layer: the experts that no rank has any more."""
-        alive = [layer.router.alive for layer in self.layers]
-        return [[] if mask is None else (~mask).nonzero().flatten().tolist() for mask in alive]
+        found = []
+        for layer in self.layers:
+            placed = layer.placement or contiguous(layer.num_experts, layer.num_expert_ranks)
+            left = placed.alive_without(engine_of(layer.buffer_number).masked)
+            found.append(sorted(set(range(layer.num_experts)) - set(left)))
+        return found

@@ -8,6 +8,7 @@ from deepep.placement.experts import ExpertPlacement, contiguous, physical_topk
 from deepep.placement.replay import WindowImbalance, replay, summary
 from deepep.placement.revise import revise
 from deepep.placement.search import least_share, place
+from deepep.placement.spare import with_spare
 
 __all__ = [
     "ExpertPlacement",
@@ -19,4 +20,5 @@ __all__ = [
     "replay",
     "revise",
     "summary",
+    "with_spare",
 ]

@@ -24,6 +24,9 @@ OF_TOKEN, OF_RANK, OF_EXPERT = 3518319155, 2882110345, 2360945575
 """2^32 times 1/g, 1/g^2, 1/g^3 with g^4 = g + 1, g = 1.2207...: multiples of the three, modulo 2^32, fill the
 range evenly however tokens, ranks and experts are chosen in arithmetic progressions."""
 
+EMPTY = -1
+"""In a placement's `experts`: a place without one."""
+
 _MASK = (1 << 32) - 1
 
 
@@ -32,8 +35,9 @@ class ExpertPlacement:
     """Experts of a model on the ranks of a group, some of them several times.
 
     num_experts: E. num_ranks: R. experts: the logical expert of each of P physical ones, P a multiple of R,
-    at least one for each logical expert. The same on all ranks: it says where tokens go. Plain integers: two
-    placements that compare equal are the same.
+    at least one for each logical expert; -1 for a place that is empty, where no token goes (`with_spare`).
+    The same on all ranks: it says where tokens go. Plain integers: two placements that compare equal are the
+    same.
 
     Raises ArgumentTypeError or RangeError.
     """
@@ -51,7 +55,7 @@ class ExpertPlacement:
             allowed = f"a positive multiple of {self.num_ranks}, the ranks, up to {MOST_EXPERTS}"
             raise RangeError("experts", f"{len(self.experts)} physical experts", allowed)
         for expert in self.experts:
-            check_int("experts", expert, 0, self.num_experts - 1)
+            check_int("experts", expert, EMPTY, self.num_experts - 1)
         missing = sorted(set(range(self.num_experts)) - set(self.experts))
         if missing:
             raise RangeError("experts", f"no replica of {missing[:8]}", "each logical expert at least once")
@@ -67,7 +71,7 @@ class ExpertPlacement:
         return len(self.experts) // self.num_ranks
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
-        """The logical experts of a rank's physical ones, by local index."""
+        """The logical experts of a rank's physical ones, by local index; -1: the place is empty."""
         rank = check_int("rank", rank, 0, self.num_ranks - 1)
         return self.experts[rank * self.num_local : (rank + 1) * self.num_local]
 
@@ -76,8 +80,14 @@ class ExpertPlacement:
         """By logical expert: its physical ones, ascending."""
         found: list[list[int]] = [[] for _ in range(self.num_experts)]
         for physical, expert in enumerate(self.experts):
-            found[expert].append(physical)
+            if expert != EMPTY:
+                found[expert].append(physical)
         return tuple(tuple(physical) for physical in found)
+
+    @property
+    def has_replicas(self) -> bool:
+        """True if some expert is on more than one place."""
+        return any(len(physical) > 1 for physical in self.replicas_of)
 
     def replicas_without(self, ranks: Collection[int]) -> tuple[tuple[int, ...], ...]:
         """By logical expert: its physical ones on other ranks than these, ascending; perhaps none."""
@@ -145,7 +155,9 @@ class ExpertPlacement:
         """
         values = load_values(loads, self.num_experts)
         shares = [value / len(physical) for value, physical in zip(values, self.replicas_of, strict=True)]
-        return tuple(math.fsum(shares[e] for e in self.of_rank(r)) for r in range(self.num_ranks))
+        return tuple(
+            math.fsum(shares[e] for e in self.of_rank(r) if e != EMPTY) for r in range(self.num_ranks)
+        )
 
     def imbalance(self, loads: Tensor | Sequence[float]) -> float:
         """The busiest rank's load over the mean of all; 1 where there is no load."""
@@ -162,7 +174,8 @@ class ExpertPlacement:
         if counts.shape != (self.num_physical,):
             raise ShapeError("counts", str(list(counts.shape)), f"[{self.num_physical}]")
         experts = torch.tensor(self.experts, dtype=torch.int64, device=counts.device)
-        return counts.new_zeros(self.num_experts).index_add_(0, experts, counts)
+        held = experts != EMPTY
+        return counts.new_zeros(self.num_experts).index_add_(0, experts[held], counts[held])
 
     # from one placement to the next
 
@@ -170,7 +183,7 @@ class ExpertPlacement:
         """Physical experts whose weights must be brought: to ranks that did not hold them in `previous`."""
         self._check_comparable(previous)
         return sum(
-            expert not in previous.of_rank(rank)
+            expert not in (EMPTY, *previous.of_rank(rank))
             for rank in range(self.num_ranks)
             for expert in self.of_rank(rank)
         )
@@ -186,7 +199,9 @@ class ExpertPlacement:
         if self.num_ranks % num_domains:
             raise RangeError("num_domains", str(num_domains), f"a divisor of {self.num_ranks}, the ranks")
         size = self.num_ranks // num_domains
-        ours, theirs = ([set(p.of_rank(r)) for r in range(self.num_ranks)] for p in (self, previous))
+        ours, theirs = (
+            [set(p.of_rank(r)) - {EMPTY} for r in range(self.num_ranks)] for p in (self, previous)
+        )
 
         def in_domain(sets: list[set[int]], domain: int) -> list[set[int]]:
             return sets[domain * size : (domain + 1) * size]
@@ -281,10 +296,11 @@ def _match(held: list[set[int]], sets: list[set[int]]) -> list[int]:
 
 def _keeping_places(held: tuple[int, ...], experts: tuple[int, ...]) -> list[int]:
     """`experts` in an order in which those that were held keep their index, as far as there is one."""
-    left, places = list(experts), [-1] * len(experts)
+    left = list(experts)
+    places: list[int | None] = [None] * len(experts)
     for place, expert in enumerate(held[: len(experts)]):
         if expert in left:
             left.remove(expert)
             places[place] = expert
     rest = iter(left)
-    return [next(rest) if expert < 0 else expert for expert in places]
+    return [next(rest) if expert is None else expert for expert in places]

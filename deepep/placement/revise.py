@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deepep.errors import ArgumentTypeError, RangeError
-from deepep.placement.experts import ExpertPlacement, load_values
+from deepep.placement.experts import EMPTY, ExpertPlacement, load_values
 from deepep.runtime.checks import check_int
 
 _LEAST_GAIN = 1e-3
@@ -39,8 +39,8 @@ def revise(
     the imbalance counts. Of several as good, the one that moves least.
 
     num_domains: as `place` had it; experts move between ranks of a domain alone, but by `wanted`. Where
-    `previous` has another number of places, only `wanted` is looked at. The same arguments, the same
-    placement, on every rank. Raises ArgumentTypeError, ShapeError or RangeError.
+    `previous` has another number of places, or empty ones, only `wanted` is looked at. The same arguments,
+    the same placement, on every rank. Raises ArgumentTypeError, ShapeError or RangeError.
     """
     if not isinstance(wanted, ExpertPlacement):
         raise ArgumentTypeError("wanted", type(wanted).__name__, "an ExpertPlacement")
@@ -50,7 +50,7 @@ def revise(
         raise RangeError("moving_cost", f"{moving_cost}", "a finite number from 0")
     values = load_values(loads, wanted.num_experts)
     full = wanted.renumbered(previous, num_domains)
-    if previous.num_physical != full.num_physical:
+    if previous.num_physical != full.num_physical or EMPTY in previous.experts:
         return full
 
     def price(placement: ExpertPlacement) -> tuple[float, int]:

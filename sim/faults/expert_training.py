@@ -2,11 +2,13 @@
 
 The oracle is one process: the same layers, rank after rank; tokens go from one to the other by indexing, and
 are given the best of the columns of those experts that are left. A token goes to two experts, so no sum of
-its parts has an order, and weights are the training's bit for bit.
+its parts has an order, and weights are the training's bit for bit, wherever experts are: those that are
+restored after a death go on where they were, on a rank without tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from deepep.gate import WEIGHT_SUM_FLOOR
 from deepep.nn import ExpertParallelMoE
 from deepep.nn.logits import router_logits
 from deepep.nn.moe import apply_experts
+from deepep.placement import contiguous, with_spare
 from deepep.reference.all_reduce import all_reduce
 
 EXPERT_PHASES = ("dispatch", "combine", "combine-backward", "dispatch-backward")
@@ -29,13 +32,19 @@ _EXCHANGES = {
 }
 WIDTH, _HIDDEN, _OUT, BATCH, TOPK = 24, 16, 8, 6, 2
 EXPERTS_PER_RANK = 2
+SPARE = 2
+"""Empty places on every rank, where ranks keep copies of each other's experts."""
 
 
 class ExpertModel(nn.Module):
     """A layer of experts between two that every rank has."""
 
-    def __init__(self, buffer: Any, num_ranks: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, buffer: Any, num_ranks: int, dtype: torch.dtype = torch.float32, spare: int = 0
+    ) -> None:
+        """spare: empty places on every rank."""
         super().__init__()
+        num_experts = EXPERTS_PER_RANK * num_ranks
         torch.manual_seed(0)
         self.first = nn.Linear(WIDTH, _HIDDEN, device="cpu", dtype=dtype)
         self.last = nn.Linear(_HIDDEN, _OUT, device="cpu", dtype=dtype)
@@ -43,8 +52,9 @@ class ExpertModel(nn.Module):
             buffer,
             hidden=_HIDDEN,
             expert_hidden=12,
-            num_experts=EXPERTS_PER_RANK * num_ranks,
+            num_experts=num_experts,
             num_topk=TOPK,
+            placement=with_spare(contiguous(num_experts, num_ranks), spare) if spare else None,
             seed=1,
             dtype=dtype,
         )
@@ -95,13 +105,21 @@ def models_of(num_ranks: int, dtype: torch.dtype = torch.float32) -> dict[int, E
     return {rank: ExpertModel(place, num_ranks, dtype) for rank, place in enumerate(places)}
 
 
-def backward(models: Mapping[int, ExpertModel], members: Sequence[int], inputs: Mapping[int, Tensor]) -> None:
-    """Gradients of the members' losses, each its own; of experts the sum over them, by their number."""
+def backward(
+    models: Mapping[int, ExpertModel],
+    members: Sequence[int],
+    inputs: Mapping[int, Tensor],
+    hosts: Sequence[int] = (),
+) -> None:
+    """Gradients of the members' losses, each its own; of experts the sum over them, by their number. hosts:
+    ranks whose experts there are; the members', if none are given.
+    """
+    hosts = hosts or members
     total = torch.zeros((), device="cpu")
-    for rank, out in _outputs(models, members, inputs).items():
+    for rank, out in _outputs(models, members, inputs, hosts).items():
         total = total + models[rank].last(out).square().mean()
     total.backward()
-    for rank in members:
+    for rank in hosts:
         for parameter in models[rank].moe.expert_parameters():
             assert parameter.grad is not None
             parameter.grad = parameter.grad * 1 / len(members)
@@ -113,10 +131,13 @@ def sent_to(members: Sequence[int], models: Mapping[int, ExpertModel]) -> Tensor
 
 
 def _outputs(
-    models: Mapping[int, ExpertModel], members: Sequence[int], inputs: Mapping[int, Tensor]
+    models: Mapping[int, ExpertModel],
+    members: Sequence[int],
+    inputs: Mapping[int, Tensor],
+    hosts: Sequence[int],
 ) -> dict[int, Tensor]:
-    """The output of the layer of experts for each member's tokens, with the members' experts alone."""
-    left = sent_to(members, models)
+    """The output of the layer of experts for each member's tokens, with the hosts' experts alone."""
+    left = sent_to(hosts, models)
     sent, chosen, weights = {}, {}, {}
     for rank in members:
         tokens = torch.tanh(models[rank].first(inputs[rank]))
@@ -127,7 +148,7 @@ def _outputs(
         sent[rank], chosen[rank] = tokens.view_as(tokens), left[best]
         weights[rank] = (shares / (shares.sum(-1, keepdim=True) + WEIGHT_SUM_FLOOR)).float()
     out = {rank: torch.zeros_like(sent[rank]) for rank in members}
-    for target in members:
+    for target in hosts:
         is_here = {rank: chosen[rank] // EXPERTS_PER_RANK == target for rank in members}
         rows = {rank: here.any(1).nonzero().flatten() for rank, here in is_here.items()}
         local = {r: torch.where(is_here[r], chosen[r] - EXPERTS_PER_RANK * target, -1) for r in members}
@@ -148,16 +169,27 @@ def train_alone(
     members: Sequence[Sequence[int]],
     buckets: Sequence[Sequence[Sequence[str]]],
     optimizer_of: Any,
+    restored: Sequence[Mapping[int, int]] | None = None,
 ) -> dict[int, ExpertModel]:
-    """The models of the last step's members, after as many steps, each over its members. buckets: of each
-    step, the names of the parameters that were summed together.
+    """The models of all ranks after as many steps, each over its members. buckets: of each step, the names of
+    the parameters that were summed together. restored: before each step, the experts that are set back to
+    what they were after so many steps; those of other dead ranks are lost, and all if it is None.
     """
     models = models_of(num_ranks)
     optimizers = {rank: optimizer_of(model) for rank, model in models.items()}
+    history: list[dict[int, list[Tensor]]] = []
+    kept: set[int] = set()
     for step, ranks in enumerate(members):
-        for rank in ranks:
+        if restored is not None:
+            kept |= {expert // EXPERTS_PER_RANK for expert in restored[step]}
+        hosts = sorted({*ranks, *kept})
+        history.append({e: [row.clone() for row in _rows(models, optimizers, e)] for e in _experts(models)})
+        for expert, version in ({} if restored is None else restored[step]).items():
+            for row, values in zip(_rows(models, optimizers, expert), history[version][expert], strict=False):
+                row.copy_(values)
+        for rank in hosts:
             models[rank].zero_grad()
-        backward(models, ranks, {rank: tokens_of(rank, step) for rank in ranks})
+        backward(models, ranks, {rank: tokens_of(rank, step) for rank in ranks}, hosts)
         for names in buckets[step]:
             parameters = {rank: [models[rank].get_parameter(name) for name in names] for rank in ranks}
             inputs = [torch.cat([_gradient(p).flatten() for p in parameters[rank]]) for rank in ranks]
@@ -166,9 +198,39 @@ def train_alone(
                 parts = mean.split([p.numel() for p in parameters[rank]])
                 for parameter, part in zip(parameters[rank], parts, strict=True):
                     parameter.grad = part.view_as(parameter).clone()
-        for rank in ranks:
+        for rank in hosts:
             optimizers[rank].step()
-    return {rank: models[rank] for rank in members[-1]}
+    return models
+
+
+def digests(model: ExpertModel) -> dict[str, str]:
+    """Hashes of the weights' bits: of all that every rank has, and of each expert that is here."""
+    shared, experts = hashlib.sha256(), list(model.moe.expert_parameters())
+    own = {id(parameter) for parameter in experts}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            shared.update(parameter.detach().numpy().tobytes())
+    found = {"shared": shared.hexdigest()}
+    for place, expert in enumerate(model.moe.expert_numbers):
+        if expert >= 0:
+            rows = b"".join(parameter[place].detach().numpy().tobytes() for parameter in experts)
+            found[str(expert)] = hashlib.sha256(rows).hexdigest()
+    return found
+
+
+def _experts(models: Mapping[int, ExpertModel]) -> range:
+    return range(EXPERTS_PER_RANK * len(models))
+
+
+def _rows(
+    models: Mapping[int, ExpertModel], optimizers: Mapping[int, torch.optim.Optimizer], expert: int
+) -> list[Tensor]:
+    """An expert's weights, and then what the optimizer keeps of them, once it keeps something."""
+    rank, place = divmod(expert, EXPERTS_PER_RANK)
+    parameters = list(models[rank].moe.expert_parameters())
+    states = [optimizers[rank].state[p] for p in parameters if p in optimizers[rank].state]
+    kept = [state[name] for state in states for name in sorted(state) if state[name].ndim]
+    return [tensor.detach()[place] for tensor in (*parameters, *kept)]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deepep.reference.all_reduce import all_reduce
 from deepep.sim.cases.choices import Choices
 from deepep.sim.faults import expert_training
-from deepep.sim.faults.expert_training import EXPERT_PHASES, ExchangeWatch, ExpertModel
+from deepep.sim.faults.expert_training import EXPERT_PHASES, EXPERTS_PER_RANK, ExchangeWatch, ExpertModel
 from deepep.sim.faults.fault import Effect
 from deepep.sim.rules.checking import Violation
 from deepep.sim.worlds.outcomes import Outcome, Status
@@ -34,12 +34,14 @@ from deepep.sim.worlds.world import World
 
 PHASES = ("forward", "backward", "sum", "bucket", "commit", "after")
 """Moments of a step: in the forward; in the backward, before any bucket; when the first and when a later
-bucket is summed; when sums are complete and the commit begins; when it is over.
+bucket is summed; when sums are complete and the commit begins; when it is over. Where ranks keep copies of
+each other's experts, those are made before the forward ("copies"), and end with the step's first commit.
 """
 _OBSERVED = {
     "sum": ("all_reduce", "control"),
     "bucket": ("all_reduce", "bucket"),
     "commit": ("commit", "control"),
+    "copies": ("hand_over", "control"),
 }
 MARGIN = 3.0
 """Seconds that survivors may take, beyond the time-out where a rank is frozen."""
@@ -60,13 +62,16 @@ class StepEnd:
 @dataclass
 class Account:
     """A rank's account of its steps: who took part, the parameters of each bucket, the time at which each
-    counted (time.monotonic, one clock for the ranks of a host); a hash of its weights in the end.
+    counted (time.monotonic, one clock for the ranks of a host); a hash of its weights in the end. restored:
+    by step, experts that are as they were after so many steps; digests: of parts of the weights in the end.
     """
 
     members: list[tuple[int, ...]] = field(default_factory=list)
     buckets: list[list[list[str]]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     weights: str = ""
+    restored: list[dict[int, int]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def draw_step_end(choices: Choices, num_ranks: int, num_steps: int, phase: str = "") -> StepEnd:
@@ -116,16 +121,17 @@ def train(
     timeout: float,
     folder: str,
     has_experts: bool = False,
+    backup: int = 0,
 ) -> Account:
-    """One rank's part."""
+    """One rank's part. backup: steps after which copies of experts are made; 0: never."""
     import deepep
 
     torch.set_num_threads(1)
     if not has_experts:
         return _train(ctx, model_of(), ends, num_steps, timeout, folder, contextlib.nullcontext())
     with deepep.Buffer(ctx.group, device="cpu", timeout=timeout) as buffer:
-        model = ExpertModel(buffer, ctx.num_ranks)
-        return _train(ctx, model, ends, num_steps, timeout, folder, buffer)
+        model = ExpertModel(buffer, ctx.num_ranks, spare=expert_training.SPARE if backup else 0)
+        return _train(ctx, model, ends, num_steps, timeout, folder, buffer, backup)
 
 
 def _train(
@@ -136,6 +142,7 @@ def _train(
     timeout: float,
     folder: str,
     buffer: Any,
+    backup: int = 0,
 ) -> Account:
     import deepep
 
@@ -157,9 +164,11 @@ def _train(
         buffer.runtime.observe(watch.observed)
     first.register_forward_hook(lambda *_: striker.reached("forward"))
     last.register_full_backward_hook(lambda *_: striker.reached("backward"))
+    options = {"state": {"optimizer": optimizer}, "expert_backup": backup} if backup else {}
+    before: dict[tuple[int, int], int] = {}
     for step in range(num_steps):
         striker.step = step
-        for attempt in ddp.attempts():
+        for attempt in ddp.attempts(**options):
             with attempt:
                 buckets.clear()
                 watch.begin()
@@ -170,9 +179,14 @@ def _train(
         account.times.append(time.monotonic())
         account.members.append(ddp.report()["members"])
         account.buckets.append([buckets[index] for index in sorted(buckets)])
+        now = ddp.report()["restored"]
+        account.restored.append({e: n for (layer, e), n in now.items() if before.get((layer, e)) != n})
+        before = now
     Path(folder, f"done-{ctx.rank}").touch()
     ddp.close()
     account.weights = digest(model)
+    if isinstance(model, ExpertModel):
+        account.digests = expert_training.digests(model)
     return account
 
 
@@ -268,7 +282,7 @@ def oracle_of_experts(
     """The same of a model with experts, by rank: each has experts of its own."""
     torch.set_num_threads(1)
     models = expert_training.train_alone(num_ranks, members, buckets, optimizer_of)
-    return {rank: digest(model) for rank, model in models.items()}
+    return {rank: digest(models[rank]) for rank in members[-1]}
 
 
 def judge_steps(
@@ -278,17 +292,20 @@ def judge_steps(
     timeout: float,
     folder: str,
     has_experts: bool = False,
+    backup: int = 0,
 ) -> tuple[list[Account], float]:
     """Trains until all survivors are done; their accounts, and the longest gap in seconds from an end to the
     next step that counts.
 
-    has_experts: a model with a layer of experts, which the phases of one need.
+    has_experts: a model with a layer of experts, which the phases of one need. backup: ranks keep copies of
+    each other's, made anew after so many steps; 0: they do not.
 
     Raises:
         Violation: a promise was not kept.
     """
     lost = {end.rank: end for end in ends}
-    pending = world.submit(train, ends, num_steps, timeout, folder, has_experts, timeout=20 * timeout + 60)
+    arguments = ends, num_steps, timeout, folder, has_experts, backup
+    pending = world.submit(train, *arguments, timeout=20 * timeout + 60)
     frozen = [end.rank for end in ends if end.effect is Effect.STALL]
     others = set(range(world.num_ranks)) - set(lost)
     waker = threading.Thread(target=_wake, args=(world, frozen, others, folder))
@@ -299,11 +316,14 @@ def judge_steps(
     survivors = [account for account in accounts if account is not None]
     first = survivors[0]
     for account in survivors:
-        for name in ("members", "buckets"):
+        for name in ("members", "buckets", "restored"):
             if getattr(account, name) != getattr(first, name):
                 raise Violation(f"{ends}: survivors differ in {name}", outcomes[0].rank)
     _demand_plausible(ends, first.members, world.num_ranks)
-    if has_experts:
+    if backup:
+        _demand_restored(ends, world.num_ranks, survivors, backup)
+        wanted = {rank: a.weights for rank, a in enumerate(accounts) if a is not None}
+    elif has_experts:
         wanted = oracle_of_experts(world.num_ranks, first.members, first.buckets)
     else:
         wanted = dict.fromkeys(sorted(others), oracle(first.members, first.buckets))
@@ -315,6 +335,27 @@ def judge_steps(
         struck = float(Path(folder, f"end-{rank}").read_text())
         gaps.append(max(min(t for t in a.times if t > struck) - struck for a in survivors))
     return survivors, max(gaps, default=0.0)
+
+
+def _demand_restored(
+    ends: Sequence[StepEnd], num_ranks: int, survivors: Sequence[Account], backup: int
+) -> None:
+    """All experts are there, with the oracle's weights, and none was set back by more than it may be."""
+    first = survivors[0]
+    torch.set_num_threads(1)
+    arguments = num_ranks, first.members, first.buckets, optimizer_of, first.restored
+    models = expert_training.train_alone(*arguments)
+    kept = {*first.members[-1], *(e // EXPERTS_PER_RANK for experts in first.restored for e in experts)}
+    wanted = {(key, text) for rank in kept for key, text in expert_training.digests(models[rank]).items()}
+    # A dead rank's own copy of what all have is as it was when it died.
+    there = {("shared", expert_training.digests(models[rank])["shared"]) for rank in first.members[-1]}
+    wanted = {(key, text) for key, text in wanted if key != "shared"} | there
+    for step, experts in enumerate(first.restored):
+        if any(step - version > backup for version in experts.values()):
+            raise Violation(f"{ends}: restored in step {step}, as they were after {experts}", 0)
+    found = {(key, text) for account in survivors for key, text in account.digests.items()}
+    if found != wanted:
+        raise Violation(f"{ends}: weights are not the oracle's; members by step: {first.members}", 0)
 
 
 def _wake(world: World, frozen: list[int], others: set[int], folder: str) -> None:

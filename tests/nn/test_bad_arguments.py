@@ -57,6 +57,7 @@ def layers(ctx: Any) -> list[str]:
             (moe.leave_out, {"ranks": []}),
             (moe.sum_replica_gradients_by, {"add_up": print}),
             (moe.move_to, {"placement": placement}),
+            (moe.go_by, {"placement": placement}),
             (
                 nn.move_experts,
                 {

@@ -10,7 +10,7 @@ import torch
 import deepep.nn as dnn
 from deepep.errors import ArgumentTypeError, RangeError, ShapeError
 from deepep.nn.placing import _parts
-from deepep.placement import ExpertPlacement, place
+from deepep.placement import ExpertPlacement, contiguous, place, with_spare
 
 HIDDEN, EXPERT_HIDDEN, EXPERTS, TOPK = 16, 8, 6, 2
 LOADS = [9, 1, 1, 5, 1, 1]
@@ -51,6 +51,8 @@ def train(
     numbers = [*range(3 * buffer.rank, 3 * buffer.rank + 3)] if layer.placement is None else None
     numbers = numbers or layer.placement.of_rank(buffer.rank)
     experts = list(zip(numbers, layer.experts.gate_up.detach(), layer.experts.down.detach(), strict=True))
+    assert all(number >= 0 or not (up.any() or down.any()) for number, up, down in experts)
+    experts = [each for each in experts if each[0] >= 0]  # others: empty places
     load = layer.router.load.tolist()
     return {"outputs": outputs, "experts": experts, "moved": moved, "load": load, "repr": repr(layer)}
 
@@ -74,6 +76,16 @@ def check_same(placed: list[Any], plain: list[Any]) -> None:
         assert mine["load"] == theirs["load"]  # the router knows of logical experts alone
     for got, expected in pairs:
         torch.testing.assert_close(got, expected, rtol=2.0**-38, atol=2.0**-38)
+
+
+def test_training_with_empty_places_is_training_without(on_ranks: Any) -> None:
+    """Experts may be moved into them, and others become empty."""
+    first = with_spare(contiguous(EXPERTS, 2), 2)
+    second = ExpertPlacement(EXPERTS, 2, (-1, 1, 2, 3, -1, 5, 4, -1, -1, 0))
+    placed = on_ranks(2, train, first, {1: second})
+    plain = on_ranks(2, train, None, {})
+    assert [of_rank["moved"] for of_rank in placed] == [[1], [1]]
+    check_same(placed, plain)
 
 
 def test_training_under_placements_is_training_without(on_ranks: Any) -> None:
