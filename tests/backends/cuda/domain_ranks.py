@@ -1,8 +1,11 @@
 """One rank of several domains on GPUs, as tests/backends/cuda/test_domains.py starts it: a Buffer's calls.
 
 Every rank compares its bits with those of the reference backend, on the CPU. Arguments: the number of rounds,
-the ranks of a domain, and "silent" where a NIC falls silent: then PeerTimeoutError has to come, and the
-context to live.
+the ranks of a domain, and what is tried besides:
+    silent   a NIC falls silent: PeerTimeoutError has to come, and the context to live
+    groups   a gate keeps one domain of each token; says how many bytes are to cross to each rank, at least
+             and at most: "crossed: " and a list, by rank
+    many     so many operations in a row, without a wait of the host, all with the same bits
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import deepep
-from deepep import Buffer
+from deepep import Buffer, gate
 from deepep.backends.cuda.memory.nvshmem import THIS_PROCESS
 
 EXPERTS, HIDDEN, TOPK = 16, 512, 4
@@ -66,6 +69,60 @@ def calls(buffer: Buffer, device: str, seed: int) -> list[torch.Tensor]:
     return made
 
 
+def bytes_by_groups(buffer: Buffer, per_domain: int, rounds: int) -> list[tuple[int, int]]:
+    """By rank, the least and the most bytes of dispatches whose gate keeps one domain, and of their combines.
+
+    A token crosses once where the kept domain is another than its own, and one sum comes back.
+    """
+    rank, size, tokens = dist.get_rank(), dist.get_world_size(), 600
+    domains = size // per_domain
+    crossing = torch.zeros(size, domains, dtype=torch.int64)  # by source and domain
+    for seed in range(rounds):
+        chosen = []
+        for source in range(size):
+            generator = torch.Generator().manual_seed(1000 * seed + source)
+            logits = torch.randn(tokens, EXPERTS, generator=generator)
+            chosen.append(
+                gate.group_limited_topk(logits, TOPK, num_groups=domains, num_kept_groups=1).topk_idx
+            )
+            kept = chosen[-1] // (EXPERTS // domains)
+            assert bool((kept == kept[:, :1]).all())
+            crossing[source] += kept[:, 0].bincount(minlength=domains)
+        idx = chosen[rank].cuda()
+        x = torch.randn(tokens, HIDDEN, device="cuda").to(torch.bfloat16)
+        rows, *_, handle, _ = buffer.dispatch(x, topk_idx=idx, topk_weights=idx.float(), num_experts=EXPERTS)
+        buffer.combine(rows, handle)
+    row, own = 2 * HIDDEN, rank // per_domain
+    record = row + 4 + 4 * per_domain + 12 * TOPK + 16
+    bounds = []
+    for peer in range(size):
+        is_rail = peer % per_domain == rank % per_domain and peer != rank
+        out, back = int(crossing[rank, peer // per_domain]), int(crossing[peer, own])
+        posted = 16384 * rounds  # counts, headers of chunks, and which of its ranks have a row of each token
+        most = out * record + back * row + posted
+        bounds.append((row * (out + back), most) if is_rail else (0, 0))
+    return bounds
+
+
+def many(buffer: Buffer, count: int) -> None:
+    """Cached dispatches and combines of two routes by turns, compared on the device."""
+    routes = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+        x = torch.randn((37, 0, 300, 90)[(dist.get_rank() + seed) % 4], HIDDEN, generator=generator)
+        idx = torch.rand(len(x), EXPERTS, generator=generator).topk(TOPK).indices
+        x, idx = x.to(torch.bfloat16).cuda(), idx.cuda()
+        rows, *_, handle, _ = buffer.dispatch(x, topk_idx=idx, topk_weights=idx.float(), num_experts=EXPERTS)
+        routes.append((x, handle, rows.clone(), buffer.combine(rows, handle)[0]))
+    wrong = torch.zeros(2, dtype=torch.int64, device="cuda")
+    for number in range(count // 2):
+        x, handle, wanted, summed = routes[number % 2]
+        rows = buffer.dispatch(x, handle=handle)[0]
+        wrong[0] += (rows != wanted).any()
+        wrong[1] += (buffer.combine(rows, handle)[0] != summed).any()
+    assert wrong.tolist() == [0, 0]
+
+
 def _to(device: str, *given: Any) -> list[Any]:
     return [
         tuple(part.to(device) for part in one) if isinstance(one, tuple) else one.to(device) for one in given
@@ -96,7 +153,8 @@ def check_that_domains_share_no_memory(buffer: Buffer, rank: int, per_domain: in
 
 
 def main() -> None:
-    rounds, per_domain, silent = int(sys.argv[1]), int(sys.argv[2]), "silent" in sys.argv
+    rounds, per_domain, tried = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if sys.argv[3:] else ""
+    silent = tried == "silent"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -114,6 +172,14 @@ def main() -> None:
             raise AssertionError("no rank was missed")
         assert torch.zeros(1, device="cuda").item() == 0
         os._exit(0)  # NVSHMEM's end would wait for those whose NIC is silent
+    if tried == "groups":
+        print("crossed:", [list(bound) for bound in bytes_by_groups(buffer, per_domain, rounds)], flush=True)
+    if tried == "many":
+        many(buffer, rounds)
+    if tried:
+        buffer.destroy()
+        print("equal", flush=True)
+        return
     reference = Buffer(dist.group.WORLD, backend="reference", device="cpu", timeout=120.0, **kept)
     for seed in range(rounds):
         got, want = calls(buffer, "cuda", seed), calls(reference, "cpu", seed)
@@ -126,4 +192,5 @@ def main() -> None:
     print("equal", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Arguments: the number of calls, the ranks of a domain, and what is tried:
     equal    every call has the bits of the reference backend, on the CPU
     many     calls in a row without a wait of the host; each has the bits that the reference had
+    graph    the same of captured calls, each a graph, replayed by turns
     silent   a NIC falls silent: PeerTimeoutError has to come, and the context to live
 Says how many bytes had to cross to each rank: "crossed: " and a list, by rank.
 """
@@ -23,7 +24,7 @@ from deepep import Buffer
 
 #: Calls that are made again and again: of each format, hooked or not, with and without weights and groups.
 SEEDS = 12
-TIMEOUTS = {"equal": 60.0, "many": 60.0, "silent": 5.0}
+TIMEOUTS = {"equal": 60.0, "many": 60.0, "graph": 60.0, "silent": 5.0}
 
 
 def main() -> None:
@@ -49,9 +50,11 @@ def main() -> None:
     given = [far_calls.Given.of(call, "cuda") for call in calls]
     if tried == "silent":
         fall_silent(buffer, given, count)
-    made = count if tried == "many" else len(calls)
+    made = count if tried in ("many", "graph") else len(calls)
     if tried == "many":
         many(buffer, given, wanted, count)
+    elif tried == "graph":
+        graph(buffer, given, wanted, count)
     else:
         for call, one, theirs in zip(calls, given, wanted, strict=True):
             for number, (got, want) in enumerate(zip(far_calls.play(buffer, one), theirs, strict=True)):
@@ -75,6 +78,25 @@ def many(buffer: Buffer, given: list[Any], wanted: list[list[torch.Tensor]], cou
         for got, want in zip(far_calls.play(buffer, given[at]), right[at], strict=True):
             wrong[at] += (got != want).any()
     assert wrong.tolist() == [0] * len(given)
+
+
+def graph(buffer: Buffer, given: list[Any], wanted: list[list[torch.Tensor]], count: int) -> None:
+    """Each call once as it is, then by replays."""
+    kept = []
+    for one in given:
+        far_calls.play(buffer, one)
+    for one in given:
+        captured = torch.cuda.CUDAGraph()
+        # The wire's thread copies meanwhile.
+        with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+            made = far_calls.play(buffer, one)
+        kept.append((captured, made))
+    for number in range(len(given), count):
+        captured, made = kept[number % len(given)]
+        captured.replay()
+        for got, want in zip(made, wanted[number % len(given)], strict=True):
+            assert torch.equal(got.cpu(), want), number
+            got.zero_()
 
 
 def fall_silent(buffer: Buffer, given: list[Any], count: int) -> None:
