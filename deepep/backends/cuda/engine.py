@@ -127,8 +127,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
         # The bytes for low latency are memory between domains alone.
-        divided = is_divided(options, session.num_ranks)
-        about_low_latency = {"num_rdma_bytes": options.low_latency_bytes} if divided else {}
+        needs_room = options.low_latency and is_divided(options, session.num_ranks)
+        about_low_latency = {"num_rdma_bytes": options.low_latency_bytes} if needs_room else {}
         control.agree({**options.statement(), "symmetric_bytes": self._num_bytes, **about_low_latency})
         self.domains = Domains.of(options, session.rank, session.num_ranks, self.index)
         reach = None if self.domains is None else self.domains.neighbours

@@ -4,7 +4,7 @@ A process has one NVSHMEM, and starting it, allocating, freeing and ending are c
 - it is started once, by the first group that needs it, which has to be the largest: its ranks are the PEs.
   A slab is allocated along with it. Where the user has started it before, it is joined, and the slab made;
 - groups of the same processes, smaller ones too, then carve parts out of the slab. Only their own ranks agree
-  on where, for nothing is allocated any more;
+  on where, for nothing is allocated any more. A buffer of all PEs that has no room there gets another slab;
 - it ends with the process. It cannot be started again: it keeps its first bootstrap.
 
 All ranks of a group look at what all of them found before any goes on (nvshmem_checks.py), because nothing
@@ -24,7 +24,7 @@ import torch
 
 from deepep.backends.cuda.memory.nvshmem4py import Nvshmem4py, missing
 from deepep.backends.cuda.memory.nvshmem_checks import DEFAULTS, ProcessFacts, plan
-from deepep.backends.cuda.memory.ranges import FreeRanges, common, first_fit, last_fit
+from deepep.backends.cuda.memory.ranges import FreeRanges, common, first_fit, last_fit, rounded
 from deepep.errors import CapacityError, DeepEPError, MismatchError, ModeError
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.traffic_lanes import TrafficLanes
@@ -46,7 +46,7 @@ class SymmetricPart:
     """
 
     def __init__(self, owner: NvshmemProcess, offset: int, num_bytes: int, pes: tuple[int, ...]) -> None:
-        self.memory, self.offset, self.pes = owner.slab[offset : offset + num_bytes], offset, pes
+        self.memory, self.offset, self.pes = owner.memory_at(offset, num_bytes), offset, pes
         self._owner: NvshmemProcess | None = owner
         self.is_captured: Callable[[], bool] = _never
 
@@ -62,8 +62,8 @@ class SymmetricPart:
 class NvshmemProcess:
     """NVSHMEM in this process, from its start (or since it was joined) to the process's end.
 
-    pe, num_pes: this process's PE and their number. is_counted: nvshmem4py started it, here, and is to
-    end it; false where the user had started it through nvshmem4py, whose memory that would free.
+    pe, num_pes: this process's PE and their number. slab: the first. is_counted: nvshmem4py started it, here,
+    and is to end it; false where the user had started it through nvshmem4py, whose memory that would free.
     """
 
     def __init__(
@@ -72,11 +72,31 @@ class NvshmemProcess:
         self.pe, self.num_pes = binding.pe()
         self.slab, self.is_counted = slab, is_counted
         self._binding, self._exchange = binding, exchange
+        self._slabs = {0: slab}  # by where they begin among all parts' offsets
         self._free = FreeRanges(slab.numel())
         self._lock = threading.Lock()
         self.has_ended = False
         # Buffers that are made later are ended before it, at interpreter exit.
         self._finalizer = weakref.finalize(self, only_here(self.end))
+
+    def memory_at(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """The bytes of a part: uint8 [num_bytes]."""
+        begin = max(begin for begin in self._slabs if begin <= offset)
+        return self._slabs[begin][offset - begin : offset - begin + num_bytes]
+
+    def make_room(self, exchange: Exchange, num_ranks: int, num_bytes: int) -> None:
+        """Another slab of so many bytes, if some rank of the group has no range of them free. Collective over
+        the group. One of some PEs alone cannot allocate: what is free has to do.
+
+        Raises ModeError on all ranks if one cannot allocate it.
+        """
+        if num_ranks != self.num_pes:
+            return
+        with self._lock:
+            is_short = self._free.largest < rounded(num_bytes)
+            if b"short" in exchange(b"short" if is_short else b""):
+                slab = allocated(exchange, partial(self._binding.allocate, num_bytes))
+                self._slabs[self._free.add(slab.numel())] = slab
 
     def carve(
         self, exchange: Callable[[bytes], Sequence[bytes | None]], num_bytes: int, *, at_end: bool = False
@@ -101,7 +121,8 @@ class NvshmemProcess:
             offset = (last_fit if at_end else first_fit)(free_everywhere, num_bytes)
             if offset is None:
                 largest = max((end - begin for begin, end in free_everywhere), default=0)
-                allowed = f"at most {largest}, of {self.slab.numel()} bytes of symmetric memory"
+                total = sum(slab.numel() for slab in self._slabs.values())
+                allowed = f"at most {largest}, of {total} bytes of symmetric memory"
                 raise CapacityError("num_bytes", str(num_bytes), allowed)
             self._free.take(offset, num_bytes)
             pes = tuple(posted[rank][0] if rank in posted else NO_PE for rank in range(len(came)))
@@ -133,7 +154,8 @@ class NvshmemProcess:
         except DeepEPError:
             return
         if all(state == b"running" for state in states):  # else its user has ended it, and freed all
-            self._binding.free(self.slab)
+            for slab in self._slabs.values():
+                self._binding.free(slab)
             if self.is_counted:
                 self._binding.end()
 
@@ -168,10 +190,10 @@ class NvshmemOwner:
     ) -> NvshmemProcess:
         """NVSHMEM of this process, started, joined, or as it was opened before; collective over the group.
 
-        num_bytes: of the slab, the same on all ranks; without effect once there is one. lanes: set as
-        variables before it starts. Raises on all ranks alike: RangeError for what NVSHMEM, its settings or
-        the machine do not offer, MismatchError where ranks differ, ModeError if it was ended; and whatever
-        `exchange` raises for ranks that do not come.
+        num_bytes: of the slab, the same on all ranks; of another one where there is one without so much room.
+        lanes: set as variables before it starts. Raises on all ranks alike: RangeError for what NVSHMEM, its
+        settings or the machine do not offer, MismatchError where ranks differ, ModeError if it was ended; and
+        whatever `exchange` raises for ranks that do not come.
         """
         lanes = lanes or TrafficLanes()
         with self._lock:
@@ -179,27 +201,23 @@ class NvshmemOwner:
             how = plan([ProcessFacts.decode(raw) for raw in exchange(facts.encode())])
             if how == "share":
                 assert self.process is not None
+                self.process.make_room(exchange, num_ranks, num_bytes)
                 return self.process
             assert binding is not None
             starts = how == "start"
             if starts:
                 os.environ.update({**DEFAULTS, **lanes.environment()})
             uid = exchange(binding.unique_id() if starts and rank == 0 else b"")[0]
-            slab, problem = None, ""
-            try:
+
+            def first_slab() -> torch.Tensor:
                 if starts or binding.state() == "foreign":
                     binding.start(uid, rank, num_ranks)
                 found = binding.pe()
                 if starts and found != (rank, num_ranks):
-                    problem = f"PE {found[0]} of {found[1]}, of an earlier start in this process"
-                else:
-                    slab = binding.allocate(num_bytes)
-            except Exception as error:  # NVSHMEM's own classes; all ranks learn of it
-                problem = _first_line(error)
-            for at, posted in enumerate(exchange(problem.encode())):
-                if posted:
-                    raise ModeError("NVSHMEM", posted.decode(), "a start and an allocation that succeed", at)
-            assert slab is not None
+                    raise _OtherPe(f"PE {found[0]} of {found[1]}, of an earlier start in this process")
+                return binding.allocate(num_bytes)
+
+            slab = allocated(exchange, first_slab)
             counted = facts.state != "running"
             self.process = NvshmemProcess(binding, slab, is_counted=counted, exchange=exchange)
             return self.process
@@ -223,6 +241,26 @@ class NvshmemOwner:
         except Exception as error:  # the binding's own classes; it goes to the others as a fact
             return None, facts("missing", problem=_first_line(error))
         return binding, facts(found, pe=pe, pes=pes, version=binding.version, write_ordering=ordering)
+
+
+class _OtherPe(Exception):
+    """NVSHMEM runs with other PEs than this start would have had."""
+
+
+def allocated(exchange: Exchange, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The memory that `make` makes, if it does on all ranks; else raises ModeError on all of them."""
+    slab, problem = None, ""
+    try:
+        slab = make()
+    except _OtherPe as other:
+        problem = str(other)
+    except Exception as error:  # NVSHMEM's own classes; all ranks learn of it
+        problem = _first_line(error)
+    for at, posted in enumerate(exchange(problem.encode())):
+        if posted:
+            raise ModeError("NVSHMEM", posted.decode(), "a start and an allocation that succeed", at)
+    assert slab is not None
+    return slab
 
 
 def _first_line(error: Exception) -> str:

@@ -43,7 +43,20 @@ class FreeRanges:
     """Ranges of one rank's memory that are free."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.ranges: list[Range] = [(0, num_bytes // ALIGNMENT * ALIGNMENT)]
+        self._end = num_bytes // ALIGNMENT * ALIGNMENT
+        self.ranges: list[Range] = [(0, self._end)]
+
+    def add(self, num_bytes: int) -> int:
+        """Begin of so many more free bytes: apart from the others, so that no part has some of both."""
+        begin = self._end + ALIGNMENT
+        self._end = begin + num_bytes // ALIGNMENT * ALIGNMENT
+        self.ranges.append((begin, self._end))
+        return begin
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest part that there is room for."""
+        return max((end - begin for begin, end in self.ranges), default=0)
 
     def take(self, begin: int, num_bytes: int) -> None:
         """Takes a part, which has to be free."""

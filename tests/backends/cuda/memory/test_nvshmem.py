@@ -152,6 +152,50 @@ def test_a_slab_that_is_full_is_said_on_all_ranks(stand_in: StandIn) -> None:
     assert text == f"num_bytes: got 257; allowed: at most 256, of {SLAB} bytes of symmetric memory"
 
 
+def test_a_second_buffer_of_all_ranks_has_a_slab_of_its_own(stand_in: StandIn) -> None:
+    """Where it finds no room, on any rank; parts lie in one or the other, and both are freed."""
+
+    def work(rank: Rank) -> list[str]:
+        opened = rank.open("first", [0, 1])
+        parts = [opened.carve(rank.exchange("a", [0, 1]), SLAB // 2)]
+        assert rank.open("fits", [0, 1], num_bytes=SLAB // 2) is opened
+        if rank.rank == 1:
+            parts.append(opened.carve(rank.exchange("alone", [1]), 300))
+        assert rank.pe.calls.count("tensor") == 1
+        assert rank.open("second", [0, 1], num_bytes=SLAB // 2) is opened
+        assert rank.pe.calls.count("tensor") == 2
+        for size, at_end in ((SLAB // 4, False), (SLAB // 2, False), (SLAB // 8, True)):
+            parts.append(opened.carve(rank.exchange(f"b{size}", [0, 1]), size, at_end=at_end))
+        for number, part in enumerate(parts, 1):
+            part.memory.fill_(number)
+        assert all(bool((part.memory == number).all()) for number, part in enumerate(parts, 1))
+        free = opened._free.largest
+        for part in parts:
+            part.release()
+        assert opened._free.largest == SLAB > free
+        assert len(opened._free.ranges) == 2
+        opened.end()
+        return rank.pe.calls[-3:]
+
+    assert on_ranks(stand_in, 2, work) == [["free_tensor", "free_tensor", "finalize"]] * 2
+
+
+def test_a_smaller_group_makes_do_with_what_is_free(stand_in: StandIn) -> None:
+    """It cannot allocate: that takes all PEs."""
+
+    def work(rank: Rank) -> None:
+        opened = rank.open("all", [0, 1, 2])
+        if rank.rank < 2:
+            opened = rank.open("pair", [0, 1], num_bytes=2 * SLAB)
+        try:
+            assert rank.pe.calls.count("tensor") == 1
+            opened.carve(rank.exchange("part", [0, 1, 2]), 2 * SLAB)
+        finally:
+            opened.end()
+
+    assert f"at most {SLAB}" in raised(on_ranks(stand_in, 3, work), CapacityError)
+
+
 def test_one_that_runs_through_nvshmem4py_is_joined_and_left_running(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
