@@ -153,7 +153,7 @@ def test_a_slab_that_is_full_is_said_on_all_ranks(stand_in: StandIn) -> None:
 
 
 def test_a_second_buffer_of_all_ranks_has_a_slab_of_its_own(stand_in: StandIn) -> None:
-    """Where it finds no room, on any rank; parts lie in one or the other, and both are freed."""
+    """If it finds no room, on any rank; parts lie in one or the other, and both are freed."""
 
     def work(rank: Rank) -> list[str]:
         opened = rank.open("first", [0, 1])
