@@ -205,6 +205,7 @@ def _hunt(console: Console, match: str, minutes: float, workers: int) -> int:
     wanted = [mutant for mutant in mutants(csrc) if match in mutant.name]
     if not wanted:
         misused(f"--match: no mutant's name contains {match!r}")
+    console.print(f"{len(wanted)} mutants; those of an expression are built together, for a minute or so")
 
     def done(catch: Catch) -> None:
         verdict = catch.caught_by or ("harmless" if catch.mutant.name in HARMLESS else "escaped")
