@@ -6,8 +6,8 @@ On stubs of the extension and of torch.cuda (harness.stub_cuda), on any machine:
 tensors of the CPU; a launch costs what a function of Python does. Or on a GPU, a group of one rank, with
 launches as they are. For comparing two commits: interleave runs, on one core (`taskset -c 1`).
 
-By kind of call: median and 90th percentile of all calls; what `torch.empty` takes for the tensors that the
-call returns; launches a call. Halves of a hooked call are timed apart. No test reads these times.
+By kind of call: 10th percentile, median and 90th of all calls; what `torch.empty` takes for the tensors that
+the call returns; launches a call. Halves of a hooked call are timed apart. No test reads these times.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def main() -> None:
     device, sizes = ("cuda", (128, 7168, 256)) if given.cuda else ("cpu", (8, 128, 8))
     synchronize = torch.cuda.synchronize if given.cuda else lambda: None
     with on_cuda() if given.cuda else on_stubs(launches) as buffer:
-        print(f"{'microseconds':42} {'median':>7} {'p90':>7} {'empty':>7} {'launches':>8}")
+        print(f"{'microseconds':42} {'p10':>7} {'median':>7} {'p90':>7} {'empty':>7} {'launches':>8}")
         for name, (call, follow) in kinds(buffer, device, *sizes).items():
             if given.only not in name:
                 continue
@@ -173,8 +173,8 @@ def main() -> None:
             for part, values in times.items():
                 shown = f"{name}: {part}" if part else name
                 rest = f"{allocations:7.1f} {each}" if not part else ""
-                p90 = values[len(values) * 9 // 10]
-                print(f"{shown:42} {statistics.median(values):7.1f} {p90:7.1f} {rest}", flush=True)
+                p10, p90 = values[len(values) // 10], values[len(values) * 9 // 10]
+                print(f"{shown:42} {p10:7.1f} {statistics.median(values):7.1f} {p90:7.1f} {rest}", flush=True)
 
 
 def call_through(call: Call, follow: Call) -> Any:

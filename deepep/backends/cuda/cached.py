@@ -16,7 +16,7 @@ from torch import Tensor
 from deepep import _cuda
 from deepep.backends.cuda.dispatch import acquire
 from deepep.backends.cuda.launch import Plan
-from deepep.backends.cuda.memory.arrays import receive_spec
+from deepep.backends.cuda.memory.arrays import Templates, receive_spec
 from deepep.backends.cuda.memory.heap import SymmetricMemory
 from deepep.backends.cuda.sm_split import dispatch_split
 from deepep.backends.cuda.streams import CommStream, hand_out
@@ -44,7 +44,7 @@ class CachedDispatch:
     dtype: torch.dtype
     scales: tuple[torch.dtype, torch.Size, tuple[int, ...]] | None
     num_sms: int
-    templates: list[Tensor]
+    templates: Templates
     num_bytes: int
     call: _cuda.CachedDispatch
     memory: SymmetricMemory

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from deepep._core import MAX_TOPK
 from deepep.backends.cuda.launch import Plan
+from deepep.backends.cuda.memory.tensor_set import Array, TensorSet
 from deepep.backends.cuda.sm_split import (
     COPY_ENGINE_BYTES,
     NO_COPY_ENGINE,
@@ -31,12 +34,24 @@ def is_usual(engine: CudaEngine, request: CombineRequest) -> bool:
     x, route = request.x, request.route
     if (
         route.engine is not engine
-        or request.topk_weights is not None
         or request.biases
         or type(x) is not Tensor
         or x.dtype is not torch.bfloat16
         or x.device != engine.device
         or x.dim() != 2
+    ):
+        return False
+    weights = request.topk_weights
+    if weights is not None and not (
+        request.slots is None
+        and type(weights) is Tensor
+        and weights.dtype is torch.float32
+        and weights.device == engine.device
+        and weights.dim() == 2
+        and weights.shape[0] == route.num_rows
+        and weights.shape[1] <= MAX_TOPK
+        and weights.is_contiguous()
+        and not weights.is_neg()
     ):
         return False
     row_bytes = x.shape[1] * 2
@@ -82,6 +97,13 @@ def combine(engine: CudaEngine, request: CombineRequest, plan: Plan, schedule: S
     return Combined(*made, completion)
 
 
+@lru_cache(256)
+def _outputs(tokens: int, hidden: int, topk: int | None, device: torch.device) -> TensorSet:
+    """Sums [T, H] bf16, and, if there are any, weights [T, K] float32."""
+    weights = [] if topk is None else [Array((tokens, topk), torch.float32)]
+    return TensorSet(device, [Array((tokens, hidden), torch.bfloat16), *weights])
+
+
 def _launch(
     engine: CudaEngine, request: CombineRequest, plan: Plan, stream: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -91,10 +113,9 @@ def _launch(
         *(plan.num_tokens, engine.device),
     )
     sms, ranks = max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), engine.info.num_ranks
-    out = torch.empty((tokens, x.shape[1]), dtype=torch.bfloat16, device=device)
-    out_weights = None
-    if weights is not None:
-        out_weights = torch.empty((tokens, request.num_topk), dtype=torch.float32, device=device)
+    topk = None if weights is None else request.num_topk
+    out, *of_weights = _outputs(tokens, x.shape[1], topk, device).make()
+    out_weights = of_weights[0] if of_weights else None
     by_copy_engine = slots is None and x.numel() * 2 >= COPY_ENGINE_BYTES * (ranks - 1)
     engine.symmetric.endpoint.combine(
         x,

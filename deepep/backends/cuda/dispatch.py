@@ -11,6 +11,7 @@ from torch import Tensor
 from deepep._core import MAX_TOPK
 from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS, Phase, Plan
 from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec, receive_spec
+from deepep.backends.cuda.memory.tensor_set import Array, TensorSet
 from deepep.backends.cuda.sm_split import dispatch_split
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.config import DEFAULT_NUM_SMS
@@ -30,15 +31,10 @@ _specs: dict[tuple[object, ...], ReceiveSpec] = {}
 
 
 @lru_cache(_MOST_SPECS)
-def _ints(rows: int, columns: int, device: torch.device) -> Tensor:
-    """A template without memory of its own: tensors are made like one in half the time."""
-    return torch.empty((), dtype=torch.int32, device=device).expand(rows, columns)
-
-
-@lru_cache(_MOST_SPECS)
-def _bools(rows: int, columns: int, device: torch.device) -> Tensor:
-    """The same of bool."""
-    return torch.empty((), dtype=torch.bool, device=device).expand(rows, columns)
+def _tables(tokens: int, ranks: int, device: torch.device, with_ranks: bool) -> TensorSet:
+    """A plan's table [T + R, R] int32 and, if wanted, the ranks of each token [T, R] bool."""
+    ranks_of_tokens = [Array((tokens, ranks), torch.bool)] if with_ranks else []
+    return TensorSet(device, [Array((tokens + ranks, ranks), torch.int32), *ranks_of_tokens])
 
 
 def is_usual(engine: CudaEngine, request: DispatchRequest) -> bool:
@@ -182,12 +178,9 @@ def _launch(
     memory, worst = engine.symmetric, request.num_worst_tokens
     endpoint = memory.endpoint
     tokens, ranks = x.shape[0], engine.info.num_ranks
-    table = torch.empty_like(_ints(tokens + ranks, ranks, engine.device))
-    plan = Plan(table, tokens, capacity, endpoint.live, stream)
-    if layout is None:
-        plan.in_rank = torch.empty_like(_bools(tokens, ranks, engine.device))
-    else:
-        plan.in_rank = layout.is_token_in_rank
+    tables = _tables(tokens, ranks, engine.device, layout is None).make()
+    plan = Plan(tables[0], tokens, capacity, endpoint.live, stream)
+    plan.in_rank = tables[1] if layout is None else layout.is_token_in_rank
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
     key = (x.shape[1], x.dtype, of_scales, of_topk)

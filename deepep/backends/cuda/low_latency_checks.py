@@ -68,6 +68,7 @@ def usual_dispatch(
         and x.is_contiguous()
         and topk_idx.is_contiguous()
         and x.data_ptr() % 16 == 0
+        and not (x.is_neg() or topk_idx.is_neg())
     ):
         return None
     is_usual = weights is None or (
@@ -76,6 +77,7 @@ def usual_dispatch(
         and weights.shape == topk_idx.shape
         and weights.get_device() == index
         and weights.is_contiguous()
+        and not weights.is_neg()
     )
     return form if is_usual else None
 
@@ -145,6 +147,7 @@ def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, en
         and topk_idx.is_contiguous()
         and weights.is_contiguous()
         and x.data_ptr() % 16 == 0
+        and not (x.is_neg() or topk_idx.is_neg() or weights.is_neg())
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda.launch import fault_record, pinned_zeros
-from deepep.backends.cuda.memory.tensor_set import Array, Make, View, maker
+from deepep.backends.cuda.memory.tensor_set import Array, TensorSet, View
 from deepep.errors import FaultRecord
 from deepep.runtime.checks import FP8_GROUP, UE8M0_PACK
 
@@ -119,10 +119,10 @@ class LowLatencyFormat:
     def sums(self, num_tokens: int, device: torch.device) -> Tensor:
         """The uninitialised output of a combine of T tokens [T, H] bf16, for the current stream."""
         sums = self.made_on(device).sums
-        make = sums.get(num_tokens)
-        if make is None:
-            make = sums[num_tokens] = maker(device, [Array((num_tokens, self.hidden), torch.bfloat16)])
-        out: Tensor = make()[0]
+        made = sums.get(num_tokens)
+        if made is None:
+            made = sums[num_tokens] = TensorSet(device, [Array((num_tokens, self.hidden), torch.bfloat16)])
+        out: Tensor = made.make()[0]
         return out
 
     def outputs(
@@ -131,9 +131,9 @@ class LowLatencyFormat:
         """Uninitialised outputs of a dispatch of T tokens, and its handle, for the current stream."""
         made = self.made_on(device)
         if made.has_scales:
-            x, words, ranges, scales, count, source = made.make()
+            x, words, ranges, scales, count, source = made.tensors.make()
         else:
-            x, words, ranges, count, source = made.make()
+            x, words, ranges, count, source = made.tensors.make()
             scales = None
         plan = LowLatencyPlan(self, num_tokens, stream, words, made.came, made.routes)
         return LowLatencyArrays(x, scales, count, source, ranges), plan
@@ -143,16 +143,16 @@ class LowLatencyFormat:
 class LowLatencyOutputs:
     """The tensors of a format's dispatches on one device, all made in one call.
 
-    make: gives x, an array of int32 that begins with the handle, the ranges, the scales if there are any, and
+    tensors: x, an array of int32 that begins with the handle, the ranges, the scales if there are any, and
     of the array count and source. came, routes: of the handle, bytes from its begin. sums: give what a
     combine of T tokens returns, by T.
     """
 
-    make: Make
+    tensors: TensorSet
     has_scales: bool
     came: int
     routes: int
-    sums: dict[int, Make] = field(default_factory=dict)
+    sums: dict[int, TensorSet] = field(default_factory=dict)
 
     @staticmethod
     def of(form: LowLatencyFormat, device: torch.device) -> LowLatencyOutputs:
@@ -173,7 +173,7 @@ class LowLatencyOutputs:
             kind = torch.int32 if form.use_ue8m0 else torch.float32
             arrays.append(Array((local, rows, columns), kind, (columns * rows, 1, rows)))
         views = (View(1, (local,), count), View(1, (local, rows), source))
-        return LowLatencyOutputs(maker(device, arrays, views), form.use_fp8, 4 * came, 4 * routes)
+        return LowLatencyOutputs(TensorSet(device, arrays, views), form.use_fp8, 4 * came, 4 * routes)
 
 
 @dataclass(slots=True)

@@ -443,3 +443,56 @@ def test_kernels_add_to_the_buffers_own_sums_while_waits_are_measured() -> None:
             assert not any(w.any() for w in buffer.wait_statistics().nanoseconds.values())
         """,
     )
+
+
+def test_quick_checks_refuse_what_full_ones_do() -> None:
+    """A call of a known format with one tensor that is wrong: whatever the quick checks look at."""
+    on_stubs(
+        START,
+        """
+        def spoiled(t):
+            yield "negated", torch._neg_view(t.clone())
+            yield "strided", torch.zeros((t.shape[0], 2 * t.shape[1]), dtype=t.dtype)[:, ::2]
+            yield "transposed", torch.zeros(t.shape[::-1], dtype=t.dtype).T
+            yield "of another dtype", t.double()
+            yield "of another rank", t[None]
+            yield "of a row more", torch.cat([t, t[:1]])
+            yield "a subclass", torch.Tensor._make_wrapper_subclass(Wrapped, t.shape, dtype=t.dtype)
+            yield "a list", t.tolist()
+
+        class Wrapped(torch.Tensor):
+            @classmethod
+            def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+                return function(*args, **(kwargs or {}))
+
+        with buffer_of() as buffer:
+            def low_latency(x=x, topk_idx=idx, topk_weights=weights):
+                how = dict(use_fp8=False, topk_weights=topk_weights)
+                return buffer.low_latency_dispatch(x, topk_idx, 8, 4, **how)
+
+            def back(topk_idx=idx, topk_weights=weights):
+                return buffer.low_latency_combine(slots, topk_idx, topk_weights, handle)
+
+            worst = dict(topk_idx=idx, topk_weights=weights, num_experts=4, num_worst_tokens=8)
+
+            def combine(x=x, topk_weights=weights):
+                return buffer.combine(x, route, topk_weights)
+
+            for _ in range(4):
+                slots, _, handle, _, _ = low_latency()
+                back()
+                *_, route, _ = buffer.dispatch(x, **worst)
+                combine()
+            since()
+            good = {"x": x, "topk_idx": idx, "topk_weights": weights}
+            for call, names in (
+                (low_latency, good), (back, ("topk_idx", "topk_weights")), (combine, ("x", "topk_weights"))
+            ):
+                for name in names:
+                    for how, wrong in spoiled(good[name]):
+                        with pytest.raises((deepep.errors.ArgumentError,)):
+                            call(**{name: wrong})
+                            raise AssertionError(f"{call.__name__}: {name} {how} was taken")
+                        call()  # and a good one passes
+        """,
+    )

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from deepep.backends.cuda.memory.tensor_set import Array, TensorSet
+
 _ALIGNMENT = 128
 _MOST_KEPT = 256
 
-Array = tuple[tuple[int, ...], torch.dtype]
+Row = tuple[tuple[int, ...], torch.dtype]
+"""A row's shape in an array, and its dtype."""
 
 
 @dataclass(slots=True)
@@ -53,6 +57,18 @@ class ReceiveArrays:
                     tensor.resize_(rows, tensor.shape[1])
 
 
+class Templates(list[torch.Tensor]):
+    """Tensors of shapes to be made, which have no memory of their own. num_bytes: of what is made.
+
+    all_at_once: makes it all in one call (tensor_set.py).
+    """
+
+    def __init__(self, templates: Iterable[torch.Tensor]) -> None:
+        super().__init__(templates)
+        self.num_bytes = sum(t.numel() * t.element_size() for t in self)
+        self.all_at_once = TensorSet(self[0].device, [Array(tuple(t.shape), t.dtype) for t in self])
+
+
 class ReceiveSpec:
     """The arrays of one kind of dispatch: what a row has in each, whatever the number of rows.
 
@@ -69,7 +85,7 @@ class ReceiveSpec:
         topk: tuple[int, torch.dtype] | None,
         with_source: bool,
     ) -> None:
-        self._rows: list[Array] = [((x[0],), x[1])]
+        self._rows: list[Row] = [((x[0],), x[1])]
         if with_source:
             self._rows.append(((), torch.int32))
         if scales is not None:
@@ -78,7 +94,7 @@ class ReceiveSpec:
             self._rows += [((topk[0],), topk[1]), ((topk[0],), torch.float32)]
         self.row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._rows)
         self.spare_bytes = len(self._rows) * _ALIGNMENT
-        self.kept: dict[int, list[torch.Tensor]] = {}
+        self.kept: dict[int, Templates] = {}
         there = (True, with_source, scales is not None, topk is not None, topk is not None)
         self.order = tuple(sum(there[:i]) if is_there else None for i, is_there in enumerate(there))
 
@@ -90,17 +106,17 @@ class ReceiveSpec:
         """Rows for which so many bytes are enough."""
         return max(0, num_bytes - self.spare_bytes) // self.row_bytes
 
-    def templates(self, capacity: int, device: torch.device) -> list[torch.Tensor]:
+    def templates(self, capacity: int, device: torch.device) -> Templates:
         """Tensors of the arrays' shapes, in order, with no memory of their own: for `torch.empty_like`."""
         made = self.kept.get(capacity)
         if made is None or made[0].device != device:
-            made = [_element(dtype, device).expand(capacity, *row) for row, dtype in self._rows]
+            made = Templates(_element(dtype, device).expand(capacity, *row) for row, dtype in self._rows)
             if len(self.kept) >= _MOST_KEPT:
                 self.kept.clear()
             self.kept[capacity] = made
         return made
 
-    def of(self, tensors: list[torch.Tensor]) -> ReceiveArrays:
+    def of(self, tensors: Sequence[torch.Tensor]) -> ReceiveArrays:
         """Of tensors in order."""
         return ReceiveArrays(*[None if i is None else tensors[i] for i in self.order])  # type: ignore[arg-type]
 

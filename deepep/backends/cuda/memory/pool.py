@@ -15,11 +15,13 @@ behind them; all later ones, on whatever stream, run behind that one (csrc/host/
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from deepep import _cuda
+from deepep.backends.cuda.memory.arrays import Templates
 from deepep.runtime import streams
 
 #: torch takes large blocks in multiples of this, and what dispatches receive is large
@@ -73,7 +75,7 @@ class ReceivePool:
         self._pool: torch.cuda.MemPool | None = None
         self._reset()
 
-    def acquire(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+    def acquire(self, arrays: Sequence[torch.Tensor], stream: int) -> Sequence[torch.Tensor] | None:
         """Tensors like these for the current stream, `stream`, each in memory of its own; None if the heap
         has no room for them. Waits for nothing.
         """
@@ -87,13 +89,16 @@ class ReceivePool:
         self._was_full = made is None
         return made
 
-    def acquire_now(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+    def acquire_now(self, arrays: Templates, stream: int) -> Sequence[torch.Tensor] | None:
         """The same if the pool has them at hand; None: look further with `acquire`."""
         if self._was_full or stream not in self.users.known:
             return None
-        return self._try(arrays)
+        free = self.num_bytes - self._tail - _cuda.arena_used(self._arena)
+        # All at once only where they as good as certainly have room: torch logs it if they have not.
+        is_certain = free >= 2 * arrays.num_bytes + len(arrays) * SEGMENT
+        return self._try(arrays, arrays.all_at_once.make if is_certain else None)
 
-    def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor] | None:
+    def _look_for_room(self, arrays: Sequence[torch.Tensor], stream: int) -> Sequence[torch.Tensor] | None:
         self._poll_freed()
         made = self._try(arrays)
         if made is None and self._reclaim_returned(stream):
@@ -172,12 +177,14 @@ class ReceivePool:
         self._pool = torch.cuda.MemPool(self._allocator.allocator())
         self._pool_id = self._pool.id
 
-    def _try(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    def _try(
+        self, arrays: Sequence[torch.Tensor], all_at_once: Callable[[], tuple[Any, ...]] | None = None
+    ) -> Sequence[torch.Tensor] | None:
         _cuda.arena_select(self._arena)
         # torch.cuda.use_mem_pool, without the price of a generator
         torch._C._cuda_beginAllocateCurrentThreadToPool(self._index, self._pool_id)
         try:
-            return [torch.empty_like(array) for array in arrays]
+            return [torch.empty_like(array) for array in arrays] if all_at_once is None else all_at_once()
         except torch.OutOfMemoryError:
             return None
         finally:

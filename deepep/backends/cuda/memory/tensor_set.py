@@ -15,6 +15,9 @@ from torch import Tensor
 
 from deepep import _core
 
+#: calls after which a set is prepared: that takes some 20 us
+SELDOM = 2
+
 
 class Array(NamedTuple):
     """An array of a set. strides: None if it is contiguous."""
@@ -32,17 +35,38 @@ class View(NamedTuple):
     begin: int
 
 
-Make = Callable[[], tuple[Any, ...]]
-"""Returns new tensors each time: the arrays of a set, each in memory of its own, then the views, on the
-current stream. Raises torch.OutOfMemoryError."""
+class TensorSet:
+    """Arrays and views on one device, which has an index if it is no CPU.
+
+    make: returns new tensors each time: the arrays, each in memory of its own, then the views, on the current
+    stream. Raises torch.OutOfMemoryError.
+    """
+
+    __slots__ = ("_arrays", "_calls", "_device", "_views", "make")
+    make: Callable[[], tuple[Any, ...]]
+
+    def __init__(self, device: torch.device, arrays: Sequence[Array], views: Sequence[View] = ()) -> None:
+        self._device, self._arrays, self._views = device, arrays, views
+        self._calls = 0
+        self.make = self._seldom
+
+    def _seldom(self) -> tuple[Tensor, ...]:
+        """The first calls: shapes that do not come again are not worth preparing for."""
+        self._calls += 1
+        if self._calls > SELDOM:
+            self.make = at_once(self._device, self._arrays, self._views)
+        made = [_empty(self._device, array) for array in self._arrays]
+        made += [_view(made[view.of], view) for view in self._views]
+        return tuple(made)
 
 
-def maker(device: torch.device, arrays: Sequence[Array], views: Sequence[View] = ()) -> Make:
-    """A function that makes such tensors on a device, with an index if it is no CPU."""
-    one_by_one = _one_by_one(device, arrays, views)
+def at_once(
+    device: torch.device, arrays: Sequence[Array], views: Sequence[View] = ()
+) -> Callable[[], tuple[Any, ...]]:
+    """A function that makes such tensors in one call where torch can."""
     if not _core.TensorSet.is_available():
-        return one_by_one
-    made = _core.TensorSet(device.type, device.index or 0, one_by_one)
+        return _one_by_one(device, arrays, views)
+    made = _core.TensorSet(device.type, device.index or 0, _one_by_one(device, arrays, views))
     for array in arrays:
         strides = contiguous_strides(array.shape) if array.strides is None else array.strides
         made.add_array(str(array.dtype).removeprefix("torch."), array.shape, strides)
@@ -60,25 +84,30 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _one_by_one(device: torch.device, arrays: Sequence[Array], views: Sequence[View]) -> Make:
+def _one_by_one(
+    device: torch.device, arrays: Sequence[Array], views: Sequence[View]
+) -> Callable[[], tuple[Any, ...]]:
     """Like templates without memory: `torch.empty_like` takes half the host time of `torch.empty`. They are
     made when they are first needed: for a moment they have memory.
     """
     templates: list[Tensor] = []
-    cuts = [(of, shape, contiguous_strides(shape), begin) for of, shape, begin in views]
 
     def make() -> tuple[Tensor, ...]:
         if not templates:
-            templates.extend(_template(device, array) for array in arrays)
+            templates.extend(_empty(device, array) for array in arrays)
+            for template in templates:
+                template.untyped_storage().resize_(0)
         made = [torch.empty_like(template) for template in templates]
-        made += [made[of].as_strided(shape, strides, begin) for of, shape, strides, begin in cuts]
+        made += [_view(made[view.of], view) for view in views]
         return tuple(made)
 
     return make
 
 
-def _template(device: torch.device, array: Array) -> Tensor:
-    strides = array.strides or contiguous_strides(array.shape)
-    template = torch.empty_strided(array.shape, strides, dtype=array.dtype, device=device)
-    template.untyped_storage().resize_(0)
-    return template
+def _empty(device: torch.device, array: Array) -> Tensor:
+    strides = contiguous_strides(array.shape) if array.strides is None else array.strides
+    return torch.empty_strided(array.shape, strides, dtype=array.dtype, device=device)
+
+
+def _view(of: Tensor, view: View) -> Tensor:
+    return of.as_strided(view.shape, contiguous_strides(view.shape), view.begin)

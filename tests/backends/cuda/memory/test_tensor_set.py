@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepep import _core
 from deepep.backends.cuda.memory import tensor_set
-from deepep.backends.cuda.memory.tensor_set import Array, View, contiguous_strides, maker
+from deepep.backends.cuda.memory.tensor_set import SELDOM, Array, TensorSet, View, at_once, contiguous_strides
 
 CPU = torch.device("cpu")
 DTYPES = (
@@ -34,14 +34,21 @@ def one_by_one(device: torch.device, arrays: Any, views: Any = ()) -> Callable[[
     return tensor_set._one_by_one(device, arrays, views)
 
 
+def seldom(device: torch.device, arrays: Any, views: Any = ()) -> Callable[[], tuple[Any, ...]]:
+    return TensorSet(device, arrays, views)._seldom
+
+
+WAYS = [at_once, one_by_one, seldom]
+
+
 def test_this_torch_makes_them_at_once() -> None:
     """The versions that CI runs with do; one that does not must still run, and be noticed here."""
     assert _core.TensorSet.is_available()
 
 
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=1, max_size=5))
-def test_both_ways_make_what_torch_empty_makes(arrays: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
-    for make in (maker, one_by_one):
+def test_all_ways_make_what_torch_empty_makes(arrays: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
+    for make in WAYS:
         made = make(CPU, [Array(*array) for array in arrays])()
         assert len(made) == len(arrays)
         for tensor, (shape, dtype) in zip(made, arrays, strict=True):
@@ -56,7 +63,7 @@ def test_both_ways_make_what_torch_empty_makes(arrays: list[tuple[tuple[int, ...
             assert tensor.is_leaf
 
 
-@pytest.mark.parametrize("make", [maker, one_by_one])
+@pytest.mark.parametrize("make", WAYS)
 def test_strides_and_views_are_as_asked(make: Any) -> None:
     make_all = make(CPU, ARRAYS, VIEWS)
     x, words, scales, count, source = make_all()
@@ -72,7 +79,7 @@ def test_strides_and_views_are_as_asked(make: Any) -> None:
     assert count.untyped_storage().data_ptr() == words.data_ptr()
 
 
-@pytest.mark.parametrize("make", [maker, one_by_one])
+@pytest.mark.parametrize("make", WAYS)
 def test_they_are_freed_with_the_last_reference(make: Any) -> None:
     make_all = make(CPU, ARRAYS, VIEWS)
     x, words, _, count, _ = make_all()
@@ -87,7 +94,7 @@ def test_they_are_freed_with_the_last_reference(make: Any) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("make", [maker, one_by_one])
+@pytest.mark.parametrize("make", WAYS)
 def test_they_may_be_saved_written_and_copied(make: Any) -> None:
     x, words, *_ = make(CPU, ARRAYS, VIEWS)()
     x.zero_().requires_grad_()
@@ -99,9 +106,9 @@ def test_they_may_be_saved_written_and_copied(make: Any) -> None:
     assert words.shape == (3,)
 
 
-def test_torch_says_what_is_wrong_where_it_makes_none(capfd: pytest.CaptureFixture[str]) -> None:
+def test_torch_says_what_is_wrong_where_it_makes_none() -> None:
     """Made one by one then, which raises torch's own error."""
-    make = maker(CPU, [Array((1 << 62,), torch.uint8)])
+    make = at_once(CPU, [Array((1 << 62,), torch.uint8)])
     with pytest.raises(RuntimeError):
         make()
 
@@ -113,7 +120,7 @@ def test_without_torchs_functions_they_are_made_one_by_one(monkeypatch: pytest.M
             return False
 
     monkeypatch.setattr(_core, "TensorSet", Missing)
-    made = maker(CPU, ARRAYS, VIEWS)()
+    made = at_once(CPU, ARRAYS, VIEWS)()
     assert [tuple(tensor.shape) for tensor in made] == [(3, 4, 8), (40,), (3, 4, 2), (3,), (3, 4)]
 
 
@@ -131,3 +138,14 @@ def test_what_cannot_be_made_is_refused() -> None:
         made.add_array("int32", (2,), (1,))
     with pytest.raises(ValueError, match="torch knows no hypercube"):
         _core.TensorSet("hypercube", 0, tuple)
+
+
+def test_a_set_that_is_used_again_is_prepared() -> None:
+    """Its tensors look alike before and after."""
+    tensors = TensorSet(CPU, ARRAYS, VIEWS)
+    first, *more = [
+        [(t.shape, t.dtype, t.stride(), t.storage_offset()) for t in tensors.make()]
+        for _ in range(SELDOM + 3)
+    ]
+    assert all(made == first for made in more)
+    assert getattr(tensors.make, "__self__", None).__class__ is _core.TensorSet
