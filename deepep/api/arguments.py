@@ -43,6 +43,8 @@ LONGEST_TIMEOUT = 10_000_000
 
 AT_ONCE = Schedule()
 """The schedule of a call that neither waits for an event nor returns one."""
+WITH_EVENT, WITH_HOOK = Schedule(asynchronous=True), Schedule(hook=True)
+"""Of one that returns an event; and of one that returns a hook."""
 
 _BYTES_ALIGNMENT = 128
 _MOST_BYTES = 1 << 62
@@ -185,6 +187,8 @@ def schedule(
     """V1's three scheduling options; outputs on the communication stream need an event and no wait."""
     if previous_event is None and async_finish is False and allocate_on_comm_stream is False:
         return AT_ONCE
+    if previous_event is None and async_finish is True and allocate_on_comm_stream is False:
+        return WITH_EVENT
     asynchronous = check_flag("async_finish", async_finish)
     on_comm_stream = check_flag("allocate_on_comm_stream", allocate_on_comm_stream)
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
@@ -209,7 +213,7 @@ def low_latency_schedule(async_finish: bool, return_recv_hook: bool) -> Schedule
     hook = check_flag("return_recv_hook", return_recv_hook)
     if asynchronous and hook:
         raise ArgumentError("return_recv_hook", "True, with async_finish", "one of the two")
-    return Schedule(asynchronous=asynchronous, hook=hook)
+    return WITH_HOOK if hook else WITH_EVENT if asynchronous else AT_ONCE
 
 
 def refusal(*early: object) -> Schedule:

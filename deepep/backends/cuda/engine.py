@@ -32,6 +32,7 @@ from deepep.backends.cuda.members import CudaMembers
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
+from deepep.backends.cuda.remembered import Remembered
 from deepep.backends.cuda.routes import CudaRoutes, plan_of
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
@@ -100,7 +101,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
     symmetric: symmetric memory, there from the first dispatch or combine on. unsettled: something is to be
     done or raised before the next operation (`_settle`). has_fault: whether a kernel has reported one since.
     last_layout: a layout of ours and its indices, kept until the next: only of tensors that live is it
-    certain which they are. rows_seen: the most rows of recent dispatches.
+    certain which they are. last_dispatch: by top-k, that needs no checks again. rows_seen: the most rows of
+    recent dispatches.
     """
 
     symmetric: SymmetricMemory
@@ -123,6 +125,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.local_rows = RowKernels(self.index)
         self.last_layout: tuple[Tensor, Layout] | None = None
+        self.last_dispatch = Remembered()
         self.rows_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()

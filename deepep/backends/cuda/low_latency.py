@@ -67,7 +67,7 @@ class CudaLowLatency:
         operation, state = Operation.LOW_LATENCY_DISPATCH, self.state
         with self._control.issuing:
             is_agreed, late = True, None
-            form = usual_dispatch(request, state.agreed, engine.index)
+            form = usual_dispatch(request, state.agreed, engine.index, state.last_dispatch)
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()
@@ -163,7 +163,7 @@ class CudaLowLatency:
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()
-                if plan is None or not is_usual_combine(request, plan, engine):
+                if plan is None or not is_usual_combine(request, plan, engine, state.last_combine):
                     plan = checked_combine(request, engine)
                 x = self._nccl.staged_rows(route) if request.zero_copy else request.x
             except ArgumentError as problem:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepep.backends.cuda.low_latency_launch import LowLatencyFormat, LowLatencyPlan, num_blocks
+from deepep.backends.cuda.remembered import Remembered
 from deepep.errors import DeviceError, HandleError, LayoutError, ModeError, ShapeError
 from deepep.runtime import checks
 from deepep.runtime.checks import FP8_GROUP
@@ -41,21 +42,23 @@ def served(num_ranks: int, num_max_tokens: int, num_experts: int) -> bool:
 
 
 def usual_dispatch(
-    request: LowLatencyDispatchRequest, agreed: dict[Key, LowLatencyFormat], index: int
+    request: LowLatencyDispatchRequest, agreed: dict[Key, LowLatencyFormat], index: int, known: Remembered
 ) -> LowLatencyFormat | None:
     """The format of a dispatch that passes all checks on device `index`, as far as that can be said
-    without them; None says nothing.
+    without them; None says nothing. known: the last one, whose format is still agreed on.
     """
     x, topk_idx, weights = request.x, request.topk_idx, request.topk_weights
-    if not (
-        type(x) is Tensor
-        and type(topk_idx) is Tensor
-        and x.dim() == 2
-        and topk_idx.dim() == 2
-        and request.expert_counts is None
-        and request.wait_nanoseconds is None
-        and request.num_sms >= 0
-    ):
+    if request.expert_counts is not None or request.wait_nanoseconds is not None or request.num_sms < 0:
+        return None
+    given = (x, topk_idx) if weights is None else (x, topk_idx, weights)
+    others = (
+        *(request.num_max_tokens, request.num_experts, len(given)),
+        *(request.use_fp8, request.round_scale, request.use_ue8m0),
+    )
+    if others == known.others and known.are_alike(*given) and x.data_ptr() % 16 == 0:
+        form: LowLatencyFormat | None = known.value
+        return form
+    if not (type(x) is Tensor and type(topk_idx) is Tensor and x.dim() == 2 and topk_idx.dim() == 2):
         return None
     form = agreed.get(key_of(request))
     tokens = x.shape[0]
@@ -79,7 +82,10 @@ def usual_dispatch(
         and weights.is_contiguous()
         and not weights.is_neg()
     )
-    return form if is_usual else None
+    if not is_usual:
+        return None
+    known.note(given, others, form)
+    return form
 
 
 def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> LowLatencyFormat:
@@ -117,24 +123,33 @@ def _entry_stretches(engine: CudaEngine) -> int:
     return engine.info.num_ranks if options.masks else 1
 
 
-def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, engine: CudaEngine) -> bool:
-    """True if all checks would pass, as far as that can be said without them; False says nothing."""
-    x, topk_idx, weights = request.x, request.topk_idx, request.topk_weights
+def is_usual_combine(
+    request: LowLatencyCombineRequest, plan: LowLatencyPlan, engine: CudaEngine, known: Remembered
+) -> bool:
+    """True if all checks would pass, as far as that can be said without them; False says nothing.
+
+    known: the last one, with the dispatch's format.
+    """
+    given = x, topk_idx, weights = request.x, request.topk_idx, request.topk_weights
     form, index = plan.form, engine.index
     if not (
-        type(x) is Tensor
-        and type(topk_idx) is Tensor
-        and type(weights) is Tensor
-        and request.route.engine is engine
+        request.route.engine is engine
         and request.out is None
         and not request.zero_copy
         and request.wait_nanoseconds is None
         and request.num_sms >= 0
-        and not (request.use_logfmt and (form.hidden % FP8_GROUP or engine.domains is not None))
     ):
         return False
-    return (
-        x.dtype is torch.bfloat16
+    others = plan.num_tokens, request.use_logfmt
+    is_known = known.value is form and others == known.others and known.are_alike(*given)
+    if is_known and x.data_ptr() % 16 == 0:
+        return True
+    is_usual = (
+        type(x) is Tensor
+        and type(topk_idx) is Tensor
+        and type(weights) is Tensor
+        and not (request.use_logfmt and (form.hidden % FP8_GROUP or engine.domains is not None))
+        and x.dtype is torch.bfloat16
         and weights.dtype is torch.float32
         and topk_idx.dtype in checks.INDEX_DTYPES
         and x.shape == (form.num_local_experts, form.num_ranks * form.num_max_tokens, form.hidden)
@@ -149,6 +164,9 @@ def is_usual_combine(request: LowLatencyCombineRequest, plan: LowLatencyPlan, en
         and x.data_ptr() % 16 == 0
         and not (x.is_neg() or topk_idx.is_neg() or weights.is_neg())
     )
+    if is_usual:
+        known.note(given, others, form)
+    return is_usual
 
 
 def checked_combine(request: LowLatencyCombineRequest, engine: CudaEngine) -> LowLatencyPlan | None:

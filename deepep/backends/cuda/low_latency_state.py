@@ -31,6 +31,7 @@ from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint, LowLaten
 from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.memory.low_latency_memory import LowLatencyMemory
+from deepep.backends.cuda.remembered import Remembered
 from deepep.errors import ArgumentError, DeepEPError, FaultRecord, MismatchError, PeerTimeoutError
 from deepep.runtime import streams
 from deepep.runtime.control.agreement import dtype_code
@@ -46,7 +47,8 @@ class LowLatencyState:
     """One engine's, under its lock.
 
     memory: there if `is_ready`: made by the first call, of the size that it asks for, and made anew for a
-    larger one, or when other ranks take part. agreed: the formats that all ranks know. unsettled: it is not
+    larger one, or when other ranks take part. agreed: the formats that all ranks know. last_dispatch,
+    last_combine: that need no checks again. unsettled: it is not
     ready, or something is to be raised; has_fault: whether a kernel has reported a fault. fault: a time-out,
     until the missing ranks are masked.
     """
@@ -64,6 +66,7 @@ class LowLatencyState:
         self.is_ready, self.unsettled = False, True
         self.has_fault: Callable[[], bool] = _no_fault
         self.agreed: dict[Key, LowLatencyFormat] = {}
+        self._forget()
 
     @property
     def engine(self) -> CudaEngine:
@@ -229,7 +232,7 @@ class LowLatencyState:
     def change_members(self) -> None:
         """Other ranks take part from the next call on. Earlier faults are settled."""
         self.fault = None
-        self.agreed.clear()
+        self._forget()
         self.is_ready, self.unsettled = False, True
 
     def release(self) -> DeepEPError | None:
@@ -244,7 +247,7 @@ class LowLatencyState:
             except DeepEPError as reported:
                 late = reported
         self._end()
-        self.agreed.clear()
+        self._forget()
         self.generations.release()
         return late
 
@@ -252,6 +255,11 @@ class LowLatencyState:
         """Ends what there is; `Generations.retire`."""
         self._end()
         return self.generations.retire(wait=wait)
+
+    def _forget(self) -> None:
+        """Ranks agree on formats again."""
+        self.agreed.clear()
+        self.last_dispatch, self.last_combine = Remembered(), Remembered()
 
     def _end(self) -> None:
         """Launches nothing more on the memory there is."""
