@@ -117,6 +117,8 @@ class Steps:
         self._faults = 0
         self._held: dict[int, HeldBucket] = {}
         self._error: BaseException | None = None
+        self._last_fault: PeerTimeoutError | None = None
+        self._versions: list[int] = []  # of the weights, when the sums came to count
         self.admissions = Admissions(model, reducer, self)
         self._announced = 0
 
@@ -251,11 +253,45 @@ class Steps:
             failure = self._reducer.sum_again(self._held)
         self.is_committed = True
         self._faults = 0
+        self._versions = self._versions_now()
+
+    def after_sums(self, exchange: Callable[[], object]) -> None:
+        """Makes an exchange of what comes between a backward and the optimizer, and in an attempt commits it:
+        nobody goes on with it whom the others do not follow. Raises AttemptFailed if a rank is missing in it,
+        or since the sums were made: the body then runs again, on all that are left; what `survive` does;
+        PeerTimeoutError if weights have changed since the sums, and it cannot.
+        """
+        if not (self.is_open and self.is_committed):
+            exchange()
+            return
+        comm, fault = self._reducer.comm, self._last_fault
+        if comm.members == self._reducer.members:
+            try:
+                exchange()
+                comm.commit(self._reducer.step)
+                return
+            except PeerTimeoutError as failed:
+                fault, course = failed, self.survive(failed, self.min_members)
+                self.begin_anew()
+                if course is Course.GO_ON:
+                    return
+        assert fault is not None
+        if self._versions != self._versions_now():
+            self._is_over = True
+            raise fault
+        self._reducer.step -= 1
+        self.is_committed = False
+        raise AttemptFailed from fault
+
+    def _versions_now(self) -> list[int]:
+        """Numbers that change with the weights."""
+        return [parameter._version for parameter in self._model.parameters()]
 
     def survive(self, fault: PeerTimeoutError, min_members: int | None) -> Course:
         """As `Communicator.survive`; with plans for those who are left."""
         comm = self._reducer.comm
         self._faults += 1
+        self._last_fault = fault
         self._announced = 0  # not all may have learned of it
         try:
             if self._faults > _MOST_FAULTS:

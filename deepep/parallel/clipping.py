@@ -30,13 +30,16 @@ def clip_grad_norm_(
     group: the ranks that hold the model together; by default those of the DistributedDataParallel that
         `model` is, else the default group.
     expert_group: of a model that is no deepep.DistributedDataParallel: the ranks that hold the same experts.
+    In an attempt at a training step (`attempts`) it is a part of it: if a rank dies in it, all that are left
+    clip, or the body runs again on all of them.
+
     Returns the norm before, a float64 scalar: the same bits on all ranks, which therefore clip alike. Raises
     RuntimeError if it is not finite and `error_if_nonfinite`, on all ranks; ArgumentTypeError.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a module: experts are found by their layers")
     replicas = group_of_replicas(expert_group) or getattr(model, "expert_group", None)
-    ranks = group or getattr(model, "process_group", None) or dist.group.WORLD
+    ranks: Any = group or getattr(model, "process_group", None) or dist.group.WORLD
     owned = {id(parameter) for _, parameter in expert_parameters(model)}
     gradients = [(id(p) in owned, p.grad) for p in model.parameters() if p.grad is not None]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -44,7 +47,11 @@ def clip_grad_norm_(
     own = _norm(_counted(model, replicas), norm_type, device)
     norms = torch.stack([dense, own])
     gathered = [torch.empty_like(norms) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(gathered, norms, group=ranks)
+    steps = _steps_of(model) if group is None else None
+    if steps is None:
+        dist.all_gather(gathered, norms, group=ranks)
+    else:  # dist.all_gather would have an error about the group in place of the group's own
+        steps.after_sums(lambda: ranks.allgather([gathered], [norms]).wait())
     # All ranks have the same dense ones, of which the first rank's bits count; experts' norms go by rank.
     counted = torch.stack([gathered[0][0], *(found[1] for found in gathered)])
     total = torch.linalg.vector_norm(counted, norm_type)
@@ -54,6 +61,11 @@ def clip_grad_norm_(
     for _, gradient in gradients:
         _local_part(gradient).mul_(coefficient)
     return total
+
+
+def _steps_of(model: nn.Module) -> Any:
+    """The state of a DistributedDataParallel's attempts, if it takes its steps in such."""
+    return getattr(getattr(model, "_bucket_reducer", None), "steps", None)
 
 
 def _counted(model: nn.Module, replicas: dist.ProcessGroup | None) -> list[Tensor]:

@@ -32,6 +32,8 @@ _EXCHANGES = {
 }
 WIDTH, _HIDDEN, _OUT, BATCH, TOPK = 24, 16, 8, 6, 2
 EXPERTS_PER_RANK = 2
+MAX_NORM = 0.01
+"""Of gradients, where they are clipped: less than they have."""
 SPARE = 2
 """Empty places on every rank, where ranks keep copies of each other's experts."""
 
@@ -170,10 +172,12 @@ def train_alone(
     buckets: Sequence[Sequence[Sequence[str]]],
     optimizer_of: Any,
     restored: Sequence[Mapping[int, int]] | None = None,
+    clips: bool = False,
 ) -> dict[int, ExpertModel]:
     """The models of all ranks after as many steps, each over its members. buckets: of each step, the names of
     the parameters that were summed together. restored: before each step, the experts that are set back to
-    what they were after so many steps; those of other dead ranks are lost, and all if it is None.
+    what they were after so many steps; those of other dead ranks are lost, and all if it is None. clips: to
+    MAX_NORM, by the norm over all parameters.
     """
     models = models_of(num_ranks)
     optimizers = {rank: optimizer_of(model) for rank, model in models.items()}
@@ -198,9 +202,27 @@ def train_alone(
                 parts = mean.split([p.numel() for p in parameters[rank]])
                 for parameter, part in zip(parameters[rank], parts, strict=True):
                     parameter.grad = part.view_as(parameter).clone()
+        if clips:
+            _clip([models[rank] for rank in hosts])
         for rank in hosts:
             optimizers[rank].step()
     return models
+
+
+def _clip(models: Sequence[ExpertModel]) -> None:
+    """Clips the gradients of ranks' models together: what all have counts once."""
+
+    def norm(gradients: Sequence[Tensor]) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(g).double() for g in gradients]).norm()
+
+    experts = [[_gradient(p) for p in model.moe.expert_parameters()] for model in models]
+    own = {id(p) for p in models[0].moe.expert_parameters()}
+    shared = [_gradient(p) for p in models[0].parameters() if id(p) not in own]
+    total = torch.stack([norm(shared), *map(norm, experts)]).norm()
+    coefficient = (MAX_NORM / (total + 1e-6)).clamp(max=1.0)
+    for model in models:
+        for parameter in model.parameters():
+            _gradient(parameter).mul_(coefficient)
 
 
 def digests(model: ExpertModel) -> dict[str, str]:

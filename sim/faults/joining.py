@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepep.collectives.plan import ReductionPlan
+from deepep.parallel.balance import SpeedMeter
 from deepep.runtime.control.stores import base_of, open_store, place_of
 from deepep.runtime.control.transport import store_of
 from deepep.sim.faults.training import (
@@ -53,7 +55,9 @@ class Join:
 @dataclass
 class Run:
     """A training: of so many ranks and steps, with ranks that end and processes that join. falters: a rank
-    whose link to those who join fails when the others may have theirs, once; -1: none.
+    whose link to those who join fails when the others may have theirs, once; -1: none. is_measured: shares
+    follow the ranks' speeds, of which rank 0's is half of the others'; one rank dies. plan: by which all
+    reduce; None: by the fixed rule.
     """
 
     num_steps: int
@@ -63,6 +67,8 @@ class Run:
     folder: str
     num_ranks: int
     falters: int = -1
+    is_measured: bool = False
+    plan: ReductionPlan | None = None
 
 
 @dataclass
@@ -81,11 +87,12 @@ class JoinAccount:
     weights: str = ""
 
 
-def sampler_of(rank: int, num_ranks: int) -> Any:
+def sampler_of(rank: int, num_ranks: int, is_measured: bool = False) -> Any:
     """A sampler of a rank."""
     import deepep
 
-    return deepep.ElasticSampler(_SAMPLES, _BATCH, rank, num_ranks, seed=3)
+    options: dict[str, Any] = {"weights": "measured", "rebalance_every": 1} if is_measured else {}
+    return deepep.ElasticSampler(_SAMPLES, _BATCH, rank, num_ranks, seed=3, **options)
 
 
 def loss_of_samples(model: nn.Module, indices: Sequence[int]) -> Tensor:
@@ -104,6 +111,18 @@ def digest_of_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     return found.hexdigest()
 
 
+class KnownSpeed(SpeedMeter):
+    """A meter that finds a speed which does not depend on the machine, from the second step on."""
+
+    def __init__(self, speed: float) -> None:
+        super().__init__()
+        self._speeds = [speed, 0.0]
+
+    def end(self, num_samples: int) -> None:
+        """A step's last gradient is there."""
+        self.speed = self._speeds.pop() if len(self._speeds) > 1 else self._speeds[0]
+
+
 class Trainee:
     """A rank of such a training: its model, optimizer and sampler, and its account."""
 
@@ -111,20 +130,26 @@ class Trainee:
         torch.set_num_threads(1)
         self.rank, self.run = rank, run
         self.model, self.account = model_of(), JoinAccount(rank)
-        self.optimizer, self.sampler = optimizer_of(self.model), sampler_of(rank, run.num_ranks)
+        self.optimizer, self.sampler = (
+            optimizer_of(self.model),
+            sampler_of(rank, run.num_ranks, run.is_measured),
+        )
         self.state = {"optimizer": self.optimizer}
 
     def options(self) -> dict[str, Any]:
         """Arguments of the wrapper."""
         import deepep
 
-        config = deepep.ParallelConfig(timeout=self.run.timeout, probe_seconds=0)
+        topology = self.run.plan or "auto"
+        config = deepep.ParallelConfig(timeout=self.run.timeout, probe_seconds=0, topology=topology)
         return {"config": config, "bucket_cap_mb": 0.003, "sampler": self.sampler}
 
     def train(self, ddp: Any, striker: Striker | None = None) -> JoinAccount:
         """Takes steps until the end."""
         run, account, sampler = self.run, self.account, self.sampler
         buckets = record_buckets(ddp._bucket_reducer, self.model)
+        if run.is_measured:
+            ddp._bucket_reducer.meter = KnownSpeed(1.0 if self.rank == 0 else 2.0)
         while sampler.step < run.num_steps:
             step = sampler.step
             self._await_newcomers(step)
@@ -272,7 +297,11 @@ def judge_accounts(run: Run, accounts: Sequence[JoinAccount]) -> None:
     def loss(model: nn.Module, rank: int, step: int) -> Tensor:
         return loss_of_samples(model, shares[step][rank])
 
-    if oracle(members, [first.buckets[step] for step in steps], loss) != first.weights:
+    def share(rank: int, step: int) -> float:
+        counts = [len(shares[step][other]) for other in members[step]]
+        return len(counts) * (len(shares[step][rank]) / sum(counts))
+
+    if oracle(members, [first.buckets[step] for step in steps], loss, share) != first.weights:
         raise Violation(f"{run}: weights are not the oracle's; members by step: {members}", 0)
     _count_samples(run, members, shares)
 
@@ -285,6 +314,13 @@ def _shares(
     """
     there = set(members[step])
     before = set(members[step - 1]) if step else set(range(run.num_ranks))
+    if run.is_measured:  # what is in nobody's account is that of one which dies
+        whole = sampler_of(0, run.num_ranks).indices(step, range(_BATCH)).tolist()
+        found = {a.rank: a.samples[step] for a in accounts if step in a.samples}
+        held = {i for share in found.values() for i in share}
+        for rank in (there | ({end.rank for end in run.ends} & before)) - set(found):
+            found[rank] = [i for i in whole if i not in held]
+        return found
     for began in (there, there | ({end.rank for end in run.ends} & before)):
         found = {}
         for rank in sorted(began):

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,9 @@ def train(
     folder: str,
     has_experts: bool = False,
     backup: int = 0,
+    clips: bool = False,
 ) -> Account:
-    """One rank's part. backup: steps after which copies of experts are made; 0: never."""
+    """One rank's part. backup: steps after which copies of experts are made; 0: never. clips: gradients."""
     import deepep
 
     torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def train(
         return _train(ctx, model_of(), ends, num_steps, timeout, folder, contextlib.nullcontext())
     with deepep.Buffer(ctx.group, device="cpu", timeout=timeout) as buffer:
         model = ExpertModel(buffer, ctx.num_ranks, spare=expert_training.SPARE if backup else 0)
-        return _train(ctx, model, ends, num_steps, timeout, folder, buffer, backup)
+        return _train(ctx, model, ends, num_steps, timeout, folder, buffer, backup, clips)
 
 
 def _train(
@@ -143,6 +144,7 @@ def _train(
     folder: str,
     buffer: Any,
     backup: int = 0,
+    clips: bool = False,
 ) -> Account:
     import deepep
 
@@ -175,6 +177,9 @@ def _train(
                 optimizer.zero_grad()
                 (loss_of if is_dense else _loss_with_experts)(ddp, ctx.rank, step).backward()
                 striker.reached("after")
+                if clips:
+                    with striker.clipping():
+                        deepep.clip_grad_norm_(ddp, expert_training.MAX_NORM)
                 optimizer.step()
         account.times.append(time.monotonic())
         account.members.append(ddp.report()["members"])
@@ -223,7 +228,14 @@ class Striker:
     def __init__(self, rank: int, ends: Sequence[StepEnd], folder: str) -> None:
         self._ends = {(end.step, end.phase): end for end in ends if end.rank == rank}
         self._file = Path(folder, f"end-{rank}")
-        self.step = 0
+        self.step, self._is_clipping = 0, False
+
+    @contextlib.contextmanager
+    def clipping(self) -> Iterator[None]:
+        """A block in which gradients are clipped."""
+        self._is_clipping = True
+        yield
+        self._is_clipping = False
 
     def reached(self, phase: str) -> None:
         """Notes that the step has come to a phase."""
@@ -242,6 +254,8 @@ class Striker:
 
     def observed(self, operation: str, phase: str) -> None:
         """A communicator's operation begins a phase."""
+        if self._is_clipping and phase == "control":
+            self.reached(f"clip-{operation}")
         for name, place in _OBSERVED.items():
             if place == (operation, phase):
                 self.reached(name)
@@ -251,8 +265,11 @@ def oracle(
     members: Sequence[tuple[int, ...]],
     buckets: Sequence[Sequence[Sequence[str]]],
     loss: Callable[[nn.Module, int, int], Tensor] = loss_of,
+    share: Callable[[int, int], float] = lambda rank, step: 1.0,
 ) -> str:
-    """The hash of the weights after as many steps, each of which sums over its members."""
+    """The hash of the weights after as many steps, each of which sums over its members. share: what a rank
+    weighs in a step, in proportion to an even share.
+    """
     torch.set_num_threads(1)
     model = model_of()
     optimizer = optimizer_of(model)
@@ -265,6 +282,9 @@ def oracle(
             model.zero_grad()
             loss(model, rank, step).backward()
             of_rank.append({name: p.grad.flatten() for name, p in parameters.items() if p.grad is not None})
+            if share(rank, step) != 1:
+                for gradient in of_rank[-1].values():
+                    gradient.mul_(share(rank, step))
             for buffer, values in zip(norm.buffers(), before, strict=True):
                 buffer.copy_(values)  # weights do not depend on them
         for names in buckets[step]:
@@ -277,11 +297,14 @@ def oracle(
 
 
 def oracle_of_experts(
-    num_ranks: int, members: Sequence[tuple[int, ...]], buckets: Sequence[Sequence[Sequence[str]]]
+    num_ranks: int,
+    members: Sequence[tuple[int, ...]],
+    buckets: Sequence[Sequence[Sequence[str]]],
+    clips: bool = False,
 ) -> dict[int, str]:
     """The same of a model with experts, by rank: each has experts of its own."""
     torch.set_num_threads(1)
-    models = expert_training.train_alone(num_ranks, members, buckets, optimizer_of)
+    models = expert_training.train_alone(num_ranks, members, buckets, optimizer_of, clips=clips)
     return {rank: digest(models[rank]) for rank in members[-1]}
 
 
@@ -293,18 +316,20 @@ def judge_steps(
     folder: str,
     has_experts: bool = False,
     backup: int = 0,
+    clips: bool = False,
 ) -> tuple[list[Account], float]:
     """Trains until all survivors are done; their accounts, and the longest gap in seconds from an end to the
     next step that counts.
 
     has_experts: a model with a layer of experts, which the phases of one need. backup: ranks keep copies of
-    each other's, made anew after so many steps; 0: they do not.
+    each other's, made anew after so many steps; 0: they do not. clips: gradients are, with the phases
+    "clip-collective" and "clip-commit".
 
     Raises:
         Violation: a promise was not kept.
     """
     lost = {end.rank: end for end in ends}
-    arguments = ends, num_steps, timeout, folder, has_experts, backup
+    arguments = ends, num_steps, timeout, folder, has_experts, backup, clips
     pending = world.submit(train, *arguments, timeout=20 * timeout + 60)
     frozen = [end.rank for end in ends if end.effect is Effect.STALL]
     others = set(range(world.num_ranks)) - set(lost)
@@ -324,7 +349,7 @@ def judge_steps(
         _demand_restored(ends, world.num_ranks, survivors, backup)
         wanted = {rank: a.weights for rank, a in enumerate(accounts) if a is not None}
     elif has_experts:
-        wanted = oracle_of_experts(world.num_ranks, first.members, first.buckets)
+        wanted = oracle_of_experts(world.num_ranks, first.members, first.buckets, clips)
     else:
         wanted = dict.fromkeys(sorted(others), oracle(first.members, first.buckets))
     found = {rank: account.weights for rank, account in enumerate(accounts) if account is not None}

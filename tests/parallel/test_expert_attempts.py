@@ -41,6 +41,18 @@ def test_survivors_have_the_oracles_weights(ends: list[StepEnd], tmp_path: Path)
         judge_steps(world, ends, STEPS, 20.0, str(tmp_path), has_experts=True)
 
 
+def test_who_dies_as_gradients_are_clipped_has_the_others_clip_alike(tmp_path: Path) -> None:
+    """Though some may have its norms: the step is made again without it, unless all had them. So it is where
+    it has died between the sums and the clipping.
+    """
+    phases = ("clip-collective", "clip-commit", "after")
+    ends = [StepEnd(KILL, 2 * step, step, phase) for step, phase in enumerate(phases)]
+    with World(5, timeout=120.0) as world:
+        accounts, _ = judge_steps(world, ends, 4, 20.0, str(tmp_path), has_experts=True, clips=True)
+    members = accounts[0].members
+    assert (members[0], members[2:]) == ((1, 2, 3, 4), [(1, 3), (1, 3)])
+
+
 @pytest.mark.alone
 def test_who_is_frozen_in_an_exchange_is_left_out_and_told(tmp_path: Path) -> None:
     with World(3, store="tcp", timeout=120.0) as world:

@@ -13,26 +13,31 @@ import pytest
 import torch
 
 import deepep
+from deepep.collectives.plan import ReductionPlan
 from deepep.errors import ArgumentError, EvictedError
 from deepep.runtime.control.stores import base_of, open_store, place_of
 from deepep.runtime.control.transport import store_of
 from deepep.sim import World
 from deepep.sim.faults import joining
 from deepep.sim.faults.fault import Effect
-from deepep.sim.faults.joining import DEATHS, Join, Run, judge_joins
+from deepep.sim.faults.joining import DEATHS, Join, JoinAccount, Run, judge_joins
 from deepep.sim.faults.training import StepEnd
 from deepep.sim.rules.checking import Violation
 
 STEPS = 7
 
 
+def accounts_of(run: Run) -> list[JoinAccount]:
+    """The accounts of a training that kept all promises."""
+    with World(run.num_ranks, timeout=120.0) as world, World(len(run.joins), timeout=120.0) as newcomers:
+        return judge_joins(world, newcomers, run)
+
+
 def judge(
     num_ranks: int, ends: list[StepEnd], joins: list[Join], folder: Path, falters: int = -1
 ) -> list[tuple[int, ...]]:
     """The members of each step of a training that kept all promises."""
-    run = Run(STEPS, ends, joins, 20.0, str(folder), num_ranks, falters)
-    with World(num_ranks, timeout=120.0) as world, World(len(joins), timeout=120.0) as newcomers:
-        accounts = judge_joins(world, newcomers, run)
+    accounts = accounts_of(Run(STEPS, ends, joins, 20.0, str(folder), num_ranks, falters))
     whole, *_ = [account for account in accounts if len(account.members) == STEPS]
     return [whole.members[step] for step in range(STEPS)]
 
@@ -45,6 +50,17 @@ def test_who_takes_the_place_of_one_that_died_has_the_oracles_weights(tmp_path: 
     """The lowest rank, too: the others follow it from the next step on."""
     members = judge(3, [killed(0)], [Join(0, 3)], tmp_path)
     assert members == [(0, 1, 2), *[(1, 2)] * 3, *[(0, 1, 2)] * 3]
+
+
+def test_who_joins_shares_by_measured_speeds_and_reduces_by_a_pinned_plan(tmp_path: Path) -> None:
+    """The plan names all ranks: without one, it is for those who are left, then for all again. The newcomer,
+    whose speed nobody knows yet, takes its first steps by the weights that the members have.
+    """
+    plan = ReductionPlan("ring", groups=((2, 0, 1),), pieces=2)
+    run = Run(STEPS, [killed(1)], [Join(1, 3)], 20.0, str(tmp_path), 3, is_measured=True, plan=plan)
+    accounts = accounts_of(run)
+    counts = {account.rank: len(account.samples[STEPS - 1]) for account in accounts}
+    assert counts == {0: 6, 1: 6, 2: 12}
 
 
 def test_two_join_at_once_and_samples_count_once(tmp_path: Path) -> None:
