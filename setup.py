@@ -221,7 +221,7 @@ def extensions() -> list[Extension]:
     if mode == "0":
         return wanted
     if find_nvcc():
-        wanted.append(extension(CUDA, "cuda", "kernels", "put_server", suffix=".cu"))
+        wanted.append(extension(CUDA, "cuda", "kernels", "put_server", "virtual_ranks", suffix=".cu"))
         nvshmem = find_nvshmem()
         if nvshmem is None:
             print("deepep: no NVSHMEM found (nvidia-nvshmem-cu13); building without puts between domains")

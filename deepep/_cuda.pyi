@@ -12,6 +12,8 @@ MAX_COUNTED_TOKENS: int
 CE_COMPLETED: int
 EXCHANGE_STATE_WORDS: int
 EXCHANGE_MISSING: int
+MAX_GROUP_RANKS: int
+MAX_DOMAINS: int
 RAIL_STATE_BYTES: int
 FAR_STATE_BYTES: int
 FAR_COUNTERS: int
@@ -272,9 +274,16 @@ class PutQueue:
 
     def __init__(self, *, orders: int, num_orders: int, state: int) -> None: ...
 
+class VirtualLaunches:
+    """Launches that many virtual ranks of a GPU have gathered (csrc/virtual_ranks/gathered.hpp)."""
+
+    def __init__(self) -> None: ...
+    def launch(self, stream: int) -> None: ...
+
 class TwoLevelDomain:
     """One rank's view of a group of several domains (csrc/host/two_level.hpp). serve: a ServePuts function
-    (csrc/put_server/service.hpp), 0 for none; pes: by rank, what it calls that rank's process.
+    (csrc/put_server/service.hpp), 0 for none; pes: by rank, what it calls that rank's process. gathered:
+    where its launches go instead of a stream.
     """
 
     def __init__(
@@ -294,6 +303,7 @@ class TwoLevelDomain:
         fault: int,
         timeout_seconds: float,
         turns: Turns,
+        gathered: VirtualLaunches | None = None,
     ) -> None: ...
     def dispatch(
         self,

@@ -158,6 +158,8 @@ class FaultRecord:
     @property
     def seen(self) -> int: ...
 
+MAX_GROUP_RANKS: int
+MAX_DOMAINS: int
 RAIL_STATE_BYTES: int
 RAIL_COUNTERS: int  # the first 8-byte words of a rail state: windows and calls so far
 

@@ -24,7 +24,7 @@ inline py::class_<CudaFarLowLatencyDomain> bind_cuda_far_low_latency(py::module_
                          std::shared_ptr<host::Turns> turns) {
                put_server::PutService service{.queue = puts.queue(),
                                               .timeout_ns = nanoseconds(timeout_seconds)};
-               for (size_t r = 0; r < pes.size() && r < layout::kMaxRanks; ++r) service.pe[r] = pes[r];
+               for (size_t r = 0; r < pes.size() && r < layout::kMaxGroupRanks; ++r) service.pe[r] = pes[r];
                return std::make_unique<Domain>(
                    far_low_latency_options(shape, rank, heaps, state, fault, timeout_seconds), shape, rank,
                    host::FarMemory{.remote = pointer<std::byte>(remote),

@@ -34,23 +34,32 @@ inline py::class_<CudaTwoLevelDomain> bind_cuda_two_level(py::module_& m) {
   m.attr("PUT_QUEUE_STATE_BYTES") = sizeof(dev::PutQueueState);
   py::class_<PutQueueMemory>(m, "PutQueue")
       .def(py::init<uintptr_t, uint32_t, uintptr_t>(), py::kw_only(), "orders"_a, "num_orders"_a, "state"_a);
+  using Launches = virtual_ranks::Launches;
+  py::class_<Launches, std::shared_ptr<Launches>>(m, "VirtualLaunches")
+      .def(py::init<>())
+      .def(
+          "launch", [](Launches& all, uintptr_t stream) { virtual_ranks::launch(all, pointer<void>(stream)); },
+          "stream"_a, py::call_guard<py::gil_scoped_release>(),
+          "Launches what virtual ranks have gathered here, all in one, and waits for its end.");
   py::class_<Domain> domain(m, "TwoLevelDomain", py::module_local());
   domain.def(py::init([](const Shape& shape, int rank, const std::vector<uintptr_t>& heaps, uintptr_t remote,
                          const PutQueueMemory& puts, uintptr_t serve, const std::vector<int>& pes,
                          uintptr_t before, int64_t max_tokens, uintptr_t state, uintptr_t rail_state,
-                         uintptr_t fault, double timeout_seconds, std::shared_ptr<host::Turns> turns) {
+                         uintptr_t fault, double timeout_seconds, std::shared_ptr<host::Turns> turns,
+                         std::shared_ptr<Launches> gathered) {
                host::TwoLevelOptions options = two_level_options(shape, rank, heaps, remote, before, max_tokens,
                                                                  state, rail_state, fault, timeout_seconds);
                options.wire = puts.queue();
                put_server::PutService service{.queue = puts.queue(),
                                               .timeout_ns = nanoseconds(timeout_seconds)};
-               for (size_t r = 0; r < pes.size() && r < layout::kMaxRanks; ++r) service.pe[r] = pes[r];
+               for (size_t r = 0; r < pes.size() && r < layout::kMaxGroupRanks; ++r) service.pe[r] = pes[r];
                return std::make_unique<Domain>(options, std::move(turns),
-                                               reinterpret_cast<put_server::ServePuts>(serve), service);
+                                               reinterpret_cast<put_server::ServePuts>(serve), service,
+                                               std::move(gathered));
              }),
              py::kw_only(), "shape"_a, "rank"_a, "heaps"_a, "remote"_a, "puts"_a, "serve"_a = 0,
              "pes"_a = std::vector<int>{}, "before"_a, "max_tokens"_a, "state"_a, "rail_state"_a, "fault"_a,
-             "timeout_seconds"_a, "turns"_a);
+             "timeout_seconds"_a, "turns"_a, "gathered"_a = nullptr);
   bind_two_level_operations(domain);
   domain.def("has_copies_under_way", [](const Domain&) { return false; }, "No copy engine has a part here.");
   m.def(
@@ -58,9 +67,9 @@ inline py::class_<CudaTwoLevelDomain> bind_cuda_two_level(py::module_& m) {
       [](const std::vector<PutQueueMemory>& puts, const std::vector<uintptr_t>& remotes,
          const std::vector<uint32_t>& silent_from, double timeout_seconds, double delay_seconds, uint64_t seed,
          uintptr_t stream) {
-        if (puts.size() > layout::kMaxRanks || remotes.size() != puts.size() ||
+        if (puts.size() > put_server::kMaxVirtualRanks || remotes.size() != puts.size() ||
             silent_from.size() != puts.size())
-          throw std::invalid_argument("a queue, an address and a number for each of at most 32 ranks");
+          throw std::invalid_argument("a queue, an address and a number for each of at most 64 ranks");
         put_server::LocalService service{.num_ranks = static_cast<int>(puts.size()),
                                          .timeout_ns = nanoseconds(timeout_seconds),
                                          .delay_ns = nanoseconds(delay_seconds),

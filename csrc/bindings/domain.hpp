@@ -242,7 +242,13 @@ inline void bind_common(py::module_& m) {
   py::class_<FaultRecord>(m, "FaultRecord", py::module_local())
       .def_readonly("operation", &FaultRecord::operation)
       .def_readonly("phase", &FaultRecord::phase)
-      .def_readonly("missing", &FaultRecord::missing)
+      .def_property_readonly("missing",
+                             [](const FaultRecord& self) {
+                               py::object ranks = py::int_(self.missing);
+                               for (int word = 0; word < layout::kMaskWords; ++word)
+                                 ranks = ranks | (py::int_(self.missing_of_group[word]) << py::int_(32 * word));
+                               return ranks;
+                             })
       .def_readonly("expected", &FaultRecord::expected)
       .def_readonly("seen", &FaultRecord::seen);
   m.def("host_counts_bytes", &host::host_counts_bytes, "num_ranks"_a, "num_local_experts"_a);

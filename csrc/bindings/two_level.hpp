@@ -13,6 +13,18 @@
 
 namespace deepep::bindings {
 
+/// Ranks that Python has as bits of one integer. Throws std::invalid_argument for ranks that no group has.
+[[nodiscard]] inline layout::RankMask rank_mask(const py::int_& bits) {
+  layout::RankMask mask{};
+  py::object left = bits;
+  for (uint32_t& word : mask.words) {
+    word = (left & py::int_(0xffffffffu)).cast<uint32_t>();
+    left = left >> py::int_(32);
+  }
+  if (!left.equal(py::int_(0))) throw std::invalid_argument("live: a group has at most 256 ranks");
+  return mask;
+}
+
 using Words = std::vector<std::pair<int64_t, uint64_t>>;
 
 /// Of `before` windows, those that have gone through a half.
@@ -54,12 +66,14 @@ using Words = std::vector<std::pair<int64_t, uint64_t>>;
 /// Sizes of memory. Local to the module: both have them.
 inline void bind_two_level_shape(py::module_& m) {
   using Shape = host::TwoLevelShape;
+  m.attr("MAX_GROUP_RANKS") = layout::kMaxGroupRanks;
+  m.attr("MAX_DOMAINS") = layout::kMaxDomains;
   m.attr("RAIL_STATE_BYTES") = sizeof(kernels::RailState);
   m.attr("RAIL_COUNTERS") = offsetof(kernels::RailState, claimed) / sizeof(uint64_t);
   py::class_<Shape>(m, "TwoLevelShape", py::module_local())
-      .def(py::init([](int num_ranks, int ranks_per_domain, uint32_t live, int max_local_experts,
+      .def(py::init([](int num_ranks, int ranks_per_domain, const py::int_& live, int max_local_experts,
                        int max_blocks, int64_t window, int64_t row_bytes, int num_scales, int num_topk) {
-             return Shape{.plan = {layout::Placement(num_ranks, num_ranks, ranks_per_domain), live},
+             return Shape{.plan = {layout::Placement(num_ranks, num_ranks, ranks_per_domain), rank_mask(live)},
                           .max_local_experts = max_local_experts,
                           .max_blocks = max_blocks,
                           .window = window,

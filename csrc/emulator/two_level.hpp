@@ -22,14 +22,14 @@ class TwoLevelLauncher {
     launch("two_level_prefix_kernel", args, 1, 16);
   }
   void dispatch(kernels::TwoLevelDispatchArgs args, int num_blocks, void*) {
-    prepare(args.dispatch, num_blocks, num_threads_ / dev::kWarpSize);
+    prepare(args, num_blocks, num_threads_ / dev::kWarpSize);
     const bool is_cached = args.dispatch.mode == kernels::DispatchMode::kCached;
     launch(is_cached ? "two_level_dispatch_cached_kernel" : "two_level_dispatch_kernel", args, num_blocks,
            kernels::shared_bytes(args));
   }
   void combine(const kernels::TwoLevelCombineArgs& args, int num_blocks, void*) {
     launch("two_level_combine_kernel", args, num_blocks,
-           kernels::TwoLevelCombineShared{args.combine.group.num_ranks}.bytes());
+           kernels::shared_of(args).bytes());
   }
   void layout(const kernels::LayoutArgs& args, int num_blocks, void* stream) {
     within_.layout(args, num_blocks, stream);

@@ -13,16 +13,19 @@
 #include "kernels/common/launch.hpp"
 #include "kernels/two_level/launch.hpp"
 #include "put_server/service.hpp"
+#include "virtual_ranks/gathered.hpp"
 
 namespace deepep::host {
 
 /// Of one rank, on the device that is current when it is made, which is that of its turns.
 class CudaTwoLevelLauncher {
  public:
-  /// serve: null where whoever launches has the puts served.
+  /// serve: null where whoever launches has the puts served. gathered: null but where many virtual ranks are
+  /// launched together, by whoever has gathered them.
   CudaTwoLevelLauncher(std::shared_ptr<Turns> turns, put_server::ServePuts serve,
-                       const put_server::PutService& service)
-      : turns_(std::move(turns)), serve_(serve), service_(service) {
+                       const put_server::PutService& service,
+                       std::shared_ptr<virtual_ranks::Launches> gathered)
+      : turns_(std::move(turns)), serve_(serve), service_(service), gathered_(std::move(gathered)) {
     kernels::load_two_level();
     if (serve_ == nullptr) return;
     int device = 0;
@@ -33,12 +36,15 @@ class CudaTwoLevelLauncher {
   }
 
   void prefix(const kernels::TwoLevelPrefixArgs& args, void* stream) {
+    if (gathered_ != nullptr) return gathered_->prefix.add(args, 1);
     in_turn(stream, [&] { kernels::launch_two_level(args, stream); });
   }
   void dispatch(const kernels::TwoLevelDispatchArgs& args, int num_blocks, void* stream) {
+    if (gathered_ != nullptr) return gathered_->dispatch.add(args, num_blocks);
     with_puts(args, num_blocks, stream);
   }
   void combine(const kernels::TwoLevelCombineArgs& args, int num_blocks, void* stream) {
+    if (gathered_ != nullptr) return gathered_->combine.add(args, num_blocks);
     with_puts(args, num_blocks, stream);
   }
   void layout(const kernels::LayoutArgs& args, int num_blocks, void* stream) {
@@ -71,6 +77,7 @@ class CudaTwoLevelLauncher {
   std::shared_ptr<Turns> turns_;
   put_server::ServePuts serve_;
   put_server::PutService service_;
+  std::shared_ptr<virtual_ranks::Launches> gathered_;
   std::unique_ptr<PutStream> put_stream_;
   int sms_ = 0;
   bool was_captured_ = false;

@@ -10,12 +10,12 @@
 
 namespace deepep::host {
 
-/// Ranks in domains, and those of them that take part, as bits.
+/// Ranks in domains, and those of them that take part.
 struct RailPlan {
   layout::Placement place;
-  uint32_t live;
+  layout::RankMask live;
 
-  [[nodiscard]] bool is_live(int rank) const { return ((live >> rank) & 1u) != 0; }
+  [[nodiscard]] bool is_live(int rank) const { return live.has(rank); }
   /// -1: none of the domain takes part.
   [[nodiscard]] int gateway(int source, int domain) const {
     return layout::living_gateway(source, domain, place, [this](int rank) { return is_live(rank); });
@@ -52,26 +52,28 @@ struct RailPlan {
     kernels::Rails rails{};
     const std::vector<int> peers = peers_of(rank);
     const auto number = [](const std::vector<int>& ranks, int r) {
-      return static_cast<int>(std::find(ranks.begin(), ranks.end(), r) - ranks.begin());
+      return static_cast<int16_t>(std::find(ranks.begin(), ranks.end(), r) - ranks.begin());
     };
     const int own = place.domain_of_rank(rank);
     rails.num_rails = static_cast<int>(peers.size());
     for (int i = 0; i < rails.num_rails; ++i) {
-      rails.peer[i] = peers[static_cast<size_t>(i)];
-      rails.there[i] = number(peers_of(rails.peer[i]), rank);
-      if (gateway(rails.peer[i], own) == rank) rails.in[rails.num_in++] = i;
+      const int peer = peers[static_cast<size_t>(i)];
+      rails.peer[i] = static_cast<int16_t>(peer);
+      rails.there[i] = number(peers_of(peer), rank);
+      if (gateway(peer, own) == rank) rails.in[rails.num_in++] = static_cast<int16_t>(i);
     }
     for (int domain = 0; domain < place.num_domains(); ++domain) {
       const int there = domain == own ? -1 : gateway(rank, domain);
       if (there < 0) continue;
       rails.out[rails.num_out] = number(peers, there);
-      rails.out_first[rails.num_out] = place.first_rank_of_domain(domain);
-      rails.out_size[rails.num_out++] = place.num_ranks_of_domain(domain);
+      rails.out_first[rails.num_out] = static_cast<int16_t>(place.first_rank_of_domain(domain));
+      rails.out_size[rails.num_out++] = static_cast<int16_t>(place.num_ranks_of_domain(domain));
     }
     for (int source = 0; source < place.num_ranks; ++source) {
       const bool is_near = place.domain_of_rank(source) == own;
-      rails.gateway[source] = !is_live(source) ? -1 : is_near ? source : gateway(source, own);
-      if (rails.gateway[source] >= 0) rails.slot[source] = number(served_by(rails.gateway[source]), source);
+      const int there = !is_live(source) ? -1 : is_near ? source : gateway(source, own);
+      rails.gateway[source] = static_cast<int16_t>(there < 0 ? -1 : there - place.first_rank_of_domain(own));
+      if (there >= 0) rails.slot[source] = number(served_by(there), source);
     }
     return rails;
   }

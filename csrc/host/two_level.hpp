@@ -82,27 +82,29 @@ class TwoLevelDomain {
         launcher_(std::forward<OfLauncher>(of_launcher)...) {
     const RailPlan& plan = given.shape.plan;
     const int ranks = plan.place.num_ranks;
-    if (ranks < 2 || ranks > layout::kMaxRanks || given.heaps.size() != static_cast<size_t>(ranks))
-      throw std::invalid_argument("a group of several domains has 2 to 32 ranks");
-    if (plan.place.num_domains() < 2 || plan.place.num_domains() > layout::kMaxRanks - 2)
+    if (ranks < 2 || ranks > layout::kMaxGroupRanks || given.heaps.size() != static_cast<size_t>(ranks))
+      throw std::invalid_argument("a group of several domains has 2 to 256 ranks");
+    if (plan.place.ranks_per_domain > layout::kMaxRanks)
+      throw std::invalid_argument("a domain has at most 32 ranks: a warp's lanes handle one each");
+    if (plan.place.num_domains() < 2 || plan.place.num_domains() > layout::kMaxDomains)
       throw std::invalid_argument("2 to 30 domains: a warp's lanes hold their sums, and two biases");
     if (given.shape.window <= 0 || given.shape.window % layout::kChunkRecords != 0)
       throw std::invalid_argument("a window has whole chunks of 16 tokens");
-    group_.rank = given.rank;
-    group_.num_ranks = ranks;
-    group_.live = plan.live;
+    const int domain = plan.place.domain_of_rank(given.rank);
+    const int first = plan.place.first_rank_of_domain(domain);
+    group_.rank = given.rank - first;
+    group_.num_ranks = plan.place.num_ranks_of_domain(domain);
     group_.timeout_ns = static_cast<uint64_t>(given.timeout_seconds * 1e9);
     group_.control = given.shape.control();
     group_.staging_offset = group_.control.bytes();
-    for (int r = 0; r < ranks; ++r) group_.heap[r] = given.heaps[static_cast<size_t>(r)];
+    for (int local = 0; local < group_.num_ranks; ++local) {
+      group_.heap[local] = given.heaps[static_cast<size_t>(first + local)];
+      if (plan.is_live(first + local)) group_.live |= 1u << local;
+    }
     group_.state = given.state;
     group_.fault = given.fault;
-    const int domain = plan.place.domain_of_rank(given.rank);
-    two_level_.first_neighbour = plan.place.first_rank_of_domain(domain);
-    two_level_.num_neighbours = plan.place.num_ranks_of_domain(domain);
-    two_level_.near = group_;
-    two_level_.near.live &= (0xffffffffu >> (layout::kMaxRanks - two_level_.num_neighbours))
-                            << two_level_.first_neighbour;
+    two_level_.all = {
+        .rank = given.rank, .num_ranks = ranks, .first_neighbour = first, .live = plan.live};
     two_level_.rails = plan.rails_of(given.rank);
     two_level_.layout = given.shape.rails();
     two_level_.staging = given.shape.staging();
@@ -115,7 +117,7 @@ class TwoLevelDomain {
     kernels::TwoLevelDispatchArgs args = complete(call.args, call.blocks.total, kernels::DispatchMode::kFresh);
     for (int array = 0; array < layout::kSlotArrays; ++array)
       args.dispatch.slot[array] = offset(call.received[array]);
-    launcher_.prefix({.num_ranks = group_.num_ranks,
+    launcher_.prefix({.num_ranks = two_level_.all.num_ranks,
                       .num_tokens = args.dispatch.num_tokens,
                       .is_token_in_rank = args.dispatch.is_token_in_rank,
                       .before = before_},
@@ -210,7 +212,7 @@ class TwoLevelDomain {
     return address == nullptr ? 0 : address - group_.heap[group_.rank];
   }
 
-  kernels::Group group_{};
+  kernels::Group group_{};  // of the ranks of this one's domain
   kernels::TwoLevelArgs two_level_{};
   int32_t* before_;
   int64_t max_tokens_;

@@ -26,7 +26,7 @@ Answer = tuple[bool, str]
 class Backend:
     """available: whether this machine can run it, and why (not). supports: the same for a given group.
     serves: the same for so many ranks, those that may join among them, the hosts of those that are there,
-    and so many domains.
+    and so many ranks a domain, as many as there are where they are one.
 
     device_types: where its tensors may lie, the preferred first. by_name_only: it is chosen only by its name.
     several_domains: it serves ranks of several scale-up domains (`EngineOptions.ranks_per_domain`).
@@ -45,7 +45,7 @@ class Backend:
     admits: bool = False
     has_nics: bool = False
     no_lanes: str = "it has no remote transport"
-    serves: Callable[[int, Collection[str], int], Answer] = lambda num_ranks, hosts, num_domains: (
+    serves: Callable[[int, Collection[str], int], Answer] = lambda num_ranks, hosts, per_domain: (
         True,
         "any number of ranks",
     )
@@ -85,7 +85,7 @@ def choose(
     group: Any,
     device: torch.device | None = None,
     among: Container[str] | None = None,
-    num_domains: int = 1,
+    ranks_per_domain: int = 0,
     grows: bool = False,
     num_ranks: int = 0,
     hosts: Collection[str] = (),
@@ -93,10 +93,11 @@ def choose(
     """The backend of this name (None: DEEPEP_BACKEND, else the first that can serve the group on `device`),
     and the device (None: the first of the backend's that this machine has).
 
-    among: what every rank's machine can run. num_domains: scale-up domains of the group. grows: more ranks
-    may join. num_ranks: R, with those. hosts: of the ranks that are there. Raises RangeError with every
-    backend's reason if there is none.
+    among: what every rank's machine can run. ranks_per_domain: ranks of a scale-up domain; 0: all. grows:
+    more ranks may join. num_ranks: R, with those. hosts: of the ranks that are there. Raises RangeError with
+    every backend's reason if there is none.
     """
+    per_domain = min(ranks_per_domain or num_ranks, num_ranks)
     wanted = default_name() if name is None else name
     if wanted is not None:
         check_name(wanted)
@@ -108,10 +109,10 @@ def choose(
             lambda b=backend, d=where: (d.type in b.device_types, f"it does not serve {d.type} tensors"),
             backend.available,
             lambda b=backend: (among is None or b.name in among, "another rank cannot run it"),
-            lambda b=backend: (num_domains == 1 or b.several_domains, "it serves one scale-up domain"),
+            lambda b=backend: (per_domain == num_ranks or b.several_domains, "it serves one scale-up domain"),
             lambda b=backend: (b.admits or not grows, "no rank can join its ranks at work"),
             lambda b=backend: b.supports(group),
-            lambda b=backend: b.serves(num_ranks, hosts, num_domains),
+            lambda b=backend: b.serves(num_ranks, hosts, per_domain),
         ):
             able, why = answer()
             if not able:
@@ -180,13 +181,27 @@ def _cuda_available() -> Answer:
     return True, kernels
 
 
-def _cuda_serves(num_ranks: int, hosts: Collection[str], num_domains: int) -> Answer:
-    from deepep.backends.cuda.launch import MAX_RANKS
+def _kernels_serve(num_ranks: int, per_domain: int, limits: Any) -> Answer:
+    """limits: the extension module with the kernels."""
+    domains = -(-num_ranks // max(1, per_domain))
+    for got, most, what in (
+        (per_domain, limits.MAX_RANKS, "ranks in a domain"),
+        (num_ranks, limits.MAX_GROUP_RANKS, "ranks"),
+        (domains, limits.MAX_DOMAINS, "domains"),
+    ):
+        if got > most:
+            return False, f"{got} {what}; its kernels serve at most {most}"
+    return True, ""
+
+
+def _cuda_serves(num_ranks: int, hosts: Collection[str], per_domain: int) -> Answer:
+    from deepep import _cuda
     from deepep.backends.cuda.memory import remote
 
-    if num_ranks > MAX_RANKS:
-        return False, f"{num_ranks} ranks; its kernels serve at most {MAX_RANKS}"
-    if num_domains > 1:
+    able, why = _kernels_serve(num_ranks, per_domain, _cuda)
+    if not able:
+        return able, why
+    if per_domain < num_ranks:
         why = remote.why_not()
         return not why, why or "linked GPUs in every domain, NVSHMEM between them"
     if len(set(hosts)) > 1:
@@ -224,6 +239,13 @@ def _emulator_available() -> Answer:
     return True, "the kernels' source on the CPU, for tests"
 
 
+def _emulator_serves(num_ranks: int, hosts: Collection[str], per_domain: int) -> Answer:
+    from deepep import _emulator
+
+    able, why = _kernels_serve(num_ranks, per_domain, _emulator)
+    return able, why or "ranks of one host"
+
+
 def _emulator_create(options: EngineOptions, control: ControlPlane) -> Engine:
     from deepep.sim.emulator.engine import EmulatorEngine
 
@@ -237,6 +259,7 @@ register(
         is_group,
         _emulator_create,
         device_types=("cpu",),
+        serves=_emulator_serves,
         by_name_only=True,
         admits=True,
         several_domains=True,

@@ -38,12 +38,12 @@ def construct(options: EngineOptions, backend: str | None, device: torch.device 
         problem: ArgumentError | None = None
         try:
             num_ranks = options.num_ranks or options.group.size()
-            domains = -(-num_ranks // (options.ranks_per_domain or num_ranks))
+            per_domain = options.ranks_per_domain
             grows = num_ranks > options.group.size()
             chosen, where = registry.choose(
-                name, options.group, device, among, domains, grows, num_ranks, hosts
+                name, options.group, device, among, per_domain, grows, num_ranks, hosts
             )
-            has_lanes = not chosen.no_lanes or (chosen.has_nics and domains > 1)
+            has_lanes = not chosen.no_lanes or (chosen.has_nics and 0 < per_domain < num_ranks)
             if options.lanes.if_any and not has_lanes:
                 options = replace(options, lanes=TrafficLanes())
             if options.lanes.asked() and not has_lanes:

@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from deepep import _emulator
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.engine import ReferenceEngine
 from deepep.backends.reference.low_latency import LowLatencyOperations
-from deepep.errors import ArgumentTypeError
+from deepep.errors import ArgumentTypeError, ModeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
@@ -48,6 +49,8 @@ class EmulatorEngine(ReferenceEngine):
         self.info = replace(self.info, backend="emulator", operations=operations)
         self._control.waits.rows = False  # they travel to the leader, which every rank would wait for
         per_domain = options.ranks_per_domain
+        if options.low_latency and self.info.num_ranks > _emulator.MAX_RANKS:
+            raise ModeError("low_latency_mode", "True", f"False with more than {_emulator.MAX_RANKS} ranks")
         domains = per_domain if per_domain < self.info.num_ranks else 0
         self._kernels = EmulatedAllToAll(self._control.waits, domains)
         self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0

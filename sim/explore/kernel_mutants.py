@@ -154,6 +154,7 @@ HARMLESS: dict[str, str] = {
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,
     "rows/weigh_rows.hpp weigh_row: load -> load_once": "no kernel writes the gradient while this one runs",
     "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,
+    "two_level/save_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "two_level/ask.hpp ask_for_sums: fence acq_rel -> release": _ACQUIRED_BEFORE,
     "two_level/combine_call.hpp relay_digests: fence acq_rel -> release": _ACQUIRED_BEFORE,
     "two_level/items.hpp put_chunk: fence acq_rel -> release": _ACQUIRED_BEFORE,

@@ -251,7 +251,7 @@ def test_a_backend_of_one_domain_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     of_one = dataclasses.replace(registry._backends["emulator"], several_domains=False)
     monkeypatch.setitem(registry._backends, "emulator", of_one)
     with pytest.raises(deepep.RangeError, match="emulator: it serves one scale-up domain"):
-        registry.choose("emulator", None, torch.device("cpu"), num_domains=2)
+        registry.choose("emulator", None, torch.device("cpu"), num_ranks=4, ranks_per_domain=2)
 
 
 def left(ctx: Any, routing: Any) -> Any:

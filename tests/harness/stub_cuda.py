@@ -176,7 +176,8 @@ def extension(num_rows: int) -> ModuleType:
     """A stand-in for deepep._cuda. Every dispatch brings so many rows."""
     stub: Any = ModuleType("deepep._cuda")
     stub.__file__, stub.__spec__ = __file__, ModuleSpec("deepep._cuda", None)
-    stub.MAX_RANKS, stub.STATE_BYTES, stub.FAULT_BYTES = 32, 64, 64
+    stub.MAX_RANKS, stub.MAX_GROUP_RANKS, stub.MAX_DOMAINS = 32, 256, 30
+    stub.STATE_BYTES, stub.FAULT_BYTES = 64, 64
     stub.ARCHS = "9.0a"
     stub.MASKED_OFFSET, stub.MAX_COUNTED_TOKENS = 0, 1 << 14
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque

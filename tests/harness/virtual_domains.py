@@ -26,6 +26,8 @@ class VirtualDomains(VirtualDomain):
     delay: the most seconds that a put is late. silent_from: by rank, the number of the first put that its NIC
     loses, and all later ones. refusing: by rank, the operation ("dispatch", "combine") that it refuses while
     others, which skip it, make it.
+
+    More than 32 ranks are launched together, in one kernel: none is late, and none refuses.
     """
 
     heap_bytes: int = 64 << 20
@@ -54,6 +56,7 @@ class VirtualDomains(VirtualDomain):
         self._remotes = memory(shape.remote_bytes)
         self.streams = [torch.cuda.Stream(self.device) for _ in everyone]
         self._nic = torch.cuda.Stream(self.device)
+        self._gathered = _cuda.VirtualLaunches() if self.num_ranks > 32 else None
         self.domains = [
             TwoLevelEndpoint(
                 r,
@@ -63,6 +66,7 @@ class VirtualDomains(VirtualDomain):
                 largest=self.largest,
                 remote=self._remotes[r],
                 timeout=self.timeout,
+                gathered=self._gathered,
             )
             for r in everyone
         ]
@@ -87,3 +91,7 @@ class VirtualDomains(VirtualDomain):
             endpoint = self.domains[r]
             refuse = endpoint.refuse_dispatch if operation == "dispatch" else endpoint.refuse_combine
             refuse(self.streams[r].cuda_stream)
+
+    def _end(self) -> None:
+        if self._gathered is not None:
+            self._gathered.launch(self.streams[0].cuda_stream)

@@ -138,6 +138,7 @@ class VirtualDomain:
                 )
                 plan.source = received.source
             results[r] = Arrived(received, plan)
+        self._end()
         if post_counts and plans is None:
             for r, arrived in results.items():
                 arrived.counts = self.endpoints[r].wait_counts(num_experts // self.num_ranks)
@@ -149,6 +150,9 @@ class VirtualDomain:
 
     def _begin(self, skip: frozenset[int]) -> None:
         """Before all ranks but those of `skip` launch an operation."""
+
+    def _end(self) -> None:
+        """After they have."""
 
     def _hold_back(self, rank: int, late: int | None) -> None:
         """Delays rank `late`: what is launched next for it starts about 100 ms after the others."""
@@ -200,5 +204,6 @@ class VirtualDomain:
                 slots=None if slots is None else slots[r],
                 factors=None if factors is None else factors[r],
             )
+        self._end()
         torch.cuda.synchronize(self.device)
         return results

@@ -6,6 +6,7 @@
 
 #include "layout/counting.hpp"
 #include "layout/prefix.hpp"
+#include "layout/rank_mask.hpp"
 #include "layout/symmetric_layout.hpp"
 
 namespace deepep::kernels {
@@ -45,6 +46,7 @@ struct FaultRecord {
   uint32_t seen;
   uint32_t pending;  // written last: 1 when the rest is there
   uint32_t masked;   // ranks that low-latency kernels have masked so far, as bits; nobody takes it
+  uint32_t missing_of_group[layout::kMaskWords];  // as `missing`, where a group has several domains
 };
 
 /// This rank's own words in device memory: they survive graph replays. The host touches them only to clear
@@ -67,6 +69,7 @@ struct LocalState {
   uint32_t expected;
   uint32_t seen;
   uint32_t fault_reported;
+  uint32_t missing_of_group[layout::kMaskWords];  // as `missing`, where a group has several domains
 };
 
 /// The counts of a dispatch for the host while it runs, in pinned memory: tagged words (device/device.hpp), the

@@ -22,8 +22,10 @@ DEEPEP_DEVICE void note_fault(const Group& g, Phase phase, uint32_t missing, uin
 inline constexpr uint64_t kGatherNs = 1000000;
 
 /// The end of a block in which a wait was in vain: the first such block reports what has been noted to the
-/// host. One thread, behind a block barrier. The host clears the notes before it launches again.
-DEEPEP_DEVICE void report_fault(const Group& g, Operation operation) {
+/// host. One thread, behind a block barrier. The host clears the notes before it launches again. `more(record)`
+/// adds to it.
+template <class More>
+DEEPEP_DEVICE void report_fault(const Group& g, Operation operation, const More& more) {
   using namespace dev;
   LocalState* state = g.state;
   // Nothing noted: the block stopped for a reason that the host learns with the counts.
@@ -37,7 +39,11 @@ DEEPEP_DEVICE void report_fault(const Group& g, Operation operation) {
   store(&record->missing, load<relaxed, gpu_scope>(&state->missing));
   store(&record->expected, load<relaxed, gpu_scope>(&state->expected));
   store(&record->seen, load<relaxed, gpu_scope>(&state->seen));
+  more(record);
   store<release, sys_scope>(&record->pending, 1u);
+}
+DEEPEP_DEVICE void report_fault(const Group& g, Operation operation) {
+  report_fault(g, operation, [](FaultRecord*) {});
 }
 
 }  // namespace deepep::kernels

@@ -29,17 +29,18 @@ DEEPEP_DEVICE void clear_handle(const DispatchCall& call, const WarpShare& share
   for (int i = thread(); i < ranks * ranks; i += num_threads()) store(args.counts + i, 0);
 }
 
-/// Local blocks: rows past the last received one carry no expert, as `num_worst_tokens` promises.
-DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share) {
+/// Local blocks: rows past the received ones, of which count_received() says how many they are, carry no
+/// expert, as `num_worst_tokens` promises.
+template <class Received>
+DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share,
+                               const Received& count_received) {
   using namespace dev;
   const DispatchArgs& args = call.args;
   if (!share.role.local || args.num_worst_tokens <= 0) return;
   const Group& g = call.g;
   const int part = block();
   const int parts = args.local_blocks;
-  SharedArray<int32_t> counts(MetadataShared{g.num_ranks}.counts());
-  const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
-  const int64_t received = layout::first_row_of_source(count, g.num_ranks, g.rank);
+  const int64_t received = count_received();
   std::byte* idx = recv_array<std::byte>(args, g.rank, layout::kSlotIndices);
   const int64_t end = args.num_worst_tokens * args.num_topk;
   for (int64_t i = received * args.num_topk + part * num_threads() + thread(); i < end;
@@ -49,6 +50,14 @@ DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share)
     else
       store(reinterpret_cast<int32_t*>(idx) + i, -1);
   }
+}
+DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share) {
+  const Group& g = call.g;
+  pad_indices(call, share, [&] {
+    dev::SharedArray<int32_t> counts(MetadataShared{g.num_ranks}.counts());
+    const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
+    return layout::first_row_of_source(count, g.num_ranks, g.rank);
+  });
 }
 
 }  // namespace deepep::kernels

@@ -157,13 +157,12 @@ struct Entry {
 }
 
 /// Indices and weights to every rank of `destinations`, as it sees them: its own experts', -1 and 0 for
-/// others'. `entry`: this lane's first.
+/// others'. `entry`: this lane's first; `first_rank`: what lane 0 stands for, of `num_ranks` with experts.
 DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& group, uint32_t destinations,
-                                 Entry entry) {
+                                 Entry entry, int first_rank, int num_ranks) {
   using namespace dev;
   if (args.num_topk == 0 || destinations == 0) return;
-  const layout::Placement placement(args.num_local_experts * args.group.num_ranks, args.group.num_ranks,
-                                    args.group.num_ranks);
+  const layout::Placement placement(args.num_local_experts * num_ranks, num_ranks, num_ranks);
   LaneInRows at = LaneInRows::at_start(args.num_topk, group.size);
 #pragma unroll 1
   for (int begin = 0; begin < group.size * args.num_topk; begin += kWarpSize, at.advance()) {
@@ -179,22 +178,28 @@ DEEPEP_DEVICE void write_entries(const DispatchArgs& args, const TokenGroup& gro
       if (at.row >= group.size || !((going >> at.row) & 1u)) continue;
       const int64_t to =
           static_cast<int64_t>(first_row + going_before(going, at.row)) * args.num_topk + at.column;
-      const int32_t seen = owner == d ? local : -1;
+      const int32_t seen = owner == first_rank + d ? local : -1;
       if (args.index_bytes == 8)
         store(recv_array<int64_t>(args, d, layout::kSlotIndices) + to, static_cast<int64_t>(seen));
       else
         store(recv_array<int32_t>(args, d, layout::kSlotIndices) + to, seen);
-      store(recv_array<uint32_t>(args, d, layout::kSlotWeights) + to, owner == d ? entry.weight : 0u);
+      store(recv_array<uint32_t>(args, d, layout::kSlotWeights) + to,
+            owner == first_rank + d ? entry.weight : 0u);
     }
     entry = next;
   }
 }
 
-/// Source tokens, indices and weights of all the group's rows. `entry`: this lane's first.
-DEEPEP_DEVICE void write_fields(const DispatchArgs& args, const TokenGroup& group, const Entry& entry) {
+/// Source tokens, indices and weights of all the group's rows. `entry`: this lane's first; `first_rank`,
+/// `num_ranks`: as of write_entries.
+DEEPEP_DEVICE void write_fields(const DispatchArgs& args, const TokenGroup& group, const Entry& entry,
+                                int first_rank, int num_ranks) {
   const uint32_t destinations = dev::ballot(group.going != 0);
   write_sources(args, group, destinations);
-  write_entries(args, group, destinations, entry);
+  write_entries(args, group, destinations, entry, first_rank, num_ranks);
+}
+DEEPEP_DEVICE void write_fields(const DispatchArgs& args, const TokenGroup& group, const Entry& entry) {
+  write_fields(args, group, entry, 0, args.group.num_ranks);
 }
 
 }  // namespace deepep::kernels

@@ -14,7 +14,7 @@ DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemT
   if (window < 2) return;  // those of an earlier call were all here when it ended
   const uint64_t number = load(&call.two_level.state->received[rail]) + static_cast<uint64_t>(window - 2);
   for (int chunk = thread(); chunk < num_chunks(call.two_level); chunk += num_threads())
-    wait_chunk(call.two_level, call.all.g, turn, rail, number, chunk, Phase::kReturn, call.all.deadline);
+    wait_chunk(call.two_level, call.near.g, turn, rail, number, chunk, Phase::kReturn, call.near.deadline);
 }
 
 /// The window of one of the other domains. Whole block.
@@ -23,12 +23,11 @@ DEEPEP_DEVICE void wait_former_sums(const TwoLevelCombineCall& call, const ItemT
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Rails& rails = two_level.rails;
-  const Group& g = call.all.g;
-  if (window >= windows_of(call, g.rank)) return true;
+  if (window >= windows_of(call, call.all.rank)) return true;
   const int rail = rails.out[o];
   wait_former_sums(call, turn, rail, window);
   if (!turn.is_ready()) return false;
-  const layout::WindowTurn number{static_cast<int64_t>(return_number(call, g.rank, window))};
+  const layout::WindowTurn number{static_cast<int64_t>(return_number(call, call.all.rank, window))};
   auto* out = remote_at<uint32_t>(two_level, two_level.layout.ask_out(rail, number.half()));
   const int64_t first = window * two_level.staging.window;
   for (int64_t i = thread(); i < two_level.staging.window; i += num_threads()) {

@@ -2,7 +2,8 @@
 // the token's gateway, which sends one sum; its owner adds the domains' sums. docs/kernels.md has the protocol.
 //
 // Phases:
-//   start          reads the epoch and the handle's counts
+//   start          reads the epoch
+//   read_counts    of the handle's counts, those that concern this rank, and a digest of all
 //   post_digest    block 0: what all ranks must pass alike, and T, to its neighbours and by puts to its
 //                  gateways
 //   relay_digests  block 0 posts to its neighbours what ranks of other domains have put here
@@ -26,12 +27,13 @@ DEEPEP_KERNEL(two_level_combine_kernel, TwoLevelCombineArgs, kCombineThreads) {
   using namespace dev;
   const TwoLevelCombineCall call = start(args);
   sync_block();
+  read_counts(call);
   post_digest(call);
   bool succeeded = relay_digests(call);
   const bool agrees = wait_digests(call);
   if (agrees) succeeded = return_rows(call) && succeeded;
   advance_epoch(call, agrees);
-  if (finish(call, succeeded && agrees)) report_fault(call.all.g, Operation::kCombine);
+  if (finish(call, succeeded && agrees)) report_fault(call.all, call.near.g, Operation::kCombine);
 }
 
 }  // namespace deepep::kernels

@@ -36,20 +36,20 @@ DEEPEP_KERNEL(two_level_dispatch_kernel, TwoLevelDispatchArgs, kTwoLevelDispatch
   sync_block();
   post_metadata(call);
   relay_metadata(call);
-  const WarpShare share = assign_tokens(call.all);
-  const uint32_t why = wait_metadata<DispatchMode::kFresh>(call.all);
-  post_counts_to_host(call.all, why);
+  const WarpShare share = assign_tokens(call.near);
+  const uint32_t why = wait_metadata<false>(call);
+  post_counts_to_host(call, why);
   if (why == 0) {
     const bool moved = move_rows<false>(call);
     signal_rows(call, share, moved);
-    save_counts(call.all);
-    pad_indices(call.all, share);
+    save_counts(call);
+    pad_indices(call, share);
     wait_rows(call);
   } else {
     clear_counts(call);
   }
   advance_epoch(call, why);
-  if (finish(call.all)) report_fault(call.all.g, Operation::kDispatch);
+  if (finish(call.near)) report_fault(call.all, call.near.g, Operation::kDispatch);
 }
 
 }  // namespace deepep::kernels

@@ -25,15 +25,15 @@ DEEPEP_KERNEL(two_level_dispatch_cached_kernel, TwoLevelDispatchArgs, kTwoLevelD
   sync_block();
   post_metadata(call);
   relay_metadata(call);
-  const WarpShare share = assign_tokens(call.all);
-  const uint32_t why = wait_metadata<DispatchMode::kCached>(call.all);
+  const WarpShare share = assign_tokens(call.near);
+  const uint32_t why = wait_metadata<true>(call);
   if (why == 0) {
     const bool moved = move_rows<true>(call);
     signal_rows(call, share, moved);
     wait_rows(call);
   }
   advance_epoch(call, why);
-  if (finish(call.all)) report_fault(call.all.g, Operation::kDispatch);
+  if (finish(call.near)) report_fault(call.all, call.near.g, Operation::kDispatch);
 }
 
 }  // namespace deepep::kernels

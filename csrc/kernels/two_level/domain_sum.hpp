@@ -21,14 +21,13 @@ DEEPEP_DEVICE void wait_returned(const TwoLevelCombineCall& call, const ItemTurn
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Group& g = call.near.g;
-  for (int local = thread(); local < two_level.num_neighbours; local += num_threads()) {
-    const int r = two_level.first_neighbour + local;
-    if (r == g.rank || !is_live(g, r)) continue;
+  for (int local = thread(); local < g.num_ranks; local += num_threads()) {
+    if (local == g.rank || !is_live(g, local)) continue;
     const uint32_t* returned = at<uint32_t>(
         g, g.rank, g.staging_offset + two_level.staging.returned(slot, number.half(), chunk, local));
     const auto wanted = static_cast<uint32_t>(number.arrivals());
-    if (wait_reached<acquire, sys_scope>(returned, wanted, call.all.deadline)) continue;
-    note_late(g, Phase::kReturn, 1u << r, wanted, returned);
+    if (wait_reached<acquire, sys_scope>(returned, wanted, call.near.deadline)) continue;
+    note_late(g, Phase::kReturn, call.all.first_neighbour + local, wanted, returned);
     turn.give_up();
   }
 }
@@ -40,11 +39,10 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const Group& g = call.near.g;
-  for (int local = 0; local < two_level.num_neighbours; ++local) {
-    const int r = two_level.first_neighbour + local;
-    if (r == g.rank || !is_live(g, r)) continue;
+  for (int local = 0; local < g.num_ranks; ++local) {
+    if (local == g.rank || !is_live(g, local)) continue;
     store<release, sys_scope>(
-        at<uint32_t>(g, r, g.staging_offset + two_level.staging.summed(source, number.half())),
+        at<uint32_t>(g, local, g.staging_offset + two_level.staging.summed(source, number.half())),
         static_cast<uint32_t>(number.arrivals()));
   }
 }
@@ -53,7 +51,7 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
 [[nodiscard]] DEEPEP_DEVICE Addends list_rows(const TwoLevelCombineCall& call, const DomainRows& rows) {
   using namespace dev;
   const CombineArgs& args = call.args.combine;
-  const int own = call.near.g.rank - call.two_level.first_neighbour;
+  const int own = call.near.g.rank;
   Addends addends{0, 0, 0};
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
     const int local = lowest_bit(left);
@@ -70,7 +68,7 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
 [[nodiscard]] DEEPEP_DEVICE float sum_weights(const TwoLevelCombineCall& call, const DomainRows& rows) {
   using namespace dev;
   const CombineArgs& args = call.args.combine;
-  const int own = call.near.g.rank - call.two_level.first_neighbour;
+  const int own = call.near.g.rank;
   float weight = 0.0f;
   if (lane() >= args.num_topk) return weight;
   for (uint32_t left = rows.ranks; left != 0; left &= left - 1) {
@@ -100,11 +98,11 @@ DEEPEP_DEVICE void grant_staging(const TwoLevelCombineCall& call, int source,
   if (thread() == 0) {
     const uint64_t* asked = remote_at<uint64_t>(two_level, two_level.layout.ask_signal(rail, number.half()));
     const auto wanted = static_cast<uint32_t>(number.arrivals());
-    if (!wait_signal<acquire, sys_scope>(asked, wanted, call.all.deadline)) {
-      note_late(call.all.g, Phase::kReturn, 1u << source, wanted, asked);
+    if (!wait_signal<acquire, sys_scope>(asked, wanted, call.near.deadline)) {
+      note_late(call.near.g, Phase::kReturn, source, wanted, asked);
       turn.give_up();
     }
-    wait_window_credit(two_level, call.all.g, turn, rail, sent, call.all.deadline);
+    wait_window_credit(two_level, call.near.g, turn, rail, sent, call.near.deadline);
   }
   wait_returned(call, turn, slot, number, chunk);
   if (!turn.is_ready()) return false;

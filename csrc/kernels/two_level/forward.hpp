@@ -10,14 +10,12 @@ namespace deepep::kernels {
 DEEPEP_DEVICE void spread_record(const TwoLevelDispatchCall& call, const std::byte* record) {
   using namespace dev;
   const DispatchArgs& args = call.args.dispatch;
-  const TwoLevelArgs& two_level = call.two_level;
   const layout::CrossingRecord<int64_t>& at = call.args.record;
   const Group& g = call.near.g;
   const auto* words = reinterpret_cast<const uint32_t*>(record);
-  // Lane r handles rank r, if that is a neighbour.
-  const int local = lane() - two_level.first_neighbour;
+  // Lane j handles the neighbour with this local index.
   const bool is_near = lane() < g.num_ranks && is_live(g, lane());
-  const int32_t row = is_near ? static_cast<int32_t>(load(words + at.final_row(local) / 4)) : -1;
+  const int32_t row = is_near ? static_cast<int32_t>(load(words + at.final_row(lane()) / 4)) : -1;
   const uint32_t destinations = ballot(row >= 0);
   const auto* from = reinterpret_cast<const Vec16*>(record);
   const uint64_t target =
@@ -39,7 +37,8 @@ DEEPEP_DEVICE void spread_record(const TwoLevelDispatchCall& call, const std::by
         if (begin + u * kWarpSize < pieces) store_streaming(to + u * kWarpSize, v[u]);
     }
   }
-  const layout::Placement placement(args.num_local_experts * g.num_ranks, g.num_ranks, g.num_ranks);
+  const int ranks = call.all.num_ranks;
+  const layout::Placement placement(args.num_local_experts * ranks, ranks, ranks);
 #pragma unroll 1
   for (uint32_t left = destinations; left != 0; left &= left - 1) {
     const int d = lowest_bit(left);
@@ -53,7 +52,7 @@ DEEPEP_DEVICE void spread_record(const TwoLevelDispatchCall& call, const std::by
             static_cast<int32_t>(load(words + at.token() / 4)));
     for (int k = lane(); k < args.num_topk; k += kWarpSize) {
       const auto expert = static_cast<int32_t>(load(words + at.index(k) / 4));
-      const int32_t seen = placement.local_expert(expert, d);
+      const int32_t seen = placement.local_expert(expert, call.all.first_neighbour + d);
       const int64_t entry = to * args.num_topk + k;
       if (args.index_bytes == 8)
         store(recv_array<int64_t>(args, d, layout::kSlotIndices) + entry, int64_t{seen});
@@ -74,7 +73,7 @@ DEEPEP_DEVICE void spread_record(const TwoLevelDispatchCall& call, const std::by
   if (window < 0 || window >= windows_of(two_level, tokens_of(call, two_level.rails.peer[rail]))) return true;
   const uint64_t number = load(&two_level.state->received[rail]) + static_cast<uint64_t>(window);
   if (thread() == 0)
-    wait_chunk(two_level, call.all.g, turn, rail, number, chunk, Phase::kRows, call.all.deadline);
+    wait_chunk(two_level, call.near.g, turn, rail, number, chunk, Phase::kRows, call.near.deadline);
   if (!turn.is_ready()) return false;
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   const auto* begin =

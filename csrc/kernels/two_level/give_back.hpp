@@ -5,7 +5,7 @@
 
 namespace deepep::kernels {
 
-/// Where a token's row of rank `local` is staged at the gateway.
+/// Where a token's row of rank `local` is staged at the gateway: both by local index.
 [[nodiscard]] DEEPEP_DEVICE std::byte* staged_row(const TwoLevelCombineCall& call, int gateway, int slot,
                                                   int64_t half, int64_t token, int local) {
   const Group& g = call.near.g;
@@ -38,8 +38,8 @@ DEEPEP_DEVICE void give_back_row(const TwoLevelCombineCall& call, std::byte* sta
     const uint32_t* summed =
         at<uint32_t>(g, g.rank, g.staging_offset + two_level.staging.summed(source, number.half()));
     const auto wanted = static_cast<uint32_t>(number.credit());
-    if (!wait_reached<acquire, sys_scope>(summed, wanted, call.all.deadline)) {
-      note_late(g, Phase::kStaging, 1u << gateway, wanted, summed);
+    if (!wait_reached<acquire, sys_scope>(summed, wanted, call.near.deadline)) {
+      note_late(g, Phase::kStaging, call.all.first_neighbour + gateway, wanted, summed);
       turn.give_up();
     }
   }
@@ -48,16 +48,15 @@ DEEPEP_DEVICE void give_back_row(const TwoLevelCombineCall& call, std::byte* sta
   const int64_t first = first_row_from(call, source, tokens.begin);
   const int64_t end = first_row_from(call, source, tokens.end);
   const int slot = two_level.rails.slot[source];
-  const int local = g.rank - two_level.first_neighbour;
   for (int64_t row = first + warp(); row < end; row += num_warps()) {
     const int64_t token = load_once(call.args.source_token + row) - window * two_level.staging.window;
-    give_back_row(call, staged_row(call, gateway, slot, number.half(), token, local), row);
+    give_back_row(call, staged_row(call, gateway, slot, number.half(), token, g.rank), row);
   }
   sync_block();
   if (thread() == 0)
     store<release, sys_scope>(
         at<uint32_t>(g, gateway,
-                     g.staging_offset + two_level.staging.returned(slot, number.half(), chunk, local)),
+                     g.staging_offset + two_level.staging.returned(slot, number.half(), chunk, g.rank)),
         static_cast<uint32_t>(number.arrivals()));
   return true;
 }

@@ -2,17 +2,9 @@
 // this order, on whichever rank; so the earliest that is not done can always go on, however few blocks run.
 #pragma once
 
-#include "kernels/common/fault.hpp"
-#include "kernels/two_level/args.hpp"
+#include "kernels/two_level/group.hpp"
 
 namespace deepep::kernels {
-
-/// Notes that a rank's word has not come to what was `wanted`, with what it says.
-template <class Word>
-DEEPEP_DEVICE void note_late(const Group& g, Phase phase, uint32_t missing, uint32_t wanted, const Word* word) {
-  using namespace dev;
-  note_fault(g, phase, missing, wanted, static_cast<uint32_t>(load<relaxed, sys_scope>(word)));
-}
 
 /// The block's words, at `begin` of its dynamic shared memory.
 struct ItemShared {
@@ -91,11 +83,6 @@ struct ChunkTokens {
   return static_cast<int>(args.layout.windows.num_chunks());
 }
 
-/// This domain's ranks by local index, as bits.
-[[nodiscard]] DEEPEP_DEVICE uint32_t neighbour_bits(const TwoLevelArgs& args) {
-  return 0xffffffffu >> (layout::kMaxRanks - args.num_neighbours);
-}
-
 /// The bits before the i-th.
 [[nodiscard]] DEEPEP_DEVICE int bits_before(uint32_t bits, int i) {
   return dev::popcount(bits & ((1u << i) - 1));
@@ -123,7 +110,7 @@ DEEPEP_DEVICE void wait_window_credit(const TwoLevelArgs& args, const Group& g, 
   const auto wanted = static_cast<uint32_t>(window.credit());
   const uint64_t* credit = remote_at<uint64_t>(args, args.layout.windows.credit(rail, window.half()));
   if (wait_signal<acquire, sys_scope>(credit, wanted, deadline)) return;
-  note_late(g, Phase::kStaging, 1u << args.rails.peer[rail], wanted, credit);
+  note_late(g, Phase::kStaging, args.rails.peer[rail], wanted, credit);
   turn.give_up();
 }
 
@@ -135,7 +122,7 @@ DEEPEP_DEVICE void wait_chunk(const TwoLevelArgs& args, const Group& g, const It
   const auto wanted = static_cast<uint32_t>(window.arrivals());
   const uint64_t* arrived = remote_at<uint64_t>(args, args.layout.windows.arrived(rail, window.half(), chunk));
   if (wait_signal<acquire, sys_scope>(arrived, wanted, deadline)) return;
-  note_late(g, phase, 1u << args.rails.peer[rail], wanted, arrived);
+  note_late(g, phase, args.rails.peer[rail], wanted, arrived);
   turn.give_up();
 }
 

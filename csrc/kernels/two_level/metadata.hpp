@@ -24,14 +24,15 @@ namespace deepep::kernels {
                                                    bool is_near) {
   using namespace dev;
   const DispatchArgs& args = call.args.dispatch;
-  const Group& g = call.all.g;
-  const layout::MailboxWords words{g.num_ranks};
+  const int ranks = call.all.num_ranks;
+  const layout::MailboxWords words{ranks};
   if (word >= words.expert_count(0))
     return static_cast<uint32_t>(
         load_once(args.tokens_per_expert + first_rank * args.num_local_experts + word - words.expert_count(0)));
   if (word == words.slot(layout::kSlotRows) && !is_near) return static_cast<uint32_t>(args.num_tokens);
-  if (word >= g.num_ranks) return args.common_words[word - g.num_ranks];
-  if (args.mode == DispatchMode::kCached || !is_live(g, word)) return 0;  // those are in everybody's handle
+  if (word >= ranks) return args.common_words[word - ranks];
+  // A cached call's are in everybody's handle.
+  if (args.mode == DispatchMode::kCached || !is_live(call.all, word)) return 0;
   return static_cast<uint32_t>(load_once(args.tokens_per_rank + word));
 }
 
@@ -42,20 +43,22 @@ DEEPEP_DEVICE void post_metadata(const TwoLevelDispatchCall& call) {
   const DispatchArgs& args = call.args.dispatch;
   const TwoLevelArgs& two_level = call.two_level;
   const Group& g = call.near.g;
-  const layout::MailboxWords words{g.num_ranks};
+  const int ranks = call.all.num_ranks;
+  const layout::MailboxWords words{ranks};
   const int per_peer = words.expert_count(num_expert_words(args));
-  for (int i = thread(); i < per_peer * two_level.num_neighbours; i += num_threads()) {
-    const int peer = two_level.first_neighbour + i / per_peer;
+  for (int i = thread(); i < per_peer * g.num_ranks; i += num_threads()) {
+    const int local = i / per_peer;
     const int word = i % per_peer;
-    if (!is_live(g, peer)) continue;
+    if (!is_live(g, local)) continue;
     // Relaxed, as in one level.
-    store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(g.rank, call.near.epoch) + 8 * word),
-                              pack_tagged(metadata_word(call, word, peer, true), call.near.epoch));
+    store<relaxed, sys_scope>(
+        at<uint64_t>(g, local, g.control.mailbox(call.all.rank, call.near.epoch) + 8 * word),
+        pack_tagged(metadata_word(call, word, call.all.first_neighbour + local, true), call.near.epoch));
   }
   const Rails& rails = two_level.rails;
   const int64_t parity = layout::WindowTurn{static_cast<int64_t>(load(&two_level.state->dispatches))}.half();
   const int posted =
-      num_posted_words(g.num_ranks, static_cast<int>(two_level.staging.domain_ranks), num_expert_words(args));
+      num_posted_words(ranks, static_cast<int>(two_level.staging.domain_ranks), num_expert_words(args));
   for (int i = thread(); i < posted * rails.num_out; i += num_threads()) {
     const int o = i / posted;
     const int word = i % posted;
@@ -86,7 +89,7 @@ DEEPEP_DEVICE void relay_metadata(const TwoLevelDispatchCall& call) {
   const TwoLevelArgs& two_level = call.two_level;
   const Rails& rails = two_level.rails;
   const Group& g = call.near.g;
-  const layout::MailboxWords words{g.num_ranks};
+  const layout::MailboxWords words{call.all.num_ranks};
   SharedArray<uint32_t> failed(MetadataShared{g.num_ranks}.failed());
   const layout::WindowTurn turn{static_cast<int64_t>(load(&two_level.state->dispatches))};
   const int experts = num_expert_words(args);
@@ -101,7 +104,7 @@ DEEPEP_DEVICE void relay_metadata(const TwoLevelDispatchCall& call) {
       const auto wanted = static_cast<uint32_t>(turn.arrivals());
       came = wait_signal<acquire, sys_scope>(raised, wanted, call.near.deadline);
       if (!came) {
-        note_late(g, Phase::kCounts, 1u << source, wanted, raised);
+        note_late(g, Phase::kCounts, source, wanted, raised);
         failed.bit_or(0, static_cast<uint32_t>(Phase::kCounts));
       }
     }
@@ -110,14 +113,13 @@ DEEPEP_DEVICE void relay_metadata(const TwoLevelDispatchCall& call) {
     // What the source knew when it posted goes along to those who read these words.
     fence<acq_rel, sys_scope>();
     const auto* posted = remote_at<uint64_t>(two_level, two_level.layout.windows.mailbox(rail, turn.half()));
-    for (int j = lane(); j < per_peer * two_level.num_neighbours; j += kWarpSize) {
+    for (int j = lane(); j < per_peer * g.num_ranks; j += kWarpSize) {
       const int local = j / per_peer;
       const int word = j % per_peer;
-      const int peer = two_level.first_neighbour + local;
-      if (!is_live(g, peer)) continue;
+      if (!is_live(g, local)) continue;
       const int from = word < words.expert_count(0) ? word : word + local * experts;
       const auto value = static_cast<uint32_t>(load(posted + from));
-      store<relaxed, sys_scope>(at<uint64_t>(g, peer, g.control.mailbox(source, call.near.epoch) + 8 * word),
+      store<relaxed, sys_scope>(at<uint64_t>(g, local, g.control.mailbox(source, call.near.epoch) + 8 * word),
                                 pack_tagged(value, call.near.epoch));
     }
   }

@@ -4,6 +4,7 @@
 #include "kernels/two_level/forward.hpp"
 #include "kernels/two_level/metadata.hpp"
 #include "kernels/two_level/near.hpp"
+#include "kernels/two_level/save_counts.hpp"
 #include "kernels/two_level/send.hpp"
 
 namespace deepep::kernels {
@@ -40,8 +41,9 @@ template <bool kCached>
   const DispatchItems items{num_chunks(two_level), two_level.rails.num_out, two_level.rails.num_in};
   const uint32_t a_stage = items.a_stage();
   const auto num_items = static_cast<uint32_t>(num_stages(call)) * a_stage;
+  const int64_t shared = shared_of(call.args).items();
   const bool done =
-      work_on_items(two_level, item_words(call.args), num_items, [&](uint32_t item, const ItemTurn& turn) {
+      work_on_items(two_level, shared, num_items, [&](uint32_t item, const ItemTurn& turn) {
         const int64_t stage = item / a_stage;
         const int what = static_cast<int>(item % a_stage) / items.chunks;
         const int chunk = static_cast<int>(item % a_stage) % items.chunks;
@@ -50,25 +52,33 @@ template <bool kCached>
         return forward_chunk(call, turn, what - items.num_out - 1, stage - 1, chunk);
       });
   if (!done && thread() == 0)
-    SharedArray<uint32_t>(MetadataShared{call.all.g.num_ranks}.failed()).bit_or(0, uint32_t(Phase::kRows));
+    SharedArray<uint32_t>(MetadataShared{call.near.g.num_ranks}.failed()).bit_or(0, uint32_t(Phase::kRows));
   return done;
 }
 
-/// The flags behind this block's rows, and the wait for those of all neighbours' blocks: as in one level. A
-/// block that has waited in vain (`moved` is false) raises none: rows that it was to spread are not there.
+/// The flags behind this block's rows: as in one level. A block that has waited in vain (`moved` is false)
+/// raises none: rows that it was to spread are not there.
 DEEPEP_DEVICE void signal_rows(const TwoLevelDispatchCall& call, const WarpShare& share, bool moved) {
   if (moved) signal_rows(call.near, share);
 }
-DEEPEP_DEVICE void wait_rows(const TwoLevelDispatchCall& call) { wait_rows(call.near); }
 
-/// A dispatch that was given up leaves a handle of no rows: a combine queued behind it does no harm. The rows
-/// of tokens are written by whichever block has claimed them, so here only block 0's counts are cleared, in
-/// which a combine looks first.
-DEEPEP_DEVICE void clear_counts(const TwoLevelDispatchCall& call) {
+/// The last block waits for the flags of all neighbours' blocks. One thread a flag.
+DEEPEP_DEVICE void wait_rows(const TwoLevelDispatchCall& call) {
   using namespace dev;
-  if (!is_leader_block()) return;
-  const int ranks = call.all.g.num_ranks;
-  for (int i = thread(); i < ranks * ranks; i += num_threads()) store(call.args.dispatch.counts + i, 0);
+  if (block() != num_blocks() - 1) return;
+  const Group& g = call.near.g;
+  const MetadataShared near{g.num_ranks};
+  SharedArray<uint32_t> push_blocks(near.push_blocks());
+  SharedArray<uint32_t> failed(near.failed());
+  for (int local = warp(); local < g.num_ranks; local += num_warps()) {
+    if (local == g.rank || !is_live(g, local)) continue;
+    for (int flag = lane(); flag < static_cast<int>(push_blocks.get(local)); flag += kWarpSize) {
+      const uint32_t* done = at<uint32_t>(g, g.rank, g.control.rows_done(local)) + flag;
+      if (wait_equal<acquire, sys_scope>(done, call.near.epoch, call.near.deadline)) continue;
+      note_late(g, Phase::kRows, call.all.first_neighbour + local, call.near.epoch, done);
+      failed.bit_or(0, static_cast<uint32_t>(Phase::kRows));
+    }
+  }
 }
 
 /// The last block to come here has the epoch and all counts advance: every block has read them. `why`: not 0
@@ -76,8 +86,8 @@ DEEPEP_DEVICE void clear_counts(const TwoLevelDispatchCall& call) {
 DEEPEP_DEVICE void advance_epoch(const TwoLevelDispatchCall& call, uint32_t why) {
   using namespace dev;
   if (thread() != num_threads() - 1) return;
-  const Group& g = call.all.g;
-  if (!advance_epoch(g, &g.state->dispatch_epoch, call.all.epoch)) return;
+  const Group& g = call.near.g;
+  if (!advance_epoch(g, &g.state->dispatch_epoch, call.near.epoch)) return;
   const TwoLevelArgs& two_level = call.two_level;
   const Rails& rails = two_level.rails;
   RailState* state = two_level.state;

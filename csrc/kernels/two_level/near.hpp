@@ -1,9 +1,25 @@
-// Rows that stay in the domain: straight to their final places, as in one level; and the handle's rows.
+// Rows that stay in the domain: straight to their final places, as in one level; and the handle's rows, of all
+// ranks.
 #pragma once
 
 #include "kernels/two_level/dispatch_call.hpp"
 
 namespace deepep::kernels {
+
+/// The rows of a chunk's tokens at all ranks into the handle, -1 for none: a warp those of 32 ranks.
+DEEPEP_DEVICE void save_send_rows(const TwoLevelDispatchCall& call, const ChunkTokens& tokens) {
+  using namespace dev;
+  const int ranks = call.all.num_ranks;
+  int32_t* to = call.args.dispatch.send_row + tokens.begin * ranks;
+#pragma unroll 1
+  for (int first = warp() * kWarpSize; first < ranks; first += num_warps() * kWarpSize) {
+    const int size = layout::min_of(ranks - first, kWarpSize);
+    const ChunkRoutes routes = routes_of<false>(call, tokens, first, size);
+#pragma unroll 1
+    for (int i = 0; i < tokens.size(); ++i)
+      if (lane() < size) store(to + i * ranks + first + lane(), routes.row(i));
+  }
+}
 
 /// A chunk of this rank's tokens, as far as they go to ranks of its domain. Whole block.
 template <bool kCached>
@@ -13,7 +29,8 @@ template <bool kCached>
   const Group& g = call.near.g;
   const ChunkTokens tokens = tokens_of_chunk(call.two_level, args.num_tokens, window, chunk);
   if (tokens.begin >= tokens.end) return true;
-  const ChunkRoutes routes = routes_of<kCached>(call, tokens);
+  const int first = call.all.first_neighbour;
+  const ChunkRoutes routes = routes_of<kCached>(call, tokens, first, g.num_ranks);
   const bool is_near = lane() < g.num_ranks && is_live(g, lane());
   const uint64_t slot_x =
       is_near ? reinterpret_cast<uint64_t>(recv_array<Vec16>(args, lane(), layout::kSlotRows)) : 0;
@@ -34,12 +51,12 @@ template <bool kCached>
       write_scales(args, held.scales, t, d, shuffle(row, d));
     }
   }
+  if (kCached) return true;
+  save_send_rows(call, tokens);
   // The few bytes behind the rows, of all tokens of the chunk together, by one warp.
-  if (kCached || warp() != chunk % num_warps()) return true;
-  const TokenGroup all{tokens.begin, tokens.size(), routes.going, routes.first_row};
-  save_send_rows(args, all, lane() < g.num_ranks);
-  write_fields(args, {all.begin, all.size, is_near ? all.going : 0u, all.first_row},
-               read_entry(args, all.begin, all.size, lane()));
+  if (warp() != chunk % num_warps()) return true;
+  write_fields(args, {tokens.begin, tokens.size(), is_near ? routes.going : 0u, routes.first_row},
+               read_entry(args, tokens.begin, tokens.size(), lane()), first, call.all.num_ranks);
   return true;
 }
 

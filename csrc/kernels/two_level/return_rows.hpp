@@ -24,7 +24,7 @@ struct CombineItems {
 [[nodiscard]] DEEPEP_DEVICE int64_t num_stages(const TwoLevelCombineCall& call) {
   int64_t most = 0;
   DEEPEP_ROLLED
-  for (int source = 0; source < call.all.g.num_ranks; ++source)
+  for (int source = 0; source < call.all.num_ranks; ++source)
     most = layout::max_of(most, windows_of(call, source));
   return most + 1;
 }
@@ -34,10 +34,10 @@ struct CombineItems {
   using namespace dev;
   const TwoLevelArgs& two_level = call.two_level;
   const CombineItems items{num_chunks(two_level), two_level.rails.num_out, two_level.rails.num_in,
-                           call.all.g.num_ranks};
+                           call.all.num_ranks};
   const uint32_t a_stage = items.a_stage();
   const auto num_items = static_cast<uint32_t>(num_stages(call)) * a_stage;
-  return work_on_items(two_level, TwoLevelCombineShared{call.all.g.num_ranks}.items(), num_items,
+  return work_on_items(two_level, shared_of(call.args).items(), num_items,
                        [&](uint32_t item, const ItemTurn& turn) {
                          const int64_t stage = item / a_stage;
                          const int place = static_cast<int>(item % a_stage);
@@ -56,8 +56,8 @@ struct CombineItems {
 DEEPEP_DEVICE void advance_epoch(const TwoLevelCombineCall& call, bool agrees) {
   using namespace dev;
   if (thread() != num_threads() - 1) return;
-  const Group& g = call.all.g;
-  if (!advance_epoch(g, &g.state->combine_epoch, call.all.epoch)) return;
+  const Group& g = call.near.g;
+  if (!advance_epoch(g, &g.state->combine_epoch, call.near.epoch)) return;
   const Rails& rails = call.two_level.rails;
   RailState* state = call.two_level.state;
   store(&state->combines, load(&state->combines) + 1);
@@ -65,13 +65,13 @@ DEEPEP_DEVICE void advance_epoch(const TwoLevelCombineCall& call, bool agrees) {
   close_wire(call.two_level.wire);
   if (!agrees) return;
   DEEPEP_ROLLED
-  for (int source = 0; source < g.num_ranks; ++source)
+  for (int source = 0; source < call.all.num_ranks; ++source)
     store(&state->returned[source],
           load(&state->returned[source]) + static_cast<uint64_t>(windows_of(call, source)));
   DEEPEP_ROLLED
   for (int o = 0; o < rails.num_out; ++o) {
     uint64_t* windows = &state->received[rails.out[o]];
-    store(windows, load(windows) + static_cast<uint64_t>(windows_of(call, g.rank)));
+    store(windows, load(windows) + static_cast<uint64_t>(windows_of(call, call.all.rank)));
   }
   DEEPEP_ROLLED
   for (int i = 0; i < rails.num_in; ++i) {
@@ -83,7 +83,7 @@ DEEPEP_DEVICE void advance_epoch(const TwoLevelCombineCall& call, bool agrees) {
 /// True on one thread of a block in which something was waited for in vain. `succeeded`: of each thread.
 [[nodiscard]] DEEPEP_DEVICE bool finish(const TwoLevelCombineCall& call, bool succeeded) {
   using namespace dev;
-  SharedArray<uint32_t> failed(CombineShared{call.all.g.num_ranks}.failed());
+  SharedArray<uint32_t> failed(shared_of(call.args).failed());
   if (!succeeded) failed.bit_or(0, 1u);
   sync_block();
   return thread() == 0 && failed.get(0) != 0;

@@ -5,9 +5,9 @@
 
 namespace deepep::kernels {
 
-/// One token into its record. One warp; `row`: of lane r, the token's final row at rank r, or -1.
-DEEPEP_DEVICE void write_record(const TwoLevelDispatchCall& call, std::byte* record, int64_t t, int32_t row,
-                                int first_rank, int num_ranks) {
+/// One token into its record. One warp; `row`: of lane j, the token's final row at the other domain's rank with
+/// the local index j, or -1.
+DEEPEP_DEVICE void write_record(const TwoLevelDispatchCall& call, std::byte* record, int64_t t, int32_t row) {
   using namespace dev;
   const DispatchArgs& args = call.args.dispatch;
   const layout::CrossingRecord<int64_t>& at = call.args.record;
@@ -26,11 +26,8 @@ DEEPEP_DEVICE void write_record(const TwoLevelDispatchCall& call, std::byte* rec
   for (int i = lane(); i < args.num_scales; i += kWarpSize)
     store(words + at.scales() / 4 + i, scale_of(args, t, i));
   if (lane() == 0) store(words + at.token() / 4, static_cast<uint32_t>(t));
-  for (int local = lane(); local < call.two_level.staging.domain_ranks + lane(); local += kWarpSize) {
-    const int32_t final_row = shuffle(row, local < num_ranks ? first_rank + local : 0);
-    if (local < call.two_level.staging.domain_ranks)
-      store(words + at.final_row(local) / 4, static_cast<uint32_t>(local < num_ranks ? final_row : -1));
-  }
+  if (lane() < call.two_level.staging.domain_ranks)
+    store(words + at.final_row(lane()) / 4, static_cast<uint32_t>(row));
   for (int k = lane(); k < args.num_topk; k += kWarpSize) {
     const Entry entry = read_entry(args, t, 1, k);
     store(words + at.index(k) / 4, static_cast<uint32_t>(static_cast<int32_t>(entry.index)));
@@ -50,10 +47,11 @@ template <bool kCached>
   if (window >= windows_of(two_level, tokens)) return true;
   const int rail = rails.out[o];
   const uint64_t number = load(&two_level.state->sent[rail]) + static_cast<uint64_t>(window);
-  if (thread() == 0) wait_window_credit(two_level, call.all.g, turn, rail, number, call.all.deadline);
+  if (thread() == 0) wait_window_credit(two_level, call.near.g, turn, rail, number, call.near.deadline);
   if (!turn.is_ready()) return false;
-  const ChunkRoutes routes = routes_of<kCached>(call, tokens_of_chunk(two_level, tokens, window, chunk));
-  const uint32_t crossing = routes.crossing(rails.out_first[o], rails.out_size[o]);
+  const ChunkRoutes routes = routes_of<kCached>(call, tokens_of_chunk(two_level, tokens, window, chunk),
+                                                rails.out_first[o], rails.out_size[o]);
+  const uint32_t crossing = warp_or(routes.going);
   const int records = popcount(crossing);
   const int64_t half = layout::WindowTurn{static_cast<int64_t>(number)}.half();
   auto* begin = remote_at<std::byte>(two_level, two_level.layout.windows.send_chunk(rail, half, chunk));
@@ -62,8 +60,7 @@ template <bool kCached>
 #pragma unroll 1
   for (int n = warp(); n < records; n += num_warps()) {
     const int i = nth_bit(crossing, n);
-    write_record(call, begin + layout::kChunkHeader + n * stride, routes.tokens.begin + i, routes.row(i),
-                 rails.out_first[o], rails.out_size[o]);
+    write_record(call, begin + layout::kChunkHeader + n * stride, routes.tokens.begin + i, routes.row(i));
   }
   sync_block();
   if (thread() == 0) put_chunk(two_level, rail, number, chunk, records * stride);

@@ -14,7 +14,7 @@ void launch_two_level(const TwoLevelPrefixArgs& args, void* stream) {
 
 void launch_two_level(const TwoLevelDispatchArgs& given, int num_blocks, void* stream) {
   TwoLevelDispatchArgs args = given;
-  prepare(args.dispatch, num_blocks, kTwoLevelDispatchThreads / dev::kWarpSize);
+  prepare(args, num_blocks, kTwoLevelDispatchThreads / dev::kWarpSize);
   const bool is_cached = args.dispatch.mode == DispatchMode::kCached;
   launch(is_cached ? two_level_dispatch_cached_kernel : two_level_dispatch_kernel, args, num_blocks,
          kTwoLevelDispatchThreads, shared_bytes(args), stream, "dispatch");
@@ -22,7 +22,7 @@ void launch_two_level(const TwoLevelDispatchArgs& given, int num_blocks, void* s
 
 void launch_two_level(const TwoLevelCombineArgs& args, int num_blocks, void* stream) {
   launch(two_level_combine_kernel, args, num_blocks, kCombineThreads,
-         TwoLevelCombineShared{args.combine.group.num_ranks}.bytes(), stream, "combine");
+         shared_of(args).bytes(), stream, "combine");
 }
 
 void load_two_level() {

@@ -63,6 +63,8 @@ class Domains:
             raise ModeError(
                 "reduction", repr(options.reduction), "'expert_rank' in low latency between domains"
             )
+        if options.low_latency and num_ranks > _cuda.MAX_RANKS:
+            raise ModeError("low_latency_mode", "True", f"False with more than {_cuda.MAX_RANKS} ranks")
         if options.low_latency and not options.low_latency_bytes:
             raise CapacityError("num_rdma_bytes", "0", f"{_HINT} bytes, for low latency between domains")
         if options.num_ranks > options.group.size():

@@ -20,11 +20,10 @@ from deepep.backends.cuda.memory.arrays import ReceiveArrays
 from deepep.backends.cuda.sm_split import NO_COPY_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
 
-__all__ = ["MAX_BLOCKS", "MAX_LOCAL_EXPERTS", "MAX_RANKS", "Counts", "Endpoint", "Phase", "Plan"]
+__all__ = ["MAX_BLOCKS", "MAX_LOCAL_EXPERTS", "Counts", "Endpoint", "Phase", "Plan"]
 
 MAX_LOCAL_EXPERTS = 1024
 MAX_BLOCKS = 256
-MAX_RANKS: int = _cuda.MAX_RANKS
 #: With more tokens a layout runs before a dispatch by top-k.
 MAX_COUNTED_TOKENS: int = _cuda.MAX_COUNTED_TOKENS
 #: Up to so many, every block of such a dispatch counts where they go for itself (docs/kernels.md).

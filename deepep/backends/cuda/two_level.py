@@ -72,7 +72,7 @@ class TwoLevelEndpoint(Endpoint):
     heap, addresses: as of `Endpoint`; 0 for ranks of other domains. remote: this rank's memory that its NIC
     knows, uint8 [shape.remote_bytes] on the device. serve: the function that serves puts
     (csrc/put_server/service.hpp), or 0 where whoever launches has them served; pes: by rank, what it calls
-    that rank's process.
+    that rank's process. gathered: where launches go instead of a stream, of many virtual ranks.
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class TwoLevelEndpoint(Endpoint):
         serve: int = 0,
         pes: Sequence[int] = (),
         turns: _cuda.Turns | None = None,
+        gathered: _cuda.VirtualLaunches | None = None,
     ) -> None:
+        self._gathered = gathered
         self.shape, self.largest, self.remote = two_level_shape(plan, largest), largest, remote
         self._serve, self._pes = serve, list(pes)
         super().__init__(rank, heap, addresses, staging_bytes=0, timeout=timeout, turns=turns)
@@ -125,6 +127,7 @@ class TwoLevelEndpoint(Endpoint):
             fault=self._fault.data_ptr(),
             timeout_seconds=self.timeout,
             turns=turns,
+            gathered=self._gathered,
         )
         # It has the methods of one domain's, but for top-k dispatches, barriers, masks and refusals.
         return cast(_cuda.Domain, domain)

@@ -14,6 +14,7 @@ from deepep.reference import high_throughput as oracle
 pytestmark = pytest.mark.gpu
 
 GRIDS = [(4, 2), (8, 4), (8, 2), (6, 4), (16, 4), (3, 1)]  # ranks, ranks per domain
+MANY = [(33, 8), (40, 8), (40, 4), (64, 16), (64, 8)]  # more ranks than a mask has bits
 WINDOW = 32
 
 
@@ -61,6 +62,21 @@ def shapes(ranks: int, per_domain: int) -> list[Shape]:
 @pytest.mark.parametrize(("ranks", "per_domain"), GRIDS)
 def test_round_trip(domains: Any, ranks: int, per_domain: int) -> None:
     for seed, shape in enumerate(shapes(ranks, per_domain)):  # the seed gives the number of biases, 0 to 2
+        round_trip(domains(ranks, per_domain), shape, seed)
+
+
+@pytest.mark.parametrize(("ranks", "per_domain"), MANY)
+def test_more_ranks_than_a_mask_has_bits(domains: Any, ranks: int, per_domain: int) -> None:
+    tokens = ((67, 33, 1, 0, 17, 50, 8, 2) * 8)[:ranks]
+    bf16 = Shape(tokens, per_domain=per_domain)
+    many = [
+        replace(bf16, topk=8),
+        replace(bf16, hidden=136, pattern="holes", index_dtype=torch.int32, local_experts=2),
+        replace(bf16, hidden=7168, tokens=tuple(t // 8 for t in tokens), topk=2),
+        replace(bf16, pattern="one_rank", with_topk=False),
+        replace(bf16, fp8=True, hidden=640),
+    ]
+    for seed, shape in enumerate(many):
         round_trip(domains(ranks, per_domain), shape, seed)
 
 
@@ -131,26 +147,30 @@ def test_too_many_rows_is_told_before_a_row_moves(domains: Any) -> None:
     round_trip(domain, shape, 2)
 
 
-@pytest.mark.parametrize("masked", [1, 2])
-def test_a_masked_gateway_has_another_in_its_place(masked: int) -> None:
+@pytest.mark.parametrize(("ranks", "per_domain", "masked"), [(6, 3, 1), (6, 3, 2), (36, 8, 34)])
+def test_a_masked_gateway_has_another_in_its_place(ranks: int, per_domain: int, masked: int) -> None:
     from harness.virtual_domains import VirtualDomains
 
-    live = [r for r in range(6) if r != masked]
-    domain = VirtualDomains(6, ranks_per_domain=3, live=0b111111 & ~(1 << masked))
-    shape = Shape((50, 51, 52, 53, 0, 300), per_domain=3)
-    given = [draw_rank(shape, r, 1) for r in range(6)]
-    expected = oracle.dispatch(given, 24, masked={masked})
+    live = [r for r in range(ranks) if r != masked]
+    domain = VirtualDomains(ranks, ranks_per_domain=per_domain, live=sum(1 << r for r in live))
+    shape = Shape(((50, 51, 52, 53, 0, 300) * 6)[:ranks], per_domain=per_domain)
+    given = [draw_rank(shape, r, 1) for r in range(ranks)]
+    expected = oracle.dispatch(given, 4 * ranks, masked={masked})
     skip = frozenset({masked})
-    arrived = domain.dispatch([to_gpu(g) for g in given], capacity=506, num_experts=24, skip=skip)
+    arrived = domain.dispatch(
+        [to_gpu(g) for g in given], capacity=sum(shape.tokens), num_experts=4 * ranks, skip=skip
+    )
     plans = {r: got.plan for r, got in zip(live, arrived, strict=True)}
     for got, r in zip(arrived, live, strict=True):
         check_received(got, expected[r])
     generator = torch.Generator().manual_seed(masked)
     rows = [torch.randn(want.recv_x.shape, generator=generator).to(torch.bfloat16) for want in expected]
-    sums = oracle.combine(rows, [g.is_token_in_rank for g in given], masked={masked}, ranks_per_domain=3)
+    sums = oracle.combine(
+        rows, [g.is_token_in_rank for g in given], masked={masked}, ranks_per_domain=per_domain
+    )
     got_sums = domain.combine(
         [r.cuda() for r in rows],
-        [plans.get(r, plans[live[0]]) for r in range(6)],
+        [plans.get(r, plans[live[0]]) for r in range(ranks)],
         hidden=shape.hidden,
         skip=skip,
     )
@@ -192,18 +212,21 @@ def expect_faults(domain: Any, operations: set[str]) -> set[str]:
     return {fault.phase for fault in found}
 
 
-def test_a_rank_that_does_not_arrive_is_waited_for_no_longer_than_the_deadline() -> None:
+@pytest.mark.parametrize(("ranks", "per_domain", "missing"), [(4, 2, 2), (40, 8, 35)])
+def test_a_rank_that_does_not_arrive_is_waited_for_no_longer_than_the_deadline(
+    ranks: int, per_domain: int, missing: int
+) -> None:
     from harness.virtual_domains import VirtualDomains
 
-    domain = VirtualDomains(4, timeout=0.5)
-    shape = Shape((50, 50, 50, 50))
-    inputs = [to_gpu(draw_rank(shape, r, 1)) for r in range(4)]
-    domain.dispatch(inputs, capacity=200, num_experts=16, skip=frozenset({2}))
-    for r in (0, 1, 3):
+    domain = VirtualDomains(ranks, ranks_per_domain=per_domain, timeout=0.5)
+    shape = Shape((50,) * ranks)
+    inputs = [to_gpu(draw_rank(shape, r, 1)) for r in range(ranks)]
+    domain.dispatch(inputs, capacity=50 * ranks, num_experts=4 * ranks, skip=frozenset({missing}))
+    for r in sorted(set(range(ranks)) - {missing}):
         fault = domain.endpoints[r].take_fault(0)
         assert fault is not None
         assert fault.operation == "dispatch"
-        assert 2 in fault.waited_on  # and by rank 3 what rank 2 should have relayed
+        assert missing in fault.waited_on  # and by its neighbours what it should have relayed
     assert torch.zeros(1, device="cuda").item() == 0  # the context lives
 
 
