@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_efficiency, dp_faults, dp_join, dp_networks, dp_topologies, dp_uneven
+from deepep.cli import dp_bench, dp_efficiency, dp_faults, dp_join, dp_networks, dp_topologies, dp_uneven
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import ArgumentError, RangeError
 
@@ -30,21 +30,28 @@ def command(
     what: Annotated[
         str,
         typer.Argument(
-            help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join."
+            help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join, "
+            "bench."
         ),
     ],
     ranks: Annotated[
-        int, typer.Option(help="Processes; topologies: 8 if not given, efficiency: 20.", min=0)
+        int,
+        typer.Option(
+            help="Processes; not given: topologies 8, efficiency 20, bench one a GPU, 2 or more.", min=0
+        ),
     ] = 0,
     cases: Annotated[int, typer.Option(help="bits: cases to draw, over 1 to 8 ranks.", min=1)] = 1000,
     blocks: Annotated[int, typer.Option(help="codec: blocks to compare with the oracle.", min=1)] = 20_000,
     steps: Annotated[
         int, typer.Option(help="convergence, noise, uneven: training steps; 0: 64, 160 and 20.", min=0)
     ] = 0,
-    rounds: Annotated[int, typer.Option(help="topologies: times that each plan runs.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="topologies, bench: times that each way runs.", min=1)] = 5,
     pinned: Annotated[bool, typer.Option(help="topologies: every schedule by itself, too.")] = True,
     clusters: Annotated[str, typer.Option(help="topologies: of these alone, with commas between.")] = "",
-    sizes: Annotated[str, typer.Option(help="topologies: of 4K,256K,4096K these alone.")] = "",
+    sizes: Annotated[
+        str, typer.Option(help="topologies: of 4K,256K,4096K these alone; bench: 1M,64M,1G.")
+    ] = "",
+    kills: Annotated[bool, typer.Option("--kills/--no-kills", help="bench: a rank is killed, too.")] = True,
     results: Annotated[
         str, typer.Option(help="topologies: a file that keeps times, so that the rest can follow later.")
     ] = "",
@@ -67,6 +74,8 @@ def command(
     ranks of several speeds, whose shares follow what is measured, against torch's equal ones. efficiency:
     samples that count in a minute in which ranks die, beside torchrun's restart; or simulated. join: for how
     long the others stop when a process takes its place, by the size of what it is given.
+    bench: all-reduces beside torch's own, by NCCL on GPUs, in one run, with the CPU's bits; and a rank that
+    is killed. Under torchrun its ranks take part.
     """
     from deepep.sim.links.emulated import NetworkError
 
@@ -85,6 +94,7 @@ def command(
             if simulate
             else dp_efficiency.efficiency(ranks or 20, killed, window, costs)
         ),
+        "bench": lambda: dp_bench.bench(ranks, sizes, rounds, kills),
         "join": lambda: dp_join.join(ranks or 4, times),
     }
     if what not in actions:

@@ -341,10 +341,13 @@ class Communicator(StepOperations):
         return found[0]
 
     def gather(self, values: list[float]) -> list[list[float]]:
-        """Every rank's numbers, as many on each, by rank. Collective, on the CPU."""
+        """Every rank's numbers, as many on each, by rank. Collective."""
         found: list[list[float]] = []
         agreed = {"numbers": len(values)}
-        self._perform(Operation.PROBE, lambda link: found.extend(_gathered(link, values)), agreed)
+        membership = self._control.membership
+        self._perform(
+            Operation.PROBE, lambda link: found.extend(_gathered(membership.control(), values)), agreed
+        )
         return found
 
     def observe(self, observer: Observer | None) -> None:
@@ -394,7 +397,10 @@ def reduce(
     divided = values.new_full((), divisor)
 
     def finish(total: Tensor, begin: int) -> Tensor:
-        return torch.div(total, divided)  # a tensor: a number would go by way of its reciprocal on CUDA
+        if divisor == 1:
+            return total
+        # By a tensor: a number would go by way of its reciprocal on CUDA. There a pass over memory counts.
+        return total.div_(divided) if total.is_cuda else torch.div(total, divided)
 
     sum_all = None
     if outer == FIXED and plan.schedule in ("oneshot", "direct") and net.num_ranks > 1:

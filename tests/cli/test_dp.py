@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import typer
 
-from deepep.cli import dp, dp_efficiency, dp_topologies
+from deepep.bench.reductions import AUTO, FP8, TORCH, TORCH_BF16, ReductionTimes
+from deepep.cli import dp, dp_bench, dp_efficiency, dp_topologies
 from deepep.cli.demo_gradients import run_gradients
+from deepep.cli.terminal import make_console
 from deepep.demo.compressed import CONTROL, train_with
 from deepep.demo.config import DemoConfig
 from deepep.sim.faults.outages import OutageCosts
@@ -113,6 +115,35 @@ def test_topologies_are_measured_in_pieces(
     for ranks, clusters, sizes in ((8, "", ""), (4, "ring", ""), (4, "", "1K")):
         with pytest.raises(typer.Exit):
             dp_topologies.topologies(ranks, 3, True, clusters, sizes, file)
+
+
+def test_reductions_are_timed_and_judged(
+    world_of: Callable[[int], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m deepep dp bench` in small, on the CPU; bars are for ranks with a GPU each."""
+    found = world_of(2).run(dp_bench._measured, [4096], 1, 2, timeout=120.0)[0]
+    assert found.wrong == []
+    assert dp_bench.show(found, make_console())
+    assert "no GPU here" in capsys.readouterr().out
+    seconds = {4096: {TORCH: [1.0, 3.0, 2.0], TORCH_BF16: [1.0], AUTO: [2.1], FP8: [1.4]}}
+    plans = {4096: {AUTO: "native", FP8: "direct fp8"}}
+    assert not dp_bench.show(ReductionTimes("cuda", 2, False, seconds=seconds, plans=plans), make_console())
+    assert "4,096 bytes, auto: 1.05; allowed: at most 1.02" in capsys.readouterr().out
+    for shared in (
+        ReductionTimes("cuda", 2, True, seconds=seconds, plans=plans),
+        ReductionTimes("cuda", 2, False, "two ranks on one GPU", {4096: {AUTO: [1.0]}}, plans),
+    ):
+        assert dp_bench.show(shared, make_console())
+    assert not dp_bench.show(ReductionTimes("cuda", 2, True, wrong=["rank 0"]), make_console())
+    assert [dp_bench._bytes_of(word) for word in ("12", "64k", "1M", "2G")] == [12, 65536, 1 << 20, 2 << 30]
+    for word in ("", "M", "1T", "-1", "0"):
+        with pytest.raises(typer.Exit):
+            dp_bench._bytes_of(word)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_in_an_all_reduce_is_missed() -> None:
+    assert dp_bench._killed(3, "gloo", make_console())
 
 
 def test_misuse() -> None:
