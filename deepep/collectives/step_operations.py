@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -15,9 +16,12 @@ from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.registration import Registrations
 from deepep.runtime.control.shrinking import Course
-from deepep.runtime.control.transport import Link, transport
+from deepep.runtime.control.transport import Link, LinkError, transport
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Operation, Schedule
+
+_FIRST_LOOK, _LONGEST_PAUSE = 0.002, 0.5
+"""Seconds of waiting for the device before the first look at who is missing, and ten times between two."""
 
 
 class StepOperations:
@@ -52,6 +56,7 @@ class StepOperations:
         """
         found: dict[int, int] = {}
         with self._control.issuing:
+            self._await_device()
             completion = self._control.perform(
                 Operation.COMMIT,
                 Schedule(),
@@ -62,14 +67,17 @@ class StepOperations:
         completion.host_wait()
         return max(0, *found.values())
 
-    def collective(self, call: Callable[[dist.ProcessGroup], dist.Work], about: int) -> None:
+    def collective(
+        self, call: Callable[[dist.ProcessGroup], dist.Work], about: int, device_type: str = "cpu"
+    ) -> None:
         """Makes a collective of torch's on the members' private group. about: a number that is the same on
-        all of them. Raises PeerTimeoutError.
+        all of them. device_type: of its tensors. Raises PeerTimeoutError.
         """
 
         def body(link: Link) -> None:
+            group = self._control.membership.control().group if device_type == "cpu" else link.group
             with transport():
-                call(link.group).wait()
+                call(group).wait()
 
         self._perform(Operation.COLLECTIVE, body, {"collective": about})
 
@@ -156,4 +164,31 @@ class StepOperations:
             completion = self._control.perform(
                 operation, Schedule(), lambda link, limits: body(link), agreed=agreed
             )
+            self._await_device()
         completion.host_wait()
+
+    def _await_device(self) -> None:
+        """On CUDA, returns once the communication stream has done what it holds. A sum there that waits for a
+        rank which has died would never end: raises PeerTimeoutError then, or after the time-out.
+        """
+        stream, membership = self._control.session.stream, self._control.membership
+        if stream is None:
+            return
+
+        def job() -> None:
+            begin = time.monotonic()
+            pause = _FIRST_LOOK
+            while not stream.query():
+                waited = time.monotonic() - begin
+                if waited > self._control.timeout:
+                    raise LinkError("the device did not end its sums in time")
+                if waited > _FIRST_LOOK:
+                    membership.check_members()
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                time.sleep(pause / 10)
+            self._check_device()
+
+        self._control.locally(job, Schedule())
+
+    def _check_device(self) -> None:
+        """Raises LinkError if what the device has done has no result."""

@@ -87,10 +87,17 @@ class StepCollectives(dist.ProcessGroup):
 
     def _run(self, name: str, tensors: list[Tensor], call: Callable[[dist.ProcessGroup], dist.Work]) -> Any:
         sizes = [tensor.numel() for tensor in tensors]
-        self.comm.collective(call, zlib.crc32(repr((name, sizes)).encode()))
-        done: Future[Any] = Future()
+        device_type = tensors[0].device.type if tensors else "cpu"
+        self.comm.collective(call, zlib.crc32(repr((name, sizes)).encode()), device_type)
+        done: Future[Any] = _future_of(tensors)
         done.set_result(tensors)
         return work_of(done)
+
+
+def _future_of(tensors: list[Tensor]) -> Future[Any]:
+    """A future of tensors, which on GPUs has to know where."""
+    devices: list[int | str | torch.device] = [tensor.device for tensor in tensors[:1] if tensor.is_cuda]
+    return Future(devices=devices or None)
 
 
 class Steps:
@@ -201,7 +208,7 @@ class Steps:
     def hold(self, bucket: Bucket) -> HeldBucket:
         """A place for the sums of a bucket, until they count."""
         own = bucket.buffer()
-        held = self._held[bucket.index()] = HeldBucket(own, own.clone(), Future())
+        held = self._held[bucket.index()] = HeldBucket(own, own.clone(), _future_of([own]))
         return held
 
     def settle(self, failure: BaseException | None) -> None:
@@ -318,6 +325,8 @@ class Steps:
         counters = self._exchanges.counters()
         self._buffers = [(buffer, buffer.clone()) for buffer in (*self._model.buffers(), *counters)]
         self._random = torch.get_rng_state()
+        device = self._reducer.comm.device
+        self._device_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def end(self, error: BaseException | None) -> bool:
         """An attempt has ended, by `error` perhaps: whether it has to be made again."""
@@ -341,6 +350,8 @@ class Steps:
                 for buffer, values in self._buffers:
                     buffer.copy_(values)
             torch.set_rng_state(self._random)
+            if self._device_random is not None:
+                torch.cuda.set_rng_state(self._device_random, self._reducer.comm.device)
         self._gradients, self._buffers = [], []
         self._reducer.end_step(self.is_committed and not failed)
         if failed:

@@ -30,7 +30,8 @@ class ParallelConfig:
     compression: "off" or False; "fp8", "fp16" or "bf16" on the wire; "auto" or True: FP8, BF16 or none for
         each bucket, by the gradients' noise.
     max_noise: of "auto": the share of the gradients' own variance that rounding may add.
-    topology: a schedule, in any case: "native", "direct", "hierarchical", "ring", "chain", "tree", "oneshot";
+    topology: a schedule, in any case: "native", "direct", "nvlink", "hierarchical", "ring", "chain", "tree",
+        "oneshot";
         "auto" chooses by measurement, or by size and hosts where nothing is measured
         (parallel/planning.py); or a ReductionPlan, a PlanTable, or the path of one.
     probe_seconds: what measuring candidates may take, besides the probe itself; 0 measures nothing.

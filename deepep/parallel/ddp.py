@@ -236,7 +236,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         step's gradients with it, or all sum without it what each has kept of its own, or, if a forward or a
         backward failed, run the body again, with gradients, module buffers and torch's random numbers as they
         were. Weights are those of the ranks that were there, bit for bit. In an attempt one backward reduces
-        gradients, and all ranks call this alike, on the CPU.
+        gradients, and all ranks call this alike. With experts on the CPU alone.
 
         keep: "buckets": a copy of this rank's gradients, for summing again; "recompute": no copy, the body
         runs again, on all ranks: for forwards that communicate. None: the first, but the second for a model
@@ -262,6 +262,10 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             raise ModeError("expert_group", "replicas of experts", "experts of one rank each, or none")
         if state is not None:
             check_objects(state)
+            if self.device_type != "cpu":
+                raise ModeError(
+                    "state", "a model on CUDA", "None: processes join, and copy experts, on the CPU"
+                )
         if state is not None and self._experts and expert_backup is None:
             raise ModeError("state", "a model with experts", "None, without expert_backup")
         steps = self._steps_of(self._reducer_of_ours())
@@ -274,8 +278,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             yield attempt
 
     def _steps_of(self, reducer: BucketReducer) -> Steps:
-        if reducer.comm.device.type != "cpu":
-            raise ModeError("attempts", f"a model on {reducer.comm.device}", "a model on the CPU")
+        if reducer.comm.device.type != "cpu" and self._experts:
+            raise ModeError("attempts", f"experts on {reducer.comm.device}", "a model on the CPU, or none")
         if reducer.steps is None:
             reducer.steps = Steps(self, reducer, self._renew, self._experts)
             self._take_group(StepCollectives(reducer.comm))

@@ -114,8 +114,10 @@ class BucketReducer:
                 raise
             self._failure = error
             return _completed(tensor) if held is None else held.done
-        if tensor.is_cuda or not in_backward:  # a rank that has joined (`join`) waits for its buckets itself
+        if not in_backward:  # a rank that has joined (`join`) waits for its buckets itself
             return pending
+        if tensor.is_cuda:  # never fails: what was issued is waited for before the commit
+            return pending if held is None else held.done
         done = self._noting_failures(pending, tensor)
         if steps is not None:
             self._pending.append(done)
@@ -346,7 +348,8 @@ class BucketReducer:
             for index, bucket in sorted(held.items()):
                 bucket.sums = bucket.own.clone()
                 pending = self._issue(index, self.step, bucket.sums)
-                self._pending.append(self._noting_failures(pending, bucket.sums))
+                if not bucket.sums.is_cuda:  # whose commit waits for it
+                    self._pending.append(self._noting_failures(pending, bucket.sums))
         except PeerTimeoutError as fault:
             self._failure = fault
         return self._outcome()

@@ -276,6 +276,16 @@ class Membership:
             return True
         return liveness.is_dead(self._identities.get(rank, ""), self._identities.get(self.rank, ""))
 
+    def check_members(self) -> None:
+        """Raises LinkError if a member is dead, or one has met a fault: what a device waits for may never
+        come, and no connection of the host's says so.
+        """
+        gone = [rank for rank in self.members if rank != self.rank and self.is_dead(rank)]
+        if gone:
+            raise LinkError(f"{gone} are gone")
+        if self._meeting is not None and self._meeting.is_alarmed:
+            raise LinkError("another rank has met a fault")
+
     def is_over(self, rank: int) -> bool:
         """True if nothing of `rank` can write to its peers' memory any more: it has departed, and said so, or
         its process is gone, with all threads. Beyond doubt, unlike `is_dead`.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,8 @@ from deepep.runtime.control.stores import base_of
 from deepep.runtime.control.waits import WaitRecorder
 
 _NOBODY_SENDS, _HEADERS = 0x0DEE, 0x0DEF  # message tags
+_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read where a group is made, and nowhere else
+_making = threading.Lock()
 _MANY = 5
 """From so many members on, one round of messages is faster than gloo's ring."""
 
@@ -89,7 +93,8 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = seconds
             kind = dist.ProcessGroup.BackendType.NCCL
-            nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+            with _errors_are_not_fatal():
+                nccl = dist.ProcessGroupNCCL(store, rank, size, options)
             group._register_backend(torch.device("cuda"), kind, nccl)
         else:
             kind = dist.ProcessGroup.BackendType.GLOO
@@ -97,6 +102,23 @@ def private_group(store: Store, rank: int, size: int, timeout: float, device_typ
             group._register_backend(torch.device("cpu"), kind, gloo)
     group._set_default_backend(kind)
     return group
+
+
+@contextlib.contextmanager
+def _errors_are_not_fatal() -> Iterator[None]:
+    """Has torch's watchdog of a group made inside note errors and nothing more: by default it ends the
+    process when a peer has died, before `hang_up` comes to abort what waits for it.
+    """
+    with _making:
+        before = os.environ.get(_HANDLING)
+        os.environ[_HANDLING] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_HANDLING]
+            else:
+                os.environ[_HANDLING] = before
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: float) -> None:
