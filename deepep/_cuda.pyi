@@ -10,6 +10,8 @@ MAX_RANKS: int
 NUM_WAITS: int
 MAX_COUNTED_TOKENS: int
 CE_COMPLETED: int
+ALL_REDUCE_STATE_WORDS: int
+ALL_REDUCE_MISSING: int
 EXCHANGE_STATE_WORDS: int
 EXCHANGE_MISSING: int
 MAX_GROUP_RANKS: int
@@ -666,6 +668,48 @@ class Exchange:
     ) -> None: ...
 
 def exchange_bytes(num_ranks: int, pair_bytes: int) -> int: ...
+
+class AllReduce:
+    """One rank's part in all-reduces over symmetric memory (csrc/kernels/all_reduce), in which a rank pushes
+    up to pair_bytes to another in each of two rounds.
+
+    heaps: every rank's memory, of `all_reduce_bytes`, as mapped here, whose first bytes, as many as
+    `all_reduce_control_bytes`, are zero before the first call. state: ALL_REDUCE_STATE_WORDS words of the
+    device, zero likewise; word ALL_REDUCE_MISSING, and host_missing in pinned memory, has a bit for each rank
+    that was waited for in vain.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        heaps: list[int],
+        pair_bytes: int,
+        state: int,
+        host_missing: int = 0,
+        timeout_seconds: float,
+    ) -> None: ...
+    @property
+    def pair_bytes(self) -> int: ...
+    def launch(
+        self,
+        *,
+        tensor: int,
+        count: int,
+        is_bf16: bool,
+        is_oneshot: bool,
+        format: str,
+        is_fixed: bool,
+        divisor: float,
+        keys: list[int],
+        first_index: int,
+        num_blocks: int,
+        stream: int,
+    ) -> None: ...
+
+def all_reduce_bytes(num_ranks: int, pair_bytes: int) -> int: ...
+def all_reduce_control_bytes(num_ranks: int) -> int: ...
+def all_reduce_block_bytes(format: str, is_bf16: bool) -> int: ...
 def wait_counts(
     host_counts: int, ticket: int, num_ranks: int, num_local_experts: int, timeout_seconds: float
 ) -> Counts | None: ...

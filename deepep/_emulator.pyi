@@ -17,6 +17,8 @@ EPOCHS: int
 TOO_MANY_ROWS: int
 DISAGREEMENT: int
 HOST_COUNTS_WORDS: int
+ALL_REDUCE_STATE_WORDS: int
+ALL_REDUCE_MISSING: int
 EXCHANGE_STATE_WORDS: int
 EXCHANGE_MISSING: int
 
@@ -506,6 +508,42 @@ class Exchange:
     ) -> bytes: ...
 
 def exchange_bytes(num_ranks: int, pair_bytes: int) -> int: ...
+
+class AllReduce:
+    """One rank's part in all-reduces over symmetric memory (csrc/kernels/all_reduce): as deepep._cuda's, for
+    a machine to launch.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        heaps: Sequence[int],
+        pair_bytes: int,
+        state: int,
+        host_missing: int = 0,
+        timeout_seconds: float,
+    ) -> None: ...
+    @property
+    def pair_bytes(self) -> int: ...
+    def args(
+        self,
+        *,
+        tensor: int,
+        count: int,
+        is_bf16: bool,
+        is_oneshot: bool,
+        format: str,
+        is_fixed: bool,
+        divisor: float,
+        keys: Sequence[int],
+        first_index: int,
+        num_blocks: int,
+    ) -> bytes: ...
+
+def all_reduce_bytes(num_ranks: int, pair_bytes: int) -> int: ...
+def all_reduce_control_bytes(num_ranks: int) -> int: ...
+def all_reduce_block_bytes(format: str, is_bf16: bool) -> int: ...
 def exchange_rows(num_ranks: int, pair_bytes: int, epoch: int, source: int) -> int: ...
 def low_latency_bytes(
     num_ranks: int,

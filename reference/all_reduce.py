@@ -5,7 +5,7 @@ rounded to a format of gradient_codec, each once; sums run in float32 (float64 f
 the ranks.
 
     one-shot      every rank sums the R addends and rounds nothing
-    direct        the sum of the R addends, rounded as the result
+    direct        the sum of the R addends, rounded as the result;  nvlink: the same
     hierarchical  each group's sum of addends, as its partial sum; their sum, rounded as the result
     chain         the sum of the R tensors;  tree, ring: other orders of it
     native        the transport's own order, which is no rule of ours: defined for "fixed32" alone
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import gradient_codec as codec
 from .checks import require
 
-SCHEDULES = ("oneshot", "direct", "hierarchical", "ring", "chain", "tree", "native")
+SCHEDULES = ("oneshot", "direct", "hierarchical", "ring", "chain", "tree", "native", "nvlink")
 ANYBODY = -1  # the sender of a result, whose dice do not depend on who owns which part
 ADDEND, PARTIAL, RESULT = range(3)  # levels, by which dice differ
 
@@ -81,7 +81,7 @@ def all_reduce(
     outer, inside = rounded(form), rounded(inner or form)
     if schedule == "oneshot":
         return _divide(_sum([outer(x, rank, ADDEND) for rank, x in enumerate(values)]), divisor).to(dtype)
-    if schedule == "direct":
+    if schedule in ("direct", "nvlink"):
         groups, inside = [list(range(num_ranks))], outer
     partial = [
         _sum([inside(values[r], r, ADDEND) for r in group]) if len(group) > 1 else values[group[0]]

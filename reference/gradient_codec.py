@@ -3,7 +3,7 @@
 A block is 128 elements, the last one perhaps fewer. FP8 (e4m3) and FP16 messages are the elements' codes,
 then a byte s per block for the scale 2^(s - 127); s = 255 says that the block holds an infinity or a NaN, and
 all of it is read as NaN. BF16 messages are the codes alone. Everything here goes by real numbers and torch's
-casts; csrc/layout/rules/gradient_codec.hpp goes by bits.
+casts; csrc/layout/gradient_codec.hpp goes by bits.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/all_reduce.hpp"
 #include "bindings/cuda_low_latency_far.hpp"
 #include "bindings/cuda_two_level.hpp"
 #include "bindings/domain.hpp"
@@ -14,6 +15,7 @@
 #include "host/arena.hpp"
 #include "host/cuda_launcher.hpp"
 #include "host/cuda_low_latency.hpp"
+#include "kernels/all_reduce/launch.hpp"
 #include "kernels/common/launch.hpp"
 #include "kernels/exchange/launch.hpp"
 #include "kernels/rows/launch.hpp"
@@ -242,6 +244,17 @@ PYBIND11_MODULE(_cuda, m) {
                             pointer<void>(stream));
       },
       py::kw_only(), "source"_a, "sent"_a, "received"_a, "sums"_a, "num_blocks"_a, "stream"_a);
+  deepep::bindings::bind_all_reduce(m, dk::load_all_reduce).def(
+      "launch",
+      [](const deepep::bindings::AllReduceOf& self, uintptr_t tensor, int64_t count, bool is_bf16,
+         bool is_oneshot, const std::string& format, bool is_fixed, float divisor,
+         const std::vector<uint32_t>& keys, uint64_t first_index, int num_blocks, uintptr_t stream) {
+        dk::launch_all_reduce(self.call(tensor, count, is_bf16, is_oneshot, format, is_fixed, divisor, keys,
+                                        first_index, num_blocks),
+                              is_oneshot, num_blocks, pointer<void>(stream));
+      },
+      py::kw_only(), "tensor"_a, "count"_a, "is_bf16"_a, "is_oneshot"_a, "format"_a, "is_fixed"_a, "divisor"_a,
+      "keys"_a, "first_index"_a, "num_blocks"_a, "stream"_a);
   deepep::bindings::bind_rows<RowLaunches>(m, "");
   m.def(
       "stream_is_idle", [](uintptr_t stream) { return deepep::host::is_idle(pointer<CUstream_st>(stream)); },

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "bindings/all_reduce.hpp"
 #include "bindings/domain.hpp"
 #include "bindings/emulator_low_latency.hpp"
 #include "bindings/emulator_two_level.hpp"
@@ -351,6 +352,17 @@ void bind_kernel_arguments(py::module_& m) {
       },
       py::kw_only(), "source"_a, "sent"_a, "received"_a, "sums"_a, "num_blocks"_a,
       "Of a launch of exchange_kernel, or, with sums, exchange_read_kernel.");
+  deepep::bindings::bind_all_reduce(m, [] {}).def(
+      "args",
+      [](const deepep::bindings::AllReduceOf& self, uintptr_t tensor, int64_t count, bool is_bf16,
+         bool is_oneshot, const std::string& format, bool is_fixed, float divisor,
+         const std::vector<uint32_t>& keys, uint64_t first_index, int num_blocks) {
+        return bytes_of(self.call(tensor, count, is_bf16, is_oneshot, format, is_fixed, divisor, keys,
+                                  first_index, num_blocks));
+      },
+      py::kw_only(), "tensor"_a, "count"_a, "is_bf16"_a, "is_oneshot"_a, "format"_a, "is_fixed"_a, "divisor"_a,
+      "keys"_a, "first_index"_a, "num_blocks"_a,
+      "Of a launch of all_reduce_oneshot_kernel, or all_reduce_direct_kernel.");
   m.def(
       "exchange_rows",
       [](int num_ranks, int64_t pair_bytes, uint32_t epoch, int source) {

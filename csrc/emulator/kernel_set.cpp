@@ -4,6 +4,8 @@
 #include "emulator/litmus/bulk.hpp"
 #include "emulator/litmus/litmus.hpp"
 #include "emulator/litmus/put.hpp"
+#include "kernels/all_reduce/direct.hpp"
+#include "kernels/all_reduce/oneshot.hpp"
 #include "kernels/barrier/barrier.hpp"
 #include "kernels/combine/combine.hpp"
 #include "kernels/combine/copy_engine.hpp"

@@ -1,5 +1,5 @@
 // Gradients on the wire: narrow floating-point codes with a power-of-two scale per block, and fixed point.
-// For the CPU alone so far; written for both, so that a kernel gives the same bits.
+// Kernels and the CPU run these, so both give the same bits.
 //
 // A block is 128 consecutive elements, the last one of a message perhaps fewer. A message is its elements'
 // codes, then, for formats that have them, one scale byte per block.

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep.collectives import Communicator, ReductionPlan
+from deepep.collectives.codecs import FIXED as FIXED32
 from deepep.collectives.codecs import LOSSY
 from deepep.errors import PeerTimeoutError
 from deepep.parallel.config import ParallelConfig
@@ -29,6 +30,8 @@ AUTO, FIXED, FP8 = "auto", "auto, reproducible", "auto, fp8"
 """What the options choose without compression, in the order of sums that a schedule has; with
 `reproducible=True`, the default; with FP8.
 """
+KERNELS = {"nvlink": "plain", "nvlink, reproducible": FIXED32, "nvlink, fp8": "fp8"}
+"""This library's kernels over symmetric memory, by codec, on CUDA."""
 HEAD_START_CYCLES = 400_000
 """That the device is kept busy before a sample, so that the host has launched all of it by then."""
 DRAWN = 24
@@ -69,6 +72,9 @@ def measure_reductions(
             for size in sizes:
                 plan = plan_of(config, size, torch.float32, comm.hosts, device.type, table=table)
                 chosen[size][way] = plan.for_ranks(comm.num_ranks)
+        for way, codec in KERNELS.items() if is_cuda else ():
+            for size in sizes:
+                chosen[size][way] = ReductionPlan("nvlink", codec).for_ranks(comm.num_ranks)
         every_plan = {plan for of_size in chosen.values() for plan in of_size.values()}
         here = SimpleNamespace(group=group, rank=group.rank(), num_ranks=group.size())
         wrong = differing_plans(comm, sorted(every_plan, key=repr))

@@ -15,21 +15,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from deepep.collectives import codecs
-from deepep.collectives.codecs import FIXED, LOSSY, PLAIN, FixedPoint, Messages
+from deepep.collectives.codecs import FIXED
 from deepep.collectives.cost import LinkSpeeds
+from deepep.collectives.nvlink import DTYPES as NVLINK_DTYPES
+from deepep.collectives.nvlink import NvlinkReducer
 from deepep.collectives.plan import ReductionPlan
 from deepep.collectives.probe import probe
+from deepep.collectives.reducing import reduce
 from deepep.collectives.scattering import reduce_scatter
-from deepep.collectives.schedules import PARTIAL, RESULT, Reduction, shares
 from deepep.collectives.step_operations import StepOperations
-from deepep.collectives.transport import MANY_UNITS, PointToPoint, Steps, Transfer, drive
+from deepep.collectives.transport import PointToPoint, Steps, Transfer, drive
 from deepep.errors import (
     ArgumentError,
     ArgumentTypeError,
     DeepEPError,
     DeviceError,
     LayoutError,
+    PeerTimeoutError,
     ShapeError,
 )
 from deepep.runtime.checks import check_int, check_memory
@@ -38,6 +40,7 @@ from deepep.runtime.control import agreement
 from deepep.runtime.control.agreement import NO_LIMIT, dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.processes import only_here
+from deepep.runtime.control.shrinking import Course
 from deepep.runtime.control.transport import Link
 from deepep.runtime.engine import Observer
 from deepep.runtime.requests import Operation, Schedule
@@ -112,6 +115,7 @@ class Communicator(StepOperations):
         self.device = torch.device(device)
         session, membership = Session.of(group, self.device), membership_of(group, timeout)
         self.group, self.bytes_sent = group, 0
+        self._nvlink: tuple[Link, NvlinkReducer | None] | None = None
         try:
             self._facts = {"host": socket.gethostname()}
             met = agreement.agree(membership, "arrived", statement or {}, None, self._facts)
@@ -306,7 +310,7 @@ class Communicator(StepOperations):
                 # One element may have a stride of 0 and be contiguous; its bytes could not be viewed.
                 out = tensor.detach().as_strided((tensor.numel(),), (1,))
                 beside = [] if aside is None else [self._give(net, aside, pending)]
-                reduce(net, out, plan, self.num_ranks if mean else 1, dice, beside)
+                self._reduce(net, out, plan, self.num_ranks if mean else 1, dice, beside)
                 if inspect is not None:
                     inspect(out)
             finally:
@@ -320,6 +324,48 @@ class Communicator(StepOperations):
             with torch.cuda.stream(self._control.session.stream):
                 done.set_result(tensor)
         return pending
+
+    def _reduce(
+        self,
+        net: PointToPoint,
+        out: Tensor,
+        plan: ReductionPlan,
+        divisor: int,
+        dice: tuple[int, int, int] | None,
+        beside: Sequence[Steps],
+    ) -> None:
+        kernels = None
+        if plan.schedule == "nvlink" and out.is_cuda and out.dtype in NVLINK_DTYPES and net.num_ranks > 1:
+            kernels = self._nvlink_of(self._control.membership.control())
+        if kernels is None:
+            reduce(net, out, plan, divisor, dice, beside)
+            return
+        self.bytes_sent += kernels.all_reduce(out, plan.codec, divisor, dice)
+        drive(beside)
+
+    def _nvlink_of(self, link: Link) -> NvlinkReducer | None:
+        """The kernels' memory among the members, made by their first reduction; None where it cannot be."""
+        if self._nvlink is None or self._nvlink[0] is not link:
+            self._release()
+            is_near = len({self._hosts[rank] for rank in link.members}) == 1
+            timeout = self._control.timeout
+            self._nvlink = link, NvlinkReducer.open(link, self.device, timeout) if is_near else None
+        return self._nvlink[1]
+
+    def _release(self) -> None:
+        """Ends what kernels wait for on a link that is no more."""
+        before, self._nvlink = self._nvlink, None
+        if before is not None and before[1] is not None:
+            before[1].release()
+
+    def _check_device(self) -> None:
+        if self._nvlink is not None and self._nvlink[1] is not None:
+            self._nvlink[1].check()
+
+    def survive(self, fault: PeerTimeoutError, min_members: int | None) -> Course:
+        """As StepOperations has it; kernels of this rank wait for nobody any more."""
+        self._release()
+        return super().survive(fault, min_members)
 
     def _give(self, net: PointToPoint, aside: Tensor, pending: PendingReduction) -> Steps:
         """One round, beside a reduction's own: every rank's `aside` to every other."""
@@ -364,6 +410,7 @@ class Communicator(StepOperations):
     def abandon(self) -> None:
         """Ends it on this rank, whose peers learn that it will not come. Idempotent."""
         if self._finalizer.detach():
+            self._release()
             self._control.abandon()
 
     def __enter__(self) -> Self:
@@ -376,78 +423,6 @@ class Communicator(StepOperations):
             self.close()
         else:
             self.abandon()
-
-
-def reduce(
-    net: PointToPoint,
-    out: Tensor,
-    plan: ReductionPlan,
-    divisor: int,
-    dice: tuple[int, int, int] | None,
-    beside: Sequence[Steps] = (),
-) -> None:
-    """Replaces `out` [N] by its sum over the ranks, divided; a plan that `for_ranks` has made.
-
-    beside: other schedules, to be under way with the reduction's own.
-    """
-    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    outer = plan.codec if wide == torch.float32 else PLAIN
-    inner = (plan.inner or plan.codec) if wide == torch.float32 else PLAIN
-    values = out.to(wide)
-    divided = values.new_full((), divisor)
-
-    def finish(total: Tensor, begin: int) -> Tensor:
-        if divisor == 1:
-            return total
-        # By a tensor: a number would go by way of its reciprocal on CUDA. There a pass over memory counts.
-        return total.div_(divided) if total.is_cuda else torch.div(total, divided)
-
-    sum_all = None
-    if outer == FIXED and plan.schedule in ("oneshot", "direct") and net.num_ranks > 1:
-        # Whoever sums has all of the addends: they travel as they are, and nobody has to ask for the units.
-        def sum_all(addends: list[Tensor]) -> Tensor:
-            return FixedPoint.sum([addend.view(out.dtype).float() for addend in addends], float(divisor))
-
-        def finish(total: Tensor, begin: int) -> Tensor:
-            return total
-
-    elif outer == FIXED:
-        exponents = FixedPoint.exponents_of(values)
-        drive([_until_agreed(net, exponents)])
-        fixed = FixedPoint(exponents, codecs.headroom_of(net.num_ranks))
-        values = fixed.encode(values)
-
-        def finish(total: Tensor, begin: int) -> Tensor:
-            return fixed.part(begin, begin + total.numel()).decode(total, float(divisor))
-
-    def messages(level: int, sender: int) -> Messages:
-        if level == RESULT:
-            name, dtype = (outer if outer in LOSSY else PLAIN), out.dtype
-        elif values.dtype == torch.int32:
-            name, dtype = PLAIN, values.dtype
-        elif level == PARTIAL:
-            name, dtype = outer, wide
-        else:
-            name = inner if plan.schedule == "hierarchical" else outer
-            name, dtype = (PLAIN if sum_all is not None else name), out.dtype
-        key = None if dice is None or name == PLAIN else codecs.rounding_key(*dice, sender, level)
-        return Messages(name, dtype, key)
-
-    task = Reduction(plan, net, values, out, messages, finish, sum_all)
-    spans = shares((0, out.numel()), plan.pieces)
-    drive([*(task.steps(span, tag) for tag, span in enumerate(spans)), *beside])
-
-
-def _until_agreed(net: PointToPoint, exponents: Tensor) -> Steps:
-    """The maximum over the ranks, in place."""
-    if exponents.is_cuda or exponents.numel() * net.num_ranks > MANY_UNITS:
-        yield net.all_reduce(exponents, dist.ReduceOp(dist.ReduceOp.MAX))
-        return
-    others = [(torch.empty_like(exponents), rank) for rank in range(net.num_ranks) if rank != net.rank]
-    mine = exponents.clone()  # what is read while it is sent may not change
-    yield net.exchange([(mine, rank) for _, rank in others], others, 0)
-    for theirs, _ in others:
-        torch.maximum(exponents, theirs, out=exponents)
 
 
 def _gathered(link: Link, values: list[float]) -> list[list[float]]:

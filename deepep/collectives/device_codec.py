@@ -1,6 +1,6 @@
 """The gradient codec in torch's operations, by bits, for tensors on GPUs; any device gives the same bits.
 
-The rules are those of csrc/layout/rules/gradient_codec.hpp, which has them in words.
+The rules are those of csrc/layout/gradient_codec.hpp, which has them in words.
 """
 
 from __future__ import annotations

@@ -11,9 +11,12 @@ from deepep.collectives.codecs import FIXED, LOSSY, NAMES, PLAIN
 from deepep.errors import ArgumentTypeError, RangeError
 from deepep.runtime.checks import check_int
 
-SCHEDULES = ("oneshot", "direct", "hierarchical", "ring", "chain", "tree", "native")
-ONE_ROUNDING = ("oneshot", "direct", "hierarchical")
-"""Schedules that round an addend and a sum once, however many ranks there are."""
+SCHEDULES = ("oneshot", "direct", "hierarchical", "ring", "chain", "tree", "native", "nvlink")
+ONE_ROUNDING = ("oneshot", "direct", "hierarchical", "nvlink")
+ALL_ADDENDS = ("oneshot", "direct", "nvlink")
+"""Schedules that round an addend and a sum once, however many ranks there are; and those in which whoever
+sums has all ranks' addends.
+"""
 _VERSION = 1
 
 

@@ -272,6 +272,7 @@ def native(task: Reduction, span: Span, tag: int) -> Steps:
 _SCHEDULES: dict[str, Callable[[Reduction, Span, int], Steps]] = {
     "oneshot": oneshot,
     "direct": grouped,
+    "nvlink": grouped,  # where its kernels cannot run
     "hierarchical": grouped,
     "ring": ring,
     "chain": chain,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deepep.collectives.codecs import FIXED, LOSSY, PLAIN, Messages, num_blocks
-from deepep.collectives.plan import ReductionPlan
+from deepep.collectives.plan import ALL_ADDENDS, ReductionPlan
 from deepep.collectives.schedules import shares
 from deepep.collectives.transport import MANY_UNITS
 
@@ -48,7 +48,7 @@ def traffic_of(
     lossy = Messages(codec).size
     result = lossy if codec in LOSSY else plain
     ahead: list[Round] = []
-    if codec == FIXED and (plan.schedule not in ("oneshot", "direct") or num_ranks == 1):
+    if codec == FIXED and (plan.schedule not in ALL_ADDENDS or num_ranks == 1):
         addend = partial = whole
         ahead = _units(num_blocks(count), num_ranks)
     else:
@@ -154,6 +154,7 @@ def _native(plan: ReductionPlan, span: tuple[int, int], sizes: tuple[Size, Size,
 _ROUNDS: dict[str, Callable[[ReductionPlan, tuple[int, int], tuple[Size, Size, Size]], Iterator[Round]]] = {
     "oneshot": _oneshot,
     "direct": _grouped,
+    "nvlink": _grouped,
     "hierarchical": _grouped,
     "ring": _ring,
     "chain": _chain,

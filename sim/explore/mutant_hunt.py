@@ -39,6 +39,7 @@ from deepep.sim.explore.kernel_mutants import (
     LOW_LATENCY_OPTIONS,
     MASKING_EDITS,
     MASKING_FILES,
+    REDUCE_FILES,
     ROW_FILES,
     TWO_LEVEL_FILES,
     Mutant,
@@ -54,6 +55,7 @@ from deepep.sim.explore.low_latency_explorer import (
     explore_low_latency,
 )
 from deepep.sim.explore.mutant_library import MutantLibrary, can_share
+from deepep.sim.explore.reduce_runs import explore_reduces
 from deepep.sim.explore.row_runs import explore_rows
 from deepep.sim.explore.scenarios import RunReport, Scenario
 from deepep.sim.explore.shrinking import draw_shrinking, run_shrinking
@@ -246,6 +248,10 @@ def hunt(
         exchanges = explore_exchanges(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if exchanges.failure is None else exchanges.failure.report
         return Catch(mutant, found, exchanges.runs, exchanges.seconds)
+    if mutant.file.startswith(REDUCE_FILES):
+        reduces = explore_reduces(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+        found = None if reduces.failure is None else reduces.failure.report
+        return Catch(mutant, found, reduces.runs, reduces.seconds)
     if mutant.file.startswith(ROW_FILES):
         rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if rows.failure is None else rows.failure.report

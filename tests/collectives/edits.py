@@ -7,7 +7,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-MODULES = ("codecs", "device_codec", "plan", "transport", "schedules", "communicator")
+MODULES = ("codecs", "device_codec", "plan", "transport", "schedules", "reducing", "communicator")
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Edit:
 EDITS = [
     Edit(
         "dice fall for one rank as for its neighbour",
-        "communicator",
+        "reducing",
         "(*dice, sender, level)",
         "(*dice, sender // 2, level)",
     ),
     Edit(
         "one rank rounds to nearest",
-        "communicator",
+        "reducing",
         "key = None if dice is None or",
         "key = None if True or",
         ranks=(1,),
@@ -41,7 +41,7 @@ EDITS = [
         "result = task.encode(RESULT, ANYBODY,",
         "result = task.encode(RESULT, net.rank,",
     ),
-    Edit("levels share their dice", "communicator", "(*dice, sender, level)", "(*dice, sender, 0)"),
+    Edit("levels share their dice", "reducing", "(*dice, sender, level)", "(*dice, sender, 0)"),
     Edit(
         "dice by the place in the part",
         "schedules",
@@ -85,12 +85,12 @@ EDITS = [
     ),
     Edit(
         "mean by the ranks of a group",
-        "communicator",
+        "reducing",
         "divided = values.new_full((), divisor)",
         "divided = values.new_full((), min(divisor, len(plan.groups[0])))",
         seed=114,
     ),
-    Edit("units of one rank", "communicator", "drive([_until_agreed(net, exponents)])", "drive([])"),
+    Edit("units of one rank", "reducing", "drive([_until_agreed(net, exponents)])", "drive([])"),
     Edit(
         "units of one addend",
         "codecs",
@@ -105,7 +105,7 @@ EDITS = [
     ),
     Edit(
         "one rank's units left out",
-        "communicator",
+        "reducing",
         "for theirs, _ in others:",
         "for theirs, _ in others[1:]:",
     ),
@@ -124,7 +124,7 @@ EDITS = [
     ),
     Edit(
         "partial sums in the tensor's own dtype",
-        "communicator",
+        "reducing",
         "name, dtype = outer, wide",
         "name, dtype = outer, out.dtype",
         seed=116,
@@ -159,7 +159,7 @@ EDITS = [
     ),
     Edit(
         "the inner format everywhere",
-        "communicator",
+        "reducing",
         "name = inner if plan.schedule",
         "name = inner if True or plan.schedule",
         seed=128,

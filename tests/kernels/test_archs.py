@@ -17,6 +17,7 @@ from harness.sources import ROOT
 CSRC = ROOT / "csrc"
 
 UNITS = {
+    "all_reduce": ("oneshot",),
     "barrier": ("barrier",),
     "combine": ("copy_engine",),
     "copy": ("bulk_copy",),

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "layout/rules/check.hpp"
-#include "layout/rules/gradient_codec.hpp"
+#include "layout/gradient_codec.hpp"
 
 // A version of each loop for AVX2, chosen when the library is loaded. It has no fused multiply-add, and
 // would give the same bits if it had: the products are exact.
