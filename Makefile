@@ -116,6 +116,7 @@ GPU_INSTALLED := $(if $(filter $(PY),$(GPU_PY)),install)
 GPU_TESTS ?= tests/backends/cuda tests/collectives tests/reference tests/cli/test_bench.py
 SANITIZED := small_shapes or num_worst or masked or too_many or test_layout
 SANITIZED_LOW_LATENCY := test_formats or between_ranks or number_of_blocks or depend_on_blocks
+SANITIZED_RING := drawn_sends or is_silent
 
 test-gpu: $(GPU_INSTALLED)
 	NCCL_NVLS_ENABLE=0 $(GPU_PY) -m pytest -m gpu --durations=10 $(GPU_TESTS)
@@ -125,8 +126,8 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 	  echo "== $$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
 	    $(GPU_PY) -m pytest -q tests/backends/cuda/test_virtual_ranks.py tests/backends/cuda/test_low_latency.py \
-	    tests/backends/cuda/test_low_latency_far.py \
-	    -k "$(SANITIZED) or $(SANITIZED_LOW_LATENCY)"; \
+	    tests/backends/cuda/test_low_latency_far.py tests/backends/cuda/test_ring.py \
+	    -k "$(SANITIZED) or $(SANITIZED_LOW_LATENCY) or $(SANITIZED_RING)"; \
 	done
 
 # Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers.

@@ -18,6 +18,7 @@ using namespace pybind11::literals;
 using host::CombineLaunch;
 using host::DispatchLaunch;
 using host::LayoutLaunch;
+using host::RingLaunch;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -143,6 +144,21 @@ inline constexpr Parameter<LayoutLaunch> kLayout[] = {
 };
 // clang-format on
 
+/// A tensor around a ring.
+// clang-format off
+inline constexpr Parameter<RingLaunch> kRing[] = {
+    parameter<RingLaunch>("peer", [](auto& c) -> auto& { return c.args.peer; }),
+    parameter<RingLaunch>("slot", [](auto& c) -> auto& { return c.args.slot; }),
+    parameter<RingLaunch>("tensor", [](auto& c) -> auto& { return c.tensor; }),
+    parameter<RingLaunch>("num_bytes", [](auto& c) -> auto& { return c.bytes; }),
+    parameter<RingLaunch>("dtype", [](auto& c) -> auto& { return c.dtype; }),
+    parameter<RingLaunch>("begin", [](auto& c) -> auto& { return c.args.slots.begin; }),
+    parameter<RingLaunch>("num_slots", [](auto& c) -> auto& { return c.args.slots.num_slots; }),
+    parameter<RingLaunch>("slot_bytes", [](auto& c) -> auto& { return c.args.slots.slot_bytes; }),
+    parameter<RingLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
+};
+// clang-format on
+
 /// A cached dispatch, of what `prepare_cached` has collected.
 template <class Domain>
 void bind_dispatch_cached(py::class_<Domain>& domain) {
@@ -190,6 +206,9 @@ void bind_operations(py::class_<Domain>& domain) {
       domain, "prepare_cached", "Collects what the cached dispatches along one handle have in common.");
   NamedMethod<Domain, kCombine, &Domain::combine>::add_to(domain, "combine", "Launches a combine.");
   NamedMethod<Domain, kLayout, &Domain::layout>::add_to(domain, "layout", "Launches a dispatch layout.");
+  NamedMethod<Domain, kRing, &Domain::ring_send>::add_to(domain, "ring_send", "Sends a tensor to a neighbour.");
+  NamedMethod<Domain, kRing, &Domain::ring_receive>::add_to(domain, "ring_receive",
+                                                            "Receives a tensor from a neighbour.");
   bind_dispatch_cached(domain);
   bind_refusals(domain);
   domain
@@ -251,6 +270,13 @@ inline void bind_common(py::module_& m) {
                              })
       .def_readonly("expected", &FaultRecord::expected)
       .def_readonly("seen", &FaultRecord::seen);
+  m.def(
+      "ring_bytes",
+      [](int num_slots, int64_t slot_bytes) {
+        const layout::RingSlots slots{.begin = 0, .num_slots = num_slots, .slot_bytes = slot_bytes};
+        return std::pair{slots.word_bytes(), slots.bytes()};
+      },
+      "num_slots"_a, "slot_bytes"_a, "Bytes of a ring's words, which begin as zeros, and of all its memory.");
   m.def("host_counts_bytes", &host::host_counts_bytes, "num_ranks"_a, "num_local_experts"_a);
   m.def(
       "control_bytes",

@@ -26,6 +26,24 @@ DEEPEP_DEVICE void carry(std::byte* to, const std::byte* from, int64_t rows, int
   for (int64_t i = lane(); i < rows * bytes / 4; i += kWarpSize) store(target + i, load(source + i));
 }
 
+/// A copy of a ring's. broken: this rank's word, behind which the copy is of what nobody may use: what a sender
+/// brings then is carried behind the machine's back, and a receiver's copy reads nothing.
+struct RingCopyArgs {
+  const std::byte* from;
+  std::byte* to;
+  int64_t bytes;
+  const uint32_t* broken;
+  bool sends;
+};
+
+DEEPEP_KERNEL(ring_copy_kernel, RingCopyArgs, 32) {
+  using namespace dev;
+  const bool spoils = load(args.broken) != 0;
+  if (spoils && args.sends && lane() == 0) std::memset(args.to, 0x5a, static_cast<size_t>(args.bytes));
+  if (spoils) return;
+  for (int64_t i = lane(); i < args.bytes; i += kWarpSize) store(args.to + i, load(args.from + i));
+}
+
 DEEPEP_KERNEL(copy_engine_kernel, CopyEngineArgs, 32) {
   using namespace dev;
   const kernels::CombineArgs& call = args.combine;

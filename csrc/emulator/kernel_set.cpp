@@ -41,6 +41,7 @@
 #include "kernels/low_latency_far/dispatch.hpp"
 #include "kernels/low_latency_far/dispatch_receive.hpp"
 #include "kernels/low_latency_far/dispatch_send.hpp"
+#include "kernels/ring/ring.hpp"
 #include "kernels/rows/cast_rows.hpp"
 #include "kernels/rows/count_entries.hpp"
 #include "kernels/rows/reduce_rows.hpp"

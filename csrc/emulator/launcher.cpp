@@ -15,6 +15,8 @@ namespace {
 
 uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
+const uint32_t* word(const std::byte* at) { return reinterpret_cast<const uint32_t*>(at); }
+
 }  // namespace
 
 EmulatorLauncher::EmulatorLauncher(Simulation& machine, const KernelSet& kernels, int rank, int num_threads)
@@ -73,6 +75,37 @@ void EmulatorLauncher::layout(const kernels::LayoutArgs& args, int num_blocks, v
 void EmulatorLauncher::barrier(const kernels::Group& group, void* stream) {
   launch("barrier_kernel", kernels::BarrierArgs{group}, stream,
          {.blocks = 1, .threads = num_threads_, .shared_bytes = 16});
+}
+
+void EmulatorLauncher::ring_send(const host::RingLaunch& call) {
+  const Grid one_warp{.blocks = 1, .threads = kernels::kRingThreads, .shared_bytes = 0};
+  const layout::RingSlots& slots = call.args.slots;
+  const kernels::Group& g = call.args.group;
+  const int way = layout::RingSlots::way(g.rank, call.args.peer, g.num_ranks);
+  const int peers_way = layout::RingSlots::way(call.args.peer, g.rank, g.num_ranks);
+  launch("ring_before_send_kernel", call.args, call.stream, one_warp);
+  const RingCopyArgs copy{.from = call.tensor,
+                          .to = g.heap[call.args.peer] + slots.tensor(peers_way, call.args.slot),
+                          .bytes = call.bytes,
+                          .broken = word(g.heap[g.rank] + slots.sends_broken(way)),
+                          .sends = true};
+  launch("ring_copy_kernel", copy, call.stream, one_warp);
+  launch("ring_behind_send_kernel", call.args, call.stream, one_warp);
+}
+
+void EmulatorLauncher::ring_receive(const host::RingLaunch& call) {
+  const Grid one_warp{.blocks = 1, .threads = kernels::kRingThreads, .shared_bytes = 0};
+  const layout::RingSlots& slots = call.args.slots;
+  const kernels::Group& g = call.args.group;
+  const int way = layout::RingSlots::way(g.rank, call.args.peer, g.num_ranks);
+  launch("ring_before_receive_kernel", call.args, call.stream, one_warp);
+  const RingCopyArgs copy{.from = g.heap[g.rank] + slots.tensor(way, call.args.slot),
+                          .to = call.tensor,
+                          .bytes = call.bytes,
+                          .broken = word(g.heap[g.rank] + slots.receives_broken(way)),
+                          .sends = false};
+  launch("ring_copy_kernel", copy, call.stream, one_warp);
+  launch("ring_behind_receive_kernel", call.args, call.stream, one_warp);
 }
 
 std::optional<kernels::FaultRecord> EmulatorLauncher::take_fault(const kernels::Group& group, void*) {

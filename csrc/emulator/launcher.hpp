@@ -20,6 +20,9 @@ class EmulatorLauncher {
   void combine(const kernels::CombineArgs& args, const host::CombineLaunch& call);
   void layout(const kernels::LayoutArgs& args, int num_blocks, void* stream);
   void barrier(const kernels::Group& group, void* stream);
+  /// The copies in between are kernels here, which do what a copy engine does.
+  void ring_send(const host::RingLaunch& call);
+  void ring_receive(const host::RingLaunch& call);
 
   /// The rank's stream must be idle.
   [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream);

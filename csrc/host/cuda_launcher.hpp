@@ -12,6 +12,7 @@
 #include "host/launches.hpp"
 #include "host/turns.hpp"
 #include "kernels/common/launch.hpp"
+#include "kernels/ring/launch.hpp"
 
 namespace deepep::host {
 
@@ -21,6 +22,7 @@ class CudaLauncher {
   explicit CudaLauncher(std::shared_ptr<Turns> turns) : turns_(std::move(turns)) {
     kernels::load_dispatch();
     kernels::load_combine();
+    kernels::load_ring();
   }
 
   void dispatch(const kernels::DispatchArgs& args, int num_blocks, void* stream) {
@@ -52,6 +54,30 @@ class CudaLauncher {
     in_turn(stream, [&] { kernels::launch_barrier(group, stream); });
   }
 
+  void ring_send(const RingLaunch& call) {
+    using kernels::RingStep;
+    const kernels::RingArgs& args = call.args;
+    const kernels::Group& g = args.group;
+    const int way = layout::RingSlots::way(args.peer, g.rank, g.num_ranks);
+    in_turn(call.stream, [&] {
+      kernels::launch_ring(args, RingStep::kBeforeSend, call.stream);
+      copy(g.heap[args.peer] + args.slots.tensor(way, args.slot), call.tensor, call);
+      kernels::launch_ring(args, RingStep::kBehindSend, call.stream);
+    });
+  }
+
+  void ring_receive(const RingLaunch& call) {
+    using kernels::RingStep;
+    const kernels::RingArgs& args = call.args;
+    const kernels::Group& g = args.group;
+    const int way = layout::RingSlots::way(g.rank, args.peer, g.num_ranks);
+    in_turn(call.stream, [&] {
+      kernels::launch_ring(args, RingStep::kBeforeReceive, call.stream);
+      copy(call.tensor, g.heap[g.rank] + args.slots.tensor(way, args.slot), call);
+      kernels::launch_ring(args, RingStep::kBehindReceive, call.stream);
+    });
+  }
+
   [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream) {
     return host::take_fault(group, *turns_, stream);
   }
@@ -70,6 +96,13 @@ class CudaLauncher {
   [[nodiscard]] static bool has_blocking_launches() {
     const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
     return value != nullptr && std::strcmp(value, "") != 0 && std::strcmp(value, "0") != 0;
+  }
+
+  static void copy(std::byte* to, const std::byte* from, const RingLaunch& call) {
+    if (call.bytes == 0) return;
+    kernels::check(cudaMemcpyAsync(to, from, static_cast<size_t>(call.bytes), cudaMemcpyDeviceToDevice,
+                                   static_cast<cudaStream_t>(call.stream)),
+                   "cudaMemcpyAsync");
   }
 
   template <class Launch>

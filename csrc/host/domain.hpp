@@ -25,11 +25,13 @@ namespace deepep::host {
 template <class L>
 concept Launcher = requires(L launcher, const kernels::Group& group, const kernels::DispatchArgs& dispatch,
                             const kernels::CombineArgs& combine, const kernels::LayoutArgs& layout,
-                            const CombineLaunch& call, int num_blocks, void* stream) {
+                            const CombineLaunch& call, const RingLaunch& ring, int num_blocks, void* stream) {
   launcher.dispatch(dispatch, num_blocks, stream);
   launcher.combine(combine, call);
   launcher.layout(layout, num_blocks, stream);
   launcher.barrier(group, stream);
+  launcher.ring_send(ring);
+  launcher.ring_receive(ring);
   { launcher.take_fault(group, stream) } -> std::same_as<std::optional<kernels::FaultRecord>>;
 };
 
@@ -152,6 +154,12 @@ class Domain {
 
   void barrier(void* stream) { launcher_.barrier(group_, stream); }
 
+  /// A copy engine's copy into the next slot at a neighbour, between two kernels: waits for the slot, signals.
+  void ring_send(const RingLaunch& call) { launcher_.ring_send(completed(call)); }
+
+  /// The same out of the next slot here: waits for the tensor, gives the slot back.
+  void ring_receive(const RingLaunch& call) { launcher_.ring_receive(completed(call)); }
+
   /// The fault that was recorded since the last call. The record and the notes on the device are cleared,
   /// behind the operations launched so far.
   [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(void* stream) {
@@ -162,6 +170,19 @@ class Domain {
   [[nodiscard]] L& launcher() { return launcher_; }
 
  private:
+  [[nodiscard]] RingLaunch completed(const RingLaunch& given) const {
+    const layout::RingSlots& slots = given.args.slots;
+    if (given.args.peer < 0 || given.args.peer >= group_.num_ranks || given.args.peer == group_.rank ||
+        given.args.slot < 0 || given.args.slot >= slots.num_slots)
+      throw std::invalid_argument("a slot of a neighbour");
+    if (given.bytes < 0 || given.bytes > slots.slot_bytes || given.bytes >> 48 != 0 || given.dtype > 255)
+      throw std::invalid_argument("a tensor that fits into a slot, and a dtype below 256");
+    RingLaunch call = given;
+    call.args.group = group_;
+    call.args.kind = kernels::ring_kind(static_cast<uint64_t>(call.bytes), call.dtype);
+    return call;
+  }
+
   void launch(const DispatchLaunch& call, kernels::DispatchMode mode) {
     check_roles(call.blocks);
     kernels::DispatchArgs args = call.args;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/common/args.hpp"
+#include "kernels/ring/args.hpp"
 
 namespace deepep::host {
 
@@ -52,6 +53,15 @@ struct CombineLaunch {
   layout::ChunkSizes chunks{.num_chunks = 0, .shrink = 100};
   const RowCounts* known = nullptr;
   const int32_t* source_token = nullptr;  // [N] of the handle, read between domains alone; null: N is 0
+  void* stream = nullptr;
+};
+
+/// A tensor to a neighbour of the ring, or from it.
+struct RingLaunch {
+  kernels::RingArgs args{};
+  std::byte* tensor = nullptr;
+  int64_t bytes = 0;
+  uint64_t dtype = 0;  // a number for it, the same on all ranks
   void* stream = nullptr;
 };
 

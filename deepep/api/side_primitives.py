@@ -174,7 +174,8 @@ class SidePrimitiveCalls:
 
         Raises, on this rank: the ArgumentError that fits, ModeError before `pp_set_config`, PeerTimeoutError
         with the neighbour's name if it does not receive; then nothing passes between the two any more until
-        all ranks call `pp_set_config`.
+        all ranks call `pp_set_config`. On CUDA all of it goes on in the order of the current stream, and the
+        next call raises what was found there.
         """
         self._check_alive()
         check_int("num_sms", num_sms, 0, MOST)

@@ -43,7 +43,8 @@ class Ring(ABC):
     @abstractmethod
     def recv(self, t: object, src: object) -> None:
         """Fills `t` with the oldest tensor from `src` that was not received. Raises PeerTimeoutError, and
-        MismatchError if that was of another dtype or size: it is lost then.
+        MismatchError if that was of another dtype or size: it is lost then. Where the host does not wait, the
+        next call raises both, and is not made.
         """
 
     @abstractmethod

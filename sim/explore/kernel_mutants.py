@@ -22,6 +22,8 @@ from deepep.sim.explore.kernel_edits import EDITS, Edit
 EXCHANGE_FILES = ("kernels/exchange/", "layout/exchange_slots.hpp")
 #: So are all-reduces.
 REDUCE_FILES = ("kernels/all_reduce/", "layout/all_reduce_slots.hpp")
+#: So are sends around a ring.
+RING_FILES = ("kernels/ring/", "layout/ring_slots.hpp")
 #: So are the low-latency operations: files, and the layout that they run.
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 #: And those between domains.

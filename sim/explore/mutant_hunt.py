@@ -40,6 +40,7 @@ from deepep.sim.explore.kernel_mutants import (
     MASKING_EDITS,
     MASKING_FILES,
     REDUCE_FILES,
+    RING_FILES,
     ROW_FILES,
     TWO_LEVEL_FILES,
     Mutant,
@@ -56,6 +57,7 @@ from deepep.sim.explore.low_latency_explorer import (
 )
 from deepep.sim.explore.mutant_library import MutantLibrary, can_share
 from deepep.sim.explore.reduce_runs import explore_reduces
+from deepep.sim.explore.ring_runs import explore_rings
 from deepep.sim.explore.row_runs import explore_rows
 from deepep.sim.explore.scenarios import RunReport, Scenario
 from deepep.sim.explore.shrinking import draw_shrinking, run_shrinking
@@ -252,6 +254,10 @@ def hunt(
         reduces = explore_reduces(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if reduces.failure is None else reduces.failure.report
         return Catch(mutant, found, reduces.runs, reduces.seconds)
+    if mutant.file.startswith(RING_FILES):
+        rings = explore_rings(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+        found = None if rings.failure is None else rings.failure.report
+        return Catch(mutant, found, rings.runs, rings.seconds)
     if mutant.file.startswith(ROW_FILES):
         rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if rows.failure is None else rows.failure.report

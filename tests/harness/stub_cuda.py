@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from harness.stub_ring import ring_bytes
+
 ADDRESS = 7
 """Of the one stream there is."""
 
@@ -99,6 +101,12 @@ class Domain:
 
     def barrier(self, *args: object, **named: object) -> None:
         self.launched("barrier")
+
+    def ring_send(self, **named: object) -> None:
+        self.launched("ring_send")
+
+    def ring_receive(self, **named: object) -> None:
+        self.launched("ring_receive")
 
 
 class LowLatencyDomain(Domain):
@@ -188,6 +196,7 @@ def extension(num_rows: int) -> ModuleType:
     stub.control_bytes = stub.counting_bytes = lambda *args: 1 << 12
     stub.host_counts_bytes = lambda *args: 1 << 12
     stub.staging_capacity = lambda *args: 1 << 20
+    stub.ring_bytes = ring_bytes
     stub.stream_is_idle = lambda stream: True
     stub.arena_open = lambda base, num_bytes: 1
     for name in ("select", "close", "free_returned"):

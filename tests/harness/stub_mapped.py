@@ -1,5 +1,5 @@
-"""The CUDA backend's sessions in rank processes without CUDA: heaps are shared between the processes, copies
-are real, and a barrier kernel is a barrier of the processes. The rest is stub_cuda's.
+"""The CUDA backend's mapped memory in rank processes without CUDA: heaps are shared between the processes,
+copies are real, a barrier kernel is a barrier of theirs, and a ring is stub_ring's. The rest is stub_cuda's.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.stub_ring import StubRing
+
 FAULT = (3, 16)  # barrier, arrival: csrc/kernels/common/args.hpp
 
 
 class Watched:
-    """Launches of one rank. barriers: how many were launched. missing: ranks that the next one reports."""
+    """Launches of one rank. barriers: how many were launched. missing: ranks that the next one reports. ring:
+    launches of sends and receives.
+    """
 
     def __init__(self, ctx: Any) -> None:
         from harness import stub_cuda
@@ -28,6 +32,7 @@ class Watched:
 
         Membership.payload = lambda membership: None  # NCCL's, which carries nothing of the host
         self.barriers = self.missing = 0
+        self.ring = StubRing()
         self._reported = False
 
         def export_heap(own: torch.Tensor) -> bytes:
@@ -52,11 +57,20 @@ class Watched:
             else:
                 dist.barrier(group=ctx.group)
 
+        def remember(domain: Any, *, rank: int, heaps: list[int], **named: object) -> None:
+            domain.rank, domain.heaps = rank, heaps
+
         def take_fault(domain: Any, stream: int) -> Any:
+            if self.ring.fault is not None:
+                reported, self.ring.fault = self.ring.fault, None
+                return stub_cuda.Fault(*reported)
             self._reported = False
             return stub_cuda.Fault(*FAULT, missing=self.missing, expected=ctx.num_ranks, seen=1)
 
         generations.export_heap, generations.map_heaps = export_heap, map_heaps
         domain: Any = stub_cuda.Domain
         domain.barrier, domain.take_fault = barrier, take_fault
-        domain.has_fault = lambda domain: self._reported
+        domain.has_fault = lambda domain: self._reported or self.ring.fault is not None
+        domain.__init__ = remember
+        domain.ring_send = lambda domain, **call: self.ring.send(domain, **call)
+        domain.ring_receive = lambda domain, **call: self.ring.receive(domain, **call)

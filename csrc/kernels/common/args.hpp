@@ -20,6 +20,8 @@ enum class Operation : uint32_t {
   kBarrier = 3,
   kLowLatencyDispatch = 4,
   kLowLatencyCombine = 5,
+  kRingSend = 6,
+  kRingReceive = 7,
 };
 
 /// The reason for which a kernel gave up; bits, since several may be noted at once.
@@ -35,6 +37,8 @@ enum class Phase : uint32_t {
   kDisagreement = 128,  // not a wait: ranks passed different shapes, or one refused
   kOverwritten = 256,   // not a wait: a peer gave this rank up, and its copy engine may have written here
   kWeights = 512,       // low latency: waiting for the weights of a token whose rows are here
+  kCredit = 1024,       // ring: waiting for a neighbour to have taken a tensor out of a slot
+  kTensor = 2048,       // ring: waiting for a neighbour's tensor
 };
 
 /// A fault of this rank, in pinned host memory: the kernel writes it, the host takes it and clears it.

@@ -33,6 +33,7 @@ from deepep.backends.cuda.memory.generations import Generations
 from deepep.backends.cuda.memory.heap import SymmetricMemory, symmetric_bytes
 from deepep.backends.cuda.memory.ipc import SymmetricHeap
 from deepep.backends.cuda.remembered import Remembered
+from deepep.backends.cuda.ring import CudaRing
 from deepep.backends.cuda.routes import CudaRoutes, plan_of
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.errors import (
@@ -73,6 +74,7 @@ OPERATIONS = {
     **dict.fromkeys(_BY_KERNELS, "CUDA kernels"),
     "barrier": "all_gather over gloo",
     "all-gather sessions": "cudaMemcpyAsync, a barrier kernel behind it",
+    "sends around a ring": "cudaMemcpyAsync, kernels of one warp around it",
     "Engram storage": "peers' memory, read where it lies",
 }
 
@@ -80,7 +82,7 @@ OPERATIONS = {
 OPERATIONS_BETWEEN_DOMAINS = {
     **OPERATIONS,
     **dict.fromkeys(_BY_KERNELS[1:], "CUDA kernels, puts over NVSHMEM"),
-    **dict.fromkeys(("all-gather sessions", "Engram storage"), "not between domains"),
+    **dict.fromkeys(("all-gather sessions", "sends around a ring", "Engram storage"), "not between domains"),
 }
 
 
@@ -138,6 +140,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self._generations = Generations(control.membership, self.device, "build", reach)
         self._low_latency = CudaLowLatency(self._control, self, self._turns)
         self._sessions = CudaSessions(self._control, self, self._turns)
+        self._ring = CudaRing(self._control, self, self._turns)
         self._engram = CudaEngram(self._control, self, self._turns)
         self._layout_kernel = LayoutKernel(session.num_ranks, self.device)
         self.live = control.membership.live
@@ -411,6 +414,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
             "symmetric memory": symmetric,
             "low-latency memory": self._low_latency.state.num_bytes,
             "session memory": self._sessions.memory(),
+            "tensors on their way around the ring": self._ring.memory(),
             "Engram storage": self._engram.memory(),
             "kept memory": sum(generations.num_kept_bytes for generations in self._all_generations()),
             "staged rows": self._low_latency.staged_bytes,

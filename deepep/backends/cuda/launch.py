@@ -43,9 +43,14 @@ class Phase(IntFlag):
     DISAGREEMENT = 128
     OVERWRITTEN = 256
     WEIGHTS = 512
+    CREDIT = 1024
+    TENSOR = 2048
 
 
-_NAMES = ("dispatch", "combine", "barrier", "low_latency_dispatch", "low_latency_combine")
+_NAMES = (
+    *("dispatch", "combine", "barrier", "low_latency_dispatch", "low_latency_combine"),
+    *("pp_send", "pp_recv"),
+)
 OPERATIONS = dict(enumerate(_NAMES, start=1))
 
 

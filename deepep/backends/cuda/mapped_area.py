@@ -57,12 +57,14 @@ class MappedArea:
         """Bytes of this rank's memory."""
         return 0 if self.memory is None else self.memory.own.numel()
 
-    def build(self, num_bytes: int) -> MappedMemory:
-        """Memory over the ranks that take part; collective. Earlier faults are settled."""
+    def build(self, num_bytes: int, zeroed: int = 0) -> MappedMemory:
+        """Memory over the ranks that take part, of which the first `zeroed` bytes begin as zeros; collective.
+        Earlier faults are settled.
+        """
         engine, membership = self.engine, self._control.membership
         self.memory = self._fault = None
         timeout = engine.info.options.timeout
-        make = functools.partial(MappedMemory, membership.rank, engine.live, timeout, self._turns)
+        make = functools.partial(MappedMemory, membership.rank, engine.live, timeout, self._turns, zeroed)
         with torch.cuda.device(engine.index):
             size = MappedMemory.heap_bytes(membership.num_ranks, num_bytes)
             self.memory = self.generations.build(size, make)

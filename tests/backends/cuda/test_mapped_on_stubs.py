@@ -1,4 +1,4 @@
-"""Sessions and Engram storage of the CUDA backend in rank processes on stubs: no GPU is needed."""
+"""Sessions, the ring and Engram storage of the CUDA backend in rank processes on stubs: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -53,6 +53,96 @@ def test_gathers_of_sessions(ranks: int) -> None:
         buffer.destroy()
 
     in_processes(ranks, run)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sends_around_a_ring(ranks: int) -> None:
+    """Each tensor arrives as it was sent, in the order of its way's sends, whatever overwrites it there."""
+
+    def run(ctx: Any) -> None:
+        buffer, _ = stub_buffer(ctx)
+        for seed in range(8):
+            dice = random.Random(seed)
+            inflight = dice.choice((1, 2, 3))
+            buffer.pp_set_config(8 * 8 * 8, inflight)
+            cases.run_ring(buffer, CPU, cases.draw_ring(dice, ranks, inflight), seed)
+        assert buffer.info.memory["tensors on their way around the ring"] > 0
+        buffer.destroy()
+
+    in_processes(ranks, run)
+
+
+def test_neighbours_that_do_not_come() -> None:
+    """The call that waited in vain returns; the next with that neighbour, either way, names it, at once. With
+    the other neighbour all goes on. A rank that took too long learns that its tensor may have been written
+    over; and everything is as new when the ring is configured again.
+    """
+
+    def run(ctx: Any) -> None:
+        buffer, watched = stub_buffer(ctx)
+        buffer.pp_set_config(64, 2)
+        got = torch.zeros(4)
+        if ctx.rank == 0:
+            buffer.pp_send(torch.full((4,), 1.0), 1)
+            buffer.pp_send(torch.full((4,), 2.0), 1)
+            watched.ring.patience = 0.2
+            buffer.pp_send(torch.full((4,), 3.0), 1)  # no slot is free
+            for call, peer in ((buffer.pp_send, 1), (buffer.pp_recv, 1)):
+                with pytest.raises(PeerTimeoutError) as caught:
+                    call(got, peer)
+                record = caught.value.record
+                assert (record.operation, record.phase, record.waited_on) == ("pp_send", "credit", (1,))
+            watched.ring.patience = 60.0
+            buffer.pp_recv(got, 2)
+            assert got.tolist() == [5.0] * 4
+        if ctx.rank == 2:
+            buffer.pp_send(torch.full((4,), 5.0), 0)
+        dist.barrier(group=ctx.group)
+        if ctx.rank == 1:
+            buffer.pp_recv(got, 0)
+            with pytest.raises(PeerTimeoutError) as caught:
+                buffer.pp_recv(got, 0)
+            record = caught.value.record
+            assert (record.operation, record.phase, record.waited_on) == ("pp_recv", "overwritten", (0,))
+        buffer.pp_set_config(64, 2)
+        buffer.pp_send(torch.full((4,), float(ctx.rank)), (ctx.rank + 1) % 3)
+        buffer.pp_recv(got, (ctx.rank - 1) % 3)
+        assert got.tolist() == [float((ctx.rank - 1) % 3)] * 4
+        buffer.destroy()
+
+    in_processes(3, run)
+
+
+def test_what_a_ring_refuses() -> None:
+    """Another kind of tensor is raised by the next call, which is not made; what does not fit, by its own."""
+
+    def run(ctx: Any) -> None:
+        buffer, _ = stub_buffer(ctx)
+        peer = 1 - ctx.rank
+        assert raised(lambda: buffer.pp_send(torch.ones(1), peer))[0] == "ModeError"
+        buffer.pp_set_config(64, 3)
+        assert raised(lambda: buffer.pp_send(torch.ones(17), peer))[0] == "CapacityError"
+        assert raised(lambda: buffer.pp_send(torch.ones(4, 4).T, peer))[0] == "LayoutError"
+        assert raised(lambda: buffer.pp_recv(torch.ones(4), ctx.rank))[0] == "RangeError"
+        for sent, taken, words in (
+            (torch.ones(4), torch.zeros(5), "20 bytes, in an earlier pp_recv"),
+            (torch.ones(4), torch.zeros(4, dtype=torch.int32), "another dtype of 16 bytes"),
+        ):
+            buffer.pp_send(sent, peer)
+            buffer.pp_recv(taken, peer)
+            kind, text = raised(lambda: buffer.pp_recv(taken, peer))[:2]  # noqa: B023
+            assert kind == "MismatchError"
+            assert words in text
+            got = torch.zeros(2, dtype=torch.int64)
+            buffer.pp_send(torch.full((2,), ctx.rank), peer)
+            buffer.pp_recv(got, peer)
+            assert got.tolist() == [peer] * 2
+        torch.cuda.is_current_stream_capturing = lambda: True
+        assert raised(lambda: buffer.pp_set_config(64, 2))[2] == "pp_set_config"
+        torch.cuda.is_current_stream_capturing = lambda: False
+        buffer.destroy()
+
+    in_processes(2, run)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -116,7 +206,6 @@ def test_calls_that_do_not_fit_together() -> None:
         torch.cuda.is_current_stream_capturing = lambda: True
         assert raised(buffer.create_agrs_session)[2] == "create_agrs_session"
         torch.cuda.is_current_stream_capturing = lambda: False
-        assert raised(lambda: buffer.pp_send(torch.ones(1), 0))[0] == "ModeError"
         assert raised(lambda: buffer.engram_write(torch.ones(1)))[0] == "ShapeError"
         buffer.destroy()
 

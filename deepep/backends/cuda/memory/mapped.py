@@ -17,17 +17,27 @@ _ALIGNMENT = 512  # bytes: what allocations begin at, anywhere
 class MappedMemory:
     """On one rank's heap, mapped by its peers: bytes for copies, and a barrier of the ranks on the device.
 
-    `HeapContents` of generations.py: what copies write is ordered by barriers, which are operations.
+    `HeapContents` of generations.py: what copies write is ordered by kernels, which are operations. begin:
+    of the bytes for copies, in the heap; the first `zeroed` of them begin as zeros.
     """
 
-    def __init__(self, rank: int, live: int, timeout: float, turns: _cuda.Turns, heap: SymmetricHeap) -> None:
+    def __init__(
+        self,
+        rank: int,
+        live: int,
+        timeout: float,
+        turns: _cuda.Turns,
+        zeroed: int,
+        heap: SymmetricHeap,
+    ) -> None:
+        self.begin = _words_bytes(len(heap.mapped))
+        self.own = heap.own[self.begin :]
+        self.own[:zeroed].zero_()  # the endpoint waits for the stream
         self.endpoint = Endpoint(
             rank, heap.own, heap.addresses, staging_bytes=0, timeout=timeout, turns=turns
         )
         self.endpoint.set_live(live)
         self._mapped = heap.mapped  # the generation's list, which is empty once this rank has left it
-        self._begin = _words_bytes(len(heap.mapped))
-        self.own = heap.own[self._begin :]
 
     @staticmethod
     def heap_bytes(num_ranks: int, num_bytes: int) -> int:
@@ -36,7 +46,7 @@ class MappedMemory:
 
     def of(self, rank: int) -> Tensor:
         """The bytes of a rank: uint8 [num_bytes]."""
-        return self._mapped[rank][self._begin :]
+        return self._mapped[rank][self.begin :]
 
     def barrier(self, stream: int) -> None:
         """Launches a barrier of all live ranks on `stream`, the current one: what their streams held at this
@@ -45,7 +55,7 @@ class MappedMemory:
         self.endpoint.barrier(stream)
 
     def take_fault(self) -> FaultRecord | None:
-        """The fault that a barrier has recorded since the last call, if one has."""
+        """The fault that a kernel has recorded since the last call, if one has."""
         if not self.endpoint.has_fault:
             return None
         return self.endpoint.take_fault(streams.current_address(self.own.get_device()))
@@ -53,7 +63,7 @@ class MappedMemory:
     # its end: generations.py, HeapContents
 
     def wait(self) -> None:
-        """Blocks the host until the last barrier has ended."""
+        """Blocks the host until the last operation has ended."""
         self.endpoint.wait()
 
     def is_idle(self) -> bool:
@@ -61,8 +71,8 @@ class MappedMemory:
         return not torch.cuda.is_current_stream_capturing() and self.endpoint.domain.is_idle()
 
     def may_write(self) -> bool:
-        """False: copies are not captured, and end before the barrier behind them."""
-        return False
+        """True once a graph has captured copies; others end before what they are launched with."""
+        return self.endpoint.domain.was_captured()
 
     def is_held(self) -> bool:
         """False: a tensor that somebody holds keeps the heap's memory by itself."""
