@@ -13,6 +13,7 @@ FAULT_BYTES: int
 MAX_RANKS: int
 NUM_WAITS: int
 MAX_COUNTED_TOKENS: int
+MAX_NUMBERED_EXPERTS: int
 EPOCHS: int
 TOO_MANY_ROWS: int
 DISAGREEMENT: int
@@ -142,6 +143,26 @@ class RowCounts:
 
     def __init__(self, counts: list[int]) -> None: ...
     def tolist(self) -> list[int]: ...
+
+class ExpandedRows:
+    """The expanded layout that a dispatch by top-k spreads rows to: addresses, and how it is laid out."""
+
+    def __init__(
+        self,
+        *,
+        places: int,
+        recv_places: int,
+        x: int,
+        scales: int,
+        weights: int,
+        slots: int,
+        expert_counts: int,
+        overflow: int,
+        capacity: int,
+        alignment: int,
+        column_major: bool,
+        zero_padding: bool,
+    ) -> None: ...
 
 class CachedDispatch:
     """What the cached dispatches along one handle have in common: `Domain.prepare_cached` makes it."""
@@ -392,6 +413,7 @@ class Domain:
         ticket: int,
         stream: int = 0,
         payload: int = 0,
+        expanded: ExpandedRows | None = None,
     ) -> None: ...
     def prepare_cached(
         self,

@@ -89,6 +89,7 @@ inline constexpr Parameter<DispatchLaunch> kTopkDispatch[] = {
     parameter<DispatchLaunch>("ticket", [](auto& c) -> auto& { return c.args.ticket; }),
     parameter<DispatchLaunch>("stream", [](auto& c) -> auto& { return c.stream; }, "0"),
     parameter<DispatchLaunch>("payload", [](auto& c) -> auto& { return c.args.payload; }, "0"),
+    parameter<DispatchLaunch>("expanded", [](auto& c) -> auto& { return c.expanded; }, "None"),
 };
 
 inline constexpr Parameter<DispatchLaunch> kCachedDispatch[] = {
@@ -245,6 +246,7 @@ inline void bind_common(py::module_& m) {
   m.attr("FAULT_BYTES") = sizeof(FaultRecord);
   m.attr("MAX_RANKS") = layout::kMaxRanks;
   m.attr("NUM_WAITS") = static_cast<int>(kernels::Waited::kNumKinds);
+  m.attr("MAX_NUMBERED_EXPERTS") = layout::kMaxNumberedExperts;
   m.attr("MAX_COUNTED_TOKENS") = layout::kMaxStretches * layout::kStretch;
   m.def(
       "counting_bytes",
@@ -253,6 +255,26 @@ inline void bind_common(py::module_& m) {
       },
       "num_ranks"_a, "max_local_experts"_a);
   // Local to a module: both have them.
+  py::class_<kernels::ExpandedRows>(m, "ExpandedRows", py::module_local())
+      .def(py::init([](uintptr_t places, uintptr_t recv_places, uintptr_t x, uintptr_t scales,
+                       uintptr_t weights, uintptr_t slots, uintptr_t expert_counts, uintptr_t overflow,
+                       int64_t capacity, int alignment, bool column_major, bool zero_padding) {
+             if (capacity < 0 || alignment < 1) throw std::invalid_argument("capacity or alignment");
+             return kernels::ExpandedRows{.places = pointer<int32_t>(places),
+                                          .recv_places = pointer<std::byte>(recv_places),
+                                          .x = pointer<std::byte>(x),
+                                          .scales = pointer<uint32_t>(scales),
+                                          .weights = pointer<uint32_t>(weights),
+                                          .slots = pointer<uint64_t>(slots),
+                                          .expert_counts = pointer<int32_t>(expert_counts),
+                                          .overflow = pointer<uint32_t>(overflow),
+                                          .capacity = capacity,
+                                          .alignment = alignment,
+                                          .column_major = column_major,
+                                          .zero_padding = zero_padding};
+           }),
+           py::kw_only(), "places"_a, "recv_places"_a, "x"_a, "scales"_a, "weights"_a, "slots"_a,
+           "expert_counts"_a, "overflow"_a, "capacity"_a, "alignment"_a, "column_major"_a, "zero_padding"_a);
   py::class_<host::CachedDispatch>(m, "CachedDispatch", py::module_local());
   py::class_<host::RowCounts>(m, "RowCounts", py::module_local())
       .def(py::init([](std::vector<int32_t> counts) { return host::RowCounts{std::move(counts)}; }),

@@ -62,6 +62,9 @@ void read(T*& into, PyObject* value) {
 inline void read(const host::RowCounts*& into, PyObject* value) {
   into = value == Py_None ? nullptr : py::cast<const host::RowCounts*>(py::handle(value));
 }
+inline void read(const kernels::ExpandedRows*& into, PyObject* value) {
+  into = value == Py_None ? nullptr : py::cast<const kernels::ExpandedRows*>(py::handle(value));
+}
 /// A tuple of two.
 inline void read(kernels::Strides& into, PyObject* value) {
   if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 2) throw py::type_error("allowed: a tuple of two");

@@ -15,6 +15,7 @@
 #include "kernels/copy/copy.hpp"
 #include "kernels/dispatch/cached.hpp"
 #include "kernels/dispatch/dispatch.hpp"
+#include "kernels/dispatch/expanded.hpp"
 #include "kernels/dispatch/refused.hpp"
 #include "kernels/dispatch/topk.hpp"
 #include "kernels/exchange/exchange.hpp"

@@ -36,6 +36,7 @@ void EmulatorLauncher::dispatch(const kernels::DispatchArgs& given, int num_bloc
       case kernels::DispatchMode::kCached: return "dispatch_cached_kernel";
       case kernels::DispatchMode::kRefused: return "dispatch_refused_kernel";
       case kernels::DispatchMode::kTopk: return "dispatch_topk_kernel";
+      case kernels::DispatchMode::kExpanded: return "dispatch_expanded_kernel";
       default: return "dispatch_kernel";
     }
   };

@@ -83,7 +83,12 @@ class Domain {
     if (counting_ == nullptr) throw std::invalid_argument("a domain without memory to count tokens in");
     if (call.args.num_tokens > int64_t{layout::kMaxStretches} * layout::kStretch)
       throw std::invalid_argument("more tokens than are counted inside of a dispatch");
-    launch(call, kernels::DispatchMode::kTopk);
+    if (call.expanded == nullptr) return launch(call, kernels::DispatchMode::kTopk);
+    if (call.args.num_local_experts * group_.num_ranks > layout::kMaxNumberedExperts ||
+        call.args.num_topk > kernels::kMaxRowEntries || call.blocks.remote > layout::kMaxStreamBlocks ||
+        call.blocks.remote + call.blocks.local != call.blocks.total || call.blocks.local < 1)
+      throw std::invalid_argument("rows of 32 entries of 1024 experts are spread: from 32 blocks, by others");
+    launch(call, kernels::DispatchMode::kExpanded);
   }
 
   /// What `dispatch_cached` repeats: rows go where `counts` and `send_row` of a handle say, and no top-k
@@ -192,6 +197,10 @@ class Domain {
     args.local_blocks = call.blocks.local;
     args.counting = counting_;
     for (int array = 0; array < layout::kSlotArrays; ++array) args.slot[array] = offset(call.received[array]);
+    if (mode == kernels::DispatchMode::kExpanded) {
+      args.expanded = *call.expanded;
+      args.slot[layout::kSlotPlaces] = offset(args.expanded.recv_places);
+    }
     launcher_.dispatch(args, call.blocks.total, call.stream);
   }
 

@@ -29,6 +29,7 @@ struct DispatchLaunch {
   Blocks blocks;
   kernels::DispatchArgs args{};
   std::byte* received[layout::kSlotArrays] = {};  // in this rank's heap; null: not wanted
+  const kernels::ExpandedRows* expanded = nullptr;  // by top-k: what received rows are spread to, or null
   void* stream = nullptr;
 };
 

@@ -11,6 +11,11 @@ inline constexpr int kStretch = 32;
 /// Stretches that are counted inside of a dispatch; with more, a layout kernel runs before it.
 inline constexpr int kMaxStretches = 512;
 
+/// Groups of tokens, a stretch for each warp of a block, that are numbered by expert together; and experts of
+/// all ranks, of which a block has counters for each of its warps.
+inline constexpr int kMaxNumberedGroups = 32;
+inline constexpr int kMaxNumberedExperts = 1024;
+
 /// The memory of a rank, in which its blocks count. Zeroed once.
 struct CountingLayout {
   int num_ranks;
@@ -18,7 +23,13 @@ struct CountingLayout {
   /// Tagged 8-byte words [kMaxStretches, R]: tokens of each stretch for each rank.
   [[nodiscard]] DEEPEP_HD int64_t stretches() const { return 0; }
   /// uint32 [R * local experts]: top-k entries for each expert; zero between launches.
-  [[nodiscard]] DEEPEP_HD int64_t experts() const { return int64_t{8} * kMaxStretches * num_ranks; }
+  [[nodiscard]] DEEPEP_HD int64_t experts() const { return numbered() + 4 * kMaxNumberedGroups; }
+  /// Tagged 8-byte words [kMaxNumberedGroups, kMaxNumberedExperts]: each group's entries for each expert.
+  [[nodiscard]] DEEPEP_HD int64_t group_entries() const { return int64_t{8} * kMaxStretches * num_ranks; }
+  /// 4-byte words: the epoch of the last dispatch in which the group's entries had been numbered.
+  [[nodiscard]] DEEPEP_HD int64_t numbered() const {
+    return group_entries() + int64_t{8} * kMaxNumberedGroups * kMaxNumberedExperts;
+  }
   [[nodiscard]] DEEPEP_HD int64_t bytes(int max_local_experts) const {
     return experts() + int64_t{4} * num_ranks * max_local_experts;
   }

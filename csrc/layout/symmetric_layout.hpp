@@ -21,6 +21,7 @@ enum SlotArray : int {
   kSlotScales,   // 4 bytes [capacity, scales]
   kSlotIndices,  // int32 or int64 [capacity, K]: local expert or -1
   kSlotWeights,  // float32 [capacity, K]
+  kSlotPlaces,   // int32 [capacity, K]: of a dispatch that spreads rows, an entry's place among its expert's
   kSlotArrays
 };
 
@@ -37,13 +38,26 @@ struct MailboxWords {
   [[nodiscard]] DEEPEP_HD int capacity() const { return slot(kSlotArrays); }
   /// The number of the source's blocks that will report in rows_done.
   [[nodiscard]] DEEPEP_HD int push_blocks() const { return capacity() + 1; }
+  /// The most tokens of one of the source's streams (ControlLayout::stream); 0 where rows are not spread.
+  [[nodiscard]] DEEPEP_HD int stream_tokens() const { return capacity() + 2; }
   /// A digest of what all ranks must pass alike (row bytes, top-k, scales, index width).
-  [[nodiscard]] DEEPEP_HD int digest() const { return capacity() + 2; }
+  [[nodiscard]] DEEPEP_HD int digest() const { return capacity() + 3; }
   /// Top-k entries of the source that point at the receiver's local expert `l`.
-  [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return capacity() + 3 + l; }
+  [[nodiscard]] DEEPEP_HD int expert_count(int l) const { return capacity() + 4 + l; }
   /// Words from slot(0) to digest(): the same for all receivers.
-  static constexpr int kCommon = kSlotArrays + 3;
+  static constexpr int kCommon = kSlotArrays + 4;
 };
+
+/// A stream's words, 8 bytes each and tagged: the rows that one warp of a source's push block sends here.
+enum StreamWord : int {
+  kStreamBegin,  // the first of its rows
+  kStreamCount,  // how many follow each other from there
+  kStreamNext,   // rows before this one are here
+  kStreamWords
+};
+/// Push blocks of a dispatch that spreads rows, at most, and the warps of one.
+inline constexpr int kMaxStreamBlocks = 32;
+inline constexpr int kStreamWarps = 16;
 
 /// The words ranks signal each other with. Each word has one writer: the rank its index names. Made by the
 /// host: the places are worked out once, not by every warp of every kernel.
@@ -62,7 +76,9 @@ struct ControlLayout {
         rows_done_bytes_(lines(4 * blocks)),
         staging_free_(rows_done_ + ranks * rows_done_bytes_),
         arrived_(staging_free_ + ranks * kLine32),
-        digest_(arrived_ + ranks * kLine32) {}
+        digest_(arrived_ + ranks * kLine32),
+        streams_(digest_ + 2 * ranks * kLine32),
+        stream_bytes_(lines(8 * kStreamWords * kStreamWarps * min_of(blocks, kMaxStreamBlocks))) {}
 
   /// The metadata that source `s` posts to this rank before it sends: tagged 8-byte words, see MailboxWords.
   /// Two in turn: a peer may be done with one call and into the next while this rank's slower blocks still
@@ -90,7 +106,11 @@ struct ControlLayout {
   [[nodiscard]] DEEPEP_HD int64_t combine_tokens(int s, uint32_t epoch) const {
     return combine_digest(s, epoch) + 16;
   }
-  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return combine_digest(num_ranks, 0); }
+  /// The first of the words of source `s`'s warp `w` of push block `b`: see StreamWord.
+  [[nodiscard]] DEEPEP_HD int64_t stream(int s, int b, int w) const {
+    return streams_ + s * stream_bytes_ + 8 * kStreamWords * (b * kStreamWarps + w);
+  }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return streams_ + num_ranks * stream_bytes_; }
 
  private:
   static constexpr int kLine32 = static_cast<int>(kLine);
@@ -103,6 +123,8 @@ struct ControlLayout {
   int staging_free_;
   int arrived_;
   int digest_;
+  int streams_;
+  int stream_bytes_;
 };
 
 /// The same arrays one after the other in one piece of memory: five arrays of `capacity` rows.

@@ -1,9 +1,9 @@
 """Dispatches and combines with one row per (token, local expert), composed of an engine's operations.
 
 A dispatch is the engine's, and behind it, on this rank alone, its *epilogue*: rows to the places of their
-lanes. A combine sums a rank's lanes to one row a token while it reads them, where the engine does that
-(`Engine.sums_expanded`), else in a *prologue*; or, where the owner is to sum all lanes in one go, every
-lane's row is dispatched back to it.
+lanes, unless the engine spreads them as they come (elastic_spread.py). A combine sums a rank's lanes to one
+row a token while it reads them, where the engine does that (`Engine.sums_expanded`), else in a *prologue*;
+or, where the owner is to sum all lanes in one go, every lane's row is dispatched back to it.
 
 Shapes: R ranks, E experts, L local experts, K top-k, T tokens here, H hidden, M maximum tokens per rank, N
 rows received, X rows of the expanded layout, P scales per token. A *lane* is one of a token's K entries.
@@ -28,6 +28,7 @@ from deepep.runtime.elastic_requests import (
     count_lanes,
     worst_rows,
 )
+from deepep.runtime.elastic_spread import expansion_of, spread
 from deepep.runtime.engine import Engine
 from deepep.runtime.local_rows import settle_nans
 from deepep.runtime.requests import Combined, CombineRequest, DispatchRequest, Schedule
@@ -38,6 +39,13 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
     topk_idx, weights = request.topk_idx, request.topk_weights
     assert topk_idx is not None
     num_ranks, num_topk = engine.info.num_ranks, topk_idx.shape[-1]
+    num_worst = worst_rows(
+        num_ranks * request.num_max_tokens,
+        num_topk,
+        request.num_experts // num_ranks,
+        request.alignment,
+    )
+    most = num_worst if request.num_max_rows is None else min(num_worst, request.num_max_rows)
     done = engine.dispatch(
         DispatchRequest(
             request.x,
@@ -48,6 +56,7 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
             num_worst_tokens=0 if request.wait_for_counts else num_ranks * request.num_max_tokens,
             num_sms=request.num_sms,
             payload=request.payload,
+            expansion=expansion_of(engine, request, num_topk, most),
         ),
         schedule,
     )
@@ -56,14 +65,7 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
     if counts is not None:
         num_rows = sum(align(count, request.alignment) for count in counts)
     else:
-        num_rows = worst_rows(
-            num_ranks * request.num_max_tokens,
-            num_topk,
-            request.num_experts // num_ranks,
-            request.alignment,
-        )
-        if request.num_max_rows is not None:
-            num_rows = min(num_rows, request.num_max_rows)
+        num_rows = most
     route = ElasticRoute(
         done.route,
         topk_idx,
@@ -73,6 +75,8 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
         num_rows,
         counts,
     )
+    if done.expanded is not None:
+        return spread(engine, request, route, done.expanded, schedule, done.completion)
     received = None if weights is None else done.topk_weights
     return _Epilogue(engine, request, route, done.x, done.scales, received).run(schedule, done.completion)
 

@@ -166,6 +166,12 @@ class Engine(ABC):
         """
         return False
 
+    def spreads_rows(self, num_experts: int, num_topk: int, num_max_tokens: int, num_sms: int = 0) -> bool:
+        """True if a dispatch with so many SMs is to be given an expansion (DispatchRequest). All ranks
+        have to come to the same: the arguments are the same on all, but for num_sms (docs/kernels.md).
+        """
+        return False
+
     def locally(
         self,
         make: Callable[[], Made],

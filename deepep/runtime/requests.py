@@ -136,7 +136,8 @@ class DispatchRequest:
     and topk_weights [T, K] float32, both or none; expert_alignment rounds up the counts reported;
     num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts; num_sms: SMs that a kernel
     may use, 0 to let the engine choose. payload: a number for what rows of bytes are made of, that has to be
-    the same on all ranks; engines that agree on hosts compare it.
+    the same on all ranks; engines that agree on hosts compare it. expansion: of `num_experts`, for engines
+    that `spreads_rows`.
     """
 
     x: torch.Tensor
@@ -150,6 +151,38 @@ class DispatchRequest:
     num_sms: int = 0
     num_experts: int = 0
     payload: int = 0
+    expansion: SpreadRequest | None = None
+
+
+@dataclass(slots=True)
+class SpreadRequest:
+    """The expanded layout that an engine which `spreads_rows` is to spread received rows to, as they come.
+
+    alignment, zero_padding, column_major: as of ElasticDispatchRequest. num_rows: X, where the host does not
+    wait for counts, else 0. overflows: entries may find no row then. spreads: False has this
+    rank's rows left as they come; all ranks' kernels are the same.
+    """
+
+    alignment: int
+    zero_padding: bool
+    column_major: bool
+    num_rows: int = 0
+    overflows: bool = False
+    spreads: bool = True
+
+
+@dataclass(slots=True)
+class SpreadRows:
+    """Expanded rows of a dispatch: x [X, H], scales [X, P] or None, weights [X] float32; slots [N, K] int64,
+    the row of each entry or -1; expert_counts [L] int32; overflow [1] int32 or None.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    weights: torch.Tensor
+    slots: torch.Tensor
+    expert_counts: torch.Tensor
+    overflow: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -157,7 +190,8 @@ class Dispatched:
     """Rows received, in (source rank, source token) order.
 
     x [N, H], scales [N, P] row-major, topk_idx [N, K] (local index or -1), topk_weights [N, K] float32 (0
-    where the index is -1); num_tokens_per_expert: L aligned counts, empty when not waited for.
+    where the index is -1); num_tokens_per_expert: L aligned counts, empty when not waited for. expanded: the
+    rows spread, instead of x and scales; None where they were not, whatever was asked for.
     """
 
     x: torch.Tensor
@@ -167,6 +201,7 @@ class Dispatched:
     num_tokens_per_expert: list[int]
     route: Route
     completion: Completion | None = None
+    expanded: SpreadRows | None = None
 
 
 @dataclass(slots=True)

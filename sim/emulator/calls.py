@@ -89,6 +89,44 @@ class PlanAt(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Expansion:
+    """The expanded layout that a dispatch by top-k spreads rows to: one for each entry of a local expert.
+
+    capacity: rows. alignment: experts begin at multiples of it. column_major: of scales. spreads: False
+    leaves rows as they come, as for a rank that spreads them in another way.
+    """
+
+    capacity: int
+    alignment: int = 1
+    column_major: bool = False
+    zero_padding: bool = False
+    spreads: bool = True
+
+
+class ExpandedAt(NamedTuple):
+    """Addresses of what is filled: rows, scales (or 0), weights, slots, entries of each expert, overflow."""
+
+    x: int
+    scales: int
+    weights: int
+    slots: int
+    counts: int
+    overflow: int
+
+
+@dataclass(frozen=True)
+class ExpandedContents:
+    """The expanded rows of a dispatch."""
+
+    x: Tensor  # [X, H]
+    scales: Tensor | None  # [X, P]
+    weights: Tensor  # [X]
+    slots: Tensor  # [N, K] int64
+    counts: Tensor  # [L] int32
+    overflow: bool
+
+
+@dataclass(frozen=True)
 class DispatchCall:
     """One rank's arguments. capacity: rows of its slot. live: the ranks that take part.
 
@@ -108,6 +146,7 @@ class DispatchCall:
     refused: bool = False  # only post to the others that this rank takes no part
     by_topk: bool = False  # where tokens go is found out from topk_idx
     payload: int = 0
+    expansion: Expansion | None = None  # with by_topk
 
     @property
     def posts_counts(self) -> bool:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from deepep import _emulator
+from deepep.sim.emulator import expanded
 from deepep.sim.emulator.calls import (
     CombineCall,
     DispatchCall,
+    ExpandedAt,
     Gpu,
     HostCounts,
     KernelFault,
@@ -107,6 +109,7 @@ class EmulatedDomain:
             )
         machine.meet()
         self._waits: dict[int, int] = {}
+        self.expanded: dict[int, ExpandedAt] = {}  # of each rank's last dispatch that was to spread rows
         self._tickets = [0] * num_ranks
         self._slots_used = [0] * num_ranks
 
@@ -214,13 +217,13 @@ class EmulatedDomain:
 
         Where it posts its counts to the host, the machine's watch of them is set up: run() returns with it.
         """
-        layout_of_slot = call.slot
-        if layout_of_slot.num_bytes > self._slot_bytes:
-            raise ValueError(f"a slot of {layout_of_slot.num_bytes} bytes; there are {self._slot_bytes}")
+        size = call.slot.num_bytes + expanded.places_bytes(call)
+        if size > self._slot_bytes:
+            raise ValueError(f"a slot of {size} bytes; there are {self._slot_bytes}")
         slot = self._heaps[rank] + self._slots_begin + self._slots_used[rank] % 2 * self._slot_bytes
         self._slots_used[rank] += 1
         # Whoever used the slot before must be done with it, and no row of it may be read that did not arrive.
-        self.machine.forget(rank, slot, layout_of_slot.num_bytes)
+        self.machine.forget(rank, slot, size)
         scales, scales_at = call.scales, 0
         if scales is not None:
             # All of the storage, so that the strides the kernel is given are the caller's.
@@ -248,6 +251,7 @@ class EmulatedDomain:
         }
         if call.by_topk:
             launch, known = self._domains[rank].dispatch_topk, {"alone_tokens": self.gpu.alone_tokens}
+        spread = {} if call.expansion is None else {"expanded": self._expand(rank, call, slot)}
         launch(
             blocks=self._blocks,
             num_tokens=call.x.shape[0],
@@ -275,6 +279,7 @@ class EmulatedDomain:
             host_counts=self._counts[rank] if call.posts_counts else 0,
             ticket=self._tickets[rank],
             payload=call.payload,
+            **spread,
         )
         if call.posts_counts:
             self.machine.watch_tags(
@@ -284,6 +289,10 @@ class EmulatedDomain:
                 tag=self._tickets[rank],
                 timeout_ns=int(10e9 * self.gpu.timeout),
             )
+
+    def _expand(self, rank: int, call: DispatchCall, slot: int) -> _emulator.ExpandedRows:
+        self.expanded[rank] = expanded.place(self.machine, rank, call)
+        return expanded.argument(self.machine, rank, call, self.expanded[rank], slot)
 
     def _dispatch_cached(
         self, rank: int, call: DispatchCall, plan: PlanAt, slot: int, scales_at: int

@@ -73,6 +73,10 @@ COPY_ENGINE_FILES = tuple(
 COUNTING_FILES = tuple(f"kernels/dispatch/{name}.hpp" for name in ("count", "count_experts", "topk"))
 #: Files that take effect where rows are expanded.
 EXPANDED_FILES = ("kernels/combine/expanded.hpp",)
+#: Files that take effect in dispatches that spread rows, which are hunted with these alone.
+SPREADING_FILES = tuple(
+    f"kernels/dispatch/{name}.hpp" for name in ("expanded", "number", "spread", "streams")
+)
 
 _COMMENT = re.compile(r"//[^\n]*")
 _FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
@@ -155,6 +159,8 @@ HARMLESS: dict[str, str] = {
     "low_latency/combine_stage.hpp stage_rows: mbarrier_expect release -> relaxed": _BYTES_ALONE,
     "combine/push.hpp signal_rows: shared acquire -> relaxed": _ONE_OF_TWO,
     "combine/push.hpp signal_rows: fence acq_rel -> release": _ONE_OF_TWO,
+    "dispatch/streams.hpp follow_rows: shared acquire -> relaxed": _ONE_OF_TWO,
+    "dispatch/streams.hpp follow_rows: fence acq_rel -> release": _ONE_OF_TWO,
     "barrier/barrier.hpp signal_arrival: store release -> relaxed": _KERNEL_END,
     "rows/weigh_rows.hpp weigh_row: load -> load_once": "no kernel writes the gradient while this one runs",
     "copy/bulk_copy.hpp fill: mbarrier_expect release -> relaxed": _OWN_ARRIVAL,

@@ -42,6 +42,7 @@ from deepep.sim.explore.kernel_mutants import (
     REDUCE_FILES,
     RING_FILES,
     ROW_FILES,
+    SPREADING_FILES,
     TWO_LEVEL_FILES,
     Mutant,
     build,
@@ -61,6 +62,7 @@ from deepep.sim.explore.ring_runs import explore_rings
 from deepep.sim.explore.row_runs import explore_rows
 from deepep.sim.explore.scenarios import RunReport, Scenario
 from deepep.sim.explore.shrinking import draw_shrinking, run_shrinking
+from deepep.sim.explore.spread_runs import explore_spreads
 
 #: Small cases, so that a schedule costs milliseconds; the bugs are in the protocol, not in the sizes.
 HUNTING_LIMITS = replace(LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
@@ -262,6 +264,10 @@ def hunt(
         rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
         found = None if rows.failure is None else rows.failure.report
         return Catch(mutant, found, rows.runs, rows.seconds)
+    if mutant.file in SPREADING_FILES:
+        spreads = explore_spreads(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+        found = None if spreads.failure is None else spreads.failure.report
+        return Catch(mutant, found, spreads.runs, spreads.seconds)
     if mutant.file.startswith((*LOW_LATENCY_FILES, *FAR_FILES)):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
         drawn = partial(_shrinking_scenario if masks else _low_latency_scenario, file=mutant.file)

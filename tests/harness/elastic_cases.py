@@ -39,6 +39,7 @@ class ElasticCase:
     scale_layout: str = "row"
     index_dtype: torch.dtype = torch.int64
     ranks_per_domain: int = 0
+    num_sms: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -231,6 +232,7 @@ def round_trip(ctx: Any, case: ElasticCase, seed: int, buffer: Any, device: torc
         "do_expand": case.expand,
         "do_zero_padding": case.zero_padding,
         "use_tma_aligned_col_major_sf": case.column_major,
+        "num_sms": case.num_sms,
     }
     got = buffer.dispatch(
         rows_of(own),

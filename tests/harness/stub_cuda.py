@@ -188,7 +188,9 @@ def extension(num_rows: int) -> ModuleType:
     stub.STATE_BYTES, stub.FAULT_BYTES = 64, 64
     stub.ARCHS = "9.0a"
     stub.MASKED_OFFSET, stub.MAX_COUNTED_TOKENS = 0, 1 << 14
+    stub.MAX_NUMBERED_EXPERTS, stub.MAX_ROW_ENTRIES = 1 << 10, 32
     stub.Domain, stub.RowCounts, stub.CachedDispatch = Domain, Opaque, Opaque
+    stub.ExpandedRows = Opaque
     stub.LowLatencyDomain, stub.Turns = LowLatencyDomain, Turns
     stub.low_latency_bytes = low_latency_bytes
     stub.Counts, stub.FaultRecord = Counts, Fault

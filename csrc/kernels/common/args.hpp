@@ -66,8 +66,9 @@ struct LocalState {
   uint32_t masked;           // low latency: ranks that its kernels have masked, as bits
   uint32_t blocks_finished;  // low latency with masks: blocks of the running kernel that are done
   uint32_t groups_claimed;   // dispatch, top-k: groups of stretches whose ranks some block counts
-  uint32_t experts_claimed;  // the same of their experts
+  uint32_t experts_claimed;  // the same of their experts; expanded: groups of tokens that are numbered
   uint32_t experts_counted;  // groups whose experts have been counted
+  uint32_t rows_claimed;     // dispatch, expanded: rows of peers that some warp spreads
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -114,8 +115,30 @@ struct Group {
 enum class DispatchMode : int32_t {
   kFresh,    // dispatch/dispatch.hpp: counts and rows are found out, and fill a handle
   kTopk,     // dispatch/topk.hpp: the same, and where tokens go is found out as well
+  kExpanded,  // dispatch/expanded.hpp: as kTopk, and received rows are spread to one for each expert
   kCached,   // dispatch/cached.hpp: counts and rows come from the handle
   kRefused,  // dispatch/refused.hpp: posts to the others that this rank takes no part in this call; one block
+};
+
+/// Whether a dispatch in that mode finds out from top-k indices where tokens go.
+[[nodiscard]] constexpr bool finds_ranks(DispatchMode mode) {
+  return mode == DispatchMode::kTopk || mode == DispatchMode::kExpanded;
+}
+
+/// The expanded layout of this rank's rows: one for each received one's top-k entry here, grouped by expert.
+struct ExpandedRows {
+  int32_t* places;         // [T, K]: is written: an entry's place among this rank's of its expert
+  std::byte* recv_places;  // [slot capacity, K] int32 in this rank's heap, or null: rows are not spread here
+  std::byte* x;            // [capacity, row_bytes]
+  uint32_t* scales;        // [capacity, num_scales] if there are scales
+  uint32_t* weights;       // [capacity] float32 bits
+  uint64_t* slots;         // int64 [slot capacity, K]: the row of each entry, -1 for none
+  int32_t* expert_counts;  // [L] entries of each expert
+  uint32_t* overflow;      // [1] or null: 1 if an entry had no row
+  int64_t capacity;        // rows; where the host waits, and more would come, none is spread
+  int alignment;           // experts begin at multiples of it
+  bool column_major;       // of scales: a scale's, of all rows rounded up to 4, lie together
+  bool zero_padding;       // of rows; scales and weights of gaps are 0 either way
 };
 
 /// Of a matrix, in elements.
@@ -150,10 +173,11 @@ struct DispatchArgs {
   int64_t num_worst_tokens;           // 0, or rows whose index is set to -1 past the last received
   HostCounts* host;                   // null: the host does not wait
   uint32_t ticket;
-  // Of mode kTopk:
+  // Of modes kTopk and kExpanded:
   uint8_t* marks;        // [T, R]: which ranks each token goes to, is written
   std::byte* counting;   // layout::CountingLayout
-  int64_t alone_tokens;  // up to so many tokens each block counts for itself
+  int64_t alone_tokens;   // up to so many tokens each block counts for itself
+  ExpandedRows expanded;  // of mode kExpanded
   // What the launch fills in (prepare), so that no warp has to work it out:
   uint32_t common_words[layout::MailboxWords::kCommon];  // posted to all ranks alike
   layout::TokenSplit push_split;                         // the tokens of each push block

@@ -22,8 +22,9 @@ struct MetadataShared {
     return slot() + layout::kSlotArrays * per_rank();
   }
   [[nodiscard]] DEEPEP_HD int64_t push_blocks() const { return capacity() + per_rank(); }  // uint32 [R]
+  [[nodiscard]] DEEPEP_HD int64_t stream_tokens() const { return push_blocks() + per_rank(); }  // uint32 [R]
   /// uint32: bits of Phases
-  [[nodiscard]] DEEPEP_HD int64_t failed() const { return push_blocks() + per_rank(); }
+  [[nodiscard]] DEEPEP_HD int64_t failed() const { return stream_tokens() + per_rank(); }
   /// uint32: bits of those Phases in which wait_metadata failed; nobody adds to it afterwards.
   [[nodiscard]] DEEPEP_HD int64_t recv_failed() const { return failed() + 4; }
   /// uint32: the same of post_counts_to_host
@@ -80,8 +81,11 @@ struct DispatchCall {
 /// Block 0 posts this rank's metadata, and what else concerns the whole rank.
 [[nodiscard]] DEEPEP_DEVICE bool is_leader_block() { return dev::block() == 0; }
 
-/// The block that posts to a host that waits.
-[[nodiscard]] DEEPEP_DEVICE bool is_host_block() { return dev::block() == (dev::num_blocks() > 1 ? 1 : 0); }
+/// The block that posts to a host that waits: the second one, or the first that does not push.
+[[nodiscard]] DEEPEP_DEVICE bool is_host_block(const DispatchArgs& args) {
+  if (args.mode == DispatchMode::kExpanded) return dev::block() == args.push_blocks;
+  return dev::block() == (dev::num_blocks() > 1 ? 1 : 0);
+}
 
 /// Block 0: peers may write to this rank's staging in the combines to come.
 DEEPEP_DEVICE void grant_credit(const DispatchCall& call) {
@@ -91,12 +95,12 @@ DEEPEP_DEVICE void grant_credit(const DispatchCall& call) {
 DEEPEP_DEVICE void advance_epoch(const DispatchCall& call) {
   LocalState* state = call.g.state;
   if (dev::thread() != dev::num_threads() - 1) return;
-  if (!advance_epoch(call.g, &state->dispatch_epoch, call.epoch) || call.args.mode != DispatchMode::kTopk)
-    return;
+  if (!advance_epoch(call.g, &state->dispatch_epoch, call.epoch) || !finds_ranks(call.args.mode)) return;
   // Of the next call, nothing has been claimed.
   dev::store(&state->groups_claimed, 0u);
   dev::store(&state->experts_claimed, 0u);
   dev::store(&state->experts_counted, 0u);
+  dev::store(&state->rows_claimed, 0u);
 }
 
 /// True on one thread of a block in which something went wrong: it has a fault to report.
@@ -130,10 +134,21 @@ struct WarpTokens {
   int parts;
 };
 
-[[nodiscard]] DEEPEP_DEVICE WarpTokens tokens_of_warp(const DispatchRole& role) {
+/// The warps of a block that write rows: where rows are spread as they come, the last one of a push block
+/// follows the others, and signals.
+[[nodiscard]] DEEPEP_DEVICE int writing_warps(const DispatchArgs& args, const DispatchRole& role) {
+  return dev::num_warps() - (args.mode == DispatchMode::kExpanded && role.push ? 1 : 0);
+}
+
+[[nodiscard]] DEEPEP_DEVICE WarpTokens tokens_of_warp(const DispatchArgs& args, const DispatchRole& role) {
   const int tokens = static_cast<int>(role.end - role.begin);
   if (tokens == 0) return {role.end, role.end, 0, 1};
-  const int warps = dev::num_warps();
+  const int warps = writing_warps(args, role);
+  if (args.mode == DispatchMode::kExpanded) {  // a row has one warp, which says when it is there
+    const layout::SplitOf<int> split{tokens, warps};
+    if (dev::warp() >= warps) return {role.end, role.end, 0, 1};
+    return {role.begin + split.begin(dev::warp()), role.begin + split.end(dev::warp()), 0, 1};
+  }
   int parts = 1;
   DEEPEP_ROLLED
   while (parts < kMaxParts && tokens * (parts + 1) <= warps) ++parts;
@@ -144,17 +159,25 @@ struct WarpTokens {
   return {role.begin + split.begin(team), role.begin + split.end(team), dev::warp() - team * parts, parts};
 }
 
-/// Local blocks come first: block 0 posts metadata, and has time to. The push blocks' flags are numbered from
+/// Local blocks come first: block 0 posts metadata, and has time to. Not so where they wait for the peers'
+/// rows, which would keep push blocks that come later from starting. The push blocks' flags are numbered from
 /// 0.
 [[nodiscard]] DEEPEP_DEVICE int first_push_block(const DispatchArgs& args) {
-  return dev::num_blocks() - args.push_blocks;
+  return args.mode == DispatchMode::kExpanded ? 0 : dev::num_blocks() - args.push_blocks;
+}
+
+/// A local block's number among them.
+[[nodiscard]] DEEPEP_DEVICE int local_block(const DispatchArgs& args) {
+  return dev::block() - (args.mode == DispatchMode::kExpanded ? args.push_blocks : 0);
 }
 
 [[nodiscard]] DEEPEP_DEVICE DispatchRole role_of_block(const DispatchArgs& args) {
-  DispatchRole role{dev::block() >= first_push_block(args), dev::block() < args.local_blocks, 0, 0};
+  const int push = dev::block() - first_push_block(args);
+  const int local = local_block(args);
+  DispatchRole role{push >= 0 && push < args.push_blocks, local >= 0 && local < args.local_blocks, 0, 0};
   // Blocks of both roles share their tokens with all others: then the two counts are equal.
   const layout::TokenSplit& split = role.push ? args.push_split : args.local_split;
-  const int part = role.push ? dev::block() - first_push_block(args) : dev::block();
+  const int part = role.push ? push : local;
   role.begin = split.begin(part);
   role.end = split.end(part);
   return role;
@@ -168,7 +191,7 @@ struct WarpShare {
 
 [[nodiscard]] DEEPEP_DEVICE WarpShare assign_tokens(const DispatchCall& call) {
   const DispatchRole role = role_of_block(call.args);
-  return {role, tokens_of_warp(role)};
+  return {role, tokens_of_warp(call.args, role)};
 }
 
 }  // namespace deepep::kernels

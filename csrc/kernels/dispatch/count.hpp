@@ -31,6 +31,39 @@ struct CountingShared {
   }
 };
 
+/// The same in mode kExpanded: behind it what is numbered, and where experts' rows begin.
+struct NumberingShared {
+  int num_ranks;
+  int warps;
+  int num_experts;  // E
+  int num_stretches;
+
+  [[nodiscard]] DEEPEP_HD static NumberingShared of(const DispatchArgs& args, int warps) {
+    return {.num_ranks = args.group.num_ranks,
+            .warps = warps,
+            .num_experts = args.num_local_experts * args.group.num_ranks,
+            .num_stretches = args.groups.num_stretches};
+  }
+  /// Entries of the warp's stretch for each expert, then the place of the next one: int32 [warps, E].
+  [[nodiscard]] DEEPEP_HD int64_t counters() const {
+    return layout::align_up(CountingShared{num_ranks}.bytes(num_stretches), 16);
+  }
+  /// The row of each source's first entry of each local expert: int32 [R, L].
+  [[nodiscard]] DEEPEP_HD int64_t bases() const { return counters() + int64_t{4} * warps * num_experts; }
+  /// Entries of each local expert, and its first row: int32 [L] each.
+  [[nodiscard]] DEEPEP_HD int64_t entries() const { return bases() + int64_t{4} * num_experts; }
+  [[nodiscard]] DEEPEP_HD int64_t begins() const { return entries() + int64_t{4} * num_experts; }
+  /// Rows in all, gaps included: int32. The sources whose rows did not come, as bits: uint32.
+  [[nodiscard]] DEEPEP_HD int64_t num_rows() const { return begins() + int64_t{4} * num_experts; }
+  [[nodiscard]] DEEPEP_HD int64_t gave_up() const { return num_rows() + 4; }
+  /// The row after the last that each warp has written at each rank, see kFinished; the same as the warp that
+  /// follows has seen it, and as it has posted it: uint32 [warps, R] each.
+  [[nodiscard]] DEEPEP_HD int64_t progress() const { return num_rows() + 16; }
+  [[nodiscard]] DEEPEP_HD int64_t followed() const { return progress() + int64_t{4} * warps * num_ranks; }
+  [[nodiscard]] DEEPEP_HD int64_t posted() const { return followed() + int64_t{4} * warps * num_ranks; }
+  [[nodiscard]] DEEPEP_HD int64_t bytes() const { return posted() + int64_t{4} * warps * num_ranks; }
+};
+
 /// Brings the top-k indices to L2, each line once for all blocks: every block needs the epoch before it asks
 /// for them.
 DEEPEP_DEVICE void prefetch_indices(const DispatchArgs& args) {
@@ -124,11 +157,12 @@ DEEPEP_DEVICE void count_alone(const DispatchArgs& args, int needed) {
   return reinterpret_cast<uint64_t*>(args.counting + layout::CountingLayout{args.group.num_ranks}.stretches());
 }
 
-/// Calls `work(group)` for group after group that the block claims from `claims`, all threads, until none is
-/// left. Returns how many these were. The next claim is on its way meanwhile. Behind it all threads have done
-/// their work.
+/// Calls `work(group)` for group after group of `num_groups` that the block claims from `claims`, all threads,
+/// until none is left. Returns how many these were. The next claim is on its way meanwhile. Behind it all
+/// threads have done their work.
 template <class Work>
-DEEPEP_DEVICE int work_on_claims(const DispatchArgs& args, uint32_t* claims, const Work& work) {
+DEEPEP_DEVICE int work_on_claims(const DispatchArgs& args, uint32_t* claims, int num_groups,
+                                 const Work& work) {
   using namespace dev;
   SharedArray<int32_t> claimed(CountingShared{args.group.num_ranks}.claimed());
   uint32_t next = thread() == 0 ? fetch_add<relaxed, gpu_scope>(claims, 1u) : 0;
@@ -136,7 +170,7 @@ DEEPEP_DEVICE int work_on_claims(const DispatchArgs& args, uint32_t* claims, con
     if (thread() == 0) claimed.set(turn % 2, static_cast<int32_t>(next));
     sync_block();
     const int group = claimed.get(turn % 2);
-    if (group >= args.groups.num_groups) return turn;
+    if (group >= num_groups) return turn;
     if (thread() == 0) next = fetch_add<relaxed, gpu_scope>(claims, 1u);
     work(group);
   }
@@ -147,7 +181,7 @@ DEEPEP_DEVICE void count_for_all(const DispatchCall& call) {
   using namespace dev;
   const DispatchArgs& args = call.args;
   const int ranks = call.g.num_ranks;
-  work_on_claims(args, &call.g.state->groups_claimed, [&](int group) {
+  work_on_claims(args, &call.g.state->groups_claimed, args.groups.num_groups, [&](int group) {
     const int stretch = group * args.groups.stretches_a_group + warp();
     if (warp() >= args.groups.stretches_a_group || stretch >= args.groups.num_stretches) return;
     const int count = count_stretch(args, stretch);

@@ -58,7 +58,7 @@ DEEPEP_DEVICE void count_experts(const DispatchCall& call) {
   const DispatchArgs& args = call.args;
   if (args.host == nullptr) return;
   if (args.groups.stretches_a_group == 0) {
-    if (!is_host_block()) return;
+    if (!is_host_block(args)) return;
     add_tokens(args, 0, args.num_tokens);
     sync_block();
     post_experts(call);
@@ -66,7 +66,7 @@ DEEPEP_DEVICE void count_experts(const DispatchCall& call) {
   }
   LocalState* state = call.g.state;
   const int64_t tokens = int64_t{args.groups.stretches_a_group} * layout::kStretch;
-  const int counted = work_on_claims(args, &state->experts_claimed, [&](int group) {
+  const int counted = work_on_claims(args, &state->experts_claimed, args.groups.num_groups, [&](int group) {
     add_tokens(args, group * tokens, (group + 1) * tokens);
   });
   SharedArray<uint32_t> is_last(CountingShared{call.g.num_ranks}.is_last());

@@ -3,6 +3,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/launch.hpp"
 #include "kernels/dispatch/cached.hpp"
+#include "kernels/dispatch/expanded.hpp"
 #include "kernels/dispatch/refused.hpp"
 #include "kernels/dispatch/topk.hpp"
 
@@ -15,6 +16,7 @@ Kernel<DispatchArgs> kernel_of(DispatchMode mode) {
     case DispatchMode::kCached: return dispatch_cached_kernel;
     case DispatchMode::kRefused: return dispatch_refused_kernel;
     case DispatchMode::kTopk: return dispatch_topk_kernel;
+    case DispatchMode::kExpanded: return dispatch_expanded_kernel;
     default: return dispatch_kernel;
   }
 }
@@ -30,9 +32,11 @@ void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
 }
 
 void load_dispatch() {
-  for (const DispatchMode mode :
-       {DispatchMode::kFresh, DispatchMode::kTopk, DispatchMode::kCached, DispatchMode::kRefused})
-    load(kernel_of(mode), "dispatch");
+  load(dispatch_kernel, "dispatch");
+  load(dispatch_topk_kernel, "dispatch");
+  load(dispatch_expanded_kernel, "dispatch");
+  load(dispatch_cached_kernel, "dispatch");
+  load(dispatch_refused_kernel, "dispatch");
 }
 
 }  // namespace deepep::kernels

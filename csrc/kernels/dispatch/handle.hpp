@@ -38,7 +38,7 @@ DEEPEP_DEVICE void pad_indices(const DispatchCall& call, const WarpShare& share,
   const DispatchArgs& args = call.args;
   if (!share.role.local || args.num_worst_tokens <= 0) return;
   const Group& g = call.g;
-  const int part = block();
+  const int part = local_block(args);
   const int parts = args.local_blocks;
   const int64_t received = count_received();
   std::byte* idx = recv_array<std::byte>(args, g.rank, layout::kSlotIndices);

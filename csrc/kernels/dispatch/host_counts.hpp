@@ -11,7 +11,7 @@ DEEPEP_DEVICE void post_counts_to_host(const DispatchCall& call, uint32_t why) {
   using namespace dev;
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
-  if (args.host == nullptr || !is_host_block()) return;
+  if (args.host == nullptr || !is_host_block(args)) return;
   const layout::MailboxWords words{g.num_ranks};
   const MetadataShared shared{g.num_ranks};
   SharedArray<int32_t> counts(shared.counts());

@@ -14,7 +14,7 @@ namespace deepep::kernels {
 
 /// Whether experts' counts go round; with top-k, if hosts wait, about which they agree by themselves.
 [[nodiscard]] DEEPEP_HD bool has_expert_counts(const DispatchArgs& args) {
-  return args.mode == DispatchMode::kTopk || args.tokens_per_expert != nullptr;
+  return finds_ranks(args.mode) || args.tokens_per_expert != nullptr;
 }
 
 /// The digest of what all ranks must pass alike.
@@ -28,7 +28,7 @@ namespace deepep::kernels {
   digest.add(static_cast<uint32_t>(args.index_bytes));
   digest.add(static_cast<uint32_t>(args.num_local_experts));
   digest.add(args.group.live);
-  digest.add(args.mode == DispatchMode::kCached ? 1u : 0u);
+  digest.add(args.mode == DispatchMode::kCached ? 1u : args.mode == DispatchMode::kExpanded ? 2u : 0u);
   digest.add(args.host != nullptr ? 1u : 0u);
   digest.add(has_expert_counts(args) ? 1u : 0u);
   return digest.value | 1u;
@@ -45,6 +45,10 @@ inline void prepare(DispatchArgs& args, int num_blocks, int num_warps) {
     args.common_words[words.slot(i)] = static_cast<uint32_t>(args.slot[i] / 16);
   args.common_words[words.capacity()] = static_cast<uint32_t>(args.slot_capacity);
   args.common_words[words.push_blocks()] = static_cast<uint32_t>(args.push_blocks);
+  args.common_words[words.stream_tokens()] = 0;
+  if (args.mode == DispatchMode::kExpanded && args.push_blocks > 0)
+    args.common_words[words.stream_tokens()] = static_cast<uint32_t>(
+        layout::ceil_div(layout::ceil_div(args.num_tokens, args.push_blocks), num_warps - 1));
   args.common_words[words.digest()] = digest_of(args);
 }
 
@@ -58,7 +62,7 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
   constexpr bool kCached = kMode == DispatchMode::kCached;
-  constexpr bool kTopk = kMode == DispatchMode::kTopk;
+  constexpr bool kTopk = finds_ranks(kMode);
   if (kTopk && !sum_stretches(call)) return;
   const CountingShared counted{g.num_ranks};
   SharedArray<int32_t> totals(counted.totals());
@@ -90,6 +94,7 @@ DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
 [[nodiscard]] inline int64_t shared_bytes(const DispatchArgs& args, int num_warps) {
   if (args.mode == DispatchMode::kTopk)
     return CountingShared{args.group.num_ranks}.bytes(args.groups.num_stretches);
+  if (args.mode == DispatchMode::kExpanded) return NumberingShared::of(args, num_warps).bytes();
   return DispatchShared{args.group.num_ranks, num_warps}.bytes();
 }
 
@@ -131,6 +136,7 @@ template <DispatchMode kMode>
   SharedArray<uint32_t> slot(shared.slot());
   SharedArray<uint32_t> capacity(shared.capacity());
   SharedArray<uint32_t> push_blocks(shared.push_blocks());
+  SharedArray<uint32_t> stream_tokens(shared.stream_tokens());
   SharedArray<uint32_t> failed(shared.failed());
   SharedArray<uint32_t> recv_failed(shared.recv_failed());
 
@@ -158,6 +164,7 @@ template <DispatchMode kMode>
       slot.set(source * layout::kSlotArrays + word - words.slot(0), value);
     if (word == words.capacity()) capacity.set(source, value);
     if (word == words.push_blocks()) push_blocks.set(source, value);
+    if (word == words.stream_tokens()) stream_tokens.set(source, value);
   }
   sync_block();
   uint32_t why = recv_failed.get(0);

@@ -12,7 +12,7 @@ inline constexpr int kPlaceBatch = 8;  // tokens a thread looks at together
 template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE uint32_t destinations_of(const DispatchArgs& args, int64_t t, uint32_t wanted) {
   const int ranks = args.group.num_ranks;
-  if constexpr (kMode == DispatchMode::kTopk) return ranks_of_token(args, t) & wanted;
+  if constexpr (finds_ranks(kMode)) return ranks_of_token(args, t) & wanted;
   uint32_t mask = 0;
   for (int r = 0; r < ranks; ++r)
     mask |= static_cast<uint32_t>(dev::load_once(args.is_token_in_rank + t * ranks + r) != 0) << r;
@@ -144,7 +144,7 @@ template <DispatchMode kMode>
 [[nodiscard]] DEEPEP_DEVICE FirstToken place_tokens(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
   constexpr bool kCached = kMode == DispatchMode::kCached;
-  if constexpr (kMode == DispatchMode::kTopk) return place_by_topk(call, share);
+  if constexpr (finds_ranks(kMode)) return place_by_topk(call, share);
   prefetch_row(call.args, share.mine);
   const bool handles = share.mine.begin < share.mine.end && ((wanted_ranks(share.role, call.g) >> lane()) & 1u);
   FirstToken first{look_up_route<kCached>(call.args, share.mine.begin, handles), 0};

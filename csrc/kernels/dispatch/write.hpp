@@ -3,6 +3,7 @@
 
 #include "kernels/dispatch/place.hpp"
 #include "kernels/dispatch/row_fields.hpp"
+#include "kernels/dispatch/streams.hpp"
 
 namespace deepep::kernels {
 
@@ -76,7 +77,8 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
                               HeldRow& held) {
   using namespace dev;
   constexpr bool kCached = kMode == DispatchMode::kCached;
-  constexpr bool kTopk = kMode == DispatchMode::kTopk;
+  constexpr bool kTopk = finds_ranks(kMode);
+  constexpr bool kExpanded = kMode == DispatchMode::kExpanded;
   const DispatchArgs& args = call.args;
   const DispatchRole& role = share.role;
   const WarpTokens& mine = share.mine;
@@ -95,22 +97,25 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
   const uint64_t slot_x =
       handles ? reinterpret_cast<uint64_t>(recv_array<Vec16>(args, lane(), layout::kSlotRows)) : 0;
   int32_t next_row = first_row + first_token.before;
-  const bool trails = mine.part == 0 && args.num_scales > 0;  // what is written row by row
-  const bool has_fields = !kCached && mine.part == 0;         // what is written for a group of rows
+  const int part = kExpanded ? 0 : mine.part;
+  const int parts = kExpanded ? 1 : mine.parts;
+  const bool trails = part == 0 && args.num_scales > 0;  // what is written row by row
+  const bool has_fields = !kCached && part == 0;         // what is written for a group of rows
   const int chunks = static_cast<int>(args.row_bytes / 16);
-  const int from = chunks * mine.part / mine.parts;
-  const int end = chunks * (mine.part + 1) / mine.parts;
+  const int from = chunks * part / parts;
+  const int end = chunks * (part + 1) / parts;
 #pragma unroll 1
   for (int64_t first = mine.begin; first < mine.end; first += kWarpSize) {
     const int size = static_cast<int>(layout::min_of(mine.end - first, static_cast<int64_t>(kWarpSize)));
     // Bit i of lane r: token first + i goes to rank r. A cached call has the rows instead, one token's ahead.
     uint32_t going = ahead != 0 ? 1u : 0u;
     if (kTopk && first == mine.begin)
-      going = static_cast<uint32_t>(first_token.route);
+      going = handles ? static_cast<uint32_t>(first_token.route) : 0u;
     else if (!kCached && mine.end - mine.begin > 1)
       going = going_of<kMode>(args, first, size, wanted_ranks(role, g));
     // The warps of a block, each at another of its tokens: some store rows while others wait for these words.
-    const int turn = warp() * size / kWarpSize;
+    // Where rows are spread as they come, a row's are there before it is said to be.
+    const int turn = kExpanded ? 0 : warp() * size / kWarpSize;
 #pragma unroll 1
     for (int i = 0; i < size; ++i) {
       const int64_t t = first + i;
@@ -133,19 +138,27 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
         if (trails && !held.is_here) held.scales = read_scales(args, t);
         const uint64_t target = slot_x + static_cast<uint64_t>(row) * static_cast<uint64_t>(args.row_bytes);
         const uint64_t source = reinterpret_cast<uint64_t>(args.x + t * args.row_bytes);
-        store_row(source, target, from, end, destinations, held);
+        if constexpr (kExpanded)
+          copy_row<false>(source, target, chunks, destinations);
+        else
+          store_row(source, target, from, end, destinations, held);
         for (uint32_t left = trails ? destinations : 0; left != 0; left &= left - 1) {
           const int d = lowest_bit(left);
           write_scales(args, held.scales, t, d, shuffle(row, d));
         }
       }
       held.is_here = false;
-      if (!is_turn) continue;
-      const int32_t group_row = next_row - going_before(going, i) - static_cast<int>((going >> i) & 1u);
-      const TokenGroup group{first, size, first_bits(going, end_row - group_row), group_row};
-      const bool saves = handles || (role.push && lane() < ranks && !is_live(g, lane()));
-      save_send_rows(args, group, saves);
-      write_fields(args, group, entry);
+      if (is_turn) {
+        const int32_t group_row = next_row - going_before(going, i) - static_cast<int>((going >> i) & 1u);
+        const TokenGroup group{first, size, first_bits(going, end_row - group_row), group_row};
+        const bool saves = handles || (role.push && lane() < ranks && !is_live(g, lane()));
+        save_send_rows(args, group, saves);
+        write_fields(args, group, entry);
+        if constexpr (kExpanded) write_places(call, group);
+      }
+      if constexpr (kExpanded)
+        if (role.push)
+          publish_progress(call, static_cast<uint32_t>(next_row) | (t + 1 == mine.end ? kFinished : 0u));
     }
   }
 }

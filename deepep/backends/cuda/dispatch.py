@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from deepep._core import MAX_TOPK
+from deepep.backends.cuda import spread
 from deepep.backends.cuda.launch import MAX_LOCAL_EXPERTS, Phase, Plan
-from deepep.backends.cuda.memory.arrays import ReceiveArrays, ReceiveSpec, receive_spec
+from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays, ReceiveSpec, receive_spec
 from deepep.backends.cuda.memory.tensor_set import Array, TensorSet
-from deepep.backends.cuda.sm_split import dispatch_split
+from deepep.backends.cuda.sm_split import dispatch_split, expanded_split
 from deepep.backends.cuda.streams import CommStream, hand_out
 from deepep.config import DEFAULT_NUM_SMS
 from deepep.errors import ArgumentError, CapacityError
@@ -147,13 +148,13 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
     while True:
         if on_caller:
             stream = streams.current_address(engine.index)
-            plan, received = _launch(engine, request, capacity, is_guess, capturing, stream)
+            plan, received, expanded = _launch(engine, request, capacity, is_guess, capturing, stream)
         else:
             with CommStream(engine.comm, engine.symmetric.endpoint.domain, schedule.after) as stream:
-                plan, received = _launch(engine, request, capacity, is_guess, capturing, stream)
+                plan, received, expanded = _launch(engine, request, capacity, is_guess, capturing, stream)
         # All that can be done before the counts are known is done now: small batches wait for the host.
         if not on_caller and received.overflow_stream is None:
-            completion = _hand_out(engine, request, schedule, received, plan)
+            completion = _hand_out(engine, request, schedule, received, plan, expanded)
         if worst:
             plan.num_rows, per_expert = worst, []
             break
@@ -167,7 +168,7 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
         else:
             received = engine.symmetric.copy_out(received, counts.num_rows)
             if not on_caller:
-                completion = _hand_out(engine, request, schedule, received, plan)
+                completion = _hand_out(engine, request, schedule, received, plan, expanded)
         plan.num_rows, plan.known = counts.num_rows, counts.table
         plan.most_rows, plan.returning = counts.max_rows, counts.num_returned
         per_expert, alignment = counts.per_expert, request.expert_alignment
@@ -178,7 +179,20 @@ def fresh(engine: CudaEngine, request: DispatchRequest, schedule: Schedule, capt
     assert plan.in_rank is not None
     route = Route(engine, tokens, experts, plan.in_rank, plan.num_rows, plan)
     arrays = (received.x, received.scales, received.topk_idx, received.topk_weights)
-    return Dispatched(*arrays, per_expert, route, completion)
+    spread_to = None
+    if expanded is not None and request.expansion is not None:
+        num_rows = request.expansion.num_rows if worst else _num_expanded(engine, request, per_expert)
+        spread_to = spread.spread_rows(expanded, plan.num_rows, num_rows)
+    return Dispatched(*arrays, per_expert, route, completion, spread_to)
+
+
+def _num_expanded(engine: CudaEngine, request: DispatchRequest, per_expert: list[int]) -> int:
+    """The expanded rows of a call, by which those of later ones are guessed."""
+    assert request.expansion is not None
+    alignment = request.expansion.alignment
+    num_rows = sum(-(-count // alignment) * alignment for count in per_expert)
+    engine.expanded_seen = max(num_rows, engine.expanded_seen * 15 // 16)
+    return num_rows
 
 
 def _launch(
@@ -188,7 +202,7 @@ def _launch(
     is_guess: bool,
     capturing: bool,
     stream: int,
-) -> tuple[Plan, ReceiveArrays]:
+) -> tuple[Plan, ReceiveArrays, ExpandedArrays | None]:
     """One attempt, on the current stream, `stream`:
     into arrays for `capacity` rows, or fewer if that is a guess.
     """
@@ -201,12 +215,14 @@ def _launch(
     plan.in_rank = tables[1] if layout is None else layout.is_token_in_rank
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
-    key = (x.shape[1], x.dtype, of_scales, of_topk)
+    expansion = request.expansion
+    places = expansion is not None and expansion.spreads
+    key = (x.shape[1], x.dtype, of_scales, of_topk, places)
     spec = _specs.get(key)
     if spec is None:
         if len(_specs) >= _MOST_SPECS:
             _specs.clear()
-        spec = _specs[key] = receive_spec(x, scales, topk_idx, with_source=True)
+        spec = _specs[key] = receive_spec(x, scales, topk_idx, with_source=True, with_places=places)
     made, templates = None, spec.kept.get(capacity)
     # At once where the pool has room, if the overflow area need not grow first, nor anything else be done.
     fits = capacity * spec.row_bytes + spec.spare_bytes <= memory.overflow.num_bytes
@@ -216,10 +232,12 @@ def _launch(
         received = ReceiveArrays(*[None if i is None else made[i] for i in spec.order])  # type: ignore[arg-type]
     else:
         received = acquire(engine, spec, capacity, is_guess, capturing, stream)
+    num_sms = max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms))
+    expanded = None if expansion is None else spread.make(engine, request, received)
     endpoint.dispatch(
         x,
         received,
-        dispatch_split(max(1, min(request.num_sms or DEFAULT_NUM_SMS, engine.sms)), ranks),
+        dispatch_split(num_sms, ranks) if expanded is None else expanded_split(num_sms, ranks),
         stream,
         plan,
         scales=scales,
@@ -232,10 +250,11 @@ def _launch(
         num_worst_tokens=worst,
         post_counts=worst == 0,
         payload=request.payload,
+        expanded=expanded,
     )
     if capturing or (worst and received.overflow_stream):
         received = memory.copy_out(received, worst)
-    return plan, received
+    return plan, received, expanded
 
 
 def acquire(
@@ -256,11 +275,18 @@ def acquire(
 
 
 def _hand_out(
-    engine: CudaEngine, request: DispatchRequest, schedule: Schedule, received: ReceiveArrays, plan: Plan
+    engine: CudaEngine,
+    request: DispatchRequest,
+    schedule: Schedule,
+    received: ReceiveArrays,
+    plan: Plan,
+    expanded: ExpandedArrays | None,
 ) -> Completion | None:
     layout = request.layout
     given = [request.x, request.scales, request.topk_idx, request.topk_weights]
     made = [*received.tensors(), plan.table]
+    if expanded is not None:
+        made += expanded.tensors()
     if layout is None:
         made.append(plan.in_rank)
     else:

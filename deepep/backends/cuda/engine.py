@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepep import _cuda
 from deepep.backends.cuda import checks as cuda_checks
-from deepep.backends.cuda import combine, dispatch
+from deepep.backends.cuda import combine, dispatch, spread
 from deepep.backends.cuda.cached import cached
 from deepep.backends.cuda.domains import Domains, is_divided
 from deepep.backends.cuda.engram import CudaEngram
@@ -104,7 +104,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
     done or raised before the next operation (`_settle`). has_fault: whether a kernel has reported one since.
     last_layout: a layout of ours and its indices, kept until the next: only of tensors that live is it
     certain which they are. last_dispatch: by top-k, that needs no checks again. rows_seen: the most rows of
-    recent dispatches.
+    recent dispatches; expanded_seen: and of those spread.
     """
 
     symmetric: SymmetricMemory
@@ -128,7 +128,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         self.local_rows = RowKernels(self.index)
         self.last_layout: tuple[Tensor, Layout] | None = None
         self.last_dispatch = Remembered()
-        self.rows_seen = 0
+        self.rows_seen = self.expanded_seen = 0
         self._num_bytes = symmetric_bytes(options.symmetric_bytes)
         self._turns = _cuda.Turns()
         # The bytes for low latency are memory between domains alone.
@@ -216,6 +216,9 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     def sums_expanded(self, x: Tensor, num_sms: int = 0) -> bool:
         return self.domains is None and combine.sums_expanded(x, num_sms)
+
+    def spreads_rows(self, num_experts: int, num_topk: int, num_max_tokens: int, num_sms: int = 0) -> bool:
+        return self.domains is None and spread.spreads_rows(num_experts, num_topk, num_max_tokens, num_sms)
 
     def low_latency_dispatch(
         self, request: LowLatencyDispatchRequest, schedule: Schedule

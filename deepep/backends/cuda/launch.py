@@ -16,7 +16,7 @@ import torch
 
 from deepep import _cuda
 from deepep._cuda import Counts
-from deepep.backends.cuda.memory.arrays import ReceiveArrays
+from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays
 from deepep.backends.cuda.sm_split import NO_COPY_ENGINE, BlockSplit
 from deepep.errors import FaultRecord
 
@@ -213,14 +213,19 @@ class Endpoint:
         num_worst_tokens: int = 0,
         post_counts: bool = False,
         payload: int = 0,
+        expanded: ExpandedArrays | None = None,
     ) -> None:
         """Launches a dispatch whose rows arrive in `received`, arrays of this rank's heap, and which fills
         the plan. post_counts: `wait_counts` will be called. num_local_experts: if it is not 0, where tokens
         go is found out from topk_idx, and written to is_token_in_rank. payload: as of DispatchRequest.
+        expanded: of those; rows are spread there as they come (csrc/kernels/dispatch/expanded.hpp).
         """
         launch: Any = self.domain.dispatch
+        known: dict[str, Any]
         if num_local_experts:
             launch, known = self.domain.dispatch_topk, {"alone_tokens": ALONE_TOKENS}
+            if expanded is not None:
+                known["expanded"] = expanded.argument()
         else:
             known = {
                 "tokens_per_rank": _address(tokens_per_rank),

@@ -37,6 +37,9 @@ CE_ORDERS = 8
 #: SMs before it is faster
 SUMMING_SMS = 48
 SUMMED_BYTES = 16 << 20
+#: from so many SMs on a dispatch spreads expanded rows itself; with fewer a pass of all SMs behind it is to
+#: be faster: both predicted
+SPREADING_SMS = 48
 #: no parts: SMs return the rows
 NO_COPY_ENGINE = (0, 100)
 #: how long all sums take by so many SMs, of what the engine takes, in percent
@@ -58,6 +61,20 @@ def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
     pushing = min(PUSHING_SMS, num_sms // 2)
     local = min(num_sms - pushing, max(2, -(-LOCAL_SMS // (num_ranks - 1))))
     return BlockSplit(pushing + local, pushing, local)
+
+
+@functools.cache
+def expanded_split(num_sms: int, num_ranks: int) -> BlockSplit:
+    """Roles of a dispatch that spreads rows as they come: who does not push spreads this rank's and others'.
+
+    No block does both (docs/kernels.md). Raises ValueError for fewer than two SMs.
+    """
+    if num_ranks == 1:
+        return BlockSplit(num_sms, 0, num_sms)
+    if num_sms < 2:
+        raise ValueError("rows are spread by others than those that push: two SMs at least")
+    pushing = min(PUSHING_SMS, num_sms // 2)
+    return BlockSplit(num_sms, pushing, num_sms - pushing)
 
 
 @functools.cache

@@ -44,11 +44,23 @@ def test_round_trip(pair: World, name: str) -> None:
         pair.run(run_case, CASES[name], seed)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.expand])
+def test_round_trip_of_rows_that_the_dispatch_spreads(pair: World, name: str) -> None:
+    for seed in range(2):
+        pair.run(run_case, replace(CASES[name], num_sms=64), seed)
+
+
 LARGE = replace(CASES["expanded"], hidden=7168, topk=8, local_experts=32, alignment=128)
 
 
+NAMES = (
+    *("plain", "expanded", "fp8", "no wait", "one sum", "async"),
+    *("64 SMs", "fp8, 64 SMs", "no wait, 64 SMs"),
+)
+
+
 @pytest.mark.parametrize("tokens", [(1500, 1024), (128, 128), (1, 0)])
-@pytest.mark.parametrize("name", ["plain", "expanded", "fp8", "no wait", "one sum", "async"])
+@pytest.mark.parametrize("name", NAMES)
 def test_large(pair: World, tokens: tuple[int, int], name: str) -> None:
     case = {
         "plain": replace(LARGE, expand=False),
@@ -57,6 +69,9 @@ def test_large(pair: World, tokens: tuple[int, int], name: str) -> None:
         "no wait": replace(LARGE, waits=False, zero_padding=True),
         "one sum": replace(LARGE, single_reduction=True),
         "async": replace(LARGE, asynchronous=True, num_biases=2),
+        "64 SMs": replace(LARGE, zero_padding=True, num_sms=64),
+        "fp8, 64 SMs": replace(LARGE, fp8=True, column_major=True, zero_padding=True, num_sms=64),
+        "no wait, 64 SMs": replace(LARGE, waits=False, zero_padding=True, num_sms=64),
     }[name]
     pair.run(run_case, replace(case, tokens=tokens), 4)
 

@@ -82,6 +82,31 @@ def test_expanded_rows_take_two_more_and_none_on_their_way_back() -> None:
     )
 
 
+def test_with_many_sms_the_dispatch_spreads_rows_itself() -> None:
+    on_stubs(
+        START,
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            def dispatch(**how):
+                options = {"do_expand": True, "expert_alignment": 4, "do_zero_padding": True, **how}
+                return buffer.dispatch(x, idx, weights, num_experts=1, num_sms=64, **options)
+            got, names = launched(dispatch)
+            assert names == ["dispatch"]
+            assert got.recv_x.shape[0] == 8 and got.recv_topk_weights.shape == (8,)
+            later, names = launched(lambda: dispatch(async_with_compute_stream=True, do_cpu_sync=False))
+            assert names == ["dispatch"] and later.event.event is not None
+            assert later.recv_x.shape[0] == 12 and later.handle.overflow_flag is not None
+            loads = torch.zeros(1, dtype=torch.int32)
+            assert launched(lambda: dispatch(cumulative_local_expert_recv_stats=loads))[1] == ["dispatch"]
+            # an event that the epilogue comes behind: in a pass behind it
+            behind = launched(lambda: dispatch(previous_event_before_epilogue=EventHandle()))[1]
+            assert behind == ["dispatch", "sort_pairs", "spread_rows"]
+            again = launched(lambda: buffer.dispatch(x, handle=got.handle, do_expand=True))[1]
+            assert again == ["dispatch_cached", "spread_rows"]
+        """,
+    )
+
+
 def test_what_a_timed_out_dispatch_leaves_is_no_address() -> None:
     """Kernels that gave up have left indices of any value: an index out of bounds would end the process."""
     on_stubs(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepep import _cuda
 from deepep.backends.cuda.memory.tensor_set import Array, TensorSet
 
 _ALIGNMENT = 128
@@ -36,11 +37,12 @@ class ReceiveArrays:
     scales: torch.Tensor | None  # [capacity, P]
     topk_idx: torch.Tensor | None  # [capacity, K]
     topk_weights: torch.Tensor | None  # [capacity, K] float32
+    places: torch.Tensor | None = None  # [capacity, K] int32, of a dispatch that spreads rows
     overflow_stream: torch.cuda.Stream | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All of them, in order."""
-        return self.x, self.source, self.scales, self.topk_idx, self.topk_weights
+        return self.x, self.source, self.scales, self.topk_idx, self.topk_weights, self.places
 
     def copy(self, rows: int) -> ReceiveArrays:
         """The first `rows` rows, in memory of the current stream."""
@@ -55,6 +57,49 @@ class ReceiveArrays:
                     tensor.resize_(rows)
                 else:
                     tensor.resize_(rows, tensor.shape[1])
+
+
+@dataclass(slots=True)
+class ExpandedArrays:
+    """Arrays that a dispatch spreads received rows to: a row for each of their entries, grouped by expert.
+
+    N: rows there is room to receive. X: expanded rows there is room for; where the host waits and more come,
+    rows stay as they are received. overflow: None where no entry can be without a row.
+    """
+
+    places: torch.Tensor  # [T, K] int32: is written
+    recv_places: torch.Tensor | None  # [N, K] int32, of the heap; None: rows are not spread here
+    x: torch.Tensor  # [X, H]
+    scales: torch.Tensor | None  # [X, P], or by columns what X rounded up to 4 takes
+    weights: torch.Tensor  # [X] float32
+    slots: torch.Tensor  # [N, K] int64
+    expert_counts: torch.Tensor  # [L] int32
+    overflow: torch.Tensor | None  # [1] int32, 0 before
+    alignment: int = 1
+    column_major: bool = False
+    zero_padding: bool = False
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All but those of the heap."""
+        filled = (self.x, self.scales, self.weights, self.slots, self.expert_counts, self.overflow)
+        return (self.places, *filled)
+
+    def argument(self) -> _cuda.ExpandedRows:
+        """As a launch takes it."""
+        return _cuda.ExpandedRows(
+            places=self.places.data_ptr(),
+            recv_places=0 if self.recv_places is None else self.recv_places.data_ptr(),
+            x=self.x.data_ptr(),
+            scales=0 if self.scales is None else self.scales.data_ptr(),
+            weights=self.weights.data_ptr(),
+            slots=self.slots.data_ptr(),
+            expert_counts=self.expert_counts.data_ptr(),
+            overflow=0 if self.overflow is None else self.overflow.data_ptr(),
+            capacity=self.x.shape[0],
+            alignment=self.alignment,
+            column_major=self.column_major,
+            zero_padding=self.zero_padding,
+        )
 
 
 class Templates(list[torch.Tensor]):
@@ -72,7 +117,8 @@ class Templates(list[torch.Tensor]):
 class ReceiveSpec:
     """The arrays of one kind of dispatch: what a row has in each, whatever the number of rows.
 
-    scales, topk: columns and dtype; None for what does not travel. with_source: source tokens are wanted.
+    scales, topk: columns and dtype; None for what does not travel. with_source: source tokens are wanted;
+    with_places: places of entries (csrc/kernels/dispatch/number.hpp).
 
     order: for each array of `ReceiveArrays`, its position among those there are, or None. kept: templates by
     capacity (`templates`). row_bytes, spare_bytes: a stretch for n rows takes n times the one, and the other.
@@ -84,6 +130,7 @@ class ReceiveSpec:
         scales: tuple[int, torch.dtype] | None,
         topk: tuple[int, torch.dtype] | None,
         with_source: bool,
+        with_places: bool = False,
     ) -> None:
         self._rows: list[Row] = [((x[0],), x[1])]
         if with_source:
@@ -92,10 +139,12 @@ class ReceiveSpec:
             self._rows.append(((scales[0],), scales[1]))
         if topk is not None:
             self._rows += [((topk[0],), topk[1]), ((topk[0],), torch.float32)]
+            if with_places:
+                self._rows.append(((topk[0],), torch.int32))
         self.row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._rows)
         self.spare_bytes = len(self._rows) * _ALIGNMENT
         self.kept: dict[int, Templates] = {}
-        there = (True, with_source, scales is not None, topk is not None, topk is not None)
+        there = (True, with_source, scales is not None, topk is not None, topk is not None, with_places)
         self.order = tuple(sum(there[:i]) if is_there else None for i, is_there in enumerate(there))
 
     def num_bytes(self, capacity: int) -> int:
@@ -139,15 +188,19 @@ def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def receive_spec(
-    x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None, with_source: bool
+    x: torch.Tensor,
+    scales: torch.Tensor | None,
+    topk_idx: torch.Tensor | None,
+    with_source: bool,
+    with_places: bool = False,
 ) -> ReceiveSpec:
     """For rows like x [*, H] and scales [*, P], and entries like topk_idx [*, K]."""
     of_scales = None if scales is None else (scales.shape[1], scales.dtype)
     of_topk = None if topk_idx is None else (topk_idx.shape[1], topk_idx.dtype)
-    key = (x.shape[1], x.dtype, of_scales, of_topk, with_source)
+    key = (x.shape[1], x.dtype, of_scales, of_topk, with_source, with_places)
     spec = _specs.get(key)
     if spec is None:
         if len(_specs) >= _MOST_KEPT:
             _specs.clear()
-        spec = _specs[key] = ReceiveSpec((x.shape[1], x.dtype), of_scales, of_topk, with_source)
+        spec = _specs[key] = ReceiveSpec((x.shape[1], x.dtype), of_scales, of_topk, with_source, with_places)
     return spec

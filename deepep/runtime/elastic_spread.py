@@ -1,0 +1,65 @@
+"""Dispatches whose rows the engine itself spreads (`Engine.spreads_rows`): see elastic.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from deepep.runtime.completion import Completion
+from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest, ElasticRoute, align
+from deepep.runtime.engine import Engine
+from deepep.runtime.requests import Schedule, SpreadRequest, SpreadRows
+
+
+def expansion_of(
+    engine: Engine, request: ElasticDispatchRequest, num_topk: int, most: int
+) -> SpreadRequest | None:
+    """The layout that the engine is to spread rows to itself; None: in the epilogue, or not at all.
+
+    An event that the epilogue comes behind is one rank's affair: the kernel is the same as the others'.
+    """
+    if not request.expand:
+        return None
+    if not engine.spreads_rows(request.num_experts, num_topk, request.num_max_tokens, request.num_sms):
+        return None
+    waits = request.wait_for_counts
+    return SpreadRequest(
+        request.alignment,
+        request.zero_padding,
+        request.column_major,
+        num_rows=0 if waits else most,
+        overflows=not waits and most < _all_lanes(engine, request, num_topk),
+        spreads=request.before_epilogue is None,
+    )
+
+
+def _all_lanes(engine: Engine, request: ElasticDispatchRequest, num_topk: int) -> int:
+    """The most rows that lanes can take, also where a token names an expert twice."""
+    num_ranks, num_local = engine.info.num_ranks, request.num_experts // engine.info.num_ranks
+    lanes = num_ranks * request.num_max_tokens * num_topk
+    return align(lanes + (request.alignment - 1) * num_local, request.alignment)
+
+
+def spread(
+    engine: Engine,
+    request: ElasticDispatchRequest,
+    route: ElasticRoute,
+    expanded: SpreadRows,
+    schedule: Schedule,
+    arrived: Completion | None,
+) -> ElasticDispatched:
+    """The result of a dispatch that the engine has spread itself."""
+    route.slots, route.expert_counts = expanded.slots, expanded.expert_counts
+    route.overflow = expanded.overflow
+    weights = None if request.topk_weights is None else expanded.weights
+    done = ElasticDispatched(expanded.x, expanded.scales, None, weights, route, arrived)
+    if request.loads is not None:
+        loads, counts = request.loads, expanded.expert_counts
+
+        def fill(made: tuple[Tensor, ...]) -> None:
+            loads.add_(counts)
+
+        _, done.completion = engine.locally(tuple, fill, (loads, counts), replace(schedule, after=arrived))
+    route.completion = done.completion
+    return done
