@@ -131,7 +131,7 @@ def test_several_devices_and_one_process_are_torchs_own(monkeypatch: pytest.Monk
 
 
 def test_a_rank_takes_the_device_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepep.parallel import ddp
+    from deepep.parallel import devices
 
     chosen: list[Any] = []
     model = torch.nn.Linear(2, 2)
@@ -140,14 +140,14 @@ def test_a_rank_takes_the_device_of_its_local_rank(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model, "to", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for ids in ([4, 7], ["cuda:4", "cuda:7"]):
-        assert ddp._device_of_this_rank(model, ids) == 7
+        assert devices.device_of_this_rank(model, ids) == 7
     assert chosen == [torch.device("cuda", 7)] * 4
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RangeError, match="an id for each local rank: this is 2"):
-        ddp._device_of_this_rank(model, [4, 7])
+        devices.device_of_this_rank(model, [4, 7])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ArgumentError, match="torch sees no CUDA device"):
-        ddp._device_of_this_rank(model, [4, 7])
+        devices.device_of_this_rank(model, [4, 7])
 
 
 def test_importing_the_library_imports_none_of_it() -> None:
