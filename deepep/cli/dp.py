@@ -15,7 +15,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deepep.cli import dp_bench, dp_efficiency, dp_faults, dp_join, dp_networks, dp_topologies, dp_uneven
+from deepep.cli import (
+    dp_backup,
+    dp_bench,
+    dp_efficiency,
+    dp_faults,
+    dp_join,
+    dp_networks,
+    dp_topologies,
+    dp_uneven,
+)
 from deepep.cli.terminal import FAILED, make_console, misused
 from deepep.errors import ArgumentError, RangeError
 
@@ -31,7 +40,7 @@ def command(
         str,
         typer.Argument(
             help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join, "
-            "bench."
+            "bench, backup."
         ),
     ],
     ranks: Annotated[
@@ -56,7 +65,9 @@ def command(
         str, typer.Option(help="topologies: a file that keeps times, so that the rest can follow later.")
     ] = "",
     phases: Annotated[str, typer.Option(help="kill: of a step, with commas between; or all.")] = "all",
-    times: Annotated[int, typer.Option(help="kill: runs for each phase; join: for each size.", min=1)] = 5,
+    times: Annotated[
+        int, typer.Option(help="kill: runs for each phase; join, backup: for each size.", min=1)
+    ] = 5,
     seed: Annotated[int, typer.Option(help="convergence: of weights, batches and dice; kill.")] = 0,
     killed: Annotated[int, typer.Option("--kill", help="efficiency: ranks that die.")] = 1,
     window: Annotated[float, typer.Option(help="efficiency: seconds from their death on.")] = 60.0,
@@ -73,7 +84,8 @@ def command(
     rank that dies in a training step has the others go on, with the weights that they should have. uneven:
     ranks of several speeds, whose shares follow what is measured, against torch's equal ones. efficiency:
     samples that count in a minute in which ranks die, beside torchrun's restart; or simulated. join: for how
-    long the others stop when a process takes its place, by the size of what it is given.
+    long the others stop when a process takes its place, by the size of what it is given. backup: steps in
+    which each rank copies the experts of the next one, beside steps without.
     bench: all-reduces beside torch's own, by NCCL on GPUs, in one run, with the CPU's bits; and a rank that
     is killed. Under torchrun its ranks take part.
     """
@@ -96,6 +108,7 @@ def command(
         ),
         "bench": lambda: dp_bench.bench(ranks, sizes, rounds, kills),
         "join": lambda: dp_join.join(ranks or 4, times),
+        "backup": lambda: dp_backup.backup(ranks or 3, times),
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))

@@ -159,6 +159,8 @@ class Steps:
         backup = exchanges.backup
         if backup is None or (backup.every, backup.optimizers) != (every, optimizers):
             exchanges.check_experts(self._experts)
+            if (device := self._reducer.comm.device).type != "cpu":
+                raise ModeError("expert_backup", f"a model on {device}", "a model on the CPU, or None")
             exchanges.backup = ExpertBackup(exchanges.layers, self._reducer.comm, optimizers, every)
 
     # between two steps
