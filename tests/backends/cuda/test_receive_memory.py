@@ -128,7 +128,7 @@ def test_carved_arrays_fit_and_are_copied(
     x = torch.empty((5, 48), dtype=torch.float8_e4m3fn if with_scales else torch.bfloat16)
     scales = torch.empty((5, 3)) if with_scales else None
     idx = torch.empty((5, 7), dtype=torch.int64) if with_topk else None
-    spec = receive_spec(x, scales, idx, with_source)
+    spec = receive_spec(x, scales, idx, with_source, with_places=with_topk)
     for spare in (0, 1, 1000):
         rows = spec.rows_in(spec.num_bytes(capacity) + spare)
         assert rows >= capacity
@@ -142,6 +142,7 @@ def test_carved_arrays_fit_and_are_copied(
         ((capacity, 3), torch.float32) if with_scales else None,
         ((capacity, 7), torch.int64) if with_topk else None,
         ((capacity, 7), torch.float32) if with_topk else None,
+        ((capacity, 7), torch.int32) if with_topk else None,
     ]
 
     def shapes(received: Any) -> list[Any]:
