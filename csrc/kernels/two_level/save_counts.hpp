@@ -11,7 +11,7 @@ DEEPEP_DEVICE void post_counts_to_host(const TwoLevelDispatchCall& call, uint32_
   using namespace dev;
   const DispatchArgs& args = call.args.dispatch;
   const Group& g = call.near.g;
-  if (args.host == nullptr || !is_host_block()) return;
+  if (args.host == nullptr || !is_host_block(args)) return;
   const int ranks = call.all.num_ranks;
   const layout::MailboxWords words{ranks};
   const MetadataShared near{g.num_ranks};
