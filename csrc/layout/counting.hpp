@@ -13,7 +13,7 @@ inline constexpr int kMaxStretches = 512;
 
 /// Groups of tokens, a stretch for each warp of a block, that are numbered by expert together; and experts of
 /// all ranks, of which a block has counters for each of its warps.
-inline constexpr int kMaxNumberedGroups = 32;
+inline constexpr int kMaxNumberedGroups = 48;
 inline constexpr int kMaxNumberedExperts = 1024;
 
 /// The memory of a rank, in which its blocks count. Zeroed once.

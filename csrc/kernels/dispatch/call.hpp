@@ -8,6 +8,7 @@
 namespace deepep::kernels {
 
 inline constexpr int kDispatchThreads = 512;
+inline constexpr int kExpandedThreads = 384;  // of mode kExpanded: each has more registers
 inline constexpr int kMaxParts = 4;  // of a row, where tokens are few
 
 /// The metadata of all ranks, at the start of a block's dynamic shared memory.

@@ -25,10 +25,10 @@ Kernel<DispatchArgs> kernel_of(DispatchMode mode) {
 
 void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
   DispatchArgs args = given;
-  constexpr int kWarps = kDispatchThreads / dev::kWarpSize;
-  prepare(args, num_blocks, kWarps);
-  launch(kernel_of(args.mode), args, num_blocks, kDispatchThreads, shared_bytes(args, kWarps), stream,
-         "dispatch");
+  const int threads = args.mode == DispatchMode::kExpanded ? kExpandedThreads : kDispatchThreads;
+  const int warps = threads / dev::kWarpSize;
+  prepare(args, num_blocks, warps);
+  launch(kernel_of(args.mode), args, num_blocks, threads, shared_bytes(args, warps), stream, "dispatch");
 }
 
 void load_dispatch() {

@@ -73,7 +73,7 @@ DEEPEP_DEVICE void send_rows(const DispatchCall& call, const WarpShare& share, c
   if (share.role.push && is_empty && dev::warp() != dev::num_warps() - 1) publish_progress(call, kFinished);
 }
 
-DEEPEP_KERNEL(dispatch_expanded_kernel, DispatchArgs, kDispatchThreads) {
+DEEPEP_KERNEL(dispatch_expanded_kernel, DispatchArgs, kExpandedThreads) {
   using namespace dev;
   constexpr DispatchMode kMode = DispatchMode::kExpanded;
   prefetch_indices(args);
