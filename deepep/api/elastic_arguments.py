@@ -180,7 +180,7 @@ def dispatch_request(
     else:
         experts, most = _check_fresh(engine, limits, topk_idx, num_experts, num_max_tokens)
         alignment = 1 if alignment is None else check_int("expert_alignment", alignment, 1, MOST)
-    if isinstance(rows, torch.Tensor) and rows.dim() == 2:
+    if isinstance(rows, torch.Tensor):
         _check_size(rows, most, limits)
     if loads is not None:
         local, where = experts // engine.info.num_ranks, engine.info.device_type
@@ -258,14 +258,18 @@ def _check_fresh(
 
 
 def _check_size(rows: torch.Tensor, most: int, limits: BufferLimits) -> None:
-    """The rows are no more and no longer than the buffer is for."""
-    if rows.shape[0] > most:
+    """The rows are no more and no longer than the buffer is for; what is no matrix is refused elsewhere."""
+    shape = rows.shape
+    if len(shape) != 2:
+        return
+    tokens, width = shape
+    if tokens > most:
         allowed = f"at most num_max_tokens_per_rank = {most} tokens"
-        raise CapacityError("x", f"{rows.shape[0]} tokens", allowed)
-    hidden = limits.hidden * (2 if rows.dtype is torch.uint8 else 1)  # bytes of a list's: as a BF16 row's
-    if limits.hidden and rows.shape[1] > hidden:
+        raise CapacityError("x", f"{tokens} tokens", allowed)
+    # Of a list's rows there are bytes: as many as of a BF16 row.
+    if limits.hidden and width > limits.hidden * (2 if rows.dtype is torch.uint8 else 1):
         allowed = f"at most hidden = {limits.hidden}, as constructed"
-        raise CapacityError("x", f"rows of {rows.shape[1]}", allowed)
+        raise CapacityError("x", f"rows of {width}", allowed)
 
 
 def _check_handle(

@@ -21,8 +21,6 @@ class EPHandle:
 
     do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: of the dispatch.
     topk_idx: [T, K] as dispatched; a copy, unless do_handle_copy=False.
-    num_recv_tokens_per_expert_list: L counts, rounded up to the alignment; empty without a host wait.
-    num_recv_tokens, num_expanded_tokens: N and X, rows of the tensors handed out, or that would be.
     token_metadata_at_forward, channel_linked_list: None; V2's hybrid mode alone has them.
     """
 
@@ -37,9 +35,6 @@ class EPHandle:
         self.num_max_tokens_per_rank = route.num_max_tokens
         self.num_sms = num_sms
         self.topk_idx = route.topk_idx
-        self.num_recv_tokens_per_expert_list = route.aligned_counts
-        self.num_recv_tokens = route.recv_topk_idx.shape[0]
-        self.num_expanded_tokens = route.num_rows
         if topk_is_captured(route.topk_idx):
             for name in _TENSORS:
                 getattr(self, name)
@@ -48,6 +43,21 @@ class EPHandle:
     def elastic_route(self) -> ElasticRoute:
         """The route, for this library's own calls."""
         return self._elastic
+
+    @cached_property
+    def num_recv_tokens(self) -> int:
+        """N, rows of the tensors handed out."""
+        return self._elastic.recv_topk_idx.shape[0]
+
+    @cached_property
+    def num_expanded_tokens(self) -> int:
+        """X, expanded rows: of those handed out, or those that would be."""
+        return self._elastic.num_rows
+
+    @cached_property
+    def num_recv_tokens_per_expert_list(self) -> list[int]:
+        """L counts, rounded up to the alignment; empty without a host wait."""
+        return self._elastic.aligned_counts
 
     @cached_property
     def psum_num_recv_tokens_per_scaleup_rank(self) -> Tensor:

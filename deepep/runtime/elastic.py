@@ -38,14 +38,20 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
     """A dispatch along a new route."""
     topk_idx, weights = request.topk_idx, request.topk_weights
     assert topk_idx is not None
-    num_ranks, num_topk = engine.info.num_ranks, topk_idx.shape[-1]
-    num_worst = worst_rows(
-        num_ranks * request.num_max_tokens,
-        num_topk,
-        request.num_experts // num_ranks,
-        request.alignment,
-    )
-    most = num_worst if request.num_max_rows is None else min(num_worst, request.num_max_rows)
+    num_ranks = engine.info.num_ranks
+    most_rows = 0  # of an expanded dispatch, where that is asked for
+    if request.expand or not request.wait_for_counts:
+        most_rows = worst_rows(
+            num_ranks * request.num_max_tokens,
+            topk_idx.shape[-1],
+            request.num_experts // num_ranks,
+            request.alignment,
+        )
+        if request.num_max_rows is not None:
+            most_rows = min(most_rows, request.num_max_rows)
+    expansion = None
+    if request.expand:
+        expansion = expansion_of(engine, request, topk_idx.shape[-1], most_rows)
     done = engine.dispatch(
         DispatchRequest(
             request.x,
@@ -56,29 +62,34 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
             num_worst_tokens=0 if request.wait_for_counts else num_ranks * request.num_max_tokens,
             num_sms=request.num_sms,
             payload=request.payload,
-            expansion=expansion_of(engine, request, num_topk, most),
+            expansion=expansion,
         ),
         schedule,
     )
     assert done.topk_idx is not None
     counts = done.num_tokens_per_expert if request.wait_for_counts else None
-    if counts is not None:
-        num_rows = sum(align(count, request.alignment) for count in counts)
-    else:
-        num_rows = most
     route = ElasticRoute(
         done.route,
         topk_idx,
         done.topk_idx,
         request.num_max_tokens,
         request.alignment,
-        num_rows,
+        most_rows,
         counts,
     )
     if done.expanded is not None:
         return spread(engine, request, route, done.expanded, schedule, done.completion)
     received = None if weights is None else done.topk_weights
+    if _is_plain(request, done.scales):
+        route.completion = done.completion
+        return ElasticDispatched(done.x, done.scales, done.topk_idx, received, route, done.completion)
     return _Epilogue(engine, request, route, done.x, done.scales, received).run(schedule, done.completion)
+
+
+def _is_plain(request: ElasticDispatchRequest, scales: Tensor | None) -> bool:
+    """True if nothing is to be done behind the rows' arrival."""
+    turns = request.column_major and scales is not None
+    return not (request.expand or turns) and request.loads is request.before_epilogue is None
 
 
 def copy_topk_idx(engine: Engine, done: ElasticDispatched, schedule: Schedule) -> None:
@@ -162,8 +173,8 @@ def _prologue(
         if slots is not None:
             engine.local_rows.reduce(x, slots, rows)
         if own is not None and weights is not None:
-            of_lanes = weights if slots is None else _at(weights, slots)
-            own.copy_(torch.where(lanes >= 0 if slots is None else slots >= 0, of_lanes, 0.0))
+            own.copy_(weights if slots is None else _at(weights, slots))
+            own.masked_fill_((lanes if slots is None else slots) < 0, 0.0)
 
     (rows, own), completion = engine.locally(make, fill, (x, weights, slots, lanes), schedule)
     return rows, own, completion
@@ -195,8 +206,7 @@ class _Epilogue:
         """Runs it behind the rows' arrival."""
         request, route, (x, scales, weights) = self._request, self._route, self._received
         done = ElasticDispatched(x, scales, route.recv_topk_idx, weights, route, arrived)
-        turns = request.column_major and scales is not None
-        if request.expand or turns or request.loads is not None or request.before_epilogue is not None:
+        if not _is_plain(request, scales):
             schedule = _also_after(replace(schedule, after=arrived), request.before_epilogue)
             given = (x, scales, weights, route.recv_topk_idx, route.slots, request.loads)
             made, done.completion = self._engine.locally(self._make, self._fill, given, schedule)

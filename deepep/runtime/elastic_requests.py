@@ -7,6 +7,7 @@ rows received, X rows of the expanded layout, P scales per token. A *lane* is on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,9 +53,9 @@ class ElasticRoute:
     """A dispatch's route, and what a rank knows of its rows there.
 
     topk_idx [T, K]: as sent. recv_topk_idx [N, K]: local expert or -1. counts: lanes of each local expert, if
-    the host knows them. num_rows: X. slots [N, K] int64 and expert_counts [L] int32: if rows were expanded.
-    overflow [1] int32: 1 if lanes had no room (only where that can be). completion: of the dispatch, if it
-    was asynchronous.
+    the host knows them; else X is most_rows. slots [N, K] int64 and expert_counts [L] int32: if rows were
+    expanded. overflow [1] int32: 1 if lanes had no room (only where that can be). completion: of the
+    dispatch, if it was asynchronous.
     """
 
     route: Route
@@ -62,12 +63,17 @@ class ElasticRoute:
     recv_topk_idx: Tensor
     num_max_tokens: int
     alignment: int
-    num_rows: int
+    most_rows: int = 0
     counts: list[int] | None = None
     slots: Tensor | None = None
     expert_counts: Tensor | None = None
     overflow: Tensor | None = None
     completion: Completion | None = None
+
+    @cached_property
+    def num_rows(self) -> int:
+        """X: where the host knows it, of an expanded dispatch whether this one expanded or not."""
+        return self.most_rows if self.counts is None else sum(aligned_list(self.counts, self.alignment))
 
     @property
     def num_local(self) -> int:
@@ -77,7 +83,7 @@ class ElasticRoute:
     @property
     def aligned_counts(self) -> list[int]:
         """Counts of each local expert, rounded up; empty where the host does not know them."""
-        return [align(count, self.alignment) for count in self.counts or ()]
+        return aligned_list(self.counts or [], self.alignment)
 
     # Tensors that few ask for: made when they are, in the current stream's order.
 
@@ -175,6 +181,11 @@ def count_lanes(engine: Engine, route: ElasticRoute, counts: Tensor) -> None:
 def align(value: int, alignment: int) -> int:
     """`value` rounded up."""
     return -(-value // alignment) * alignment
+
+
+def aligned_list(counts: list[int], alignment: int) -> list[int]:
+    """Each count rounded up: a new list."""
+    return list(counts) if alignment == 1 else [-(-count // alignment) * alignment for count in counts]
 
 
 def aligned(counts: Tensor, alignment: int) -> Tensor:

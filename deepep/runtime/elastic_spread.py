@@ -15,12 +15,10 @@ from deepep.runtime.requests import Schedule, SpreadRequest, SpreadRows
 def expansion_of(
     engine: Engine, request: ElasticDispatchRequest, num_topk: int, most: int
 ) -> SpreadRequest | None:
-    """The layout that the engine is to spread rows to itself; None: in the epilogue, or not at all.
+    """The layout that the engine is to spread rows to itself; None: that is done in the epilogue.
 
     An event that the epilogue comes behind is one rank's affair: the kernel is the same as the others'.
     """
-    if not request.expand:
-        return None
     if not engine.spreads_rows(request.num_experts, num_topk, request.num_max_tokens, request.num_sms):
         return None
     waits = request.wait_for_counts
