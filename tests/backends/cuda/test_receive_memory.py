@@ -248,6 +248,34 @@ def test_when_a_pool_is_reset(
     _cuda.arena_close(arena)
 
 
+@pytest.mark.parametrize("free", [0, 20, 21])
+def test_tensors_are_made_at_once_only_where_room_is_certain(
+    monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """Twice their bytes, and a segment for each: torch logs what its C functions find no room for."""
+    from deepep import _cuda
+    from deepep.backends.cuda.memory import pool as receive_pool
+    from deepep.backends.cuda.memory.arrays import Templates
+    from deepep.runtime import streams
+
+    megabyte = 1 << 20
+    pool = receive_pool.ReceivePool.__new__(receive_pool.ReceivePool)
+    pool.num_bytes, pool._tail, pool._was_full = (30 + free) * megabyte, 10 * megabyte, False
+    pool._arena = _cuda.arena_open(1 << 44, 100 * megabyte)
+    assert _cuda.arena_reserve(pool._arena, 20 * megabyte) == 1 << 44
+    pool.users = streams.Users(0)
+    pool.users.known = {0: Stream(0, True)}  # type: ignore[dict-item]
+    ways: list[object] = []
+    monkeypatch.setattr(pool, "_try", lambda arrays, all_at_once: ways.append(all_at_once))
+    templates = Templates([torch.empty(4 * megabyte, dtype=torch.uint8)] * 2)
+    assert templates.num_bytes == 8 * megabyte
+    pool.acquire_now(templates, 0)
+    assert ways == [templates.all_at_once.make if free >= 20 else None]
+    assert pool.acquire_now(templates, 48) is None, "a stream that was not seen before"
+    assert len(ways) == 1
+    _cuda.arena_close(pool._arena)
+
+
 def test_what_came_back_is_reclaimed_when_other_streams_are_idle() -> None:
     from deepep import _cuda
     from deepep.backends.cuda.memory import pool as receive_pool

@@ -64,12 +64,16 @@ def at_once(
     device: torch.device, arrays: Sequence[Array], views: Sequence[View] = ()
 ) -> Callable[[], tuple[Any, ...]]:
     """A function that makes such tensors in one call where torch can."""
+    one_by_one = _one_by_one(device, arrays, views)
     if not _core.TensorSet.is_available():
-        return _one_by_one(device, arrays, views)
-    made = _core.TensorSet(device.type, device.index or 0, _one_by_one(device, arrays, views))
-    for array in arrays:
-        strides = contiguous_strides(array.shape) if array.strides is None else array.strides
-        made.add_array(str(array.dtype).removeprefix("torch."), array.shape, strides)
+        return one_by_one
+    try:
+        made = _core.TensorSet(device.type, device.index or 0, one_by_one)
+        for array in arrays:
+            strides = contiguous_strides(array.shape) if array.strides is None else array.strides
+            made.add_array(str(array.dtype).removeprefix("torch."), array.shape, strides)
+    except ValueError:  # a kind of device or a dtype that the C functions have no number of
+        return one_by_one
     for view in views:
         made.add_view(view.of, view.shape, contiguous_strides(view.shape), view.begin)
     return made.make

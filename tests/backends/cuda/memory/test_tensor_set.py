@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from deepep import _core
 from deepep.backends.cuda.memory import tensor_set
 from deepep.backends.cuda.memory.tensor_set import SELDOM, Array, TensorSet, View, at_once, contiguous_strides
+from deepep.runtime import checks
 
 CPU = torch.device("cpu")
 DTYPES = (
@@ -27,6 +28,7 @@ ARRAYS = [
     Array((3, 4, 2), torch.float32, (8, 1, 4)),
 ]
 VIEWS = [View(1, (3,), 4), View(1, (3, 4), 8)]
+SHAPES = [(3, 4, 8), (40,), (3, 4, 2), (3,), (3, 4)]
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
@@ -121,7 +123,22 @@ def test_without_torchs_functions_they_are_made_one_by_one(monkeypatch: pytest.M
 
     monkeypatch.setattr(_core, "TensorSet", Missing)
     made = at_once(CPU, ARRAYS, VIEWS)()
-    assert [tuple(tensor.shape) for tensor in made] == [(3, 4, 8), (40,), (3, 4, 2), (3,), (3, 4)]
+    assert [tuple(tensor.shape) for tensor in made] == SHAPES
+
+
+@pytest.mark.parametrize("dtype", checks.ROW_DTYPES + checks.BYTE_DTYPES + checks.SCALE_DTYPES)
+def test_all_that_travels_can_be_made(dtype: torch.dtype) -> None:
+    (tensor,) = at_once(CPU, [Array((2, 3), dtype)])()
+    assert (tensor.dtype, tensor.shape) == (dtype, (2, 3))
+
+
+def test_dtypes_that_have_no_number_are_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ignorant(_core.TensorSet):
+        def add_array(self, dtype: str, sizes: Any, strides: Any) -> None:
+            raise ValueError(f"dtype: torch knows no {dtype}")
+
+    monkeypatch.setattr(_core, "TensorSet", Ignorant)
+    assert [tuple(tensor.shape) for tensor in at_once(CPU, ARRAYS, VIEWS)()] == SHAPES
 
 
 def test_what_cannot_be_made_is_refused() -> None:
