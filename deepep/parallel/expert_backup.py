@@ -9,7 +9,7 @@ former to the latter, and the layer goes by the new placement once a commit has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,13 +35,15 @@ Expert = tuple[int, int]
 
 @dataclass
 class Copies:
-    """Copies of one moment. version: steps that had counted then. keepers: by expert, the ranks that have one
-    of it; rows: those that this rank has, as `ExpertRows.of` gives them.
+    """Copies of one moment. version: steps that had counted then. parts: by layer, the names of what a row
+    has: before its first step an optimizer keeps nothing. keepers: by expert, the ranks that have one of it;
+    rows: those that this rank has, as `ExpertRows.of` gives them.
     """
 
     version: int = -1
     members: tuple[int, ...] = ()
     placements: tuple[ExpertPlacement, ...] = ()
+    parts: tuple[tuple[str, ...], ...] = ()
     keepers: dict[Expert, list[int]] = field(default_factory=dict)
     rows: dict[Expert, list[Tensor]] = field(default_factory=dict)
 
@@ -91,16 +93,26 @@ class ExpertRows:
         """The row of each tensor at a local index: views."""
         return [tensor[place] for _, tensor in self._tensors()]
 
-    def room(self) -> list[Tensor]:
-        """Tensors like those of a row."""
-        with torch.inference_mode(False):  # of the communication thread
-            return [torch.empty_like(row, memory_format=torch.contiguous_format) for row in self.of(0)]
+    def parts(self) -> tuple[str, ...]:
+        """The names of a row's tensors."""
+        return tuple(name for name, _ in self._tensors())
 
-    def put(self, place: int, rows: Sequence[Tensor]) -> None:
-        """Writes rows to a local index, whose gradient is none of theirs."""
+    def room(self, parts: Collection[str]) -> list[Tensor]:
+        """Tensors like those of a row that have these names."""
+        rows = [row for name, row in zip(self.parts(), self.of(0), strict=True) if name in parts]
+        return [torch.empty_like(row, memory_format=torch.contiguous_format) for row in rows]
+
+    def put(self, place: int, rows: Sequence[Tensor], parts: Collection[str]) -> None:
+        """Writes a row's tensors of these names to a local index, whose gradient is none of theirs; what an
+        optimizer had not begun to keep is 0.
+        """
+        given = dict(zip(parts, rows, strict=True))
         with torch.no_grad():
-            for row, values in zip(self.of(place), rows, strict=True):
-                row.copy_(values)
+            for name, row in zip(self.parts(), self.of(place), strict=True):
+                if name in given:
+                    row.copy_(given[name])
+                else:
+                    row.zero_()
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad[place].zero_()
@@ -161,7 +173,7 @@ class ExpertBackup:
         MismatchError.
         """
         members, placements = self.comm.members, tuple(rows.placement for rows in self.layers)
-        made = Copies(version, members, placements)
+        made = Copies(version, members, placements, tuple(rows.parts() for rows in self.layers))
         place = self.comm.rank
         before, behind = members[place - 1], members[(place + 1) % len(members)]
         given: list[Tensor] = []
@@ -177,7 +189,7 @@ class ExpertBackup:
                     if owner == self._rank:
                         given += rows.of(index)
                     if keeper == self._rank:
-                        made.rows[number, expert] = rows.room()
+                        made.rows[number, expert] = rows.room(made.parts[number])
         taken = [tensor for rows in made.rows.values() for tensor in rows]
         if len(members) > 1:
             self._pass_rows({before: given}, {behind: taken}, "copies")
@@ -222,7 +234,7 @@ class ExpertBackup:
                 if move.keeper == rank:
                     staged[move] = self.copies.rows[move.expert]
                     continue
-                staged[move] = self.layers[move.expert[0]].room()
+                staged[move] = self.layers[move.expert[0]].room(self.copies.parts[move.expert[0]])
                 takes.setdefault(move.keeper, []).extend(staged[move])
             elif move.keeper == rank:
                 gives.setdefault(move.taker, []).extend(self.copies.rows[move.expert])
@@ -230,7 +242,8 @@ class ExpertBackup:
 
         def adopt() -> None:
             for move, values in staged.items():
-                self.layers[move.expert[0]].put(move.place, values)
+                number = move.expert[0]
+                self.layers[number].put(move.place, values, self.copies.parts[number])
             for rows, placement in zip(self.layers, placements, strict=True):
                 rows.layer.go_by(placement)
             self.restored.update((move.expert, version) for move in moves)

@@ -187,10 +187,12 @@ def train_alone(
         if restored is not None:
             kept |= {expert // EXPERTS_PER_RANK for expert in restored[step]}
         hosts = sorted({*ranks, *kept})
-        history.append({e: [row.clone() for row in _rows(models, optimizers, e)] for e in _experts(models)})
+        history.append(_copies(models, optimizers))
         for expert, version in ({} if restored is None else restored[step]).items():
-            for row, values in zip(_rows(models, optimizers, expert), history[version][expert], strict=False):
-                row.copy_(values)
+            rows, values = _rows(models, optimizers, expert), history[version][expert]
+            for place, row in enumerate(rows):  # what an optimizer did not keep yet is 0
+                row.copy_(values[place]) if place < len(values) else row.zero_()
+        history[step] = _copies(models, optimizers)  # those are made anew
         for rank in hosts:
             models[rank].zero_grad()
         backward(models, ranks, {rank: tokens_of(rank, step) for rank in ranks}, hosts)
@@ -242,6 +244,12 @@ def digests(model: ExpertModel) -> dict[str, str]:
 
 def _experts(models: Mapping[int, ExpertModel]) -> range:
     return range(EXPERTS_PER_RANK * len(models))
+
+
+def _copies(
+    models: Mapping[int, ExpertModel], optimizers: Mapping[int, torch.optim.Optimizer]
+) -> dict[int, list[Tensor]]:
+    return {e: [row.clone() for row in _rows(models, optimizers, e)] for e in _experts(models)}
 
 
 def _rows(

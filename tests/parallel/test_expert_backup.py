@@ -31,24 +31,29 @@ KILL = Effect.KILL
             1,
             {1: {2: 1, 3: 1}, 3: {0: 2, 1: 2, 2: 2}},
         ),
-        # Before the optimizer's step, which its experts have not: as they were two steps ago.
-        ([StepEnd(KILL, 0, 3, "after")], 2, {4: {0: 2, 1: 2}}),
+        # Experts as at the beginning, without moments; then as they were two steps ago: copies are made
+        # once a rank has died, and the next step of the experts of one that dies after its commit is lost.
+        (
+            [StepEnd(KILL, 2, 1, "dispatch"), StepEnd(KILL, 0, 2, "after")],
+            2,
+            {1: {4: 0, 5: 0}, 3: {0: 1, 1: 1, 4: 1}},
+        ),
         # Who has a copy of rank 2's experts dies with it: these are lost.
         ([StepEnd(KILL, 1, 1, "combine"), StepEnd(KILL, 2, 1, "combine")], 1, {1: {2: 1, 3: 1}}),
     ],
-    ids=["one-after-the-other", "after-the-commit", "with-the-copies"],
+    ids=["one-after-the-other", "before-moments", "with-the-copies"],
 )
 def test_experts_of_the_dead_go_on_learning(
     ends: list[StepEnd], every: int, wanted: dict[int, dict[int, int]], tmp_path: Path
 ) -> None:
     """With the weights of one process which sets them back, and what the optimizer keeps of them, alike."""
-    with World(5 if every == 1 else 3, timeout=120.0) as world:
+    with World(5 if every == 1 else 4, timeout=120.0) as world:
         accounts, _ = judge_steps(world, ends, STEPS, 20.0, str(tmp_path), True, every)
     assert {step: found for step, found in enumerate(accounts[0].restored) if found} == wanted
     if every == 2:  # the judge has teeth
-        accounts[0].restored[4] = {0: 3, 1: 3}
+        accounts[0].restored[3] = {0: 2, 1: 2, 4: 2}
         with pytest.raises(Violation, match="oracle"):
-            training._demand_restored(ends, 3, accounts, every)
+            training._demand_restored(ends, 4, accounts, every)
 
 
 def misused(context: Any) -> list[str]:
