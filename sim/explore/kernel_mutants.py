@@ -147,6 +147,7 @@ HARMLESS: dict[str, str] = {
     "dispatch/call.hpp grant_credit: load -> load_once": "no dispatch writes the combine epoch",
     "dispatch/host_counts.hpp post_counts_to_host: wait_tag acquire -> relaxed": _WORD_ALONE,
     "low_latency/mend.hpp mask: store sys -> gpu": _READ_BEHIND_THE_KERNEL,
+    "all_reduce/flags.hpp wait_flags: fetch_or sys -> gpu": _READ_BEHIND_THE_KERNEL,
     "low_latency/patience.hpp measure_waits: load sys -> gpu": _A_FIGURE,
     "common/waits.hpp measure_wait: load -> load_once": _A_FIGURE,
     "dispatch/metadata.hpp measure_metadata: load sys -> gpu": _A_FIGURE,
