@@ -28,7 +28,7 @@ def test_the_code_of_observing_runs(world_of: Any) -> None:
         exec(compile(source, "observing.md", "exec"), {})
 
     source = "".join(blocks(DOCS / "observing.md"))
-    assert len(blocks(DOCS / "observing.md")) == 2
+    assert len(blocks(DOCS / "observing.md")) == 3
     world_of(2).run(body, source)
 
 

@@ -92,6 +92,7 @@ void bind_domain(py::module_& m) {
              py::kw_only(), "rank"_a, "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a,
              "state"_a, "fault"_a, "counting"_a = 0, "timeout_seconds"_a, "turns"_a);
   deepep::bindings::bind_operations(domain);
+  deepep::bindings::bind_lines(domain);
   bind_order(domain);
   domain.def("has_copies_under_way", [](Domain& self) { return self.launcher().has_copies_under_way(); });
 }
@@ -127,6 +128,7 @@ void bind_low_latency_domain(py::module_& m) {
              "max_row_bytes"_a, "entry_stretches"_a, "state"_a, "fault"_a, "timeout_seconds"_a,
              "shrinks"_a = false, "turns"_a);
   deepep::bindings::bind_low_latency(domain);
+  deepep::bindings::bind_lines(domain);
   bind_low_latency_faults(domain);
   py::class_<deepep::bindings::CudaFarLowLatencyDomain> far = deepep::bindings::bind_cuda_far_low_latency(m);
   bind_low_latency_faults(far);

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "bindings/lines.hpp"
 #include "bindings/named_arguments.hpp"
 #include "host/counts.hpp"
 #include "host/domain.hpp"
@@ -242,6 +243,7 @@ inline host::DomainOptions domain_options(int rank, const std::vector<uintptr_t>
 /// Types that pass between the operations, and sizes.
 inline void bind_common(py::module_& m) {
   using kernels::FaultRecord;
+  bind_line_constants(m);
   m.attr("STATE_BYTES") = sizeof(kernels::LocalState);
   m.attr("FAULT_BYTES") = sizeof(FaultRecord);
   m.attr("MAX_RANKS") = layout::kMaxRanks;

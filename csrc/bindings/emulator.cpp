@@ -255,6 +255,7 @@ void bind_domain(py::module_& m) {
              "heaps"_a, "max_local_experts"_a, "max_blocks"_a, "staging_bytes"_a, "state"_a, "fault"_a,
              "counting"_a = 0, "timeout_seconds"_a);
   deepep::bindings::bind_operations(domain);
+  deepep::bindings::bind_lines(domain);
   domain
       .def_property_readonly(
           "fault_word",

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings/lines.hpp"
 #include "bindings/low_latency.hpp"
 #include "device/e4m3.hpp"
 #include "emulator/low_latency.hpp"
@@ -83,6 +84,7 @@ void bind_emulated_low_latency(py::module_& m) {
              py::arg("state"), py::arg("fault"), py::arg("timeout_seconds"), py::arg("shrinks") = false,
              py::arg("bulk_copies") = true);
   bind_emulated_operations(domain, [](Domain& self) -> emu::LowLatencyLauncher& { return self.launcher(); });
+  bind_lines(domain);
   bind_emulated_far_low_latency<Kernels>(m);
   m.def("low_latency_bytes", &low_latency_bytes, py::arg("num_ranks"), py::arg("max_local_experts"),
         py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("entry_stretches") = 0);

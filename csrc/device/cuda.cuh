@@ -204,6 +204,12 @@ DEEPEP_DEVICE uint64_t clock_ns() {
   return t;
 }
 
+DEEPEP_DEVICE uint32_t sm() {
+  uint32_t number;
+  asm("mov.u32 %0, %%smid;" : "=r"(number));
+  return number;
+}
+
 /// The moment after which a wait gives up.
 struct Deadline {
   uint64_t end_ns;

@@ -21,7 +21,7 @@
 //                wait_reached<Order, Scope>(p, epoch, deadline)  until *p is the epoch or a later one
 //                wait_masked<Order, Scope>(p, mask, v, deadline, seen)   until (*p & mask) is v
 //                wait_tag<Order, Scope>(p, tag, deadline, v)     until *p carries the tag
-//   time         clock_ns()  Deadline  pause()
+//   time         clock_ns()  Deadline  pause()  sm(): the number of the SM, for time lines
 //   shared       SharedArray<T>: the block's dynamic shared memory, carved by byte offset; get set add bit_or,
 //                and get<acquire> set<release>, ordered within the block; at(i): an address, for bulk copies
 //   bulk copies  carried out later, in the async proxy; 16-byte addresses and sizes; one end is the block's

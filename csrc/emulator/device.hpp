@@ -190,6 +190,8 @@ DEEPEP_DEVICE void fence(emu::Site site = emu::Site::current()) {
 
 DEEPEP_DEVICE uint64_t clock_ns() { return emu::machine->clock_ns(); }
 DEEPEP_DEVICE void pause() { emu::machine->pause(); }
+/// As if every block of a launch had its own.
+DEEPEP_DEVICE uint32_t sm() { return static_cast<uint32_t>(block()); }
 
 /// The moment after which a wait gives up.
 struct Deadline {

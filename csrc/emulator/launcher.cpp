@@ -25,9 +25,17 @@ EmulatorLauncher::EmulatorLauncher(Simulation& machine, const KernelSet& kernels
 }
 
 template <class Args>
-void EmulatorLauncher::launch(const char* kernel, const Args& args, void* stream, const Grid& grid) {
+void EmulatorLauncher::launch(const std::string& kernel, const Args& args, void* stream, const Grid& grid) {
   if (stream != nullptr) throw std::invalid_argument("stream: a rank of the emulator has one, 0");
   machine_.launch(rank_, kernels_, kernel, &args, sizeof(args), grid.blocks, grid.threads, grid.shared_bytes);
+}
+
+template <class Args>
+void EmulatorLauncher::launch_lines(const char* operation, const std::string& kernel, const Args& args,
+                                    void* stream, const Grid& grid, bool records) {
+  const kernels::Lines lines = lines_.take(operation, grid.blocks, grid.threads / dev::kWarpSize, records);
+  if (lines.words == nullptr) return launch(kernel, args, stream, grid);
+  launch(kernel + "_recorded", kernels::Recorded<Args>{args, lines}, stream, grid);
 }
 
 void EmulatorLauncher::dispatch(const kernels::DispatchArgs& given, int num_blocks, void* stream) {
@@ -42,25 +50,27 @@ void EmulatorLauncher::dispatch(const kernels::DispatchArgs& given, int num_bloc
   };
   kernels::DispatchArgs args = given;
   prepare(args, num_blocks, num_threads_ / 32);
-  launch(kernel_of(args.mode), args, stream,
-         {.blocks = num_blocks,
-          .threads = num_threads_,
-          .shared_bytes = kernels::shared_bytes(args, num_threads_ / 32)});
+  const Grid grid{.blocks = num_blocks,
+                  .threads = num_threads_,
+                  .shared_bytes = kernels::shared_bytes(args, num_threads_ / 32)};
+  launch_lines("dispatch", kernel_of(args.mode), args, stream, grid, kernels::records(args.mode));
 }
 
 void EmulatorLauncher::combine(const kernels::CombineArgs& given, const host::CombineLaunch& call) {
   const Grid grid{.blocks = call.blocks.total,
                   .threads = num_threads_,
                   .shared_bytes = kernels::CombineShared{given.group.num_ranks}.bytes()};
-  if (given.mode == kernels::CombineMode::kRefused)
-    return launch("combine_refused_kernel", given, call.stream, grid);
-  if (given.slots != nullptr) return launch("combine_expanded_kernel", given, call.stream, grid);
-  if (call.chunks.num_chunks == 0) return launch("combine_kernel", given, call.stream, grid);
+  const auto launch_one = [&](const char* kernel, const kernels::CombineArgs& args) {
+    launch_lines("combine", kernel, args, call.stream, grid, kernels::records(args));
+  };
+  if (given.mode == kernels::CombineMode::kRefused) return launch_one("combine_refused_kernel", given);
+  if (given.slots != nullptr) return launch_one("combine_expanded_kernel", given);
+  if (call.chunks.num_chunks == 0) return launch_one("combine_kernel", given);
   ce_ticket_ += static_cast<uint32_t>(call.chunks.num_chunks);
   kernels::CombineArgs args = given;
   args.mode = kernels::CombineMode::kCopyEngine;
   args.copy_engine = {call.chunks, ce_ticket_};
-  launch("combine_copy_engine_kernel", args, call.stream, grid);
+  launch_one("combine_copy_engine_kernel", args);
   const CopyEngineArgs orders{args, 100 * args.group.timeout_ns};
   const int copy_engine = args.group.num_ranks + rank_;
   machine_.launch(copy_engine, kernels_, "copy_engine_kernel", &orders, sizeof(orders), 1, 32, 0);

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include "emulator/run/simulation.hpp"
 #include "host/launches.hpp"
+#include "host/line_room.hpp"
 
 namespace deepep::emu {
 
@@ -23,6 +25,7 @@ class EmulatorLauncher {
   /// The copies in between are kernels here, which do what a copy engine does.
   void ring_send(const host::RingLaunch& call);
   void ring_receive(const host::RingLaunch& call);
+  [[nodiscard]] host::LineRoom& lines() { return lines_; }
 
   /// The rank's stream must be idle.
   [[nodiscard]] std::optional<kernels::FaultRecord> take_fault(const kernels::Group& group, void* stream);
@@ -38,13 +41,18 @@ class EmulatorLauncher {
     int64_t shared_bytes;
   };
   template <class Args>
-  void launch(const char* kernel, const Args& args, void* stream, const Grid& grid);
+  void launch(const std::string& kernel, const Args& args, void* stream, const Grid& grid);
+  /// The form that records, if there is room.
+  template <class Args>
+  void launch_lines(const char* operation, const std::string& kernel, const Args& args, void* stream,
+                    const Grid& grid, bool records);
 
   Simulation& machine_;
   const KernelSet& kernels_;
   int rank_;
   int num_threads_;
   uint32_t ce_ticket_ = 0;
+  host::LineRoom lines_;
 };
 
 }  // namespace deepep::emu

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "emulator/run/simulation.hpp"
+#include "host/line_room.hpp"
 #include "host/low_latency.hpp"
 #include "host/low_latency_far.hpp"
 #include "kernels/low_latency/combine.hpp"
@@ -52,12 +53,13 @@ class LowLatencyLauncher {
   }
 
   void start(const kernels::LowLatencyDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
-    launch("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
+    launch_lines("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
     static constexpr const char* kNames[] = {"low_latency_combine", "low_latency_combine_logfmt",
                                              "low_latency_combine_exact", "low_latency_combine_exact_logfmt"};
-    launch(kNames[static_cast<int>(args.returned)], args, num_blocks, halves, kernels::shared_of(args).bytes());
+    const char* kernel = kNames[static_cast<int>(args.returned)];
+    launch_lines(kernel, args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
 
   void start(const kernels::FarDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
@@ -85,6 +87,8 @@ class LowLatencyLauncher {
     return record;
   }
 
+  [[nodiscard]] host::LineRoom& lines() { return lines_; }
+
   /// Ranks that kernels have masked, as bits. The rank's stream must be idle.
   [[nodiscard]] uint32_t masked(const kernels::Group& group) {
     uint32_t masked = 0;
@@ -93,6 +97,19 @@ class LowLatencyLauncher {
   }
 
  private:
+  /// In the form that records, if there is one, and room.
+  template <class Args>
+  void launch_lines(const char* kernel, const Args& args, int num_blocks, host::Halves halves,
+                    int64_t shared_bytes) {
+    const int num_warps = num_threads_ / dev::kWarpSize;
+    const bool records = kernels::records(args, halves);
+    const kernels::Lines lines = lines_.take(host::name_of(args), num_blocks, num_warps, records);
+    if (lines.words == nullptr) return launch(kernel, args, num_blocks, halves, shared_bytes);
+    const kernels::Recorded<Args> recorded{args, lines};
+    machine_.launch(rank_, kernels_, std::string(kernel) + "_kernel_recorded", &recorded, sizeof(recorded),
+                    num_blocks, num_threads_, shared_bytes);
+  }
+
   template <class Args>
   void launch(std::string kernel, const Args& args, int num_blocks, host::Halves halves, int64_t shared_bytes) {
     if (halves == host::Halves::kSend) kernel += "_send";
@@ -106,6 +123,7 @@ class LowLatencyLauncher {
   int rank_;
   int num_threads_;
   bool bulk_copies_;
+  host::LineRoom lines_;
 };
 
 }  // namespace deepep::emu

@@ -10,6 +10,7 @@
 
 #include "host/copy_engine.hpp"
 #include "host/launches.hpp"
+#include "host/line_room.hpp"
 #include "host/turns.hpp"
 #include "kernels/common/launch.hpp"
 #include "kernels/ring/launch.hpp"
@@ -26,7 +27,8 @@ class CudaLauncher {
   }
 
   void dispatch(const kernels::DispatchArgs& args, int num_blocks, void* stream) {
-    in_turn(stream, [&] { kernels::launch_dispatch(args, num_blocks, stream); });
+    const kernels::Lines lines = take_lines("dispatch", num_blocks, stream, records(args.mode));
+    in_turn(stream, [&] { kernels::launch_dispatch(args, num_blocks, stream, lines); });
   }
 
   void combine(kernels::CombineArgs args, const CombineLaunch& call) {
@@ -36,12 +38,13 @@ class CudaLauncher {
     const bool by_copy_engine = call.chunks.num_chunks > 0 && call.known != nullptr && !launches_block_ &&
                                 !is_capturing(static_cast<cudaStream_t>(call.stream)) &&
                                 CopyEngine::has_room(args, call.known->counts.data());
+    const kernels::Lines lines = take_lines("combine", num_blocks, call.stream, records(args));
     in_turn(call.stream, [&] {
-      if (!by_copy_engine) return kernels::launch_combine(args, num_blocks, call.stream);
+      if (!by_copy_engine) return kernels::launch_combine(args, num_blocks, call.stream, lines);
       if (!copy_engine_) copy_engine_ = std::make_unique<CopyEngine>();
       args.mode = kernels::CombineMode::kCopyEngine;
       args.copy_engine = copy_engine_->take(call.chunks);
-      kernels::launch_combine(args, num_blocks, call.stream);
+      kernels::launch_combine(args, num_blocks, call.stream, lines);
       copy_engine_->order(args, call.known->counts.data());
     });
   }
@@ -83,6 +86,7 @@ class CudaLauncher {
   }
 
   [[nodiscard]] Turns& turns() { return *turns_; }
+  [[nodiscard]] LineRoom& lines() { return lines_; }
 
   /// True once a launch was captured: graphs hold the addresses of this domain's memory.
   [[nodiscard]] bool was_captured() const { return was_captured_; }
@@ -105,6 +109,13 @@ class CudaLauncher {
                    "cudaMemcpyAsync");
   }
 
+  /// None of a launch that is captured: a graph outlives the room.
+  [[nodiscard]] kernels::Lines take_lines(const char* kernel, int num_blocks, void* stream, bool can) {
+    if (!lines_.is_open()) return {};
+    const bool records = can && !is_capturing(static_cast<cudaStream_t>(stream));
+    return lines_.take(kernel, num_blocks, kernels::kThroughputWarps, records);
+  }
+
   template <class Launch>
   void in_turn(void* stream, const Launch& launch) {
     if (turns_->take(stream, launch)) was_captured_ = true;
@@ -112,6 +123,7 @@ class CudaLauncher {
 
   std::shared_ptr<Turns> turns_;
   std::unique_ptr<CopyEngine> copy_engine_;  // once a combine leaves rows to it
+  LineRoom lines_;
   bool was_captured_ = false;
   bool launches_block_ = has_blocking_launches();
 };

@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "host/line_room.hpp"
 #include "host/low_latency.hpp"
 #include "host/turns.hpp"
 #include "kernels/low_latency/launch.hpp"
@@ -21,7 +22,11 @@ class CudaLowLatencyLauncher {
 
   template <class Args>
   void start(const Args& args, int num_blocks, Halves halves, void* stream) {
-    if (turns_->take(stream, [&] { kernels::launch_low_latency(args, num_blocks, halves, stream); }))
+    kernels::Lines lines;
+    if (lines_.is_open())  // none of a launch that is captured: a graph outlives the room
+      lines = lines_.take(name_of(args), num_blocks, block_size_.num_warps,
+                          records(args, halves) && !is_capturing(static_cast<cudaStream_t>(stream)));
+    if (turns_->take(stream, [&] { kernels::launch_low_latency(args, num_blocks, halves, stream, lines); }))
       was_captured_ = true;
   }
 
@@ -30,6 +35,7 @@ class CudaLowLatencyLauncher {
   }
 
   [[nodiscard]] Turns& turns() { return *turns_; }
+  [[nodiscard]] LineRoom& lines() { return lines_; }
 
   /// True once a launch was captured: graphs hold the addresses of this domain's memory.
   [[nodiscard]] bool was_captured() const { return was_captured_; }
@@ -37,6 +43,7 @@ class CudaLowLatencyLauncher {
  private:
   std::shared_ptr<Turns> turns_;
   kernels::BlockSize block_size_;
+  LineRoom lines_;
   bool was_captured_ = false;
 };
 

@@ -54,6 +54,14 @@ struct LowLatencyOptions {
                                  given.entry_stretches);
 }
 
+/// Of a recorded launch.
+[[nodiscard]] constexpr const char* name_of(const kernels::LowLatencyDispatchArgs&) {
+  return "low_latency_dispatch";
+}
+[[nodiscard]] constexpr const char* name_of(const kernels::LowLatencyCombineArgs&) {
+  return "low_latency_combine";
+}
+
 template <class L>
 class LowLatencyDomain {
  public:

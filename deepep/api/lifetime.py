@@ -15,6 +15,7 @@ from deepep.api import arguments
 from deepep.api.expert_counts import ExpertCounting
 from deepep.api.info import BufferInfo
 from deepep.api.waits import WaitCalls
+from deepep.api.warp_lines import WarpCalls
 from deepep.errors import ArgumentError, DeepEPError, DestroyedError
 from deepep.runtime.ambient import plainly
 from deepep.runtime.construction import construct
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class EngineOwner(WaitCalls, ExpertCounting):
+class EngineOwner(WaitCalls, WarpCalls, ExpertCounting):
     """Whoever has an engine of its own: Buffer, ElasticBuffer. Construction calls `_own`."""
 
     def _own(self, engine: Engine, group: dist.ProcessGroup) -> None:

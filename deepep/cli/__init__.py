@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "placement": ("deepep.cli.placement", "Replay a routing trace under placements of its experts."),
     "predict": ("deepep.cli.predict", "Predict times of dispatch and combine on a cluster."),
     "timeline": ("deepep.cli.timeline", "Draw what each rank does when, in a training and a decode step."),
+    "warps": ("deepep.cli.warps", "Draw what each warp of the kernels does when, in one call of each kind."),
     "bench": ("deepep.cli.bench", "Measure dispatch and combine on this machine's GPUs."),
 }
 

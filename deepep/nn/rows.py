@@ -55,7 +55,8 @@ def sort_pairs(topk_idx: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor
     """The same where counts [L] int64 on the CPU are known, and waits for nothing.
 
     Returns pairs [P] and slots [N, K] int64, and ends [L] int32 on the device: of each expert's pairs. Raises
-    RangeError for other counts than those of the entries, where they lie on the CPU.
+    RangeError for other counts than those of the entries, where they lie on the CPU. On CUDA, where nobody
+    can know without a wait, entries past what was counted have slot -1, as those of no expert.
     """
     num_pairs = sum(counts.tolist())
     if kernels.serve(topk_idx):

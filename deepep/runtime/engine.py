@@ -14,6 +14,7 @@ import torch
 
 from deepep.errors import ArgumentError, ModeError, RangeError
 from deepep.runtime.completion import Completion
+from deepep.runtime.control.lines import LineRecorder
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.local_rows import LocalRows
 from deepep.runtime.requests import (
@@ -133,6 +134,9 @@ class Engine(ABC):
 
     local_rows: LocalRows = LocalRows()
     """Work on received rows that a rank does on its own, as this backend does it."""
+
+    lines: LineRecorder | None = None
+    """Recordings of time lines of warps; None where kernels record none."""
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds at present for the engine, by what they are for."""

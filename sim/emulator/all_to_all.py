@@ -20,11 +20,13 @@ from deepep.reference import all_to_all
 from deepep.reference.all_to_all import CombineTensors, DispatchPlan, DispatchTensors
 from deepep.reference.layout import dispatch_layout
 from deepep.reference.wire import Wire
+from deepep.runtime.control.lines import LineRecorder
 from deepep.runtime.control.waits import KERNEL_WAITS, WaitRecorder
 from deepep.sim.emulator import shapes, two_level
 from deepep.sim.emulator.calls import CombineCall, DispatchCall, Gpu, PlanAt
 from deepep.sim.emulator.domain import EmulatedDomain
 from deepep.sim.emulator.leader import EmulatedFailure, at_leader
+from deepep.sim.emulator.lines import add_lines, asks_for
 
 #: Shapes of launches, which take turns with the operations.
 GPUS = (shapes.GPUS[0], shapes.GPUS[2], shapes.GPUS[3], shapes.GPUS[7])
@@ -53,6 +55,7 @@ class _DispatchPart:
     per_expert: Tensor
     send_row: Tensor | None
     measures: bool
+    records: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class _CombinePart:
     counts: Tensor
     send_row: Tensor
     measures: bool
+    records: bool
 
 
 class EmulatedAllToAll:
@@ -71,10 +75,13 @@ class EmulatedAllToAll:
     ranks_per_domain: so many consecutive ranks share an NVLink domain, and rows cross to others by the
     two-level kernels; 0: all ranks share one. recorder: where kernels' waits for each rank are added up
     while it asks for them, in nanoseconds of the emulated machine; those between domains measure none.
+    lines: where time lines of warps are added while it asks for them, if anywhere.
     """
 
-    def __init__(self, recorder: WaitRecorder, ranks_per_domain: int = 0) -> None:
-        self._recorder = recorder
+    def __init__(
+        self, recorder: WaitRecorder, ranks_per_domain: int = 0, lines: LineRecorder | None = None
+    ) -> None:
+        self._recorder, self._lines = recorder, lines
         self._ranks_per_domain = ranks_per_domain
         self._seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
         self._operations = 0
@@ -146,9 +153,11 @@ class EmulatedAllToAll:
             per_expert.to(torch.int32),
             send_row if is_cached else None,
             self._measures,
+            asks_for(self._lines),
         )
-        made, source, kept, waits = at_leader(wire, mine, self._run_dispatch)
+        made, source, kept, waits, lines = at_leader(wire, mine, self._run_dispatch)
         self._note("dispatch", waits)
+        add_lines(self._lines, lines)
         for target, got in zip((out.x, out.scales, out.topk_idx, out.topk_weights), made, strict=True):
             if target is not None and got is not None:
                 target[: len(got)].copy_(got)
@@ -184,10 +193,15 @@ class EmulatedAllToAll:
         )
         send_row = kept[0] if kept else _send_row(plan, wire.rank)
         mine = _CombinePart(
-            call, torch.tensor(plan.counts, dtype=torch.int32, device="cpu"), send_row, self._measures
+            call,
+            torch.tensor(plan.counts, dtype=torch.int32, device="cpu"),
+            send_row,
+            self._measures,
+            asks_for(self._lines),
         )
-        made, weights, waits = at_leader(wire, mine, self._run_combine)
+        made, weights, waits, lines = at_leader(wire, mine, self._run_combine)
         self._note("combine", waits)
+        add_lines(self._lines, lines)
         return CombineTensors(made, weights)
 
     @property
@@ -238,6 +252,8 @@ class EmulatedAllToAll:
         for rank, mine in given.items():
             if mine.measures:
                 domain.measure_waits(rank)
+            if mine.records:
+                domain.record_lines(rank)
             per_rank = mine.in_rank.sum(0, dtype=torch.int32)
             if mine.call.by_topk:
                 layout = domain.layout_inside(rank, len(mine.in_rank))
@@ -266,7 +282,9 @@ class EmulatedAllToAll:
             rows = domain.read_slot(rank, slots[rank], calls[rank], mine.num_rows)
             kept = self._read_handle(domain, rank, plans[rank], mine)
             waits = domain.read_waits(rank) if mine.measures else None
-            made[rank] = ((rows.x, rows.scales, rows.topk_idx, rows.topk_weights), rows.source, kept, waits)
+            lines = domain.read_lines(rank) if mine.records else None
+            arrays = (rows.x, rows.scales, rows.topk_idx, rows.topk_weights)
+            made[rank] = (arrays, rows.source, kept, waits, lines)
         return made
 
     def _read_handle(
@@ -298,6 +316,8 @@ class EmulatedAllToAll:
         for rank, mine in given.items():
             if mine.measures:
                 domain.measure_waits(rank)
+            if mine.records:
+                domain.record_lines(rank)
         at = {
             rank: domain.combine(rank, mine.call, domain.given_plan(rank, mine.counts, mine.send_row))
             for rank, mine in given.items()
@@ -307,6 +327,7 @@ class EmulatedAllToAll:
             rank: (
                 *domain.read_sums(rank, calls[rank], at[rank]),
                 domain.read_waits(rank) if mine.measures else None,
+                domain.read_lines(rank) if mine.records else None,
             )
             for rank, mine in given.items()
         }

@@ -28,6 +28,7 @@ from deepep.sim.emulator.calls import (
     PlanAt,
     SlotContents,
 )
+from deepep.sim.emulator.lines import LAUNCHES, RankLines
 
 _MARK_BYTES = 256
 
@@ -110,8 +111,22 @@ class EmulatedDomain:
         machine.meet()
         self._waits: dict[int, int] = {}
         self.expanded: dict[int, ExpandedAt] = {}  # of each rank's last dispatch that was to spread rows
+        self._lines: dict[int, tuple[int, int]] = {}
         self._tickets = [0] * num_ranks
         self._slots_used = [0] * num_ranks
+
+    def record_lines(self, rank: int) -> None:
+        """The warps of the rank's next launches write time lines."""
+        words = LAUNCHES * self.gpu.num_blocks * (self.gpu.num_threads // 32) * _emulator.LINE_WORDS
+        self._lines[rank] = self._zeros(f"lines@{rank}", "device", rank, 8 * words), words
+        self._domains[rank].open_lines(*self._lines[rank])
+
+    def read_lines(self, rank: int) -> RankLines:
+        """The time lines that they have written. Its stream has to be idle."""
+        launches = self._domains[rank].close_lines()
+        return RankLines(
+            launches, self.read(rank, self._lines[rank][0], torch.int64, (self._lines[rank][1],))
+        )
 
     def measure_waits(self, rank: int) -> None:
         """From now on the rank's calls add up how long they wait for the others."""

@@ -20,6 +20,7 @@ from deepep.errors import ArgumentTypeError, ModeError
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.control.lines import LineRecorder
 from deepep.runtime.engine import EngineOptions
 from deepep.runtime.requests import (
     Combined,
@@ -52,11 +53,12 @@ class EmulatorEngine(ReferenceEngine):
         if options.low_latency and self.info.num_ranks > _emulator.MAX_RANKS:
             raise ModeError("low_latency_mode", "True", f"False with more than {_emulator.MAX_RANKS} ranks")
         domains = per_domain if per_domain < self.info.num_ranks else 0
-        self._kernels = EmulatedAllToAll(self._control.waits, domains)
+        self.lines = None if domains else LineRecorder(self.info.rank)
+        self._kernels = EmulatedAllToAll(self._control.waits, domains, self.lines)
         self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
-        exchange = EmulatedLowLatencyExchange(seed, self._control.waits, domains)
+        exchange = EmulatedLowLatencyExchange(seed, self._control.waits, domains, self.lines)
         self._low_latency = LowLatencyOperations(self._control, self, exchange)
 
     def _layout(

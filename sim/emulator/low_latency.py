@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deepep import _emulator
 from deepep.sim.emulator.calls import KernelFault
+from deepep.sim.emulator.lines import LAUNCHES, RankLines
 
 BOTH, SEND, RECEIVE = 0, 1, 2
 
@@ -142,6 +143,7 @@ class EmulatedLowLatency:
         heaps = [self._allocate(f"slots@{r}", "symmetric", r, num_bytes) for r in everyone]
         self._domains: list[Any] = []
         self._waits: dict[int, int] = {}
+        self._lines: dict[int, tuple[int, int]] = {}
         for rank in everyone:
             # Only what holds words and flags: rows that are read before they are written shall be found out.
             machine.write(rank, heaps[rank], bytes(control))
@@ -182,6 +184,19 @@ class EmulatedLowLatency:
         """The ranks that this rank's kernels have masked. Its stream has to be idle."""
         bits = self._domains[rank].masked()
         return tuple(r for r in range(self.num_ranks) if bits >> r & 1)
+
+    def record_lines(self, rank: int) -> None:
+        """The warps of the rank's next launches write time lines."""
+        words = LAUNCHES * self.gpu.num_blocks * (self.gpu.num_threads // 32) * _emulator.LINE_WORDS
+        self._lines[rank] = self._zeros(f"lines@{rank}", "device", rank, 8 * words), words
+        self._domains[rank].open_lines(*self._lines[rank])
+
+    def read_lines(self, rank: int) -> RankLines:
+        """The time lines that they have written. Its stream has to be idle."""
+        launches = self._domains[rank].close_lines()
+        return RankLines(
+            launches, self.read(rank, self._lines[rank][0], torch.int64, (self._lines[rank][1],))
+        )
 
     def measure_waits(self, rank: int) -> None:
         """From now on the rank's calls add up how long it waits for the others."""

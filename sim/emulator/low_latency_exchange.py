@@ -18,12 +18,14 @@ from deepep.backends.reference.low_latency import KeptFromDispatch, LowLatencyEx
 from deepep.errors import MismatchError
 from deepep.reference.all_to_all_low_latency import LowLatencyTensors
 from deepep.reference.wire import Wire
+from deepep.runtime.control.lines import LineRecorder
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Reduction
 from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
 from deepep.sim.emulator import shapes
 from deepep.sim.emulator.calls import DISAGREEMENT
 from deepep.sim.emulator.leader import EmulatedFailure, at_leader
+from deepep.sim.emulator.lines import add_lines, asks_for
 from deepep.sim.emulator.low_latency import (
     BOTH,
     RECEIVE,
@@ -47,7 +49,9 @@ LOW_LATENCY_GPUS = (
 
 @dataclass(frozen=True)
 class _DispatchShare:
-    """One rank's share of a dispatch. measures: its kernels add up how long they wait for each rank."""
+    """One rank's share of a dispatch. measures: its kernels add up how long they wait for each rank; records:
+    their warps write time lines.
+    """
 
     x: Tensor
     call: LowLatencyCall
@@ -55,6 +59,7 @@ class _DispatchShare:
     members: tuple[int, ...]
     hooked: bool
     measures: bool
+    records: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class _CombineShare:
     members: tuple[int, ...]
     hooked: bool
     measures: bool
+    records: bool
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,15 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
     """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED. recorder: where kernels' waits for each
     rank are added up while it asks for them, in nanoseconds of the emulated machine. ranks_per_domain: where
     there are several domains, which share no memory; 0: one has all ranks. Between domains a combine in the
-    exact mode, or in LogFMT, runs as inside one.
+    exact mode, or in LogFMT, runs as inside one. lines: where time lines of warps are added while it asks
+    for them, if anywhere.
     """
 
-    def __init__(self, seed: int, recorder: WaitRecorder, ranks_per_domain: int) -> None:
+    def __init__(
+        self, seed: int, recorder: WaitRecorder, ranks_per_domain: int, lines: LineRecorder | None = None
+    ) -> None:
         self._seed, self._recorder, self._per_domain = seed, recorder, ranks_per_domain
+        self._lines = lines
         self._operations = 0
 
     def start_dispatch(
@@ -128,11 +138,13 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             carries_weights=carries_weights,
         )
         cast = RowCast(request.use_fp8, request.round_scale, request.use_ue8m0)
-        share = _DispatchShare(request.x, call, cast, wire.members, hooked, self._recorder.asks)
-        made, handle, waits = _agreed(
+        asks = self._recorder.asks, asks_for(self._lines)
+        share = _DispatchShare(request.x, call, cast, wire.members, hooked, *asks)
+        made, handle, waits, lines = _agreed(
             at_leader(wire, share, self._run_dispatch), wire, "low_latency_dispatch"
         )
         self._note("low_latency_dispatch", waits)
+        add_lines(self._lines, lines)
         kept.by_kernels = (handle, carries_weights)
         return EmulatedUnderway(wire, made)
 
@@ -154,12 +166,14 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
                 exact=reduction == "exact",
                 logfmt=request.use_logfmt,
             )
-        share = _CombineShare(request.x, call, kept, wire.members, hooked, self._recorder.asks)
+        asks = self._recorder.asks, asks_for(self._lines)
+        share = _CombineShare(request.x, call, kept, wire.members, hooked, *asks)
         made = at_leader(wire, share, self._run_combine)
         if made is None:  # some rank's handle was put together of other tensors than a dispatch's
             return super().start_combine(wire, request, reduction, hooked)
-        sums, waits = _agreed(made, wire, "low_latency_combine")
+        sums, waits, lines = _agreed(made, wire, "low_latency_combine")
         self._note("low_latency_combine", waits)
+        add_lines(self._lines, lines)
         return EmulatedUnderway(wire, sums)
 
     def _note(self, operation: str, waits: list[int] | None) -> None:
@@ -176,6 +190,8 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             domain.set_live(rank, mine.members)
             if mine.measures:
                 domain.measure_waits(rank)
+            if mine.records:
+                domain.record_lines(rank)
             handle = domain.new_handle(rank, mine.call)
             args, results = domain.dispatch(rank, mine.call, mine.cast, mine.x, handle)
             for halves in (SEND, RECEIVE) if mine.hooked else (BOTH,):
@@ -189,6 +205,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
                 domain.read_results(rank, mine.call, mine.cast, at[rank][1]),
                 domain.read_handle(rank, mine.call, at[rank][0]),
                 domain.read_waits(rank) if mine.measures else None,
+                domain.read_lines(rank) if mine.records else None,
             )
             for rank, mine in given.items()
         }
@@ -204,6 +221,8 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             domain.set_live(rank, mine.members)
             if mine.measures:
                 domain.measure_waits(rank)
+            if mine.records:
+                domain.record_lines(rank)
             handle = domain.given_handle(rank, calls[rank], mine.kept)
             args, at[rank] = domain.combine(rank, calls[rank], mine.x, handle)
             for halves in (SEND, RECEIVE) if mine.hooked else (BOTH,):
@@ -215,6 +234,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             rank: (
                 domain.read(rank, at[rank], torch.bfloat16, (call.topk_idx.shape[0], call.hidden)),
                 domain.read_waits(rank) if given[rank].measures else None,
+                domain.read_lines(rank) if given[rank].records else None,
             )
             for rank, call in calls.items()
         }

@@ -79,7 +79,9 @@ SPREADING_FILES = tuple(
 )
 
 _COMMENT = re.compile(r"//[^\n]*")
-_FUNCTION = re.compile(r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)")
+_FUNCTION = re.compile(
+    r"(?:DEEPEP_DEVICE|DEEPEP_(?:WATCHING_)?(?:RECORDED_)?KERNEL\()[^;{}]*?(\w+)\s*(?:\(|,)"
+)
 _ORDERED = re.compile(
     r"\b(?P<op>load|store|fetch_add|fetch_or|wait_\w+|mbarrier_\w+)"
     r"<(?P<order>relaxed|acquire|release|acq_rel), (?P<scope>\w+)_scope>"
@@ -150,6 +152,9 @@ HARMLESS: dict[str, str] = {
     "all_reduce/flags.hpp wait_flags: fetch_or sys -> gpu": _READ_BEHIND_THE_KERNEL,
     "low_latency/patience.hpp measure_waits: load sys -> gpu": _A_FIGURE,
     "common/waits.hpp measure_wait: load -> load_once": _A_FIGURE,
+    "common/lines.hpp enter: sync_warp removed": _A_FIGURE,
+    "common/lines.hpp enter: sync_warp removed (2)": _A_FIGURE,
+    "common/lines.hpp enter: load -> load_once": _A_FIGURE,
     "dispatch/metadata.hpp measure_metadata: load sys -> gpu": _A_FIGURE,
     "dispatch/signal.hpp wait_rows: sync_warp removed": _A_FIGURE,
     "dispatch/signal.hpp wait_rows: load -> load_once": _A_FIGURE,

@@ -32,7 +32,9 @@ LOAD = 1 << 40
 
 @dataclass(frozen=True)
 class RowCase:
-    """One launch. hidden: H, a multiple of 8. weighted: of a reduction. seed: of the values."""
+    """One launch. hidden: H, a multiple of 8. weighted: of a reduction. seed: of the values. miscounted: so
+    many pairs more, or fewer, than there are, a sort was given to expect.
+    """
 
     kernel: str
     num_rows: int
@@ -44,6 +46,11 @@ class RowCase:
     num_blocks: int = 1
     num_warps: int = 1
     seed: int = 0
+    miscounted: int = 0
+
+    def num_pairs(self, given: RowInputs) -> int:
+        """P that a sort was given."""
+        return max(0, len(given.pairs) + self.miscounted)
 
 
 def draw_rows(seed: int) -> RowCase:
@@ -60,6 +67,7 @@ def draw_rows(seed: int) -> RowCase:
         num_blocks=choices.pick((1, 2)),
         num_warps=choices.pick((1, 2, 3)),
         seed=seed,
+        miscounted=choices.pick((0, 0, 0, -3, 5)),
     )
 
 
@@ -108,7 +116,10 @@ def expected(case: RowCase, given: RowInputs) -> list[Tensor]:
     present = given.slots >= 0
     source = given.pairs // case.num_topk
     if case.kernel == "sort_pairs":
-        return [given.pairs, given.slots, given.ends]
+        room = case.num_pairs(given)
+        pairs = torch.zeros(room, dtype=torch.int64, device="cpu")
+        pairs[: len(given.pairs)] = given.pairs[:room]
+        return [pairs, given.slots.where(given.slots < room, -1), given.ends.clamp(max=room)]
     if case.kernel == "count_entries":
         return [torch.bincount(given.topk_idx[given.topk_idx >= 0], minlength=case.num_local_experts) + LOAD]
     if case.kernel == "spread_rows":
@@ -190,7 +201,7 @@ def _arguments(case: RowCase, given: RowInputs, put: Callable[[str, Tensor], int
             index_bytes=case.index_bytes,
             num_local_experts=case.num_local_experts,
             num_entries=given.topk_idx.numel(),
-            num_pairs=len(given.pairs),
+            num_pairs=case.num_pairs(given),
             pairs=out[0],
             slots=out[1],
             ends=out[2],

@@ -172,6 +172,7 @@ ELSEWHERE = {
     "join",
     *("count_experts", "gather_expert_counts", "release_memory"),  # test_expert_counts, test_release_memory
     *("measure_waits", "wait_statistics", "gather_wait_statistics"),  # tests/runtime/test_waits.py
+    "record_warps",  # tests/api/test_warp_lines.py
 }
 """Methods whose bad arguments other files try."""
 

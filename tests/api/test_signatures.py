@@ -327,8 +327,8 @@ def test_elastic_buffers_methods(name: str) -> None:
     assert parameters(method, keyword_only=True) == ELASTIC_KEYWORDS.get(name, {})
 
 
-WAITS = ("measure_waits", "wait_statistics", "gather_wait_statistics")
-"""This library's own, of either class: tests/runtime/test_waits.py."""
+WAITS = ("measure_waits", "wait_statistics", "gather_wait_statistics", "record_warps")
+"""This library's own, of either class: tests/runtime/test_waits.py, tests/api/test_warp_lines.py."""
 
 
 def test_nothing_public_beside_elastic_buffers() -> None:

@@ -32,6 +32,14 @@ def test_sorting_around_the_parts_of_warps(num_rows: int, num_warps: int) -> Non
     assert report.kind == "ok", report.text
 
 
+@pytest.mark.parametrize("miscounted", [-100, -40, -1, 1, 70])
+def test_entries_that_nobody_counted_have_no_slot(miscounted: int) -> None:
+    """A count that is wrong leaves nothing unwritten: no memory's earlier contents become a row's number."""
+    case = RowCase("sort_pairs", 60, num_topk=2, num_local_experts=3, num_warps=3, miscounted=miscounted)
+    report = run_rows(case, draw_schedule(0))
+    assert report.kind == "ok", report.text
+
+
 def test_a_wrong_result_is_found() -> None:
     """The judge itself: other weights than those it knows of."""
     case = RowCase("reduce_rows", 3, hidden=16, weighted=True)

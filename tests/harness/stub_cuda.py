@@ -62,6 +62,27 @@ class Domain:
 
     def set_waits(self, *args: object, **named: object) -> None: ...
 
+    lines: list[tuple[str, int, int, int]] | None = None
+
+    def open_lines(self, words: int, num_words: int) -> None:
+        self.lines, self.words, self.num_words = [], words, num_words
+
+    def close_lines(self) -> list[tuple[str, int, int, int]]:
+        lines, self.lines = self.lines, None
+        return lines or []
+
+    def _record(self, operation: str) -> None:
+        """One warp's line of the launch, [start, end), where somebody asks; -1 where no room is left."""
+        if self.lines is None:
+            return
+        first = 128 * sum(launch[3] >= 0 for launch in self.lines)
+        if first >= self.num_words:
+            first = -1
+        else:
+            line = (ctypes.c_int64 * 3).from_address(self.words + 8 * first)
+            line[:] = [(9 << 32) | 2, (1 << 56) | 100, 250]
+        self.lines.append((operation, 1, 1, first))
+
     def follow(self, *args: object, **named: object) -> None: ...
 
     def wait(self) -> None: ...
@@ -88,15 +109,19 @@ class Domain:
         self.launched("layout")
 
     def dispatch(self, *args: object, **named: object) -> None:
+        self._record("dispatch")
         self.launched("dispatch")
 
     def dispatch_topk(self, *args: object, **named: object) -> None:
+        self._record("dispatch")
         self.launched("dispatch")
 
     def dispatch_cached(self, *args: object, **named: object) -> None:
+        self._record("dispatch")
         self.launched("dispatch_cached")
 
     def combine(self, *args: object, **named: object) -> None:
+        self._record("combine")
         self.launched("combine")
 
     def barrier(self, *args: object, **named: object) -> None:
@@ -115,9 +140,11 @@ class LowLatencyDomain(Domain):
     masked_ranks = 0
 
     def dispatch(self, *args: object, **named: object) -> None:
+        self._record("low_latency_dispatch")
         self.launched(_named("low_latency_dispatch", named))
 
     def combine(self, *args: object, **named: object) -> None:
+        self._record("low_latency_combine")
         self.launched(_named("low_latency_combine", named))
 
     def masked(self) -> int:

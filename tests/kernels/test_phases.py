@@ -15,7 +15,7 @@ import pytest
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 KERNELS = CSRC / "kernels"
 #: Of macros that define one: in a macro of theirs the line does not begin with them.
-KERNEL = re.compile(r"^DEEPEP_(?:WATCHING_)?KERNEL\((\w+)", re.MULTILINE)
+KERNEL = re.compile(r"^DEEPEP_(?:WATCHING_)?(?:RECORDED_)?KERNEL\((\w+)", re.MULTILINE)
 FILES = [path for path in sorted(KERNELS.rglob("*.hpp")) if KERNEL.search(path.read_text())]
 
 CALL = re.compile(r"\b([A-Za-z_]\w*)\s*(?:<[\w:, ]+>)?\s*\(")

@@ -95,8 +95,13 @@ def declared_kernels() -> dict[str, int]:
     """Threads of a block by kernel, as csrc/kernels declares them."""
     code = "\n".join(read_code(header) for header in HEADERS)
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", code))
-    declared = re.findall(r"DEEPEP_(WATCHING_)?KERNEL\((\w+),\s+\w+,\s+(\w+)\)", code)
-    forms = {"": ("",), "WATCHING_": ("", "_watching")}
+    declared = re.findall(r"DEEPEP_((?:WATCHING_)?(?:RECORDED_)?)KERNEL\((\w+),\s+\w+,\s+(\w+)\)", code)
+    forms = {
+        "": ("",),
+        "WATCHING_": ("", "_watching"),
+        "RECORDED_": ("", "_recorded"),
+        "WATCHING_RECORDED_": ("", "_watching", "_recorded"),
+    }
     return {
         name + form: int(constants.get(threads, threads))
         for kind, name, threads in declared

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/common/fault.hpp"
+#include "kernels/common/lines.hpp"
 
 namespace deepep::kernels {
 
@@ -35,6 +36,7 @@ struct CombineCall {
   const Group& g;
   uint32_t epoch;
   dev::Deadline deadline;
+  Lines lines;
 
   /// The handle's counts in shared memory: rows from rank s to rank d. A closure, for nvcc lets layout rules,
   /// which are the host's as well, call nothing else that is the device's alone.
@@ -45,8 +47,9 @@ struct CombineCall {
 };
 
 /// Reads the epoch and the handle's counts, clears the block's words. A block barrier has to follow.
-[[nodiscard]] DEEPEP_DEVICE CombineCall start(const CombineArgs& args) {
+[[nodiscard]] DEEPEP_DEVICE CombineCall start(const CombineArgs& args, const Lines& lines = {}) {
   using namespace dev;
+  enter(lines, Step::kStart);
   const Group& g = args.group;
   const CombineShared shared{g.num_ranks};
   const Deadline deadline = Deadline::in(g.timeout_ns);
@@ -64,7 +67,7 @@ struct CombineCall {
     credit.set(0, 0);
   }
   if (thread() < num_warps()) progress.set(thread(), 0);
-  return {args, g, epoch, deadline};
+  return {.args = args, .g = g, .epoch = epoch, .deadline = deadline, .lines = lines};
 }
 
 /// Block 0: peers may write to this rank's staging for this combine.

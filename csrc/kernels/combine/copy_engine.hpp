@@ -25,9 +25,9 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(combine_copy_engine_kernel, CombineArgs, kCombineThreads) {
+DEEPEP_RECORDED_KERNEL(combine_copy_engine_kernel, CombineArgs, kCombineThreads) {
   using namespace dev;
-  const CombineCall call = start(args);
+  const CombineCall call = start(args, lines);
   grant_credit(call);
   sync_block();
   const CombinePlan plan = choose_sums_alone(call);

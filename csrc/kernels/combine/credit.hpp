@@ -30,6 +30,7 @@ inline constexpr uint32_t kNoCredit = 0xffffffffu;
 [[nodiscard]] DEEPEP_DEVICE bool wait_credit(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (warp() != plan.role.credit_warp) return true;
+  enter(call.lines, Step::kWaitCredit);
   const bool granted = wait_owners(call);
   SharedArray<uint32_t> credit(CombineShared{call.g.num_ranks}.credit());
   if (lane() == 0) credit.set<release>(0, granted ? kGranted : kNoCredit);

@@ -34,7 +34,10 @@ DEEPEP_DEVICE void post_digest(const CombineCall& call, uint32_t digest) {
                               pack_tagged(digest, call.epoch));
 }
 DEEPEP_DEVICE void post_digest(const CombineCall& call) {
-  if (posts_digest() && dev::block() == 0) post_digest(call, digest_of(call));
+  if (posts_digest() && dev::block() == 0) {
+    enter(call.lines, Step::kPost);
+    post_digest(call, digest_of(call));
+  }
 }
 DEEPEP_DEVICE void post_refusal(const CombineCall& call) {
   if (posts_digest() && dev::block() == 0) post_digest(call, kRefusal);

@@ -11,7 +11,9 @@ namespace deepep::kernels {
   using namespace dev;
   SharedArray<uint32_t> failed(CombineShared{call.g.num_ranks}.failed());
   if (!succeeded && lane() == 0) failed.bit_or(0, 1u);
+  enter(call.lines, Step::kFinish);
   sync_block();
+  enter(call.lines, Step::kEnd);
   if (warp() != 0) return false;
   const bool is_spoiled = has_reduced && is_overwritten(call.g);
   return lane() == 0 && (is_spoiled || failed.get(0) != 0);

@@ -43,9 +43,10 @@ struct ReturnItems {
 /// part. `credit`: whether it may be stored; if that is not known yet, it is waited for between the loads and
 /// the stores.
 template <class Row>
-DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int64_t place, uint32_t part,
+DEEPEP_DEVICE void push_row(const CombineCall& call, int owner, int64_t row, int64_t place, uint32_t part,
                             layout::Parts parts, uint32_t& credit) {
   using namespace dev;
+  const CombineArgs& args = call.args;
   const Group& g = args.group;
   std::byte* area = g.heap[owner] + g.staging_offset;
   const Row source = Row::of(args, row);
@@ -62,7 +63,11 @@ DEEPEP_DEVICE void push_row(const CombineArgs& args, int owner, int64_t row, int
     const int left = end - begin;  // this lane's pieces are those u with u * kWarpSize < left
     Vec16 v[Row::kUnroll];
     source.read(begin, left, v);
-    if (credit == 0) credit = has_shared_credit(g) ? kGranted : kNoCredit;
+    if (credit == 0) {
+      enter(call.lines, Step::kWaitCredit);
+      credit = has_shared_credit(g) ? kGranted : kNoCredit;
+      enter(call.lines, Step::kPushRows);
+    }
     if (credit == kNoCredit) return;
 #pragma unroll
     for (int u = 0; u < Row::kUnroll; ++u)
@@ -79,6 +84,7 @@ template <class Row>
 [[nodiscard]] DEEPEP_DEVICE bool push_rows(const CombineCall& call, const CombinePlan& plan) {
   using namespace dev;
   if (warp() >= plan.role.push_warps) return true;
+  enter(call.lines, Step::kPushRows);
   const ReturnItems items = items_of_warp(plan, warp());
   SharedArray<uint32_t> progress(CombineShared{call.g.num_ranks}.progress());
   uint32_t credit = 0;
@@ -87,7 +93,7 @@ template <class Row>
   for (uint32_t item = items.first; item < items.end && credit != kNoCredit; item += items.step) {
     const uint32_t part = plan.parts.part_of(item);
     for_each_owner(call.g, plan.returns, plan.parts.row_of(item), [&](int owner, int64_t row, int64_t place) {
-      if (credit != kNoCredit) push_row<Row>(call.args, owner, row, place, part, plan.parts, credit);
+      if (credit != kNoCredit) push_row<Row>(call, owner, row, place, part, plan.parts, credit);
     });
     if (plan.role.is_single) continue;
     sync_warp();  // the warp's stores come before lane 0's release
@@ -104,6 +110,7 @@ DEEPEP_DEVICE void signal_rows(const CombineCall& call, const CombinePlan& plan)
   using namespace dev;
   if (plan.role.is_single && plan.role.signal_warp >= 0) sync_block();
   if (warp() != plan.role.signal_warp) return;
+  enter(call.lines, Step::kSignal);
   const Group& g = call.g;
   if (!has_shared_credit(g)) return;
   SharedArray<uint32_t> progress(CombineShared{g.num_ranks}.progress());

@@ -70,6 +70,7 @@ template <class Row>
   const int32_t to_place = handles ? static_cast<int32_t>(layout::first_staging_row(count, g.rank, lane()) -
                                                           layout::first_row_of_source(count, g.rank, lane()))
                                    : 0;
+  enter(call.lines, Step::kWaitMetadata);
   measure_digests(call);
   bool fails = !wait_digests(call, digest_of(call));
 #pragma unroll 1
@@ -77,6 +78,7 @@ template <class Row>
     const uint32_t t = parts.row_of(turn.item);
     if (fails || t >= args.num_tokens) break;
     const uint32_t part = parts.part_of(turn.item);
+    enter(call.lines, Step::kReduce);
     const TokenRows rows{turn.at_rank, turn.at_rank + to_place, ballot(turn.at_rank >= 0),
                          ballot(turn.at_rank >= 0 && lane() != g.rank)};
     const Addends addends = list_addends(args, t, rows);
@@ -91,6 +93,7 @@ template <class Row>
     const Vec16* early = pair_of(addends).here;
     if (is_pair && early != nullptr) read_pieces(early + from + lane(), end - from - lane(), here);
     turn = take_turn(call, plan, false);
+    enter(call.lines, Step::kWaitRows);
     if (measures_waits(g)) measure_rows(call, rows, part);
     bool came = true;
     if (rows.is_remote()) {
@@ -102,6 +105,7 @@ template <class Row>
     if (fails) break;  // the deadline has passed: what is still missing will not be waited for again
     // The lanes' acquires come before the whole warp's reads; a ballot orders no memory.
     sync_warp();
+    enter(call.lines, Step::kReduce);
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * args.row_bytes);
     if constexpr (Row::kExpanded)
       reduce_expanded(out, addends, place_of_own(args, rows), own, from, end);

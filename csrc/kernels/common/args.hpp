@@ -141,6 +141,11 @@ struct ExpandedRows {
   bool zero_padding;       // of rows; scales and weights of gaps are 0 either way
 };
 
+/// Whether its kernel has a form that records time lines (lines.hpp).
+[[nodiscard]] constexpr bool records(DispatchMode mode) {
+  return mode != DispatchMode::kRefused && mode != DispatchMode::kExpanded;
+}
+
 /// Of a matrix, in elements.
 struct Strides {
   int64_t row, column;
@@ -230,6 +235,11 @@ struct CombineArgs {
   float* out_weights;             // [T, K]
   CopyEngineWork copy_engine;     // in its mode
 };
+
+/// Whether its kernel has a form that records time lines.
+[[nodiscard]] constexpr bool records(const CombineArgs& args) {
+  return args.mode != CombineMode::kRefused && args.slots == nullptr;
+}
 
 struct LayoutArgs {
   int num_ranks;

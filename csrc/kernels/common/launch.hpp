@@ -2,12 +2,17 @@
 #pragma once
 
 #include "kernels/common/args.hpp"
+#include "kernels/common/steps.hpp"
 
 namespace deepep::kernels {
 
+/// Warps of a block of dispatch and combine.
+inline constexpr int kThroughputWarps = 16;
+
 /// Throws std::runtime_error with CUDA's words if a launch is refused. `stream` is a cudaStream_t.
-void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream);
-void launch_combine(const CombineArgs& args, int num_blocks, void* stream);
+/// `lines`: where warps write their time lines, of a kernel that has such a form (args.hpp: `records`).
+void launch_dispatch(const DispatchArgs& args, int num_blocks, void* stream, const Lines& lines);
+void launch_combine(const CombineArgs& args, int num_blocks, void* stream, const Lines& lines);
 void launch_layout(const LayoutArgs& args, int num_blocks, void* stream);
 void launch_barrier(const Group& group, void* stream);
 /// Blocks that take an SM each, for so long, at most ten seconds.

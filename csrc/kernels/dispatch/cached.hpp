@@ -22,10 +22,10 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(dispatch_cached_kernel, DispatchArgs, kDispatchThreads) {
+DEEPEP_RECORDED_KERNEL(dispatch_cached_kernel, DispatchArgs, kDispatchThreads) {
   using namespace dev;
   constexpr DispatchMode kMode = DispatchMode::kCached;
-  const DispatchCall call = start(args);
+  const DispatchCall call = start(args, lines);
   sync_block();
   post_metadata<kMode>(call);
   const WarpShare share = assign_tokens(call);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/fault.hpp"
+#include "kernels/common/lines.hpp"
 #include "layout/counts.hpp"
 
 namespace deepep::kernels {
@@ -59,11 +60,13 @@ struct DispatchCall {
   const Group& g;
   uint32_t epoch;
   dev::Deadline deadline;
+  Lines lines;
 };
 
 /// Reads the epoch and clears the block's words. A block barrier has to follow.
-[[nodiscard]] DEEPEP_DEVICE DispatchCall start(const DispatchArgs& args) {
+[[nodiscard]] DEEPEP_DEVICE DispatchCall start(const DispatchArgs& args, const Lines& lines = {}) {
   using namespace dev;
+  enter(lines, Step::kStart);
   const Group& g = args.group;
   const MetadataShared shared{g.num_ranks};
   SharedArray<uint32_t> failed(shared.failed());
@@ -76,7 +79,7 @@ struct DispatchCall {
     recv_failed.set(0, 0);
     post_failed.set(0, 0);
   }
-  return {args, g, epoch, deadline};
+  return {.args = args, .g = g, .epoch = epoch, .deadline = deadline, .lines = lines};
 }
 
 /// Block 0 posts this rank's metadata, and what else concerns the whole rank.
@@ -108,7 +111,9 @@ DEEPEP_DEVICE void advance_epoch(const DispatchCall& call) {
 [[nodiscard]] DEEPEP_DEVICE bool finish(const DispatchCall& call) {
   using namespace dev;
   SharedArray<uint32_t> failed(MetadataShared{call.g.num_ranks}.failed());
+  enter(call.lines, Step::kFinish);
   sync_block();
+  enter(call.lines, Step::kEnd);
   return thread() == 0 && failed.get(0) != 0;
 }
 

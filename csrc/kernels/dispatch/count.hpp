@@ -218,6 +218,7 @@ DEEPEP_DEVICE void prefetch_row(const DispatchArgs& args, const WarpTokens& mine
 /// So many tokens of each stretch go to each rank, for all the stretches that this block needs. Whole block.
 DEEPEP_DEVICE void count_stretches(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
+  enter(call.lines, Step::kCount);
   const int needed = stretches_needed(call.args, share.role);
   prefetch_row(call.args, share.mine);
   if (call.args.groups.stretches_a_group == 0) {

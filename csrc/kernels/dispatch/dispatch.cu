@@ -21,14 +21,28 @@ Kernel<DispatchArgs> kernel_of(DispatchMode mode) {
   }
 }
 
+/// The form of a mode that `records`.
+Kernel<Recorded<DispatchArgs>> recorded_kernel_of(DispatchMode mode) {
+  switch (mode) {
+    case DispatchMode::kCached: return dispatch_cached_kernel_recorded;
+    case DispatchMode::kTopk: return dispatch_topk_kernel_recorded;
+    default: return dispatch_kernel_recorded;
+  }
+}
+
 }  // namespace
 
-void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream) {
+void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream, const Lines& lines) {
   DispatchArgs args = given;
+  static_assert(kDispatchThreads == kThroughputWarps * dev::kWarpSize);
   const int threads = args.mode == DispatchMode::kExpanded ? kExpandedThreads : kDispatchThreads;
   const int warps = threads / dev::kWarpSize;
   prepare(args, num_blocks, warps);
-  launch(kernel_of(args.mode), args, num_blocks, threads, shared_bytes(args, warps), stream, "dispatch");
+  const int64_t shared = shared_bytes(args, warps);
+  if (lines.words == nullptr)
+    return launch(kernel_of(args.mode), args, num_blocks, threads, shared, stream, "dispatch");
+  launch(recorded_kernel_of(args.mode), Recorded<DispatchArgs>{args, lines}, num_blocks, threads, shared, stream,
+         "dispatch");
 }
 
 void load_dispatch() {
@@ -37,6 +51,8 @@ void load_dispatch() {
   load(dispatch_expanded_kernel, "dispatch");
   load(dispatch_cached_kernel, "dispatch");
   load(dispatch_refused_kernel, "dispatch");
+  for (const DispatchMode mode : {DispatchMode::kFresh, DispatchMode::kTopk, DispatchMode::kCached})
+    load(recorded_kernel_of(mode), "dispatch");
 }
 
 }  // namespace deepep::kernels

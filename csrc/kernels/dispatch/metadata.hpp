@@ -59,6 +59,7 @@ template <DispatchMode kMode>
 DEEPEP_DEVICE void post_metadata(const DispatchCall& call) {
   using namespace dev;
   if (!is_leader_block()) return;
+  enter(call.lines, Step::kPost);
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
   constexpr bool kCached = kMode == DispatchMode::kCached;
@@ -140,6 +141,7 @@ template <DispatchMode kMode>
   SharedArray<uint32_t> failed(shared.failed());
   SharedArray<uint32_t> recv_failed(shared.recv_failed());
 
+  enter(call.lines, Step::kWaitMetadata);
   measure_metadata(call);
   const int per_source = num_metadata_words(args);
   const uint32_t own_digest = args.common_words[words.digest() - ranks];

@@ -11,6 +11,7 @@ namespace deepep::kernels {
 DEEPEP_DEVICE void signal_rows(const DispatchCall& call, const WarpShare& share) {
   using namespace dev;
   if (!share.role.push) return;
+  enter(call.lines, Step::kSignal);
   const Group& g = call.g;
   const int flag = block() - first_push_block(call.args);
   sync_block();
@@ -24,6 +25,7 @@ DEEPEP_DEVICE void signal_rows(const DispatchCall& call, const WarpShare& share)
 DEEPEP_DEVICE void wait_rows(const DispatchCall& call) {
   using namespace dev;
   if (block() != num_blocks() - 1) return;
+  enter(call.lines, Step::kWaitRows);
   const Group& g = call.g;
   const MetadataShared shared{g.num_ranks};
   SharedArray<uint32_t> push_blocks(shared.push_blocks());

@@ -35,11 +35,11 @@
 
 namespace deepep::kernels {
 
-DEEPEP_KERNEL(dispatch_topk_kernel, DispatchArgs, kDispatchThreads) {
+DEEPEP_RECORDED_KERNEL(dispatch_topk_kernel, DispatchArgs, kDispatchThreads) {
   using namespace dev;
   constexpr DispatchMode kMode = DispatchMode::kTopk;
   prefetch_indices(args);
-  const DispatchCall call = start(args);
+  const DispatchCall call = start(args, lines);
   const WarpShare share = assign_tokens(call);
   count_stretches(call, share);
   post_metadata<kMode>(call);

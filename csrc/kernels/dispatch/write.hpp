@@ -83,6 +83,7 @@ DEEPEP_DEVICE void write_rows(const DispatchCall& call, const WarpShare& share, 
   const DispatchRole& role = share.role;
   const WarpTokens& mine = share.mine;
   const Group& g = call.g;
+  enter(call.lines, role.push ? Step::kPushRows : Step::kLocalRows);
   int32_t ahead = first_token.route;
   const int ranks = g.num_ranks;
   SharedArray<int32_t> counts(MetadataShared{ranks}.counts());

@@ -97,4 +97,12 @@ struct LowLatencyCombineArgs {
   int64_t* waits;                // as of a dispatch
 };
 
+/// Whether a launch has a form that records time lines (common/lines.hpp).
+[[nodiscard]] constexpr bool records(const LowLatencyDispatchArgs&, Halves halves) {
+  return halves == Halves::kBoth;
+}
+[[nodiscard]] constexpr bool records(const LowLatencyCombineArgs& args, Halves halves) {
+  return halves == Halves::kBoth && args.returned == Returned::kSums;
+}
+
 }  // namespace deepep::kernels

@@ -29,13 +29,13 @@
 
 namespace deepep::kernels {
 
-DEEPEP_WATCHING_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_RECORDED_KERNEL(low_latency_combine_kernel, LowLatencyCombineArgs, kLowLatencyThreads) {
   using namespace dev;
   const CombineBefore before = read_before(args, watching);
   const Weights weights = first_weights(args);
   const Likely likely = first_route(args);
   const uint32_t ranks = first_ranks(args, block());
-  LowLatencyCombineCall call = start(args, before, ranks, watching);
+  LowLatencyCombineCall call = start(args, before, ranks, watching, lines);
   advance_epoch(call);
   post_shapes(call);
   post_weights(call, weights);

@@ -55,13 +55,15 @@ struct LowLatencyCombineCall {
   bool masks;      // a rank that is missing is masked
   int block;       // whose part of the receive this one has: its own, or in mending every one in turn
   uint32_t ranks;  // that the first token went to which this warp sums, as bits
+  Lines lines;
 
   [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineShared shared() const { return shared_of(args); }
 };
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall begin_call(const LowLatencyCombineArgs& args, uint32_t epoch,
-                                                             uint32_t live, uint32_t ranks, bool watching) {
+                                                             uint32_t live, uint32_t ranks, bool watching,
+                                                             const Lines& lines = {}) {
   using namespace dev;
   const LowLatencyCombineCall call{.args = args,
                                    .g = args.group,
@@ -71,7 +73,8 @@ struct LowLatencyCombineCall {
                                    .watching = watching,
                                    .masks = watching && args.group.shrinks,
                                    .block = block(),
-                                   .ranks = ranks};
+                                   .ranks = ranks,
+                                   .lines = lines};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
     SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
@@ -110,10 +113,11 @@ struct CombineBefore {
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall start(const LowLatencyCombineArgs& args,
                                                         const CombineBefore& before, uint32_t ranks,
-                                                        bool watching) {
+                                                        bool watching, const Lines& lines = {}) {
   using namespace dev;
+  enter(lines, Step::kStart);
   const LowLatencyCombineCall call =
-      begin_call(args, next_epoch(before.own.epoch), live_of(args, before.own), ranks, watching);
+      begin_call(args, next_epoch(before.own.epoch), live_of(args, before.own), ranks, watching, lines);
   sync_block();
   return call;
 }
@@ -134,7 +138,9 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyCombineCall& call) {
 [[nodiscard]] DEEPEP_DEVICE bool finish(const LowLatencyCombineCall& call) {
   using namespace dev;
   const LowLatencyCombineShared shared = call.shared();
+  enter(call.lines, Step::kFinish);
   sync_block();
+  enter(call.lines, Step::kEnd);
   if (thread() != 0) return false;
   if (call.masks) return must_report(call);
   return (SharedArray<uint32_t>(shared.failed()).get(0) | SharedArray<uint32_t>(shared.stopped()).get(0)) != 0;

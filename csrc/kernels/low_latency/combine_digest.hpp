@@ -33,7 +33,10 @@ DEEPEP_DEVICE void post_digest(const Call& call, int word, uint32_t value) {
 /// By block 0.
 template <class Call>
 DEEPEP_DEVICE void post_shapes(const Call& call) {
-  if (dev::block() == 0) post_digest(call, Digests::kShapes, call.args.share.digest);
+  if (dev::block() == 0) {
+    enter(call.lines, Step::kPost);
+    post_digest(call, Digests::kShapes, call.args.share.digest);
+  }
 }
 
 /// By block 0. Top-k indices that are not the dispatch's are refused.
@@ -76,6 +79,7 @@ template <class Call>
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
   SharedArray<uint32_t> stopped(call.shared().stopped());
+  enter(call.lines, Step::kWaitMetadata);
   if (args.weights_travelled || returns_entries(args)) measure_partners(call);
 #pragma unroll 1
   for (int i = num_threads() - 1 - thread(); i < Digests::kCount * g.num_ranks; i += num_threads()) {

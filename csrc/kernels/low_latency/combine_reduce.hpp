@@ -66,6 +66,7 @@ DEEPEP_DEVICE void list_returns(const LowLatencyCombineCall& call, const Combine
   using namespace dev;
   const LowLatencyCombineShared shared = call.shared();
   SharedArray<uint32_t> tokens(shared.tokens());
+  enter(call.lines, Step::kCount);
   uint32_t came = before.came;
   DEEPEP_ROLLED
   for (int i = thread(); i < shared.num_ranks * shared.token_words; i += num_threads()) {
@@ -235,7 +236,9 @@ DEEPEP_DEVICE void note_missing_weight(const LowLatencyCombineCall& call, int ow
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE bool reduce_message(const Call& call, const Return& back, bool staged) {
   using namespace dev;
+  enter(call.lines, Step::kWaitWeights);
   const SumRows rows = weighted_rows(call, back);
+  enter(call.lines, Step::kPushRows);
   if (staged) wait_stage(call);
   if (rows.rows == 0) {
     note_missing_weight(call, back.where.source);
@@ -274,6 +277,7 @@ DEEPEP_DEVICE void signal_returns(const Call& call) {
   const Group& g = call.g;
   const uint32_t lost = lost_owners(call);
   if (!is_signaller() || (lost != 0 && !call.masks)) return;
+  enter(call.lines, Step::kSignal);
   auto walk = walk_of(call, present_of(call), {.number = lane(), .teams = kWarpSize, .part = 0, .parts = 1});
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {

@@ -53,6 +53,7 @@ DEEPEP_DEVICE void sum_tokens(const Call& call) {
     ranks &= call.live;
     bool came = true;
     SumRows rows{ranks, 0, 0.0f};
+    enter(call.lines, Step::kWaitRows);
     if ((ranks >> lane()) & 1u) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.return_flags(call.epoch, lane()));
       came = wait_return(call, flags + t, lane());
@@ -64,6 +65,7 @@ DEEPEP_DEVICE void sum_tokens(const Call& call) {
       return;  // the deadline has passed
     }
     sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
+    enter(call.lines, Step::kReduce);
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * row_bytes);
     sum_rows<false>(out, rows, (pieces * team.part) >> shift, (pieces * (team.part + 1)) >> shift);
     ranks = ranks_of(args, item_of_block(call.block, i + team.teams, 0));

@@ -3,12 +3,22 @@
 #pragma once
 
 #include "kernels/common/fault.hpp"
+#include "kernels/common/lines.hpp"
 #include "kernels/low_latency/share.hpp"
 
 /// A kernel that, in the form that is `watching`, masks ranks that are missing (mend.hpp) and measures how long
 /// it waits for each; the other form pays for neither.
 #define DEEPEP_WATCHING_KERNEL(name, Args, threads) \
   DEEPEP_KERNEL_IN_FORMS(name, Args, threads, watching, ::deepep::kernels::has_to_watch(args))
+
+/// The same with a form more, in which its warps write time lines (common/lines.hpp), and it watches.
+#define DEEPEP_WATCHING_RECORDED_KERNEL(name, Args, threads)                                                  \
+  DEEPEP_DEVICE void name##_lines(const Args& args, bool watching, const ::deepep::kernels::Lines& lines);    \
+  DEEPEP_WATCHING_KERNEL(name, Args, threads) { name##_lines(args, watching, {}); }                           \
+  DEEPEP_KERNEL(name##_recorded, ::deepep::kernels::Recorded<Args>, threads) {                                \
+    name##_lines(args.args, true, args.lines);                                                                \
+  }                                                                                                           \
+  DEEPEP_DEVICE void name##_lines(const Args& args, bool watching, const ::deepep::kernels::Lines& lines)
 
 namespace deepep::kernels {
 

@@ -28,12 +28,12 @@
 
 namespace deepep::kernels {
 
-DEEPEP_WATCHING_KERNEL(low_latency_dispatch_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
+DEEPEP_WATCHING_RECORDED_KERNEL(low_latency_dispatch_kernel, LowLatencyDispatchArgs, kLowLatencyThreads) {
   using namespace dev;
   const Before before = read_before(args, watching);
   const Entries entries = first_entries(args);
   const Outgoing first = first_outgoing(args);
-  LowLatencyDispatchCall call = start(args, before, watching);
+  LowLatencyDispatchCall call = start(args, before, watching, lines);
   advance_epoch(call);
   const HeaderDraft draft = first_header(args);
   push_rows(call, first);

@@ -71,6 +71,7 @@ struct LowLatencyDispatchCall {
   int block;      // whose part of the receive this one has: its own, or in mending every one in turn
   layout::LowLatencyMessage message;
   SentTokens tokens;  // that this block sends
+  Lines lines;
 
   [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchShared shared() const { return shared_of(args); }
 };
@@ -80,7 +81,8 @@ struct LowLatencyDispatchCall {
 
 /// Clears the block's words. A block barrier has to follow.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall begin_call(const LowLatencyDispatchArgs& args,
-                                                              uint32_t epoch, uint32_t live, bool watching) {
+                                                              uint32_t epoch, uint32_t live, bool watching,
+                                                              const Lines& lines = {}) {
   using namespace dev;
   const LowLatencyDispatchCall call{.args = args,
                                     .g = args.group,
@@ -91,7 +93,8 @@ struct LowLatencyDispatchCall {
                                     .masks = watching && args.group.shrinks,
                                     .block = block(),
                                     .message = message_of(args),
-                                    .tokens = tokens_of_block(args)};
+                                    .tokens = tokens_of_block(args),
+                                    .lines = lines};
   if (thread() == 0) {
     SharedArray<uint32_t>(call.shared().failed()).set(0, 0);
     SharedArray<uint32_t>(call.shared().stopped()).set(0, 0);
@@ -110,10 +113,12 @@ struct LowLatencyDispatchCall {
 
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE LowLatencyDispatchCall start(const LowLatencyDispatchArgs& args,
-                                                         const Before& before, bool watching) {
+                                                         const Before& before, bool watching,
+                                                         const Lines& lines = {}) {
   using namespace dev;
+  enter(lines, Step::kStart);
   const LowLatencyDispatchCall call =
-      begin_call(args, next_epoch(before.epoch), live_of(args, before), watching);
+      begin_call(args, next_epoch(before.epoch), live_of(args, before), watching, lines);
   sync_block();
   return call;
 }
@@ -135,7 +140,9 @@ DEEPEP_DEVICE void advance_epoch(const LowLatencyDispatchCall& call) {
   using namespace dev;
   SharedArray<uint32_t> failed(call.shared().failed());
   SharedArray<uint32_t> stopped(call.shared().stopped());
+  enter(call.lines, Step::kFinish);
   sync_block();
+  enter(call.lines, Step::kEnd);
   if (thread() != 0) return false;
   if (call.masks ? !must_report(call) : failed.get(0) == 0 && stopped.get(0) == 0) return false;
   if (!call.args.refused) store<relaxed, gpu_scope>(call.args.handle.identity, 0u);

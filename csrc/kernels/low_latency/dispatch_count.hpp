@@ -78,6 +78,7 @@ DEEPEP_DEVICE void count_rows(const LowLatencyDispatchCall& call, Entries entrie
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const LowLatencyDispatchShared shared = call.shared();
+  enter(call.lines, Step::kCount);
   const int end = counted_tokens(args);
   const int step = kCountUnroll * num_warps() * args.share.by_topk.quotient(kWarpSize);
   SharedArray<int32_t> rows(shared.rows());
@@ -108,6 +109,7 @@ DEEPEP_DEVICE void post_words(const Call& call) {
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
   if (block() != 0) return;
+  enter(call.lines, Step::kPost);
   using Words = layout::LowLatencyWords;
   const Words& room = args.slots.words();
   const LowLatencyDispatchShared shared = call.shared();

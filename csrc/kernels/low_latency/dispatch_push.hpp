@@ -44,6 +44,7 @@ DEEPEP_DEVICE void push_rows(const Call& call, Outgoing current) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
+  enter(call.lines, Step::kPushRows);
   const Team team = team_of_warp(args.share.token_shift);
   const int units = num_units(args.hidden);
   SharedArray<uint32_t> sent(call.shared().sent());
@@ -140,6 +141,7 @@ DEEPEP_DEVICE void write_headers(const Call& call, HeaderDraft draft) {
   using namespace dev;
   const LowLatencyDispatchArgs& args = call.args;
   const Group& g = call.g;
+  enter(call.lines, Step::kPushRows);
   SharedArray<uint32_t> sent(call.shared().sent());
 #pragma unroll 1
   for (int t = header_token(args); t < call.tokens.end; t += num_warps()) {
@@ -168,6 +170,7 @@ DEEPEP_DEVICE void signal_messages(const Call& call) {
   SharedArray<uint32_t> sent(call.shared().sent());
   sync_block();
   if (!is_signaller()) return;
+  enter(call.lines, Step::kSignal);
   const int shift = args.share.rank_shift;
 #pragma unroll 1
   for (int i = lane(); i < (call.tokens.end - call.tokens.begin) << shift; i += kWarpSize) {

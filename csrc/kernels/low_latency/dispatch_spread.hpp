@@ -31,6 +31,7 @@ template <class Call>
   SharedArray<int32_t> rows(shared.rows());
   SharedArray<uint32_t> tokens(shared.tokens());
   uint64_t* listed = SharedArray<uint64_t>(shared.listed()).at(0);
+  enter(call.lines, Step::kWaitMetadata);
   measure_waits(call, [&](int source) { return args.slots.words(call.epoch, source) + 8 * Words::kDigest; });
   if (warp() < num_listeners()) {
 #pragma unroll 1
@@ -251,6 +252,7 @@ DEEPEP_DEVICE void spread_message(const Call& call, const MessageAt& where, cons
 /// This rank's own messages: those that the block has written, or had written in a launch before.
 template <class Call>
 DEEPEP_DEVICE void spread_own(const Call& call, const Team& team) {
+  enter(call.lines, Step::kLocalRows);
   const Presence present = present_of(call);
   const SentTokens tokens = tokens_of_block(call.args, call.block);
 #pragma unroll 1
@@ -275,6 +277,7 @@ DEEPEP_DEVICE void spread_others(const Call& call, const Team& team) {
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     bool came = true;
+    enter(call.lines, Step::kWaitRows);
     if (lane() == 0) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.message_flags(call.epoch, where.source));
       came = wait_message(call, flags + where.token, where.source);
@@ -284,6 +287,7 @@ DEEPEP_DEVICE void spread_others(const Call& call, const Team& team) {
       return;  // the deadline has passed: what is still missing will not be waited for again
     }
     sync_warp();  // lane 0's acquire comes before the whole warp's reads
+    enter(call.lines, Step::kSpread);
     spread_message(call, where, {where.strip * team.parts + team.part, team.parts << args.share.strip_shift});
   }
 }

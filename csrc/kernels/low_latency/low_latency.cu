@@ -58,12 +58,21 @@ void load(const Forms<Args>& forms, const char* what) {
 
 }  // namespace
 
-void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
+void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream,
+                        const Lines& lines) {
+  if (lines.words != nullptr)
+    return launch(low_latency_dispatch_kernel_recorded, Recorded<LowLatencyDispatchArgs>{args, lines},
+                  num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency dispatch");
   launch(kDispatches[static_cast<int>(halves)].of(args), args, num_blocks, kLowLatencyThreads,
          shared_of(args).bytes(), stream, "low-latency dispatch");
 }
 
-void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
+void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream,
+                        const Lines& lines) {
+  if (lines.words != nullptr)
+    return launch_allowed(low_latency_combine_kernel_recorded, Recorded<LowLatencyCombineArgs>{args, lines},
+                          num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
+                          "low-latency combine");
   launch_allowed(kCombines[static_cast<int>(args.returned)][static_cast<int>(halves)].of(args), args,
                  num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency combine");
 }
@@ -77,6 +86,9 @@ BlockSize load_low_latency() {
       for (const auto kernel : {combine.plain, combine.watching})
         allow_shared(kernel, shared_bytes, "low-latency combine");
     }
+  load(low_latency_dispatch_kernel_recorded, "low-latency dispatch");
+  load(low_latency_combine_kernel_recorded, "low-latency combine");
+  allow_shared(low_latency_combine_kernel_recorded, shared_bytes, "low-latency combine");
   const bool bulk = has_bulk_copies(kCombines[0][0].plain, "low-latency combine");
   return {.num_warps = kLowLatencyThreads / dev::kWarpSize, .bulk_bytes = bulk ? shared_bytes : 0};
 }

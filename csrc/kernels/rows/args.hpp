@@ -23,10 +23,10 @@ struct SortPairsArgs {
   int index_bytes;       // 4 or 8
   int num_local_experts;
   int64_t num_entries;  // N * K
-  int64_t num_pairs;    // P, as counted beforehand: no more is written
-  int64_t* pairs;       // [P] row * K + k
-  int64_t* slots;       // [N, K]
-  int32_t* ends;        // [L] the end of each expert's pairs
+  int64_t num_pairs;    // P, as counted beforehand: with another count no entry past it has a slot
+  int64_t* pairs;       // [P] row * K + k; 0 past the last
+  int64_t* slots;       // [N, K], or -1
+  int32_t* ends;        // [L] the end of each expert's pairs, P at most
 };
 
 struct SelectTopkArgs {

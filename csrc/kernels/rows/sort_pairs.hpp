@@ -3,6 +3,7 @@
 // Phases:
 //   count_entries  each warp counts the entries of its part that name this expert, and those of lower ones
 //   place_entries  behind the lower experts' and the parts' before: pairs and slots; the expert's end
+//   fill_rest      the last expert's block: pairs past the last, where more were counted beforehand
 //
 // No block waits for another: each counts all entries for itself, which lie in L2.
 #pragma once
@@ -81,7 +82,8 @@ DEEPEP_DEVICE void place_part(const SortPairsArgs& args, const Index* topk_idx, 
   for (int w = 0; w < num_warps(); ++w)
     slot += entry_counts().get(num_warps() + w) + (w < warp() ? entry_counts().get(w) : 0);
   if (warp() == num_warps() - 1 && lane() == 0)
-    store(args.ends + expert, static_cast<int32_t>(slot + entry_counts().get(warp())));
+    store(args.ends + expert,
+          static_cast<int32_t>(layout::min_of(slot + entry_counts().get(warp()), args.num_pairs)));
   for (int64_t first = part.begin; first < part.end; first += kSortUnroll * kWarpSize) {
     int32_t entries[kSortUnroll];
     read_entries(topk_idx, first, part.end, args.num_local_experts, entries);
@@ -91,9 +93,10 @@ DEEPEP_DEVICE void place_part(const SortPairsArgs& args, const Index* topk_idx, 
       const uint32_t own = ballot(entries[u] == expert);
       const int64_t at = slot + popcount(own & ((1u << lane()) - 1u));
       slot += popcount(own);
-      if (entries[u] == expert && at < args.num_pairs) {
-        store(args.pairs + at, i);
-        store(args.slots + i, at);
+      if (entries[u] == expert) {
+        const bool has_room = at < args.num_pairs;
+        if (has_room) store(args.pairs + at, i);
+        store(args.slots + i, has_room ? at : int64_t{-1});
       }
       if (expert == 0 && entries[u] < 0 && i < part.end) store(args.slots + i, int64_t{-1});
     }
@@ -107,11 +110,20 @@ DEEPEP_DEVICE void place_entries(const SortPairsArgs& args) {
     place_part(args, static_cast<const int32_t*>(args.topk_idx), dev::block());
 }
 
+DEEPEP_DEVICE void fill_rest(const SortPairsArgs& args) {
+  using namespace dev;
+  if (block() != args.num_local_experts - 1) return;
+  int64_t total = 0;
+  for (int w = 0; w < 2 * num_warps(); ++w) total += entry_counts().get(w);
+  for (int64_t i = total + thread(); i < args.num_pairs; i += num_threads()) store(args.pairs + i, int64_t{0});
+}
+
 DEEPEP_KERNEL(sort_pairs_kernel, SortPairsArgs, kSortThreads) {
   using namespace dev;
   count_entries(args);
   sync_block();
   place_entries(args);
+  fill_rest(args);
 }
 
 }  // namespace deepep::kernels

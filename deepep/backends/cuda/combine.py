@@ -116,6 +116,8 @@ def _launch(
     topk = None if weights is None else request.num_topk
     out, *of_weights = _outputs(tokens, x.shape[1], topk, device).make()
     out_weights = of_weights[0] if of_weights else None
+    if engine.lines is not None and engine.lines.asks:
+        engine.lines.attach(engine.symmetric.endpoint.domain)
     by_copy_engine = slots is None and x.numel() * 2 >= COPY_ENGINE_BYTES * (ranks - 1)
     engine.symmetric.endpoint.combine(
         x,

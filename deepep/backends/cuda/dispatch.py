@@ -209,6 +209,8 @@ def _launch(
     x, scales, topk_idx, layout = request.x, request.scales, request.topk_idx, request.layout
     memory, worst = engine.symmetric, request.num_worst_tokens
     endpoint = memory.endpoint
+    if engine.lines is not None and engine.lines.asks:
+        engine.lines.attach(endpoint.domain)
     tokens, ranks = x.shape[0], engine.info.num_ranks
     tables = _tables(tokens, ranks, engine.device, layout is None).make()
     plan = Plan(tables[0], tokens, capacity, endpoint.live, stream)

@@ -36,6 +36,7 @@ from deepep.backends.cuda.remembered import Remembered
 from deepep.backends.cuda.ring import CudaRing
 from deepep.backends.cuda.routes import CudaRoutes, plan_of
 from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.backends.cuda.warp_lines import KernelLines
 from deepep.errors import (
     ArgumentError,
     CapacityError,
@@ -109,6 +110,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
 
     symmetric: SymmetricMemory
     has_fault: Callable[[], bool]
+    lines: KernelLines | None
 
     def __init__(self, options: EngineOptions, control: ControlPlane) -> None:
         session, self._control = control.session, control
@@ -126,6 +128,7 @@ class CudaEngine(CudaRoutes, CudaMembers):
         )
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.local_rows = RowKernels(self.index)
+        self.lines = None if is_divided(options, session.num_ranks) else KernelLines(self)
         self.last_layout: tuple[Tensor, Layout] | None = None
         self.last_dispatch = Remembered()
         self.rows_seen = self.expanded_seen = 0

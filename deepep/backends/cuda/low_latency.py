@@ -101,6 +101,8 @@ class CudaLowLatency:
     ) -> LowLatencyDispatched:
         """A call that all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
+        if engine.lines is not None and engine.lines.asks:
+            engine.lines.attach(endpoint.domain)
         if self._control.waits.asks and request.wait_nanoseconds is None:
             sums = self._control.waits.of_kernels("low_latency_dispatch", engine.device)
             request = replace(request, wait_nanoseconds=sums)
@@ -192,6 +194,8 @@ class CudaLowLatency:
     ) -> LowLatencyCombined:
         """A call whose dispatch all ranks have agreed on."""
         endpoint = self.state.memory.endpoint
+        if engine.lines is not None and engine.lines.asks:
+            engine.lines.attach(endpoint.domain)
         given, waits = (x, request.topk_idx, request.topk_weights), request.wait_nanoseconds
         if self._control.waits.asks and waits is None:
             waits = self._control.waits.of_kernels("low_latency_combine", engine.device)

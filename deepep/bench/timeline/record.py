@@ -71,7 +71,7 @@ def record(
     if device.type == "cuda":
         kernels = _profiled(group, device, step, marks)
     else:
-        _meet(group, device)
+        meet(group, device)
         step(marks)
     spans = [astuple(span) for span in [*marks.spans, *kernels]]
     everyone = [
@@ -85,7 +85,7 @@ def record(
     ]
 
 
-def _meet(group: dist.ProcessGroup, device: torch.device) -> None:
+def meet(group: dist.ProcessGroup, device: torch.device) -> None:
     """Lets all ranks go at nearly the same time, with idle devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -98,7 +98,7 @@ def _profiled(group: dist.ProcessGroup, device: torch.device, step: Step, marks:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        _meet(group, device)
+        meet(group, device)
         step(marks)
         torch.cuda.synchronize()
     assert seen.profiler is not None
