@@ -44,6 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         usage = "\n".join(f"  {name:9} {line}" for name, (_, line) in COMMANDS.items())
         print(f"usage: python -m deepep <command> [options]\n\n{usage}\n\n<command> --help: its options")
         raise SystemExit(0 if args else 2)
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"deepep {version('deepep')}")
+        raise SystemExit(0)
     if args[0] not in COMMANDS:
         print(f"command: got {args[0]!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)

@@ -55,7 +55,7 @@ def command(
     demand_folder("--out", out)
     there = torch.cuda.is_available()
     if device not in (None, "cpu", "cuda") or (device == "cuda" and not there):
-        misused(f"device: got {device}; allowed: cpu{', or cuda' if there else ''}")
+        misused(f"--device: got {device}; allowed: cpu{', or cuda' if there else ''}")
     cuda = there and device != "cpu"
     size = ranks or (max(2, torch.cuda.device_count()) if cuda else 2)
     small = not cuda

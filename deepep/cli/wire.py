@@ -48,8 +48,9 @@ def command(
             ),
             program,
         )
-    except ValueError as error:
-        misused(str(error))
+    except ValueError as error:  # begins with the name of a field of WireOptions
+        field, _, problem = str(error).partition(":")
+        misused(f"--{field.replace('_', '-')}:{problem}")
     except WireError as error:
         print(f"the wire cannot be built here: {error}")
         return 1

@@ -106,9 +106,12 @@ def _check(wire: WireOptions) -> None:
         raise ValueError(f"ranks: got {wire.ranks}; allowed: 1 to {MAX_PROCESSES}")
     if wire.ranks_per_domain < 1:
         raise ValueError(f"ranks_per_domain: got {wire.ranks_per_domain}; allowed: at least 1")
-    if not (wire.delay_us >= 0 and wire.deadline > 0 and wire.grace >= 0):  # nor what is no number
-        got = f"{wire.delay_us}, {wire.deadline:g}, {wire.grace:g}"
-        raise ValueError(f"delay_us, deadline, grace: got {got}; allowed: at least 0, the deadline above it")
+    if not wire.delay_us >= 0:
+        raise ValueError(f"delay_us: got {wire.delay_us}; allowed: at least 0")
+    if not wire.deadline > 0:  # nor what is no number
+        raise ValueError(f"deadline: got {wire.deadline:g}; allowed: above 0")
+    if not wire.grace >= 0:
+        raise ValueError(f"grace: got {wire.grace:g}; allowed: at least 0")
     for rank, requests in wire.silent.items():
         if not 0 <= rank < wire.ranks or requests < 1:
             raise ValueError(f"silent: got {rank}:{requests}; allowed: a rank and at least 1 work request")

@@ -152,6 +152,35 @@ def test_what_the_ranks_of_a_timeline_refuse_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("wire", "--ranks", "0", "--", "true"), "--ranks:"),
+        (("wire", "--ranks-per-domain", "0", "--", "true"), "--ranks-per-domain:"),
+        (("wire", "--delay-us", "-1", "--", "true"), "--delay-us:"),
+        (("wire", "--silent", "9:1", "--", "true"), "--silent:"),
+        (("wire", "--deadline", "-1", "--", "true"), "--deadline:"),
+        (("timeline", "--device", "tpu"), "--device:"),
+        (("warps", "--device", "tpu"), "--device:"),
+        (("warps", "--device", "cpu", "--late", "1"), "--late:"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_value_names_its_option(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], option: str
+) -> None:
+    assert misuse(capsys, *words).startswith(option)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"deepep {version('deepep')}\n"
+
+
 def test_ctrl_c_while_a_command_is_imported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,8 +41,8 @@ void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream, co
   const int64_t shared = shared_bytes(args, warps);
   if (lines.words == nullptr)
     return launch(kernel_of(args.mode), args, num_blocks, threads, shared, stream, "dispatch");
-  launch(recorded_kernel_of(args.mode), Recorded<DispatchArgs>{args, lines}, num_blocks, threads, shared, stream,
-         "dispatch");
+  launch(recorded_kernel_of(args.mode), Recorded<DispatchArgs>{args, lines}, num_blocks, threads, shared,
+         stream, "dispatch");
 }
 
 void load_dispatch() {
