@@ -4,8 +4,6 @@ A write is a copy between two barriers of the communication streams, on which fe
 for those that were begun before, on all ranks. A fetch reads its peers' entries where they lie; its host
 waits for the indices, to see which are whose. The entries lie in the GPUs' memory, whatever the name of
 num_cpu_bytes says.
-
-Run on stubs so far (tests/backends/cuda/test_mapped_on_stubs.py), not on GPUs.
 """
 
 from __future__ import annotations

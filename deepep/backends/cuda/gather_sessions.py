@@ -5,8 +5,6 @@ barrier kernel, of one block, says that all parts are there. The ranks' hosts me
 when it ends: only then are their calls compared, so what ranks gather that does not fit together is found at
 its end. Behind the hosts' meeting a session begins with a barrier of the streams: what they held before, and
 with it all that reads what the last session gathered, has been done.
-
-Run on stubs so far (tests/backends/cuda/test_mapped_on_stubs.py), not on GPUs.
 """
 
 from __future__ import annotations
