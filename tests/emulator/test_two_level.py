@@ -77,7 +77,7 @@ def test_a_token_and_a_sum_cross_once() -> None:
         windows = -(-tokens // window)
         num_topk = case.num_topk if topk else 0
         record = -(-(2 * case.hidden + 4 + 4 * 2 + 8 * num_topk) // 16) * 16
-        mailbox = 8 * (4 + 8 + 2 * case.num_local_experts)  # counts, what all get, the domain's experts
+        mailbox = 8 * (4 + 10 + 2 * case.num_local_experts)  # counts, what all get, the domain's experts
         for rank in range(4):
             rail = (rank + 2) % 4
             sent = counts[rank, 1 - rank // 2] * record + windows * chunk_header + mailbox
