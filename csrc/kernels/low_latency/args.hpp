@@ -98,11 +98,12 @@ struct LowLatencyCombineArgs {
 };
 
 /// Whether a launch has a form that records time lines (common/lines.hpp).
-[[nodiscard]] constexpr bool records(const LowLatencyDispatchArgs&, Halves halves) {
-  return halves == Halves::kBoth;
+[[nodiscard]] constexpr bool records(const LowLatencyDispatchArgs& args, Halves halves) {
+  return halves == Halves::kBoth && !args.group.shrinks && args.waits == nullptr;
 }
 [[nodiscard]] constexpr bool records(const LowLatencyCombineArgs& args, Halves halves) {
-  return halves == Halves::kBoth && args.returned == Returned::kSums;
+  return halves == Halves::kBoth && args.returned == Returned::kSums && !args.group.shrinks &&
+         args.waits == nullptr;
 }
 
 }  // namespace deepep::kernels

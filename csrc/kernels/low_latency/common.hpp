@@ -11,12 +11,12 @@
 #define DEEPEP_WATCHING_KERNEL(name, Args, threads) \
   DEEPEP_KERNEL_IN_FORMS(name, Args, threads, watching, ::deepep::kernels::has_to_watch(args))
 
-/// The same with a form more, in which its warps write time lines (common/lines.hpp), and it watches.
+/// The same with a form more, in which its warps write time lines (common/lines.hpp), and it does not watch.
 #define DEEPEP_WATCHING_RECORDED_KERNEL(name, Args, threads)                                                  \
   DEEPEP_DEVICE void name##_lines(const Args& args, bool watching, const ::deepep::kernels::Lines& lines);    \
   DEEPEP_WATCHING_KERNEL(name, Args, threads) { name##_lines(args, watching, {}); }                           \
   DEEPEP_KERNEL(name##_recorded, ::deepep::kernels::Recorded<Args>, threads) {                                \
-    name##_lines(args.args, true, args.lines);                                                                \
+    name##_lines(args.args, false, args.lines);                                                                \
   }                                                                                                           \
   DEEPEP_DEVICE void name##_lines(const Args& args, bool watching, const ::deepep::kernels::Lines& lines)
 
