@@ -29,6 +29,9 @@ struct Launches {
   Gathered<kernels::TwoLevelCombineArgs> combine;
 };
 
+/// Loads the kernels: at its first launch one might have to wait for those which run, such as one that serves puts.
+void load_kernels();
+
 /// Launches what has come, and forgets it; returns when it has ended. All blocks have to be resident together.
 void launch(Launches& launches, void* stream);
 

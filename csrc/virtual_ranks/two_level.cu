@@ -46,6 +46,13 @@ void launch_ranks(Kernel kernel, Gathered<Args>& gathered, int threads, int64_t 
 
 }  // namespace
 
+void load_kernels() {
+  load(two_level_prefix_kernel_of_ranks, "two_level_prefix");
+  load(two_level_dispatch_kernel_of_ranks, "two_level_dispatch");
+  load(two_level_dispatch_cached_kernel_of_ranks, "two_level_dispatch_cached");
+  load(two_level_combine_kernel_of_ranks, "two_level_combine");
+}
+
 void launch(Launches& launches, void* stream) {
   launch_ranks(two_level_prefix_kernel_of_ranks, launches.prefix, kThreads, 16, stream);
   auto& dispatches = launches.dispatch.ranks;

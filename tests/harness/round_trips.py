@@ -110,7 +110,7 @@ def check_received(arrived, expected: oracle.DispatchOutput, cached: bool = Fals
     rows = expected.src_token.numel()
     got = arrived.received
     if not cached:
-        assert arrived.counts.phase == 0
+        assert arrived.counts.phase == 0, f"phase {arrived.counts.phase}"
         assert arrived.counts.num_rows == rows
         assert arrived.counts.per_expert == expected.num_recv_tokens_per_expert
         assert same_bits(got.source[:rows], expected.src_token)

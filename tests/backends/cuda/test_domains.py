@@ -39,7 +39,7 @@ def run(wire: WireOptions, program: Path, rounds: int, *arguments: str) -> tuple
     lines: list[tuple[int, str]] = []
     command = [sys.executable, str(program), str(rounds), str(wire.ranks_per_domain), *arguments]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
         result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
     return result, "\n".join(f"{rank}: {line.rstrip()}" for rank, line in lines)
 
