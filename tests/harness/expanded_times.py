@@ -55,7 +55,8 @@ def measure(domain: VirtualDomain, run: Callable[[], None]) -> str:
 
 def main() -> None:
     """Prints a line for each kind of rows and number of SMs."""
-    for name, num_bytes, num_scales in (("BF16", 14336, 0), ("FP8", 7168, 56)):
+    kinds = (("BF16", 14336, 0), ("FP8", 7168, 56), ("FP8 without its scales", 7168, 0))
+    for name, num_bytes, num_scales in kinds:
         for sms in (24, 48, 64):
             given = inputs(num_bytes, num_scales)
             domain = VirtualDomain(2, num_sms=sms, heap_bytes=1 << 30)
