@@ -36,10 +36,7 @@ inline py::class_<CudaTwoLevelDomain> bind_cuda_two_level(py::module_& m) {
       .def(py::init<uintptr_t, uint32_t, uintptr_t>(), py::kw_only(), "orders"_a, "num_orders"_a, "state"_a);
   using Launches = virtual_ranks::Launches;
   py::class_<Launches, std::shared_ptr<Launches>>(m, "VirtualLaunches")
-      .def(py::init([] {
-        virtual_ranks::load_kernels();
-        return std::make_shared<Launches>();
-      }))
+      .def(py::init<>())
       .def(
           "launch", [](Launches& all, uintptr_t stream) { virtual_ranks::launch(all, pointer<void>(stream)); },
           "stream"_a, py::call_guard<py::gil_scoped_release>(),

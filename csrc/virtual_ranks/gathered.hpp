@@ -2,6 +2,7 @@
 // more than 32: so many queues a GPU has for them, and in one queue a kernel waits for those before it.
 #pragma once
 
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -22,15 +23,15 @@ struct Gathered {
   }
 };
 
-/// Ranks' launches of an operation, until all have come.
+/// Ranks' launches of an operation, until all have come. Made before any kernel runs: loading one, or freeing
+/// memory, might have to wait for those that do, such as one that serves puts until the operation has ended.
 struct Launches {
+  Launches();
+  std::shared_ptr<void> memory;  // for a kernel's arguments of all ranks, on the device
   Gathered<kernels::TwoLevelPrefixArgs> prefix;
   Gathered<kernels::TwoLevelDispatchArgs> dispatch;
   Gathered<kernels::TwoLevelCombineArgs> combine;
 };
-
-/// Loads the kernels: at its first launch one might have to wait for those which run, such as one that serves puts.
-void load_kernels();
 
 /// Launches what has come, and forgets it; returns when it has ended. All blocks have to be resident together.
 void launch(Launches& launches, void* stream);

@@ -23,14 +23,17 @@ namespace {
 
 using namespace kernels;
 
-/// Kernel: void (*)(const Args*).
+constexpr size_t kMostBytes = 4096;  // of a kernel's arguments
+
+/// Kernel: void (*)(const Args*). ranks: memory for the arguments.
 template <class Args, class Kernel>
-void launch_ranks(Kernel kernel, Gathered<Args>& gathered, int threads, int64_t shared_bytes, void* on) {
+void launch_ranks(Kernel kernel, Gathered<Args>& gathered, void* ranks, int threads, int64_t shared_bytes,
+                  void* on) {
+  static_assert(sizeof(Args) <= kMostBytes);
   if (gathered.ranks.empty()) return;
+  if (gathered.ranks.size() > layout::kMaxGroupRanks) throw std::invalid_argument("more than 256 ranks");
   auto* stream = static_cast<cudaStream_t>(on);
   const size_t bytes = gathered.ranks.size() * sizeof(Args);
-  void* ranks = nullptr;
-  check(cudaMalloc(&ranks, bytes), "arguments of virtual ranks");
   check(cudaMemcpyAsync(ranks, gathered.ranks.data(), bytes, cudaMemcpyHostToDevice, stream), "arguments");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)),
@@ -40,31 +43,34 @@ void launch_ranks(Kernel kernel, Gathered<Args>& gathered, int threads, int64_t 
       static_cast<const Args*>(ranks));
   check(cudaGetLastError(), "virtual ranks");
   check(cudaStreamSynchronize(stream), "virtual ranks");
-  check(cudaFree(ranks), "cudaFree");
   gathered = {};
 }
 
 }  // namespace
 
-void load_kernels() {
+Launches::Launches() {
   load(two_level_prefix_kernel_of_ranks, "two_level_prefix");
   load(two_level_dispatch_kernel_of_ranks, "two_level_dispatch");
   load(two_level_dispatch_cached_kernel_of_ranks, "two_level_dispatch_cached");
   load(two_level_combine_kernel_of_ranks, "two_level_combine");
+  void* made = nullptr;
+  check(cudaMalloc(&made, layout::kMaxGroupRanks * kMostBytes), "arguments of virtual ranks");
+  memory.reset(made, cudaFree);
 }
 
 void launch(Launches& launches, void* stream) {
-  launch_ranks(two_level_prefix_kernel_of_ranks, launches.prefix, kThreads, 16, stream);
+  void* const memory = launches.memory.get();
+  launch_ranks(two_level_prefix_kernel_of_ranks, launches.prefix, memory, kThreads, 16, stream);
   auto& dispatches = launches.dispatch.ranks;
   for (TwoLevelDispatchArgs& args : dispatches)
     prepare(args, launches.dispatch.num_blocks, kTwoLevelDispatchThreads / dev::kWarpSize);
   if (!dispatches.empty()) {
     const bool is_cached = dispatches.front().dispatch.mode == DispatchMode::kCached;
     launch_ranks(is_cached ? two_level_dispatch_cached_kernel_of_ranks : two_level_dispatch_kernel_of_ranks,
-                 launches.dispatch, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()), stream);
+                 launches.dispatch, memory, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()), stream);
   }
   if (!launches.combine.ranks.empty())
-    launch_ranks(two_level_combine_kernel_of_ranks, launches.combine, kCombineThreads,
+    launch_ranks(two_level_combine_kernel_of_ranks, launches.combine, memory, kCombineThreads,
                  shared_of(launches.combine.ranks.front()).bytes(), stream);
 }
 
