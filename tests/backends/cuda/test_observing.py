@@ -1,4 +1,4 @@
-"""On GPUs: what kernels waited for by rank, the self-test by default, the doctor. Not yet run.
+"""On GPUs: what kernels waited for by rank, the self-test by default, the doctor.
 
 pytest -m gpu tests/backends/cuda/test_observing.py
 """
