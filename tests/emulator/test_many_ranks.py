@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from deepep.sim.emulator.calls import Gpu
 from deepep.sim.explore.emulated import run
 from deepep.sim.explore.explorer import draw_schedule
 from deepep.sim.explore.scenarios import Scenario, Stop
+
+MORE = [(64, 8), (40, 4), (48, 16), (62, 31), (60, 2)]
+"""Ranks, and those of a domain; some 2 GB and a quarter of a minute each: with DEEPEP_TEST_MANY_RANKS=1."""
+GRIDS = [(39, 8), *(MORE if os.environ.get("DEEPEP_TEST_MANY_RANKS") else [])]
 
 
 def routed(num_ranks: int, per_domain: int, tokens: int, *, masked: tuple[int, ...] = (), **how: Any) -> Case:
@@ -48,7 +53,7 @@ def test_ranks_beyond_a_mask_that_take_no_part() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "per_domain"), [(64, 8), (39, 8), (40, 4), (48, 16), (62, 31), (60, 2)])
+@pytest.mark.parametrize(("ranks", "per_domain"), GRIDS)
 def test_more_of_them(ranks: int, per_domain: int) -> None:
     check(routed(ranks, per_domain, 3, cached=True, combine_weights=True), seed=ranks)
     check(routed(ranks, per_domain, 1, masked=(1, ranks - 1), worst="exact"), seed=per_domain)
