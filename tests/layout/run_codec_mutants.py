@@ -22,7 +22,7 @@ from deepep.reference import gradient_codec as oracle
 from deepep.sim.cases.gradients import draw_gradient
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-RULES = "layout/rules/"
+FILES = {"gradient_codec.hpp": "layout/gradient_codec.hpp", "gradients.cpp": "layout/rules/gradients.cpp"}
 FORMATS = ("fp8", "fp16", "bf16")
 CASES = 400
 CLONES = '__attribute__((optimize("O3"), target_clones("avx2", "default")))'
@@ -130,18 +130,18 @@ MUTANTS = [
 
 def build(folder: Path, file: str = "", old: str = "", new: str = "") -> Path:
     """A shared library of the codec with `old` replaced in one file."""
-    (folder / RULES).mkdir(parents=True)
-    for name in ("gradient_codec.hpp", "gradients.cpp"):
-        text = (CSRC / RULES / name).read_text()
+    for name, path in FILES.items():
+        text = (CSRC / path).read_text()
         if name == file:
             if text.count(old) != 1:
                 raise SystemExit(f"{old!r} occurs {text.count(old)} times in {name}")
             text = text.replace(old, new)
-        (folder / RULES / name).write_text(text.replace(CLONES, ""))  # which take long to compile
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text.replace(CLONES, ""))  # which take long to compile
     (folder / "c.cpp").write_text(C_INTERFACE)
     library = folder / "codec.so"
     flags = ["-std=c++20", "-O0", "-fPIC", "-w", "-shared", f"-I{folder}", f"-I{CSRC}"]
-    sources = [str(folder / RULES / "gradients.cpp"), str(folder / "c.cpp")]
+    sources = [str(folder / FILES["gradients.cpp"]), str(folder / "c.cpp")]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True)
     return library
