@@ -170,7 +170,7 @@ class TensorSet {
 
 inline void bind_tensor_set(py::module_& m) {
   using namespace py::literals;
-  py::class_<TensorSet>(m, "TensorSet")
+  py::class_<TensorSet>(m, "TensorSet", py::module_local())
       .def_static("is_available", [] { return TorchFunctions::get().are_there(); })
       .def(py::init<const std::string&, int, py::function>(), "device_type"_a, "device_index"_a, "otherwise"_a)
       .def("add_array", &TensorSet::add_array, "dtype"_a, "sizes"_a, "strides"_a)

@@ -4,8 +4,8 @@ copies are real, a barrier kernel is a barrier of theirs, and a ring is stub_rin
 
 from __future__ import annotations
 
-import base64
 import json
+import os
 from typing import Any
 
 import torch
@@ -36,15 +36,18 @@ class Watched:
         self._reported = False
 
         def export_heap(own: torch.Tensor) -> bytes:
-            manager, name, size = own.untyped_storage()._share_filename_cpu_()
-            parts = [base64.b64encode(part).decode() for part in (manager, name)]
-            return json.dumps([*parts, size]).encode()
+            # by file descriptor: torch's manager of names is a process that a busy machine starts too late
+            descriptor, size = own.untyped_storage()._share_fd_cpu_()
+            return json.dumps([os.getpid(), descriptor, size]).encode()
 
         def map_here(raw: bytes) -> torch.Tensor:
-            *parts, size = json.loads(raw)
-            manager, name = (base64.b64decode(part) for part in parts)
-            storage = torch.UntypedStorage._new_shared_filename_cpu(manager, name, size)
-            return torch.empty(0, dtype=torch.uint8).set_(storage)
+            pid, descriptor, size = json.loads(raw)
+            opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+            try:
+                storage = torch.UntypedStorage._new_shared_fd_cpu(opened, size)
+            finally:
+                os.close(opened)
+            return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
         def map_heaps(own: torch.Tensor, rank: int, exported: list[bytes | None]) -> SymmetricHeap:
             mapped = [own if r == rank or raw is None else map_here(raw) for r, raw in enumerate(exported)]
