@@ -6,9 +6,7 @@ keeps the ranks in step.
 
 from __future__ import annotations
 
-import itertools
 import struct
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 from deepep import _emulator
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.explore.explorer import draw_schedule, draw_stop
+from deepep.sim.explore.case_runs import CaseTally, explore_stops
 from deepep.sim.explore.scenarios import RunReport, Stop, ThreadSchedule
 
 _TIMEOUT_SECONDS = 0.1
@@ -215,50 +213,14 @@ class _ExchangeRun:
         return (i * 7 + (i >> 8) * 13 + 31 * call + 101 * rank).astype(np.uint8).tobytes()
 
 
-@dataclass(frozen=True)
-class ExchangeFailure:
-    """A failure, and all it takes to run it again."""
-
-    case: ExchangeCase
-    schedule: ThreadSchedule
-    stops: tuple[Stop, ...]
-    report: RunReport
-
-
-@dataclass(frozen=True)
-class ExchangeTally:
-    """Counts of what an exploration has seen. faults: of the runs, those in which ranks gave up waiting."""
-
-    runs: int
-    seconds: float
-    faults: int
-    failure: ExchangeFailure | None
-
-
 def explore_exchanges(
     *,
     runs: int | None = None,
     seconds: float | None = None,
     kernels: Any = None,
     progress: Callable[[int], None] = lambda run: None,
-) -> ExchangeTally:
-    """Drawn exchanges to the first failure or the end of the budget; in every third a rank stops somewhere.
-
-    `progress` is called with each run's number before it.
-    """
-    begin = time.monotonic()
-    steps, faults = 1000, 0
-    for seed in itertools.count():
-        progress(seed)
-        case, schedule = draw_exchange(seed), draw_schedule(seed)
-        stops = (draw_stop(seed, case.num_ranks, steps),) if seed % 3 == 2 else ()
-        report = run_exchange(case, schedule, stops=stops, kernels=kernels)
-        steps = report.steps if not stops else steps
-        faults += report.kind == "fault"
-        took = time.monotonic() - begin
-        if report.failed:
-            return ExchangeTally(seed + 1, took, faults, ExchangeFailure(case, schedule, stops, report))
-        is_over = runs is not None and seed + 1 >= runs
-        if is_over or (seconds is not None and took >= seconds):
-            return ExchangeTally(seed + 1, took, faults, None)
-    raise AssertionError("unreachable: there is always another seed")
+) -> CaseTally[tuple[ExchangeCase, tuple[Stop, ...]]]:
+    """Drawn exchanges. `explore_stops`."""
+    return explore_stops(
+        draw_exchange, run_exchange, kernels=kernels, runs=runs, seconds=seconds, progress=progress
+    )

@@ -17,6 +17,7 @@ from deepep import _emulator
 from deepep.sim.cases.case import draw_case
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.emulator.shapes import GPUS
+from deepep.sim.explore.case_runs import CaseTally
 from deepep.sim.explore.copy_runs import explore_copies
 from deepep.sim.explore.exchange_runs import explore_exchanges
 from deepep.sim.explore.explorer import (
@@ -85,6 +86,16 @@ COUNTING_LIMITS = replace(
 LOW_LATENCY_HUNTING_LIMITS = replace(
     LOW_LATENCY_LIMITS, ranks=(2, 3, 2), max_tokens=4, max_topk=4, hidden=(16, 136, 128)
 )
+
+#: By file, what explores the cases of one kernel.
+CASES: dict[tuple[str, ...], Callable[..., CaseTally[Any]]] = {
+    (COPY_FILE,): explore_copies,
+    EXCHANGE_FILES: explore_exchanges,
+    REDUCE_FILES: explore_reduces,
+    RING_FILES: explore_rings,
+    ROW_FILES: explore_rows,
+    SPREADING_FILES: explore_spreads,
+}
 
 #: Scenarios at which hunts begin that took hundreds of schedules from the first one. A hint, no more: where
 #: draws or kernels have changed, the hunt goes on from there and takes as long as it takes.
@@ -251,30 +262,11 @@ def hunt(
     progress(None)
     begin = time.monotonic()
     first = FIRST_SEEDS.get(mutant.name, 0)
-    if mutant.file == COPY_FILE:
-        copies = explore_copies(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if copies.failure is None else copies.failure.report
-        return Catch(mutant, found, copies.runs, copies.seconds)
-    if mutant.file.startswith(EXCHANGE_FILES):
-        exchanges = explore_exchanges(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if exchanges.failure is None else exchanges.failure.report
-        return Catch(mutant, found, exchanges.runs, exchanges.seconds)
-    if mutant.file.startswith(REDUCE_FILES):
-        reduces = explore_reduces(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if reduces.failure is None else reduces.failure.report
-        return Catch(mutant, found, reduces.runs, reduces.seconds)
-    if mutant.file.startswith(RING_FILES):
-        rings = explore_rings(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if rings.failure is None else rings.failure.report
-        return Catch(mutant, found, rings.runs, rings.seconds)
-    if mutant.file.startswith(ROW_FILES):
-        rows = explore_rows(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if rows.failure is None else rows.failure.report
-        return Catch(mutant, found, rows.runs, rows.seconds)
-    if mutant.file in SPREADING_FILES:
-        spreads = explore_spreads(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
-        found = None if spreads.failure is None else spreads.failure.report
-        return Catch(mutant, found, spreads.runs, spreads.seconds)
+    for files, explore_kind in CASES.items():
+        if mutant.file.startswith(files):
+            cases = explore_kind(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
+            found = None if cases.failure is None else cases.failure.report
+            return Catch(mutant, found, cases.runs, cases.seconds)
     if mutant.file.startswith((*LOW_LATENCY_FILES, *FAR_FILES)):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
         drawn = partial(_shrinking_scenario if masks else _low_latency_scenario, file=mutant.file)

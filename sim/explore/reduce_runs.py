@@ -7,9 +7,7 @@ not know of it yet.
 
 from __future__ import annotations
 
-import itertools
 import struct
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ from deepep.collectives.schedules import ADDEND, ANYBODY, RESULT
 from deepep.reference.all_reduce import all_reduce
 from deepep.sim.cases.choices import RandomChoices
 from deepep.sim.cases.gradients import KINDS, draw_gradient
-from deepep.sim.explore.explorer import draw_schedule, draw_stop
+from deepep.sim.explore.case_runs import CaseTally, explore_stops
 from deepep.sim.explore.scenarios import RunReport, Stop, ThreadSchedule
 from deepep.sim.rules.reductions import same_numbers
 
@@ -249,50 +247,14 @@ class _ReduceRun:
             raise _WrongSum(f"rank {rank}'s sum in call {number}")
 
 
-@dataclass(frozen=True)
-class ReduceFailure:
-    """A failure, and all it takes to run it again."""
-
-    case: ReduceCase
-    schedule: ThreadSchedule
-    stops: tuple[Stop, ...]
-    report: RunReport
-
-
-@dataclass(frozen=True)
-class ReduceTally:
-    """Counts of what an exploration has seen. faults: of the runs, those in which ranks gave up waiting."""
-
-    runs: int
-    seconds: float
-    faults: int
-    failure: ReduceFailure | None
-
-
 def explore_reduces(
     *,
     runs: int | None = None,
     seconds: float | None = None,
     kernels: Any = None,
     progress: Callable[[int], None] = lambda run: None,
-) -> ReduceTally:
-    """Drawn all-reduces to the first failure or the end of the budget; in every third a rank stops somewhere.
-
-    `progress` is called with each run's number before it.
-    """
-    begin = time.monotonic()
-    steps, faults = 1000, 0
-    for seed in itertools.count():
-        progress(seed)
-        case, schedule = draw_reduce(seed), draw_schedule(seed)
-        stops = (draw_stop(seed, case.num_ranks, steps),) if seed % 3 == 2 else ()
-        report = run_reduce(case, schedule, stops=stops, kernels=kernels)
-        steps = report.steps if not stops else steps
-        faults += report.kind == "fault"
-        took = time.monotonic() - begin
-        if report.failed:
-            return ReduceTally(seed + 1, took, faults, ReduceFailure(case, schedule, stops, report))
-        is_over = runs is not None and seed + 1 >= runs
-        if is_over or (seconds is not None and took >= seconds):
-            return ReduceTally(seed + 1, took, faults, None)
-    raise AssertionError("unreachable: there is always another seed")
+) -> CaseTally[tuple[ReduceCase, tuple[Stop, ...]]]:
+    """Drawn all-reduces. `explore_stops`."""
+    return explore_stops(
+        draw_reduce, run_reduce, kernels=kernels, runs=runs, seconds=seconds, progress=progress
+    )

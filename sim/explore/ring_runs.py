@@ -6,8 +6,6 @@ each returns before the next is made; the ranks keep to their own parts of it, a
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import numpy as np
 from deepep import _emulator
 from deepep.reference.side_primitives import RingModel
 from deepep.sim.cases.choices import RandomChoices
-from deepep.sim.explore.explorer import draw_schedule, draw_stop
+from deepep.sim.explore.case_runs import CaseTally, explore_stops
 from deepep.sim.explore.scenarios import RunReport, Stop, ThreadSchedule
 
 _TIMEOUT_SECONDS = 0.1
@@ -254,50 +252,12 @@ def _bytes_of(step: RingStep) -> bytes:
     return (i * 7 + 31 * step.number + 101 * step.src).astype(np.uint8).tobytes()
 
 
-@dataclass(frozen=True)
-class RingFailure:
-    """A failure, and all it takes to run it again."""
-
-    case: RingCase
-    schedule: ThreadSchedule
-    stops: tuple[Stop, ...]
-    report: RunReport
-
-
-@dataclass(frozen=True)
-class RingTally:
-    """Counts of what an exploration has seen. faults: of the runs, those in which ranks gave up waiting."""
-
-    runs: int
-    seconds: float
-    faults: int
-    failure: RingFailure | None
-
-
 def explore_rings(
     *,
     runs: int | None = None,
     seconds: float | None = None,
     kernels: Any = None,
     progress: Callable[[int], None] = lambda run: None,
-) -> RingTally:
-    """Drawn rings to the first failure or the end of the budget; in every third a rank stops somewhere.
-
-    `progress` is called with each run's number before it.
-    """
-    begin = time.monotonic()
-    steps, faults = 1000, 0
-    for seed in itertools.count():
-        progress(seed)
-        case, schedule = draw_ring(seed), draw_schedule(seed)
-        stops = (draw_stop(seed, case.num_ranks, steps),) if seed % 3 == 2 else ()
-        report = run_ring(case, schedule, stops=stops, kernels=kernels)
-        steps = report.steps if not stops else steps
-        faults += report.kind == "fault"
-        took = time.monotonic() - begin
-        if report.failed:
-            return RingTally(seed + 1, took, faults, RingFailure(case, schedule, stops, report))
-        is_over = runs is not None and seed + 1 >= runs
-        if is_over or (seconds is not None and took >= seconds):
-            return RingTally(seed + 1, took, faults, None)
-    raise AssertionError("unreachable: there is always another seed")
+) -> CaseTally[tuple[RingCase, tuple[Stop, ...]]]:
+    """Drawn rings. `explore_stops`."""
+    return explore_stops(draw_ring, run_ring, kernels=kernels, runs=runs, seconds=seconds, progress=progress)

@@ -167,7 +167,7 @@ def test_each_generation_has_another_part_where_ranks_are_masked() -> None:
 
 
 def test_memory_that_graphs_put_from_is_not_used_again() -> None:
-    """Then there is no room for larger calls, which all ranks are told, whoever captured."""
+    """Then there is no room for larger calls, which all ranks learn, whoever captured."""
 
     def run(ctx: Any, domains: Any) -> None:
         with buffer_of(ctx, size_of(2, 2 * MOST)) as buffer:
