@@ -164,6 +164,12 @@ void bind_machine(py::module_& m) {
           },
           "name"_a, "space"_a, "rank"_a, "bytes"_a)
       .def(
+          "allocate_zeros",
+          [](emu::Simulation& machine, std::string name, const std::string& space, int rank, size_t bytes) {
+            return machine.allocate_zeros(std::move(name), space_named(space), rank, bytes);
+          },
+          "name"_a, "space"_a, "rank"_a, "bytes"_a)
+      .def(
           "write",
           [](emu::Simulation& machine, int rank, uintptr_t address, const py::buffer& data) {
             const py::buffer_info info = data.request();

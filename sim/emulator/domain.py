@@ -458,9 +458,7 @@ class EmulatedDomain:
         return int(self.machine.allocate(name, space, rank, size))
 
     def _zeros(self, name: str, space: str, rank: int, size: int) -> int:
-        address = self._allocate(name, space, rank, size)
-        self.machine.write(rank, address, bytes(size))
-        return address
+        return int(self.machine.allocate_zeros(name, space, rank, size))
 
     def _put(self, name: str, rank: int, tensor: Tensor) -> int:
         address = self._allocate(name, "device", rank, tensor.numel() * tensor.element_size())

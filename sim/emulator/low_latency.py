@@ -359,9 +359,7 @@ class EmulatedLowLatency:
         return int(self.machine.allocate(name, space, rank, size))
 
     def _zeros(self, name: str, space: str, rank: int, size: int) -> int:
-        address = self._allocate(name, space, rank, size)
-        self.machine.write(rank, address, bytes(size))
-        return address
+        return int(self.machine.allocate_zeros(name, space, rank, size))
 
     def _put(self, name: str, rank: int, tensor: Tensor) -> int:
         if tensor.numel() == 0:

@@ -33,6 +33,28 @@ Arena::~Arena() {
 }
 
 uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, size_t bytes) {
+  const uintptr_t begin = reserve_allocation(std::move(name), space, rank, block, bytes);
+  poison(begin, bytes);
+  return begin;
+}
+
+uintptr_t Arena::allocate_zeros(std::string name, Space space, int rank, size_t bytes, Epoch writer,
+                                uint16_t site) {
+  const uintptr_t begin = reserve_allocation(std::move(name), space, rank, -1, bytes);
+  allocations_.back().zeroed = writer;
+  allocations_.back().zeroed_site = site;
+  return begin;  // memory that was never used is zeros
+}
+
+void Arena::begin(Cell& cell, uintptr_t address) const {
+  const Allocation& allocation = allocations_[owner_[(address - base_) / kGranule]];
+  if (allocation.zeroed.time == 0) return;
+  cell.write = allocation.zeroed;
+  cell.write_site = allocation.zeroed_site;
+  cell.written = 0xf;
+}
+
+uintptr_t Arena::reserve_allocation(std::string name, Space space, int rank, int block, size_t bytes) {
   const size_t begin = used_granules_ * kGranule + kGap;
   const size_t end = begin + bytes;
   if (end + kGap > capacity_) throw std::length_error("the emulated machine's memory is full");
@@ -47,7 +69,6 @@ uintptr_t Arena::allocate(std::string name, Space space, int rank, int block, si
                           .block = block,
                           .begin = base_ + begin,
                           .end = base_ + end});
-  poison(base_ + begin, bytes);
   return base_ + begin;
 }
 

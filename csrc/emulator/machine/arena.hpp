@@ -24,6 +24,8 @@ struct Allocation {
   int block = -1;  // of shared memory; -1 elsewhere
   uintptr_t begin = 0;
   uintptr_t end = 0;
+  Epoch zeroed{};  // when its host filled it with zeros, before anything else; time 0: it did not
+  uint16_t zeroed_site = 0;
 };
 
 /// What is known of four bytes, or, once they were written piecewise, of one.
@@ -59,6 +61,8 @@ class Arena {
 
   /// Fresh memory: no byte of it was ever written.
   uintptr_t allocate(std::string name, Space space, int rank, int block, size_t bytes);
+  /// The same, filled with zeros by `writer`. Each cell takes note of it when it is first looked at (touched).
+  uintptr_t allocate_zeros(std::string name, Space space, int rank, size_t bytes, Epoch writer, uint16_t site);
   /// Forgets what an allocation held and who touched it, and gives it another size, at most its first: shared
   /// memory at the start of a block.
   void renew(uintptr_t begin, size_t bytes);
@@ -76,10 +80,19 @@ class Arena {
   /// The allocation nearest to an address: for telling by how much an access missed.
   [[nodiscard]] const Allocation* nearest(uintptr_t address) const;
   [[nodiscard]] Cell& cell(uintptr_t address) { return cells_[(address - base_) / 4]; }
+  /// The same, of an access that may be its first: zeros that it was allocated with are written now.
+  [[nodiscard]] Cell& touched(uintptr_t address) {
+    Cell& cell = this->cell(address);
+    if (cell.written == 0 && cell.write.time == 0) [[unlikely]]
+      begin(cell, address);
+    return cell;
+  }
   [[nodiscard]] const std::vector<Allocation>& allocations() const { return allocations_; }
 
  private:
   static constexpr size_t kGranule = 128;
+  uintptr_t reserve_allocation(std::string name, Space space, int rank, int block, size_t bytes);
+  void begin(Cell& cell, uintptr_t address) const;
   uintptr_t base_ = 0;
   Cell* cells_ = nullptr;
   size_t capacity_;

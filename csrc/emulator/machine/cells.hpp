@@ -9,7 +9,7 @@ template <class Each>
 void Memory::for_cells(const Agent& agent, const Access& access, const Each& each) {
   const uintptr_t end = access.address + static_cast<uintptr_t>(access.bytes);
   for (uintptr_t word = access.address & ~uintptr_t{3}; word < end; word += 4) {
-    Cell& cell = arena.cell(word);
+    Cell& cell = arena.touched(word);
     if (cell.shape == Cell::Shape::plain && word >= access.address && word + 4 <= end) [[likely]] {
       each(cell, uint8_t{0xf});
       continue;

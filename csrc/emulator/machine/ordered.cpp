@@ -42,7 +42,7 @@ History& Memory::open_history(Agent& agent, const Access& access, bool is_store)
   const int num_cells = static_cast<int>(access.bytes / 4);
   bool begin = false;
   for (int i = 0; i < num_cells; ++i) {
-    Cell& cell = arena.cell(access.address + 4 * static_cast<uintptr_t>(i));
+    Cell& cell = arena.touched(access.address + 4 * static_cast<uintptr_t>(i));
     if (cell.shape == Cell::Shape::barrier) fail_barrier(agent, access, "there is an mbarrier in use");
     if (cell.shape == Cell::Shape::pieces) unify(agent, cell, access);
     if (cell.shape == Cell::Shape::ordered) {

@@ -63,7 +63,7 @@ std::string Memory::described(const Agent& agent, const Access& access) const {
 
 void Memory::check_written(const Agent& agent, const Access& access) {
   for (int64_t i = 0; i < access.bytes; i += 4)
-    if (arena.cell(access.address + static_cast<uintptr_t>(i)).written != 0xf) fail_unwritten(agent, access);
+    if (arena.touched(access.address + static_cast<uintptr_t>(i)).written != 0xf) fail_unwritten(agent, access);
 }
 
 void Memory::fail_unwritten(const Agent& agent, const Access& access) {

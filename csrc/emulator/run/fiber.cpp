@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 
 // DEEPEP_EMULATOR_UCONTEXT asks for the portable way on machines that need not go it.
@@ -171,26 +172,69 @@ void switch_context(Context& from, Context& to) {
 
 #endif
 
+namespace {
+
+constexpr size_t kStacksPerSlab = 128;
+
+size_t page_bytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+size_t stride() { return StackPool::kStackBytes + page_bytes(); }
+
+std::byte* map_slab() {
+  void* base = mmap(nullptr, stride() * kStacksPerSlab, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) throw std::bad_alloc();
+  auto* slab = static_cast<std::byte*>(base);
+  for (size_t i = 0; i < kStacksPerSlab; ++i) {
+    // A kernel that overruns its stack stops here instead of in its neighbour's.
+    if (mprotect(slab + i * stride(), page_bytes(), PROT_NONE) != 0) throw std::bad_alloc();
+  }
+  return slab;
+}
+
+/// Slabs of simulations that have ended: of 4096 stacks at most, some 8 KB of each in memory.
+class KeptSlabs {
+ public:
+  [[nodiscard]] std::byte* take() {
+    const std::lock_guard lock(mutex_);
+    if (slabs_.empty()) return nullptr;
+    std::byte* slab = slabs_.back();
+    slabs_.pop_back();
+    return slab;
+  }
+  [[nodiscard]] bool keep(std::byte* slab) {
+    const std::lock_guard lock(mutex_);
+    if (slabs_.size() >= 4096 / kStacksPerSlab) return false;
+    slabs_.push_back(slab);
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::byte*> slabs_;
+};
+
+KeptSlabs& kept_slabs() {
+  static auto* slabs = new KeptSlabs;  // never destroyed: simulations may outlive what is static
+  return *slabs;
+}
+
+}  // namespace
+
 StackPool::~StackPool() {
-  for (const Slab& slab : slabs_) munmap(slab.base, slab.bytes);
+  for (std::byte* slab : slabs_)
+    if (!kept_slabs().keep(slab)) munmap(slab, stride() * kStacksPerSlab);
 }
 
 std::byte* StackPool::take() {
   if (free_.empty()) {
-    constexpr size_t kStacksPerSlab = 128;
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t stride = kStackBytes + page;
-    const size_t bytes = stride * kStacksPerSlab;
-    void* base =
-        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) throw std::bad_alloc();
-    slabs_.push_back({static_cast<std::byte*>(base), bytes});
-    for (size_t i = kStacksPerSlab; i-- > 0;) {
-      std::byte* guard = static_cast<std::byte*>(base) + i * stride;
-      // A kernel that overruns its stack stops here instead of in its neighbour's.
-      if (mprotect(guard, page, PROT_NONE) != 0) throw std::bad_alloc();
-      free_.push_back(guard + page);
-    }
+    std::byte* slab = kept_slabs().take();
+    slabs_.push_back(slab != nullptr ? slab : map_slab());
+    for (size_t i = kStacksPerSlab; i-- > 0;)
+      free_.push_back(slabs_.back() + i * stride() + page_bytes());
   }
   std::byte* stack = free_.back();
   free_.pop_back();

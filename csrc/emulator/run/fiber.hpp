@@ -17,7 +17,8 @@ struct Context {
 void switch_context(Context& from, Context& to);
 
 /// Stacks, each with an unmapped page below, kept for the next fiber. One per simulation, so not shared by
-/// threads.
+/// threads; the process keeps those of simulations that have ended for others, up to a limit: to map and unmap
+/// them costs as much as a short simulation.
 class StackPool {
  public:
   static constexpr size_t kStackBytes = size_t{64} << 10;
@@ -31,11 +32,7 @@ class StackPool {
   void give(std::byte* stack) { free_.push_back(stack); }
 
  private:
-  struct Slab {
-    std::byte* base;
-    size_t bytes;
-  };
-  std::vector<Slab> slabs_;
+  std::vector<std::byte*> slabs_;
   std::vector<std::byte*> free_;
 };
 

@@ -11,6 +11,11 @@ uintptr_t Simulation::allocate(std::string name, Space space, int rank, size_t b
   return memory_.arena.allocate(std::move(name), space, rank, -1, bytes);
 }
 
+uintptr_t Simulation::allocate_zeros(std::string name, Space space, int rank, size_t bytes) {
+  return memory_.arena.allocate_zeros(std::move(name), space, rank, bytes, idle_host(rank).now(),
+                                      memory_.sites.named("its own step"));
+}
+
 Agent& Simulation::idle_host(int rank) {
   Rank& r = ranks_[static_cast<size_t>(rank)];
   if (!r.stream.empty() && !(r.at_host_step && r.stream.size() == 1))

@@ -88,6 +88,8 @@ class Simulation final : public Machine, private Environment {
   ~Simulation();
 
   [[nodiscard]] uintptr_t allocate(std::string name, Space space, int rank, size_t bytes);
+  /// The same, filled with zeros by the rank's host.
+  [[nodiscard]] uintptr_t allocate_zeros(std::string name, Space space, int rank, size_t bytes);
   /// A rank's host writes or reads memory, or hands it to new use: then whoever touched it must be done, and
   /// nothing of it may be read before it is written again. The rank's stream must be idle or at a host step.
   void host_write(int rank, uintptr_t address, const void* bytes, size_t count);
