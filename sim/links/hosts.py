@@ -138,6 +138,10 @@ def _environment(wire: WireOptions, rank: int, preload: str, session: str, port:
         "GROUP_RANK": str(domain),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # The wire copies by calls of CUDA's driver. A kernel that is loaded while another waits for the wire
+        # would wait for that one, and keep the driver to itself; so would a stream in a queue with others.
+        "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "EAGER"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         "NVSHMEM_REMOTE_TRANSPORT": "ibrc",
         "NVSHMEM_DISABLE_MNNVL": "1",
         "NVSHMEM_HCA_PREFIX": "loop",
