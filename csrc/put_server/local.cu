@@ -25,10 +25,14 @@ __device__ void copy(std::byte* to, const std::byte* from, int64_t bytes) {
     store(reinterpret_cast<uint32_t*>(to + at), load(reinterpret_cast<const uint32_t*>(from + at)));
 }
 
-__global__ void __launch_bounds__(kThreads) serve_locally_kernel(const __grid_constant__ LocalService service) {
+/// Ranks of a block: where each had its own, these would be on as many SMs, which the ranks' own blocks fill.
+constexpr int kRanksOfBlock = 4;
+
+__global__ void __launch_bounds__(kThreads* kRanksOfBlock)
+    serve_locally_kernel(const __grid_constant__ LocalService service) {
   using namespace dev;
-  const int self = block();
-  if (service.queue[self].state == nullptr) return;  // of a rank that takes no part
+  // One that takes no part, or that there is not, has no queue.
+  const int self = kRanksOfBlock * block() + thread() / kThreads;
   serve(service.queue[self], service.timeout_ns, [&](const PutOrder& order, uint32_t number) {
     const uint64_t word = mixed(service.seed + (static_cast<uint64_t>(self) << 32 | number));
     if (service.delay_ns > 0)
@@ -48,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) serve_locally_kernel(const __grid_co
 }  // namespace
 
 void serve_locally(const LocalService& service, void* stream) {
-  serve_locally_kernel<<<service.num_ranks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(service);
+  const int blocks = (service.num_ranks + kRanksOfBlock - 1) / kRanksOfBlock;
+  serve_locally_kernel<<<blocks, kThreads * kRanksOfBlock, 0, static_cast<cudaStream_t>(stream)>>>(service);
   kernels::check(cudaGetLastError(), "serve_locally");
 }
 

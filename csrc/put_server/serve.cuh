@@ -1,11 +1,11 @@
-// How a block serves a queue of puts: each of its warps some of the orders, so that they overtake each other.
+// How warps serve a queue of puts: each of them some of the orders, so that they overtake each other.
 #pragma once
 
 #include "device/device.hpp"
 
 namespace deepep::put_server {
 
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = 256;  // that serve a queue
 /// Beyond an operation's own deadlines, which all end before.
 inline constexpr uint64_t kGraceNs = 10'000'000'000;
 
@@ -29,18 +29,23 @@ inline constexpr uint64_t kGraceNs = 10'000'000'000;
   return ballot(stands) != 0;
 }
 
-/// Whole block. `deliver(order, number)` is called by whole warps.
+/// Whole block, of which kThreads serve each queue, in order; `queue` is that of the calling thread, or has no
+/// state. `deliver(order, number)` is called by whole warps.
 template <class Deliver>
 __device__ void serve(const dev::PutQueue& queue, uint64_t timeout_ns, const Deliver& deliver) {
   using namespace dev;
-  const Deadline deadline = Deadline::in(timeout_ns + kGraceNs);
-  const uint32_t first = load(&queue.state->served);
-  const uint32_t operation = load(&queue.state->services);
-  for (uint32_t number = first + static_cast<uint32_t>(warp());
-       wait_order(queue, number, operation, deadline); number += static_cast<uint32_t>(num_warps()))
-    deliver(queue.orders[number & queue.last], number);
+  constexpr uint32_t kWarps = kThreads / kWarpSize;
+  const bool serves = queue.state != nullptr;
+  if (serves) {
+    const Deadline deadline = Deadline::in(timeout_ns + kGraceNs);
+    const uint32_t first = load(&queue.state->served);
+    const uint32_t operation = load(&queue.state->services);
+    for (uint32_t number = first + static_cast<uint32_t>(warp()) % kWarps;
+         wait_order(queue, number, operation, deadline); number += kWarps)
+      deliver(queue.orders[number & queue.last], number);
+  }
   sync_block();
-  if (thread() != 0) return;
+  if (!serves || thread() % kThreads != 0) return;
   store(&queue.state->served, load<relaxed, gpu_scope>(&queue.state->ordered));
   // One more, unless the operation did not come: then the next one's server is to wait for that.
   store(&queue.state->services, load<relaxed, gpu_scope>(&queue.state->closed));

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep.collectives.grouped_calls import make_grouped
 from deepep.runtime.control.transport import Link, transport
 
 Transfer = tuple[Tensor, int]
@@ -37,12 +39,12 @@ class PointToPoint:
         if first is None:
             return []
         with transport():
-            if first.is_cuda:  # NCCL: one launch, or a send and a receive would wait for each other
-                self.group._start_coalescing(first.device)
-            works = [self.group.recv([message], rank, tag) for message, rank in receives]
-            works += [self.group.send([message], rank, tag) for message, rank in sends]
+            calls = [partial(self.group.recv, [message], rank, tag) for message, rank in receives]
+            calls += [partial(self.group.send, [message], rank, tag) for message, rank in sends]
             if first.is_cuda:
-                works = [self.group._end_coalescing(first.device)]
+                works = [make_grouped(self.group, first.device, calls)]
+            else:
+                works = [call() for call in calls]
         # A work of gloo keeps no tensor alive; and on CUDA another piece could be given a message's memory
         # before NCCL's stream has read it.
         return [(work, sends, receives) for work in works]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from deepep.collectives import Communicator, PendingReduction, ReductionPlan
 from deepep.collectives.communicator import _settle
 from deepep.collectives.transport import PointToPoint
 from deepep.errors import ArgumentTypeError, DestroyedError, LayoutError, MismatchError, RangeError
-from deepep.runtime.control.transport import Link
+from deepep.runtime.control.transport import Link, LinkError
 from deepep.sim import World
 
 COUNT = 128 * 60  # shares of whole blocks on 2, 3, 4 and 5 ranks
@@ -144,6 +145,38 @@ def test_messages_live_until_their_works_are_waited_for() -> None:
     assert alive() is not None
     del works
     assert alive() is None
+
+
+class Failing:
+    """A group of NCCL whose sends fail at first: by name of a call, the threads that have made it."""
+
+    def __init__(self) -> None:
+        self.threads: dict[str, list[threading.Thread]] = {}
+        self.fails = True
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            self.threads.setdefault(name, []).append(threading.current_thread())
+            if name == "send" and self.fails:
+                raise RuntimeError("a peer is gone")
+            return object()
+
+        return call
+
+
+def test_a_thread_that_left_a_group_open_makes_no_other_calls() -> None:
+    """What it called would not be launched: the group that failed is not known to be closed."""
+    group, message = Failing(), OnGpu()
+    net = PointToPoint(Link(group, 0, 2, (0, 1)))  # type: ignore[arg-type]
+    with pytest.raises(LinkError, match="gone"):
+        net.exchange([(message, 1)], [], 0)  # type: ignore[list-item]
+    before, group.threads = group.threads["_start_coalescing"], {}
+    group.fails = False
+    for _ in range(2):
+        net.exchange([(message, 1)], [], 0)  # type: ignore[list-item]
+    assert list(group.threads) == ["_start_coalescing", "send", "_end_coalescing"]
+    assert len({thread for threads in group.threads.values() for thread in threads}) == 1
+    assert {threading.current_thread(), *before}.isdisjoint(group.threads["send"])
 
 
 def sent_bytes(comm: Communicator, plans: list[ReductionPlan]) -> list[int]:

@@ -29,7 +29,7 @@ class VirtualFarLowLatency(VirtualLowLatency):
 
     def __post_init__(self) -> None:
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        most = (sms - self.num_ranks) // self.num_ranks  # a block a rank serves puts
+        most = (sms - -(-self.num_ranks // 4)) // self.num_ranks  # a block of four ranks serves puts
         self.num_blocks = self.num_blocks or most
         if self.num_blocks > most:
             raise ValueError(f"{self.num_ranks} ranks of {self.num_blocks} blocks do not fit on {sms} SMs")
