@@ -23,11 +23,13 @@ struct Gathered {
   }
 };
 
-/// Ranks' launches of an operation, until all have come. Made before any kernel runs: loading one, or freeing
-/// memory, might have to wait for those that do, such as one that serves puts until the operation has ended.
+/// Ranks' launches of an operation, until all have come. Made before any kernel runs: loading one, freeing memory
+/// or copying from memory that is not pinned might have to wait for those that do, such as one that serves puts
+/// until the operation has ended.
 struct Launches {
   Launches();
   std::shared_ptr<void> memory;  // for a kernel's arguments of all ranks, on the device
+  std::shared_ptr<void> staged;  // the same, pinned memory of the host
   Gathered<kernels::TwoLevelPrefixArgs> prefix;
   Gathered<kernels::TwoLevelDispatchArgs> dispatch;
   Gathered<kernels::TwoLevelCombineArgs> combine;

@@ -1,4 +1,6 @@
 // The two-level kernels' source once more, as kernels of grids [blocks, ranks]: a row of blocks is a rank.
+#include <cstring>
+
 #include "device/device.hpp"
 
 #undef DEEPEP_KERNEL
@@ -25,16 +27,18 @@ using namespace kernels;
 
 constexpr size_t kMostBytes = 4096;  // of a kernel's arguments
 
-/// Kernel: void (*)(const Args*). ranks: memory for the arguments.
+/// Kernel: void (*)(const Args*).
 template <class Args, class Kernel>
-void launch_ranks(Kernel kernel, Gathered<Args>& gathered, void* ranks, int threads, int64_t shared_bytes,
-                  void* on) {
+void launch_ranks(Kernel kernel, Gathered<Args>& gathered, const Launches& launches, int threads,
+                  int64_t shared_bytes, void* on) {
   static_assert(sizeof(Args) <= kMostBytes);
   if (gathered.ranks.empty()) return;
   if (gathered.ranks.size() > layout::kMaxGroupRanks) throw std::invalid_argument("more than 256 ranks");
   auto* stream = static_cast<cudaStream_t>(on);
+  void* const ranks = launches.memory.get();
   const size_t bytes = gathered.ranks.size() * sizeof(Args);
-  check(cudaMemcpyAsync(ranks, gathered.ranks.data(), bytes, cudaMemcpyHostToDevice, stream), "arguments");
+  std::memcpy(launches.staged.get(), gathered.ranks.data(), bytes);
+  check(cudaMemcpyAsync(ranks, launches.staged.get(), bytes, cudaMemcpyHostToDevice, stream), "arguments");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)),
         "shared memory");
@@ -56,21 +60,22 @@ Launches::Launches() {
   void* made = nullptr;
   check(cudaMalloc(&made, layout::kMaxGroupRanks * kMostBytes), "arguments of virtual ranks");
   memory.reset(made, cudaFree);
+  check(cudaMallocHost(&made, layout::kMaxGroupRanks * kMostBytes), "arguments of virtual ranks");
+  staged.reset(made, cudaFreeHost);
 }
 
 void launch(Launches& launches, void* stream) {
-  void* const memory = launches.memory.get();
-  launch_ranks(two_level_prefix_kernel_of_ranks, launches.prefix, memory, kThreads, 16, stream);
+  launch_ranks(two_level_prefix_kernel_of_ranks, launches.prefix, launches, kThreads, 16, stream);
   auto& dispatches = launches.dispatch.ranks;
   for (TwoLevelDispatchArgs& args : dispatches)
     prepare(args, launches.dispatch.num_blocks, kTwoLevelDispatchThreads / dev::kWarpSize);
   if (!dispatches.empty()) {
     const bool is_cached = dispatches.front().dispatch.mode == DispatchMode::kCached;
     launch_ranks(is_cached ? two_level_dispatch_cached_kernel_of_ranks : two_level_dispatch_kernel_of_ranks,
-                 launches.dispatch, memory, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()), stream);
+                 launches.dispatch, launches, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()), stream);
   }
   if (!launches.combine.ranks.empty())
-    launch_ranks(two_level_combine_kernel_of_ranks, launches.combine, memory, kCombineThreads,
+    launch_ranks(two_level_combine_kernel_of_ranks, launches.combine, launches, kCombineThreads,
                  shared_of(launches.combine.ranks.front()).bytes(), stream);
 }
 

@@ -120,7 +120,7 @@ def _check(wire: WireOptions) -> None:
 def _environment(wire: WireOptions, rank: int, preload: str, session: str, port: int) -> dict[str, str]:
     domain, local = divmod(rank, wire.ranks_per_domain)
     size = min(wire.ranks_per_domain, wire.ranks - domain * wire.ranks_per_domain)
-    before = os.environ.get("LD_PRELOAD")
+    before, queues = os.environ.get("LD_PRELOAD"), max(8, 64 // wire.ranks)
     return {
         "LD_PRELOAD": f"{preload}:{before}" if before else preload,
         "LOOPVERBS_SESSION": session,
@@ -139,9 +139,10 @@ def _environment(wire: WireOptions, rank: int, preload: str, session: str, port:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         # The wire copies by calls of CUDA's driver. A kernel that is loaded while another waits for the wire
-        # would wait for that one, and keep the driver to itself; so would a stream in a queue with others.
+        # would wait for that one, and keep the driver to itself; so would a stream in a queue with others. MPS
+        # shares one GPU's queues among its processes.
         "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "EAGER"),
-        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", str(queues)),
         "NVSHMEM_REMOTE_TRANSPORT": "ibrc",
         "NVSHMEM_DISABLE_MNNVL": "1",
         "NVSHMEM_HCA_PREFIX": "loop",

@@ -40,6 +40,8 @@ def run(wire: WireOptions, program: Path, rounds: int, *arguments: str) -> tuple
     command = [sys.executable, str(program), str(rounds), str(wire.ranks_per_domain), *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
+        # Under MPS, ranks share the GPU's queues: of four with 32 each, one got no context.
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", str(64 // wire.ranks))
         result = run_on_wire(wire, command, lambda rank, line: lines.append((rank, line)))
     return result, "\n".join(f"{rank}: {line.rstrip()}" for rank, line in lines)
 
