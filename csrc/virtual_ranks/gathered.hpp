@@ -23,9 +23,9 @@ struct Gathered {
   }
 };
 
-/// Ranks' launches of an operation, until all have come. Made before any kernel runs: loading one, freeing memory
-/// or copying from memory that is not pinned might have to wait for those that do, such as one that serves puts
-/// until the operation has ended.
+/// Ranks' launches of an operation, until all have come. Made before any kernel runs: loading one, freeing
+/// memory or copying from memory that is not pinned might have to wait for those that do, such as one that
+/// serves puts until the operation has ended.
 struct Launches {
   Launches();
   std::shared_ptr<void> memory;  // for a kernel's arguments of all ranks, on the device

@@ -139,8 +139,8 @@ def _environment(wire: WireOptions, rank: int, preload: str, session: str, port:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         # The wire copies by calls of CUDA's driver. A kernel that is loaded while another waits for the wire
-        # would wait for that one, and keep the driver to itself; so would a stream in a queue with others. MPS
-        # shares one GPU's queues among its processes.
+        # would wait for that one, and keep the driver to itself; so would a stream in a queue with others.
+        # MPS shares one GPU's queues among its processes.
         "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "EAGER"),
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", str(queues)),
         "NVSHMEM_REMOTE_TRANSPORT": "ibrc",
