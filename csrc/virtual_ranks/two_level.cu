@@ -72,7 +72,8 @@ void launch(Launches& launches, void* stream) {
   if (!dispatches.empty()) {
     const bool is_cached = dispatches.front().dispatch.mode == DispatchMode::kCached;
     launch_ranks(is_cached ? two_level_dispatch_cached_kernel_of_ranks : two_level_dispatch_kernel_of_ranks,
-                 launches.dispatch, launches, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()), stream);
+                 launches.dispatch, launches, kTwoLevelDispatchThreads, shared_bytes(dispatches.front()),
+                 stream);
   }
   if (!launches.combine.ranks.empty())
     launch_ranks(two_level_combine_kernel_of_ranks, launches.combine, launches, kCombineThreads,

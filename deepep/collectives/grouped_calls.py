@@ -15,8 +15,8 @@ _idle: list[ThreadQueue] = []
 
 
 def make_grouped(group: dist.ProcessGroup, device: torch.device, calls: Iterable[Callable[[], Any]]) -> Any:
-    """Makes `calls` to `group` as one launch in the current stream; returns its work. A send and a receive that
-    are launched one by one would wait for each other.
+    """Makes `calls` to `group` as one launch in the current stream; returns its work. A send and a receive
+    that are launched one by one would wait for each other.
 
     How many of NCCL's groups are open is a count of the thread that opens them, kept by NCCL and once more by
     torch. A call that fails, since a peer is gone, leaves the counts apart: nothing that this thread calls

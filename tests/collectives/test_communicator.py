@@ -165,7 +165,7 @@ class Failing:
 
 
 def test_a_thread_that_left_a_group_open_makes_no_other_calls() -> None:
-    """What it called would not be launched: the group that failed is not known to be closed."""
+    """Nothing that it called would be launched: the group that failed is not known to be closed."""
     group, message = Failing(), OnGpu()
     net = PointToPoint(Link(group, 0, 2, (0, 1)))  # type: ignore[arg-type]
     with pytest.raises(LinkError, match="gone"):
