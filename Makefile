@@ -101,10 +101,10 @@ WAITING_JOBS ?= 4
 SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal -m "not alone"
 WAITING := -n $(WAITING_JOBS) --dist worksteal -m alone
 
-# Buffer's own tests, on the kernels' source.
+# Buffer's own tests, on the kernels' source: those that DEEPEP_BACKEND makes others than they are in `unit`.
 test-emulator: install
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) tests/api
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(WAITING) tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not alone and not own_backend" tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(WAITING) -m "alone and not own_backend" tests/api
 
 unit: install
 	$(PY) -m pytest $(SIDE_BY_SIDE)

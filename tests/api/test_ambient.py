@@ -165,6 +165,7 @@ def under(ctx: Any, backend: str, mode: str, same_bits: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.own_backend
 @pytest.mark.parametrize("backend", ["reference", "emulator"])
 def test_a_mode_changes_nothing(world_of: Any, same_bits: Any, backend: str, mode: str) -> None:
     if backend == "emulator":

@@ -150,6 +150,7 @@ def fresh(calls: Calls) -> None:
     finish(calls.buffer.dispatch(**calls.dispatch()))
 
 
+@pytest.mark.own_backend
 @pytest.mark.parametrize("everyone", [False, True], ids=["one rank", "all ranks"])
 @pytest.mark.parametrize("method", COLLECTIVE)
 @pytest.mark.parametrize("backend", ["reference", "emulator"])

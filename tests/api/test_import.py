@@ -13,6 +13,8 @@ import torch
 
 import deepep
 
+pytestmark = pytest.mark.own_backend
+
 
 def test_light_and_without_extensions() -> None:
     code = """

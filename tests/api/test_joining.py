@@ -12,7 +12,7 @@ from harness.joining import TIMEOUT, buffer_for, hand_over, newcomer, rounds
 import deepep
 from deepep.errors import ArgumentError, DestroyedError, ModeError, PeerTimeoutError, RangeError
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.own_backend]
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulator"])

@@ -16,6 +16,8 @@ from deepep.runtime.control import liveness
 from deepep.runtime.control.agreement import agree, decode_error, dtype_code, encode_error
 from deepep.runtime.control.comm_queue import ThreadQueue
 
+pytestmark = pytest.mark.own_backend
+
 
 @pytest.mark.parametrize("text", ["short", "é" * 5000, "'" + '"' * 2000, "\n" * 1000])
 def test_errors_fit_into_their_message(text: str) -> None:

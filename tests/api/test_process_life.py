@@ -93,6 +93,7 @@ print([name for name in os.listdir(sys.argv[1]) if name.startswith("deepep")])
 """
 
 
+@pytest.mark.own_backend
 def test_a_forked_child_ends_nothing_of_a_world(tmp_path: Any) -> None:
     """Neither its ranks, nor its folder, nor its store; whose own end leaves nothing behind."""
     ran = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 
 import deepep
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.own_backend]
 
 RANKS, VICTIM, EXPERTS, TOPK, TOKENS, MOST = 3, 1, 6, 3, 4, 5
 TIMEOUT = 3.0  # waited out, and longer than a busy machine holds a rank that comes

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from deepep.sim import World
 
+pytestmark = pytest.mark.own_backend
+
 CPU = torch.device("cpu")
 DRAWN = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate], database=None)
 

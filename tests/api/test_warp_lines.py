@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from deepep.api.warp_lines import calls_of, trace_of
 from deepep.runtime.control.lines import STEPS, CallLines, WarpLine, WarpSpan
 
+pytestmark = pytest.mark.own_backend
+
 RANKS, TOKENS, HIDDEN, MOST = 2, 4, 128, 4
 
 
