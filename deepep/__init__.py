@@ -1,5 +1,9 @@
 """deepep: expert-parallel communication for Mixture-of-Experts models."""
 
+import deepep.interrupt  # noqa: F401  before torch is imported
+
+# isort: split
+
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -33,6 +33,7 @@ NEEDED = (
         "deepep/_core.pyi",
         "deepep/_cuda.pyi",
         "deepep/_emulator.pyi",
+        "deepep/_launches.pyi",
     ),
     *("deepep/api/buffer.py", "deepep/backends/cuda/memory/heap.py", "deepep/cli/selftest.py"),
     *("deepep/reference/high_throughput.py", "deepep/sim/__init__.py", "deepep/sim/worlds/world.py"),

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from deepep import interrupt
 from deepep.extras import MissingExtraError, needed_for
 
 #: name -> (module, one line for the list of commands)
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `deepep <command> ...`; exits with the command's status: 2 for misuse, 130 for Ctrl-C."""
+    interrupt.raise_again()
     args = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name of other bytes, or a terminal without lines to draw
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         with _leaving_without_extras(args[0]):
             command = importlib.import_module(module).command
             import typer
+
+            from deepep.cli.terminal import spelling_options_of
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name=args[0])(command)
     try:
-        with _leaving_without_extras(args[0]):
+        with _leaving_without_extras(args[0]), spelling_options_of(command):
             status = app(args=args[1:], prog_name=f"python -m deepep {args[0]}", standalone_mode=False)
     except typer.Abort:
         status = 130

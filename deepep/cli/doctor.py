@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepep.cli.launcher import launched_ranks, refusals_raised
-from deepep.cli.terminal import FAILED, make_console, misused
+from deepep.cli.terminal import FAILED, demand_use, make_console, misused
 from deepep.doctor.judge import CHECKS, judge
 from deepep.doctor.probe import Examination, examine, run_examination
 from deepep.doctor.trial import FAULTS, Trial, run_trials
@@ -32,6 +32,7 @@ TRAFFIC = {
 
 
 def command(
+    context: typer.Context,
     ranks: Annotated[
         int | None,
         typer.Option(help="Processes, one rank each. Default: a GPU's each; on CPU 4.", min=2, max=64),
@@ -62,6 +63,8 @@ def command(
     found: Examination | list[Trial] | None
     try:
         if launched_ranks() is not None:
+            own = {"ranks", "trials"}
+            demand_use(context, context.params.keys() - own, "without torchrun, whose ranks these are")
             found = _under_torchrun(where, rounds, backend)
         else:
             found = _in_own_processes(console, ranks, where, rounds, backend, trials)

@@ -25,7 +25,7 @@ from deepep.cli import (
     dp_topologies,
     dp_uneven,
 )
-from deepep.cli.terminal import FAILED, make_console, misused
+from deepep.cli.terminal import FAILED, demand_use, make_console, misused
 from deepep.errors import ArgumentError, RangeError
 
 MOST_FP8, MOST_BF16 = 0.27, 0.52
@@ -35,7 +35,26 @@ MOST_OFF, LEAST_OFF = 0.005, 0.05
 _INSIDE = "DEEPEP_DP_NAMESPACE"
 
 
+_USED = {
+    "bits": ("cases",),
+    "codec": ("blocks",),
+    "bytes": ("ranks",),
+    "convergence": ("ranks", "steps", "seed"),
+    "topologies": ("ranks", "rounds", "pinned", "clusters", "sizes", "results"),
+    "drift": (),
+    "noise": ("ranks", "steps", "seed"),
+    "uneven": ("steps",),
+    "kill": ("ranks", "phases", "times", "seed"),
+    "efficiency": ("ranks", "killed", "window", "simulate", "costs"),
+    "bench": ("ranks", "sizes", "rounds", "kills"),
+    "join": ("ranks", "times"),
+    "backup": ("ranks", "times"),
+}
+"""The options of each check. Given to another, they are misuse."""
+
+
 def command(
+    context: typer.Context,
     what: Annotated[
         str,
         typer.Argument(
@@ -112,6 +131,7 @@ def command(
     }
     if what not in actions:
         misused(RangeError("what", repr(what), ", ".join(actions)))
+    demand_use(context, ("what", *_USED[what]))
     if ranks == 1:
         misused(RangeError("ranks", "1", "2 or more"))
     try:

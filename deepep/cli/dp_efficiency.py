@@ -31,7 +31,7 @@ def efficiency(ranks: int, kill: int, window: float, costs_file: str) -> bool:
     from deepep.sim.worlds import rank_handle
 
     if not 1 <= kill < ranks - kill:
-        misused(RangeError("kill", str(kill), f"1 or more, fewer than half of {ranks} ranks"))
+        misused(RangeError("killed", str(kill), f"1 or more, fewer than half of {ranks} ranks"))
     rank_handle.PRELOADED += ["torch._dynamo", "deepep.parallel"]
     console = make_console()
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -88,7 +88,7 @@ def simulate(ranks: int, kill: int, costs_file: str) -> bool:
     )
 
     if not 1 <= kill < ranks:
-        misused(RangeError("kill", str(kill), f"1 to {ranks - 1} ranks"))
+        misused(RangeError("killed", str(kill), f"1 to {ranks - 1} ranks"))
     try:
         costs = load_costs(costs_file) if costs_file else MEASURED
     except (OSError, ValueError) as error:

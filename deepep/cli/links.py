@@ -41,6 +41,8 @@ def command(
     from deepep.sim.links.clusters import cluster as named
     from deepep.sim.links.emulated import NetworkError
 
+    if check and program:
+        misused("program: got one, and --check; allowed: one of them")
     try:
         chosen = [named(name, ranks) for name in ([cluster] if cluster else CLUSTERS)]
     except ValueError as error:

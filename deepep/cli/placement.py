@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deepep.cli.terminal import demand_file, make_console, misused
+from deepep.cli.terminal import demand_file, demand_use, make_console, misused
 from deepep.errors import DeepEPError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="A routing trace (docs/trace.md).")],
     ranks: Annotated[int, typer.Option(help="R: the trace's tokens are dealt to so many.")] = 8,
     redundant: Annotated[int, typer.Option(help="Replicas beside one of each expert.")] = 0,
@@ -45,6 +46,9 @@ def command(
     from deepep.placement.replay import replay
     from deepep.trace import RoutingTrace
 
+    if not draw:
+        drawn_by = {"steps", "layers", "experts", "topk", "tokens", "skew", "drift", "seed"}
+        demand_use(context, context.params.keys() - drawn_by, "with --draw")
     if plot is not None:
         demand_file("plot", plot, (".png", ".svg", ".pdf"))
     try:
@@ -74,7 +78,9 @@ def command(
             num_domains=domains,
             moving_cost=moving_cost,
         )
-    except (DeepEPError, ValueError, OSError) as error:
+    except OSError as error:
+        misused(f"trace: {trace}: {error.strerror}")
+    except (DeepEPError, ValueError) as error:
         misused(error)
     if len(windows) < 2:
         misused(f"window: {len(windows)} of them; allowed: at least two, of {given.num_steps} steps")

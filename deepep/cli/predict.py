@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from deepep.cli.terminal import demand_file, misused
+from deepep.cli.terminal import demand_file, demand_use, misused
 
 
 def command(
+    context: typer.Context,
     ranks: Annotated[int, typer.Option(help="R.")] = 64,
     ranks_per_domain: Annotated[int, typer.Option(help="Ranks of an NVLink domain.")] = 8,
     link: Annotated[float, typer.Option(help="GB/s of a plain copy inside a domain, one direction.")] = 396.0,
@@ -34,9 +35,12 @@ def command(
     from deepep.sim.cost import report
     from deepep.sim.cost.model import Cluster, RowShape
 
+    if published:
+        demand_use(context, {"published"}, "without --published, whose rates and shapes are the reports'")
+    if trace is not None:
+        own = {"tokens", "experts", "groups", "kept", "plot"}
+        demand_use(context, context.params.keys() - own, "without --trace, which has its own routing")
     if plot is not None:
-        if published or trace is not None:
-            misused("--plot: allowed without --published and --trace: it draws times of uniform routing")
         demand_file("--plot", plot, (".png", ".svg", ".pdf"))
     if published:
         print(report.published_table())
@@ -52,6 +56,8 @@ def command(
         if plot is not None:
             report.draw_by_ranks(gate, tokens, cluster, shape, plot)
             print(f"drawn: {plot}")
-    except (ValueError, OSError) as error:
-        misused(str(error))
+    except OSError as error:
+        misused(f"trace: {trace}: {error.strerror}")
+    except ValueError as error:
+        misused(error)
     return 0

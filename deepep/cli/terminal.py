@@ -4,13 +4,18 @@ are checked before the work begins.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
+from typer.models import ArgumentInfo, OptionInfo
 
 PASSED, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -20,9 +25,59 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+_SPELLINGS: ContextVar[Mapping[str, str]] = ContextVar("spellings")
+"""What a user types for each parameter of the command that runs: --ranks-per-domain, TRACE."""
+
+
+@contextlib.contextmanager
+def spelling_options_of(command: Callable[..., object]) -> Iterator[None]:
+    """Inside, misuse names options as they are typed, whatever complained about them."""
+    token = _SPELLINGS.set(_spellings(command))
+    try:
+        yield
+    finally:
+        _SPELLINGS.reset(token)
+
+
+def _spellings(command: Callable[..., object]) -> dict[str, str]:
+    found = {}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                # Inside Annotated typer has the first name in the place of a default.
+                words = (info.default, *(info.param_decls or ()))
+                given = [word for word in words if isinstance(word, str) and word.startswith("--")]
+                found[name] = (given or [f"--{name.replace('_', '-')}"])[0].partition("/")[0]
+            elif isinstance(info, ArgumentInfo):
+                found[name] = name.upper()
+    return found
+
+
+def _spelled(line: str) -> str:
+    """A message that begins with parameters' names and a colon, with what is typed in their place."""
+    names, colon, problem = line.partition(":")
+    spellings, words = _SPELLINGS.get({}), names.split(", ")
+    if not colon or not all(re.fullmatch(r"\w+", word) and word in spellings for word in words):
+        return line
+    return ", ".join(spellings[word] for word in words) + colon + problem
+
+
+def demand_use(context: typer.Context, used: Collection[str], otherwise: str = "") -> None:
+    """Misuse if an option was given that is not among the parameters `used`: it would change nothing.
+
+    otherwise: where it may be given, and is not, for the message; else that names those that are used.
+    """
+    for parameter in context.command.params:
+        name: Any = parameter.name
+        source: Any = context.get_parameter_source(name)
+        if source.name == "COMMANDLINE" and name not in used:
+            allowed = otherwise or ", ".join(_SPELLINGS.get({}).get(each, each) for each in used)
+            misused(f"{name}: given, and not used; allowed: {allowed}")
+
+
 def misused(message: object) -> NoReturn:
     """Prints one line to standard error and leaves with the status of misuse."""
-    line = " ".join(str(message).split())
+    line = _spelled(" ".join(str(message).split()))
     make_console(stderr=True).print(line, style="red", soft_wrap=True)
     raise typer.Exit(MISUSED)
 

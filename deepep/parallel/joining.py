@@ -255,7 +255,8 @@ def come_in(
     """A newcomer's communicator with the members, and their invitation.
 
     store: the run's, or a group that met through it. wait: seconds to wait for an invitation. Raises
-    MismatchError if the members refuse this process, PeerTimeoutError if they do not invite it.
+    MismatchError if the members refuse this process, RangeError if another has registered for the rank,
+    PeerTimeoutError if they do not invite it.
     """
     if isinstance(store, dist.ProcessGroup):
         store = store_of(store)
@@ -265,7 +266,7 @@ def come_in(
     place = ControlStore(base, place_of(name))
     try:
         while True:
-            newcomer = Newcomer(place, rank, statement)
+            newcomer = Newcomer(place, rank, statement, started + wait)
             try:
                 invitation = newcomer.wait(started + wait)
                 if invitation is None:

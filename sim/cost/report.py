@@ -32,7 +32,8 @@ def balanced(gate: Gate, ranks: int, cluster: Cluster) -> RowCounts:
     Raises ValueError for shapes that do not divide.
     """
     if not 1 <= gate.topk <= gate.experts or gate.experts % gate.groups or not 1 <= gate.kept <= gate.groups:
-        raise ValueError(f"experts, topk, groups, kept: got {gate}; allowed: whole groups, K up to E")
+        got = ", ".join(map(str, (gate.experts, gate.topk, gate.groups, gate.kept)))
+        raise ValueError(f"experts, topk, groups, kept: got {got}; allowed: whole groups, K up to E")
     if ranks < 1 or gate.experts % ranks:
         raise ValueError(f"ranks: got {ranks}; allowed: divisors of the {gate.experts} experts")
     routing = uniform_routing(ranks, gate.experts, gate.topk, num_groups=gate.groups, kept_groups=gate.kept)

@@ -101,18 +101,22 @@ def has_preset(annotation: str) -> bool:
 
 def declared(name: str) -> tuple[dict[str, Parameters], set[str], dict[str, set[str]]]:
     """Of a stub: functions and methods (as Class.method), values, and the properties of each class."""
-    stub = Path(deepep.__file__).with_name(f"{name}.pyi")
     functions: dict[str, Parameters] = {}
     values: set[str] = set()
     properties: dict[str, set[str]] = {}
-    for node in ast.parse(stub.read_text()).body:
+    shared = {node.name: node for node in stub_of("_launches").body if isinstance(node, ast.ClassDef)}
+    given: list[ast.stmt] = []
+    for node in stub_of(name).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "deepep._launches":
+            given += [shared[alias.name] for alias in node.names if alias.asname is not None]
+    for node in [*given, *stub_of(name).body]:
         if isinstance(node, ast.FunctionDef):
             functions[node.name] = of_stub(node, is_method=False)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             values.add(node.target.id)
         elif isinstance(node, ast.ClassDef) and node.name not in PROTOCOLS:
             properties[node.name] = set()
-            for method in node.body:
+            for method in members_of(node, shared):
                 if not isinstance(method, ast.FunctionDef):
                     continue
                 if any(isinstance(d, ast.Name) and d.id == "property" for d in method.decorator_list):
@@ -120,6 +124,16 @@ def declared(name: str) -> tuple[dict[str, Parameters], set[str], dict[str, set[
                 else:
                     functions[f"{node.name}.{method.name}"] = of_stub(method, is_method=True)
     return functions, values, properties
+
+
+def stub_of(name: str) -> ast.Module:
+    return ast.parse(Path(deepep.__file__).with_name(f"{name}.pyi").read_text())
+
+
+def members_of(node: ast.ClassDef, shared: dict[str, ast.ClassDef]) -> list[ast.stmt]:
+    """With those of its bases, as far as they are shared ones."""
+    bases = [shared[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in shared]
+    return [*node.body, *(member for base in bases for member in members_of(base, shared))]
 
 
 def compiled(module: ModuleType) -> tuple[dict[str, Parameters], set[str], dict[str, set[str]]]:
@@ -164,6 +178,17 @@ def test_stubs_name_what_the_module_has(name: str, module: ModuleType) -> None:
     assert got.keys() == wanted.keys()
     for function, parameters in got.items():
         assert parameters == wanted[function], function
+
+
+def test_launches_are_declared_once() -> None:
+    """Functions that both modules have alike, beyond a few words, are in the stub that they share."""
+    seen: dict[str, str] = {}
+    for name in ("_cuda", "_emulator", "_launches"):
+        for node in ast.walk(stub_of(name)):
+            if isinstance(node, ast.FunctionDef) and len(node.args.kwonlyargs) > MOST_POSITIONAL:
+                text = ast.unparse(node)
+                assert text not in seen, f"{name}: {node.name}, as in {seen[text]}"
+                seen[text] = name
 
 
 def test_no_more_than_eight_cross_by_position(module: ModuleType) -> None:

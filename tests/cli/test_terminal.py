@@ -181,6 +181,48 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"deepep {version('deepep')}\n"
 
 
+MISUSES = [
+    ("--cluster", "links --cluster none"),
+    ("--ranks", "links --ranks 0"),
+    ("PROGRAM", "links --check -- ls"),
+    ("--ranks", "predict --ranks 0"),
+    ("--link", "predict --link -1"),
+    ("--nic", "predict --nic nan"),
+    ("--start", "predict --start -1"),
+    ("--ranks-per-domain", "predict --ranks-per-domain 0"),
+    ("--tokens", "predict --tokens -1"),
+    ("--hidden, --topk", "predict --hidden 0"),
+    ("--experts, --topk, --groups, --kept", "predict --groups 3"),
+    ("--trace", "predict --trace /none"),
+    ("--tokens", "predict --trace /tmp --tokens 8"),
+    ("--ranks", "predict --published --ranks 2"),
+    ("WHAT", "dp none"),
+    ("--ranks", "dp kill --ranks 1"),
+    ("--ranks", "dp bits --ranks 4"),
+    ("--steps", "dp bench --steps 4"),
+    ("--sizes", "dp bench --sizes 1Q"),
+    ("--phases", "dp kill --phases none"),
+    ("--clusters", "dp topologies --clusters none"),
+    ("--kill", "dp efficiency --kill 0"),
+    ("--kill", "dp efficiency --simulate 4 --kill 4"),
+    ("--costs", "dp efficiency --simulate 4 --costs /none"),
+    ("TRACE", "placement none"),
+    ("--seed", "placement none --seed 3"),
+    ("--plot", "placement none --plot x.gif"),
+    ("--device", "doctor --device x"),
+    ("--device", "bench --device x"),
+    ("--device", "timeline --device x"),
+    ("--device", "warps --device x"),
+]
+
+
+@pytest.mark.parametrize(("named", "words"), MISUSES)
+def test_misuse_begins_with_what_was_typed(
+    capsys: pytest.CaptureFixture[str], named: str, words: str
+) -> None:
+    assert misuse(capsys, *words.split()).startswith(f"{named}: ")
+
+
 def test_ctrl_c_while_a_command_is_imported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +235,26 @@ def test_ctrl_c_while_a_command_is_imported(
     assert isinstance(left.value, SystemExit)
     assert left.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_while_the_package_is_imported(tmp_path: Path) -> None:
+    """In a torch that takes long to import; as a library deepep leaves the signal to the program."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise OSError"
+    )
+    for words, status in ((("-m", "deepep", "info"), -signal.SIGINT), (("-c", "import deepep"), None)):
+        done = subprocess.run(
+            [sys.executable, *words],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if status is None:
+            assert "KeyboardInterrupt" in done.stderr
+        else:
+            assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 def test_a_terminal_that_knows_ascii_alone() -> None:

@@ -9,6 +9,7 @@ and nothing else.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 import uuid
 import zlib
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from deepep.errors import ArgumentError, RangeError
-from deepep.runtime.control import agreement
+from deepep.runtime.control import agreement, liveness
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.meeting import ControlStore, StoreError
@@ -149,15 +150,33 @@ def dismiss(control: ControlPlane, ranks: Sequence[int]) -> None:
 
 
 def enter(invitation: Invitation, rank: int, store: Store | None, timeout: float) -> dist.ProcessGroup:
-    """A group for a newcomer to construct on: it has no connections, for nothing but its facts is used."""
+    """A group for a newcomer to construct on: it has no connections, for nothing but its facts is used.
+
+    Raises RangeError for a rank that is not invited, or that another process of this host is joining as.
+    """
     if rank not in invitation.ranks:
         wanted = ", ".join(map(str, invitation.ranks))
         raise RangeError("rank", f"{rank}", f"one that is invited: {wanted}")
     base = base_of(store) if store is not None else open_store(invitation.place, timeout)
+    with contextlib.suppress(StoreError):  # whoever meets through it next says so
+        _claim(meeting_store(base, invitation), rank)
     group = dist.ProcessGroup(base, rank, invitation.num_ranks)
     vacant = frozenset(range(invitation.num_ranks)) - set(invitation.everybody)
     meets_at(group, MeetingPlace(meeting_store(base, invitation), Connections(base), vacant))
     return group
+
+
+def _claim(store: ControlStore, rank: int) -> None:
+    """Posts that this process comes as `rank`, instead of one that is gone. Between hosts nobody sees
+    that: the last one counts.
+    """
+    mine, expected = json.dumps([liveness.identity(), liveness.process_name()]), ""
+    while (held := store.settle(f"claim/{rank}", expected, mine).decode()) not in (mine, expected):
+        identity, process = json.loads(held)
+        if liveness.is_at_work_here(identity):
+            allowed = f"one that no other process asks for: {process} is joining as it"
+            raise RangeError("rank", f"{rank} for {liveness.process_name()}", allowed, rank)
+        expected = held
 
 
 def meeting_store(base: Store, invitation: Invitation) -> ControlStore:

@@ -7,6 +7,7 @@ It saves waiting for a deadline when there is nobody left to wait for.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -24,6 +25,11 @@ def identity() -> str:
         return f"{boot} {namespace} {pid} {_start_time(pid)}"
     except OSError:
         return ""
+
+
+def process_name() -> str:
+    """This process, for people."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def is_dead(theirs: str, mine: str) -> bool:
@@ -51,6 +57,12 @@ def is_gone(theirs: str, mine: str) -> bool:
     except OSError:
         return True
     return int(fields[19]) != started or (fields[0] in "ZX" and int(fields[17]) <= 1)
+
+
+def is_at_work_here(theirs: str) -> bool:
+    """True if `theirs` is another process of this host, and lives. False elsewhere, or if unknown."""
+    mine = identity()
+    return theirs != mine and _place(theirs, mine) is not None and not is_dead(theirs, mine)
 
 
 def _place(theirs: str, mine: str) -> tuple[int, int] | None:

@@ -2,6 +2,9 @@
 
 It posts who it is and what it would bring, and then that there is news. One member looks at that one key;
 what it finds there it checks, refuses, or has all members invite.
+
+A rank is for one process. Another that asks for it is refused at once, with both named, if the first lives:
+on one host that is seen, between hosts the first answers when it is asked.
 """
 
 from __future__ import annotations
@@ -12,22 +15,28 @@ import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
-from deepep.errors import ArgumentError, MismatchError
+from deepep.errors import ArgumentError, MismatchError, RangeError
 from deepep.runtime.control import liveness
 from deepep.runtime.control.agreement import decode_error, encode_error
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.meeting import ControlStore, StoreError
 
 _PAUSE = 0.01
+_ANSWERS_WITHIN = 3.0
+"""Seconds after which a process on another host that does not say that it waits is taken to be gone."""
 
 
 @dataclass(frozen=True)
 class Registration:
-    """A process's wish to have `rank`. name: nobody else's. statement: what all ranks have to pass alike."""
+    """A process's wish to have `rank`. name: nobody else's. process: for people to find it by.
+
+    statement: what all ranks have to pass alike.
+    """
 
     rank: int
     name: str
     identity: str
+    process: str
     statement: Mapping[str, str]
 
     @classmethod
@@ -125,12 +134,59 @@ class Registrations:
 class Newcomer:
     """A process that registers, and waits to be invited; until `close`."""
 
-    def __init__(self, store: ControlStore, rank: int, statement: Mapping[str, str]) -> None:
+    def __init__(self, store: ControlStore, rank: int, statement: Mapping[str, str], deadline: float) -> None:
+        """Registers. Raises RangeError at once if another process has registered for the rank, and lives.
+
+        deadline: by time.monotonic(), until which one on another host is waited for, to say so.
+        """
         self._store = store
-        self._made = Registration(rank, uuid.uuid4().hex, liveness.identity(), dict(statement))
+        who = liveness.identity(), liveness.process_name()
+        self._made = Registration(rank, uuid.uuid4().hex, *who, dict(statement))
         self._last: bytes | None = None
-        store.set(f"registered/{rank}", json.dumps(asdict(self._made)))
+        self._claim(json.dumps(asdict(self._made)), deadline)
         store.set("news", self._made.name)
+
+    def _claim(self, mine: str, deadline: float) -> None:
+        """Posts the registration in the place of none, or of one whose process is gone."""
+        expected = ""
+        while (held := self._store.settle(f"registered/{self._made.rank}", expected, mine).decode()) != mine:
+            if held == expected:  # nothing is there any more
+                expected = ""
+                continue
+            other = Registration.decode(held.encode())
+            if other is not None and self._is_taken_by(other, deadline):
+                raise self._refusal(self._made, other)
+            expected = held
+
+    def _is_taken_by(self, other: Registration, deadline: float) -> bool:
+        mine = self._made.identity
+        if other.identity == mine != "" or liveness.is_dead(other.identity, mine):
+            return False
+        if liveness.is_at_work_here(other.identity):
+            return True
+        self._store.set(f"asked/{other.name}", self._made.name)
+        silent_at = time.monotonic() + _ANSWERS_WITHIN
+        try:
+            while time.monotonic() < deadline:
+                if self._store.has(f"waits/{self._made.name}"):
+                    return True
+                is_called = self._store.has(f"called/{other.name}")  # it is joining, and does not listen
+                if not is_called and time.monotonic() >= silent_at:
+                    refusal = self._refusal(other, self._made)  # should it live after all
+                    self._store.set(f"refused/{other.name}", encode_error(refusal).decode())
+                    return False
+                if not self._store.has(f"registered/{other.rank}"):
+                    return False
+                time.sleep(_PAUSE)
+            return True
+        finally:
+            self._store.remove(f"waits/{self._made.name}")
+
+    @staticmethod
+    def _refusal(refused: Registration, other: Registration) -> RangeError:
+        got = f"{refused.rank} for {refused.process}"
+        allowed = f"one that no other process asks for: {other.process} has registered for it"
+        return RangeError("rank", got, allowed, refused.rank)
 
     def wait(self, deadline: float) -> Invitation | None:
         """The next invitation; None if none has come by `deadline` (time.monotonic()). Raises what the
@@ -140,6 +196,10 @@ class Newcomer:
             refused = self._store.get(f"refused/{self._made.name}")
             if refused is not None:
                 raise decode_error(refused)
+            asking = self._store.get(f"asked/{self._made.name}")
+            if asking is not None:
+                self._store.set(f"waits/{asking.decode()}", "")
+                self._store.remove(f"asked/{self._made.name}")
             token = self._store.get(f"called/{self._made.name}")
             raw = None if token in (None, self._last) else self._store.get(f"invitation/{token.decode()}")
             if raw is not None:
@@ -151,8 +211,8 @@ class Newcomer:
     def close(self) -> None:
         """Takes back what was posted."""
         _remove(self._store, self._made)
-        for key in (f"refused/{self._made.name}", f"called/{self._made.name}"):
-            self._store.remove(key)
+        for what in ("refused", "called", "asked"):
+            self._store.remove(f"{what}/{self._made.name}")
 
 
 def _remove(store: ControlStore, registration: Registration) -> None:
