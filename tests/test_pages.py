@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import typer
+from harness.page_code import SURROUNDINGS, run_page
+
+from deepep.cli import COMMANDS
+from deepep.sim import World
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -23,20 +30,90 @@ def functions(source: str) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_code_of_observing_runs(world_of: Any) -> None:
-    def body(context: Any, source: str) -> None:
-        exec(compile(source, "observing.md", "exec"), {})
+@pytest.mark.parametrize("page", sorted(SURROUNDINGS.keys() - {"jax"}))
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
+    """On two ranks, as it stands, block after block, with names that `harness.page_code` has."""
+    found = blocks(DOCS / f"{page}.md")
+    numbers = [number for number, block in enumerate(found) if "jax" not in block]
+    with World(2, timeout=120.0) as world:  # its own: pages change what holds for a process
+        world.run(run_page, page, found, numbers, str(tmp_path))
 
-    source = "".join(blocks(DOCS / "observing.md"))
-    assert len(blocks(DOCS / "observing.md")) == 3
-    world_of(2).run(body, source)
+
+def test_the_code_for_jax_runs(tmp_path: Path) -> None:
+    pytest.importorskip("jax", reason="jax is not installed")
+    (line,) = (line for line in commands(DOCS / "interop.md") if "csrc/ffi/xla.cpp" in line)
+    line = line.replace("-o ", f"-o {tmp_path}/").replace("python", sys.executable)
+    subprocess.run(["bash", "-ec", line], cwd=ROOT, check=True, timeout=600)
+    with World(2, timeout=120.0) as world:
+        world.run(run_page, "jax", blocks(DOCS / "interop.md"), [1, 2], str(tmp_path))
 
 
 def test_code_in_a_page_is_run_by_some_test() -> None:
     for page in DOCS.glob("*.md"):
-        if blocks(page) and page.name != "observing.md":
+        if blocks(page) and page.stem not in SURROUNDINGS:
             folder = ROOT / RUN_ELSEWHERE[page.name]
             assert any(page.name in test.read_text() for test in folder.rglob("test_*.py")), page.name
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of a page that are to be typed, continued ones joined, comments left out."""
+    text = re.sub(r"```(?:python|yaml|mermaid)\n.*?```", "", page.read_text(), flags=re.DOTALL)
+    fenced = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    plain = "".join(line[4:] for line in re.findall(r"^    \S.*\n(?: {8,}\S.*\n)*", text, flags=re.MULTILINE))
+    joined = re.sub(r"\\\n\s*", "", "".join(fenced) + plain)
+    return [line for each in joined.splitlines() if (line := re.sub(r"(^|\s)#.*", "", each).strip())]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PROGRAMS = {
+    *("torchrun", "python", ".venv/bin/python", "make", "pip", "docker", "g++", "nvcc", "cmake", "echo"),
+    *("srun", "export", "scontrol"),
+}
+OUTPUT = {"failures.md", "emulator.md", "kernels.md", "domains.md"}
+"""Pages with indented lines that are no commands: what one prints, and tables of bytes."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_indented_in_a_page_is_typed_or_runs(page: Path) -> None:
+    """So that no Python is overlooked: a block of it says so."""
+    for line in commands(page):
+        words = re.sub(r'\b[A-Z_]+=("[^"]*"|\S+)', "", line).split()
+        assert not words or words[0] in PROGRAMS or page.name in OUTPUT, f"{page.name}: {line}"
+    assert (
+        re.findall(r"^```\n(?=.)", re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL), re.M)
+        == []
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_a_page_are_taken(page: Path) -> None:
+    """`python -m deepep` and examples by their options, make by its targets, all by their files."""
+    makefile = (ROOT / "Makefile").read_text()
+    for line in [
+        *commands(page),
+        *re.findall(r"`((?:python -m deepep|torchrun|make) [^`]+)`", page.read_text()),
+    ]:
+        line = " ".join(line.split())
+        if found := re.search(r"-m deepep (\w+)(.*)", line):
+            known = options_of(found[1])
+            given = re.findall(r"(?<!\S)--[a-z][\w-]*", re.split(r" -- |`|;|\)", found[2])[0])
+            assert set(given) <= known, f"{page.name}: {line}"
+        elif found := re.search(r"((?:examples|tests)/[\w/]+\.py)(.*)", line):
+            text = (ROOT / found[1]).read_text()
+            if "pytest" not in line:
+                for option in re.findall(r"(?<!\S)(--[a-z][\w-]*)", found[2]):
+                    assert f'"{option}"' in text, f"{page.name}: {line}"
+        for target in re.findall(r"(?<!\S)make ([a-z][\w-]*)", line):
+            assert f"\n{target}:" in makefile, f"{page.name}: {line}"
+
+
+def options_of(command: str) -> set[str]:
+    """All options that a command takes."""
+    app = typer.Typer(add_completion=False)
+    app.command()(importlib.import_module(COMMANDS[command][0]).command)
+    parameters = typer.main.get_command(app).params
+    return {word for each in parameters for word in (*each.opts, *each.secondary_opts)} | {"--help"}
 
 
 @pytest.mark.parametrize("page", ["answers.md", "announced.md", "observing.md"])
