@@ -143,7 +143,7 @@ def problems_of_wheel(path: Path, extensions: Iterable[str]) -> list[str]:
     plain = sorted(re.split(r"[^\w.-]", need)[0] for need in needs if "extra ==" not in need)
     if plain != ["numpy", "torch"]:
         problems.append(f"requires {plain} without any extra, not numpy and torch alone")
-    missing = {"cli", "sim"} - set(about.get_all("Provides-Extra") or [])
+    missing = {"cli", "sim", "nvshmem"} - set(about.get_all("Provides-Extra") or [])
     problems += [f"the extra {name} is missing" for name in sorted(missing)]
     return problems
 

@@ -150,6 +150,17 @@ def test_what_is_given_to_the_dockerfile_exists() -> None:
     assert copied == [". .", "--from=build /wheels /wheels"]
 
 
+def test_every_variable_of_the_environment_is_in_the_table() -> None:
+    table = OPERATIONS.partition("## Settings of the environment")[2].partition("\n## ")[0]
+    sources = [
+        ROOT / "setup.py",
+        *(p for f in ("deepep", "sim", "reference") for p in (ROOT / f).rglob("*.py")),
+    ]
+    read = {name for path in sources for name in re.findall(r'environ[^\n]*"(DEEPEP_\w+)"', path.read_text())}
+    assert len(read) >= 12
+    assert read - set(re.findall(r"DEEPEP_\w+", table)) == set()
+
+
 def test_the_launch_examples_name_what_exists() -> None:
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", OPERATIONS, flags=re.DOTALL)
     assert len(blocks) >= 3

@@ -63,6 +63,7 @@ License-Expression: Apache-2.0
 Requires-Python: >=3.10
 Provides-Extra: cli
 Provides-Extra: sim
+Provides-Extra: nvshmem
 Requires-Dist: numpy
 Requires-Dist: torch>=2.8
 Requires-Dist: typer; extra == "cli"

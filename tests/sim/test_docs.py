@@ -26,6 +26,12 @@ def test_there_are_examples():
     assert len(BLOCKS) >= 5
 
 
+def test_as_many_defects_are_applied_as_the_page_says():
+    source = (DOCS.parents[1] / "tests" / "sim" / "rules" / "test_teeth.py").read_text()
+    (said,) = re.findall(r"applies (\d+) deliberate defects", DOCS.read_text())
+    assert int(said) == len(re.findall(r"\bDefect\(", source))
+
+
 def test_every_command_and_file_named_exists():
     text = DOCS.read_text()
     root = DOCS.parents[1]
