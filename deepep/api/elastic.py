@@ -32,7 +32,7 @@ from deepep.runtime.checks import MOST, check_flag, check_int
 from deepep.runtime.completion import Completion, now
 from deepep.runtime.construction import construct
 from deepep.runtime.control.processes import only_here
-from deepep.runtime.labels import inside, is_profiled
+from deepep.runtime.labels import inside, is_profiled, with_label
 from deepep.runtime.requests import Operation
 
 
@@ -225,6 +225,7 @@ class ElasticBuffer(EngineOwner, SidePrimitiveCalls):
         self._check_alive()
         return self._engine.comm_stream()
 
+    @with_label
     def barrier(
         self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
     ) -> None:

@@ -21,6 +21,7 @@ from deepep.runtime.checks import INDEX_DTYPES, check_flag
 from deepep.runtime.completion import Completion
 from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest
 from deepep.runtime.engine import Engine
+from deepep.runtime.labels import with_label
 from deepep.runtime.requests import (
     Dispatched,
     DispatchRequest,
@@ -145,6 +146,7 @@ class ExpertCounting:
         self._counter = ExpertCounter(self._engine, found)
         self._counter.last = last
 
+    @with_label
     def gather_expert_counts(self, counts: torch.Tensor, zero: bool = False) -> torch.Tensor:
         """The sum of all ranks' `counts`, on the CPU: what `deepep.placement.place` takes. Collective.
 

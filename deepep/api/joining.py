@@ -15,6 +15,7 @@ from deepep.errors import ArgumentError, ArgumentTypeError, ModeError
 from deepep.runtime.checks import check_int
 from deepep.runtime.control import admission
 from deepep.runtime.control.invitation import Invitation
+from deepep.runtime.labels import with_label
 from deepep.runtime.requests import Operation
 from deepep.runtime.traffic_lanes import VARIABLES
 
@@ -30,6 +31,7 @@ class Joining(BufferLifetime):
     experts receive nothing until somebody comes.
     """
 
+    @with_label
     def invite(self, ranks: Sequence[int]) -> str:
         """An invitation of masked ranks, one line of text, the same on all members; collective.
 
@@ -40,6 +42,7 @@ class Joining(BufferLifetime):
         """
         return self._engine.invite(self._changing(Operation.INVITE, ranks))
 
+    @with_label
     def admit(self, invitation: str) -> None:
         """Takes in those who are invited: returns when they have come and are connected; collective.
 
@@ -59,6 +62,7 @@ class Joining(BufferLifetime):
             self._refuse(Operation.ADMIT, error, AT_ONCE)
         self._engine.admit(text)
 
+    @with_label
     def dismiss(self, ranks: Sequence[int]) -> None:
         """Lets ranks go: their buffers are destroyed, the others go on without them. Collective: all members
         call it, those who go among them.

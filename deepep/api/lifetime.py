@@ -21,6 +21,7 @@ from deepep.runtime.ambient import plainly
 from deepep.runtime.construction import construct
 from deepep.runtime.control.processes import only_here
 from deepep.runtime.engine import Engine
+from deepep.runtime.labels import with_label
 from deepep.runtime.requests import Operation, Schedule
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class EngineOwner(WaitCalls, WarpCalls, ExpertCounting):
         self._finalizer = weakref.finalize(self, only_here(engine.close))
         self._leave, self._abandon = only_here(engine.leave), only_here(engine.abandon)
 
+    @with_label
     def destroy(self) -> None:
         """Release the buffer; its operations raise DestroyedError from then on. Idempotent.
 
@@ -51,6 +53,7 @@ class EngineOwner(WaitCalls, WarpCalls, ExpertCounting):
             self._finalizer.detach()
             self._scratch.clear()
 
+    @with_label
     def release_memory(self) -> None:
         """Give back the memory that operations work in; the next operation makes it again. Collective.
 

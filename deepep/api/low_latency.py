@@ -19,13 +19,14 @@ from deepep.errors import (
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, check_memory
-from deepep.runtime.labels import inside, is_profiled
+from deepep.runtime.labels import inside, is_profiled, with_label
 from deepep.runtime.requests import Operation, Schedule
 
 
 class LowLatencyCalls(BufferLifetime):
     """Buffer's calls for decode. Shapes and terms: deepep.api.buffer."""
 
+    @with_label
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
@@ -219,6 +220,7 @@ class LowLatencyCalls(BufferLifetime):
 
     # masks
 
+    @with_label
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of all following operations of either mode (mask=True), or take it in again.
 
@@ -242,6 +244,7 @@ class LowLatencyCalls(BufferLifetime):
             raise ArgumentTypeError("mask_status", got, f"int32 [{self.group_size}]", self.rank)
         self._engine.write_masked(mask_status)
 
+    @with_label
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks in again, and forget earlier faults. Needs enable_shrink."""
         self._check_masks()

@@ -20,6 +20,7 @@ from deepep.runtime import ring
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int
 from deepep.runtime.engine import Engine
+from deepep.runtime.labels import with_label
 
 Shapes = Sequence[int] | Sequence[Sequence[int]]
 Fetched = tuple[torch.Tensor, torch.Tensor | None]
@@ -83,6 +84,7 @@ class SidePrimitiveCalls:
         gathers = self._engine.gather_sessions()
         gathers.set_config(num_max_session_bytes, num_max_all_gathers_per_session)
 
+    @with_label
     def create_agrs_session(self) -> None:
         """Begin a session. Collective; waits for all ranks, and what the session before gathered is good
         until then. Raises, on every rank: ModeError in a session or without `agrs_set_config`, MismatchError,
@@ -94,6 +96,7 @@ class SidePrimitiveCalls:
         self._check_alive()
         self._engine.gather_sessions().begin()
 
+    @with_label
     def destroy_agrs_session(self) -> None:
         """End the session, once its gathers have ended on all ranks. Collective. Raises, on every rank:
         ModeError outside of one, MismatchError, PeerTimeoutError.
@@ -134,6 +137,7 @@ class SidePrimitiveCalls:
         made = self._engine.gather_sessions().reserve(found, sessions.check_dtype(dtype))
         return tuple(made) if several else made[0]
 
+    @with_label
     def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Begin to gather a tensor, or several, of every rank. Collective, in a session.
 
@@ -157,6 +161,7 @@ class SidePrimitiveCalls:
 
     # sends around a ring
 
+    @with_label
     def pp_set_config(self, num_max_tensor_bytes: int, num_max_inflight_tensors: int) -> None:
         """Sizes of the sends to come: bytes of a tensor, and tensors that may be under way from one rank to a
         neighbour, sent and not received. Collective, and a barrier; what is under way is lost.
@@ -166,6 +171,7 @@ class SidePrimitiveCalls:
         self._check_alive()
         self._engine.ring().set_config(num_max_tensor_bytes, num_max_inflight_tensors)
 
+    @with_label
     def pp_send(self, t: torch.Tensor, dst_rank_idx: int, num_sms: int = 0) -> None:
         """Send a tensor to a neighbour: the rank before or behind this one, around the ring.
 
@@ -181,6 +187,7 @@ class SidePrimitiveCalls:
         check_int("num_sms", num_sms, 0, MOST)
         self._engine.ring().send(t, dst_rank_idx)
 
+    @with_label
     def pp_recv(self, t: torch.Tensor, src_rank_idx: int, num_sms: int = 0) -> None:
         """Receive the tensor that a neighbour sent first of those not received yet.
 
@@ -195,6 +202,7 @@ class SidePrimitiveCalls:
 
     # Engram storage
 
+    @with_label
     def engram_write(self, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
         """Write this rank's entries; those of all ranks are one table, entry i on rank i // n. Collective,
         and a barrier before and after: fetches begun before read what was there before.
@@ -213,6 +221,7 @@ class SidePrimitiveCalls:
         self._check_alive()
         self._engine.engram().write(storage, sf, self._limits.num_cpu_bytes)
 
+    @with_label
     def engram_fetch(
         self, indices: torch.Tensor, num_qps: int = 0, use_tma_aligned_col_major_sf: bool = False
     ) -> Callable[[], Fetched]:

@@ -12,6 +12,7 @@ from deepep.errors import ArgumentError, ModeError
 from deepep.runtime.checks import check_flag
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine
+from deepep.runtime.labels import with_label
 from deepep.runtime.requests import Operation, Schedule
 
 Phase = tuple[str, str]
@@ -70,6 +71,7 @@ class WaitCalls:
         """
         return _statistics(self._recorder().read(check_flag("clear", clear)))
 
+    @with_label
     def gather_wait_statistics(self, clear: bool = False) -> WaitStatistics:
         """All ranks' waits as matrices [R, R]. Collective over the ranks that take part, those that joined
         among them; the rows of masked ranks are zero. Waits for this call itself are not measured.

@@ -19,6 +19,7 @@ from rich.table import Table
 from deepep.backends.cuda.memory.nvshmem4py import PACKAGES, installed
 from deepep.backends.cuda.memory.nvshmem_settings import in_force
 from deepep.backends.cuda.memory.remote import why_not
+from deepep.cli.cores import usable_cores
 from deepep.cli.terminal import make_console
 from deepep.runtime.backends import backends as registered_backends
 from deepep.runtime.capabilities import compiled
@@ -72,7 +73,7 @@ def software() -> Section:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "torch.distributed": ", ".join(transports) or "none",
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(usable_cores()),
     }
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from deepep.backends.cuda.memory.nvshmem4py import missing
+from deepep.cli.cores import usable_cores
 from deepep.cli.info import nvlinks
 from deepep.runtime.capabilities import can_run, compiled
 
@@ -212,7 +213,7 @@ def read_facts() -> MachineFacts:
         nvshmem_missing=missing(),
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         memlock_bytes=_limit(resource.RLIMIT_MEMLOCK),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         in_container=Path("/.dockerenv").exists() or "container" in os.environ,
         host_name_error=_host_name_error(),
         expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),

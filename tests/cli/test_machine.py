@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deepep.cli.cores import usable_cores
 from deepep.cli.machine import (
     GpuFacts,
     MachineFacts,
@@ -106,6 +107,29 @@ def test_nics_are_read_off_the_folder(tmp_path: Path) -> None:
     ]
     assert found[0] == NicFacts("mlx5_0", "ACTIVE", "400 Gb/sec (4X NDR)", "Ethernet")
     assert read_nics(tmp_path / "none") == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "6400000 100000\n"}, 8),
+        ({"cpu.max": "100000 0\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_a_containers_share_of_the_cores_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == cores
 
 
 def test_this_machine_can_be_read() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 from unittest import mock
 
@@ -58,6 +60,54 @@ def test_calls_are_labelled_while_somebody_looks(world_of: Any) -> None:
     assert counts == expected
     assert same
     assert not inside
+
+
+def other_labels(context: Any) -> dict[str, int]:
+    """The calls beside dispatch and combine, each once, and what they return to be called."""
+    with ElasticBuffer(context.group, 4 << 20, num_cpu_bytes=2 << 20) as buffer:
+        buffer.agrs_set_config(1 << 12, 2)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            buffer.barrier()
+            with buffer.agrs_new_session():
+                _, wait = buffer.all_gather(torch.ones(4))
+                wait()
+            buffer.pp_set_config(64, 1)
+            buffer.pp_send(torch.ones(4), (context.rank + 1) % 2)
+            buffer.pp_recv(torch.empty(4), (context.rank + 1) % 2)
+            buffer.engram_write(torch.ones(4, 64).bfloat16())
+            buffer.engram_fetch(torch.zeros(4, 1, dtype=torch.int32))()
+            buffer.gather_expert_counts(torch.zeros(2, dtype=torch.int64))
+            buffer.gather_wait_statistics()
+            buffer.release_memory()
+    return {e.key: e.count for e in seen.key_averages() if e.key.startswith("deepep.")}
+
+
+OTHERS = (
+    *("barrier", "create_agrs_session", "all_gather", "all_gather.hook", "destroy_agrs_session"),
+    *("pp_set_config", "pp_send", "pp_recv", "engram_write", "engram_fetch", "engram_fetch.hook"),
+    *("gather_expert_counts", "gather_wait_statistics", "release_memory"),
+)
+
+
+def test_calls_beside_dispatch_and_combine_are_labelled(world_of: Any) -> None:
+    wanted = {f"deepep.{name}": 1 for name in OTHERS}
+    assert world_of(2).run(other_labels) == [wanted] * 2
+
+
+#: Local, or read off: nobody waits in them. `capture`: a context of many calls.
+UNLABELLED = re.compile(
+    "get_|is_|set_|agrs_|measure_waits|record_warps|wait_statistics|count_experts|capture"
+)
+#: Under the label of what they call.
+INSIDE = ("internode_dispatch", "internode_combine", "low_latency_query_mask_buffer")
+
+
+@pytest.mark.parametrize("kind", [Buffer, ElasticBuffer])
+def test_every_call_that_may_wait_has_a_label(kind: type) -> None:
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        if not (name.startswith("_") or UNLABELLED.match(name) or name in INSIDE):
+            source = inspect.getsource(method)
+            assert "@with_label" in source or "is_profiled()" in source or "super()." in source, name
 
 
 def test_an_error_leaves_no_label_behind() -> None:
