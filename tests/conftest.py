@@ -11,12 +11,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from deepep.sim import World
 from deepep.sim.worlds import rank_handle
 
 # Plans by the fixed rule, unless a test is about measuring them: times here are the machine's mood.
 os.environ.setdefault("DEEPEP_PROBE_SECONDS", "0")
+
+# One thread a process, as in ranks, commands included: others mostly wait in a loop for the next small
+# operation, and took half of a core's time. tests/reference/test_threads.py shows that the bits are the same.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
