@@ -97,8 +97,8 @@ CASES: dict[tuple[str, ...], Callable[..., CaseTally[Any]]] = {
     SPREADING_FILES: explore_spreads,
 }
 
-#: Scenarios at which hunts begin that took dozens of schedules, or hundreds, from the first one. A hint: where
-#: draws or kernels have changed, the hunt goes on from there and takes as long as it takes.
+#: Scenarios at which hunts begin that took dozens of schedules, or hundreds, from the first one. A hint, no
+#: more: where draws or kernels have changed, the hunt goes on from there and takes as long as it takes.
 FIRST_SEEDS: dict[str, int] = {
     "barrier/barrier.hpp finish: sync_block removed": 13,
     "barrier/barrier.hpp wait_arrivals: load sys -> gpu": 96,
