@@ -1,6 +1,4 @@
-"""Surroundings of the code in pages: what it takes for granted, a model, rows, a buffer; by page, as each
-rank of a world makes it.
-"""
+"""Surroundings of the code in pages, by page: a model, rows, a buffer, as each rank of a world makes them."""
 
 from __future__ import annotations
 
