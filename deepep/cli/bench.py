@@ -23,7 +23,7 @@ from deepep.bench.overlap.rank import run_overlap_rank
 from deepep.bench.rank import run_rank
 from deepep.bench.sweep import Shape, Sweep
 from deepep.cli.launcher import launched_ranks, refusals_raised
-from deepep.cli.terminal import FAILED, demand_file, make_console, misused
+from deepep.cli.terminal import FAILED, demand_file, demand_use, make_console, misused
 from deepep.errors import ArgumentError
 from deepep.trace import RoutingTrace, TraceError
 
@@ -33,6 +33,7 @@ PEER_TIMEOUT = 300.0
 
 
 def command(
+    context: typer.Context,
     ranks: Annotated[
         int | None, typer.Option(help="Processes, one rank each. Default: one for each GPU; on CPU 2.")
     ] = None,
@@ -91,7 +92,13 @@ def command(
         demand_file("--json", json_file)
     if plot is not None:
         demand_file("--plot", plot, (".png", ".svg", ".pdf"))
+    unused = [name for name, used in (("width", mode in ("layer", "overlap")), ("layer", trace)) if not used]
+    demand_use(
+        context, context.params.keys() - unused, "--width with a layer or overlap, --layer with a trace"
+    )
     launched = launched_ranks()
+    if launched is not None:
+        demand_use(context, context.params.keys() - {"ranks"}, "without torchrun, whose ranks these are")
     try:
         cuda = _on_cuda(device)
         num_ranks = ranks if launched is None else launched

@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deepep.cli.terminal import FAILED, PASSED, demand_folder, make_console, misused
+from deepep.cli.terminal import FAILED, PASSED, demand_folder, demand_use, make_console, misused
 from deepep.sim.explore.explorer import LIMITS, Tally, draw_scenario, draw_tall_scenario, explore
 from deepep.sim.explore.failures import Failure
 from deepep.sim.explore.kernel_mutants import HARMLESS, mutants
@@ -65,6 +65,7 @@ def scenarios_of(op: Op, ranks: int) -> Callable[[int], Scenario]:
 
 
 def command(
+    context: typer.Context,
     op: Annotated[Op, typer.Option(help="Which operation; combine needs a dispatch, too.")] = Op.ALL,
     ranks: Annotated[int, typer.Option(min=1, max=16, help="The largest number of ranks.")] = 4,
     minutes: Annotated[float, typer.Option(min=0, help="How long.")] = 1.0,
@@ -88,9 +89,12 @@ def command(
     console = make_console()
     workers = workers or os.cpu_count() or 1
     if replay is not None:
+        demand_use(context, ("replay",))
         raise typer.Exit(_replay(console, replay))
     if mutations:
+        demand_use(context, ("mutations", "match", "minutes", "workers"))
         raise typer.Exit(_hunt(console, match, minutes, workers))
+    demand_use(context, context.params.keys() - {"match"}, "with --mutations")
     demand_folder("--out", out)
     tally = _explore(console, scenarios_of(op, ranks), seed, 60.0 * minutes, stops, workers)
     if tally.failure is None:

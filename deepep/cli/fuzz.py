@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepep.cli.fuzz_faults import fuzz_faults
-from deepep.cli.terminal import FAILED, PASSED, demand_folder, make_console, misused
+from deepep.cli.terminal import FAILED, PASSED, demand_folder, demand_use, make_console, misused
 from deepep.runtime.backends import backends
 from deepep.sim.cases.case import Limits, draw_case
 from deepep.sim.cases.traces import TraceSource
@@ -53,6 +53,7 @@ def subjects_of(backend: str) -> list[Subject]:
 
 
 def command(
+    context: typer.Context,
     ranks: Annotated[int, typer.Option(min=1, help="The largest number of ranks.")] = 8,
     minutes: Annotated[float | None, typer.Option(min=0, help="How long (default: 1).")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="How many examples, instead.")] = None,
@@ -77,7 +78,10 @@ def command(
     if replay is None:
         demand_folder("--out", out)
     console = make_console()
+    if replay is not None:
+        demand_use(context, ("replay", "backend"))
     if faults:
+        demand_use(context, ("faults", "ranks", "seed", "examples", "minutes"))
         if ranks < 2:
             misused("--ranks: got 1; allowed with --faults: 2 or more")
         raise typer.Exit(fuzz_faults(console, ranks, seed, examples, minutes))

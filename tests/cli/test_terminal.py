@@ -50,6 +50,21 @@ def test_brackets_are_printed_as_they_are(
     assert name in misuse(capsys, *words, name)
 
 
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("--match", ("--match", "x")),
+        ("--op", ("--mutations", "--op", "combine")),
+        ("--seed", ("--replay", "x", "--seed", "3")),
+    ],
+)
+def test_explore_refuses_what_it_would_not_use(
+    capsys: pytest.CaptureFixture[str], named: str, words: tuple[str, ...]
+) -> None:
+    pytest.importorskip("deepep._emulator")
+    assert misuse(capsys, "explore", *words).startswith(f"{named}: ")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_explore_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
     pytest.importorskip("deepep._emulator")
@@ -209,6 +224,10 @@ MISUSES = [
     ("TRACE", "placement none"),
     ("--seed", "placement none --seed 3"),
     ("--plot", "placement none --plot x.gif"),
+    ("--seed", "fuzz --replay x --seed 3"),
+    ("--trace", "fuzz --faults --trace x"),
+    ("--width", "bench --device cpu --width 64"),
+    ("--layer", "bench --device cpu --layer 1"),
     ("--device", "doctor --device x"),
     ("--device", "bench --device x"),
     ("--device", "timeline --device x"),
