@@ -149,6 +149,13 @@ class StepOperations:
         self._perform(Operation.ADMIT, body, {"invitation": token})
         return found[0]
 
+    def bring(self, engines: Iterable[Engine], members: Iterable[int]) -> None:
+        """Has engines of these ranks, in one order on all of them, go on among `members`, who have admitted
+        some that the engines do not know: their next operations connect them. Not collective, called on all.
+        """
+        for number, engine in enumerate(engines):
+            engine.control_plane().go_beside(self._control.membership, f"exchanges/{number}", members)
+
     def hand_over(self, body: Callable[[Link], None], newcomers: int) -> None:
         """Runs `body` on the link of members and newcomers. newcomers: a number that stands for them."""
         self._perform(Operation.HAND_OVER, body, {"newcomers": newcomers})

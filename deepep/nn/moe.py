@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,8 @@ class ExpertParallelMoE(nn.Module):
         self.num_physical = num_experts if placement is None else placement.num_physical
         self.num_local_experts, self.num_expert_ranks = self.num_physical // num_ranks, num_ranks
         self.left_out: frozenset[int] = frozenset()
+        self.has_joined = False
+        """Ranks have joined since, which the buffer's group does not connect: what needs it is refused."""
         self._are_replicas_summed = False
         self.router = Router(hidden, num_experts, num_topk, gate=gate, seed=seed, **made)
         first = self.rank * self.num_local_experts
@@ -368,7 +370,7 @@ class ExpertParallelMoE(nn.Module):
         done it, as those of attempts at training steps do (`sum_replica_gradients_by`).
         """
         if not self._are_replicas_summed:
-            group = buffer_of(self.buffer_number).group
+            group = self._group("sum_replica_gradients")
             self.sum_replica_gradients_by(lambda tensor: dist.all_reduce(tensor, group=group))
             self._are_replicas_summed = False
 
@@ -397,7 +399,7 @@ class ExpertParallelMoE(nn.Module):
                 "move_to", f"ranks {sorted(self.left_out)} left out", "all ranks, to move experts"
             )
         old = self.placement or contiguous(self.num_experts, self.num_expert_ranks)
-        group = buffer_of(self.buffer_number).group
+        group = self._group("move_to")
         agree_on(placement, old, group)
         weights = list(self.experts.parameters())
         moved = move_experts([weight.detach() for weight in weights], old, placement, self.rank, group)
@@ -408,6 +410,12 @@ class ExpertParallelMoE(nn.Module):
         self.go_by(placement)
         held = old.of_rank(self.rank)
         return sum(expert not in (EMPTY, *held) for expert in placement.of_rank(self.rank))
+
+    def _group(self, operation: str) -> Any:
+        """The buffer's group, for a collective of torch's. Raises ModeError once ranks have joined."""
+        if self.has_joined:
+            raise ModeError(operation, "ranks that have joined", "the ranks that began, or an attempt")
+        return buffer_of(self.buffer_number).group
 
     def go_by(self, placement: ExpertPlacement) -> None:
         """Goes by another placement, on all ranks alike, whose experts' weights are where it says already.

@@ -10,7 +10,7 @@ the attempt runs again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,11 @@ from torch.futures import Future
 
 from deepep.collectives import Communicator
 from deepep.errors import ModeError, PeerTimeoutError, RangeError
-from deepep.parallel.exchanges import Exchanges
+from deepep.parallel.exchanges import Exchanges, check_experts
 from deepep.parallel.expert_backup import ExpertBackup
+from deepep.parallel.expert_return import ExpertReturn
 from deepep.parallel.joining import Admissions
+from deepep.parallel.state import optimizers_in
 from deepep.runtime.checks import MOST, check_int
 from deepep.runtime.control.shrinking import Course
 
@@ -147,18 +149,19 @@ class Steps:
         if min_members is not None:
             check_int("min_members", min_members, 1, MOST)
         self.keep, self.min_members = keep, min_members
-        self._configure_backup(backup, state or {})
+        self.configure_backup(backup, state or {})
 
-    def _configure_backup(self, every: int | None, state: Mapping[str, Any]) -> None:
+    def configure_backup(self, every: int | None, state: Mapping[str, Any]) -> None:
+        """Sets after how many steps experts are copied, as of `configure`."""
         exchanges = self._exchanges
         if every is None:
             exchanges.backup = None
             return
         check_int("expert_backup", every, 1, MOST)
-        optimizers = [each for each in state.values() if isinstance(each, torch.optim.Optimizer)]
+        optimizers = optimizers_in(state)
         backup = exchanges.backup
         if backup is None or (backup.every, backup.optimizers) != (every, optimizers):
-            exchanges.check_experts(self._experts)
+            check_experts(exchanges.layers, self._experts, optimizers)
             if (device := self._reducer.comm.device).type != "cpu":
                 raise ModeError("expert_backup", f"a model on {device}", "a model on the CPU, or None")
             exchanges.backup = ExpertBackup(exchanges.layers, self._reducer.comm, optimizers, every)
@@ -167,20 +170,45 @@ class Steps:
 
     def admit(self) -> None:
         """Takes in who was announced when the last step was committed. Raises what `survive` does."""
+        if self._announced:
+            self.secure_experts(True)  # so that no step of the experts is lost whose rank dies meanwhile
         announced, self._announced = self._announced, 0
         if announced:
             self.admissions.admit(announced)
 
-    def secure_experts(self) -> None:
+    def expert_return(self) -> ExpertReturn | None:
+        """Hand-over of experts to ranks that join; None for a model without."""
+        backup = self._exchanges.backup
+        return None if backup is None else ExpertReturn(backup)
+
+    def give_back_experts(
+        self, members: Collection[int], newcomers: Collection[int]
+    ) -> Callable[[], None] | None:
+        """Gives newcomers their experts. Returns a function that has layers and buffers go on with them, to
+        be called once all have theirs; None for a model without. Collective. Raises PeerTimeoutError.
+        """
+        giving = self.expert_return()
+        if giving is None:
+            return None
+        adopt, everybody = giving.give_back(members, newcomers), self._reducer.comm.members
+
+        def adopt_with_buffers() -> None:
+            adopt()
+            self._exchanges.admit(everybody)
+
+        return adopt_with_buffers
+
+    def secure_experts(self, afresh: bool = False) -> None:
         """Before an attempt: restores experts of ranks that died, as far as there are copies, and has copies
-        be made, if they are due. Raises what `survive` does; MismatchError.
+        be made, if they are due. afresh: if they are of an earlier step. Raises what `survive` does;
+        MismatchError.
         """
         while (backup := self._exchanges.backup) is not None:
             try:
                 moves, placements = backup.moves()
                 if moves:
                     self._carry_out(backup.restore(moves, placements))
-                elif backup.is_due(self._reducer.step):
+                elif backup.is_due(self._reducer.step, afresh):
                     self._carry_out(backup.refresh(self._reducer.step))
                 else:
                     self._exchanges.leave_out()

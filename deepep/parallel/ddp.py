@@ -20,6 +20,7 @@ from deepep.parallel.attempts import StepAttempt, StepCollectives, Steps
 from deepep.parallel.balance import SpeedMeter
 from deepep.parallel.config import ParallelConfig, get_config, with_changes
 from deepep.parallel.devices import device_of_this_rank, has_ranks
+from deepep.parallel.exchanges import check_experts, layers_of
 from deepep.parallel.experts import (
     ExpertReducer,
     check_replicas,
@@ -34,7 +35,7 @@ from deepep.parallel.hook import BucketReducer, reduce_bucket
 from deepep.parallel.joining import LoneGroup, buckets_of, come_in, statement_of
 from deepep.parallel.planning import table_of
 from deepep.parallel.sampler import ElasticSampler
-from deepep.parallel.state import check_objects
+from deepep.parallel.state import check_objects, optimizers_in
 from deepep.runtime.checks import MOST, check_int
 
 GRADIENTS = ("mean", "sum")
@@ -126,7 +127,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         # alone. So a sum is the mean of R times the addends.
         num_ranks = self.process_group.size()
         num_replicas = 1 if replicas is None else replicas.size()
-        if experts:
+        joins = isinstance(self.process_group, LoneGroup)  # the members know among whom
+        if experts and not joins:
             check_replicas(module, num_ranks, num_replicas)
         replicated = [p for n, p in module.named_parameters() if n not in ignored]
         forget_reductions(module.parameters())
@@ -137,7 +139,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         scale_gradients(replicated, num_ranks if gradient == "sum" else 1, 1)
         if sampler is not None:
             self._check_sampler(sampler, options)
-        if not options.is_torchs and not isinstance(self.process_group, LoneGroup):
+        if not options.is_torchs and not joins:
             self._bucket_reducer = attach(self, options, gradient, sampler)
         if replicas is not None and experts:
             self._reduce_experts(module, replicas, options)
@@ -146,8 +148,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         if not isinstance(sampler, ElasticSampler):
             raise ArgumentTypeError("sampler", type(sampler).__name__, "a deepep.ElasticSampler")
         place = (self.process_group.rank(), self.process_group.size())
-        joins = isinstance(self.process_group, LoneGroup)  # the members know the place
-        if not joins and (sampler.rank, sampler.num_ranks) != place:
+        if not isinstance(self.process_group, LoneGroup) and (sampler.rank, sampler.num_ranks) != place:
             got = f"rank {sampler.rank} of {sampler.num_ranks}"
             raise RangeError("sampler", got, f"rank {place[0]} of {place[1]}, as in the process group")
         if options.is_torchs:
@@ -270,7 +271,7 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             raise ModeError("state", "a model with experts", "None, without expert_backup")
         steps = self._steps_of(self._reducer_of_ours())
         steps.configure(keep, min_members, expert_backup, state)
-        steps.admissions.configure(None if self._experts else state, name)
+        steps.admissions.configure(state, name)
         steps.admit()
         steps.secure_experts()
         attempt = StepAttempt(steps)
@@ -306,8 +307,10 @@ class DistributedDataParallel(TorchDistributedDataParallel):
 
         Returns before the same step as the members: they send the module's weights and buffers, the sampler's
         step, and all that `state` has, as they pass it to `attempts`, which are theirs then, bit for bit, or
-        this raises. What has to be the same (options, parameters, modules, kinds of objects in `state`) is
-        compared before they stop for it.
+        this raises. Layers of experts are built on a Buffer of `deepep.parallel.newcomer_group`: this rank
+        has its experts again, from who took them over (`expert_backup`), but for those that nobody has any
+        more, which are as in `module`. What has to be the same (options, parameters, modules, kinds of
+        objects in `state`) is compared before they stop for it.
 
         store: a connection to the store that the run's group met through; or the group itself, on a rank that
         was left out. name: as of `attempts`. timeout: seconds to wait for the members to come to a step;
@@ -319,12 +322,16 @@ class DistributedDataParallel(TorchDistributedDataParallel):
         options = config or get_config()
         check_int("rank", rank, 0, MOST)
         check_objects(state)
+        if arguments.get("expert_group") is not None:
+            raise ModeError("expert_group", "replicas of experts", "experts of one rank each, or none")
         model = cls(module, process_group=LoneGroup(), config=options, sampler=sampler, **arguments)
         if sampler is not None and sampler.rank != rank:
             raise RangeError("sampler", f"rank {sampler.rank}'s", f"rank {rank}'s")
-        if options.is_torchs or model.device_type != "cpu" or model._experts or model._gradient != "mean":
-            allowed = "steps that outlive ranks, as of `attempts`, on the CPU, without experts"
+        if options.is_torchs or model.device_type != "cpu" or model._gradient != "mean":
+            allowed = "steps that outlive ranks, as of `attempts`, on the CPU"
             raise ModeError("join_run", "a model that has none", allowed)
+        if model._experts:
+            check_experts(layers_of(module), model._experts, optimizers_in(state))
         statement = statement_of(model, options, sampler, state)
         seconds = options.seconds if timeout is None else timeout
         comm, invitation = come_in(rank, statement, store, name, seconds, options.seconds)
@@ -332,6 +339,8 @@ class DistributedDataParallel(TorchDistributedDataParallel):
             reducer = model._bucket_reducer = BucketReducer(comm, options)
             _reduce_by(model, reducer, sampler)
             steps = model._steps_of(reducer)
+            if model._experts:
+                steps.configure_backup(1, state)  # as often as the members', once they have said so
             steps.admissions.configure(state, name)
             steps.admissions.hand_over(invitation.members, invitation.ranks)
         except BaseException:

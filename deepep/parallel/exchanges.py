@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from deepep.collectives import Communicator
 from deepep.errors import ModeError, RangeError
 from deepep.nn.buffers import engine_of
 from deepep.nn.moe import ExpertParallelMoE
-from deepep.parallel.expert_backup import ExpertBackup
+from deepep.parallel.expert_backup import ExpertBackup, ExpertRows
 from deepep.placement.experts import contiguous
 from deepep.runtime.engine import Engine
 
@@ -37,7 +38,7 @@ class Exchanges:
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
         self._comm = comm
         self.backup: ExpertBackup | None = None
-        self.layers = [part for part in model.modules() if isinstance(part, ExpertParallelMoE)]
+        self.layers = layers_of(model)
         ranks = comm.group.rank(), comm.group.size()
         for engine in self._engines():
             found = engine.info.rank, engine.info.num_ranks
@@ -48,16 +49,8 @@ class Exchanges:
                 )
             engine.control_plane()
 
-    def check_experts(self, experts: Iterable[nn.Parameter]) -> None:
-        """Raises ModeError for a model without experts, or with others than those of the layers."""
-        found = {id(parameter) for parameter in experts}
-        others = found - {id(p) for layer in self.layers for p in layer.expert_parameters()}
-        if others or not found:
-            got = "experts of another module" if others else "a model without experts"
-            raise ModeError("expert_backup", got, "None, but for experts of deepep.nn.ExpertParallelMoE")
-
     def _engines(self) -> list[Engine]:
-        return [engine_of(number) for number in sorted({layer.buffer_number for layer in self.layers})]
+        return [engine_of(number) for number in dict.fromkeys(layer.buffer_number for layer in self.layers)]
 
     def begin(self) -> None:
         """An attempt begins."""
@@ -96,6 +89,17 @@ class Exchanges:
             lost = sorted(set(before) - set(members))
             _log.warning("ranks %s are gone; experts that nobody has any more: %s", lost, self._not_chosen())
 
+    def admit(self, members: tuple[int, ...]) -> None:
+        """Has buffers go on among `members`, who have handed over to some of them that the buffers do not
+        know; and then without those of them whom the communicator has lost since.
+        """
+        self._comm.bring(self._engines(), members)
+        for layer in self.layers:
+            layer.has_joined = True
+        if self._comm.members != members:
+            for engine in self._engines():
+                engine.follow(self._comm.members)
+
     def leave_out(self) -> None:
         """Has gates choose among the experts of those who are there. Raises RangeError."""
         for layer in self.layers:
@@ -109,3 +113,37 @@ class Exchanges:
             left = placed.alive_without(engine_of(layer.buffer_number).masked)
             found.append(sorted(set(range(layer.num_experts)) - set(left)))
         return found
+
+
+def check_experts(
+    layers: Iterable[ExpertParallelMoE],
+    experts: Iterable[nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Raises ModeError for a model without experts, with others than those of the layers, or without an
+    optimizer that has them all.
+    """
+    found = {id(parameter) for parameter in experts}
+    others = found - {id(p) for layer in layers for p in layer.expert_parameters()}
+    if others or not found:
+        got = "experts of another module" if others else "a model without experts"
+        raise ModeError("expert_backup", got, "None, but for experts of deepep.nn.ExpertParallelMoE")
+    for layer in layers:
+        ExpertRows(layer, optimizers)
+
+
+def layers_of(model: nn.Module) -> list[ExpertParallelMoE]:
+    """The model's layers that exchange tokens."""
+    return [part for part in model.modules() if isinstance(part, ExpertParallelMoE)]
+
+
+def statement_of_layers(model: nn.Module) -> str:
+    """Text of what layers that exchange tokens, and their buffers, have to have alike on all ranks."""
+    layers = layers_of(model)
+    buffers = list(dict.fromkeys(layer.buffer_number for layer in layers))
+    facts = [
+        f"{layer.num_experts} experts on {layer.num_physical} places, top {layer.num_topk}, "
+        f"of buffer {buffers.index(layer.buffer_number)}"
+        for layer in layers
+    ]
+    return "; ".join([*facts, *(str(engine_of(number).control_plane().statement) for number in buffers)])

@@ -56,7 +56,7 @@ class ExpertRows:
 
     def __init__(self, layer: ExpertParallelMoE, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.layer, self.parameters = layer, list(layer.expert_parameters())
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         for parameter in self.parameters:
             count = 0 if is_distributed(parameter) or not parameter.ndim else parameter.shape[0]
             if count != layer.num_local_experts or not parameter.is_contiguous():
@@ -78,12 +78,16 @@ class ExpertRows:
         """Tensors whose first dimension is the experts', by names that are alike on all ranks."""
         for number, parameter in enumerate(self.parameters):
             yield f"{number}", parameter.detach()
-            for place, optimizer in enumerate(self._optimizers):
+            for place, optimizer in enumerate(self.optimizers):
                 state: Mapping[str, Any] = optimizer.state.get(parameter, {})
                 for name in sorted(state):
-                    value = state[name]
-                    if isinstance(value, Tensor) and value.ndim and value.shape[0] == parameter.shape[0]:
-                        yield f"{number}.{place}.{name}", value.detach()
+                    if self.is_rowed(parameter, state[name]):
+                        yield f"{number}.{place}.{name}", state[name].detach()
+
+    @staticmethod
+    def is_rowed(parameter: Tensor, value: object) -> bool:
+        """True if what an optimizer keeps of a parameter has a row for each expert."""
+        return isinstance(value, Tensor) and bool(value.ndim) and value.shape[0] == parameter.shape[0]
 
     def statement(self) -> str:
         """Text that is the same where a row has the same parts."""
@@ -120,12 +124,15 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class Move:
-    """An expert's way from a rank that has a copy to a place of another, or of the same."""
+    """An expert's way from a rank that has a copy to a place of another, or of the same; from its place
+    `source` there, where it is not a copy.
+    """
 
     expert: Expert
     keeper: int
     taker: int
     place: int
+    source: int = -1
 
 
 class ExpertBackup:
@@ -152,6 +159,8 @@ class ExpertBackup:
             except RangeError as problem:
                 raise RangeError("expert_backup", problem.got, problem.allowed) from None
         self.copies = Copies()
+        self.home = tuple(rows.placement for rows in self.layers)
+        """The layers' placements when all ranks were there, which ranks that join come back to."""
         self.restored: dict[Expert, int] = {}
         """Experts that were restored, and the version of the last copy that they were restored from."""
 
@@ -161,11 +170,14 @@ class ExpertBackup:
 
     # copies
 
-    def is_due(self, version: int) -> bool:
-        """True if copies are to be made anew. version: steps that have counted."""
+    def is_due(self, version: int, afresh: bool = False) -> bool:
+        """True if copies are to be made anew. version: steps that have counted. afresh: those of an earlier
+        step will not do, however many `every` is.
+        """
         found = self.copies
         now = self.comm.members, tuple(rows.placement for rows in self.layers)
-        return version >= found.version + self.every or (found.members, found.placements) != now
+        is_old = version >= found.version + (1 if afresh else self.every)
+        return is_old or (found.members, found.placements) != now
 
     def refresh(self, version: int) -> Callable[[], None]:
         """Gives each member's experts to the member before it. Returns a function that takes them for the
@@ -196,6 +208,8 @@ class ExpertBackup:
 
         def adopt() -> None:
             self.copies = made
+            if len(members) == placements[0].num_ranks:
+                self.home = placements
 
         return adopt
 
@@ -222,34 +236,52 @@ class ExpertBackup:
         return found, placements
 
     def restore(self, moves: Sequence[Move], placements: Sequence[ExpertPlacement]) -> Callable[[], None]:
-        """Gives experts to those who take them over. Returns a function that has layers go by the new
-        placements, to be called once all have theirs. Collective. Raises PeerTimeoutError, MismatchError.
+        """Gives copies of experts to those who take them over. Returns a function that has layers go by the
+        new placements, to be called once all have theirs. Collective. Raises PeerTimeoutError, MismatchError.
         """
-        rank, version = self._rank, self.copies.version
-        gives: dict[int, list[Tensor]] = {}
-        takes: dict[int, list[Tensor]] = {}
-        staged: dict[Move, list[Tensor]] = {}
-        for move in moves:
-            if move.taker == rank:
-                if move.keeper == rank:
-                    staged[move] = self.copies.rows[move.expert]
-                    continue
-                staged[move] = self.layers[move.expert[0]].room(self.copies.parts[move.expert[0]])
-                takes.setdefault(move.keeper, []).extend(staged[move])
-            elif move.keeper == rank:
-                gives.setdefault(move.taker, []).extend(self.copies.rows[move.expert])
-        self._pass_rows(gives, takes, repr(moves))
+        copies, version = self.copies, self.copies.version
+        adopt = self.bring(moves, placements, lambda move: copies.rows[move.expert], copies.parts)
 
-        def adopt() -> None:
-            for move, values in staged.items():
-                number = move.expert[0]
-                self.layers[number].put(move.place, values, self.copies.parts[number])
-            for rows, placement in zip(self.layers, placements, strict=True):
-                rows.layer.go_by(placement)
+        def adopt_and_say() -> None:
+            adopt()
             self.restored.update((move.expert, version) for move in moves)
             if self.comm.rank == 0:
                 by_layer = [[m.expert[1] for m in moves if m.expert[0] == n] for n in range(len(placements))]
                 _log.warning("experts restored as they were after %s steps: %s", version, by_layer)
+
+        return adopt_and_say
+
+    def bring(
+        self,
+        moves: Sequence[Move],
+        placements: Sequence[ExpertPlacement],
+        held: Callable[[Move], list[Tensor]],
+        parts: Sequence[Collection[str]],
+    ) -> Callable[[], None]:
+        """Has experts travel. held: this rank's row of one, which does not change; parts: by layer, the names
+        of a row's tensors. Returns a function that puts them in their places, and has layers go by the
+        placements, to be called once all have theirs. Collective. Raises PeerTimeoutError, MismatchError.
+        """
+        gives: dict[int, list[Tensor]] = {}
+        takes: dict[int, list[Tensor]] = {}
+        staged: dict[Move, list[Tensor]] = {}
+        for move in moves:
+            number = move.expert[0]
+            if move.taker == self._rank:
+                if move.keeper == self._rank:
+                    staged[move] = held(move)
+                    continue
+                staged[move] = self.layers[number].room(parts[number])
+                takes.setdefault(move.keeper, []).extend(staged[move])
+            elif move.keeper == self._rank:
+                gives.setdefault(move.taker, []).extend(held(move))
+        self._pass_rows(gives, takes, repr(moves))
+
+        def adopt() -> None:
+            for move, values in staged.items():
+                self.layers[move.expert[0]].put(move.place, values, parts[move.expert[0]])
+            for rows, placement in zip(self.layers, placements, strict=True):
+                rows.layer.go_by(placement)
 
         return adopt
 

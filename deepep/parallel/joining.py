@@ -13,7 +13,7 @@ import contextlib
 import secrets
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,17 +24,19 @@ from torch.distributed.distributed_c10d import Store
 from deepep.collectives import Communicator
 from deepep.collectives.communicator import digest_of
 from deepep.errors import ArgumentError, ArgumentTypeError, FaultRecord, MismatchError, PeerTimeoutError
+from deepep.parallel.exchanges import statement_of_layers
 from deepep.parallel.handover import StateTransfer, TrainingState
 from deepep.parallel.sampler import ElasticSampler
 from deepep.parallel.state import PackedState, check_objects, states_of
+from deepep.runtime.checks import MOST, check_int
 from deepep.runtime.control import admission
 from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.meeting import ControlStore, StoreError
 from deepep.runtime.control.registration import Newcomer, Registration, Registrations
 from deepep.runtime.control.shrinking import Course
 from deepep.runtime.control.stores import base_of
-from deepep.runtime.control.transport import store_of, timedelta_of
-from deepep.runtime.session import run_prefix
+from deepep.runtime.control.transport import Connections, store_of, timedelta_of
+from deepep.runtime.session import MeetingPlace, meets_at, run_prefix
 from deepep.version import __version__
 
 if TYPE_CHECKING:
@@ -56,6 +58,24 @@ class LoneGroup(dist.ProcessGroup):
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
 
 
+def newcomer_group(rank: int, num_ranks: int) -> dist.ProcessGroup:
+    """A group for the Buffers of a process that is to join a training as `rank`: of as many ranks as the run
+    has, all but this one vacant, until `DistributedDataParallel.join_run` brings the buffers to the others'.
+
+        buffer = deepep.Buffer(deepep.parallel.newcomer_group(rank, num_ranks), device="cpu")
+
+    It has no connections, and serves no collective of torch.distributed. Raises ArgumentTypeError or
+    RangeError.
+    """
+    check_int("num_ranks", num_ranks, 1, MOST)
+    check_int("rank", rank, 0, num_ranks - 1)
+    store = HashStore()
+    group = dist.ProcessGroup(store, rank, num_ranks)
+    vacant = frozenset(range(num_ranks)) - {rank}
+    meets_at(group, MeetingPlace(ControlStore(store, run_prefix()), Connections(store), vacant))
+    return group
+
+
 def statement_of(
     model: DistributedDataParallel,
     config: object,
@@ -74,6 +94,7 @@ def statement_of(
         "buckets": buckets_of(model),
         "modules": f"{len(modules)} modules, digest {digest_of(modules):x}",
         "parameters": f"{len(parameters)} tensors of {count} elements, digest {digest_of(parameters):x}",
+        "experts": statement_of_layers(module),
         "state": ", ".join(f"{name}: {type(each).__name__}" for name, each in objects.items()) or "nothing",
     }
 
@@ -201,12 +222,14 @@ class Admissions:
         comm, reducer = self._reducer.comm, self._reducer
         is_member = comm.members[comm.rank] in members
         least = self._least(members) if is_member else 1
+        adopt: Callable[[], None] | None = None
         while present := sorted(set(newcomers) & set(comm.members)):
             try:
                 if is_member:
                     self._give(members, present)
                 else:
                     self._take(members, present)
+                adopt = self._steps.give_back_experts(members, present)
                 reducer.restart()
                 reducer.plan_for_members()
                 comm.commit(reducer.step)
@@ -214,6 +237,9 @@ class Admissions:
             except PeerTimeoutError as fault:
                 if self._steps.survive(fault, least) is Course.GO_ON:
                     break
+                adopt = None
+        if adopt is not None:
+            adopt()
         reducer.end_step(False)  # the sampler shares the next one anew
         self._steps.begin_anew(True)
 
@@ -221,7 +247,7 @@ class Admissions:
         state, comm = self._training_state(), self._reducer.comm
         try:
             try:
-                transfer = StateTransfer(members, state.names_of_buffers(), state.pack())
+                transfer = StateTransfer(members, state.may_differ, state.pack())
             except ArgumentError as problem:
                 comm.refuse(problem)
             comm.hand_over(transfer.run, digest_of(tuple(newcomers)))
@@ -230,14 +256,15 @@ class Admissions:
 
     def _take(self, members: Collection[int], newcomers: Collection[int]) -> None:
         state = self._training_state()
-        transfer = StateTransfer(members, state.names_of_buffers())
+        transfer = StateTransfer(members, state.may_differ)
         self._reducer.comm.hand_over(transfer.run, digest_of(tuple(newcomers)))
         assert transfer.packed is not None
         state.load(transfer.packed, transfer.is_random_alike)
         transfer.check(state.pack())
 
     def _training_state(self) -> TrainingState:
-        return TrainingState(self._model.module, self._reducer, self._objects or {})
+        experts = self._steps.expert_return()
+        return TrainingState(self._model.module, self._reducer, self._objects or {}, experts)
 
 
 def _ids(objects: Mapping[str, Any]) -> dict[str, int]:

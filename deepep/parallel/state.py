@@ -117,6 +117,11 @@ def check_objects(objects: Mapping[str, Any]) -> None:
             raise ArgumentTypeError("state", f"{name}: {type(each).__name__}", allowed)
 
 
+def optimizers_in(objects: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+    """The optimizers among objects."""
+    return [each for each in objects.values() if isinstance(each, torch.optim.Optimizer)]
+
+
 def states_of(objects: Mapping[str, Any]) -> dict[str, Any]:
     """The objects' states. Raises ArgumentError where one does not give its own."""
     found = {}

@@ -56,6 +56,38 @@ def taken_over(
     return ExpertPlacement(placement.num_experts, placement.num_ranks, whole)
 
 
+def given_back(
+    placement: ExpertPlacement, home: ExpertPlacement, back: Collection[int], here: Collection[int]
+) -> ExpertPlacement:
+    """The placement in which ranks that come `back` have what they have in `home`, and those who were `here`
+    without them, where they had taken such an expert over, what they have there in `home`: nothing, or a
+    replica of what somebody here still has. The other ranks' experts stay where they are; once all ranks are
+    back it is `home`.
+
+    An expert that nobody here has stands where it does in `home`, as good as new or with a rank that is gone.
+    """
+    ranks = [list(placement.of_rank(rank)) for rank in range(placement.num_ranks)]
+    live = {expert for rank in here for expert in ranks[rank]} - {EMPTY}
+    given: set[int] = set()
+    for rank in back:
+        ranks[rank] = list(home.of_rank(rank))
+        given |= set(ranks[rank])
+
+    def unplaced() -> set[int]:
+        return set(range(placement.num_experts)) - {expert for rank in ranks for expert in rank}
+
+    for rank in here:
+        for place, own in enumerate(home.of_rank(rank)):
+            if ranks[rank][place] != own and ranks[rank][place] in given:
+                ranks[rank][place] = own if own in live or own in unplaced() else EMPTY
+    for rank in set(range(placement.num_ranks)) - {*here, *back}:
+        for place, own in enumerate(home.of_rank(rank)):
+            if own in unplaced():
+                ranks[rank][place] = own
+    whole = tuple(expert for rank in ranks for expert in rank)
+    return ExpertPlacement(placement.num_experts, placement.num_ranks, whole)
+
+
 def check_room(placement: ExpertPlacement) -> None:
     """Raises RangeError unless the other ranks have places for what any one rank alone has."""
     for rank in range(placement.num_ranks):

@@ -186,6 +186,9 @@ def train_alone(
     for step, ranks in enumerate(members):
         if restored is not None:
             kept |= {expert // EXPERTS_PER_RANK for expert in restored[step]}
+        for rank in set(ranks) - set(members[step - 1] if step else ranks):  # it has joined
+            source = min(set(ranks) & set(members[step - 1]))
+            _catch_up(models[rank], optimizers[rank], models[source], optimizers[source])
         hosts = sorted({*ranks, *kept})
         history.append(_copies(models, optimizers))
         for expert, version in ({} if restored is None else restored[step]).items():
@@ -209,6 +212,18 @@ def train_alone(
         for rank in hosts:
             optimizers[rank].step()
     return models
+
+
+def _catch_up(
+    model: ExpertModel, optimizer: torch.optim.Optimizer, other: ExpertModel, others: torch.optim.Optimizer
+) -> None:
+    """Has a rank's model and optimizer have what another's have, but for experts."""
+    own = {id(parameter) for parameter in model.moe.expert_parameters()}
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        if id(mine) not in own:
+            mine.data.copy_(theirs.data)
+            if theirs in others.state:
+                optimizer.state[mine] = {name: value.clone() for name, value in others.state[theirs].items()}
 
 
 def _clip(models: Sequence[ExpertModel]) -> None:

@@ -40,7 +40,8 @@ from deepep.sim.worlds.world import World
 DEATHS = ("called", "transfer", "load", "commit")
 """Moments of a newcomer: when it is called; when it gets the state, has it, and commits that it has."""
 _SAMPLES, _BATCH, _WIDTH = 240, 24, 24
-_WAIT = 30.0
+WAIT = 30.0
+"""Seconds that newcomers and steps wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Trainee:
             ddp._bucket_reducer.meter = KnownSpeed(1.0 if self.rank == 0 else 2.0)
         while sampler.step < run.num_steps:
             step = sampler.step
-            self._await_newcomers(step)
+            await_newcomers(run, step)
             if striker is not None:
                 striker.step = step
             for attempt in ddp.attempts(state=self.state):
@@ -171,15 +172,42 @@ class Trainee:
         account.weights = digest(self.model)
         return account
 
-    def _await_newcomers(self, step: int) -> None:
-        """Holds a step until who is to join then has registered, however long its process took to start."""
-        waited = [join for join in self.run.joins if join.step == step]
-        Path(self.run.folder, f"reached-{step}").touch()
-        until = time.monotonic() + _WAIT
-        while not all(_registered(self.run, join).exists() for join in waited):
-            if time.monotonic() > until:
-                raise TimeoutError(f"{waited} have not registered")
-            time.sleep(0.005)
+
+def await_newcomers(run: Run, step: int) -> None:
+    """Holds a step until who is to join then has registered, however long its process took to start."""
+    waited = [join for join in run.joins if join.step == step]
+    Path(run.folder, f"reached-{step}").touch()
+    until = time.monotonic() + WAIT
+    while not all(_registered(run, join).exists() for join in waited):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{waited} have not registered")
+        time.sleep(0.005)
+
+
+def await_turn(run: Run, join: Join) -> None:
+    """Waits until a newcomer's step has come; has it note that it has registered, and die when it is to."""
+    from deepep.runtime.control.registration import Newcomer
+
+    while not Path(run.folder, f"reached-{join.step}").exists():
+        time.sleep(0.005)
+    wait = Newcomer.wait
+
+    def noting(newcomer: Newcomer, deadline: float) -> Any:
+        _registered(run, join).touch()
+        return wait(newcomer, deadline)
+
+    Newcomer.wait = noting  # type: ignore[assignment, method-assign]
+    _die_at(join.death)
+
+
+def publish_store(ctx: RankContext, run: Run) -> None:
+    """Has newcomers find the run's store."""
+    Path(run.folder, "store").write_text(place_of(base_of(store_of(ctx.group))))
+
+
+def run_store(run: Run) -> Any:
+    """A connection to the run's store."""
+    return open_store(Path(run.folder, "store").read_text(), run.timeout)
 
 
 def _registered(run: Run, join: Join) -> Path:
@@ -192,7 +220,7 @@ def train(ctx: RankContext, run: Run) -> JoinAccount:
 
     trainee, striker = Trainee(ctx.rank, run), Striker(ctx.rank, run.ends, run.folder)
     if ctx.rank == 0:
-        Path(run.folder, "store").write_text(place_of(base_of(store_of(ctx.group))))
+        publish_store(ctx, run)
     ddp: Any = deepep.DistributedDataParallel(trainee.model, process_group=ctx.group, **trainee.options())
     ddp._bucket_reducer.comm.observe(striker.observed)
     trainee.model[0].register_forward_hook(lambda *_: striker.reached("forward"))
@@ -219,23 +247,12 @@ def _falter() -> None:
 def join_and_train(ctx: RankContext, run: Run) -> JoinAccount:
     """The part of a process that joins: the one of `run.joins` at this process's place."""
     import deepep
-    from deepep.runtime.control.registration import Newcomer
 
     join = run.joins[ctx.rank]
-    while not Path(run.folder, f"reached-{join.step}").exists():
-        time.sleep(0.005)
+    await_turn(run, join)
     trainee = Trainee(join.rank, run)
-    wait = Newcomer.wait
-
-    def noting(newcomer: Newcomer, deadline: float) -> Any:
-        _registered(run, join).touch()
-        return wait(newcomer, deadline)
-
-    Newcomer.wait = noting  # type: ignore[assignment, method-assign]
-    _die_at(join.death)
-    store = open_store(Path(run.folder, "store").read_text(), run.timeout)
     ddp = deepep.DistributedDataParallel.join_run(
-        trainee.model, join.rank, trainee.state, store=store, timeout=_WAIT, **trainee.options()
+        trainee.model, join.rank, trainee.state, store=run_store(run), timeout=WAIT, **trainee.options()
     )
     return trainee.train(ddp)
 
@@ -244,6 +261,8 @@ def _die_at(moment: str) -> None:
     """Has this process be killed when it comes to a moment."""
     from deepep.collectives import Communicator
     from deepep.parallel import handover
+    from deepep.parallel.exchanges import Exchanges
+    from deepep.parallel.expert_backup import ExpertBackup
     from deepep.runtime.control import admission
 
     def die(*arguments: Any) -> Any:
@@ -254,6 +273,8 @@ def _die_at(moment: str) -> None:
         "transfer": (handover, "hand_over"),
         "load": (handover.TrainingState, "load"),
         "commit": (Communicator, "commit"),
+        "rows": (ExpertBackup, "bring"),
+        "adopted": (Exchanges, "admit"),
     }
     if moment:
         setattr(*places[moment], die)
@@ -265,6 +286,13 @@ def judge_joins(world: World, newcomers: World, run: Run) -> list[JoinAccount]:
     Raises:
         Violation: a promise was not kept.
     """
+    accounts: list[JoinAccount] = outcomes_of(world, newcomers, run, train, join_and_train)
+    judge_accounts(run, accounts)
+    return accounts
+
+
+def outcomes_of(world: World, newcomers: World, run: Run, train: Any, join_and_train: Any) -> list[Any]:
+    """The values of the ranks that are there in the end. Raises Violation where others ended otherwise."""
     joined = newcomers.submit(join_and_train, run, timeout=20 * run.timeout + 120)
     stayed = world.submit(train, run, timeout=20 * run.timeout + 120)
     outcomes, new = stayed.outcomes(), joined.outcomes()
@@ -275,9 +303,7 @@ def judge_joins(world: World, newcomers: World, run: Run) -> list[JoinAccount]:
     for outcome in outcomes:
         if outcome.ok == (outcome.rank in lost):
             raise Violation(f"{run}: {outcome.describe()}", outcome.rank)
-    accounts: list[JoinAccount] = [outcome.value for outcome in (*outcomes, *new) if outcome.ok]
-    judge_accounts(run, accounts)
-    return accounts
+    return [outcome.value for outcome in (*outcomes, *new) if outcome.ok]
 
 
 def judge_accounts(run: Run, accounts: Sequence[JoinAccount]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deepep.collectives.choosing import HOPELESS
 from deepep.sim.links.clusters import EmulatedCluster
 from deepep.sim.links.emulated import EmulatedNetwork
 from deepep.sim.worlds.world import World
@@ -115,6 +117,7 @@ def _compared(
             CHOSEN: _reduction(comm, tensor, chosen),
             CHOSEN_FP8: _reduction(comm, tensor, fp8),
         }
+        same: list[str] = []  # schedules that were chosen as they would be pinned: no plan is timed twice
         for schedule in PINNED if pinned else ():
             if schedule == "oneshot" and size == SIZES[-1]:
                 continue  # R - 1 times the whole
@@ -122,19 +125,40 @@ def _compared(
             pieces = 4 if schedule in ("hierarchical", "chain") else 1
             if schedule != "hierarchical" or 1 < len(table.groups) < context.num_ranks:
                 plan = ReductionPlan(schedule, "fixed32", groups=groups, pieces=pieces)
-                ways[schedule] = _reduction(comm, tensor, plan)
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way, run in ways.items():
-                comm.gather([0.0])  # all begin at once
-                started = time.perf_counter()
-                run()
-                slowest = max(row[0] for row in comm.gather([time.perf_counter() - started]))
-                times[way].append(slowest)
-        seconds[size] = {way: statistics.median(of_way) for way, of_way in times.items()}
+                if plan == chosen:
+                    same.append(schedule)
+                else:
+                    ways[schedule] = _reduction(comm, tensor, plan)
+        seconds[size] = medians(ways, rounds, partial(_slowest, comm))
+        seconds[size].update((schedule, seconds[size][CHOSEN]) for schedule in same)
         plans[size] = {CHOSEN: _words(chosen), CHOSEN_FP8: _words(fp8)}
     comm.close()
     return ClusterComparison(name, table.groups, seconds, plans)
+
+
+def medians(
+    ways: Mapping[str, Callable[[], object]], rounds: int, timed: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
+    """The median of each way's seconds over `rounds` rounds, all in turn in each; of a schedule of `PINNED`
+    that takes `HOPELESS` times the fastest way in sums of all bits, those until it has: it runs no more.
+
+    timed: runs a way; its seconds, the same on all ranks.
+    """
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    left = list(ways)
+    for _ in range(rounds):
+        for way in left:
+            times[way].append(timed(ways[way]))
+        fastest = min(min(of_way) for way, of_way in times.items() if way != CHOSEN_FP8)
+        left = [way for way in left if way not in PINNED or min(times[way]) <= HOPELESS * fastest]
+    return {way: statistics.median(of_way) for way, of_way in times.items()}
+
+
+def _slowest(comm: Any, run: Callable[[], object]) -> float:
+    comm.gather([0.0])  # all begin at once
+    started = time.perf_counter()
+    run()
+    return float(max(row[0] for row in comm.gather([time.perf_counter() - started])))
 
 
 def _reduction(comm: Any, tensor: Any, plan: Any) -> Callable[[], object]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepep.errors import ArgumentTypeError, RangeError
 from deepep.placement import ExpertPlacement, contiguous, place, revise, with_spare
-from deepep.placement.spare import check_room, taken_over
+from deepep.placement.spare import check_room, given_back, taken_over
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -86,3 +86,42 @@ def test_misuse() -> None:
     for number in (-1, 1 << 16):
         with pytest.raises(RangeError):
             with_spare(contiguous(4, 2), number)
+
+
+@QUICK
+@given(st.data())
+def test_who_comes_back_has_its_own_and_nothing_that_lives_is_lost(data: Any) -> None:
+    """Ranks die, are restored as far as there is room, and come back, in any order; once all are there again,
+    all is as it was.
+    """
+    home, _ = data.draw(deaths())
+    placement, here = home, set(range(home.num_ranks))
+    for _ in range(data.draw(st.integers(1, 6))):
+        away = set(range(home.num_ranks)) - here
+        if len(here) > 1 and (not away or data.draw(st.booleans())):
+            rank = data.draw(st.sampled_from(sorted(here)))
+            kept = set(range(home.num_experts)) - set(placement.alive_without(away | {rank}))
+            here, away = here - {rank}, away | {rank}
+            placement = taken_over(
+                placement, away, data.draw(st.sets(st.sampled_from(sorted(kept) or [0]))) & kept
+            )
+            continue
+        back = data.draw(st.sets(st.sampled_from(sorted(away)), min_size=1))
+        live = set(placement.alive_without(away))
+        placement, old = given_back(placement, home, back, here), placement
+        assert given_back(old, home, back, here) == placement  # on every rank
+        for rank in back:
+            assert placement.of_rank(rank) == home.of_rank(rank)
+        for rank in here:
+            for was, now, own in zip(
+                old.of_rank(rank), placement.of_rank(rank), home.of_rank(rank), strict=True
+            ):
+                assert now in (was, own, -1)
+        here, away = here | back, away - back
+        assert live <= set(placement.alive_without(away))
+        for expert in live:  # one that a rank has at home is nowhere else by take-over
+            homes = [physical for physical in home.replicas_of[expert] if physical // home.num_local in here]
+            if homes:
+                assert {p for p in placement.replicas_of[expert] if p // home.num_local in here} <= set(homes)
+        if not away:
+            assert placement == home

@@ -251,6 +251,19 @@ class ControlPlane:
         with self.issuing:
             self.locally(lambda: self.membership.follow(members), Schedule()).host_wait()
 
+    def go_beside(self, leader: Membership, name: str, members: Iterable[int]) -> None:
+        """Goes on among `members` of another membership, over a link of its own that the next operation
+        makes: called on all of them, and with one name. Who was masked here is, or is not, as it is there.
+        """
+
+        def go() -> None:
+            previous = self.membership
+            self.go_on_with(leader.beside(previous, name, members))
+            previous.move()
+
+        with self.issuing:
+            self.locally(go, Schedule()).host_wait()
+
     @property
     def masked(self) -> frozenset[int]:
         """The ranks that are left out."""

@@ -62,6 +62,7 @@ class Membership:
         self.device_type = "cpu"
         self._masked = self._vacant = frozenset(vacant)
         self._identities: dict[int, str] = {}
+        self._is_made = False
         self._meeting: Meeting | None = None
         self._joining = threading.Lock()
         self._past: list[Meeting] = []
@@ -141,8 +142,18 @@ class Membership:
         """
         vacant = set(range(self.num_ranks)) - set(members)
         made = Membership(store, connections, self.rank, self.num_ranks, self.timeout, vacant)
+        made.device_type = self.device_type
         here = {rank: self._identities[rank] for rank in self.members if rank in self._identities}
         made.introduce({**here, **identities})
+        return made
+
+    def beside(self, other: Membership, name: str, members: Iterable[int]) -> Membership:
+        """Another membership of `other`'s rank, among members of this one, in whose store they meet, and of
+        whom it knows the processes; its first operation connects them. name: that nobody used here before.
+        """
+        store, connections = self._store.under(name), self._connections.rooted()
+        made = other.among(members, store, connections, self._identities)
+        made._is_made = True
         return made
 
     def move(self) -> None:
@@ -226,8 +237,9 @@ class Membership:
     def _join_next(self) -> Meeting:
         """The next meeting that a link comes from; the very first is that of the construction."""
         with self._joining:
-            if self._meeting is not None:
-                self._past.append(self._meeting)
+            if self._meeting is not None or self._is_made:
+                if self._meeting is not None:
+                    self._past.append(self._meeting)
                 self._meeting = self._join("link", concerns_this=lambda verdict: True)
                 return self._meeting
             # A rank that raised the end of each construction to which it did not come would never catch up.

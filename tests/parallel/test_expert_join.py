@@ -1,0 +1,122 @@
+"""Joining with experts: processes that take the place of ranks which died, and have their experts again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deepep
+from deepep.parallel import newcomer_group
+from deepep.sim import World
+from deepep.sim.faults import expert_joining
+from deepep.sim.faults.expert_joining import EXPERT_DEATHS, HAND_OVERS, ExpertAccount, judge_expert_joins
+from deepep.sim.faults.expert_training import ExpertModel
+from deepep.sim.faults.fault import Effect
+from deepep.sim.faults.joining import Join, Run
+from deepep.sim.faults.training import StepEnd
+from deepep.sim.rules.checking import Violation
+
+STEPS = 6
+
+
+def judge(num_ranks: int, ends: list[StepEnd], joins: list[Join], folder: Path) -> list[ExpertAccount]:
+    """The accounts of a training that kept all promises."""
+    run = Run(STEPS, ends, joins, 20.0, str(folder), num_ranks)
+    with World(num_ranks, timeout=120.0) as world, World(len(joins), timeout=120.0) as newcomers:
+        return judge_expert_joins(world, newcomers, run)
+
+
+def killed(rank: int, step: int = 1, phase: str = "sum") -> StepEnd:
+    return StepEnd(Effect.KILL, rank, step, phase)
+
+
+def members_of(accounts: list[ExpertAccount]) -> list[tuple[int, ...]]:
+    whole = next(account for account in accounts if len(account.members) == STEPS)
+    return [whole.members[step] for step in range(STEPS)]
+
+
+def test_who_joins_has_its_experts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = judge(3, [killed(1)], [Join(1, 3)], tmp_path)
+    assert members_of(accounts) == [(0, 1, 2), *[(0, 2)] * 3, *[(0, 1, 2)] * 2]
+    assert {a.rank: a.experts for a in accounts} == {r: (2 * r, 2 * r + 1, -1, -1) for r in range(3)}
+    accounts[0].digests["0"] = accounts[0].digests["1"]  # the judge has teeth
+    run = Run(STEPS, [], [], 20.0, str(tmp_path), 3)
+    with pytest.raises(Violation, match="expert 0 is not the oracle's"):
+        expert_joining.judge_expert_accounts(run, accounts)
+
+
+def restored_in(accounts: list[ExpertAccount]) -> dict[int, dict[int, int]]:
+    return {step: found for step, found in accounts[0].restored.items() if found}
+
+
+def test_who_dies_in_a_hand_over_takes_no_step_of_its_experts_with_it(tmp_path: Path) -> None:
+    """A newcomer, and a member when another comes after it: copies were made before."""
+    ends = [killed(1), killed(3, 4, HAND_OVERS[2])]
+    accounts = judge(4, ends, [Join(1, 2, "commit"), Join(1, 3)], tmp_path)
+    assert members_of(accounts)[2:] == [(0, 2, 3), (0, 2, 3), (0, 1, 2), (0, 1, 2)]
+    assert restored_in(accounts) == {1: {2: 1, 3: 1}, 3: {2: 3, 3: 3}, 4: {6: 4, 7: 4}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", EXPERT_DEATHS)
+def test_who_dies_while_it_joins_leaves_experts_where_they_were(death: str, tmp_path: Path) -> None:
+    """No step of them is lost, and another process may join after it."""
+    accounts = judge(3, [killed(0)], [Join(0, 2, death), Join(0, 3)], tmp_path)
+    assert members_of(accounts)[-1] == (0, 1, 2)
+    restored = restored_in(accounts)
+    assert restored.pop(1) == {0: 1, 1: 1}
+    assert all(version == step for step, found in restored.items() for version in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", HAND_OVERS)
+def test_a_member_dies_while_it_hands_over(phase: str, tmp_path: Path) -> None:
+    """Its experts are as they were after the last step; or one before, if it dies before the copies are."""
+    accounts = judge(4, [killed(1), killed(3, 3, phase)], [Join(1, 2)], tmp_path)
+    assert 3 not in members_of(accounts)[3]
+    version = 2 if phase == HAND_OVERS[0] else 3
+    assert restored_in(accounts) == {1: {2: 1, 3: 1}, 3: {6: version, 7: version}}
+
+
+@pytest.mark.slow
+def test_two_come_back_one_after_the_other(tmp_path: Path) -> None:
+    """The second died with experts that were the first one's."""
+    accounts = judge(5, [killed(1), killed(2, 2, "forward")], [Join(1, 3), Join(2, 4)], tmp_path)
+    assert members_of(accounts)[4:] == [(0, 1, 3, 4), (0, 1, 2, 3, 4)]
+    assert {a.rank: a.experts for a in accounts} == {r: (2 * r, 2 * r + 1, -1, -1) for r in range(5)}
+
+
+def misused(context: Any) -> list[str]:
+    found = []
+
+    def note(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            found.append(f"{type(error).__name__} {getattr(error, 'argument', '')}")
+
+    note(lambda: newcomer_group(2, 2))
+    note(lambda: newcomer_group(0, 0))
+    note(lambda: newcomer_group("0", 2))  # type: ignore[arg-type]
+    group = newcomer_group(1, 2)
+    with deepep.Buffer(group, device="cpu") as buffer:
+        assert (buffer.rank, buffer.group_size, buffer.info.masked_ranks) == (1, 2, (0,))
+        model = ExpertModel(buffer, 2, spare=2)
+        join = partial(deepep.DistributedDataParallel.join_run, model, 1, store=context.group, timeout=0.05)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        note(lambda: join({"optimizer": optimizer}, expert_group=context.group))
+        note(lambda: join({"optimizer": torch.optim.SGD(model.first.parameters(), 0.1)}))
+        note(lambda: join({"optimizer": optimizer}))
+    return found
+
+
+def test_misuse(world_of: Callable[[int], Any]) -> None:
+    wanted = ["RangeError rank", "RangeError num_ranks", "ArgumentTypeError rank", "ModeError expert_group"]
+    assert world_of(1).run(misused, timeout=60.0) == [
+        [*wanted, "ModeError expert_backup", "PeerTimeoutError "]
+    ]
