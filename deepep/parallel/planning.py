@@ -1,6 +1,6 @@
 """Planning: the plan of a bucket, by its size, dtype and codec, the options, and what was measured.
 
-Where nothing was measured (one rank, CUDA, `probe_seconds=0`) a fixed rule has the ranks come to the same
+Where nothing was measured (one rank, `probe_seconds=0`) a fixed rule has the ranks come to the same
 without a word: by size, and the hosts that they are on.
 """
 
@@ -10,6 +10,7 @@ import torch
 
 from deepep.collectives import Communicator
 from deepep.collectives.choosing import choose
+from deepep.collectives.choosing_on_devices import choose_on_device
 from deepep.collectives.codecs import FIXED, LOSSY, PLAIN
 from deepep.collectives.plan import ReductionPlan
 from deepep.collectives.plan_table import PlanTable, codecs_of
@@ -42,11 +43,18 @@ def table_of(
     if isinstance(topology, PlanTable):
         return topology
     measures = topology == "auto" or (topology in _BY_GROUPS and config.groups == "auto")
-    if not measures or not config.probe_seconds or comm.num_ranks == 1 or comm.device.type != "cpu":
+    if not measures or not config.probe_seconds or comm.num_ranks == 1:
         return None
+    codecs = codecs_of(str(config.compression) if compresses else "off", config.reproducible)
+    if comm.device.type != "cpu":
+        if topology != "auto":
+            return None
+        return choose_on_device(
+            comm, codecs, config.probe_seconds, groups_of(config, comm.hosts), current=current
+        )
     return choose(
         comm,
-        codecs_of(str(config.compression) if compresses else "off", config.reproducible),
+        codecs,
         config.probe_seconds,
         schedule=str(topology),
         groups=None if isinstance(config.groups, str) else config.groups,

@@ -91,9 +91,7 @@ def test_misuse() -> None:
 @QUICK
 @given(st.data())
 def test_who_comes_back_has_its_own_and_nothing_that_lives_is_lost(data: Any) -> None:
-    """Ranks die, are restored as far as there is room, and come back, in any order; once all are there again,
-    all is as it was.
-    """
+    """Ranks die, are restored as far as there is room, and come back in any order."""
     home, _ = data.draw(deaths())
     placement, here = home, set(range(home.num_ranks))
     for _ in range(data.draw(st.integers(1, 6))):
