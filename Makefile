@@ -98,17 +98,19 @@ check-types: | $(QUICK)
 # computes: they mostly wait.
 TEST_JOBS ?= 3
 WAITING_JOBS ?= 4
-SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal -m "not alone"
-WAITING := -n $(WAITING_JOBS) --dist worksteal -m alone
+SIDE_BY_SIDE := -n $(TEST_JOBS) --dist worksteal
+WAITING := -n $(WAITING_JOBS) --dist worksteal
+# The files that have some, so that not every process of pytest's imports all the others.
+WAITING_FILES := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
 
 # Buffer's own tests, on the kernels' source: those that DEEPEP_BACKEND makes others than they are in `unit`.
 test-emulator: install
 	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not alone and not own_backend" tests/api
-	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(WAITING) -m "alone and not own_backend" tests/api
+	DEEPEP_BACKEND=emulator $(PY) -m pytest -q $(WAITING) -m "alone and not own_backend" $(filter tests/api/%,$(WAITING_FILES))
 
 unit: install
-	$(PY) -m pytest $(SIDE_BY_SIDE)
-	$(PY) -m pytest $(WAITING)
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not alone"
+	$(PY) -m pytest $(WAITING) -m alone $(WAITING_FILES)
 
 # The Python to test GPUs with: this checkout's own, or one in which deepep, pytest and cloudpickle are installed.
 GPU_PY ?= $(PY)
