@@ -250,6 +250,36 @@ def test_what_is_not_finite_on_one_rank_is_so_on_all(world_of: Callable[[int], A
     assert all(world_of(2).run(poisoned, timeout=LONG))
 
 
+def scaled(context: Any, compression: str) -> list[tuple[bool, float, bytes]]:
+    """Of steps by a GradScaler, an infinity on one rank in the first: changes, scales, and weights."""
+    import deepep
+
+    config = ParallelConfig(compression, min_compressed_bytes=0)
+    model = deepep.DistributedDataParallel(model_of().eval(), process_group=context.group, config=config)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", 64.0)
+    found = []
+    for step in range(2):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.zero_grad()
+        loss = model(batch_of(context.rank, step)).square().mean()
+        scaler.scale(loss * (float("inf") if (context.rank, step) == (1, 0) else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = list(model.parameters())
+        is_changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        weights = b"".join(parameter.detach().numpy().tobytes() for parameter in after)
+        found.append((is_changed, scaler.get_scale(), weights))
+    model.close()
+    return found
+
+
+@pytest.mark.parametrize("compression", ["off", "fp8"])
+def test_a_scaler_skips_the_same_step_on_all_ranks(world_of: Callable[[int], Any], compression: str) -> None:
+    first, other = world_of(2).run(scaled, compression, timeout=LONG)
+    assert first == other
+    assert [(is_changed, scale) for is_changed, scale, _ in first] == [(False, 32.0), (True, 32.0)]
+
+
 def refusals(context: Any) -> list[str]:
     """Names of errors: of a second hook, of options that differ at once, later, and no longer."""
     import deepep
