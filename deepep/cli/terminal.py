@@ -70,7 +70,7 @@ def demand_use(context: typer.Context, used: Collection[str], otherwise: str = "
     for parameter in context.command.params:
         name: Any = parameter.name
         source: Any = context.get_parameter_source(name)
-        if source.name == "COMMANDLINE" and name not in used:
+        if source is not None and source.name == "COMMANDLINE" and name not in used:
             allowed = otherwise or ", ".join(_SPELLINGS.get({}).get(each, each) for each in used)
             misused(f"{name}: given, and not used; allowed: {allowed}")
 

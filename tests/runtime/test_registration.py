@@ -142,6 +142,12 @@ def test_who_does_not_answer_loses_its_rank_and_learns_to_whom(
         silent.wait(time.monotonic() + 60.0)
 
 
+def test_a_store_that_does_not_replace_is_no_store(store: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "settle", lambda key, expected, desired: expected.encode())
+    with pytest.raises(StoreError, match="compare_set"):
+        Newcomer(store, 1, {}, time.monotonic() + 60.0)
+
+
 def test_who_has_been_called_is_joining_and_keeps_its_rank(
     store: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

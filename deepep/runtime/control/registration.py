@@ -22,6 +22,7 @@ from deepep.runtime.control.invitation import Invitation
 from deepep.runtime.control.meeting import ControlStore, StoreError
 
 _PAUSE = 0.01
+_MOST_RIVALS = 100  # that come and go while one registers: more are a store that does not do as it says
 _ANSWERS_WITHIN = 3.0
 """Seconds after which a process on another host that does not say that it waits is taken to be gone."""
 
@@ -149,7 +150,10 @@ class Newcomer:
     def _claim(self, mine: str, deadline: float) -> None:
         """Posts the registration in the place of none, or of one whose process is gone."""
         expected = ""
-        while (held := self._store.settle(f"registered/{self._made.rank}", expected, mine).decode()) != mine:
+        for _ in range(_MOST_RIVALS):
+            held = self._store.settle(f"registered/{self._made.rank}", expected, mine).decode()
+            if held == mine:
+                return
             if held == expected:  # nothing is there any more
                 expected = ""
                 continue
@@ -157,6 +161,7 @@ class Newcomer:
             if other is not None and self._is_taken_by(other, deadline):
                 raise self._refusal(self._made, other)
             expected = held
+        raise StoreError("compare_set does not replace what it was to expect")
 
     def _is_taken_by(self, other: Registration, deadline: float) -> bool:
         mine = self._made.identity
