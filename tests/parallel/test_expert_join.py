@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 import deepep
+from deepep.errors import EvictedError
 from deepep.parallel import newcomer_group
 from deepep.sim import World
 from deepep.sim.faults import expert_joining
 from deepep.sim.faults.expert_joining import EXPERT_DEATHS, HAND_OVERS, ExpertAccount, judge_expert_joins
-from deepep.sim.faults.expert_training import ExpertModel
+from deepep.sim.faults.expert_training import ExpertModel, digests, tokens_of
 from deepep.sim.faults.fault import Effect
 from deepep.sim.faults.joining import Join, Run
 from deepep.sim.faults.training import StepEnd
@@ -91,6 +93,58 @@ def test_two_come_back_one_after_the_other(tmp_path: Path) -> None:
     accounts = judge(5, [killed(1), killed(2, 2, "forward")], [Join(1, 3), Join(2, 4)], tmp_path)
     assert members_of(accounts)[4:] == [(0, 1, 3, 4), *[(0, 1, 2, 3, 4)] * 2]
     assert {a.rank: a.experts for a in accounts} == {r: (2 * r, 2 * r + 1, -1, -1) for r in range(5)}
+
+
+def a_rank_that_sleeps(context: Any, folder: str) -> tuple[dict[str, str], tuple[int, ...]]:
+    """Hashes of weights in the end, and the experts that are here."""
+    config = deepep.ParallelConfig(timeout=3.0, probe_seconds=0)
+    done = Path(folder, "done")
+    with deepep.Buffer(context.group, device="cpu", timeout=3.0) as buffer:
+        model = ExpertModel(buffer, 3, spare=2)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        ddp = deepep.DistributedDataParallel(model, process_group=context.group, config=config)
+
+        def step(before: Callable[[], None] = lambda: None) -> None:
+            for attempt in ddp.attempts(state={"optimizer": optimizer}, expert_backup=1):
+                with attempt:
+                    before()
+                    optimizer.zero_grad()
+                    ddp(tokens_of(context.rank, 0)).square().mean().backward()
+                    optimizer.step()
+
+        def sleep() -> None:
+            while not done.exists():
+                time.sleep(0.01)
+
+        step()
+        if context.rank == 1:
+            with pytest.raises(EvictedError):
+                step(sleep)
+            ddp = deepep.DistributedDataParallel.join_run(
+                *(model, 1, {"optimizer": optimizer}), store=context.group, timeout=60.0, config=config
+            )
+            step()  # the one before which it came
+        else:
+            step()
+            assert ddp.members == (0, 2)
+            done.touch()
+            until = time.monotonic() + 60.0
+            while ddp.members != (0, 1, 2):
+                assert time.monotonic() < until
+                step()
+        step()
+        ddp.close()
+        return digests(model), model.moe.expert_numbers
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_who_was_left_out_comes_back_to_its_experts(tmp_path: Path) -> None:
+    """In the same process, with the buffer that it had."""
+    with World(3, store="tcp", timeout=120.0) as world:
+        found = world.run(a_rank_that_sleeps, str(tmp_path))
+    assert [experts for _, experts in found] == [(2 * rank, 2 * rank + 1, -1, -1) for rank in range(3)]
+    assert len({hashes["shared"] for hashes, _ in found}) == 1
 
 
 def misused(context: Any) -> list[str]:
