@@ -1,4 +1,4 @@
-"""On GPUs: time lines of warps, of a rank that records and with another that comes late. Not yet run.
+"""On GPUs: time lines of warps, of a rank that records and with another that comes late.
 
 pytest -m gpu tests/backends/cuda/test_warp_lines.py
 """
