@@ -31,6 +31,7 @@ from deepep.errors import ArgumentTypeError, RangeError
 from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
+from deepep.runtime.completion import bare
 from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation, Schedule
 
@@ -328,7 +329,7 @@ class Buffer(LowLatencyCalls, Joining):
         event = EventOverlap() if done.completion is None else EventOverlap(EventHandle(done.completion))
         if handle is not None:
             return DispatchResult(recv_x, None, None, None, None, event)
-        counts, returned = done.num_tokens_per_expert, DispatchHandle(done.route, done.completion)
+        counts, returned = done.num_tokens_per_expert, DispatchHandle(done.route, bare(done.completion))
         return DispatchResult(recv_x, done.topk_idx, done.topk_weights, counts, returned, event)
 
     def combine(

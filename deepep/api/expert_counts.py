@@ -18,7 +18,7 @@ from deepep.errors import (
 )
 from deepep.runtime import elastic
 from deepep.runtime.checks import INDEX_DTYPES, check_flag
-from deepep.runtime.completion import Completion
+from deepep.runtime.completion import Completion, bare
 from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest
 from deepep.runtime.engine import Engine
 from deepep.runtime.labels import with_label
@@ -109,7 +109,7 @@ class ExpertCounter:
         later = schedule.after is not None or schedule.asynchronous
         turn = Schedule(schedule.after, asynchronous=True) if later else Schedule()
         _, completion = self._engine.locally(tuple, fill, (entries, counts), turn)
-        self.last = completion or self.last
+        self.last = bare(completion) or self.last
 
 
 class ExpertCounting:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
+from torch import Tensor
 
 from deepep.runtime import streams
 
@@ -60,6 +61,38 @@ class CudaCompletion(Completion):
         self.event.synchronize()
 
 
+class HoldingCompletion(CudaCompletion):
+    """Work of the stream `by` on memory of other streams, which is held until the caller's stream waits.
+
+    What is freed then is reused behind the wait, as torch's own process groups have it: no `record_stream`,
+    for each of which torch makes an event when the tensor is freed. Dropped without a wait, it records.
+
+    caller: the address of the stream that was current when the work was ordered. held: tensors that the work
+    reads or writes; they belong to that stream, or are in use on it.
+    """
+
+    def __init__(
+        self, event: torch.cuda.Event, by: torch.cuda.Stream, caller: int, held: tuple[Tensor | None, ...]
+    ) -> None:
+        self.event = event
+        self._by, self._caller, self._held = by, caller, held
+
+    def current_stream_wait(self) -> None:
+        stream = streams.current(torch.cuda.current_device())
+        stream.wait_event(self.event)
+        if stream.cuda_stream == self._caller:
+            self._held = ()
+
+    def host_wait(self) -> None:
+        super().host_wait()
+        self._held = ()
+
+    def __del__(self) -> None:
+        for tensor in self._held:
+            if tensor is not None:
+                tensor.record_stream(self._by)
+
+
 class AllOf(Completion):
     """Several pieces of work; it is over once all are."""
 
@@ -73,6 +106,11 @@ class AllOf(Completion):
     def host_wait(self) -> None:
         for part in self.parts:
             part.host_wait()
+
+
+def bare(end: Completion | None) -> Completion | None:
+    """The same end, for those who keep it long: it holds no memory of the work."""
+    return CudaCompletion(end.event) if isinstance(end, HoldingCompletion) else end
 
 
 def after_all(*parts: Completion | None) -> Completion | None:

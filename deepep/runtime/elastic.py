@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepep.errors import CapacityError
-from deepep.runtime.completion import Completion, CudaCompletion, after_all, now
+from deepep.runtime.completion import Completion, CudaCompletion, after_all, bare, now
 from deepep.runtime.elastic_requests import (
     ElasticCombineRequest,
     ElasticDispatched,
@@ -32,6 +32,8 @@ from deepep.runtime.elastic_spread import expansion_of, spread
 from deepep.runtime.engine import Engine
 from deepep.runtime.local_rows import settle_nans
 from deepep.runtime.requests import Combined, CombineRequest, DispatchRequest, Schedule
+
+_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")  # a number takes 2 us more of the host
 
 
 def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule) -> ElasticDispatched:
@@ -81,7 +83,7 @@ def dispatch(engine: Engine, request: ElasticDispatchRequest, schedule: Schedule
         return spread(engine, request, route, done.expanded, schedule, done.completion)
     received = None if weights is None else done.topk_weights
     if _is_plain(request, done.scales):
-        route.completion = done.completion
+        route.completion = bare(done.completion)
         return ElasticDispatched(done.x, done.scales, done.topk_idx, received, route, done.completion)
     return _Epilogue(engine, request, route, done.x, done.scales, received).run(schedule, done.completion)
 
@@ -105,7 +107,7 @@ def copy_topk_idx(engine: Engine, done: ElasticDispatched, schedule: Schedule) -
     later = replace(schedule, after=done.completion)
     (copy,), completion = engine.locally(lambda: (torch.empty_like(given),), fill, (given,), later)
     done.route.topk_idx = copy
-    done.completion = done.route.completion = completion
+    done.completion, done.route.completion = completion, bare(completion)
 
 
 def dispatch_cached(
@@ -151,7 +153,9 @@ def combine(engine: Engine, request: ElasticCombineRequest, schedule: Schedule) 
     if route.slots is not None and engine.sums_expanded(x, request.num_sms):
         expanded = CombineRequest(x, route.route, weights, request.biases, request.num_sms, slots=route.slots)
         return engine.combine(expanded, schedule)
-    if route.slots is not None or weights is not None:
+    if route.slots is None and weights is not None and schedule.after is None and not schedule.asynchronous:
+        weights = _own_weights(weights, route.recv_topk_idx)  # the usual call: nothing else to order
+    elif route.slots is not None or weights is not None:
         x, weights, reduced = _prologue(engine, request, schedule)
         schedule = replace(schedule, after=reduced)
     return engine.combine(CombineRequest(x, route.route, weights, request.biases, request.num_sms), schedule)
@@ -178,6 +182,11 @@ def _prologue(
 
     (rows, own), completion = engine.locally(make, fill, (x, weights, slots, lanes), schedule)
     return rows, own, completion
+
+
+def _own_weights(weights: Tensor, lanes: Tensor) -> Tensor:
+    """weights [N, K], +0 of lanes elsewhere, whose numbers are negative. A new tensor, contiguous."""
+    return torch.where(lanes < 0, _ZERO, weights).contiguous()
 
 
 def columns(rows: int, width: int, like: Tensor) -> Tensor:
@@ -217,7 +226,7 @@ class _Epilogue:
                 if done.topk_weights is not None:
                     done.topk_weights = done.topk_weights[: route.num_rows]
         if request.topk_idx is not None:
-            route.completion = done.completion
+            route.completion = bare(done.completion)
         return done
 
     def _make(self) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from deepep.runtime.completion import Completion
+from deepep.runtime.completion import Completion, bare
 from deepep.runtime.elastic_requests import ElasticDispatched, ElasticDispatchRequest, ElasticRoute, align
 from deepep.runtime.engine import Engine
 from deepep.runtime.requests import Schedule, SpreadRequest, SpreadRows
@@ -59,5 +59,5 @@ def spread(
             loads.add_(counts)
 
         _, done.completion = engine.locally(tuple, fill, (loads, counts), replace(schedule, after=arrived))
-    route.completion = done.completion
+    route.completion = bare(done.completion)
     return done

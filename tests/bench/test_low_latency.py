@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +21,13 @@ from deepep.bench.workload import draw
 SHAPES = tuple(Shape(tokens, hidden=128, topk=3, experts=8) for tokens in (1, 6))
 
 
-def as_on_gpus(context: Any, wrong: bool = False, uncaptured: int = -1) -> Any:
+def as_on_gpus(context: Any, wrong: bool = False, uncaptured: int = -1, elastic: bool = False) -> Any:
     """A run's report, the reference backend in the kernels' place.
 
-    wrong: the oracle is of other rows. uncaptured: a rank that cannot capture graphs.
+    wrong: the oracle is of other rows. uncaptured: a rank that cannot capture graphs. elastic: V2 is
+    installed, for which this library's ElasticBuffer stands.
     """
-    from deepep import Buffer
+    from deepep import Buffer, ElasticBuffer
     from deepep.bench.low_latency import oracle as of_oracle
     from deepep.bench.low_latency import rank as module
 
@@ -63,6 +65,11 @@ def as_on_gpus(context: Any, wrong: bool = False, uncaptured: int = -1) -> Any:
             super().__init__(*given)
             self._xs = [x + 1 for x in self._xs]
 
+    def found(ranks: int, name: str) -> tuple[Any, str]:
+        if not elastic or name != "ElasticBuffer":
+            return None, "deep_ep: not here"
+        return partial(ElasticBuffer, backend="reference", device="cpu"), ""
+
     sweep = Sweep(2, SHAPES, dtypes=("fp8",), mode="low-latency", check=True)
     buffer = Buffer(
         context.group, low_latency_mode=True, num_rdma_bytes=1 << 20, reduction="expert_rank", timeout=30.0
@@ -75,7 +82,7 @@ def as_on_gpus(context: Any, wrong: bool = False, uncaptured: int = -1) -> Any:
             patch.setattr(module, name, value)
         make = HostClock
         patch.setattr("deepep.bench.rank.HostClock", lambda g, d, iterations, warmup: make(g, d, 2, 0))
-        patch.setattr("deepep.bench.peers._buffer_type", lambda ranks, name: (None, "deep_ep: not here"))
+        patch.setattr("deepep.bench.peers._buffer_type", found)
         bench = module.LowLatencyBench(context.group, context.device, sweep, buffer, lambda line: None)
         bench.run([draw(sweep, shape) for shape in SHAPES])
     buffer.destroy()
@@ -110,6 +117,24 @@ def test_every_operation_has_its_floor(world_of: Any) -> None:
     assert sum("no floor to be measured against" in note for note in report.notes) == 4
     assert "deep_ep: not here" in report.notes
     assert report.problems == []
+
+
+def test_v2_is_measured_by_its_cached_calls(world_of: Any) -> None:
+    """It has none of low latency; of the two counts of SMs the stand-in GPU has one."""
+    report = world_of(2).run(as_on_gpus, elastic=True)[0]
+    by = "deep_ep V2, cached, 24 SMs"
+    for shape in SHAPES:
+        found = [(f.operation, f.dtype) for f in report.figures if f.shape == shape and f.by == by]
+        assert found == [
+            ("dispatch", "fp8"),
+            ("combine", "bf16"),
+            ("dispatch + combine", "fp8"),
+            ("pair, graph of 1", "fp8"),
+            ("pair, graph of 8", "fp8"),
+        ]
+    assert all(figure.exchange is not None for figure in report.figures if figure.by == by)
+    assert report.notes.count("deep_ep: not here") == 1  # V1
+    assert not any("Differs" in note for note in report.notes)
 
 
 def test_a_wrong_result_ends_the_run(world_of: Any) -> None:

@@ -53,6 +53,14 @@ void allow_shared(Kernel<Args> kernel, int64_t bytes, const char* name) {
         name);
 }
 
+/// Loads a kernel, and lets its launches take all the dynamic shared memory that there is: said once, not at
+/// each launch.
+template <class Args>
+void load_for_shared(Kernel<Args> kernel, const char* name) {
+  const auto own = static_cast<int64_t>(attributes_of(kernel, name).sharedSizeBytes);
+  allow_shared(kernel, most_shared_bytes() - own, name);
+}
+
 /// Launches `kernel(args)`, which may take so much dynamic shared memory.
 template <class Args>
 void launch_allowed(Kernel<Args> kernel, const Args& args, int num_blocks, int threads, int64_t shared_bytes,

@@ -40,19 +40,19 @@ void launch_dispatch(const DispatchArgs& given, int num_blocks, void* stream, co
   prepare(args, num_blocks, warps);
   const int64_t shared = shared_bytes(args, warps);
   if (lines.words == nullptr)
-    return launch(kernel_of(args.mode), args, num_blocks, threads, shared, stream, "dispatch");
-  launch(recorded_kernel_of(args.mode), Recorded<DispatchArgs>{args, lines}, num_blocks, threads, shared,
-         stream, "dispatch");
+    return launch_allowed(kernel_of(args.mode), args, num_blocks, threads, shared, stream, "dispatch");
+  launch_allowed(recorded_kernel_of(args.mode), Recorded<DispatchArgs>{args, lines}, num_blocks, threads,
+                 shared, stream, "dispatch");
 }
 
 void load_dispatch() {
-  load(dispatch_kernel, "dispatch");
-  load(dispatch_topk_kernel, "dispatch");
-  load(dispatch_expanded_kernel, "dispatch");
-  load(dispatch_cached_kernel, "dispatch");
-  load(dispatch_refused_kernel, "dispatch");
+  load_for_shared(dispatch_kernel, "dispatch");
+  load_for_shared(dispatch_topk_kernel, "dispatch");
+  load_for_shared(dispatch_expanded_kernel, "dispatch");
+  load_for_shared(dispatch_cached_kernel, "dispatch");
+  load_for_shared(dispatch_refused_kernel, "dispatch");
   for (const DispatchMode mode : {DispatchMode::kFresh, DispatchMode::kTopk, DispatchMode::kCached})
-    load(recorded_kernel_of(mode), "dispatch");
+    load_for_shared(recorded_kernel_of(mode), "dispatch");
 }
 
 }  // namespace deepep::kernels

@@ -51,9 +51,9 @@ constexpr Forms<LowLatencyCombineArgs> kCombines[][3] = {
 };
 
 template <class Args>
-void load(const Forms<Args>& forms, const char* what) {
-  load(forms.plain, what);
-  load(forms.watching, what);
+void load_for_shared(const Forms<Args>& forms, const char* what) {
+  load_for_shared(forms.plain, what);
+  load_for_shared(forms.watching, what);
 }
 
 }  // namespace
@@ -61,10 +61,11 @@ void load(const Forms<Args>& forms, const char* what) {
 void launch_low_latency(const LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream,
                         const Lines& lines) {
   if (lines.words != nullptr)
-    return launch(low_latency_dispatch_kernel_recorded, Recorded<LowLatencyDispatchArgs>{args, lines},
-                  num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream, "low-latency dispatch");
-  launch(kDispatches[static_cast<int>(halves)].of(args), args, num_blocks, kLowLatencyThreads,
-         shared_of(args).bytes(), stream, "low-latency dispatch");
+    return launch_allowed(low_latency_dispatch_kernel_recorded, Recorded<LowLatencyDispatchArgs>{args, lines},
+                          num_blocks, kLowLatencyThreads, shared_of(args).bytes(), stream,
+                          "low-latency dispatch");
+  launch_allowed(kDispatches[static_cast<int>(halves)].of(args), args, num_blocks, kLowLatencyThreads,
+                 shared_of(args).bytes(), stream, "low-latency dispatch");
 }
 
 void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream,
@@ -78,19 +79,13 @@ void launch_low_latency(const LowLatencyCombineArgs& args, int num_blocks, Halve
 }
 
 BlockSize load_low_latency() {
-  const int shared_bytes = most_shared_bytes();
-  for (const auto& dispatch : kDispatches) load(dispatch, "low-latency dispatch");
+  for (const auto& dispatch : kDispatches) load_for_shared(dispatch, "low-latency dispatch");
   for (const auto& combines : kCombines)
-    for (const auto& combine : combines) {
-      load(combine, "low-latency combine");
-      for (const auto kernel : {combine.plain, combine.watching})
-        allow_shared(kernel, shared_bytes, "low-latency combine");
-    }
-  load(low_latency_dispatch_kernel_recorded, "low-latency dispatch");
-  load(low_latency_combine_kernel_recorded, "low-latency combine");
-  allow_shared(low_latency_combine_kernel_recorded, shared_bytes, "low-latency combine");
+    for (const auto& combine : combines) load_for_shared(combine, "low-latency combine");
+  load_for_shared(low_latency_dispatch_kernel_recorded, "low-latency dispatch");
+  load_for_shared(low_latency_combine_kernel_recorded, "low-latency combine");
   const bool bulk = has_bulk_copies(kCombines[0][0].plain, "low-latency combine");
-  return {.num_warps = kLowLatencyThreads / dev::kWarpSize, .bulk_bytes = bulk ? shared_bytes : 0};
+  return {.num_warps = kLowLatencyThreads / dev::kWarpSize, .bulk_bytes = bulk ? most_shared_bytes() : 0};
 }
 
 }  // namespace deepep::kernels

@@ -19,7 +19,7 @@ from deepep.backends.cuda.sm_split import (
     ce_chunks,
     combine_split,
 )
-from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.backends.cuda.streams import CommStream, behind_caller, hand_out, takes_callers_memory
 from deepep.config import DEFAULT_NUM_SMS
 from deepep.errors import CapacityError
 from deepep.runtime import streams
@@ -90,11 +90,14 @@ def combine(engine: CudaEngine, request: CombineRequest, plan: Plan, schedule: S
     """A combine of a checked request, under the engine's lock."""
     if schedule.after is None and not schedule.asynchronous:
         return Combined(*_launch(engine, request, plan, streams.current_address(engine.index)))
-    with CommStream(engine.comm, engine.symmetric.endpoint.domain, schedule.after) as stream:
+    given = (request.x, request.topk_weights, *request.biases, request.slots, request.factors, plan.table)
+    fork, users = engine.symmetric.endpoint.domain, engine.symmetric.pool.users
+    if takes_callers_memory(schedule):
+        made = _launch(engine, request, plan, behind_caller(engine.comm, fork))
+        return Combined(*made, hand_out(engine.comm, users, schedule, (*given, *made), ()))
+    with CommStream(engine.comm, fork, schedule.after) as stream:
         made = _launch(engine, request, plan, stream)
-    given = (request.x, request.topk_weights, *request.biases, request.slots, request.factors)
-    completion = hand_out(engine.comm, engine.symmetric.pool.users, schedule, given, made)
-    return Combined(*made, completion)
+    return Combined(*made, hand_out(engine.comm, users, schedule, given, made))
 
 
 @lru_cache(256)
@@ -107,7 +110,9 @@ def _outputs(tokens: int, hidden: int, topk: int | None, device: torch.device) -
 def _launch(
     engine: CudaEngine, request: CombineRequest, plan: Plan, stream: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The launch on the current stream, `stream`."""
+    """The launch on `stream`, into memory of the current stream. That is another only if the caller holds
+    what the kernel reads and writes.
+    """
     x, weights, slots, tokens, device = (
         *(request.x, request.topk_weights, request.slots),
         *(plan.num_tokens, engine.device),
@@ -132,6 +137,7 @@ def _launch(
         out_weights=out_weights,
         ce_chunks=ce_chunks(sms, ranks) if by_copy_engine else NO_COPY_ENGINE,
     )
-    if plan.stream != stream:
-        plan.table.record_stream(streams.current(engine.index))
+    caller = streams.current_address(engine.index)
+    if plan.stream != stream and plan.stream != caller:
+        plan.table.record_stream(streams.current(engine.index) if stream == caller else engine.comm)
     return out, out_weights

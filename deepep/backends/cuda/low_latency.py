@@ -30,7 +30,7 @@ from deepep.backends.cuda.low_latency_launch import (
     LowLatencyPlan,
 )
 from deepep.backends.cuda.low_latency_state import LowLatencyState
-from deepep.backends.cuda.streams import CommStream, hand_out
+from deepep.backends.cuda.streams import behind_caller, hand_out
 from deepep.backends.reference.low_latency import LowLatencyOperations
 from deepep.errors import ArgumentError, DeepEPError, MismatchError
 from deepep.runtime import streams
@@ -120,13 +120,14 @@ class CudaLowLatency:
                 if request.expert_counts is not None:
                     _add_counts(request.expert_counts, out)
         else:
-            with CommStream(engine.comm, endpoint.domain, None) as stream:
-                out, plan = form.outputs(request.x.shape[0], engine.device, stream)
-                endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream, waits)
-                if request.expert_counts is not None:
+            out, plan = form.outputs(request.x.shape[0], engine.device, streams.current_address(engine.index))
+            stream = behind_caller(engine.comm, endpoint.domain)
+            endpoint.dispatch(plan, *given, out, Halves.BOTH, blocks, stream, waits)
+            if request.expert_counts is not None:
+                with streams.switched(engine.comm):
                     _add_counts(request.expert_counts, out)
-            read = (*given, request.expert_counts, waits)
-            completion = hand_out(engine.comm, None, schedule, read, out.tensors())
+            held = (*given, request.expert_counts, waits, *out.tensors())
+            completion = hand_out(engine.comm, None, schedule, held, ())
         route = LowLatencyRoute(
             out.source, out.ranges, form.num_max_tokens, form.hidden, request.num_experts, engine, plan
         )
@@ -214,13 +215,15 @@ class CudaLowLatency:
             if schedule.hook:
                 hook = self._combine_hook(engine, given, plan, out, blocks, request.use_logfmt, waits)
         else:
-            with CommStream(engine.comm, endpoint.domain, None) as stream:
-                out = request.out
-                if out is None:
-                    out = plan.form.sums(plan.num_tokens, engine.device)
-                endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt, waits)
-            read = (*given, plan.table, request.out, waits)
-            completion = hand_out(engine.comm, None, schedule, read, (out,))
+            out = request.out
+            if out is None:
+                out = plan.form.sums(plan.num_tokens, engine.device)
+            stream = behind_caller(engine.comm, endpoint.domain)
+            endpoint.combine(plan, *given, out, Halves.BOTH, blocks, stream, request.use_logfmt, waits)
+            if plan.stream != stream and plan.stream != streams.current_address(engine.index):
+                plan.table.record_stream(engine.comm)
+            held = (*given, plan.table, out, waits)
+            completion = hand_out(engine.comm, None, schedule, held, ())
         return LowLatencyCombined(out, completion, hook)
 
     def _combine_hook(

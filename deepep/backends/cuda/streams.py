@@ -1,9 +1,11 @@
 """Streams of the CUDA backend: where an operation runs, and what torch has to know of it.
 
 A call that waits (no event wanted, none given) has its kernel on the caller's own stream, where all order
-is given: no events, nothing to record. Any other runs on the communication stream, between events; what it
-reads is recorded there, what it makes belongs to it and is recorded on the caller's stream. Operations run in
-the order of the calls on whatever streams they are (csrc/bindings/cuda.cpp, Turns).
+is given: no events, nothing to record. Any other runs on the communication stream, between events. What it
+reads is held until the caller's stream waits for it. What it makes belongs to the caller's stream and is held
+as well, if nothing but the kernel runs there (`behind_caller`); else to the communication stream, and is
+recorded on the caller's. Operations run in the order of the calls on whatever streams they are
+(csrc/host/turns.hpp).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepep.runtime import streams
-from deepep.runtime.completion import Completion, CudaCompletion
+from deepep.runtime.completion import Completion, HoldingCompletion
 from deepep.runtime.requests import Schedule
 
 
@@ -50,6 +52,20 @@ class CommStream:
         self._switch.__exit__()
 
 
+def takes_callers_memory(schedule: Schedule) -> bool:
+    """True if outputs can be made on the caller's stream: the operation comes behind all that this holds."""
+    return schedule.after is None and not schedule.allocate_on_comm_stream
+
+
+def behind_caller(comm: torch.cuda.Stream, fork: Fork) -> int:
+    """The address of the communication stream, behind what the current stream holds now. That stays the
+    current one: for launches by address alone.
+    """
+    address = comm.cuda_stream
+    fork.follow(streams.current_address(comm.device_index), address)
+    return address
+
+
 def hand_out(
     comm: torch.cuda.Stream,
     users: streams.Users | None,
@@ -57,13 +73,11 @@ def hand_out(
     given: tuple[Tensor | None, ...],
     made: tuple[Tensor | None, ...],
 ) -> Completion | None:
-    """After what ran on the communication stream: records what was read and made where it was; waits, or
-    gives back the completion. users: of the memory of the outputs, if torch does not know who reads it.
+    """After what ran on the communication stream: waits, or gives back the completion, which holds what was
+    given. made: what belongs to the communication stream; it is recorded on the caller's. users: of the
+    memory of the outputs, if torch does not know who reads it.
     """
     caller = streams.current(comm.device_index)
-    for tensor in given:
-        if tensor is not None:
-            tensor.record_stream(comm)
     if schedule.allocate_on_comm_stream:
         if users is not None:
             users.add_current()
@@ -74,6 +88,6 @@ def hand_out(
     done = torch.cuda.Event()
     done.record(comm)
     if schedule.asynchronous:
-        return CudaCompletion(done)
+        return HoldingCompletion(done, comm, caller.cuda_stream, given)
     caller.wait_event(done)
     return None

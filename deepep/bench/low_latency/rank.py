@@ -13,15 +13,18 @@ import torch.distributed as dist
 from deepep.api.buffer import Buffer
 from deepep.bench.clock import Call, CudaClock, Stage, Timing
 from deepep.bench.collective import ALONE, collective_operations
+from deepep.bench.elastic.oracle import ElasticOracle
+from deepep.bench.elastic.rank import largest
 from deepep.bench.exchange import BareExchange
 from deepep.bench.figures import OURS, BenchReport, Figure
 from deepep.bench.floor import Copied, Floor
 from deepep.bench.low_latency.calls import GRAPH, GRAPHS, PAIR, DecodeCalls
+from deepep.bench.low_latency.elastic_calls import SMS, ElasticDecodeCalls, by_elastic, outputs
 from deepep.bench.low_latency.graph import capture, each_of
 from deepep.bench.low_latency.kernels import kernel_time
 from deepep.bench.low_latency.oracle import LowLatencyOracle
-from deepep.bench.operations import COMBINE, DISPATCH, Inputs
-from deepep.bench.peers import open_low_latency_deep_ep
+from deepep.bench.operations import CACHED, COMBINE, DISPATCH, Inputs, TimedOperation
+from deepep.bench.peers import open_elastic_deep_ep, open_low_latency_deep_ep
 from deepep.bench.rank import FUNCTIONAL, TIMEOUT, Bench, Progress, WrongResultError
 from deepep.bench.sweep import Dtype, Shape, Sweep
 from deepep.bench.workload import Traffic, Workload, draw
@@ -94,14 +97,14 @@ class LowLatencyBench(Bench):
             most = max(int(load.rows.max()) * load.shape.row_bytes("bf16") for load in loads)
             self._floor = Floor(self._clock, self._group, self._rank, self._device, most)
             self._exchange = BareExchange(self._group, self._rank, self._device, most, TIMEOUT)
-        deep_ep = self._open_low_latency_deep_ep()
+        deep_ep, elastic = self._open_low_latency_deep_ep(), self._open_elastic_deep_ep()
         for load in loads:
-            self._measure_curve(load, deep_ep)
+            self._measure_curve(load, deep_ep, elastic)
         if self._floor is not None:
             report.copies.extend(self._floor.measured)
 
-    def _measure_curve(self, load: Workload, deep_ep: Any) -> None:
-        """All figures of one T."""
+    def _measure_curve(self, load: Workload, deep_ep: Any, elastic: Any) -> None:
+        """All figures of one T. deep_ep, elastic: DeepEP's buffers of V1 and of V2, or None."""
         shape, dtypes = load.shape, self._sweep.dtypes
         inputs = Inputs(load, self._rank, self._device, self._sweep.scales)
         most = max(other.tokens for other in self._sweep.shapes if _is_alike(other, shape))
@@ -125,6 +128,8 @@ class LowLatencyBench(Bench):
             for dtype in dtypes if self._kernels else ():
                 self._measure_graphs(load, by, dtype, partial(calls.pair, dtype))
             del calls
+        if elastic is not None:
+            self._measure_elastic(load, inputs, elastic, least)
         for dtype in dtypes if least else ():
             self._measure_graphs(load, BARE, dtype, least[PAIR, dtype].call)
         self._compare_graphs(shape)
@@ -135,6 +140,22 @@ class LowLatencyBench(Bench):
                     by = f"{dist.get_backend(self._group)} {ALONE}"
                     timing = self._clock.measure(operation.call)
                     self._put(load, operation.name, by, operation.dtype, timing, least.get(key))
+
+    def _measure_elastic(self, load: Workload, inputs: Inputs, buffer: Any, least: dict[Key, Least]) -> None:
+        """V2's cached calls."""
+        dtypes, oracle = self._sweep.dtypes, ElasticOracle(inputs) if self._sweep.check else None
+        most = SMS[0] if self._floor is None else self._floor.all_sms
+        for sms in (sms for sms in SMS if sms <= most):
+            by, calls = by_elastic(sms), ElasticDecodeCalls(buffer, inputs, dtypes, sms)
+            for name, dtype, call in calls.whole(dtypes):
+                self._say(f"{load.shape} {by} {name} {dtype}")
+                if oracle is not None and name != PAIR:
+                    checked = CACHED if name == DISPATCH else name
+                    operation = TimedOperation(checked, call, partial(outputs, name), dtype)
+                    self._agree(f"{by} {name} {dtype}", oracle.complaint(operation, call()), ours=False)
+                self._put(load, name, by, dtype, self._clock.measure(call), least.get((name, dtype)))
+            for dtype in dtypes:
+                self._measure_graphs(load, by, dtype, partial(calls.pair, dtype))
 
     def _put(
         self,
@@ -241,6 +262,14 @@ class LowLatencyBench(Bench):
         largest = [max(getattr(s, name) for s in sweep.shapes) for name in ("tokens", "hidden", "experts")]
         buffer, why = open_low_latency_deep_ep(self._group, *largest)
         if why:
+            self.report.notes.append(why)
+        return buffer
+
+    def _open_elastic_deep_ep(self) -> Any:
+        if "deep_ep" not in self._sweep.peers or not self._kernels:
+            return None
+        buffer, why = open_elastic_deep_ep(self._group, largest(self._sweep))
+        if why and why not in self.report.notes:
             self.report.notes.append(why)
         return buffer
 
