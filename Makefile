@@ -133,7 +133,7 @@ test-gpu-sanitize: $(GPU_INSTALLED)
 	done
 
 # Data parallelism's promises on this machine, measured: docs/parallel.md has the numbers. All run, whatever misses.
-CLUSTER ?= bits codec bytes convergence topologies drift noise uneven kill efficiency join backup
+CLUSTER ?= bits codec bytes convergence topologies drift noise uneven kill efficiency join handover backup
 test-cluster: install
 	@failed=; run() { echo "== deepep $$*, $$(date +%T)"; $(PY) -m deepep "$$@" || failed="$$failed; $$*"; }; \
 	run links --check; \

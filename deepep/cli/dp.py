@@ -20,6 +20,7 @@ from deepep.cli import (
     dp_bench,
     dp_efficiency,
     dp_faults,
+    dp_hand_overs,
     dp_join,
     dp_networks,
     dp_topologies,
@@ -59,7 +60,7 @@ def command(
         str,
         typer.Argument(
             help="bits, codec, bytes, convergence, topologies, drift, noise, uneven, kill, efficiency, join, "
-            "bench, backup."
+            "handover, bench, backup."
         ),
     ],
     ranks: Annotated[
@@ -103,7 +104,8 @@ def command(
     rank that dies in a training step has the others go on, with the weights that they should have. uneven:
     ranks of several speeds, whose shares follow what is measured, against torch's equal ones. efficiency:
     samples that count in a minute in which ranks die, beside torchrun's restart; or simulated. join: for how
-    long the others stop when a process takes its place, by the size of what it is given. backup: steps in
+    long the others stop when a process takes its place, by the size of what it is given. handover: one
+    joins a training with experts, and a newcomer or a member dies at each moment of it. backup: steps in
     which each rank copies the experts of the next one, beside steps without.
     bench: all-reduces beside torch's own, by NCCL on GPUs, in one run, with the CPU's bits; and a rank that
     is killed. Under torchrun its ranks take part.
@@ -126,6 +128,7 @@ def command(
             else dp_efficiency.efficiency(ranks or 20, killed, window, costs)
         ),
         "bench": lambda: dp_bench.bench(ranks, sizes, rounds, kills),
+        "handover": dp_hand_overs.hand_overs,
         "join": lambda: dp_join.join(ranks or 4, times),
         "backup": lambda: dp_backup.backup(ranks or 3, times),
     }
