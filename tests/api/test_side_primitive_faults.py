@@ -94,11 +94,14 @@ def test_a_neighbour_dies(fresh_world: Callable[[int], World]) -> None:
     def run(ctx: Any) -> Any:
         buffer = ElasticBuffer(ctx.group, num_bytes=2 << 20, num_gpu_timeout_secs=100)
         buffer.pp_set_config(64, 1)
+        store = dist.distributed_c10d._get_default_store()
         if ctx.rank == 2:
+            store.wait(["sent"])
             os.kill(os.getpid(), signal.SIGKILL)
         call = buffer.pp_recv if ctx.rank == 0 else buffer.pp_send
         if ctx.rank == 1:
             call(torch.zeros(4), 2)  # it has credit for one
+            store.set("sent", "1")
         with pytest.raises(PeerTimeoutError) as caught:
             call(torch.zeros(4), 2)
         return caught.value.record
