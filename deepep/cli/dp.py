@@ -49,6 +49,7 @@ _USED = {
     "efficiency": ("ranks", "killed", "window", "simulate", "costs"),
     "bench": ("ranks", "sizes", "rounds", "kills"),
     "join": ("ranks", "times"),
+    "handover": (),
     "backup": ("ranks", "times"),
 }
 """The options of each check. Given to another, they are misuse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from deepep.bench.reductions import AUTO, FP8, TORCH, TORCH_BF16, ReductionTimes
 from deepep.cli import dp, dp_bench, dp_efficiency, dp_topologies
@@ -115,6 +117,19 @@ def test_topologies_are_measured_in_pieces(
     for ranks, clusters, sizes in ((8, "", ""), (4, "ring", ""), (4, "", "1K")):
         with pytest.raises(typer.Exit):
             dp_topologies.topologies(ranks, 3, True, clusters, sizes, file)
+
+
+def test_every_check_of_the_makefile_says_what_it_takes() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    words = re.search(r"^CLUSTER \?= (.*)$", makefile, re.M)
+    assert words is not None
+    checks = [*words[1].split(), "bench"]
+    assert sorted(checks) == sorted(dp._USED)
+    app = typer.Typer()
+    app.command()(dp.command)
+    for what in checks:  # misuse of each, so that none runs
+        done = CliRunner().invoke(app, [what, "--ranks", "1"])
+        assert (what, done.exit_code, type(done.exception)) == (what, 2, SystemExit)
 
 
 def test_schedules_without_hope_are_timed_once() -> None:
