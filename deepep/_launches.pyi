@@ -35,6 +35,8 @@ class ExpandedRows:
         slots: int,
         expert_counts: int,
         overflow: int,
+        origins: int,
+        tiles: int,
         capacity: int,
         alignment: int,
         column_major: bool,

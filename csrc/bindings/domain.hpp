@@ -260,7 +260,8 @@ inline void bind_common(py::module_& m) {
   py::class_<kernels::ExpandedRows>(m, "ExpandedRows", py::module_local())
       .def(py::init([](uintptr_t places, uintptr_t recv_places, uintptr_t x, uintptr_t scales,
                        uintptr_t weights, uintptr_t slots, uintptr_t expert_counts, uintptr_t overflow,
-                       int64_t capacity, int alignment, bool column_major, bool zero_padding) {
+                       uintptr_t origins, uintptr_t tiles, int64_t capacity, int alignment,
+                       bool column_major, bool zero_padding) {
              if (capacity < 0 || alignment < 1) throw std::invalid_argument("capacity or alignment");
              return kernels::ExpandedRows{.places = pointer<int32_t>(places),
                                           .recv_places = pointer<std::byte>(recv_places),
@@ -270,13 +271,16 @@ inline void bind_common(py::module_& m) {
                                           .slots = pointer<uint64_t>(slots),
                                           .expert_counts = pointer<int32_t>(expert_counts),
                                           .overflow = pointer<uint32_t>(overflow),
+                                          .origins = pointer<int32_t>(origins),
+                                          .tiles = pointer<uint32_t>(tiles),
                                           .capacity = capacity,
                                           .alignment = alignment,
                                           .column_major = column_major,
                                           .zero_padding = zero_padding};
            }),
            py::kw_only(), "places"_a, "recv_places"_a, "x"_a, "scales"_a, "weights"_a, "slots"_a,
-           "expert_counts"_a, "overflow"_a, "capacity"_a, "alignment"_a, "column_major"_a, "zero_padding"_a);
+           "expert_counts"_a, "overflow"_a, "origins"_a, "tiles"_a, "capacity"_a, "alignment"_a,
+           "column_major"_a, "zero_padding"_a);
   py::class_<host::CachedDispatch>(m, "CachedDispatch", py::module_local());
   py::class_<host::RowCounts>(m, "RowCounts", py::module_local())
       .def(py::init([](std::vector<int32_t> counts) { return host::RowCounts{std::move(counts)}; }),

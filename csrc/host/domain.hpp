@@ -88,6 +88,9 @@ class Domain {
         call.args.num_topk > kernels::kMaxRowEntries || call.blocks.remote > layout::kMaxStreamBlocks ||
         call.blocks.remote + call.blocks.local != call.blocks.total || call.blocks.local < 1)
       throw std::invalid_argument("rows of 32 entries of 1024 experts are spread: from 32 blocks, by others");
+    const bool has_columns = call.expanded->column_major && call.args.num_scales > 0;
+    if (has_columns && call.expanded->recv_places != nullptr && call.expanded->tiles == nullptr)
+      throw std::invalid_argument("scales by columns are spread in tiles, which are counted");
     launch(call, kernels::DispatchMode::kExpanded);
   }
 

@@ -280,7 +280,8 @@ class ElasticBuffer(EngineOwner, SidePrimitiveCalls):
         num_experts: E, a multiple of R. num_max_tokens_per_rank: M, T or more, and no more than the buffer's;
             None: the buffer's. expert_alignment: rounds up counts and experts' first rows; None: 1. With
             handle, its own or None.
-        num_sms: 0: `get_theoretical_num_sms`. With do_expand on CUDA, 48 or more on all ranks or on none.
+        num_sms: 0: `get_theoretical_num_sms`. With do_expand on CUDA, 48 or more on all ranks or on none,
+            with a handle, too.
         num_qps: no more than allocated; otherwise without effect.
         previous_event: inputs are read behind it, instead of behind what the current stream holds.
         previous_event_before_epilogue: what follows the rows' arrival (expanding, scales by columns) comes

@@ -28,7 +28,7 @@ from deepep.runtime.elastic_requests import (
     count_lanes,
     worst_rows,
 )
-from deepep.runtime.elastic_spread import expansion_of, spread
+from deepep.runtime.elastic_spread import expansion_again, expansion_of, spread, spread_again
 from deepep.runtime.engine import Engine
 from deepep.runtime.local_rows import settle_nans
 from deepep.runtime.requests import Combined, CombineRequest, DispatchRequest, Schedule
@@ -113,27 +113,32 @@ def copy_topk_idx(engine: Engine, done: ElasticDispatched, schedule: Schedule) -
 def dispatch_cached(
     engine: Engine, route: ElasticRoute, request: ElasticDispatchRequest, schedule: Schedule
 ) -> ElasticDispatched:
-    """A dispatch along `route`, which nothing is counted or waited for."""
+    """A dispatch along `route`: no host waits, and what is received lies where it did."""
     weights, num_rows = request.topk_weights, route.recv_topk_idx.shape[0]
+    expansion = expansion_again(engine, route, request)
     if request.expand or weights is not None:
         _follow_dispatch(route, schedule)
-    if weights is None:
+    if weights is expansion is None:
         again = DispatchRequest(
             *(request.x, request.scales), route=route.route, num_sms=request.num_sms, payload=request.payload
         )
-    else:  # an engine's cached dispatch has rows alone: a new one, whose number of rows is known
+    else:  # an engine's has rows alone, as they come: a new dispatch, whose number of rows is known
         again = DispatchRequest(
             request.x,
             request.scales,
             num_experts=route.route.num_experts,
             topk_idx=route.topk_idx,
-            topk_weights=weights,
+            topk_weights=_no_weights(route.topk_idx) if weights is None else weights,
             num_worst_tokens=max(1, num_rows),
             num_sms=request.num_sms,
             payload=request.payload,
+            expansion=expansion,
+            known_route=route.route,
         )
     done = engine.dispatch(again, schedule)
-    x, scales, received = done.x, done.scales, done.topk_weights
+    if done.expanded is not None:
+        return spread_again(engine, request, route, done.expanded, schedule, done.completion)
+    x, scales, received = done.x, done.scales, None if weights is None else done.topk_weights
     if x.shape[0] > num_rows:
         x = x[:num_rows]
         scales, received = (None if t is None else t[:num_rows] for t in (scales, received))

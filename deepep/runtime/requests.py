@@ -137,7 +137,8 @@ class DispatchRequest:
     num_worst_tokens > 0: hand out exactly so many rows and do not wait for counts; num_sms: SMs that a kernel
     may use, 0 to let the engine choose. payload: a number for what rows of bytes are made of, that has to be
     the same on all ranks; engines that agree on hosts compare it. expansion: of `num_experts`, for engines
-    that `spreads_rows`.
+    that `spreads_rows`. known_route: the route of an earlier dispatch by the same top-k, by which this one's
+    rows are read: it is refused where that would be.
     """
 
     x: torch.Tensor
@@ -152,6 +153,7 @@ class DispatchRequest:
     num_experts: int = 0
     payload: int = 0
     expansion: SpreadRequest | None = None
+    known_route: Route | None = None
 
 
 @dataclass(slots=True)

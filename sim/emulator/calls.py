@@ -104,7 +104,9 @@ class Expansion:
 
 
 class ExpandedAt(NamedTuple):
-    """Addresses of what is filled: rows, scales (or 0), weights, slots, entries of each expert, overflow."""
+    """Addresses of what is filled: rows, scales (or 0), weights, slots, entries of each expert, overflow; and
+    what is kept of scales by columns: origins of rows, and rows of each tile.
+    """
 
     x: int
     scales: int
@@ -112,6 +114,8 @@ class ExpandedAt(NamedTuple):
     slots: int
     counts: int
     overflow: int
+    origins: int
+    tiles: int
 
 
 @dataclass(frozen=True)

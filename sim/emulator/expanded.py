@@ -44,9 +44,12 @@ def place(machine: Any, rank: int, call: DispatchCall) -> ExpandedAt:
         "slots": 8 * call.capacity * topk,
         "counts": 4 * call.num_local_experts,
         "overflow": 4,
+        "origins": 4 * rows,
+        "tiles": 4 * (rows // 32 + call.num_local_experts + 1),
     }
     made = {name: machine.allocate(f"expanded {name}@{rank}", "device", rank, n) for name, n in sizes.items()}
-    machine.write(rank, made["overflow"], bytes(4))
+    for name in ("overflow", "tiles"):
+        machine.write(rank, made[name], bytes(sizes[name]))
     return ExpandedAt(**{name: int(address) for name, address in made.items()})
 
 
@@ -64,6 +67,8 @@ def argument(
         slots=at.slots,
         expert_counts=at.counts,
         overflow=at.overflow,
+        origins=at.origins,
+        tiles=at.tiles,
         capacity=expansion.capacity,
         alignment=expansion.alignment,
         column_major=expansion.column_major,

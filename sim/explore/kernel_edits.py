@@ -137,6 +137,20 @@ EDITS = (
         "totals that are posted before they are there",
     ),
     Edit(
+        "rows awaited while a push has no SM",
+        "kernels/dispatch/spread.hpp",
+        "joins.get(0) != 0 && learn_bases(call)",
+        "learn_bases(call)",
+        "push blocks of two ranks wait for each other's that cannot start before they end",
+    ),
+    Edit(
+        "a tile of scales by its first row",
+        "kernels/dispatch/scale_tiles.hpp",
+        "static_cast<int>(before) + 1 == tile.rows",
+        "before == 0u",
+        "scales of rows that have not come",
+    ),
+    Edit(
         "a stage is filled while it is stored",
         COPY_FILE,
         "if (next < ring.count) ring.fill(read_stage, next);",

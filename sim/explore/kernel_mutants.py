@@ -75,7 +75,7 @@ COUNTING_FILES = tuple(f"kernels/dispatch/{name}.hpp" for name in ("count", "cou
 EXPANDED_FILES = ("kernels/combine/expanded.hpp",)
 #: Files that take effect in dispatches that spread rows, which are hunted with these alone.
 SPREADING_FILES = tuple(
-    f"kernels/dispatch/{name}.hpp" for name in ("expanded", "number", "spread", "streams")
+    f"kernels/dispatch/{name}.hpp" for name in ("expanded", "number", "scale_tiles", "spread", "streams")
 )
 
 _COMMENT = re.compile(r"//[^\n]*")

@@ -32,7 +32,8 @@ SHAPES = (GPUS[0], GPUS[3], GPUS[4], GPUS[5])
 class SpreadCase:
     """Two dispatches. tokens: of each rank. worst: rows that a host hands out without a wait; 0: it waits.
 
-    short: so many expanded rows fewer than there are. spreads: by rank, all if empty.
+    short: so many expanded rows fewer than there are. spreads: by rank, all if empty. is_again: as a dispatch
+    along an earlier one's route: no host waits, and there is memory for just what comes.
     """
 
     tokens: tuple[int, ...] = (5, 9)
@@ -46,6 +47,7 @@ class SpreadCase:
     worst: int = 0
     short: int = 0
     spreads: tuple[bool, ...] = ()
+    is_again: bool = False
     index_bytes: int = 8
     has_duplicates: bool = False
     num_calls: int = 2
@@ -225,6 +227,10 @@ def _call(
     rows = want.num_rows
     if case.worst:
         rows = align_up(room * case.topk + (case.alignment - 1) * case.local_experts, case.alignment)
+    worst = case.worst
+    if case.is_again:
+        room = worst = max(1, want.rank_ends[-1])
+        rows = max(1, want.num_rows)
     if case.short:
         rows = max(0, want.num_rows - case.short)
     return DispatchCall(
@@ -235,7 +241,7 @@ def _call(
         scales=given.scales,
         topk_idx=given.topk_idx,
         topk_weights=given.topk_weights,
-        num_worst_tokens=case.worst,
+        num_worst_tokens=worst,
         by_topk=True,
         expansion=Expansion(
             rows,

@@ -22,6 +22,10 @@ CASES = {
     "three ranks, one without tokens": SpreadCase(tokens=(6, 0, 3), local_experts=2),
     "no token at all": SpreadCase(tokens=(0, 0)),
     "one rank": SpreadCase(tokens=(7,), local_experts=5),
+    "as along a handle": SpreadCase(is_again=True, num_scales=3, column_major=True, num_calls=1),
+    "as along a handle, no row on a rank": SpreadCase(
+        tokens=(1, 0), topk=1, local_experts=1, is_again=True, num_calls=1
+    ),
     "three groups of tokens": SpreadCase(tokens=(150, 3), topk=2, hidden=8, num_calls=1),
 }
 

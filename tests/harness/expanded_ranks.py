@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from deepep.backends.cuda.launch import Plan
 from deepep.backends.cuda.local_rows import RowKernels
-from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays, receive_spec
-from deepep.backends.cuda.sm_split import dispatch_split, expanded_split
+from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays, num_scale_tiles, receive_spec
+from deepep.backends.cuda.sm_split import BlockSplit, dispatch_split, expanded_split
 from deepep.reference.elastic import ElasticInput
+from deepep.runtime.elastic import _Epilogue
+from deepep.runtime.elastic_requests import ElasticDispatchRequest, ElasticRoute
+from deepep.runtime.requests import Schedule
 from harness.virtual_ranks import VirtualDomain
 
 
@@ -59,7 +64,8 @@ class ExpandedDomain:
             pool = endpoint.heap[endpoint.pool_begin :]
             spec = receive_spec(x, scales, idx, True)
             begin = -(-spec.num_bytes(room) // 128) * 128
-            padded = -(-capacity // 4) * 4
+            padded, local = -(-capacity // 4) * 4, num_experts // count
+            has_tiles = scales is not None and column_major
             expanded = ExpandedArrays(
                 places=torch.empty((max(1, tokens), topk), dtype=torch.int32, device=device),
                 recv_places=pool[begin : begin + 4 * room * topk].view(torch.int32).view(room, topk),
@@ -67,8 +73,12 @@ class ExpandedDomain:
                 scales=None if scales is None else scales.new_empty(padded * scales.shape[1]),
                 weights=torch.empty(capacity, dtype=torch.float32, device=device),
                 slots=torch.empty((room, topk), dtype=torch.int64, device=device),
-                expert_counts=torch.empty(num_experts // count, dtype=torch.int32, device=device),
+                expert_counts=torch.empty(local, dtype=torch.int32, device=device),
                 overflow=torch.zeros(1, dtype=torch.int32, device=device),
+                origins=torch.empty(capacity, dtype=torch.int32, device=device) if has_tiles else None,
+                tiles=torch.zeros(num_scale_tiles(capacity, local), dtype=torch.int32, device=device)
+                if has_tiles
+                else None,
                 alignment=alignment,
                 column_major=column_major,
                 zero_padding=zero_padding,
@@ -76,13 +86,21 @@ class ExpandedDomain:
             inside = ElasticInput(x, idx, weights.to(device), scales)
             self.ranks.append(ExpandedRank(inside, plan, spec.carve(pool, room), expanded))
 
-    def launch(self, *, spreads: bool = True) -> None:
-        """One dispatch of all ranks; not `spreads`: as a dispatch by top-k leaves the rows."""
-        split = (expanded_split if spreads else dispatch_split)(self.domain.num_sms, self.domain.num_ranks)
+    def launch(self, *, spreads: bool = True, pushing: int = 0) -> None:
+        """One dispatch of all ranks; not `spreads`: as a dispatch by top-k leaves the rows. pushing: SMs that
+        push in one that spreads, 0: as many as the engine has push.
+        """
+        sms = self.domain.num_sms
+        split = (expanded_split if spreads else dispatch_split)(sms, self.domain.num_ranks)
+        if pushing:
+            split = BlockSplit(sms, pushing, sms - pushing)
         for endpoint, stream, mine in zip(
             self.domain.endpoints, self.domain.streams, self.ranks, strict=True
         ):
             assert mine.plan.in_rank is not None
+            if spreads and mine.expanded.tiles is not None:
+                with torch.cuda.stream(stream):
+                    mine.expanded.tiles.zero_()
             endpoint.dispatch(
                 mine.given.x,
                 mine.received,
@@ -118,3 +136,48 @@ class ExpandedDomain:
                 assert idx is not None
                 kernels.sort(idx[:rows], slots, mine.expanded.expert_counts)
                 kernels.spread(mine.received.x[:rows], slots, mine.expanded.x)
+
+    def finish_behind(self, num_rows: Sequence[int]) -> None:
+        """All that ElasticBuffer does behind a dispatch that spreads no rows: sort, rows, weights, scales. Of
+        the first ranks, if there are more than numbers of rows.
+        """
+        for stream, mine, rows in zip(self.domain.streams, self.ranks, num_rows, strict=False):
+            ranks, to, received = self.domain.num_ranks, mine.expanded, mine.received
+            engine: Any = SimpleNamespace(
+                info=SimpleNamespace(num_ranks=ranks),
+                local_rows=RowKernels(self.domain.device.index or 0),
+                locally=_at_once,
+            )
+            assert received.topk_idx is not None
+            assert received.topk_weights is not None
+            request = ElasticDispatchRequest(
+                mine.given.x,
+                mine.given.scales,
+                mine.given.topk_idx,
+                mine.given.topk_weights,
+                self.num_experts,
+                rows // ranks,
+                to.alignment,
+                expand=True,
+                zero_padding=to.zero_padding,
+                column_major=to.column_major,
+            )
+            route = ElasticRoute(
+                SimpleNamespace(num_experts=self.num_experts, engine=engine),  # type: ignore[arg-type]
+                mine.given.topk_idx,
+                received.topk_idx[:rows],
+                rows // ranks,
+                to.alignment,
+                len(to.x),
+            )
+            scales = None if received.scales is None else received.scales[:rows]
+            arrived = received.x[:rows], scales, received.topk_weights[:rows]
+            with torch.cuda.stream(stream):
+                _Epilogue(engine, request, route, *arrived).run(Schedule(), None)
+
+
+def _at_once(make: Any, fill: Any, given: Sequence[object], schedule: Schedule) -> tuple[Any, None]:
+    """`Engine.locally` on the current stream."""
+    made = make()
+    fill(made)
+    return made, None

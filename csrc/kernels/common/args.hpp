@@ -69,6 +69,7 @@ struct LocalState {
   uint32_t experts_claimed;  // the same of their experts; expanded: groups of tokens that are numbered
   uint32_t experts_counted;  // groups whose experts have been counted
   uint32_t rows_claimed;     // dispatch, expanded: rows of peers that some warp spreads
+  uint32_t pushes_started;   // the same: push blocks that run
   uint32_t phase;
   uint32_t missing;
   uint32_t expected;
@@ -135,6 +136,8 @@ struct ExpandedRows {
   uint64_t* slots;         // int64 [slot capacity, K]: the row of each entry, -1 for none
   int32_t* expert_counts;  // [L] entries of each expert
   uint32_t* overflow;      // [1] or null: 1 if an entry had no row
+  int32_t* origins;        // [capacity] where scales lie by columns: where a row's come from, is written
+  uint32_t* tiles;         // [capacity / 32 + L + 1] likewise: rows that have come of each 32, 0 before
   int64_t capacity;        // rows; where the host waits, and more would come, none is spread
   int alignment;           // experts begin at multiples of it
   bool column_major;       // of scales: a scale's, of all rows rounded up to 4, lie together

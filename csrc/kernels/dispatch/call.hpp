@@ -105,6 +105,7 @@ DEEPEP_DEVICE void advance_epoch(const DispatchCall& call) {
   dev::store(&state->experts_claimed, 0u);
   dev::store(&state->experts_counted, 0u);
   dev::store(&state->rows_claimed, 0u);
+  dev::store(&state->pushes_started, 0u);
 }
 
 /// True on one thread of a block in which something went wrong: it has a fault to report.

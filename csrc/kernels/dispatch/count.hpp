@@ -56,6 +56,8 @@ struct NumberingShared {
   /// Rows in all, gaps included: int32. The sources whose rows did not come, as bits: uint32.
   [[nodiscard]] DEEPEP_HD int64_t num_rows() const { return begins() + int64_t{4} * num_experts; }
   [[nodiscard]] DEEPEP_HD int64_t gave_up() const { return num_rows() + 4; }
+  /// Whether a push block spreads rows when it has pushed its own: uint32.
+  [[nodiscard]] DEEPEP_HD int64_t joins() const { return num_rows() + 8; }
   /// The row after the last that each warp has written at each rank, see kFinished; the same as the warp that
   /// follows has seen it, and as it has posted it: uint32 [warps, R] each.
   [[nodiscard]] DEEPEP_HD int64_t progress() const { return num_rows() + 16; }

@@ -16,11 +16,12 @@
 //   find_bases            local blocks: the experts' totals of all ranks give the row of each entry
 //   spread_own_rows       they spread this rank's own tokens, and write their fields
 //   zero_gaps             rows between the experts'
-//   spread_received_rows  their warps, as they are free, claim rows of peers, wait for and spread them
 //   post_streams          push blocks: where the rows of each warp will be
 //   send_rows             rows, fields and places; local blocks that do not spread write theirs as in topk.hpp
 //   follow_rows           the last warp of a push block posts which of its rows are there
 //   signal_rows           each push block raises its flag at each peer, behind its rows
+//   join_spreading        push blocks, if all of this rank's run, find the bases, too, and go on as local ones
+//   spread_received_rows  warps, as they are free, claim rows of peers, wait for and spread them
 //   pad_slots             no rows of entries that nobody sent
 //   save_counts           the handle's counts
 //   pad_indices           no expert in the rows past the last one, with num_worst_tokens
@@ -33,9 +34,10 @@
 //   report_fault          one thread, if something did
 //
 // Who waits for whom: as in topk.hpp; warps for groups of tokens that blocks of this rank, which run, have
-// claimed; local blocks for the experts' totals of all ranks, which wait for such blocks alone, and for peers'
-// push blocks, which wait for none of these. Push blocks come first in the launch, and have that role alone: so
-// there is no circle, and no block needs another to be resident.
+// claimed; all blocks for the experts' totals of all ranks, which wait for such blocks alone, and for peers'
+// push blocks. Push blocks come first in the launch, and wait for neither before their rows are all written,
+// and said to be, and all push blocks of their rank run: else they end, and leave their SMs to those. So there
+// is no circle, and no block needs another to be resident.
 #pragma once
 
 #include "kernels/dispatch/host_counts.hpp"
@@ -50,6 +52,7 @@ DEEPEP_DEVICE void post_streams(const DispatchCall& call, const WarpShare& share
   using namespace dev;
   const DispatchArgs& args = call.args;
   const Group& g = call.g;
+  if (share.role.push && thread() == 0) fetch_add<relaxed, gpu_scope>(&g.state->pushes_started, 1u);
   if (!share.role.push || warp() == num_warps() - 1) return;
   SharedArray<int32_t> counts(MetadataShared{g.num_ranks}.counts());
   const auto count = [&](int s, int d) { return counts.get(s * g.num_ranks + d); };
@@ -87,17 +90,18 @@ DEEPEP_KERNEL(dispatch_expanded_kernel, DispatchArgs, kExpandedThreads) {
   const uint32_t why = wait_metadata<kMode>(call);
   post_counts_to_host(call, why);
   if (why == 0) {
-    const bool is_spread = find_bases(call, share);
+    bool is_spread = find_bases(call, share);
     if (is_spread) {
       spread_own_rows(call, share, first_token);
       zero_gaps(call, share);
-      spread_received_rows(call, share);
     } else {
       post_streams(call, share, first_token);
       send_rows(call, share, first_token);
       follow_rows(call, share);
       signal_rows(call, share);
     }
+    is_spread = is_spread || join_spreading(call, share);
+    if (is_spread) spread_received_rows(call);
     pad_slots(call, share, is_spread);
     save_counts(call);
     pad_indices(call, share);

@@ -6,14 +6,15 @@
 #pragma once
 
 #include "kernels/dispatch/handle.hpp"
+#include "kernels/dispatch/scale_tiles.hpp"
 #include "kernels/dispatch/write.hpp"
 
 namespace deepep::kernels {
 
-/// Local blocks: whether the entries of all ranks are known, and rows are spread here: they fit, or the host
-/// does not wait, so that those that do not are left out. Where the entries of each source begin goes to shared
-/// memory. Whole block.
-[[nodiscard]] DEEPEP_DEVICE bool find_bases(const DispatchCall& call, const WarpShare& share) {
+/// Whether the entries of all ranks are known, and rows are spread here: they fit, or the host does not wait,
+/// so that those that do not are left out. Where the entries of each source begin goes to shared memory. Whole
+/// block.
+[[nodiscard]] DEEPEP_DEVICE bool learn_bases(const DispatchCall& call) {
   using namespace dev;
   const DispatchArgs& args = call.args;
   const ExpandedRows& to = args.expanded;
@@ -25,7 +26,7 @@ namespace deepep::kernels {
   SharedArray<int32_t> num_rows(shared.num_rows());
   SharedArray<uint32_t> failed(MetadataShared{g.num_ranks}.failed());
   SharedArray<uint32_t> gave_up(shared.gave_up());
-  if (!share.role.local || to.recv_places == nullptr) return false;
+  if (to.recv_places == nullptr) return false;
   for (int i = thread(); i < g.num_ranks * experts; i += num_threads()) {
     const int source = i / experts;
     uint32_t value = 0;
@@ -70,13 +71,30 @@ namespace deepep::kernels {
   return gave_up.bit_or(0, 0u) == 0 && (args.host == nullptr || num_rows.get(0) <= to.capacity);
 }
 
+/// Local blocks: whether they spread rows.
+[[nodiscard]] DEEPEP_DEVICE bool find_bases(const DispatchCall& call, const WarpShare& share) {
+  return share.role.local && learn_bases(call);
+}
+
+/// The same of push blocks, whose rows are all written and said to be. Not where others of this rank have not
+/// started: peers that wait for their rows might be waited for here, and no SM be left for them. Whole block.
+[[nodiscard]] DEEPEP_DEVICE bool join_spreading(const DispatchCall& call, const WarpShare& share) {
+  using namespace dev;
+  if (!share.role.push) return false;
+  SharedArray<uint32_t> joins(NumberingShared::of(call.args, num_warps()).joins());
+  if (thread() == 0) {
+    const uint32_t started = dev::load<relaxed, gpu_scope>(&call.g.state->pushes_started);
+    joins.set(0, started == static_cast<uint32_t>(call.args.push_blocks) ? 1u : 0u);
+  }
+  sync_block();
+  return joins.get(0) != 0 && learn_bases(call);
+}
+
 /// Where scale i of an expanded row is.
 [[nodiscard]] DEEPEP_DEVICE uint32_t* scale_at(const DispatchArgs& args, int64_t row, int i) {
   const ExpandedRows& to = args.expanded;
   if (!to.column_major) return to.scales + row * args.num_scales + i;
-  const NumberingShared shared = NumberingShared::of(args, dev::num_warps());
-  const int64_t known = dev::SharedArray<int32_t>(shared.num_rows()).get(0);
-  return to.scales + row + i * layout::align_up(args.host == nullptr ? to.capacity : known, 4);
+  return to.scales + row + i * rows_of_column(args);
 }
 
 /// A received row's entry, of lane k the k-th.
@@ -103,6 +121,7 @@ struct OwnRow {
   }
   [[nodiscard]] DEEPEP_DEVICE const std::byte* bytes() const { return args.x + token * args.row_bytes; }
   [[nodiscard]] DEEPEP_DEVICE uint32_t scale(int i) const { return scale_of(args, token, i); }
+  [[nodiscard]] DEEPEP_DEVICE int32_t origin() const { return ~static_cast<int32_t>(token); }
 };
 
 /// A row that has arrived.
@@ -129,6 +148,7 @@ struct ArrivedRow {
   [[nodiscard]] DEEPEP_DEVICE uint32_t scale(int i) const {
     return dev::load(array<uint32_t>(layout::kSlotScales) + row * args.num_scales + i);
   }
+  [[nodiscard]] DEEPEP_DEVICE int32_t origin() const { return static_cast<int32_t>(row); }
 };
 
 /// Entry `at` of the slots. Ordered, though it carries nothing: after a time-out two blocks may write one.
@@ -155,9 +175,13 @@ DEEPEP_DEVICE void spread_row(const DispatchCall& call, const Row& row, int64_t 
   if (slot >= 0) store(to.weights + slot, entry.weight);
   const uint32_t targets = ballot(slot >= 0);
   if (targets == 0) return;
+  const bool are_columns = args.num_scales > 0 && to.column_major;
+  // Before the row: behind its stores the release would wait for them.
+  if (are_columns) bring_scales(args, entry.expert, static_cast<int>(slot), row.origin());
   const uint64_t target = reinterpret_cast<uint64_t>(to.x) + static_cast<uint64_t>(slot * args.row_bytes);
   copy_row<Row::kArrived>(reinterpret_cast<uint64_t>(row.bytes()), target,
                           static_cast<int>(args.row_bytes / 16), targets);
+  if (are_columns) return;
 #pragma unroll 1
   for (int first = 0; first < args.num_scales; first += kWarpSize) {
     const int i = first + lane();
@@ -339,10 +363,10 @@ struct Stream {
   return -2;
 }
 
-/// Local blocks: rows of the peers, each claimed by a warp, the first of every stream before the second of any.
-DEEPEP_DEVICE void spread_received_rows(const DispatchCall& call, const WarpShare& share) {
+/// Rows of the peers, each claimed by a warp, the first of every stream before the second of any: by local
+/// blocks when they have spread their own, by push blocks when they have pushed theirs.
+DEEPEP_DEVICE void spread_received_rows(const DispatchCall& call) {
   using namespace dev;
-  if (!share.role.local) return;
   const DispatchArgs& args = call.args;
   const uint32_t streams = static_cast<uint32_t>(num_streams(call));
   const uint32_t end = streams * longest_stream(call);

@@ -186,7 +186,8 @@ class CudaEngine(CudaRoutes, CudaMembers):
                     self._check_dispatch(request)
                 if self.domains is not None:
                     self.domains.check_dispatch(request)
-                if route is not None and plan_of(route).live != self.live:
+                known = route or request.known_route
+                if known is not None and plan_of(known).live != self.live:
                     got = "one made while other ranks were masked"
                     raise HandleError("handle", got, "a new dispatch")
             except ArgumentError as problem:

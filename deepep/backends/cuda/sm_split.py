@@ -22,8 +22,11 @@ class BlockSplit:
 #: SMs that push at most, in a dispatch and in a combine, whose sums need the rest (docs/performance.md)
 PUSHING_SMS = 12
 RETURNING_SMS = 9
-#: SMs that keep pace with them on the rank-local rows of two ranks
+#: the same in a dispatch of more than two ranks: with four, 12 were slower
+PUSHING_SMS_TO_MANY = 8
+#: SMs that keep pace with them on the rank-local rows of two ranks, and the fewest that can
 LOCAL_SMS = 15
+FEWEST_LOCAL_SMS = 8
 #: up to so many SMs of a dispatch, and of a combine, each does both kinds of work; beyond, the kinds keep out
 #: of each other's way
 SHARING_SMS = 12
@@ -50,7 +53,7 @@ RESIDENT_SMS = 32
 
 @functools.cache
 def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
-    """Roles of a dispatch's blocks, using no more than `num_sms`.
+    """Roles of a dispatch's blocks, using no more than `num_sms`. The model is docs/kernels.md's.
 
     With more ranks less stays on each, and fewer local SMs do.
     """
@@ -58,7 +61,10 @@ def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms <= SHARING_SMS:
         return BlockSplit(num_sms, num_sms, num_sms)
-    pushing = min(PUSHING_SMS, num_sms // 2)
+    if num_ranks == 2:
+        pushing = min(PUSHING_SMS, (num_sms + 1) // 2)
+    else:
+        pushing = min(PUSHING_SMS_TO_MANY, num_sms - -(-FEWEST_LOCAL_SMS // (num_ranks - 1)))
     local = min(num_sms - pushing, max(2, -(-LOCAL_SMS // (num_ranks - 1))))
     return BlockSplit(pushing + local, pushing, local)
 
@@ -67,13 +73,14 @@ def dispatch_split(num_sms: int, num_ranks: int) -> BlockSplit:
 def expanded_split(num_sms: int, num_ranks: int) -> BlockSplit:
     """Roles of a dispatch that spreads rows as they come: who does not push spreads this rank's and others'.
 
-    No block does both (docs/kernels.md). Raises ValueError for fewer than two SMs.
+    Who does helps with others' behind it (docs/kernels.md). Raises ValueError for fewer than two SMs.
     """
     if num_ranks == 1:
         return BlockSplit(num_sms, 0, num_sms)
     if num_sms < 2:
         raise ValueError("rows are spread by others than those that push: two SMs at least")
-    pushing = min(PUSHING_SMS, num_sms // 2)
+    most = PUSHING_SMS if num_ranks == 2 else PUSHING_SMS_TO_MANY
+    pushing = min(most, num_sms // 2)
     return BlockSplit(num_sms, pushing, num_sms - pushing)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from deepep import _cuda
 from deepep.backends.cuda.launch import MAX_COUNTED_TOKENS
-from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays
+from deepep.backends.cuda.memory.arrays import ExpandedArrays, ReceiveArrays, num_scale_tiles
 from deepep.backends.cuda.sm_split import SPREADING_SMS
 from deepep.config import DEFAULT_NUM_SMS
 from deepep.runtime.requests import DispatchRequest, SpreadRows
@@ -42,7 +42,10 @@ def make(engine: CudaEngine, request: DispatchRequest, received: ReceiveArrays) 
     elif not request.num_worst_tokens:  # an eighth more than what came of late, or would if all got alike
         usual = engine.expanded_seen or idx.numel() + (expansion.alignment - 1) * local
         num_rows = usual * 9 // 8 + expansion.alignment
-    scales = request.scales
+    scales, origins, tiles = request.scales, None, None
+    if scales is not None and expansion.column_major:
+        origins = idx.new_empty(num_rows, dtype=torch.int32)
+        tiles = idx.new_zeros(num_scale_tiles(num_rows, local), dtype=torch.int32)
     return ExpandedArrays(
         places=idx.new_empty(idx.shape, dtype=torch.int32),
         recv_places=received.places if expansion.spreads else None,
@@ -52,6 +55,8 @@ def make(engine: CudaEngine, request: DispatchRequest, received: ReceiveArrays) 
         slots=idx.new_empty(received.x.shape[0] if expansion.spreads else 0, topk, dtype=torch.int64),
         expert_counts=idx.new_empty(local, dtype=torch.int32),
         overflow=idx.new_zeros(1, dtype=torch.int32) if expansion.overflows else None,
+        origins=origins,
+        tiles=tiles,
         alignment=expansion.alignment,
         column_major=expansion.column_major,
         zero_padding=expansion.zero_padding,

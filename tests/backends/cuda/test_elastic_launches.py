@@ -101,8 +101,60 @@ def test_with_many_sms_the_dispatch_spreads_rows_itself() -> None:
             # an event that the epilogue comes behind: in a pass behind it
             behind = launched(lambda: dispatch(previous_event_before_epilogue=EventHandle()))[1]
             assert behind == ["dispatch", "sort_pairs", "spread_rows"]
-            again = launched(lambda: buffer.dispatch(x, handle=got.handle, do_expand=True))[1]
-            assert again == ["dispatch_cached", "spread_rows"]
+            def again(handle=got.handle, **how):
+                return launched(lambda: buffer.dispatch(x, handle=handle, do_expand=True, **how))
+            assert again()[1] == ["dispatch_cached", "spread_rows"]
+        """,
+    )
+
+
+def test_with_many_sms_a_dispatch_along_a_handle_spreads_rows_itself() -> None:
+    on_stubs(
+        START,
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            first = {"do_expand": True, "expert_alignment": 4, "num_experts": 1, "num_sms": 64}
+            for waits, rows in ((True, 8), (False, 12)):
+                got = buffer.dispatch(x, idx, weights, do_cpu_sync=waits, **first)
+                before = vars(got.handle.elastic_route).copy()
+                def again(given=x, **how):
+                    how = {"do_expand": True, "num_sms": 64, **how}
+                    return launched(lambda: buffer.dispatch(given, handle=got.handle, **how))
+                bare, names = again()
+                assert names == ["dispatch"]
+                assert bare.recv_x.shape == (rows, 256)
+                assert bare.recv_topk_weights is bare.recv_topk_idx is None
+                weighted, names = again(topk_weights=weights, async_with_compute_stream=True)
+                assert names == ["dispatch"] and weighted.event.event is not None
+                assert weighted.recv_topk_weights.shape == (rows,)
+                scaled = x.to(torch.float8_e4m3fn), torch.zeros((8, 2))
+                columns, names = again(scaled, use_tma_aligned_col_major_sf=True, do_zero_padding=True)
+                assert names == ["dispatch"]
+                assert columns.recv_x[1].shape == (rows, 2) and columns.recv_x[1].stride() == (1, rows)
+                behind = again(previous_event_before_epilogue=EventHandle())[1]
+                assert behind == ["dispatch", "spread_rows"]
+                assert again(num_sms=24)[1] == ["dispatch_cached", "spread_rows"]
+                now = vars(got.handle.elastic_route)
+                assert before.keys() <= now.keys() and all(now[key] is before[key] for key in before)
+        """,
+    )
+
+
+def test_a_handle_of_before_a_rank_was_masked_is_refused_with_weights_too() -> None:
+    """A dispatch of new weights is a new one to the engine, whose rows are read as the handle has them."""
+    on_stubs(
+        START,
+        """
+        with stub_cuda.stub_buffer(elastic=True, **sizes) as buffer:
+            got = buffer.dispatch(x, idx, weights, num_experts=1)
+            got.handle.elastic_route.route.plan.live = 3
+            for how in ({}, {"topk_weights": weights}):
+                try:
+                    buffer.dispatch(x, handle=got.handle, **how)
+                except deepep.HandleError as error:
+                    assert "masked" in str(error)
+                else:
+                    raise AssertionError(how)
         """,
     )
 

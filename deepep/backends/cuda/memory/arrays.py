@@ -75,6 +75,8 @@ class ExpandedArrays:
     slots: torch.Tensor  # [N, K] int64
     expert_counts: torch.Tensor  # [L] int32
     overflow: torch.Tensor | None  # [1] int32, 0 before
+    origins: torch.Tensor | None = None  # [X] int32, where there are scales by columns: is written
+    tiles: torch.Tensor | None = None  # int32, 0 before, likewise: as many as num_scale_tiles
     alignment: int = 1
     column_major: bool = False
     zero_padding: bool = False
@@ -82,7 +84,7 @@ class ExpandedArrays:
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All but those of the heap."""
         filled = (self.x, self.scales, self.weights, self.slots, self.expert_counts, self.overflow)
-        return (self.places, *filled)
+        return (self.places, *filled, self.origins, self.tiles)
 
     def argument(self) -> _cuda.ExpandedRows:
         """As a launch takes it."""
@@ -95,11 +97,18 @@ class ExpandedArrays:
             slots=self.slots.data_ptr(),
             expert_counts=self.expert_counts.data_ptr(),
             overflow=0 if self.overflow is None else self.overflow.data_ptr(),
+            origins=0 if self.origins is None else self.origins.data_ptr(),
+            tiles=0 if self.tiles is None else self.tiles.data_ptr(),
             capacity=self.x.shape[0],
             alignment=self.alignment,
             column_major=self.column_major,
             zero_padding=self.zero_padding,
         )
+
+
+def num_scale_tiles(num_rows: int, num_local_experts: int) -> int:
+    """The most tiles of 32 rows that so many expanded rows are, each of one expert."""
+    return num_rows // 32 + num_local_experts + 1
 
 
 class Templates(list[torch.Tensor]):
