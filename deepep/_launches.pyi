@@ -101,6 +101,8 @@ class FarShape:
         max_tokens: int,
         max_topk: int,
         max_row_bytes: int,
+        entry_stretches: int = 0,
+        has_gateways: bool = False,
     ) -> None: ...
     @property
     def remote_bytes(self) -> int: ...

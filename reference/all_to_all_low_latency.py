@@ -8,18 +8,18 @@ its experts there. Two exchanges: how many, then the records.
 - combine, reduce="rank": the owner sends each token's weights to the token's ranks, which return one partial
 sum. Two exchanges.
 - combine, reduce="token": every (token, expert) row returns. One exchange; both sides know what travels.
+- combine, reduce="domain": as "rank"; the owner makes the sums of domains itself.
 - LogFMT adds one: the metadata goes first, and says to the receiver what the rest takes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import require
+from .checks import Reduce, check_reduce, require
 from .formats import GROUP, empty_column_major, fp8_cast, ue8m0_pack
 from .logfmt_wire import RowsInLogfmt, send_in_logfmt
 from .numerics import round_to_bf16
@@ -167,7 +167,8 @@ def start_combine(
     num_max_tokens: int,
     num_experts: int,
     logfmt: bool = False,
-    reduce: Literal["rank", "token"] = "rank",
+    reduce: Reduce = "rank",
+    ranks_per_domain: int = 0,
 ) -> CombineUnderway:
     """Send what becomes of the rows `x` [L, R*M, H] bfloat16 back to their tokens, to be summed there.
 
@@ -186,7 +187,7 @@ def start_combine(
         topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
         f"topk_weights: got {topk_weights.dtype} {list(topk_weights.shape)}; allowed: float32 [T, K]",
     )
-    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "rank", "token"')
+    check_reduce(reduce, ranks_per_domain, logfmt)
     require(
         list(recv_src_info.shape) == [num_local, room] and list(layout_range.shape) == [num_local, num_ranks],
         "recv_src_info, layout_range: not of a dispatch with these sizes",
@@ -206,7 +207,8 @@ def start_combine(
         underway = send_in_logfmt(wire, rows, send_counts, recv_counts)
     else:
         underway = wire.start_all_to_all_rows(rows, send_counts, recv_counts)
-    return CombineUnderway(wire, underway, wants, topk_idx, topk_weights, reduce)
+    size = ranks_per_domain if reduce == "domain" else 0
+    return CombineUnderway(wire, underway, wants, topk_idx, topk_weights, reduce, size)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ class CombineUnderway:
     wants: Tensor  # [T, E] bool
     topk_idx: Tensor
     topk_weights: Tensor
-    reduce: Literal["rank", "token"]
+    reduce: Reduce
+    ranks_per_domain: int = 0
 
     def wait(self) -> Tensor:
         """The rows that have come, of those in LogFMT their payload; blocks until they have."""
@@ -233,9 +236,27 @@ class CombineUnderway:
         else:
             row = _numbered(_ranks_of(self.wants, self.wire.num_ranks).t()).t()  # [T, R]
             ranks = torch.arange(self.wire.num_ranks, device=row.device).expand(row.shape)
+            if self.reduce == "domain":
+                rows, row, ranks = self._sum_domains(rows, row, ranks)
             total = _weighted_sum(rows, row, ranks, None)
         combined = round_to_bf16(total)
         return combined if out is None else out.copy_(combined)
+
+    def _sum_domains(self, rows: Tensor, row: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums of domains in place of ranks': [n, H] float32, then a token's row and column [T, D]."""
+        sums, numbers = [], []
+        for columns, of_domain in zip(
+            row.split(self.ranks_per_domain, dim=1), ranks.split(self.ranks_per_domain, dim=1), strict=True
+        ):
+            first = int(of_domain[0, 0]) if of_domain.numel() else 0
+            total = _weighted_sum(rows, columns, of_domain - first, None)
+            sums.append(round_to_bf16(total).float())
+            numbers.append((columns >= 0).any(1))
+        tokens, has_row = len(row), torch.stack(numbers, dim=1)
+        number = torch.arange(has_row.shape[1], device=row.device) * tokens
+        by_domain = torch.arange(tokens, device=row.device).unsqueeze(1) + number
+        domains = torch.arange(has_row.shape[1], device=row.device).expand(has_row.shape)
+        return torch.cat(sums), by_domain.masked_fill(~has_row, -1), domains
 
 
 def _wants(wire: Wire, topk_idx: Tensor, num_experts: int) -> Tensor:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import require
+from .checks import Reduce, check_reduce, require
 from .formats import column_major_scales, fp8_cast, ue8m0_pack
 from .layout import check_topk_idx, local_experts
 from .logfmt import logfmt_roundtrip
@@ -109,7 +108,8 @@ def combine(
     num_max_tokens: int,
     num_experts: int,
     logfmt: bool = False,
-    reduce: Literal["rank", "token"] = "rank",
+    reduce: Reduce = "rank",
+    ranks_per_domain: int = 0,
     masked: Collection[int] = (),
 ) -> list[Tensor]:
     """Sum each token's rows, weighted: topk_weights[t, k] * row over k; [T, H] bfloat16 each.
@@ -118,14 +118,17 @@ def combine(
     sums are rounded to float32 one by one, a sum starts from its first term and is rounded once to bfloat16.
     `reduce="rank"`: each rank sums the rows of its own experts, k ascending, and rounds; the token's owner
     sums these partial sums, ranks ascending, and rounds. `reduce="token"`: the owner sums all rows, k
-    ascending, and rounds once. `logfmt`: what travels, partial sums or rows, is what logfmt_roundtrip makes
-    of it; a partial sum is rounded to bfloat16 first, as it travels where LogFMT does not qualify.
+    ascending, and rounds once. `reduce="domain"`: of domains of `ranks_per_domain` consecutive ranks each
+    sums and rounds the partial sums of its ranks, ranks ascending, and the owner sums those, domains
+    ascending, and rounds: the same as "rank" in one domain; without `logfmt`. `logfmt`: what travels, partial
+    sums or rows, is what logfmt_roundtrip makes of it; a partial sum is rounded to bfloat16 first, as it
+    travels where LogFMT does not qualify.
     Entries of -1 and of masked ranks are left out, without renormalising; a token without others gives +0.0.
     Raises ValueError for malformed arguments, and for a token that its expert's layout does not have.
     """
     num_ranks = len(xs)
     num_local = local_experts(num_experts, num_ranks)
-    require(reduce in ("token", "rank"), f'reduce: got {reduce!r}; allowed: "rank", "token"')
+    check_reduce(reduce, ranks_per_domain, logfmt)
     for name, per_rank in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("layouts", layouts)):
         require(
             len(per_rank) == num_ranks,
@@ -152,15 +155,28 @@ def combine(
             sent = logfmt_roundtrip(rows) if logfmt else rows.float()
             total.add_weighted(sent, weights, present)
         else:
-            for rank in alive:
-                here = present & (idx // num_local == rank)
-                partial = OrderedSum(num_tokens, hidden, torch.float32, idx.device)
-                partial.add_weighted(rows.float(), weights, here)
-                tokens = here.any(1).nonzero().flatten()
-                rounded = round_to_bf16(partial.value[tokens])
-                total.add(tokens, logfmt_roundtrip(rounded) if logfmt else rounded)
+            for domain in _domains(alive, ranks_per_domain if reduce == "domain" else 0):
+                summed = OrderedSum.like(total) if reduce == "domain" else total
+                for rank in domain:
+                    here = present & (idx // num_local == rank)
+                    partial = OrderedSum.like(total)
+                    partial.add_weighted(rows.float(), weights, here)
+                    tokens = here.any(1).nonzero().flatten()
+                    rounded = round_to_bf16(partial.value[tokens])
+                    summed.add(tokens, logfmt_roundtrip(rounded) if logfmt else rounded)
+                if reduce == "domain":
+                    tokens = summed.started.flatten().nonzero().flatten()
+                    total.add(tokens, round_to_bf16(summed.value[tokens]))
         outputs.append(round_to_bf16(total.value))
     return outputs
+
+
+def _domains(ranks: Sequence[int], size: int) -> list[list[int]]:
+    """The ranks of each domain of `size` consecutive ones; 0: all in one."""
+    if size == 0:
+        return [list(ranks)]
+    numbers = dict.fromkeys(rank // size for rank in ranks)
+    return [[rank for rank in ranks if rank // size == number] for number in numbers]
 
 
 def _rows_of_owner(

@@ -109,7 +109,7 @@ inline host::LowLatencyOptions far_low_latency_options(const host::FarShape& sha
                                                        const std::vector<uintptr_t>& heaps, uintptr_t state,
                                                        uintptr_t fault, double timeout_seconds) {
   return low_latency_options(rank, heaps, shape.max_local_experts, shape.max_tokens, shape.max_topk,
-                             shape.max_row_bytes, 0, state, fault, timeout_seconds, false);
+                             shape.max_row_bytes, shape.entry_stretches, state, fault, timeout_seconds, false);
 }
 
 /// Sizes of memory. Local to the module: both have them.
@@ -119,15 +119,18 @@ inline void bind_far_shape(py::module_& m) {
   m.attr("FAR_COUNTERS") = offsetof(kernels::FarState, blocks_sent) / sizeof(uint64_t);
   py::class_<Shape>(m, "FarShape", py::module_local())
       .def(py::init([](int num_ranks, int ranks_per_domain, int max_local_experts, int max_tokens, int max_topk,
-                       int64_t max_row_bytes) {
+                       int64_t max_row_bytes, int entry_stretches, bool has_gateways) {
              return Shape{.place = {num_ranks, num_ranks, ranks_per_domain},
                           .max_local_experts = max_local_experts,
                           .max_tokens = max_tokens,
                           .max_topk = max_topk,
-                          .max_row_bytes = max_row_bytes};
+                          .max_row_bytes = max_row_bytes,
+                          .entry_stretches = entry_stretches,
+                          .has_gateways = has_gateways};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("ranks_per_domain"), py::arg("max_local_experts"),
-           py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"))
+           py::arg("max_tokens"), py::arg("max_topk"), py::arg("max_row_bytes"), py::arg("entry_stretches") = 0,
+           py::arg("has_gateways") = false)
       .def_property_readonly("remote_bytes", [](const Shape& self) { return self.slots().bytes(); })
       .def_property_readonly("control_bytes", [](const Shape& self) { return self.slots().control_bytes(); })
       .def_property_readonly("max_open_puts",

@@ -26,11 +26,22 @@
 #include "kernels/low_latency/dispatch_receive.hpp"
 #include "kernels/low_latency/dispatch_send.hpp"
 #include "kernels/low_latency_far/combine.hpp"
+#include "kernels/low_latency_far/combine_exact.hpp"
+#include "kernels/low_latency_far/combine_exact_receive.hpp"
+#include "kernels/low_latency_far/combine_exact_send.hpp"
+#include "kernels/low_latency_far/combine_exact_logfmt.hpp"
+#include "kernels/low_latency_far/combine_exact_logfmt_receive.hpp"
+#include "kernels/low_latency_far/combine_exact_logfmt_send.hpp"
+#include "kernels/low_latency_far/combine_logfmt.hpp"
+#include "kernels/low_latency_far/combine_logfmt_receive.hpp"
+#include "kernels/low_latency_far/combine_logfmt_send.hpp"
 #include "kernels/low_latency_far/combine_receive.hpp"
 #include "kernels/low_latency_far/combine_send.hpp"
 #include "kernels/low_latency_far/dispatch.hpp"
 #include "kernels/low_latency_far/dispatch_receive.hpp"
 #include "kernels/low_latency_far/dispatch_send.hpp"
+#include "kernels/low_latency_rails/combine.hpp"
+#include "kernels/low_latency_rails/dispatch.hpp"
 
 namespace deepep::emu {
 
@@ -56,17 +67,22 @@ class LowLatencyLauncher {
     launch_lines("low_latency_dispatch", args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, host::Halves halves, void*) {
-    static constexpr const char* kNames[] = {"low_latency_combine", "low_latency_combine_logfmt",
-                                             "low_latency_combine_exact", "low_latency_combine_exact_logfmt"};
-    const char* kernel = kNames[static_cast<int>(args.returned)];
-    launch_lines(kernel, args, num_blocks, halves, kernels::shared_of(args).bytes());
+    launch_lines("low_latency_" + combine_of(args), args, num_blocks, halves, kernels::shared_of(args).bytes());
   }
 
   void start(const kernels::FarDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
     launch("low_latency_far_dispatch", args, num_blocks, halves, kernels::far_shared_of(args).bytes());
   }
   void start(const kernels::FarCombineArgs& args, int num_blocks, host::Halves halves, void*) {
-    launch("low_latency_far_combine", args, num_blocks, halves, kernels::far_shared_of(args).bytes());
+    const int64_t shared_bytes = kernels::far_shared_of(args).bytes();
+    launch("low_latency_far_" + combine_of(args), args, num_blocks, halves, shared_bytes);
+  }
+
+  void start(const kernels::RailDispatchArgs& args, int num_blocks, host::Halves halves, void*) {
+    launch("low_latency_rail_dispatch", args, num_blocks, halves, kernels::far_shared_of(args).bytes());
+  }
+  void start(const kernels::RailCombineArgs& args, int num_blocks, host::Halves halves, void*) {
+    launch("low_latency_rail_combine", args, num_blocks, halves, kernels::rail_shared_of(args).bytes());
   }
 
   /// `watched`: while a kernel runs; the record then stays. Otherwise it is taken: the rank's stream must be
@@ -97,16 +113,22 @@ class LowLatencyLauncher {
   }
 
  private:
+  [[nodiscard]] static std::string combine_of(const kernels::LowLatencyCombineArgs& args) {
+    static constexpr const char* kNames[] = {"combine", "combine_logfmt", "combine_exact",
+                                             "combine_exact_logfmt"};
+    return kNames[static_cast<int>(args.returned)];
+  }
+
   /// In the form that records, if there is one, and room.
   template <class Args>
-  void launch_lines(const char* kernel, const Args& args, int num_blocks, host::Halves halves,
+  void launch_lines(const std::string& kernel, const Args& args, int num_blocks, host::Halves halves,
                     int64_t shared_bytes) {
     const int num_warps = num_threads_ / dev::kWarpSize;
     const bool records = kernels::records(args, halves);
     const kernels::Lines lines = lines_.take(host::name_of(args), num_blocks, num_warps, records);
     if (lines.words == nullptr) return launch(kernel, args, num_blocks, halves, shared_bytes);
     const kernels::Recorded<Args> recorded{args, lines};
-    machine_.launch(rank_, kernels_, std::string(kernel) + "_kernel_recorded", &recorded, sizeof(recorded),
+    machine_.launch(rank_, kernels_, kernel + "_kernel_recorded", &recorded, sizeof(recorded),
                     num_blocks, num_threads_, shared_bytes);
   }
 

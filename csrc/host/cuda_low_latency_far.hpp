@@ -11,6 +11,7 @@
 #include "host/put_stream.hpp"
 #include "host/turns.hpp"
 #include "kernels/low_latency_far/launch.hpp"
+#include "kernels/low_latency_rails/launch.hpp"
 #include "put_server/service.hpp"
 
 namespace deepep::host {
@@ -25,6 +26,7 @@ class CudaFarLowLatencyLauncher {
         serve_(serve),
         service_(service),
         block_size_(kernels::load_far_low_latency()) {
+    kernels::load_low_latency_rails();
     if (serve_ == nullptr) return;
     int device = 0;
     kernels::check(cudaGetDevice(&device), "cudaGetDevice");

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "host/low_latency.hpp"
-#include "kernels/low_latency_far/args.hpp"
+#include "kernels/low_latency_rails/args.hpp"
 
 namespace deepep::host {
 
@@ -18,10 +18,18 @@ struct FarShape {
   int max_tokens = 0;
   int max_topk = 0;
   int64_t max_row_bytes = 0;  // of bf16
+  int entry_stretches = 0;    // LowLatencySlots: of rows that go back for each entry
+  bool has_gateways = false;  // two levels: a rank puts to one rank of each other domain; all are of one size
 
-  [[nodiscard]] int max_far() const { return layout::max_far_ranks(place); }
+  /// The most ranks that a rank puts to.
+  [[nodiscard]] int max_far() const {
+    return has_gateways ? place.num_domains() - 1 : layout::max_far_ranks(place);
+  }
+  [[nodiscard]] bool is_regular() const { return place.num_ranks % place.ranks_per_domain == 0; }
   [[nodiscard]] layout::LowLatencyFarSlots slots() const {
-    return layout::LowLatencyFarSlots(max_far(), max_local_experts, max_tokens, max_topk, max_row_bytes);
+    return layout::LowLatencyFarSlots(max_far(), max_local_experts, max_tokens, max_topk, max_row_bytes,
+                                      entry_stretches > 0 ? max_topk : 1,
+                                      has_gateways ? place.ranks_per_domain : 1);
   }
   /// Places in a rank's queue of puts, a power of two: for all that may be open.
   [[nodiscard]] int64_t num_put_orders() const {
@@ -60,6 +68,14 @@ struct FarMemory {
       .slots = shape.slots(), .remote = memory.remote, .wire = memory.wire, .state = memory.state};
   for (int r = 0; r < place.num_ranks; ++r) {
     if (place.domain_of_rank(r) == place.domain_of_rank(rank)) continue;
+    if (shape.has_gateways) {
+      if ((r - rank) % place.ranks_per_domain != 0) continue;
+      const int own = place.domain_of_rank(rank), its = place.domain_of_rank(r);
+      far.bits |= 1u << r;
+      far.number[r] = its < own ? its : its - 1;
+      far.there[r] = own < its ? own : own - 1;
+      continue;
+    }
     far.bits |= 1u << r;
     far.number[r] = number(rank, r);
     far.there[r] = number(r, rank);
@@ -75,8 +91,17 @@ class FarLauncher {
   template <class... OfLauncher>
   FarLauncher(const FarShape& shape, int rank, const FarMemory& memory, OfLauncher&&... of_launcher)
       : far_(far_ranks_of(shape, rank, memory)),
-        words_bytes_(16 + 4 * shape.place.num_ranks * ((shape.max_tokens + 31) / 32) + 16),
-        launcher_(std::forward<OfLauncher>(of_launcher)...) {}
+        has_gateways_(shape.has_gateways),
+        domain_{.first = shape.place.first_rank_of_domain(shape.place.domain_of_rank(rank)),
+                .num_ranks = shape.place.ranks_per_domain,
+                .by_ranks = layout::Divisor(shape.place.ranks_per_domain)},
+        words_bytes_(16 + 8 * shape.place.num_ranks * ((shape.max_tokens + 31) / 32) + 32),
+        launcher_(std::forward<OfLauncher>(of_launcher)...) {
+    if (has_gateways_ && !shape.is_regular())
+      throw std::invalid_argument("low latency in two levels: all domains are of one size");
+    if (has_gateways_ && shape.entry_stretches > 0)
+      throw std::invalid_argument("low latency in two levels: sums go back");
+  }
 
   [[nodiscard]] kernels::BlockSize block_size() const {
     kernels::BlockSize size = launcher_.block_size();
@@ -85,12 +110,18 @@ class FarLauncher {
   }
 
   void start(const kernels::LowLatencyDispatchArgs& args, int num_blocks, Halves halves, void* stream) {
-    launcher_.start(kernels::FarDispatchArgs{args, far_}, num_blocks, halves, stream);
+    const kernels::FarDispatchArgs far{args, far_};
+    if (!has_gateways_) return launcher_.start(far, num_blocks, halves, stream);
+    if (halves != Halves::kBoth) throw std::invalid_argument("low latency in two levels: no halves");
+    launcher_.start(kernels::RailDispatchArgs{far, domain_}, num_blocks, halves, stream);
   }
   void start(const kernels::LowLatencyCombineArgs& args, int num_blocks, Halves halves, void* stream) {
+    const kernels::FarCombineArgs far{args, far_};
+    if (!has_gateways_) return launcher_.start(far, num_blocks, halves, stream);
+    if (halves != Halves::kBoth) throw std::invalid_argument("low latency in two levels: no halves");
     if (args.returned != kernels::Returned::kSums)
-      throw std::invalid_argument("low_latency_combine: between domains sums go back, as they are");
-    launcher_.start(kernels::FarCombineArgs{args, far_}, num_blocks, halves, stream);
+      throw std::invalid_argument("low latency in two levels: sums go back, as they are");
+    launcher_.start(kernels::RailCombineArgs{far, domain_}, num_blocks, halves, stream);
   }
 
   // What a GPU's domain asks its launcher for, where L has it.
@@ -104,6 +135,8 @@ class FarLauncher {
 
  private:
   kernels::FarRanks far_;
+  bool has_gateways_;
+  kernels::RailDomain domain_;
   int words_bytes_;
   L launcher_;
 };

@@ -151,11 +151,14 @@ def environment_bytes() -> int:
     return _check_bytes("DEEPEP_SYMMETRIC_BYTES", int(text), 1)
 
 
+_REDUCTIONS = "'expert_rank', 'exact' or 'domain'"
+
+
 def _reduction(given: object) -> Reduction:
     if not isinstance(given, str):
-        raise ArgumentTypeError("reduction", type(given).__name__, "'expert_rank' or 'exact'")
+        raise ArgumentTypeError("reduction", type(given).__name__, _REDUCTIONS)
     if given not in get_args(Reduction):
-        raise RangeError("reduction", repr(given), "'expert_rank' or 'exact'")
+        raise RangeError("reduction", repr(given), _REDUCTIONS)
     return cast(Reduction, given)
 
 

@@ -65,7 +65,9 @@ class Buffer(LowLatencyCalls, Joining):
         of 128; None: DEEPEP_SYMMETRIC_BYTES, else the backend's default.
     reduction: where low-latency combine sums, the same on all ranks. "expert_rank": an expert's rank sums a
         token's rows and returns one, rounded to bf16. "exact": every row returns, and the token's rank rounds
-        once: up to K times the bytes.
+        once: up to K times the bytes. "domain": where there are several domains, of one size, a token crosses
+        to each once, to a gateway, and one row comes back, each domain's sum rounded (`docs/low_latency.md`);
+        without return_recv_hook, use_logfmt and enable_shrink, and not on CUDA.
     ranks_per_domain: so many consecutive ranks share a scale-up domain (an NVLink domain), the same on all
         ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
         domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:

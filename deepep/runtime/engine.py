@@ -44,10 +44,12 @@ Observer = Callable[[str, str], None]
 """Called with (operation, phase) where the communication runs, on entering each phase."""
 
 
-Reduction = Literal["exact", "expert_rank"]
+Reduction = Literal["exact", "expert_rank", "domain"]
 """Where a low-latency combine sums a token's rows. "expert_rank", the default: a rank sums its own experts'
 rows and returns one, rounded to bf16; the token's owner sums those, ranks ascending, and rounds once more.
-"exact": every row returns to the owner, who sums them, k ascending, and rounds once: more bytes."""
+"exact": every row returns to the owner, who sums them, k ascending, and rounds once: more bytes.
+"domain": as "expert_rank", but each scale-up domain sums and rounds its ranks' rows, ranks ascending, and the
+owner the domains', ascending: a token crosses between domains once each way. In one domain the same."""
 
 
 Made = TypeVar("Made", bound=Sequence[torch.Tensor | None])
@@ -64,7 +66,8 @@ class EngineOptions:
     low_latency: low-latency operations will be used. masks: ranks may be masked.
     low_latency_bytes: memory set aside for low-latency operations, for backends that need it.
     symmetric_bytes: symmetric memory per rank, for backends that have it; 0: the backend's own default.
-    reduction: where a low-latency combine sums.
+    reduction: where a low-latency combine sums. "domain", where there are several: without hooks, masks and
+        LogFMT.
     ranks_per_domain: ranks whose rows a high-throughput combine sums and rounds before it adds those sums,
         for backends that serve several domains; 0: all ranks are one domain.
     num_ranks: R, if more ranks may join than the group has; 0: the group's.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepep.errors import ArgumentError, ShapeError
+from deepep.errors import ArgumentError, ModeError, ShapeError
 from deepep.runtime import checks
-from deepep.runtime.engine import EngineInfo
-from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
+from deepep.runtime.engine import EngineInfo, EngineOptions
+from deepep.runtime.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Schedule
 
 
 def check_low_latency_dispatch(request: LowLatencyDispatchRequest, info: EngineInfo) -> None:
@@ -91,3 +91,33 @@ def _check_wait_stats(name: str, stats: Tensor | None, info: EngineInfo) -> None
         checks.check_tensor(
             name, stats, dtypes=(torch.int64,), device_type=info.device_type, shape=(info.num_ranks,)
         )
+
+
+def has_gateways(options: EngineOptions, num_ranks: int) -> bool:
+    """True if low-latency calls cross between domains by way of gateways."""
+    return options.reduction == "domain" and 0 < options.ranks_per_domain < num_ranks
+
+
+def check_gateways(options: EngineOptions, num_ranks: int) -> None:
+    """Raises ModeError for domains or options that calls by way of gateways are not made for."""
+    if not (options.low_latency and has_gateways(options, num_ranks)):
+        return
+    by_domain = "with reduction='domain' between domains"
+    if num_ranks % options.ranks_per_domain:
+        allowed = f"a divisor of the {num_ranks} ranks {by_domain}"
+        raise ModeError("ranks_per_domain", str(options.ranks_per_domain), allowed)
+    if options.masks:  # a gateway that is left out would cut ranks off that are there
+        raise ModeError("enable_shrink", "True", f"False {by_domain}")
+
+
+def check_levels(info: EngineInfo, schedule: Schedule, use_logfmt: bool = False) -> None:
+    """Raises ModeError for calls that have no way through gateways: a hook would leave them at work between
+    its halves, and a domain's sum of what LogFMT restores has no bits that were agreed on.
+    """
+    if not has_gateways(info.options, info.num_ranks):
+        return
+    allowed = "False with reduction='domain' between domains"
+    if schedule.hook:
+        raise ModeError("return_recv_hook", "True", allowed)
+    if use_logfmt:
+        raise ModeError("use_logfmt", "True", allowed)

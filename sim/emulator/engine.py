@@ -22,6 +22,7 @@ from deepep.runtime.completion import Completion
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.lines import LineRecorder
 from deepep.runtime.engine import EngineOptions
+from deepep.runtime.low_latency_checks import has_gateways
 from deepep.runtime.requests import (
     Combined,
     CombineRequest,
@@ -58,7 +59,10 @@ class EmulatorEngine(ReferenceEngine):
         self._is_one_domain = per_domain >= self.info.num_ranks or per_domain == 0
         self.local_rows = EmulatedRows()
         seed = int(os.environ.get("DEEPEP_EMULATOR_SEED", "0"))
-        exchange = EmulatedLowLatencyExchange(seed, self._control.waits, domains, self.lines)
+        exchange = EmulatedLowLatencyExchange(
+            *(seed, self._control.waits, domains, self.lines),
+            has_gateways=has_gateways(options, self.info.num_ranks),
+        )
         self._low_latency = LowLatencyOperations(self._control, self, exchange)
 
     def _layout(

@@ -98,13 +98,15 @@ class KeptHandle:
     """A handle's contents, as its rank keeps them from a dispatch to its combines.
 
     identity [2]; sent [T]: the ranks that a token went to, as bits; came [R, M / 32, rounded up]: tokens of
-    each source, as bits; routes [R, M, 2 K], zeros where no token came; int32.
+    each source, as bits; routes [R, M, 2 K], zeros where no token came; relayed [D, M]: of ranks in other
+    domains whose gateway this rank was, the ranks of its domain that a token went to, as bits; int32.
     """
 
     identity: Tensor
     sent: Tensor
     came: Tensor
     routes: Tensor
+    relayed: Tensor
 
     @property
     def num_topk(self) -> int:
@@ -209,12 +211,13 @@ class EmulatedLowLatency:
 
     def new_handle(self, rank: int, call: LowLatencyCall) -> LowLatencyHandleAt:
         """Room for a handle; a dispatch fills it."""
-        tokens, topk = call.topk_idx.shape
+        tokens = call.topk_idx.shape[0]
+        relayed = 4 * self._domains_relayed(rank)[0] * call.num_max_tokens
         return LowLatencyHandleAt(
             self._allocate(f"identity@{rank}", "device", rank, 8),
             self._allocate(f"sent@{rank}", "device", rank, 4 * tokens),
             self._allocate(f"came@{rank}", "device", rank, 4 * self.num_ranks * _token_words(call)),
-            self._allocate(f"routes@{rank}", "device", rank, 8 * self.num_ranks * call.num_max_tokens * topk),
+            self._allocate(f"routes@{rank}", "device", rank, self._routes_bytes(call) + relayed),
         )
 
     def read_handle(self, rank: int, call: LowLatencyCall, at: LowLatencyHandleAt) -> KeptHandle:
@@ -227,7 +230,13 @@ class EmulatedLowLatency:
             place = at.routes + 8 * topk * (source * call.num_max_tokens + token)
             routes[source, token, :with_weights] = self.read(rank, place, torch.int32, (with_weights,))
         identity = self.read(rank, at.identity, torch.int32, (2,))
-        return KeptHandle(identity, self.read(rank, at.sent, torch.int32, (tokens,)), came, routes)
+        number, domains = self._domains_relayed(rank)
+        relayed = torch.zeros(number, call.num_max_tokens, dtype=torch.int32, device="cpu")
+        for domain in domains:
+            place = at.routes + self._routes_bytes(call) + 4 * domain * call.num_max_tokens
+            relayed[domain] = self.read(rank, place, torch.int32, (call.num_max_tokens,))
+        sent = self.read(rank, at.sent, torch.int32, (tokens,))
+        return KeptHandle(identity, sent, came, routes, relayed)
 
     def given_handle(self, rank: int, call: LowLatencyCall, kept: KeptHandle) -> LowLatencyHandleAt:
         """A handle with the contents of one that an earlier dispatch has filled."""
@@ -236,7 +245,15 @@ class EmulatedLowLatency:
         self._write(rank, at.sent, kept.sent[: call.topk_idx.shape[0]])
         self._write(rank, at.came, kept.came)
         self._write(rank, at.routes, kept.routes)
+        self._write(rank, at.routes + self._routes_bytes(call), kept.relayed)
         return at
+
+    def _routes_bytes(self, call: LowLatencyCall) -> int:
+        return 8 * self.num_ranks * call.num_max_tokens * call.topk_idx.shape[1]
+
+    def _domains_relayed(self, rank: int) -> tuple[int, list[int]]:
+        """The number of domains that a handle has room for, and those this rank is a gateway for."""
+        return 0, []
 
     def dispatch(
         self, rank: int, call: LowLatencyCall, cast: RowCast, x: Tensor, handle: LowLatencyHandleAt

@@ -109,15 +109,20 @@ class EmulatedUnderway:
 class EmulatedLowLatencyExchange(LowLatencyExchange):
     """See the module. One per engine; `seed`: DEEPEP_EMULATOR_SEED. recorder: where kernels' waits for each
     rank are added up while it asks for them, in nanoseconds of the emulated machine. ranks_per_domain: where
-    there are several domains, which share no memory; 0: one has all ranks. Between domains a combine in the
-    exact mode, or in LogFMT, runs as inside one. lines: where time lines of warps are added while it asks
-    for them, if anywhere.
+    there are several domains, which share no memory; 0: one has all ranks. lines: where time lines of warps
+    are added while it asks for them, if anywhere. has_gateways: between domains calls go in two levels.
     """
 
     def __init__(
-        self, seed: int, recorder: WaitRecorder, ranks_per_domain: int, lines: LineRecorder | None = None
+        self,
+        seed: int,
+        recorder: WaitRecorder,
+        ranks_per_domain: int,
+        lines: LineRecorder | None = None,
+        has_gateways: bool = False,
     ) -> None:
-        self._seed, self._recorder, self._per_domain = seed, recorder, ranks_per_domain
+        super().__init__(ranks_per_domain)
+        self._seed, self._recorder, self._has_gateways = seed, recorder, has_gateways
         self._lines = lines
         self._operations = 0
 
@@ -244,7 +249,7 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
         num_topk = call.topk_idx.shape[1]
         stretches = (1, num_ranks)[number % 2] if call.exact else 0
         sizes = LowLatencySizes(call.num_local_experts, call.num_max_tokens, num_topk, call.hidden, stretches)
-        per_domain = 0 if call.exact or call.logfmt else self._per_domain
+        per_domain = self._per_domain
         gpu = LOW_LATENCY_GPUS[number % len(LOW_LATENCY_GPUS)]
         machine = _emulator.Machine(
             num_ranks=num_ranks,
@@ -254,11 +259,13 @@ class EmulatedLowLatencyExchange(LowLatencyExchange):
             strategy=shapes.STRATEGIES[number % len(shapes.STRATEGIES)],
             seed=number,
             max_steps=10**9,
-            **(far_network(num_ranks, per_domain, sizes) if per_domain else {}),
+            **(far_network(num_ranks, per_domain, sizes, self._has_gateways) if per_domain else {}),
         )
         made_for = (machine, _emulator.own_kernels(), gpu, num_ranks, sizes)
         if per_domain:
-            return EmulatedFarLowLatency(*made_for, ranks_per_domain=per_domain)
+            return EmulatedFarLowLatency(
+                *made_for, ranks_per_domain=per_domain, has_gateways=self._has_gateways
+            )
         return EmulatedLowLatency(*made_for)
 
 

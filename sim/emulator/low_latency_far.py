@@ -12,8 +12,10 @@ from deepep import _emulator
 from deepep.sim.emulator.low_latency import EmulatedLowLatency, LowLatencyGpu, LowLatencySizes
 
 
-def far_shape(num_ranks: int, ranks_per_domain: int, sizes: LowLatencySizes) -> _emulator.FarShape:
-    """Sizes of the memory that NICs know."""
+def far_shape(
+    num_ranks: int, ranks_per_domain: int, sizes: LowLatencySizes, has_gateways: bool = False
+) -> _emulator.FarShape:
+    """Sizes of the memory that NICs know; has_gateways: calls go in two levels."""
     return _emulator.FarShape(
         num_ranks=num_ranks,
         ranks_per_domain=ranks_per_domain,
@@ -21,16 +23,20 @@ def far_shape(num_ranks: int, ranks_per_domain: int, sizes: LowLatencySizes) -> 
         max_tokens=sizes.num_max_tokens,
         max_topk=sizes.num_topk,
         max_row_bytes=2 * sizes.hidden,
+        entry_stretches=sizes.entry_stretches,
+        has_gateways=has_gateways,
     )
 
 
-def far_network(num_ranks: int, ranks_per_domain: int, sizes: LowLatencySizes) -> dict[str, Any]:
+def far_network(
+    num_ranks: int, ranks_per_domain: int, sizes: LowLatencySizes, has_gateways: bool = False
+) -> dict[str, Any]:
     """Arguments of a machine between domains: no mapping, as many open puts as the protocol may have, and
     signals that carry nothing if they are set.
     """
     return {
         "ranks_per_node": ranks_per_domain,
-        "max_open_puts": far_shape(num_ranks, ranks_per_domain, sizes).max_open_puts,
+        "max_open_puts": far_shape(num_ranks, ranks_per_domain, sizes, has_gateways).max_open_puts,
         "weak_signals": True,
     }
 
@@ -47,10 +53,17 @@ class EmulatedFarLowLatency(EmulatedLowLatency):
         sizes: LowLatencySizes,
         *,
         ranks_per_domain: int,
+        has_gateways: bool = False,
     ) -> None:
-        self._shape = far_shape(num_ranks, ranks_per_domain, sizes)
-        self._per_domain = ranks_per_domain
+        self._shape = far_shape(num_ranks, ranks_per_domain, sizes, has_gateways)
+        self._per_domain, self._has_gateways = ranks_per_domain, has_gateways
         super().__init__(machine, kernels, gpu, num_ranks, sizes)
+
+    def _domains_relayed(self, rank: int) -> tuple[int, list[int]]:
+        if not self._has_gateways:
+            return 0, []
+        number = self.num_ranks // self._per_domain
+        return number, [domain for domain in range(number) if domain != rank // self._per_domain]
 
     def _make_domain(
         self, kernels: Any, sizes: LowLatencySizes, rank: int, heaps: list[int], state: int, fault: int

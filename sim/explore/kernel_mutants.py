@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from deepep.sim.explore.far_edits import FAR_EDITS
 from deepep.sim.explore.kernel_edits import EDITS, Edit
 
 #: The bare exchange is a kernel by itself, and hunted with it alone: files, and the layout that they run.
@@ -28,6 +29,8 @@ RING_FILES = ("kernels/ring/", "layout/ring_slots.hpp")
 LOW_LATENCY_FILES = ("kernels/low_latency/", "layout/low_latency_slots.hpp")
 #: And those between domains.
 FAR_FILES = ("kernels/low_latency_far/", "layout/low_latency_far_slots.hpp")
+#: And those between domains in two levels.
+RAIL_FILES = ("kernels/low_latency_rails/",)
 #: Of these, files that take effect where kernels mask a rank that stops, and an edit of another.
 MASKING_FILES = tuple(
     f"kernels/low_latency/{name}.hpp" for name in ("mend", "patience", "combine_call", "dispatch_call")
@@ -57,6 +60,13 @@ LOW_LATENCY_OPTIONS: dict[str, Mapping[str, object]] = {
         ),
     )
     for name in names
+}
+#: The same of files between domains.
+LOW_LATENCY_OPTIONS |= {
+    file.replace("low_latency/", "low_latency_far/"): options for file, options in LOW_LATENCY_OPTIONS.items()
+} | {
+    "kernels/low_latency_far/combine_rows.hpp": {"reduce": "token"},
+    "kernels/low_latency_far/logfmt_puts.hpp": {"logfmt": True},
 }
 #: And the kernels around the local experts.
 ROW_FILES = ("kernels/rows/",)
@@ -209,7 +219,7 @@ def mutants(csrc: Path) -> list[Mutant]:
                     operation=change.found.span(),
                 )
             )
-    found.extend(_edited(csrc, edit) for edit in EDITS)
+    found.extend(_edited(csrc, edit) for edit in (*EDITS, *FAR_EDITS))
     return found
 
 

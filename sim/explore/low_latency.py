@@ -47,7 +47,8 @@ class LowLatencyScenario:
     hooked: sends and receives are launches of their own. carries_weights: with the dispatch. num_combines:
     along each handle. spoils: one of SPOILS; one rank, in turn, does that before each real operation.
     own_stretches: rows of entries, where they return, have a stretch for each source. All cases sum alike.
-    ranks_per_domain: ranks of a domain, where there are several; 0: one has all.
+    ranks_per_domain: ranks of a domain, where there are several; 0: one has all. has_gateways: between those,
+    which are of one size, calls go in two levels, and sums of a domain are rounded.
     """
 
     cases: tuple[Case, ...]
@@ -58,11 +59,13 @@ class LowLatencyScenario:
     spoils: str = ""
     own_stretches: bool = False
     ranks_per_domain: int = 0
+    has_gateways: bool = False
 
     @cached_property
     def expected(self) -> list[list[RankView]]:
         """The oracle's results, by case and rank."""
-        return [oracle.observe(case) for case in self.cases]
+        size = self.ranks_per_domain if self.has_gateways else 0
+        return [oracle.observe(case, ranks_per_domain=size) for case in self.cases]
 
 
 def is_exact(case: Case) -> bool:
@@ -136,11 +139,12 @@ class LowLatencyRun:
                 )
                 for stop in stops
             ],
-            **(far_network(self.num_ranks, per_domain, sizes) if per_domain else {}) | network,
+            **(far_network(self.num_ranks, per_domain, sizes, scenario.has_gateways) if per_domain else {})
+            | network,
         )
         made_for = (self.machine, kernels, gpu, self.num_ranks, sizes)
         self.domain = (
-            EmulatedFarLowLatency(*made_for, ranks_per_domain=per_domain)
+            EmulatedFarLowLatency(*made_for, ranks_per_domain=per_domain, has_gateways=scenario.has_gateways)
             if per_domain
             else EmulatedLowLatency(*made_for)
         )

@@ -73,11 +73,7 @@ def draw_low_latency(
     return replace(scenario, spoils="") if cases[-1].masked else scenario
 
 
-FAR_LIMITS = replace(
-    LOW_LATENCY_LIMITS,
-    ranks=(4, 3, 2, 5),
-    fixed={**LOW_LATENCY_LIMITS.fixed, "reduce": "rank", "logfmt": False},
-)
+FAR_LIMITS = replace(LOW_LATENCY_LIMITS, ranks=(4, 3, 2, 5))
 
 
 def draw_far_low_latency(
@@ -86,8 +82,32 @@ def draw_far_low_latency(
     """As draw_low_latency, of ranks in domains of one to three, the last of which may be smaller."""
     scenario = draw_low_latency(seed, limits=limits, num_cases=num_cases)
     per_domain = min(RandomChoices(seed).pick((2, 2, 1, 3)), scenario.cases[0].num_ranks - 1)
-    spoils = "" if scenario.spoils == "logfmt" else scenario.spoils
-    return replace(scenario, ranks_per_domain=per_domain, spoils=spoils)
+    return replace(scenario, ranks_per_domain=per_domain)
+
+
+RAIL_LIMITS = replace(
+    LOW_LATENCY_LIMITS,
+    ranks=(4, 2, 3, 6),
+    masks=0.0,
+    fixed={**LOW_LATENCY_LIMITS.fixed, "reduce": "rank", "logfmt": False},
+)
+
+
+def draw_rail_low_latency(
+    seed: int, *, limits: Limits = RAIL_LIMITS, num_cases: int | None = None
+) -> LowLatencyScenario:
+    """The same in two levels: of domains of one size, without hooks and masks."""
+    scenario = draw_low_latency(seed, limits=limits, num_cases=num_cases)
+    num_ranks = scenario.cases[0].num_ranks
+    sizes = [size for size in (2, 1, 3) if num_ranks % size == 0 and size < num_ranks]
+    return replace(
+        scenario,
+        gpu=replace(scenario.gpu, num_sms=0),
+        hooked=False,
+        ranks_per_domain=RandomChoices(seed).pick(sizes),
+        has_gateways=True,
+        spoils="" if scenario.spoils == "logfmt" else scenario.spoils,
+    )
 
 
 @dataclass(frozen=True)

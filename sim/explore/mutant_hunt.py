@@ -40,6 +40,7 @@ from deepep.sim.explore.kernel_mutants import (
     LOW_LATENCY_OPTIONS,
     MASKING_EDITS,
     MASKING_FILES,
+    RAIL_FILES,
     REDUCE_FILES,
     RING_FILES,
     ROW_FILES,
@@ -53,8 +54,10 @@ from deepep.sim.explore.low_latency import LowLatencyScenario, run
 from deepep.sim.explore.low_latency_explorer import (
     FAR_LIMITS,
     LOW_LATENCY_LIMITS,
+    RAIL_LIMITS,
     draw_far_low_latency,
     draw_low_latency,
+    draw_rail_low_latency,
     explore_low_latency,
 )
 from deepep.sim.explore.mutant_library import MutantLibrary, can_share
@@ -151,10 +154,18 @@ def _low_latency_scenario(seed: int, file: str) -> LowLatencyScenario:
 FAR_HUNTING_LIMITS = replace(FAR_LIMITS, ranks=(2, 3, 4), max_tokens=4, max_topk=4, hidden=(16, 136, 128))
 
 
+RAIL_HUNTING_LIMITS = replace(RAIL_LIMITS, max_tokens=4, max_topk=4, hidden=(16, 136))
+
+
 @lru_cache(maxsize=4096)
-def _far_scenario(seed: int) -> LowLatencyScenario:
-    """Several calls one after the other, so that memory is used again."""
-    scenario = draw_far_low_latency(seed, limits=FAR_HUNTING_LIMITS, num_cases=1 + seed % 3)
+def _far_scenario(seed: int, file: str) -> LowLatencyScenario:
+    """Several calls one after the other, so that memory is used again; of a file's options."""
+    if file.startswith(RAIL_FILES):
+        scenario = draw_rail_low_latency(seed, limits=RAIL_HUNTING_LIMITS, num_cases=1 + seed % 3)
+    else:
+        limits = FAR_HUNTING_LIMITS
+        limits = replace(limits, fixed={**limits.fixed, **LOW_LATENCY_OPTIONS.get(file, {})})
+        scenario = draw_far_low_latency(seed, limits=limits, num_cases=1 + seed % 3)
     if seed % 4 != 3 or scenario.cases[-1].masked:
         return scenario
     return replace(scenario, spoils="combine", num_combines=3)
@@ -276,16 +287,18 @@ def hunt(
             cases = explore_kind(runs=runs, seconds=seconds, kernels=kernels, progress=progress)
             found = None if cases.failure is None else cases.failure.report
             return Catch(mutant, found, cases.runs, cases.seconds)
-    if mutant.file.startswith((*LOW_LATENCY_FILES, *FAR_FILES)):
+    if mutant.file.startswith((*LOW_LATENCY_FILES, *FAR_FILES, *RAIL_FILES)):
         masks = mutant.file in MASKING_FILES or mutant.name in MASKING_EDITS
         drawn = partial(_shrinking_scenario if masks else _low_latency_scenario, file=mutant.file)
+        if mutant.file.startswith((*FAR_FILES, *RAIL_FILES)):
+            drawn = partial(_far_scenario, file=mutant.file)
         calls = explore_low_latency(
             first_seed=first,
             runs=runs,
             seconds=seconds,
             schedules_per_scenario=4,  # in three of them a rank stops
             with_stops=True,
-            scenarios=_far_scenario if mutant.file.startswith(FAR_FILES) else drawn,
+            scenarios=drawn,
             runner=_run_either if masks else run,
             kernels=kernels,
         )

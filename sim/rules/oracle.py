@@ -42,14 +42,17 @@ class GlobalView:
 REFERENCE = GlobalView()
 
 
-def observe(case: Case, modules: GlobalView = REFERENCE) -> list[RankView]:
-    """Results of each rank, by rank; a masked rank gets nothing from then on."""
+def observe(case: Case, modules: GlobalView = REFERENCE, ranks_per_domain: int = 0) -> list[RankView]:
+    """Results of each rank, by rank; a masked rank gets nothing from then on.
+
+    ranks_per_domain: those whose rows a low-latency combine sums and rounds first; 0: as the case says.
+    """
     given = [inputs(case, rank) for rank in range(case.num_ranks)]
     views = [_layout(case, mine, modules.layout) for mine in given]
     if case.options.mode == "ht":
         _high_throughput(case, given, views, modules.high_throughput)
     else:
-        _low_latency(case, given, views, modules.low_latency)
+        _low_latency(case, given, views, modules.low_latency, ranks_per_domain)
     for rank in case.masked:
         if rank in case.masked_at_dispatch:
             views[rank] = RankView()
@@ -149,8 +152,16 @@ def combine(
         fill_combine(view, result.x, result.topk_weights)
 
 
-def _low_latency(case: Case, given: list[RankInputs], views: list[RankView], ll: ModuleType) -> None:
+def _low_latency(
+    case: Case,
+    given: list[RankInputs],
+    views: list[RankView],
+    ll: ModuleType,
+    ranks_per_domain: int,
+) -> None:
     options = case.options
+    reduce = "domain" if ranks_per_domain else "rank" if options.reduce == "rank" else "token"
+    between = {"ranks_per_domain": ranks_per_domain} if ranks_per_domain else {}
     layouts = ll.dispatch(
         [mine.tokens for mine in given],
         [mine.topk_idx for mine in given],
@@ -180,8 +191,9 @@ def _low_latency(case: Case, given: list[RankInputs], views: list[RankView], ll:
         num_max_tokens=case.num_max_tokens,
         num_experts=case.num_experts,
         logfmt=options.logfmt,
-        reduce="rank" if options.reduce == "rank" else "token",
+        reduce=reduce,
         masked=case.masked,
+        **between,
     )
     for view, result in zip(views, combined, strict=True):
         view.combined_x = bits(result)

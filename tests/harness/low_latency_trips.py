@@ -13,7 +13,7 @@ from deepep.reference import low_latency as oracle
 
 @dataclass(frozen=True)
 class LowLatencyShape:
-    """One case: tokens per rank, and the arguments of the calls."""
+    """One case: tokens per rank, and the arguments of the calls. per_domain: in two levels, P; else 0."""
 
     tokens: tuple[int, ...]
     most: int = 0
@@ -30,6 +30,7 @@ class LowLatencyShape:
     nonfinite: bool = False
     exact: bool = False
     logfmt: bool = False
+    per_domain: int = 0
 
     @property
     def ranks(self) -> int:
@@ -96,8 +97,9 @@ def prepare(shape: LowLatencyShape, seed: int, masked: tuple[int, ...] = ()) -> 
             r * torch.exp2(torch.randint(-20, 1, size[:2], generator=generator).unsqueeze(-1)) for r in rows
         ]
         rows = [r.to(torch.bfloat16) for r in rows]
-    reduce = "token" if shape.exact else "rank"
-    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce=reduce, logfmt=shape.logfmt)
+    reduce = "domain" if shape.per_domain else "token" if shape.exact else "rank"
+    how = {"logfmt": shape.logfmt, "ranks_per_domain": shape.per_domain}
+    sums = oracle.combine(rows, idx, weights, layouts, **sizes, reduce=reduce, **how)
     return PreparedLowLatency(inputs, layouts, rows, sums)
 
 
@@ -146,6 +148,7 @@ def form_of(shape: LowLatencyShape) -> Any:
         shape.ue8m0,
         shape.with_weights,
         entry_stretches=1 if shape.exact else 0,
+        num_domains=shape.ranks // shape.per_domain if shape.per_domain else 0,
     )
 
 

@@ -47,8 +47,12 @@ def far_shape(
     max_tokens: int,
     max_topk: int,
     max_row_bytes: int,
+    entry_stretches: int,
+    has_gateways: bool,
 ) -> Any:
-    """Stands for `_cuda.FarShape`, with its number of bytes."""
+    """Stands for `_cuda.FarShape` of sums that go back without gateways, with its number of bytes."""
+    assert entry_stretches == 0
+    assert not has_gateways
     most = layout.low_latency_nic_bytes(
         max_tokens,
         max_row_bytes // 2,

@@ -19,13 +19,14 @@ class VirtualFarLowLatency(VirtualLowLatency):
     """`num_ranks` endpoints in domains of `ranks_per_domain`.
 
     delay: the most seconds that a put is late. silent_from: by rank, the number of the first put that its NIC
-    loses, and all later ones. away: ranks that do not launch the next operation.
+    loses, and all later ones. away: ranks that do not launch the next operation. has_gateways: in two levels.
     """
 
     ranks_per_domain: int = 2
     delay: float = 0.0
     away: frozenset[int] = frozenset()
     silent_from: dict[int, int] = field(default_factory=dict)
+    has_gateways: bool = False
 
     def __post_init__(self) -> None:
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -34,7 +35,7 @@ class VirtualFarLowLatency(VirtualLowLatency):
         if self.num_blocks > most:
             raise ValueError(f"{self.num_ranks} ranks of {self.num_blocks} blocks do not fit on {sms} SMs")
         everyone = range(self.num_ranks)
-        shape = far_shape(self.num_ranks, self.ranks_per_domain, self.room)
+        shape = far_shape(self.num_ranks, self.ranks_per_domain, self.room, self.has_gateways)
 
         def memory(num_bytes: int) -> list[torch.Tensor]:
             # What is read before it is written shall be seen.
@@ -53,6 +54,7 @@ class VirtualFarLowLatency(VirtualLowLatency):
                 room=self.room,
                 timeout=self.timeout,
                 turns=_cuda.Turns(),
+                has_gateways=self.has_gateways,
             )
             for r in everyone
         ]

@@ -26,6 +26,7 @@ UNITS = {
     "layout": ("layout",),
     "low_latency": ("combine_send", "dispatch_send"),
     "low_latency_far": ("combine_send",),
+    "low_latency_rails": ("dispatch",),
     "ring": ("before_send",),
     "rows": ("cast_rows",),
     "two_level": ("dispatch_cached",),

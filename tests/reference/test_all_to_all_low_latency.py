@@ -122,6 +122,7 @@ def on_a_rank(ctx: Any, wire_of: WireOf, calls: list[Call]) -> list[dict[str, An
                 num_experts=call.num_experts,
                 logfmt=call.logfmt,
                 reduce=call.reduce,
+                ranks_per_domain=2,
             ).finish(combined_out)
             assert not call.into_given or combined is combined_out
             result["combined"] = combined
@@ -155,10 +156,12 @@ def make_case(seed: int, num_ranks: int, pattern: str, draw_routing: Draw) -> li
         "members_at_combine": members_at_combine,
         "format": format,
         "logfmt": bool(rng.random() < 0.4),
-        "reduce": "rank" if rng.random() < 0.5 else "token",
+        "reduce": str(rng.choice(["rank", "token", "domain"])),
         "into_given": bool(rng.random() < 0.5),
         "seed": seed,
     }
+    if common["reduce"] == "domain":
+        common["logfmt"] = False
     idx_dtype = torch.int32 if rng.random() < 0.5 else torch.int64
     return [
         Call(
@@ -194,6 +197,7 @@ def check(calls: list[Call], results: list[dict[str, Any] | None], same_bits: Sa
         num_experts=first.num_experts,
         logfmt=first.logfmt,
         reduce=first.reduce,
+        ranks_per_domain=2,
         masked=masked_at_combine,
     )
     for rank, got in enumerate(results):

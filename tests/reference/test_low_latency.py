@@ -120,16 +120,23 @@ def combine_by_hand(
         if reduce == "token":
             out.append(ordered_sum([row for _, row in products], hidden))
         else:
-            partials = [
-                sent(ordered_sum([row for r, row in products if r == rank], hidden), logfmt)
+            partials = {
+                rank: sent(ordered_sum([row for r, row in products if r == rank], hidden), logfmt)
                 for rank in sorted({rank for rank, _ in products})
-            ]
-            out.append(ordered_sum(partials, hidden))
+            }
+            if reduce == "domain":  # of two ranks
+                partials = {
+                    domain: ordered_sum([row for r, row in partials.items() if r // 2 == domain], hidden)
+                    for domain in sorted({rank // 2 for rank in partials})
+                }
+            out.append(ordered_sum(list(partials.values()), hidden))
     return out
 
 
-@pytest.mark.parametrize("reduce", ["token", "rank"])
-@pytest.mark.parametrize("logfmt", [False, True])
+@pytest.mark.parametrize(
+    ("reduce", "logfmt"),
+    [("token", False), ("rank", False), ("token", True), ("rank", True), ("domain", False)],
+)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_combine_float_by_float(
     num_ranks: int, logfmt: bool, reduce: str, draw_routing: Draw, patterns: tuple[str, ...]
@@ -158,6 +165,7 @@ def test_combine_float_by_float(
             num_experts=num_experts,
             logfmt=logfmt,
             reduce=reduce,  # type: ignore[arg-type]
+            ranks_per_domain=2,
             masked=masked,
         )
         for owner, idx in enumerate(topk):
@@ -353,6 +361,8 @@ def call_combine(**changes: object) -> object:
         (lambda: call_combine(topk_weights=[torch.ones(2, 1).double()]), "rank 0: topk_weights"),
         (lambda: call_combine(topk_idx=[torch.ones(2, 1).long()]), "rank 0: topk_idx.*expert 1"),
         (lambda: call_combine(reduce="node"), "reduce"),
+        (lambda: call_combine(reduce="domain"), "ranks_per_domain: got 0"),
+        (lambda: call_combine(reduce="domain", ranks_per_domain=1, logfmt=True), "logfmt: got True"),
         (lambda: call_combine(layouts=[]), "layouts: got 0"),
         (lambda: call_combine(topk_weights=[]), "topk_weights: got 0"),
     ],

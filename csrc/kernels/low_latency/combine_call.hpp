@@ -44,7 +44,8 @@ struct LowLatencyCombineShared {
 
 struct LowLatencyCombineCall {
   using Args = LowLatencyCombineArgs;
-  static constexpr bool kIsFar = false;  // ranks of other domains take part
+  static constexpr bool kIsFar = false;   // ranks of other domains take part,
+  static constexpr bool kIsRail = false;  // and what goes there has gateways
 
   const Args& args;
   const Group& g;

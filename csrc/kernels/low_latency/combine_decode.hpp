@@ -29,13 +29,14 @@ namespace deepep::kernels {
 }
 
 /// Waits for all rows of a token. One warp. False if one does not come in time, which is a fault.
-[[nodiscard]] DEEPEP_DEVICE bool wait_token(const LowLatencyCombineCall& call, int t, uint32_t ranks) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool wait_token(const Call& call, int t, uint32_t ranks) {
   using namespace dev;
   bool came = true;
   if (((ranks >> lane()) & 1u) != 0) {
     const int64_t flags_at = call.args.slots.return_flags(call.epoch, lane());
     const uint32_t* flags = at<uint32_t>(call.g, call.g.rank, flags_at);
-    came = wait_flag(call, flags + t, lane(), Phase::kReturn);
+    came = wait_return(call, flags + t, lane());
   }
   if (ballot(!came) == 0) return true;
   if (lane() == 0)
@@ -44,8 +45,8 @@ namespace deepep::kernels {
 }
 
 /// The tokens of a block: the rows that come back, ranks or, with their weights, entries ascending.
-template <bool kEntries>
-DEEPEP_DEVICE void decode_tokens(const LowLatencyCombineCall& call) {
+template <bool kEntries, class Call>
+DEEPEP_DEVICE void decode_tokens(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const int shift = args.share.token_shift;
@@ -58,7 +59,7 @@ DEEPEP_DEVICE void decode_tokens(const LowLatencyCombineCall& call) {
     const int t = item_of_block(call.block, i, 0);
     ranks &= call.live;
     if (!wait_token(call, t, ranks)) return;  // the deadline has passed
-    const LogfmtRows rows = kEntries ? encoded_entries_of(call, t, ranks) : sums_of(call, t, ranks);
+    const auto rows = kEntries ? encoded_entries_of(call, t, ranks) : sums_of(call, t, ranks);
     sync_warp();  // the lanes' acquires come before the whole warp's reads; a ballot orders no memory
     Vec16* out = reinterpret_cast<Vec16*>(args.out + t * int64_t{2} * args.hidden);
     sum_logfmt_rows<kEntries>(out, rows, shape, units.begin, units.end);
@@ -67,7 +68,8 @@ DEEPEP_DEVICE void decode_tokens(const LowLatencyCombineCall& call) {
 }
 
 /// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
-DEEPEP_DEVICE void decode_returns(LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void decode_returns(Call& call) {
 #pragma unroll 1
   do {
     if (wait_partners(call)) decode_tokens<false>(call);
@@ -75,7 +77,8 @@ DEEPEP_DEVICE void decode_returns(LowLatencyCombineCall& call) {
 }
 
 /// The same where every top-k entry has a row.
-DEEPEP_DEVICE void decode_entries(LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void decode_entries(Call& call) {
 #pragma unroll 1
   do {
     if (wait_partners(call)) decode_tokens<true>(call);

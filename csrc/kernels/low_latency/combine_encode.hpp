@@ -24,16 +24,27 @@ namespace deepep::kernels {
                        args.slots.metadata(call.epoch, source) + number * args.slots.metadata_of(row_bytes))};
 }
 
+/// Where the row goes that is made of a message, and where that of its k-th entry; `rows`: its entries that
+/// have one.
+[[nodiscard]] DEEPEP_DEVICE LogfmtPlace encoded_to(const LowLatencyCombineCall& call, const MessageAt& where) {
+  return place_of(call, where.source, call.g.rank, where.token);
+}
+[[nodiscard]] DEEPEP_DEVICE LogfmtPlace encoded_to(const LowLatencyCombineCall& call, const MessageAt& where,
+                                                   uint32_t, int k) {
+  return place_of(call, where.source, call.g.rank, int64_t{where.token} * call.args.num_topk + k);
+}
+
 /// A part of a message's rows to one, encoded. One warp. False if a weight does not come, and no other is to be
 /// waited for.
-[[nodiscard]] DEEPEP_DEVICE bool encode_sum(const LowLatencyCombineCall& call, const Return& back,
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE bool encode_sum(const Call& call, const Return& back,
                                             const LogfmtRow& shape, const Pieces& chunks) {
   const SumRows rows = weighted_rows(call, back);
   if (rows.rows == 0) {
     note_missing_weight(call, back.where.source);
     return call.masks;
   }
-  const LogfmtPlace to = place_of(call, back.where.source, call.g.rank, back.where.token);
+  const auto to = encoded_to(call, back.where);
 #pragma unroll 1
   for (int c = chunks.begin; c < chunks.end; ++c) {
     LogfmtChunk chunk = {};
@@ -51,7 +62,8 @@ namespace deepep::kernels {
 }
 
 /// The block's messages, each one's rows to one.
-DEEPEP_DEVICE void encode_sums(const LowLatencyCombineCall& call, Returning returning) {
+template <class Call>
+DEEPEP_DEVICE void encode_sums(const Call& call, Returning returning) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
   const LogfmtRow shape = LogfmtRow::of(call.args.hidden);
@@ -65,7 +77,8 @@ DEEPEP_DEVICE void encode_sums(const LowLatencyCombineCall& call, Returning retu
 }
 
 /// A part of one row of this rank's experts, encoded. One warp.
-DEEPEP_DEVICE void encode_row(uint64_t from, const LogfmtPlace& to, const LogfmtRow& shape,
+template <class Place>
+DEEPEP_DEVICE void encode_row(uint64_t from, const Place& to, const LogfmtRow& shape,
                               const Pieces& chunks) {
   using namespace dev;
 #pragma unroll 1
@@ -85,7 +98,8 @@ DEEPEP_DEVICE void encode_row(uint64_t from, const LogfmtPlace& to, const Logfmt
 }
 
 /// The block's messages, this rank's own among them: all of their rows.
-DEEPEP_DEVICE void encode_entries(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void encode_entries(const Call& call) {
   using namespace dev;
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
@@ -98,8 +112,7 @@ DEEPEP_DEVICE void encode_entries(const LowLatencyCombineCall& call) {
 #pragma unroll 1
     for (uint32_t rows = back.rows; rows != 0; rows &= rows - 1) {
       const int k = lowest_bit(rows);
-      const int64_t number = int64_t{where.token} * call.args.num_topk + k;
-      encode_row(shuffle(back.address, k), place_of(call, where.source, call.g.rank, number), shape, chunks);
+      encode_row(shuffle(back.address, k), encoded_to(call, where, back.rows, k), shape, chunks);
     }
   }
 }

@@ -57,8 +57,15 @@ DEEPEP_DEVICE void copy_rows(const CopyRows& given, int first, int end) {
       at<std::byte>(call.g, owner, args.slots.entries(call.epoch, source) + number * 2 * args.hidden));
 }
 
+/// Where the rows of a message go. Lane k: the k-th entry's, of those that have one.
+[[nodiscard]] DEEPEP_DEVICE uint64_t entry_to(const LowLatencyCombineCall& call, const MessageAt& where,
+                                              uint32_t) {
+  return entry_at(call, where.source, call.g.rank, where.token);
+}
+
 /// The block's messages: all of their rows.
-DEEPEP_DEVICE void return_entries(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void return_entries(const Call& call) {
   const int shift = call.args.share.message_shift;
   const Team team = team_of_warp(shift);
   const Pieces mine = pieces_of(call, team.part, shift);
@@ -66,8 +73,7 @@ DEEPEP_DEVICE void return_entries(const LowLatencyCombineCall& call) {
 #pragma unroll 1
   for (MessageAt where = walk.next(); where.token >= 0; where = walk.next()) {
     const Return back = find_return(call, where, load_route(call.args, where));
-    copy_rows({back.rows, back.address, entry_at(call, where.source, call.g.rank, where.token)}, mine.begin,
-              mine.end);
+    copy_rows({back.rows, back.address, entry_to(call, where, back.rows)}, mine.begin, mine.end);
   }
 }
 

@@ -7,9 +7,17 @@
 
 namespace deepep::kernels {
 
+/// Where the rows of this rank's token t have come. Lane k: the k-th entry's, if it has one, from the rank
+/// `source`.
+[[nodiscard]] DEEPEP_DEVICE uint64_t returned_entry(const LowLatencyCombineCall& call, int source, bool,
+                                                    int t) {
+  return entry_at(call, call.g.rank, source, t);
+}
+
 /// The rows of a token of this rank, with their weights; those of its own experts where they lie. One warp.
 /// `ranks`: those whose rows are here.
-[[nodiscard]] DEEPEP_DEVICE SumRows entries_of(const LowLatencyCombineCall& call, int t, uint32_t ranks) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE SumRows entries_of(const Call& call, int t, uint32_t ranks) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const int rank = call.g.rank;
@@ -18,7 +26,7 @@ namespace deepep::kernels {
   const bool has_row = expert >= 0 && ((ranks >> source) & 1u) != 0;
   const float weight =
       has_row ? float_of_bits(load_once(args.topk_weights + t * args.num_topk + lane())) : 0.0f;
-  uint64_t address = entry_at(call, rank, source, t);
+  uint64_t address = returned_entry(call, source, has_row, t);
   if ((ranks >> rank & 1u) != 0) {
     const Return own = find_return(call, {rank, t}, load_route(args, {rank, t}));
     if (source == rank) address = own.address;
@@ -28,7 +36,8 @@ namespace deepep::kernels {
 
 /// The tokens of a block: all rows that come back, weighted, k ascending. One that does not come in time is a
 /// fault.
-DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void sum_entries(const Call& call) {
   using namespace dev;
   const LowLatencyCombineArgs& args = call.args;
   const Group& g = call.g;
@@ -44,7 +53,7 @@ DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call) {
     bool came = true;
     if (lane() != g.rank && ((ranks >> lane()) & 1u) != 0) {
       const uint32_t* flags = at<uint32_t>(g, g.rank, args.slots.return_flags(call.epoch, lane()));
-      came = wait_flag(call, flags + t, lane(), Phase::kReturn);
+      came = wait_return(call, flags + t, lane());
     }
     if (ballot(!came) != 0) {
       if (lane() == 0) failed.bit_or(0, static_cast<uint32_t>(Phase::kReturn));
@@ -59,7 +68,8 @@ DEEPEP_DEVICE void sum_entries(const LowLatencyCombineCall& call) {
 }
 
 /// All that a block receives; with masks, where a rank is missing, once more by the last block, without it.
-DEEPEP_DEVICE void receive_entries(LowLatencyCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void receive_entries(Call& call) {
 #pragma unroll 1
   do {
     if (wait_partners(call)) sum_entries(call);

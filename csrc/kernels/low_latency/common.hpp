@@ -202,6 +202,16 @@ template <class Call>
     return true;
 }
 
+/// The rank that a message for `rank` is written for or put to: itself, but where there are gateways
+/// (low_latency_rails).
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE int hop_to(const Call& call, int rank) {
+  if constexpr (Call::kIsRail)
+    return next_hop(call, rank);
+  else
+    return rank;
+}
+
 /// The ranks that take part, while a call runs.
 template <class Call>
 [[nodiscard]] DEEPEP_DEVICE bool is_live(const Call& call, int rank) {

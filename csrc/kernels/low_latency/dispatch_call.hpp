@@ -59,7 +59,8 @@ struct SentTokens {
 
 struct LowLatencyDispatchCall {
   using Args = LowLatencyDispatchArgs;
-  static constexpr bool kIsFar = false;  // ranks of other domains take part
+  static constexpr bool kIsFar = false;   // ranks of other domains take part,
+  static constexpr bool kIsRail = false;  // and what goes there has gateways
 
   const Args& args;
   const Group& g;

@@ -50,7 +50,7 @@ DEEPEP_DEVICE void push_rows(const Call& call, Outgoing current) {
   SharedArray<uint32_t> sent(call.shared().sent());
 #pragma unroll 1
   for (int t = call.tokens.begin + team.number; t < call.tokens.end; t += team.teams) {
-    const int owner = owner_of(args, expert_of(args, current.entry));
+    const int owner = hop_to(call, owner_of(args, expert_of(args, current.entry)));
     const Destinations to{
         warp_or(owner >= 0 ? 1u << owner : 0u) & call.live,
         lane() < g.num_ranks
@@ -135,6 +135,12 @@ struct HeaderDraft {
          (draft.is_again ? layout::kRepeated : 0u);
 }
 
+/// Such an entry in the header that a rank gets; own: in that of its expert's rank.
+[[nodiscard]] DEEPEP_DEVICE uint32_t entry_for(const LowLatencyDispatchCall&, const HeaderDraft& draft,
+                                               uint32_t own, int rank) {
+  return draft.owner == rank ? own : layout::kNoEntry;
+}
+
 /// The headers of the block's messages, a token a warp. `draft`: of the warp's first.
 template <class Call>
 DEEPEP_DEVICE void write_headers(const Call& call, HeaderDraft draft) {
@@ -153,7 +159,7 @@ DEEPEP_DEVICE void write_headers(const Call& call, HeaderDraft draft) {
       std::byte* there = message_to(call, rank, t, offset);
       if (lane() >= args.num_topk) continue;
       store(reinterpret_cast<uint32_t*>(there + call.message.entry(lane())),
-            draft.owner == rank ? own : layout::kNoEntry);
+            entry_for(call, draft, own, rank));
       store(reinterpret_cast<uint32_t*>(there + call.message.weight(lane())), draft.weight);
     }
     draft = draft_header(args, t + num_warps());

@@ -85,8 +85,29 @@ struct LogfmtPlace {
   uint32_t* metadata;
 };
 
+/// This lane's words of a unit of a row there.
+[[nodiscard]] DEEPEP_DEVICE LogfmtWords words_of(const LogfmtPlace& to, const LogfmtRow& shape, int unit) {
+  return LogfmtWords::at(to.row, shape, unit);
+}
+
+/// What the chunk that begins with a unit takes besides if it goes as it is: nothing here. One warp.
+struct LogfmtRest {};
+[[nodiscard]] DEEPEP_DEVICE LogfmtRest rest_of(const LogfmtPlace&, const LogfmtRow&, int, bool) { return {}; }
+
+/// A unit as it is. One warp.
+DEEPEP_DEVICE void store_raw(const LogfmtPlace& to, const LogfmtRest&, const LogfmtRow& shape, int unit,
+                              const dev::Vec16 (&piece)[kSumUnroll]) {
+  using namespace dev;
+  const int left = shape.left(unit);
+  Vec16* pieces = reinterpret_cast<Vec16*>(to.row) + unit * kUnitPieces + lane();
+#pragma unroll
+  for (int u = 0; u < kSumUnroll; ++u)
+    if (u * kWarpSize < left) store_streaming(pieces + u * kWarpSize, piece[u]);
+}
+
 /// The chunk that begins with a unit, to where it goes: encoded if all of its groups can be. One warp.
-DEEPEP_DEVICE void store_chunk(const LogfmtPlace& to, const LogfmtRow& shape, int unit,
+template <class Place>
+DEEPEP_DEVICE void store_chunk(const Place& to, const LogfmtRow& shape, int unit,
                                const LogfmtChunk& chunk) {
   using namespace dev;
   const int mine = lane() % (kChunkUnits * kUnitGroups);  // the group that this lane has the metadata of
@@ -104,15 +125,13 @@ DEEPEP_DEVICE void store_chunk(const LogfmtPlace& to, const LogfmtRow& shape, in
   const bool is_encoded = ballot(mine < groups && !meta.is_good()) == 0;
   if (lane() < groups) store(to.metadata + unit * kUnitGroups + lane(), meta.word);
   const LogfmtEncoder group = LogfmtEncoder::of(meta);
+  const auto rest = rest_of(to, shape, unit, is_encoded);
 #pragma unroll
   for (int h = 0; h < kChunkUnits; ++h) {
     if (h >= shape.chunk_units) continue;
     const int left = shape.left(unit + h);
     if (!is_encoded) {
-      Vec16* pieces = reinterpret_cast<Vec16*>(to.row) + (unit + h) * kUnitPieces + lane();
-#pragma unroll
-      for (int u = 0; u < kSumUnroll; ++u)
-        if (u * kWarpSize < left) store_streaming(pieces + u * kWarpSize, chunk.piece[h][u]);
+      store_raw(to, rest, shape, unit + h, chunk.piece[h]);
       continue;
     }
     LogfmtCodes codes[kSumUnroll];
@@ -123,7 +142,7 @@ DEEPEP_DEVICE void store_chunk(const LogfmtPlace& to, const LogfmtRow& shape, in
           {shuffle(group.low, from), shuffle(group.steps_of_unit, from), shuffle(group.first, from)},
           chunk.piece[h][u]);
     }
-    const LogfmtWords words = LogfmtWords::at(to.row, shape, unit + h);
+    const LogfmtWords words = words_of(to, shape, unit + h);
     if (left > 0) {
       store(words.word(0), codes[0].low);
       store(words.word(1), codes[0].high);
@@ -144,6 +163,23 @@ struct LogfmtRows {
   uint64_t metadata;
 };
 
+/// This lane's words of a unit of the row of lane `number`.
+[[nodiscard]] DEEPEP_DEVICE LogfmtWords words_of(const LogfmtRows& given, const LogfmtRow& shape, int number,
+                                                 int unit) {
+  return LogfmtWords::at(reinterpret_cast<std::byte*>(dev::shuffle(given.rows.address, number)), shape, unit);
+}
+
+/// This lane's pieces of a unit that is there as it is. `piece`: its words, read as if it were encoded.
+DEEPEP_DEVICE void load_raw(const LogfmtRows& given, const LogfmtRow& shape, int number, int unit,
+                             dev::Vec16 (&piece)[kSumUnroll]) {
+  using namespace dev;
+  const int left = shape.left(unit);
+  const Vec16* pieces = reinterpret_cast<const Vec16*>(shuffle(given.rows.address, number));
+#pragma unroll
+  for (int u = 0; u < kSumUnroll; ++u)
+    if (u * kWarpSize < left) piece[u] = load_streaming(pieces + unit * kUnitPieces + lane() + u * kWarpSize);
+}
+
 /// Adds a piece that was encoded.
 template <bool kWeighted>
 DEEPEP_DEVICE void add_codes(float (&sum)[8], const LogfmtDecoder& group, const LogfmtCodes& codes,
@@ -157,8 +193,8 @@ DEEPEP_DEVICE void add_codes(float (&sum)[8], const LogfmtDecoder& group, const 
 }
 
 /// The sums of a lane's pieces of a unit. One warp.
-template <bool kWeighted>
-[[nodiscard]] DEEPEP_DEVICE LaneSums sum_unit(const LogfmtRows& given, const LogfmtRow& shape, int unit) {
+template <bool kWeighted, class Rows>
+[[nodiscard]] DEEPEP_DEVICE LaneSums sum_unit(const Rows& given, const LogfmtRow& shape, int unit) {
   using namespace dev;
   constexpr int kGroups = kChunkUnits * kUnitGroups;  // of a chunk; as many lanes have a row's
   const int half = shape.chunk_units == 1 ? 0 : unit % kChunkUnits;
@@ -189,9 +225,8 @@ template <bool kWeighted>
       if (i >= count) continue;
       const int number = lowest_bit(to_read);
       to_read &= to_read - 1;
-      const auto row = reinterpret_cast<std::byte*>(shuffle(given.rows.address, number));
+      const LogfmtWords words = words_of(given, shape, number, unit);
       if (kWeighted) weight[i] = shuffle(given.rows.weight, number);
-      const LogfmtWords words = LogfmtWords::at(row, shape, unit);
       if (left > 0) {
         v[i][0].w[0] = load(words.word(0));
         v[i][0].w[1] = load(words.word(1));
@@ -210,13 +245,7 @@ template <bool kWeighted>
       const int number = lowest_bit(at_hand);
       at_hand &= at_hand - 1;
       const bool is_encoded = ((raw >> (kGroups * i)) & 0xffu) == 0;
-      if (!is_encoded) {
-        const Vec16* pieces = reinterpret_cast<const Vec16*>(shuffle(given.rows.address, number));
-#pragma unroll
-        for (int u = 0; u < kSumUnroll; ++u)
-          if (u * kWarpSize < left)
-            v[i][u] = load_streaming(pieces + unit * kUnitPieces + lane() + u * kWarpSize);
-      }
+      if (!is_encoded) load_raw(given, shape, number, unit, v[i]);
 #pragma unroll
       for (int u = 0; u < kSumUnroll; ++u) {
         const int from = kGroups * i + half * kUnitGroups + 2 * u + lane() / kGroupPieces;
@@ -233,8 +262,8 @@ template <bool kWeighted>
 }
 
 /// The units [from, end) of the sum, to `out`, as bf16.
-template <bool kWeighted>
-DEEPEP_DEVICE void sum_logfmt_rows(dev::Vec16* out, const LogfmtRows& given, const LogfmtRow& shape, int from,
+template <bool kWeighted, class Rows>
+DEEPEP_DEVICE void sum_logfmt_rows(dev::Vec16* out, const Rows& given, const LogfmtRow& shape, int from,
                                    int end) {
   using namespace dev;
 #pragma unroll 1

@@ -12,6 +12,7 @@ struct FarState {
   uint64_t dispatches;
   uint64_t combines;
   uint32_t blocks_sent;  // of the running launch: those that have stored what they send
+  uint32_t rests[layout::kMaxRanks];  // and the units that go to each rank as they are, beside rows in LogFMT
 };
 
 /// The ranks of other domains, and the way there.

@@ -16,14 +16,6 @@ namespace deepep::kernels {
   return false;
 }
 
-[[nodiscard]] DEEPEP_DEVICE std::byte* returned_row(const FarCombineCall& call, int source, int t,
-                                                    int64_t offset) {
-  if (is_mapped(call, source)) return returned_row(call.near(), source, t, offset);
-  const int64_t row_bytes = int64_t{2} * call.args.hidden;
-  return arrived_at<std::byte>(call.far, call.turn, source,
-                               call.far.slots.rows() + place_of_sent(call, source, t) * row_bytes);
-}
-
 /// All far ranks' rows are here, whether or not they were summed: who posts the next combine's digests says
 /// with them that all puts of this one have arrived. By block 0; and by each block that has found a
 /// disagreement: the first to report that must know of a rank that is missing as well, or the host would go on.

@@ -14,18 +14,26 @@ struct FarCombineShared {
   int64_t begin;
   int num_ranks;
   int token_words;
+  int count_words;  // where each entry has a row: of as many tokens, a byte each; else 0
 
   [[nodiscard]] DEEPEP_HD int64_t sent() const { return begin; }  // uint32: Sent
   /// uint32 [R, token words]: this rank's tokens that went to each rank, as bits.
   [[nodiscard]] DEEPEP_HD int64_t went() const { return begin + 16; }
+  /// uint32 [R, count words]: rows that come back of each of this rank's tokens from each rank,
+  [[nodiscard]] DEEPEP_HD int64_t rows_that_went() const { return went() + 4 * num_ranks * token_words; }
+  /// and those that go back of each that came.
+  [[nodiscard]] DEEPEP_HD int64_t rows_that_came() const {
+    return rows_that_went() + 4 * num_ranks * count_words;
+  }
   [[nodiscard]] DEEPEP_HD int64_t bytes() const {
-    return layout::align_up(went() + 4 * num_ranks * token_words, 16);
+    return layout::align_up(rows_that_came() + 4 * num_ranks * count_words, 16);
   }
 };
 
 [[nodiscard]] DEEPEP_HD FarCombineShared far_shared_of(const LowLatencyCombineArgs& args) {
   const LowLatencyCombineShared near = shared_of(args);
-  return {near.bytes(), near.num_ranks, near.token_words};
+  const int count_words = returns_entries(args) ? (args.max_tokens + 3) / 4 : 0;
+  return {near.bytes(), near.num_ranks, near.token_words, count_words};
 }
 
 struct FarCombineCall : LowLatencyCombineCall {

@@ -1,7 +1,7 @@
 // Rows to the owners of tokens in other domains: the phases of a combine that stage and put them.
 #pragma once
 
-#include "kernels/low_latency_far/combine_call.hpp"
+#include "kernels/low_latency_far/combine_rows.hpp"
 
 namespace deepep::kernels {
 
@@ -38,7 +38,7 @@ DEEPEP_DEVICE void put_digests(const FarCombineCall& call) {
   const FarCombineShared shared = call.far_shared();
   const layout::LowLatencyFarSlots& slots = call.far.slots;
   int64_t weights = 0;
-  if (posts_weights(call.args))
+  if (posts_weights(call.args) && !returns_entries(call.args))
     weights = int64_t{call.args.num_topk} * count_tokens(SharedArray<uint32_t>(shared.went()),
                                                          lane() * shared.token_words, shared.token_words);
   put_stretch(call, FarPut::kDigests, lane(), slots.digests(), slots.weights() - slots.digests() + 4 * weights);
@@ -58,18 +58,20 @@ DEEPEP_DEVICE void put_digests(const FarCombineCall& call) {
   return true;
 }
 
-[[nodiscard]] DEEPEP_DEVICE dev::Vec16* return_to(const FarCombineCall& call, const MessageAt& where,
-                                                  int64_t offset) {
-  if (is_mapped(call, where.source)) return return_to(call.near(), where, offset);
-  const int64_t row_bytes = int64_t{2} * call.args.hidden;
-  return leaving_for<dev::Vec16>(
-      call.far, call.turn, where.source,
-      call.far.slots.rows() + place_of_came(call, where.source, where.token) * row_bytes);
+/// What goes back to a far rank: its rows, with the rests of those in LogFMT, which all blocks have counted.
+[[nodiscard]] DEEPEP_DEVICE int64_t bytes_of_rows(const FarCombineCall& call, int rank) {
+  using namespace dev;
+  const LowLatencyCombineArgs& args = call.args;
+  const int64_t rows = rows_to(call, rank);
+  if (args.returned == Returned::kSums || args.returned == Returned::kEntries) return rows * 2 * args.hidden;
+  const layout::FarLogfmtRow lies{args.hidden};
+  return rows * lies.bytes() + int64_t{load(call.far.state->rests + rank)} * lies.rest_bytes();
 }
 
 /// By the last block that has stored its rows, behind a block barrier: to each far rank the rows of its tokens,
 /// and whether all of them were made. Whole block.
-DEEPEP_DEVICE void put_returns(const FarCombineCall& call) {
+template <class Call>
+DEEPEP_DEVICE void put_returns(const Call& call) {
   using namespace dev;
   FarState* state = call.far.state;
   SharedArray<uint32_t> sent(call.far_shared().sent());
@@ -79,12 +81,11 @@ DEEPEP_DEVICE void put_returns(const FarCombineCall& call) {
   const bool has_all = sent.get(0) == static_cast<uint32_t>(Sent::kAll);
   if (puts_to(call, lane())) {
     const layout::LowLatencyFarSlots& slots = call.far.slots;
-    const Presence present = present_of(call);
-    const int rows = has_all ? count_tokens(present.bits, lane() * present.words, present.words) : 0;
     store(leaving_for<Vec16>(call.far, call.turn, lane(), slots.returns()),
           Vec16{{has_all ? call.epoch : 0u, 0, 0, 0}});
     put_stretch(call, FarPut::kReturns, lane(), slots.returns(),
-                slots.rows() - slots.returns() + rows * int64_t{2} * call.args.hidden);
+                slots.rows() - slots.returns() + (has_all ? bytes_of_rows(call, lane()) : 0));
+    store(state->rests + lane(), 0u);
   }
   sync_warp();  // the wire is closed behind all puts
   if (lane() != 0) return;

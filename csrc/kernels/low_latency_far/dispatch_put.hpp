@@ -6,12 +6,13 @@
 namespace deepep::kernels {
 
 /// Which ranks this lane's token goes to, as bits.
-[[nodiscard]] DEEPEP_DEVICE uint32_t ranks_of_token(const FarDispatchCall& call, int t, int end) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE uint32_t ranks_of_token(const Call& call, int t, int end) {
   uint32_t ranks = 0;
   if (t >= end) return 0;
   DEEPEP_ROLLED
   for (int k = 0; k < call.args.num_topk; ++k) {
-    const int owner = owner_of(call.args, expert_at(call.args, t * call.args.num_topk + k));
+    const int owner = hop_to(call, owner_of(call.args, expert_at(call.args, t * call.args.num_topk + k)));
     if (owner >= 0) ranks |= 1u << owner;
   }
   return ranks & call.live;
@@ -19,7 +20,8 @@ namespace deepep::kernels {
 
 /// How many of the tokens before the block's go to each far rank, and where the block's own go. A warp has 32
 /// tokens at a time. All threads, with a barrier.
-DEEPEP_DEVICE void place_messages(const FarDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void place_messages(const Call& call) {
   using namespace dev;
   const FarDispatchShared shared = call.far_shared();
   SharedArray<int32_t> before(shared.before());
@@ -74,8 +76,14 @@ DEEPEP_DEVICE void pad_message(const FarDispatchCall& call, std::byte* message) 
     store(words + word, 0u);
 }
 
+/// The words of a put.
+[[nodiscard]] DEEPEP_DEVICE int words_of_put(const FarDispatchCall& call) {
+  return call.args.slots.words().count();
+}
+
 /// Nothing leaves that nobody wrote.
-DEEPEP_DEVICE void pad_messages(const FarDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void pad_messages(const Call& call) {
   using namespace dev;
   SharedArray<uint32_t> going(call.far_shared().going());
 #pragma unroll 1
@@ -83,26 +91,34 @@ DEEPEP_DEVICE void pad_messages(const FarDispatchCall& call) {
 #pragma unroll 1
     for (uint32_t ranks = going.get(t - call.tokens.begin) & call.far.bits; ranks != 0; ranks &= ranks - 1)
       pad_message(call, message_to(call, lowest_bit(ranks), t, 0));
-  const int words = call.args.slots.words().count();
+  const int words = words_of_put(call);
   if (block() == 0 && warp() == 0 && words % 2 != 0 && puts_to(call, lane()))
     store(words_for(call, lane()) + words, uint64_t{0});
 }
 
+/// Tokens of word `word`, as bits, by the words of a put.
+[[nodiscard]] DEEPEP_DEVICE uint32_t tokens_of_put(const FarDispatchCall&, const uint64_t* words, int word) {
+  using namespace dev;
+  return unpack_tagged(load(words + word)).value;
+}
+
 /// The messages of a call to a far rank, as its words say.
-[[nodiscard]] DEEPEP_DEVICE int messages_for(const FarDispatchCall& call, int rank) {
+template <class Call>
+[[nodiscard]] DEEPEP_DEVICE int messages_for(const Call& call, int rank) {
   using namespace dev;
   const layout::LowLatencyWords& room = call.args.slots.words();
   const uint64_t* words = words_for(call, rank);
   int messages = 0;
   DEEPEP_ROLLED
   for (int word = room.kTokens; word < room.rows(); ++word)
-    messages += popcount(unpack_tagged(load(words + word)).value);
+    messages += popcount(tokens_of_put(call, words, word));
   return messages;
 }
 
 /// By the last block that has stored what it sends, behind a block barrier: to each far rank its words and
 /// messages, in one put. Whole block.
-DEEPEP_DEVICE void put_messages(const FarDispatchCall& call) {
+template <class Call>
+DEEPEP_DEVICE void put_messages(const Call& call) {
   using namespace dev;
   FarState* state = call.far.state;
   SharedArray<uint32_t> sent(call.far_shared().sent());

@@ -88,7 +88,7 @@ int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64
   expect(num_experts % num_ranks == 0, "num_experts", num_experts, "a multiple of num_ranks");
   if (ranks_per_domain >= num_ranks) return 0;
   const int64_t num_local_experts = num_experts / num_ranks;
-  const layout::wide_t token = layout::wide_t(12) * num_topk + 4 * hidden + 48;
+  const layout::wide_t token = layout::wide_t(12) * num_topk + 5 * hidden + 64;
   (void)as_size(4 * num_ranks * (num_max_tokens * token + 16 * num_local_experts + 8 * layout::kLine),
                 "low_latency_nic_bytes");
   const layout::Placement place(0, int32_t(num_ranks), int32_t(ranks_per_domain));

@@ -118,7 +118,7 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
 def _entry_stretches(engine: CudaEngine) -> int:
     """LowLatencyRoom's. Where ranks can be left out, one of them may still write when others go on."""
     options = engine.info.options
-    if options.reduction == "expert_rank":
+    if options.reduction != "exact":
         return 0
     return engine.info.num_ranks if options.masks else 1
 

@@ -16,8 +16,10 @@ from deepep import _cuda
 from deepep.backends.cuda.low_latency_launch import LowLatencyEndpoint, LowLatencyRoom
 
 
-def far_shape(num_ranks: int, ranks_per_domain: int, room: LowLatencyRoom) -> _cuda.FarShape:
-    """Sizes of the memory that NICs know, the same on all ranks."""
+def far_shape(
+    num_ranks: int, ranks_per_domain: int, room: LowLatencyRoom, has_gateways: bool = False
+) -> _cuda.FarShape:
+    """Sizes of the memory that NICs know, the same on all ranks; has_gateways: calls go in two levels."""
     return _cuda.FarShape(
         num_ranks=num_ranks,
         ranks_per_domain=ranks_per_domain,
@@ -25,6 +27,8 @@ def far_shape(num_ranks: int, ranks_per_domain: int, room: LowLatencyRoom) -> _c
         max_tokens=room.num_max_tokens,
         max_topk=room.num_topk,
         max_row_bytes=2 * room.hidden,
+        entry_stretches=room.entry_stretches,
+        has_gateways=has_gateways,
     )
 
 
@@ -34,7 +38,8 @@ class FarLowLatencyEndpoint(LowLatencyEndpoint):
     heap, addresses: as of `LowLatencyEndpoint`; 0 for ranks of other domains. remote: this rank's memory that
     its NIC knows, uint8 [shape.remote_bytes] on the device. serve: the function that serves puts
     (csrc/put_server/service.hpp), or 0 where whoever launches has them served; pes: by rank, what it calls
-    that rank's process. Where it serves, launches leave an SM free for that.
+    that rank's process. Where it serves, launches leave an SM free for that. has_gateways: calls go in two
+    levels, of both halves alone, and forms have `num_domains`.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class FarLowLatencyEndpoint(LowLatencyEndpoint):
         turns: _cuda.Turns,
         serve: int = 0,
         pes: Sequence[int] = (),
+        has_gateways: bool = False,
     ) -> None:
-        self.shape, self.remote = far_shape(len(addresses), ranks_per_domain, room), remote
+        self.shape = far_shape(len(addresses), ranks_per_domain, room, has_gateways)
+        self.remote = remote
         self._serve, self._pes = serve, list(pes)
         super().__init__(rank, heap, addresses, room=room, timeout=timeout, turns=turns)
 

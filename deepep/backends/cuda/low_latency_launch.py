@@ -85,7 +85,8 @@ class LowLatencyFormat:
     """All that ranks must pass alike to a dispatch, and what follows from it alone.
 
     with_weights: they travel with the dispatch. num_blocks: of a launch. entry_stretches: LowLatencyRoom's;
-    not 0 if its combines return the row of each top-k entry. made: what makes its outputs, by device.
+    not 0 if its combines return the row of each top-k entry. num_domains: D, if there are gateways. made:
+    what makes its outputs, by device.
     """
 
     num_ranks: int
@@ -100,6 +101,7 @@ class LowLatencyFormat:
     with_weights: bool = False
     num_blocks: int = 1
     entry_stretches: int = 0
+    num_domains: int = 0
     made: dict[torch.device, LowLatencyOutputs] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -161,7 +163,7 @@ class LowLatencyOutputs:
         rows = ranks * most
         came = _aligned(_SENT + most)
         routes = _aligned(came + ranks * -(-most // _TOKENS_OF_WORD))
-        count = _aligned(routes + rows * 2 * form.num_topk)
+        count = _aligned(routes + rows * 2 * form.num_topk + form.num_domains * most)  # relayed ones behind
         source = _aligned(count + local)
         arrays = [
             Array((local, rows, form.hidden), torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16),

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepep.backends.reference import high_throughput
 from deepep.backends.reference.engram import ReferenceEngram
 from deepep.backends.reference.gather_sessions import ReferenceSessions
-from deepep.backends.reference.low_latency import LowLatencyOperations
+from deepep.backends.reference.low_latency import LowLatencyExchange, LowLatencyOperations
 from deepep.backends.reference.ring import ReferenceRing
 from deepep.errors import ArgumentError
 from deepep.reference import all_to_all
@@ -27,6 +27,7 @@ from deepep.runtime.control import admission
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.waits import WaitRecorder
 from deepep.runtime.engine import Engine, EngineInfo, EngineOptions, Made, Observer
+from deepep.runtime.low_latency_checks import check_gateways
 from deepep.runtime.requests import (
     RANKS_PER_DOMAIN,
     Combined,
@@ -73,11 +74,13 @@ class ReferenceEngine(Engine):
         )
         per_domain, num_ranks = options.ranks_per_domain, session.num_ranks
         self._exchange = TwoLevelExchange(per_domain) if 0 < per_domain < num_ranks else all_to_all
-        self._low_latency = LowLatencyOperations(self._control, self)
+        domains = per_domain if per_domain < num_ranks else 0
+        self._low_latency = LowLatencyOperations(self._control, self, LowLatencyExchange(domains))
         self._sessions = ReferenceSessions(control)
         self._ring = ReferenceRing(control)
         self._engram = ReferenceEngram(control)
         control.agree(options.statement())
+        check_gateways(options, num_ranks)
 
     def memory(self) -> dict[str, int]:
         beside = {

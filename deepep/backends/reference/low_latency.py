@@ -15,6 +15,7 @@ from deepep.backends.reference.low_latency_handles import check_handle, check_ro
 from deepep.backends.reference.wire import wire_over
 from deepep.errors import ArgumentError
 from deepep.reference import all_to_all_low_latency as low_latency
+from deepep.reference.checks import Reduce
 from deepep.reference.wire import Wire
 from deepep.runtime import checks
 from deepep.runtime.completion import Completion
@@ -22,7 +23,11 @@ from deepep.runtime.control.agreement import dtype_code
 from deepep.runtime.control.issue import ControlPlane
 from deepep.runtime.control.transport import Link
 from deepep.runtime.engine import Engine, EngineInfo, Reduction
-from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
+from deepep.runtime.low_latency_checks import (
+    check_levels,
+    check_low_latency_combine,
+    check_low_latency_dispatch,
+)
 from deepep.runtime.requests import (
     Hook,
     LowLatencyCombined,
@@ -61,7 +66,13 @@ class KeptFromDispatch:
 
 
 class LowLatencyExchange:
-    """The send halves of both operations, over all_to_all. A backend may put its own in their place."""
+    """The send halves of both operations, over all_to_all. A backend may put its own in their place.
+
+    ranks_per_domain: where there are several domains; 0: one has all ranks.
+    """
+
+    def __init__(self, ranks_per_domain: int = 0) -> None:
+        self._per_domain = ranks_per_domain
 
     def start_dispatch(
         self, wire: Wire, request: LowLatencyDispatchRequest, kept: KeptFromDispatch, hooked: bool
@@ -93,8 +104,14 @@ class LowLatencyExchange:
             num_max_tokens=route.num_max_tokens,
             num_experts=route.num_experts,
             logfmt=request.use_logfmt,
-            reduce="rank" if reduction == "expert_rank" else "token",
+            reduce=self._reduce(reduction),
+            ranks_per_domain=self._per_domain,
         )
+
+    def _reduce(self, reduction: Reduction) -> Reduce:
+        if reduction == "domain":
+            return "domain" if self._per_domain else "rank"
+        return "rank" if reduction == "expert_rank" else "token"
 
 
 class LowLatencyOperations:
@@ -129,6 +146,7 @@ class LowLatencyOperations:
         with self._control.issuing:
             try:
                 check_low_latency_dispatch(request, engine.info)
+                check_levels(engine.info, schedule)
                 out = self._allocate(request, schedule)
             except ArgumentError as problem:
                 engine.refuse(Operation.LOW_LATENCY_DISPATCH, problem, schedule)
@@ -164,6 +182,7 @@ class LowLatencyOperations:
             try:
                 checks.check_own(request.route, engine)
                 check_low_latency_combine(request, engine.info)
+                check_levels(engine.info, schedule, request.use_logfmt)
                 if request.zero_copy:
                     request = replace(request, x=self.staged_rows(request.route))
             except ArgumentError as problem:

@@ -53,6 +53,17 @@ def test_formats(form: str, with_weights: bool, hooked: bool) -> None:
         round_trip(domain, shape, seed)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("exact", "logfmt"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("hidden", [128, 640, 1024, 7168])
+def test_ways_for_rows_to_go_back(hidden: int, exact: bool, logfmt: bool, hooked: bool) -> None:
+    """Rows in LogFMT are encoded in some chunks, and go as they are in others."""
+    shape = LowLatencyShape((37, 64, 0, 5), hidden=hidden, topk=6, hooked=hooked, exact=exact, logfmt=logfmt)
+    domain = domains_of(shape, 2)
+    for seed in range(3):
+        round_trip(domain, shape, seed)
+
+
 @pytest.mark.parametrize("hidden", [8, 264, 7168])
 @pytest.mark.parametrize("topk", [1, 8, 31])
 def test_widths(hidden: int, topk: int) -> None:

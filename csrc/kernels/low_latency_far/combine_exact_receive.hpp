@@ -1,0 +1,34 @@
+// The receive half of a low-latency combine between domains that rounds once, in a launch of its own: the
+// hook.
+//
+// Phases:
+//   first_ranks         asks for what is needed at the end
+//   start_receive       the epoch and the turn of its send
+//   list_sent           the tokens that went to ranks of other domains
+//   count_sent_entries  how many rows of each of them come back
+//   receive_entries     the rows of each token, those that have come back and this rank's own, are summed, k
+//                       ascending. Before that every block waits for the digests of all live ranks: they
+//                       combine along the same dispatch
+//   await_returns       block 0, and who has found a disagreement: what other domains have put is here
+//   finish              looks for what went wrong
+//   report_fault        one thread, if something did
+//
+// Who waits for whom: every block for every live rank's send half, this rank's own included, which has ended.
+#pragma once
+
+#include "kernels/low_latency_far/combine_arrive.hpp"
+
+namespace deepep::kernels {
+
+DEEPEP_WATCHING_KERNEL(low_latency_far_combine_exact_receive_kernel, FarCombineArgs, kLowLatencyThreads) {
+  using namespace dev;
+  const uint32_t ranks = first_ranks(args, block());
+  FarCombineCall call = start_receive(args, ranks, watching);
+  list_sent(call);
+  count_sent_entries(call);
+  receive_entries(call);
+  await_returns(call);
+  if (finish(call)) report_fault(call.g, Operation::kLowLatencyCombine);
+}
+
+}  // namespace deepep::kernels
