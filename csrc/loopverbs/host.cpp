@@ -1,13 +1,16 @@
-// Three questions to the host, answered as if /sys knew the device and the process lived on a host of its own:
-// NVSHMEM's only notion of a node is a hash of gethostname().
+// Questions to the host, answered as if /sys knew the device and the process lived on a host of its own:
+// NVSHMEM's only notion of a node is a hash of gethostname(), and ranks of one that share a GPU meet in shared
+// memory.
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -33,4 +36,27 @@ EXPORTED int gethostname(char* name, size_t length) {
   if (host == nullptr) return real(name, length);
   snprintf(name, length, "%s", host);
   return 0;
+}
+
+namespace {
+
+/// The name of shared memory with this host's before it; what a keeper removes with the session's own.
+std::string on_this_host(const char* name) {
+  const char *session = getenv("LOOPVERBS_SESSION"), *host = getenv("LOOPVERBS_HOSTNAME");
+  if (session == nullptr || host == nullptr) return name;
+  return std::string("/loopverbs.") + session + "." + host + "." + (name[0] == '/' ? name + 1 : name);
+}
+
+}  // namespace
+
+EXPORTED int shm_open(const char* name, int flags, mode_t mode) {
+  using Function = int (*)(const char*, int, mode_t);
+  static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "shm_open"));
+  return real(on_this_host(name).c_str(), flags, mode);
+}
+
+EXPORTED int shm_unlink(const char* name) {
+  using Function = int (*)(const char*);
+  static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "shm_unlink"));
+  return real(on_this_host(name).c_str());
 }

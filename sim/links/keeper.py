@@ -38,8 +38,11 @@ def sweep(session: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         clean = 0 if left else clean + 1
         time.sleep(0.01)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"/dev/shm/loopverbs.{session}")
+    own = f"loopverbs.{session}"  # the wire's, and with a dot behind it that of each host
+    for name in os.listdir("/dev/shm"):
+        if name == own or name.startswith(f"{own}."):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"/dev/shm/{name}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,29 @@ def test_ranks_are_on_hosts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert socket.gethostname() != "domain-0"
 
 
+SHARES = """
+import _posixshmem, os, sys, time
+rank = int(os.environ["RANK"])
+memory = _posixshmem.shm_open("/same", os.O_RDWR | os.O_CREAT, 0o600)
+os.ftruncate(memory, 3)
+os.pwrite(memory, b"x", rank)
+open(os.path.join(sys.argv[1], str(rank)), "w").close()
+while len(os.listdir(sys.argv[1])) < 3:
+    time.sleep(0.02)
+print(os.pread(memory, 3, 0).replace(b"\\0", b"-").decode())
+"""
+
+
+def test_a_host_has_shared_memory_of_its_own(tmp_path: Path) -> None:
+    """NVSHMEM counts in it the ranks of a host that share a GPU: with those of another host it would wait."""
+    wire = WireOptions(ranks=3, ranks_per_domain=2, deadline=60.0)
+    said: dict[int, str] = {}
+    result = run_on_wire(wire, [sys.executable, "-c", SHARES, str(tmp_path)], said.__setitem__)
+    assert result.succeeded, said
+    assert said == {0: "xx-", 1: "xx-", 2: "--x"}
+    assert not list(Path("/dev/shm").glob(f"loopverbs.{os.getpid()}-*.domain-*"))
+
+
 SLEEPS = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
