@@ -55,7 +55,8 @@ class VirtualDomains(VirtualDomain):
         heaps = memory(shape.heap_bytes + self.heap_bytes)
         self._remotes = memory(shape.remote_bytes)
         self.streams = [torch.cuda.Stream(self.device) for _ in everyone]
-        self._nic = torch.cuda.Stream(self.device)
+        # Of another priority: torch has 32 streams of each, and gives out the same ones again, such as a rank's.
+        self._nic = torch.cuda.Stream(self.device, priority=-1)
         self._gathered = _cuda.VirtualLaunches() if self.num_ranks > 32 else None
         self.domains = [
             TwoLevelEndpoint(
@@ -72,10 +73,6 @@ class VirtualDomains(VirtualDomain):
         ]
         self.endpoints = list(self.domains)
         self._calls = 0
-        # torch asks CUDA for small tensors' memory now: later that waits for the kernel that serves puts, and
-        # this for kernels that are launched behind.
-        room = [torch.empty(1 << 19, dtype=torch.uint8, device=self.device) for _ in range(64)]
-        del room
         torch.cuda.synchronize(self.device)
 
     def _begin(self, skip: frozenset[int]) -> None:

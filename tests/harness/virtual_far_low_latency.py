@@ -43,7 +43,7 @@ class VirtualFarLowLatency(VirtualLowLatency):
 
         self.heaps, self._remotes = memory(self.room.num_bytes(self.num_ranks)[0]), memory(shape.remote_bytes)
         self.streams = [torch.cuda.Stream(self.device) for _ in everyone]
-        self._nic = torch.cuda.Stream(self.device)
+        self._nic = torch.cuda.Stream(self.device, priority=-1)  # never one of the ranks'
         self.far = [
             FarLowLatencyEndpoint(
                 r,
