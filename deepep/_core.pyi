@@ -101,6 +101,8 @@ def low_latency_nic_bytes(
     num_max_tokens: int,
     num_topk: int,
     hidden: int,
+    returns_entries: bool,
+    has_gateways: bool,
 ) -> int: ...
 
 # The gradient codec: formats are "fp8", "fp16" and "bf16"; a block is 128 elements. deepep.collectives.codecs

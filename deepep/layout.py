@@ -365,13 +365,18 @@ def low_latency_nic_bytes(
     num_experts: int,
     ranks_per_domain: int,
     num_topk: int = _core.MAX_TOPK,
+    returns_entries: bool = False,
+    has_gateways: bool = False,
 ) -> int:
     """Bytes of a rank's memory for its NIC in low-latency calls between domains; 0 where there is one domain.
 
     The same on all ranks: of one in the smallest domain. Without `num_topk` the largest top-k is assumed.
+    returns_entries: for the exact reduction, in which a row goes back for each top-k entry. has_gateways: for
+    the one by domains, all of one size.
     """
     size: int = _core.low_latency_nic_bytes(
-        num_ranks, ranks_per_domain, num_experts, num_max_tokens, num_topk, hidden
+        *(num_ranks, ranks_per_domain, num_experts, num_max_tokens, num_topk, hidden),
+        *(returns_entries, has_gateways),
     )
     return size
 

@@ -327,7 +327,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("receive_slot_bytes", &host::receive_slot_bytes, "num_rows"_a, "row_bytes"_a, "num_scales"_a,
         "num_topk"_a, "index_bytes"_a);
   m.def("low_latency_nic_bytes", &host::low_latency_nic_bytes, "num_ranks"_a, "ranks_per_domain"_a,
-        "num_experts"_a, "num_max_tokens"_a, "num_topk"_a, "hidden"_a);
+        "num_experts"_a, "num_max_tokens"_a, "num_topk"_a, "hidden"_a, "returns_entries"_a, "has_gateways"_a);
 
   m.def("gradient_message_bytes", &gradient_message_bytes, "format"_a, "count"_a);
   m.def("encode_gradients", &encode_gradients, "format"_a, array("values"), array("message"), "is_nearest"_a,

@@ -94,7 +94,7 @@ def engine_options(
             options,
             low_latency_bytes=low_latency_bytes,
             symmetric_bytes=_symmetric_bytes(symmetric_bytes),
-            reduction=_reduction(reduction),
+            reduction=check_reduction(reduction),
             ranks_per_domain=ranks_per_domain_of(ranks_per_domain),
             num_ranks=_num_ranks(max_num_ranks, group, options.masks),
             lanes=TrafficLanes.of(*lanes),
@@ -154,7 +154,8 @@ def environment_bytes() -> int:
 _REDUCTIONS = "'expert_rank', 'exact' or 'domain'"
 
 
-def _reduction(given: object) -> Reduction:
+def check_reduction(given: object) -> Reduction:
+    """Of that name. Raises ArgumentTypeError and RangeError."""
     if not isinstance(given, str):
         raise ArgumentTypeError("reduction", type(given).__name__, _REDUCTIONS)
     if given not in get_args(Reduction):

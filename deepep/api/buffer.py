@@ -32,6 +32,7 @@ from deepep.events import EventHandle, EventOverlap
 from deepep.runtime.ambient import plainly
 from deepep.runtime.checks import MOST, check_flag, check_int, memory_for
 from deepep.runtime.completion import bare
+from deepep.runtime.engine import Reduction
 from deepep.runtime.labels import inside, is_profiled
 from deepep.runtime.requests import Operation, Schedule
 
@@ -134,6 +135,8 @@ class Buffer(LowLatencyCalls, Joining):
         num_experts: int,
         *,
         ranks_per_domain: int | None = None,
+        reduction: Reduction = "expert_rank",
+        num_topk: int | None = None,
     ) -> int:
         """V1's number, for `num_rdma_bytes`: what `get_local_buffer_tensor` gives clients as a workspace.
 
@@ -141,21 +144,30 @@ class Buffer(LowLatencyCalls, Joining):
         (`deepep.layout.low_latency_rdma_size_hint`), and inside one domain nothing of it: none is allocated
         until it is asked for.
 
-        ranks_per_domain: the constructor's. Of several domains the number is what such calls, of any top-k,
-        need between them on CUDA, in memory that NICs know: a buffer of fewer bytes refuses them. V1's number
-        is enough where rows have 4096 channels or more and there are at least twice as many experts as ranks.
+        ranks_per_domain, reduction: the constructor's. Of several domains the number is what such calls need
+        between them on CUDA, in memory that NICs know: a buffer of fewer bytes refuses them. num_topk: K of
+        the calls, None: any; "exact" has a row go back for each of them. Inside one domain neither counts.
+        V1's number is enough for sums where rows have 4096 channels or more and there are at least twice as
+        many experts as ranks.
 
-        Raises ArgumentTypeError and RangeError.
+        Raises ArgumentTypeError and RangeError; ArgumentError for "domain" and domains of unequal size.
         """
+        from deepep._core import MAX_TOPK
         from deepep.layout import low_latency_nic_bytes
 
         most, experts = num_max_dispatch_tokens_per_rank, num_experts
         number = low_latency_size_hint(most, hidden, num_ranks, experts)
+        reduction = arguments.check_reduction(reduction)
+        topk = MAX_TOPK if num_topk is None else check_int("num_topk", num_topk, 1, MAX_TOPK)
         if ranks_per_domain is None:
             return number
         if check_int("ranks_per_domain", ranks_per_domain, 1, MOST) >= num_ranks:
             return number
-        between = low_latency_nic_bytes(most, hidden, num_ranks, experts, ranks_per_domain)
+        between = low_latency_nic_bytes(
+            *(most, hidden, num_ranks, experts, ranks_per_domain, topk),
+            returns_entries=reduction == "exact",
+            has_gateways=reduction == "domain",
+        )
         return -(-between // 128) * 128
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:

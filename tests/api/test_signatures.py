@@ -169,7 +169,11 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "use_fabric": False,
     },
     "dispatch": {"num_experts": None},
-    "get_low_latency_rdma_size_hint": {"ranks_per_domain": None},
+    "get_low_latency_rdma_size_hint": {
+        "ranks_per_domain": None,
+        "reduction": "expert_rank",
+        "num_topk": None,
+    },
     "low_latency_dispatch": {
         "topk_weights": None,
         "num_sms": 0,

@@ -50,9 +50,7 @@ def far_shape(
     entry_stretches: int,
     has_gateways: bool,
 ) -> Any:
-    """Stands for `_cuda.FarShape` of sums that go back without gateways, with its number of bytes."""
-    assert entry_stretches == 0
-    assert not has_gateways
+    """Stands for `_cuda.FarShape`, with its number of bytes."""
     most = layout.low_latency_nic_bytes(
         max_tokens,
         max_row_bytes // 2,
@@ -60,8 +58,16 @@ def far_shape(
         num_ranks * max_local_experts,
         ranks_per_domain,
         num_topk=max_topk,
+        returns_entries=entry_stretches > 0,
+        has_gateways=has_gateways,
     )
-    return SimpleNamespace(remote_bytes=most, control_bytes=128, num_put_orders=8)
+    return SimpleNamespace(
+        remote_bytes=most,
+        control_bytes=128,
+        num_put_orders=8,
+        entries=entry_stretches,
+        has_gateways=has_gateways,
+    )
 
 
 class Domains:

@@ -55,7 +55,7 @@ class VirtualDomains(VirtualDomain):
         heaps = memory(shape.heap_bytes + self.heap_bytes)
         self._remotes = memory(shape.remote_bytes)
         self.streams = [torch.cuda.Stream(self.device) for _ in everyone]
-        # Of another priority: torch has 32 streams of each, and gives out the same ones again, such as a rank's.
+        # Of another priority: torch has 32 streams of each, and gives out the same ones again, a rank's.
         self._nic = torch.cuda.Stream(self.device, priority=-1)
         self._gathered = _cuda.VirtualLaunches() if self.num_ranks > 32 else None
         self.domains = [

@@ -82,6 +82,8 @@ GOOD: dict[Callable[..., Any], dict[str, Any]] = {
         "num_experts": E,
         "ranks_per_domain": 1,
         "num_topk": K,
+        "returns_entries": True,
+        "has_gateways": False,
     },
     layout.window_turn: {"number": 3},
     layout.windows: {"num_tokens": 100, "window": 64},

@@ -70,7 +70,8 @@ int64_t receive_slot_bytes(int64_t num_rows, int64_t row_bytes, int64_t num_scal
 }
 
 int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64_t num_experts,
-                              int64_t num_max_tokens, int64_t num_topk, int64_t hidden) {
+                              int64_t num_max_tokens, int64_t num_topk, int64_t hidden, bool returns_entries,
+                              bool has_gateways) {
   expect_factors({{"num_ranks", num_ranks},
                   {"ranks_per_domain", ranks_per_domain},
                   {"num_experts", num_experts},
@@ -88,12 +89,17 @@ int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain, int64
   expect(num_experts % num_ranks == 0, "num_experts", num_experts, "a multiple of num_ranks");
   if (ranks_per_domain >= num_ranks) return 0;
   const int64_t num_local_experts = num_experts / num_ranks;
-  const layout::wide_t token = layout::wide_t(12) * num_topk + 5 * hidden + 64;
+  expect(!has_gateways || num_ranks % ranks_per_domain == 0, "ranks_per_domain", ranks_per_domain,
+         "a divisor of num_ranks, with gateways");
+  const int64_t rows = returns_entries ? num_topk : 1;  // that go back of a token
+  const layout::wide_t token = layout::wide_t(12) * num_topk + layout::wide_t(2 + 3 * rows) * hidden + 64;
   (void)as_size(4 * num_ranks * (num_max_tokens * token + 16 * num_local_experts + 8 * layout::kLine),
                 "low_latency_nic_bytes");
   const layout::Placement place(0, int32_t(num_ranks), int32_t(ranks_per_domain));
-  return layout::LowLatencyFarSlots(layout::max_far_ranks(place), int(num_local_experts), int(num_max_tokens),
-                                    int(num_topk), 2 * hidden)
+  const int far = has_gateways ? place.num_domains() - 1 : layout::max_far_ranks(place);
+  const int word_sets = has_gateways ? int(ranks_per_domain) : 1;
+  return layout::LowLatencyFarSlots(far, int(num_local_experts), int(num_max_tokens), int(num_topk), 2 * hidden,
+                                    int(rows), word_sets)
       .bytes();
 }
 

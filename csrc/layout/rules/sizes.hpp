@@ -22,10 +22,11 @@ namespace deepep::host {
                                          int64_t num_topk, int64_t index_bytes);
 
 /// Bytes of a rank's memory for its NIC in low-latency calls between domains: layout::LowLatencyFarSlots, of a
-/// rank with the most of other domains. None with one domain.
+/// rank with the most of other domains. None with one domain. returns_entries: the exact mode, a row goes back
+/// for each top-k entry; has_gateways: calls go in two levels, between domains of one size.
 [[nodiscard]] int64_t low_latency_nic_bytes(int64_t num_ranks, int64_t ranks_per_domain,
                                             int64_t num_experts, int64_t num_max_tokens, int64_t num_topk,
-                                            int64_t hidden);
+                                            int64_t hidden, bool returns_entries, bool has_gateways);
 
 /// layout::LowLatencyBuffer<int64_t>, made only of sizes whose total fits. Every method is the one of that
 /// name there.

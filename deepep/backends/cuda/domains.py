@@ -17,12 +17,13 @@ from deepep.errors import CapacityError, HandleError, ModeError
 from deepep.runtime.control.membership import Membership
 from deepep.runtime.control.transport import store_of
 from deepep.runtime.engine import EngineOptions
+from deepep.runtime.low_latency_checks import check_gateways, has_gateways
 from deepep.runtime.requests import CombineRequest, DispatchRequest
 
 #: The largest call of the throughput mode: its memory between domains is laid out before any call is known.
 LARGEST = LargestCall(max_tokens=1 << 18, row_bytes=1 << 14, num_scales=128, num_topk=32)
 
-_HINT = "get_low_latency_rdma_size_hint(..., ranks_per_domain=)"
+_HINT = "get_low_latency_rdma_size_hint(..., ranks_per_domain=, reduction=)"
 
 
 def is_divided(options: EngineOptions, num_ranks: int) -> bool:
@@ -31,10 +32,13 @@ def is_divided(options: EngineOptions, num_ranks: int) -> bool:
 
 
 class Domains:
-    """One engine's. neighbours: the ranks whose heaps this one maps, itself among them."""
+    """One engine's. neighbours: the ranks whose heaps this one maps, itself among them. has_gateways:
+    low-latency calls go in two levels.
+    """
 
     def __init__(self, options: EngineOptions, rank: int, num_ranks: int, device_index: int) -> None:
         self._rank, self._num_ranks, self._per_domain = rank, num_ranks, options.ranks_per_domain
+        self.has_gateways = has_gateways(options, num_ranks)
         everyone = self._plan((1 << num_ranks) - 1)
         self.neighbours = everyone.neighbours(rank)
         # Twice that of all ranks: a gateway that is masked leaves its sources to another.
@@ -54,15 +58,12 @@ class Domains:
 
     @classmethod
     def of(cls, options: EngineOptions, rank: int, num_ranks: int, device_index: int) -> Domains | None:
-        """None where all ranks are one domain. Raises ModeError for what is not there between several, and
-        CapacityError for low latency without memory. All ranks have the same options.
+        """None where all ranks are one domain. Raises ModeError for what is not there between several or by
+        gateways, and CapacityError for low latency without memory. All ranks have the same options.
         """
         if not is_divided(options, num_ranks):
             return None
-        if options.low_latency and options.reduction != "expert_rank":
-            raise ModeError(
-                "reduction", repr(options.reduction), "'expert_rank' in low latency between domains"
-            )
+        check_gateways(options, num_ranks)
         if options.low_latency and num_ranks > _cuda.MAX_RANKS:
             raise ModeError("low_latency_mode", "True", f"False with more than {_cuda.MAX_RANKS} ranks")
         if options.low_latency and not options.low_latency_bytes:
@@ -73,6 +74,11 @@ class Domains:
 
     def _plan(self, live: int) -> DomainPlan:
         return DomainPlan(self._num_ranks, self._per_domain, live)
+
+    @property
+    def num_domains(self) -> int:
+        """D."""
+        return -(-self._num_ranks // self._per_domain)
 
     @property
     def num_bytes(self) -> int:
@@ -131,6 +137,7 @@ class Domains:
             serve=self._remote.serve,
             pes=part.pes,
             turns=turns,
+            has_gateways=self.has_gateways,
         )
         part.is_captured = endpoint.domain.was_captured
         return LowLatencyMemory(endpoint, live)
@@ -141,7 +148,7 @@ class Domains:
 
     def check_low_latency(self, room: LowLatencyRoom) -> None:
         """Raises CapacityError for low-latency calls that the memory for puts has no room for."""
-        shape = far_shape(self._num_ranks, self._per_domain, room)
+        shape = far_shape(self._num_ranks, self._per_domain, room, self.has_gateways)
         most = self._low_latency.num_bytes
         if shape.remote_bytes > most:
             got = f"{most}, for M = {room.num_max_tokens}, H = {room.hidden}, K = {room.num_topk}"

@@ -35,6 +35,7 @@ from deepep.backends.reference.low_latency import LowLatencyOperations
 from deepep.errors import ArgumentError, DeepEPError, MismatchError
 from deepep.runtime import streams
 from deepep.runtime.control.issue import ControlPlane
+from deepep.runtime.low_latency_checks import check_levels
 from deepep.runtime.requests import (
     Hook,
     LowLatencyCombined,
@@ -71,6 +72,8 @@ class CudaLowLatency:
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()
+                if engine.domains is not None:
+                    check_levels(engine.info, schedule)
                 if form is None:
                     form = checked_dispatch(request, engine)
                     is_agreed = key_of(request) in state.agreed
@@ -166,6 +169,8 @@ class CudaLowLatency:
             try:
                 if self._control.pending_hook is not None:
                     raise self._control.hook_pending_error()
+                if engine.domains is not None:
+                    check_levels(engine.info, schedule, request.use_logfmt)
                 if plan is None or not is_usual_combine(request, plan, engine, state.last_combine):
                     plan = checked_combine(request, engine)
                 x = self._nccl.staged_rows(route) if request.zero_copy else request.x

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepep.backends.cuda.low_latency_launch import LowLatencyFormat, LowLatencyPlan, num_blocks
 from deepep.backends.cuda.remembered import Remembered
-from deepep.errors import DeviceError, HandleError, LayoutError, ModeError, ShapeError
+from deepep.errors import DeviceError, HandleError, LayoutError, ShapeError
 from deepep.runtime import checks
 from deepep.runtime.checks import FP8_GROUP
 from deepep.runtime.low_latency_checks import check_low_latency_combine, check_low_latency_dispatch
@@ -108,6 +108,7 @@ def checked_dispatch(request: LowLatencyDispatchRequest, engine: CudaEngine) -> 
         # Between domains an SM stays free for whoever serves puts.
         num_blocks=num_blocks(request.num_max_tokens, engine.sms - (engine.domains is not None)),
         entry_stretches=_entry_stretches(engine),
+        num_domains=engine.domains.num_domains if engine.domains and engine.domains.has_gateways else 0,
     )
     is_served = served(form.num_ranks, form.num_max_tokens, request.num_experts)
     if engine.domains is not None and is_served:
@@ -148,7 +149,7 @@ def is_usual_combine(
         type(x) is Tensor
         and type(topk_idx) is Tensor
         and type(weights) is Tensor
-        and not (request.use_logfmt and (form.hidden % FP8_GROUP or engine.domains is not None))
+        and not (request.use_logfmt and form.hidden % FP8_GROUP)
         and x.dtype is torch.bfloat16
         and weights.dtype is torch.float32
         and topk_idx.dtype in checks.INDEX_DTYPES
@@ -182,8 +183,6 @@ def checked_combine(request: LowLatencyCombineRequest, engine: CudaEngine) -> Lo
     _check_waits("combine_wait_recv_cost_stats", request.wait_nanoseconds, engine.device)
     if not served(engine.info.num_ranks, route.num_max_tokens, route.num_experts):
         return None
-    if request.use_logfmt and engine.domains is not None:
-        raise ModeError("use_logfmt", "True", "False between domains on this backend")
     plan = route.plan
     if not isinstance(plan, LowLatencyPlan):
         allowed = "the handle of low_latency_dispatch, or its own five entries"

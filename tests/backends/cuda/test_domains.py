@@ -95,6 +95,12 @@ def test_low_latency_has_the_same_bits_and_sends_what_it_should(wire: WireOption
     check(wire, LOW_LATENCY, 12, "equal")
 
 
+@pytest.mark.parametrize("wire", [TWO, FOUR], ids=["2x1", "2x2"])
+@pytest.mark.parametrize("reduction", ["exact", "domain"])
+def test_other_reductions_in_low_latency(wire: WireOptions, reduction: str) -> None:
+    check(wire, LOW_LATENCY, 12, reduction)
+
+
 @pytest.mark.parametrize("wire", [replace(TWO, **WEAK), replace(FOUR, **WEAK)], ids=["2x1", "2x2"])
 def test_many_low_latency_calls_in_a_row(wire: WireOptions) -> None:
     """Two operations a call. In weak order with delays: memory is used again every second call."""

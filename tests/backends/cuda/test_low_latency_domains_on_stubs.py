@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness.refusals import raised
 
-from deepep import Buffer, PeerTimeoutError, layout
+from deepep import ArgumentError, Buffer, PeerTimeoutError, RangeError, layout
 from deepep.sim import World
 
 MOST, HIDDEN, EXPERTS = 8, 512, 12
@@ -120,20 +120,76 @@ def test_what_has_no_room_is_refused_on_all_ranks() -> None:
 def test_what_is_not_there_is_refused_on_all_ranks() -> None:
     def run(ctx: Any, domains: Any) -> None:
         assert raised(lambda: buffer_of(ctx, 0))[::2] == ("CapacityError", "num_rdma_bytes")
-        assert raised(lambda: buffer_of(ctx, reduction="exact"))[::2] == ("ModeError", "reduction")
         differs = raised(lambda: buffer_of(ctx, size_of(2) + 128 * ctx.rank))
         assert differs[::2] == ("MismatchError", "num_rdma_bytes")
         one_alone = raised(lambda: buffer_of(ctx, low_latency_mode=ctx.rank == 0))
         assert one_alone[::2] == ("MismatchError", "low_latency")
-        with buffer_of(ctx) as buffer:
-            rows, _, handle, _, _ = dispatch(buffer)
-            domains.since()
-            logfmt = raised(lambda: buffer.low_latency_combine(rows, IDX, WEIGHTS, handle, use_logfmt=True))
-            assert logfmt[::2] == ("ModeError", "use_logfmt")
-            assert domains.since() == ["low_latency_combine refused"]  # the others learn of it
-            buffer.low_latency_combine(rows, IDX, WEIGHTS, handle)
 
     in_processes(2, run)
+
+
+def test_the_exact_mode_and_logfmt() -> None:
+    """Memory has room for the row of each top-k entry."""
+
+    def run(ctx: Any, domains: Any) -> None:
+        sizes = {
+            topk: Buffer.get_low_latency_rdma_size_hint(
+                MOST, HIDDEN, 2, EXPERTS, ranks_per_domain=1, reduction="exact", num_topk=topk
+            )
+            for topk in (1, 2)
+        }
+        with buffer_of(ctx, sizes[1], reduction="exact") as buffer:
+            assert raised(lambda: dispatch(buffer))[0] == "CapacityError"
+        with buffer_of(ctx, sizes[2], reduction="exact") as buffer:
+            for logfmt in (False, True, True):
+                rows, _, handle, _, hook = dispatch(buffer, return_recv_hook=True)
+                hook()
+                buffer.low_latency_combine(rows, IDX, WEIGHTS, handle, use_logfmt=logfmt)
+            assert domains.made[-1].given["shape"].entries == 1
+        with buffer_of(ctx) as buffer:
+            rows, _, handle, _, _ = dispatch(buffer)
+            buffer.low_latency_combine(rows, IDX, WEIGHTS, handle, use_logfmt=True)
+            assert domains.made[-1].given["shape"].entries == 0
+
+    in_processes(2, run)
+
+
+def test_two_levels() -> None:
+    """Calls that have no way through gateways are refused for all ranks, before and after there is memory."""
+
+    def run(ctx: Any, domains: Any) -> None:
+        how = {"per_domain": 2, "reduction": "domain"}
+        size = Buffer.get_low_latency_rdma_size_hint(
+            MOST, HIDDEN, 4, EXPERTS, ranks_per_domain=2, reduction="domain"
+        )
+        assert raised(lambda: buffer_of(ctx, size, per_domain=3, reduction="domain"))[::2] == (
+            "ModeError",
+            "ranks_per_domain",
+        )
+        masks = raised(lambda: buffer_of(ctx, size, enable_shrink=True, **how))
+        assert masks[::2] == ("ModeError", "enable_shrink")
+        with buffer_of(ctx, size, **how) as buffer:
+            for refused in ([], ["low_latency_dispatch refused"]):
+                domains.since()
+                hooked = raised(lambda: dispatch(buffer, return_recv_hook=True))
+                assert hooked[::2] == ("ModeError", "return_recv_hook")
+                assert domains.since() == refused
+                rows, _, handle, _, _ = dispatch(buffer)
+            assert domains.made[-1].given["shape"].has_gateways
+            assert handle[-1] is not None
+            domains.since()
+            for extra, name in (
+                ({"use_logfmt": True}, "use_logfmt"),
+                ({"return_recv_hook": True}, "return_recv_hook"),
+            ):
+                wrong = raised(
+                    lambda extra=extra: buffer.low_latency_combine(rows, IDX, WEIGHTS, handle, **extra)
+                )
+                assert wrong[::2] == ("ModeError", name)
+                assert domains.since() == ["low_latency_combine refused"]
+            buffer.low_latency_combine(rows, IDX, WEIGHTS, handle)
+
+    in_processes(4, run)
 
 
 def test_each_generation_has_another_part_where_ranks_are_masked() -> None:
@@ -219,6 +275,22 @@ def test_a_rank_that_is_missed_is_an_error_until_it_is_masked() -> None:
         buffer.runtime.abandon()
 
     in_processes(3, run)
+
+
+def test_the_hint_of_other_reductions() -> None:
+    hint = Buffer.get_low_latency_rdma_size_hint
+    flat, exact, domain = (
+        hint(128, 7168, 64, 256, ranks_per_domain=8, num_topk=8, reduction=reduction)
+        for reduction in ("expert_rank", "exact", "domain")
+    )
+    assert 4 < exact / flat < 5  # 1 + 8 rows where there were 1 + 1
+    assert flat / domain == pytest.approx(56 / 7, rel=0.02)  # stretches, as many as ranks or as other domains
+    assert hint(128, 7168, 64, 256, ranks_per_domain=8, reduction="exact") > exact
+    for given in ({"reduction": "none"}, {"num_topk": 0}, {"num_topk": 33}):
+        with pytest.raises(RangeError):
+            hint(128, 7168, 64, 256, ranks_per_domain=8, **given)
+    with pytest.raises(ArgumentError, match="a divisor of num_ranks"):
+        hint(128, 7168, 64, 256, ranks_per_domain=7, reduction="domain")
 
 
 def test_the_hint() -> None:
