@@ -68,13 +68,12 @@ class Buffer(LowLatencyCalls, Joining):
         token's rows and returns one, rounded to bf16. "exact": every row returns, and the token's rank rounds
         once: up to K times the bytes. "domain": where there are several domains, of one size, a token crosses
         to each once, to a gateway, and one row comes back, each domain's sum rounded (`docs/low_latency.md`);
-        without return_recv_hook, use_logfmt and enable_shrink, and not on CUDA.
+        without return_recv_hook, use_logfmt and enable_shrink.
     ranks_per_domain: so many consecutive ranks share a scale-up domain (an NVLink domain), the same on all
         ranks. With several domains a token crosses to each once, high-throughput combine sums and rounds a
         domain's rows before it adds the domains' sums, and `get_dispatch_layout` counts these domains. None:
         DEEPEP_RANKS_PER_DOMAIN, else one domain. The CUDA backend serves several over NVSHMEM
-        (`docs/domains.md`); in low latency without use_logfmt, without reduction="exact", and ranks are
-        masked by the hosts, not by kernels.
+        (`docs/domains.md`); in low latency ranks are then masked by the hosts, not by kernels.
     max_num_ranks: R, if more ranks may join than the group has (`invite`); the same on all ranks. Needs
         enable_shrink. None: the group's.
     service_level, traffic_class: lanes of what crosses between domains by NICs (`docs/operations.md`), 0 to
