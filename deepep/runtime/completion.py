@@ -78,9 +78,11 @@ class HoldingCompletion(CudaCompletion):
         self._by, self._caller, self._held = by, caller, held
 
     def current_stream_wait(self) -> None:
-        stream = streams.current(torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        stream = streams.current(device)
         stream.wait_event(self.event)
-        if stream.cuda_stream == self._caller:
+        # Default streams have one address on all devices.
+        if stream.cuda_stream == self._caller and device == self._by.device_index:
             self._held = ()
 
     def host_wait(self) -> None:

@@ -30,16 +30,16 @@ class Rig:
     """A completion of work on COMM, called on CALLER, that alone holds an output; and what is asked of it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.current = CALLER
+        self.current, self.device = CALLER, 0
         self.waits: list[int] = []
         patch.setattr(module.streams, "current", lambda device: self._stream())
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "current_device", lambda: self.device)
         self.given: Any = Memory()
         made: Any = Memory()
         self.made, self.recorded = weakref.ref(made), made.recorded
         event: Any = SimpleNamespace(synchronize=lambda: None)
-        comm: Any = COMM
-        self.end = HoldingCompletion(event, comm, CALLER, (self.given, None, made))
+        self.comm: Any = SimpleNamespace(cuda_stream=COMM, device_index=0)
+        self.end = HoldingCompletion(event, self.comm, CALLER, (self.given, None, made))
 
     def _stream(self) -> Any:
         at = self.current
@@ -76,11 +76,22 @@ def test_a_wait_of_another_stream_lets_nothing_go(rig: Rig) -> None:
     assert rig.recorded == []
 
 
+def test_a_wait_on_another_device_lets_nothing_go(rig: Rig) -> None:
+    """The default streams of all devices have one address."""
+    rig.device = 1
+    rig.end.current_stream_wait()
+    assert rig.waits == [CALLER]
+    assert rig.is_held()
+    rig.device = 0
+    rig.end.current_stream_wait()
+    assert not rig.is_held()
+
+
 def test_without_a_wait_the_stream_that_works_is_recorded(rig: Rig) -> None:
     rig.current = OTHER
     rig.end.current_stream_wait()
     del rig.end
-    assert rig.given.recorded == rig.recorded == [COMM]
+    assert rig.given.recorded == rig.recorded == [rig.comm]
     assert not rig.is_held()
 
 
