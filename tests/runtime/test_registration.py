@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,50 @@ def test_who_has_been_called_is_joining_and_keeps_its_rank(
     seen.call(seen.look({1}), "7")
     with pytest.raises(RangeError, match="host-a has registered"):
         registered(store, "host-b ns 1 1", monkeypatch, seconds=0.1)
+
+
+def test_who_is_no_longer_called_has_time_to_answer(store: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An admission that failed may have taken longer than a silent process has."""
+    first, seen, clock = registered(store, "host-a ns 1 1", monkeypatch), Registrations(store, 4), [0.0]
+    found = seen.look({1})
+    seen.call(found, "7")
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 2.0
+        if clock[0] == 4.0:
+            seen.settle(found, "7", ())
+        elif clock[0] == 6.0:
+            asking = store.get(f"asked/{first._made.name}")
+            assert asking is not None
+            store.set(f"waits/{asking.decode()}", "")
+
+    fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+    monkeypatch.setattr(registration, "time", fake)
+    with pytest.raises(RangeError, match="host-a has registered"):
+        registered(store, "host-b ns 1 1", monkeypatch)
+    assert [each.name for each in seen.look({1})] == [first._made.name]
+
+
+def test_a_question_that_another_process_replaces_is_asked_again(
+    store: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "_ANSWERS_WITHIN", 20.0)
+    first, post, asked = registered(store, "host-a ns 1 1", monkeypatch), store.set, []
+
+    def replaced(key: str, value: str) -> None:
+        if key.startswith("asked/"):
+            asked.append(value)
+            value = "a third one" if len(asked) == 1 else value
+        post(key, value)
+
+    monkeypatch.setattr(store, "set", replaced)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(first.wait, time.monotonic() + 60.0)
+        with pytest.raises(RangeError, match="host-a has registered"):
+            registered(store, "host-b ns 1 1", monkeypatch)
+        Registrations(store, 4).refuse(first._made, RangeError("config", "a", "b"))
+        with pytest.raises(RangeError, match="config"):
+            waiting.result()
 
 
 def test_a_second_process_of_this_host_does_not_join_by_the_same_invitation() -> None:

@@ -169,19 +169,21 @@ class Newcomer:
             return False
         if liveness.is_at_work_here(other.identity):
             return True
-        self._store.set(f"asked/{other.name}", self._made.name)
         silent_at = time.monotonic() + _ANSWERS_WITHIN
         try:
             while time.monotonic() < deadline:
                 if self._store.has(f"waits/{self._made.name}"):
                     return True
-                is_called = self._store.has(f"called/{other.name}")  # it is joining, and does not listen
-                if not is_called and time.monotonic() >= silent_at:
+                if self._store.has(f"called/{other.name}"):  # it is joining, and does not listen
+                    silent_at = time.monotonic() + _ANSWERS_WITHIN
+                elif time.monotonic() >= silent_at:
                     refusal = self._refusal(other, self._made)  # should it live after all
                     self._store.set(f"refused/{other.name}", encode_error(refusal).decode())
                     return False
                 if not self._store.has(f"registered/{other.rank}"):
                     return False
+                if not self._store.has(f"asked/{other.name}"):  # nor does another ask just now
+                    self._store.set(f"asked/{other.name}", self._made.name)
                 time.sleep(_PAUSE)
             return True
         finally:
