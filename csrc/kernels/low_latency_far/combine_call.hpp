@@ -46,11 +46,18 @@ struct FarCombineCall : LowLatencyCombineCall {
   [[nodiscard]] DEEPEP_DEVICE const LowLatencyCombineCall& near() const { return *this; }
 };
 
+/// Between domains kernels mask nobody, which the compiler is to know: what masks take would spill registers.
+[[nodiscard]] DEEPEP_DEVICE LowLatencyCombineCall without_masks(LowLatencyCombineCall call) {
+  call.masks = false;
+  return call;
+}
+
 /// Of a launch that sends. All threads, with a barrier.
 [[nodiscard]] DEEPEP_DEVICE FarCombineCall start(const FarCombineArgs& args, const CombineBefore& before,
                                                  uint32_t ranks, bool watching) {
   const LowLatencyCombineArgs& near = args;
-  return {start(near, before, ranks, watching), args.far, turn_of(dev::load(&args.far.state->combines))};
+  return {without_masks(start(near, before, ranks, watching)), args.far,
+          turn_of(dev::load(&args.far.state->combines))};
 }
 
 /// Of a launch that only receives: what its send has left.
@@ -58,7 +65,7 @@ struct FarCombineCall : LowLatencyCombineCall {
                                                          bool watching) {
   const LowLatencyCombineArgs& near = args;
   const uint64_t sent = dev::load_once(&args.far.state->combines);
-  return {start_receive(near, ranks, watching), args.far, turn_of(sent - 1)};
+  return {without_masks(start_receive(near, ranks, watching)), args.far, turn_of(sent - 1)};
 }
 
 /// This rank's tokens that went to far ranks. A warp has 32 tokens at a time. All threads, with a barrier.
