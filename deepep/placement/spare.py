@@ -62,7 +62,7 @@ def given_back(
     """The placement in which ranks that come `back` have what they have in `home`, and those who were `here`
     without them, where they had taken such an expert over, what they have there in `home`: nothing, or a
     replica of what somebody here still has. The other ranks' experts stay where they are; once all ranks are
-    back it is `home`.
+    back it is `home`, but for places that stay empty because nobody had their expert at one of the returns.
 
     An expert that nobody here has stands where it does in `home`, as good as new or with a rank that is gone.
     """

@@ -252,7 +252,7 @@ def install(num_rows: int) -> None:
     cuda: Any = torch.cuda
     stream = Stream()
     cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_device = lambda: 0
+    cuda.current_device = lambda: Stream.device_index
     cuda.current_stream = lambda device=None: stream
     cuda.stream = contextlib.nullcontext
     cuda.is_current_stream_capturing = lambda: False

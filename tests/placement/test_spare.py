@@ -94,6 +94,7 @@ def test_who_comes_back_has_its_own_and_nothing_that_lives_is_lost(data: Any) ->
     """Ranks die, are restored as far as there is room, and come back in any order."""
     home, _ = data.draw(deaths())
     placement, here = home, set(range(home.num_ranks))
+    lost: set[int] = set()  # experts that nobody had when some rank came back
     for _ in range(data.draw(st.integers(1, 6))):
         away = set(range(home.num_ranks)) - here
         if len(here) > 1 and (not away or data.draw(st.booleans())):
@@ -106,6 +107,7 @@ def test_who_comes_back_has_its_own_and_nothing_that_lives_is_lost(data: Any) ->
             continue
         back = data.draw(st.sets(st.sampled_from(sorted(away)), min_size=1))
         live = set(placement.alive_without(away))
+        lost |= set(range(home.num_experts)) - live
         placement, old = given_back(placement, home, back, here), placement
         assert given_back(old, home, back, here) == placement  # on every rank
         for rank in back:
@@ -122,4 +124,21 @@ def test_who_comes_back_has_its_own_and_nothing_that_lives_is_lost(data: Any) ->
             if homes:
                 assert {p for p in placement.replicas_of[expert] if p // home.num_local in here} <= set(homes)
         if not away:
-            assert placement == home
+            empty = [place for place, expert in enumerate(placement.experts) if expert == -1]
+            left = [place for place in empty if home.experts[place] != -1]
+            assert {home.experts[place] for place in left} <= lost
+            whole = list(home.experts)
+            for place in left:
+                whole[place] = -1
+            assert list(placement.experts) == whole
+
+
+def test_a_place_whose_expert_nobody_had_stays_empty() -> None:
+    """Its rank has no row to go on with, and that of another rank is as good as new."""
+    home = ExpertPlacement(3, 3, (0, 2, 1, 2, 1, 2))
+    placement = taken_over(home, {0}, {0})
+    assert placement.of_rank(1) == (0, 2)
+    placement = given_back(placement, home, {0}, {1})  # rank 2 is away, and with it expert 1
+    assert placement.of_rank(1) == (-1, 2)
+    placement = given_back(placement, home, {2}, {0, 1})
+    assert placement.experts == (0, 2, -1, 2, 1, 2)
